@@ -1,0 +1,127 @@
+#pragma once
+
+#include "config.hpp"  // TETROMINO_EXCEPTIONS
+
+#include <cstdio>       // std::fprintf
+#include <optional>     // std::optional
+#include <stdexcept>    // std::runtime_error
+#include <string>       // std::string, std::to_string
+#include <string_view>  // std::string_view
+#include <type_traits>  // std::is_arithmetic_v
+#include <utility>      // std::move
+#include <variant>      // std::variant
+
+namespace tetromino {
+
+/// What kind of bad data a tetromino::error reports.
+enum class errc {
+  invalid_argument,  ///< a value outside its range, or a combination that has no meaning
+  shape_mismatch,    ///< sizes that do not fit together
+  non_finite,        ///< a NaN or an infinity where the policy rejects them
+  unknown_name,      ///< a recipe, layout, solver or tensor name that does not exist
+  malformed_file,    ///< a file whose contents break its format
+  io,                ///< the operating system refused to open, read or write
+  infeasible,        ///< a request that no solution can satisfy
+};
+
+/// Bad data: says what was expected and what came. Thrown at the public door, or returned by the `try_` form of a call.
+class error : public std::runtime_error {
+ public:
+  error(errc code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  [[nodiscard]] errc code() const noexcept { return code_; }
+
+ private:
+  errc code_;
+};
+
+namespace detail {
+
+[[noreturn]] inline void raise(const error& e) {
+#if TETROMINO_EXCEPTIONS
+  throw e;
+#else
+  std::fprintf(stderr, "tetromino: %s\n", e.what());
+  std::abort();
+#endif
+}
+
+inline void append_text(std::string& out, std::string_view piece) { out += piece; }
+inline void append_text(std::string& out, char piece) { out += piece; }
+template <class Number>
+  requires std::is_arithmetic_v<Number>
+void append_text(std::string& out, Number piece) {
+  if constexpr (std::is_floating_point_v<Number>) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(piece));
+    out += digits;
+  } else {
+    out += std::to_string(piece);
+  }
+}
+
+/// Joins strings and numbers into one message.
+template <class... Pieces>
+[[nodiscard]] std::string text(const Pieces&... pieces) {
+  std::string out;
+  (append_text(out, pieces), ...);
+  return out;
+}
+
+}  // namespace detail
+
+/// A value, or the error that prevented it. `value()` raises the error; `operator*` expects that there is none.
+template <class T>
+class [[nodiscard]] result {
+ public:
+  result(T value) : content_(std::in_place_index<0>, std::move(value)) {}
+  result(tetromino::error e) : content_(std::in_place_index<1>, std::move(e)) {}
+
+  [[nodiscard]] bool has_value() const noexcept { return content_.index() == 0; }
+  explicit operator bool() const noexcept { return has_value(); }
+
+  T& value() & { return check(), *std::get_if<0>(&content_); }
+  const T& value() const& { return check(), *std::get_if<0>(&content_); }
+  T&& value() && { return check(), std::move(*std::get_if<0>(&content_)); }
+
+  T& operator*() & { return expects(), *std::get_if<0>(&content_); }
+  const T& operator*() const& { return expects(), *std::get_if<0>(&content_); }
+  T&& operator*() && { return expects(), std::move(*std::get_if<0>(&content_)); }
+  T* operator->() { return &**this; }
+  const T* operator->() const { return &**this; }
+
+  [[nodiscard]] const tetromino::error& error() const {
+    TETROMINO_EXPECTS(!has_value(), "result::error() needs a result that holds an error");
+    return *std::get_if<1>(&content_);
+  }
+
+ private:
+  void check() const {
+    if (!has_value()) detail::raise(*std::get_if<1>(&content_));
+  }
+  void expects() const { TETROMINO_EXPECTS(has_value(), "result::operator* needs a result that holds a value"); }
+
+  std::variant<T, tetromino::error> content_;
+};
+
+/// Success, or the error that prevented it.
+template <>
+class [[nodiscard]] result<void> {
+ public:
+  result() = default;
+  result(tetromino::error e) : error_(std::move(e)) {}
+
+  [[nodiscard]] bool has_value() const noexcept { return !error_; }
+  explicit operator bool() const noexcept { return has_value(); }
+  void value() const {
+    if (error_) detail::raise(*error_);
+  }
+  [[nodiscard]] const tetromino::error& error() const {
+    TETROMINO_EXPECTS(!has_value(), "result::error() needs a result that holds an error");
+    return *error_;
+  }
+
+ private:
+  std::optional<tetromino::error> error_;
+};
+
+}  // namespace tetromino
