@@ -19,14 +19,14 @@ struct e2m1 {
     const std::uint32_t magnitude = word & 0x7FFFFFFFu;
     if (magnitude > 0x7F800000u) return {7};
     // How many midpoints lie below x; a midpoint between an even and an odd code belongs to the even one.
-    const unsigned code = (magnitude > 0x3E800000u)     // 0.25 goes down
-                          + (magnitude >= 0x3F400000u)  // 0.75 goes up
-                          + (magnitude > 0x3FA00000u)   // 1.25 goes down
-                          + (magnitude >= 0x3FE00000u)  // 1.75 goes up
-                          + (magnitude > 0x40200000u)   // 2.5 goes down
-                          + (magnitude >= 0x40600000u)  // 3.5 goes up
-                          + (magnitude > 0x40A00000u);  // 5 goes down
-    return {static_cast<std::uint8_t>((word >> 31) << 3 | code)};
+    const int code = (magnitude > 0x3E800000u)     // 0.25 goes down
+                     + (magnitude >= 0x3F400000u)  // 0.75 goes up
+                     + (magnitude > 0x3FA00000u)   // 1.25 goes down
+                     + (magnitude >= 0x3FE00000u)  // 1.75 goes up
+                     + (magnitude > 0x40200000u)   // 2.5 goes down
+                     + (magnitude >= 0x40600000u)  // 3.5 goes up
+                     + (magnitude > 0x40A00000u);  // 5 goes down
+    return {static_cast<std::uint8_t>((word >> 31) << 3 | static_cast<std::uint32_t>(code))};
   }
 
   /// The value of the code, exactly.

@@ -1,0 +1,132 @@
+#pragma once
+
+#include "config.hpp"   // TETROMINO_EXPECTS
+#include "float16.hpp"  // half, bfloat16
+
+#include <concepts>     // std::same_as
+#include <cstddef>      // std::size_t
+#include <type_traits>  // std::remove_const_t
+#include <vector>       // std::vector
+
+namespace tetromino {
+
+/// The number types that can be packed and unpacked into.
+template <class T>
+concept real = std::same_as<T, float> || std::same_as<T, half> || std::same_as<T, bfloat16>;
+
+/// A row-major matrix that somebody else owns: element [r, k] is data[r * row_stride + k]. Strides count elements.
+template <class T>
+struct matrix_view {
+  T* data = nullptr;
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  std::size_t row_stride = 0;
+
+  constexpr matrix_view() = default;
+  /// A dense matrix: rows follow each other without gaps.
+  constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_) noexcept
+      : matrix_view(data_, rows_, cols_, cols_) {}
+  /// Rows that start `row_stride` >= cols elements apart.
+  constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_) noexcept
+      : data(data_), rows(rows_), cols(cols_), row_stride(row_stride_) {
+    TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
+  }
+  /// A mutable view is also a read-only one.
+  constexpr operator matrix_view<const T>() const noexcept requires(!std::is_const_v<T>) {
+    return {data, rows, cols, row_stride};
+  }
+
+  [[nodiscard]] constexpr T* row(std::size_t r) const noexcept { return data + r * row_stride; }
+  [[nodiscard]] constexpr T& operator()(std::size_t r, std::size_t k) const noexcept { return row(r)[k]; }
+};
+
+/// A batch of equally shaped matrices, such as the experts of a layer [matrices, rows, cols]: element [e, r, k] is
+/// data[e * matrix_stride + r * row_stride + k]. Strides count elements.
+template <class T>
+struct batch_view {
+  T* data = nullptr;
+  std::size_t matrices = 0;
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  std::size_t row_stride = 0;
+  std::size_t matrix_stride = 0;
+
+  constexpr batch_view() = default;
+  /// A dense batch: [matrices, rows, cols] without gaps.
+  constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_) noexcept
+      : batch_view(data_, matrices_, rows_, cols_, cols_, rows_ * cols_) {}
+  constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_,
+                       std::size_t matrix_stride_) noexcept
+      : data(data_),
+        matrices(matrices_),
+        rows(rows_),
+        cols(cols_),
+        row_stride(row_stride_),
+        matrix_stride(matrix_stride_) {
+    TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
+  }
+  /// One matrix is a batch of one.
+  constexpr batch_view(matrix_view<T> m) noexcept
+      : batch_view(m.data, 1, m.rows, m.cols, m.row_stride, m.rows * m.row_stride) {}
+  /// A mutable view is also a read-only one.
+  constexpr operator batch_view<const T>() const noexcept requires(!std::is_const_v<T>) {
+    return {data, matrices, rows, cols, row_stride, matrix_stride};
+  }
+
+  [[nodiscard]] constexpr T* row(std::size_t e, std::size_t r) const noexcept {
+    return data + e * matrix_stride + r * row_stride;
+  }
+  [[nodiscard]] constexpr matrix_view<T> operator[](std::size_t e) const noexcept {
+    return {data + e * matrix_stride, rows, cols, row_stride};
+  }
+};
+
+/// A matrix, or a batch of them, that owns its elements [matrices, rows, cols].
+template <real T>
+struct matrix {
+  std::vector<T> data;
+  std::size_t matrices = 0;
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+
+  matrix() = default;
+  matrix(std::size_t rows_, std::size_t cols_) : matrix(1, rows_, cols_) {}
+  matrix(std::size_t matrices_, std::size_t rows_, std::size_t cols_)
+      : data(matrices_ * rows_ * cols_), matrices(matrices_), rows(rows_), cols(cols_) {}
+
+  [[nodiscard]] batch_view<T> view() noexcept { return {data.data(), matrices, rows, cols}; }
+  [[nodiscard]] batch_view<const T> view() const noexcept { return {data.data(), matrices, rows, cols}; }
+  [[nodiscard]] T& operator()(std::size_t r, std::size_t k) noexcept { return data[r * cols + k]; }
+  [[nodiscard]] const T& operator()(std::size_t r, std::size_t k) const noexcept { return data[r * cols + k]; }
+};
+
+namespace detail {
+
+template <class T>
+batch_view<const std::remove_const_t<T>> as_batch(const matrix_view<T>& m) noexcept {
+  return batch_view<T>(m);
+}
+template <class T>
+batch_view<const std::remove_const_t<T>> as_batch(const batch_view<T>& b) noexcept {
+  return {b.data, b.matrices, b.rows, b.cols, b.row_stride, b.matrix_stride};
+}
+template <class T>
+batch_view<const T> as_batch(const matrix<T>& m) noexcept {
+  return m.view();
+}
+
+}  // namespace detail
+
+/// Anything that can be read as a batch of matrices of float, half or bfloat16.
+template <class View>
+concept matrix_like = requires(const View& view) {
+  detail::as_batch(view);
+  requires real<std::remove_const_t<std::remove_pointer_t<decltype(detail::as_batch(view).data)>>>;
+};
+
+/// The element type of a matrix_like.
+template <matrix_like View>
+using element_of =
+    std::remove_const_t<std::remove_pointer_t<decltype(detail::as_batch(std::declval<const View&>()).data)>>;
+
+}  // namespace tetromino

@@ -1,0 +1,178 @@
+#pragma once
+
+#include "../error.hpp"  // tetromino::result, tetromino::error
+
+#include <cmath>      // std::isfinite
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint32_t
+#include <span>       // std::span
+#include <vector>     // std::vector
+
+namespace tetromino::moe {
+
+/// One GPU's share of a fabric, in one direction.
+struct link {
+  double bytes_per_second;
+  double latency_seconds;
+
+  friend bool operator==(const link&, const link&) = default;
+};
+
+/// What connects the GPUs: `inside` a node (e.g. NVLink) and `between` nodes (e.g. one 400 Gb/s port per GPU). A node's
+/// bandwidth to other nodes is its number of GPUs × `between`.
+struct fabric {
+  link inside{450e9, 2e-6};
+  link between{50e9, 6e-6};
+
+  friend bool operator==(const fabric&, const fabric&) = default;
+};
+
+/// Nodes, their GPUs and the expert slots of each GPU, in one numbering: GPUs are counted node after node, slots GPU
+/// after GPU. The expert-parallel rank is the GPU. GPUs may differ in slots and nodes in GPUs; a GPU may have no slot.
+class topology {
+ public:
+  static constexpr std::size_t max_gpus = 65'535;
+  static constexpr std::size_t max_slots = std::size_t{1} << 24;
+
+  /// `nodes` × `gpus_per_node` GPUs of `slots_per_gpu` slots each. Errors: a count of zero, or too large.
+  [[nodiscard]] static result<topology> try_uniform(std::size_t nodes, std::size_t gpus_per_node,
+                                                    std::size_t slots_per_gpu, fabric links = {}) {
+    if (auto bad = check_counts(nodes, gpus_per_node); !bad) return bad.error();
+    const std::vector<std::size_t> gpus(nodes, gpus_per_node);
+    const std::vector<std::size_t> slots(nodes * gpus_per_node, slots_per_gpu);
+    return try_make(gpus, slots, links);
+  }
+  [[nodiscard]] static topology uniform(std::size_t nodes, std::size_t gpus_per_node, std::size_t slots_per_gpu,
+                                        fabric links = {}) {
+    return try_uniform(nodes, gpus_per_node, slots_per_gpu, links).value();
+  }
+
+  /// `nodes` × `gpus_per_node` GPUs where each node has `slots_per_node` slots, spread as evenly as they go (the first
+  /// GPUs of a node have one more). Errors: a count of zero, or too large.
+  [[nodiscard]] static result<topology> try_with_node_slots(std::size_t nodes, std::size_t gpus_per_node,
+                                                            std::size_t slots_per_node, fabric links = {}) {
+    if (auto bad = check_counts(nodes, gpus_per_node); !bad) return bad.error();
+    const std::vector<std::size_t> gpus(nodes, gpus_per_node);
+    std::vector<std::size_t> slots(nodes * gpus_per_node);
+    for (std::size_t g = 0; g < slots.size(); ++g) {
+      slots[g] = slots_per_node / gpus_per_node + (g % gpus_per_node < slots_per_node % gpus_per_node ? 1 : 0);
+    }
+    return try_make(gpus, slots, links);
+  }
+  [[nodiscard]] static topology with_node_slots(std::size_t nodes, std::size_t gpus_per_node,
+                                                std::size_t slots_per_node, fabric links = {}) {
+    return try_with_node_slots(nodes, gpus_per_node, slots_per_node, links).value();
+  }
+
+  /// Any shape: `gpus_per_node[nodes]`, and `slots_per_gpu[GPUs]` counted node after node. Errors: no node, a node
+  /// without GPU, lengths that disagree, no slot at all, more than max_gpus or max_slots, a bandwidth that is not
+  /// positive and finite, a latency that is negative or not finite.
+  [[nodiscard]] static result<topology> try_make(std::span<const std::size_t> gpus_per_node,
+                                                 std::span<const std::size_t> slots_per_gpu, fabric links = {}) {
+    if (gpus_per_node.empty()) return error(errc::invalid_argument, "topology: expected at least one node, got none");
+    topology t;
+    t.links_ = links;
+    t.first_gpu_.assign(1, 0);
+    for (std::size_t n = 0; n < gpus_per_node.size(); ++n) {
+      if (gpus_per_node[n] == 0 || gpus_per_node[n] > max_gpus - t.first_gpu_.back()) {
+        return error(errc::invalid_argument,
+                     detail::text("topology: expected 1 to ", max_gpus, " GPUs in all and one at least per node, got ",
+                                  gpus_per_node[n], " on node ", n));
+      }
+      t.first_gpu_.push_back(t.first_gpu_.back() + static_cast<std::uint32_t>(gpus_per_node[n]));
+      t.node_of_gpu_.insert(t.node_of_gpu_.end(), gpus_per_node[n], static_cast<std::uint32_t>(n));
+    }
+    if (slots_per_gpu.size() != t.gpus()) {
+      return error(errc::shape_mismatch, detail::text("topology: expected slots for ", t.gpus(), " GPUs, got ",
+                                                      slots_per_gpu.size(), " entries"));
+    }
+    t.first_slot_.assign(1, 0);
+    for (std::size_t g = 0; g < slots_per_gpu.size(); ++g) {
+      if (slots_per_gpu[g] > max_slots - t.first_slot_.back()) {
+        return error(errc::invalid_argument, detail::text("topology: expected at most ", max_slots,
+                                                          " slots in all, got ", slots_per_gpu[g], " on GPU ", g));
+      }
+      t.first_slot_.push_back(t.first_slot_.back() + static_cast<std::uint32_t>(slots_per_gpu[g]));
+      t.gpu_of_slot_.insert(t.gpu_of_slot_.end(), slots_per_gpu[g], static_cast<std::uint32_t>(g));
+    }
+    if (t.slots() == 0) return error(errc::invalid_argument, "topology: expected at least one expert slot, got none");
+    for (const link& l : {links.inside, links.between}) {
+      if (!std::isfinite(l.bytes_per_second) || l.bytes_per_second <= 0) {
+        return error(errc::invalid_argument, detail::text("topology: expected a bandwidth above 0 bytes/s, got ",
+                                                          l.bytes_per_second));
+      }
+      if (!std::isfinite(l.latency_seconds) || l.latency_seconds < 0) {
+        return error(errc::invalid_argument,
+                     detail::text("topology: expected a latency of 0 s or more, got ", l.latency_seconds));
+      }
+    }
+    return t;
+  }
+  [[nodiscard]] static topology make(std::span<const std::size_t> gpus_per_node,
+                                     std::span<const std::size_t> slots_per_gpu, fabric links = {}) {
+    return try_make(gpus_per_node, slots_per_gpu, links).value();
+  }
+
+  [[nodiscard]] std::size_t nodes() const noexcept { return first_gpu_.size() - 1; }
+  [[nodiscard]] std::size_t gpus() const noexcept { return first_gpu_.back(); }
+  [[nodiscard]] std::size_t slots() const noexcept { return gpu_of_slot_.size(); }
+  [[nodiscard]] const fabric& links() const noexcept { return links_; }
+
+  /// GPUs of `node`: first_gpu(node) … first_gpu(node) + gpus_on_node(node) − 1.
+  [[nodiscard]] std::size_t first_gpu(std::size_t node) const { return at(first_gpu_, node); }
+  [[nodiscard]] std::size_t gpus_on_node(std::size_t node) const { return at(first_gpu_, node + 1) - first_gpu(node); }
+  [[nodiscard]] std::size_t node_of_gpu(std::size_t gpu) const { return at(node_of_gpu_, gpu); }
+
+  /// Slots of `gpu`: first_slot(gpu) … first_slot(gpu) + slots_on_gpu(gpu) − 1.
+  [[nodiscard]] std::size_t first_slot(std::size_t gpu) const { return at(first_slot_, gpu); }
+  [[nodiscard]] std::size_t slots_on_gpu(std::size_t gpu) const { return at(first_slot_, gpu + 1) - first_slot(gpu); }
+  [[nodiscard]] std::size_t gpu_of_slot(std::size_t slot) const { return at(gpu_of_slot_, slot); }
+  [[nodiscard]] std::size_t node_of_slot(std::size_t slot) const { return node_of_gpu(gpu_of_slot(slot)); }
+  [[nodiscard]] std::size_t first_slot_of_node(std::size_t node) const { return at(first_slot_, first_gpu(node)); }
+  [[nodiscard]] std::size_t slots_on_node(std::size_t node) const {
+    return at(first_slot_, at(first_gpu_, node + 1)) - first_slot_of_node(node);
+  }
+
+  /// True when all nodes have equally many GPUs and all GPUs equally many slots.
+  [[nodiscard]] bool is_uniform() const {
+    for (std::size_t n = 0; n < nodes(); ++n) {
+      if (gpus_on_node(n) != gpus_on_node(0)) return false;
+    }
+    for (std::size_t g = 0; g < gpus(); ++g) {
+      if (slots_on_gpu(g) != slots_on_gpu(0)) return false;
+    }
+    return true;
+  }
+
+  /// Most copies that one expert can have when no GPU holds it twice: the GPUs that have a slot.
+  [[nodiscard]] std::size_t gpus_with_slots() const {
+    std::size_t count = 0;
+    for (std::size_t g = 0; g < gpus(); ++g) count += slots_on_gpu(g) > 0 ? 1U : 0U;
+    return count;
+  }
+
+  friend bool operator==(const topology&, const topology&) = default;
+
+ private:
+  topology() = default;
+
+  static result<void> check_counts(std::size_t nodes, std::size_t gpus_per_node) {
+    if (nodes == 0 || gpus_per_node == 0 || nodes > max_gpus || gpus_per_node > max_gpus / nodes) {
+      return error(errc::invalid_argument, detail::text("topology: expected 1 to ", max_gpus, " GPUs, got ", nodes,
+                                                        " nodes × ", gpus_per_node, " GPUs"));
+    }
+    return {};
+  }
+  static std::uint32_t at(const std::vector<std::uint32_t>& values, std::size_t i) {
+    TETROMINO_EXPECTS(i < values.size(), "topology: node, GPU or slot number out of range");
+    return values[i];
+  }
+
+  fabric links_;
+  std::vector<std::uint32_t> first_gpu_;    // [nodes + 1]
+  std::vector<std::uint32_t> node_of_gpu_;  // [gpus]
+  std::vector<std::uint32_t> first_slot_;   // [gpus + 1]
+  std::vector<std::uint32_t> gpu_of_slot_;  // [slots]
+};
+
+}  // namespace tetromino::moe

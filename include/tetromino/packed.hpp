@@ -1,0 +1,176 @@
+#pragma once
+
+#include "error.hpp"   // error
+#include "format.hpp"  // block_format, any_format
+
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint8_t
+#include <span>         // std::span
+#include <type_traits>  // std::conditional_t
+#include <vector>       // std::vector
+
+namespace tetromino {
+
+/// Sizes of a packed batch [matrices, rows, cols] in the linear layout.
+///   codes   [matrices, rows, blocks_per_row * block / 2]  low nibble = even k; the last block is padded with zero
+///   codes scales  [matrices, rows, blocks_per_row]              E8M0 or E4M3 bytes macros  [matrices, rows,
+///   macros_per_row]              macro-block bytes; empty without macro blocks
+struct packed_shape {
+  any_format format;
+  std::size_t matrices = 0;
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+
+  [[nodiscard]] constexpr std::size_t blocks_per_row() const noexcept {
+    return cols / format.block + (cols % format.block != 0);
+  }
+  [[nodiscard]] constexpr std::size_t macros_per_row() const noexcept {
+    return format.macro_block == 0 ? 0 : cols / format.macro_block + (cols % format.macro_block != 0);
+  }
+  [[nodiscard]] constexpr std::size_t code_bytes_per_row() const noexcept {
+    return blocks_per_row() * (format.block / 2);
+  }
+  [[nodiscard]] constexpr std::size_t code_bytes() const noexcept { return matrices * rows * code_bytes_per_row(); }
+  [[nodiscard]] constexpr std::size_t scale_bytes() const noexcept { return matrices * rows * blocks_per_row(); }
+  [[nodiscard]] constexpr std::size_t macro_bytes() const noexcept { return matrices * rows * macros_per_row(); }
+
+  friend constexpr bool operator==(const packed_shape&, const packed_shape&) = default;
+};
+
+/// Packed 4-bit storage that somebody else owns, in the linear layout of packed_shape. `tensor_scales` holds the decode
+/// scale of NVFP4, one float for the whole batch or one for each matrix; other formats leave it empty. `Byte` and
+/// `Scale` are const for a read-only view. `Format` is a format type, or any_format where it is known at run time only.
+template <block_format Format = any_format, class Byte = const std::uint8_t>
+struct packed_view {
+  using scale_value = std::conditional_t<std::is_const_v<Byte>, const float, float>;
+
+  [[no_unique_address]] Format format{};
+  std::size_t matrices = 0;
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  std::span<Byte> codes{};
+  std::span<Byte> scales{};
+  std::span<Byte> macros{};
+  std::span<scale_value> tensor_scales{};
+
+  [[nodiscard]] constexpr packed_shape shape() const noexcept { return {any_format(format), matrices, rows, cols}; }
+
+  /// The decode scale of matrix e (1 for formats without tensor scales).
+  [[nodiscard]] constexpr float tensor_scale(std::size_t e) const noexcept {
+    return tensor_scales.empty() ? 1.0f : tensor_scales[tensor_scales.size() == 1 ? 0 : e];
+  }
+
+  /// Where row r of matrix e starts.
+  [[nodiscard]] constexpr Byte* row_codes(std::size_t e, std::size_t r) const noexcept {
+    return codes.data() + (e * rows + r) * shape().code_bytes_per_row();
+  }
+  [[nodiscard]] constexpr Byte* row_scales(std::size_t e, std::size_t r) const noexcept {
+    return scales.data() + (e * rows + r) * shape().blocks_per_row();
+  }
+  [[nodiscard]] constexpr Byte* row_macros(std::size_t e, std::size_t r) const noexcept {
+    return macros.data() + (e * rows + r) * shape().macros_per_row();
+  }
+
+  /// One matrix of the batch.
+  [[nodiscard]] constexpr packed_view operator[](std::size_t e) const noexcept {
+    const packed_shape one{any_format(format), 1, rows, cols};
+    return {format,
+            1,
+            rows,
+            cols,
+            codes.subspan(e * one.code_bytes(), one.code_bytes()),
+            scales.subspan(e * one.scale_bytes(), one.scale_bytes()),
+            macros.subspan(e * one.macro_bytes(), one.macro_bytes()),
+            tensor_scales.size() <= 1 ? tensor_scales : tensor_scales.subspan(e, 1)};
+  }
+
+  /// A mutable view is also a read-only one, and every format can be seen as any_format.
+  template <block_format Other, class OtherByte>
+    requires((std::same_as<Other, Format> || std::same_as<Other, any_format>)&&(std::same_as<OtherByte, Byte> ||
+                                                                                std::is_const_v<OtherByte>))
+  constexpr operator packed_view<Other, OtherByte>() const noexcept {
+    return {Other(format), matrices, rows, cols, codes, scales, macros, tensor_scales};
+  }
+};
+
+/// Packed 4-bit storage that owns its bytes, in the linear layout of packed_shape.
+template <block_format Format = any_format>
+struct packed {
+  [[no_unique_address]] Format format{};
+  std::size_t matrices = 0;
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  std::vector<std::uint8_t> codes;
+  std::vector<std::uint8_t> scales;
+  std::vector<std::uint8_t> macros;
+  std::vector<float> tensor_scales;
+
+  packed() = default;
+  /// Zeroed storage for [matrices, rows, cols]; NVFP4 gets `tensor_scale_count` (1 or matrices) tensor scales.
+  packed(Format format_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,
+         std::size_t tensor_scale_count = 1)
+      : format(format_), matrices(matrices_), rows(rows_), cols(cols_) {
+    codes.resize(shape().code_bytes());
+    scales.resize(shape().scale_bytes());
+    macros.resize(shape().macro_bytes());
+    if (any_format(format).scale == scale_type::e4m3) tensor_scales.resize(tensor_scale_count);
+  }
+
+  [[nodiscard]] packed_shape shape() const noexcept { return {any_format(format), matrices, rows, cols}; }
+
+  /// All bytes of the storage, tensor scales included.
+  [[nodiscard]] std::size_t bytes() const noexcept {
+    return codes.size() + scales.size() + macros.size() + tensor_scales.size() * sizeof(float);
+  }
+
+  [[nodiscard]] packed_view<Format, std::uint8_t> view() noexcept {
+    return {format, matrices, rows, cols, codes, scales, macros, tensor_scales};
+  }
+  [[nodiscard]] packed_view<Format> view() const noexcept {
+    return {format, matrices, rows, cols, codes, scales, macros, tensor_scales};
+  }
+};
+
+namespace detail {
+
+template <block_format Format, class Byte>
+packed_view<any_format> as_packed(const packed_view<Format, Byte>& view) noexcept {
+  return view;
+}
+template <block_format Format>
+packed_view<any_format> as_packed(const packed<Format>& storage) noexcept {
+  return storage.view();
+}
+
+/// Says which buffer of a packed view does not fit its shape, if one does not.
+template <class View>
+result<void> check_storage(const View& view) {
+  const packed_shape shape = view.shape();
+  const auto expect = [](const char* buffer, std::size_t expected, std::size_t got) -> result<void> {
+    if (expected == got) return {};
+    return error(errc::shape_mismatch, text("packed storage: ", buffer, " needs ", expected, " entries, got ", got));
+  };
+  if (const auto& f = shape.format; (f.block != 16 && f.block != 32) ||
+                                    (f.scale == scale_type::e4m3 && (f.block != 16 || f.macro_block != 0)) ||
+                                    (f.macro_block != 0 && f.macro_block != 32 && f.macro_block != 64 &&
+                                     f.macro_block != 128 && f.macro_block != 256)) {
+    return error(errc::invalid_argument,
+                 text("not a 4-bit block format: block ", f.block, ", macro block ", f.macro_block));
+  }
+  if (auto fits = expect("codes", shape.code_bytes(), view.codes.size()); !fits) return fits;
+  if (auto fits = expect("scales", shape.scale_bytes(), view.scales.size()); !fits) return fits;
+  if (auto fits = expect("macros", shape.macro_bytes(), view.macros.size()); !fits) return fits;
+  const std::size_t tensor_scales = view.tensor_scales.size();
+  if (shape.format.scale == scale_type::e8m0) return expect("tensor_scales", 0, tensor_scales);
+  return tensor_scales == view.matrices ? result<void>{} : expect("tensor_scales", 1, tensor_scales);
+}
+
+}  // namespace detail
+
+/// Anything that can be read as packed 4-bit storage.
+template <class Storage>
+concept packed_like = requires(const Storage& storage) {
+  detail::as_packed(storage);
+};
+
+}  // namespace tetromino
