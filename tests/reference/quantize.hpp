@@ -1,0 +1,158 @@
+#pragma once
+
+/// Whole tensors in and out of 4-bit blocks, for the tests.
+
+#include "numbers.hpp"  // e2m1_encode, e2m1_value, e4m3_value, e8m0_value
+#include "philox.hpp"   // uniform
+#include "scaling.hpp"  // exponent, nv_scale, searched_macro, static_macro, under_factor
+
+#include <algorithm>  // std::min, std::max
+#include <cmath>      // std::isnan, std::isinf, std::isfinite, std::signbit, std::fabs
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t, std::uint64_t
+#include <optional>   // std::optional
+#include <span>       // std::span
+#include <vector>     // std::vector
+
+namespace reference {
+
+struct recipe {
+  bool nv = false;
+  std::size_t block = 32;
+  mx_rule mx = mx_rule::floor;
+  nv_rule nvfp4 = nv_rule::amax;
+  std::size_t macro = 0;                     ///< elements of a macro block, 0 without
+  unsigned macro_steps = 0;                  ///< 0: static; 16 or 256: searched
+  bool poison = false;                       ///< a non-finite element poisons its block; else it is saturated
+  double largest = 3.402823466385288598e38;  ///< what an infinity saturates to
+  bool scale_per_expert = true;              ///< NVFP4: one tensor scale an expert; else one for all
+  std::optional<float> given_tensor_scale;
+  std::optional<std::uint64_t> seed;  ///< stochastic rounding of the elements
+};
+
+struct packed {
+  std::size_t experts = 0, rows = 0, cols = 0;
+  std::vector<std::uint8_t> codes;   ///< [experts, rows, blocks · block / 2]
+  std::vector<std::uint8_t> scales;  ///< [experts, rows, blocks]
+  std::vector<std::uint8_t> macros;  ///< [experts, rows, macro blocks]
+  std::vector<float> tensor_scales;  ///< [experts] for NVFP4
+};
+
+/// Between its two neighbours up with the probability of its distance from the lower one.
+inline unsigned stochastic_e2m1(float y, double u) {
+  const std::vector<double>& grid = e2m1_table();
+  const unsigned sign = std::signbit(y) ? 8u : 0u;
+  const double magnitude = std::min(std::fabs(static_cast<double>(y)), 6.0);
+  unsigned low = 0;
+  while (low < 7 && grid[low + 1] <= magnitude) ++low;
+  if (low == 7) return 7 | sign;
+  const bool up = u < (magnitude - grid[low]) / (grid[low + 1] - grid[low]);
+  return (up ? low + 1 : low) | sign;
+}
+
+inline std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
+/// Packs x[experts, rows, cols]; `weights` is empty or one number a column.
+inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, std::size_t cols, std::vector<float> x,
+                       std::span<const float> weights = {}) {
+  const std::size_t blocks = ceil_div(cols, r.block);
+  const std::size_t macros = r.macro == 0 ? 0 : ceil_div(cols, r.macro);
+  packed out{experts, rows, cols, {}, {}, {}, {}};
+  out.codes.resize(experts * rows * blocks * r.block / 2);
+  out.scales.resize(experts * rows * blocks);
+  out.macros.resize(experts * rows * macros);
+
+  // Special values first: afterwards x is finite, and poisoned blocks are zeros.
+  std::vector<bool> poisoned(out.scales.size());
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (std::isfinite(x[i])) continue;
+    if (r.poison) {
+      poisoned[i / cols * blocks + i % cols / r.block] = true;
+    } else {
+      const auto limit = static_cast<float>(r.largest);
+      x[i] = std::isnan(x[i]) ? 0.0f : std::signbit(x[i]) ? -limit : limit;
+    }
+  }
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    if (poisoned[i / cols * blocks + i % cols / r.block]) x[i] = 0;
+  }
+
+  if (r.nv) {
+    for (std::size_t e = 0; e < experts; ++e) {
+      const std::span<const float> all(x);
+      const float a = r.scale_per_expert ? amax(all.subspan(e * rows * cols, rows * cols)) : amax(all);
+      out.tensor_scales.push_back(r.given_tensor_scale ? *r.given_tensor_scale : tensor_scale(r.nvfp4, a));
+    }
+  }
+
+  for (std::size_t row = 0; row < experts * rows; ++row) {
+    const std::span<const float> line = std::span<const float>(x).subspan(row * cols, cols);
+    for (std::size_t m = 0; m < macros; ++m) {
+      const std::size_t begin = m * r.macro;
+      const std::size_t size = std::min(r.macro, cols - begin);
+      const auto part = line.subspan(begin, size);
+      out.macros[row * macros + m] = static_cast<std::uint8_t>(
+          r.macro_steps == 0 ? static_macro(amax(part))
+                             : searched_macro(r.mx, part, weights.empty() ? weights : weights.subspan(begin, size),
+                                              r.block, r.macro_steps));
+    }
+    for (std::size_t b = 0; b < blocks; ++b) {
+      const std::size_t begin = b * r.block;
+      const std::size_t size = std::min(r.block, cols - begin);
+      const auto part = line.subspan(begin, size);
+      const auto part_weights = weights.empty() ? weights : weights.subspan(begin, size);
+      std::uint8_t& scale = out.scales[row * blocks + b];
+      if (poisoned[row * blocks + b]) {
+        scale = r.nv ? 0x7F : 0xFF;
+        continue;
+      }
+      if (amax(part) == 0) continue;
+      std::vector<float> y;
+      if (r.nv) {
+        const float t = out.tensor_scales[row / rows];
+        const unsigned code = nv_scale(r.nvfp4, part, part_weights, t);
+        scale = static_cast<std::uint8_t>(code);
+        if (code == 0) continue;
+        for (const float v : part) y.push_back(quotient(v, product(t, static_cast<float>(e4m3_value(code)))));
+      } else if (r.macro != 0) {
+        const float f = macro_factor(out.macros[row * macros + begin / r.macro]);
+        const macro_block_part chosen = under_factor(r.mx, part, part_weights, f);
+        scale = static_cast<std::uint8_t>(chosen.exponent + 127);
+        y = chosen.y;
+      } else {
+        const int chosen = exponent(r.mx, part, part_weights);
+        scale = static_cast<std::uint8_t>(chosen + 127);
+        for (const float v : part) y.push_back(scaled(v, -chosen));
+      }
+      for (std::size_t i = 0; i < size; ++i) {
+        const std::size_t k = begin + i;
+        const unsigned code = r.seed ? stochastic_e2m1(y[i], uniform(*r.seed, row * cols + k)) : e2m1_encode(y[i]);
+        out.codes[row * blocks * r.block / 2 + k / 2] |= static_cast<std::uint8_t>(code << (k % 2 * 4));
+      }
+    }
+  }
+  return out;
+}
+
+/// The floats that packed blocks stand for.
+inline std::vector<float> dequantize(const recipe& r, const packed& p) {
+  const std::size_t blocks = ceil_div(p.cols, r.block);
+  const std::size_t macros = r.macro == 0 ? 0 : ceil_div(p.cols, r.macro);
+  std::vector<float> out;
+  for (std::size_t row = 0; row < p.experts * p.rows; ++row) {
+    for (std::size_t k = 0; k < p.cols; ++k) {
+      const unsigned byte = p.codes[row * blocks * r.block / 2 + k / 2];
+      const auto q = static_cast<float>(e2m1_value(byte >> (k % 2 * 4) & 0xF));
+      const unsigned scale = p.scales[row * blocks + k / r.block];
+      if (r.nv) {
+        out.push_back(product(q, product(p.tensor_scales[row / p.rows], static_cast<float>(e4m3_value(scale)))));
+        continue;
+      }
+      const float f = macros == 0 ? 1.0f : macro_factor(p.macros[row * macros + k / r.macro]);
+      out.push_back(static_cast<float>(static_cast<double>(quotient(q, f)) * e8m0_value(scale)));
+    }
+  }
+  return out;
+}
+
+}  // namespace reference

@@ -1,0 +1,218 @@
+#pragma once
+
+/// How block scales and macro-block scales are chosen, for the tests: definitions, loops and tables, no shortcuts.
+/// Where the rules say "float", a double result is rounded to float: with 53 bits against 24 that equals the float
+/// operation for one product, sum or quotient. (Figueroa, When is double rounding innocuous?, 1995)
+
+#include "numbers.hpp"  // e2m1_encode, e2m1_value, e4m3_encode, e4m3_value, floor_log2, ceil_log2, bits_of
+
+#include <algorithm>  // std::clamp, std::max
+#include <array>      // std::array
+#include <cmath>      // std::fabs, std::ldexp
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint32_t
+#include <limits>     // std::numeric_limits
+#include <span>       // std::span
+#include <vector>     // std::vector
+
+namespace reference {
+
+inline float product(float a, float b) { return static_cast<float>(static_cast<double>(a) * static_cast<double>(b)); }
+inline float quotient(float a, float b) { return static_cast<float>(static_cast<double>(a) / static_cast<double>(b)); }
+inline float sum(float a, float b) { return static_cast<float>(static_cast<double>(a) + static_cast<double>(b)); }
+inline float difference(float a, float b) {
+  return static_cast<float>(static_cast<double>(a) - static_cast<double>(b));
+}
+inline float scaled(float x, int exponent) { return static_cast<float>(std::ldexp(static_cast<double>(x), exponent)); }
+inline float nearest_e2m1(float y) { return static_cast<float>(e2m1_value(e2m1_encode(y))); }
+
+inline float amax(std::span<const float> x) {
+  float largest = 0;
+  for (const float v : x) largest = std::max(largest, std::fabs(v));
+  return largest;
+}
+
+/// The error of a span of elements, whose order of summation is part of the specification: sixteen strided partial
+/// sums, then halves onto halves.
+class error_sum {
+ public:
+  void add(float error, float weight = 1) {
+    float& partial = partial_[count_++ % 16];
+    partial = sum(partial, product(weight, product(error, error)));
+  }
+  [[nodiscard]] float total() const {
+    std::array<float, 16> s = partial_;
+    for (std::size_t half : {8u, 4u, 2u, 1u}) {
+      for (std::size_t i = 0; i < half; ++i) s[i] = sum(s[i], s[i + half]);
+    }
+    return s[0];
+  }
+
+ private:
+  std::array<float, 16> partial_{};
+  std::size_t count_ = 0;
+};
+
+enum class mx_rule { floor, ceil, round_up, even, overflow_aware, min_error };
+enum class nv_rule { amax, four_over_six, min_error };
+
+/// The least exponent E with a ≤ limit · 2^E.
+inline int least_exponent(double a, double limit) {
+  int exponent = -200;
+  while (a > std::ldexp(limit, exponent)) ++exponent;
+  return exponent;
+}
+
+/// The block exponent of one of the rules that look at the largest magnitude a > 0 only; not clamped.
+inline int exponent_of_amax(mx_rule rule, double a) {
+  switch (rule) {
+    case mx_rule::floor:
+      return floor_log2(a) - 2;
+    case mx_rule::ceil:
+      return ceil_log2(a) - 2;
+    case mx_rule::round_up:
+      return least_exponent(a, 6);
+    case mx_rule::even: {
+      // One mantissa bit is left: 1, 1.5 or 2 times the power of two, ties to the even one of them (1 or 2).
+      const double mantissa = a / std::ldexp(1.0, floor_log2(a));
+      return (mantissa >= 1.75 ? floor_log2(a) + 1 : floor_log2(a)) - 2;
+    }
+    default:
+      return least_exponent(a, 7);
+  }
+}
+
+inline int clamp_exponent(int exponent) { return std::clamp(exponent, -127, 127); }
+
+/// The exponent with the least squared error among four; the larger one on ties. `weights` is empty or as long as x.
+inline int exponent_of_least_error(std::span<const float> x, std::span<const float> weights) {
+  const int up = clamp_exponent(exponent_of_amax(mx_rule::round_up, static_cast<double>(amax(x))));
+  int best = up;
+  float least = std::numeric_limits<float>::infinity();
+  for (const int candidate : {up + 1, up, up - 1, up - 2}) {
+    const int exponent = clamp_exponent(candidate);
+    error_sum errors;
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const float y = scaled(x[i], -exponent);
+      errors.add(difference(y, nearest_e2m1(y)), weights.empty() ? 1.0f : weights[i]);
+    }
+    const float error = scaled(errors.total(), 2 * (exponent - up));
+    if (error < least) {
+      least = error;
+      best = exponent;
+    }
+  }
+  return best;
+}
+
+/// The exponent of a block that is not all zero, clamped.
+inline int exponent(mx_rule rule, std::span<const float> x, std::span<const float> weights = {}) {
+  if (rule == mx_rule::min_error) return exponent_of_least_error(x, weights);
+  return clamp_exponent(exponent_of_amax(rule, static_cast<double>(amax(x))));
+}
+
+/// The tensor scale of NVFP4, in the sense of decoding.
+inline float tensor_scale(nv_rule rule, float tensor_amax) {
+  return quotient(tensor_amax, rule == nv_rule::four_over_six ? 1536.0f : 2688.0f);
+}
+
+inline float nv_error(std::span<const float> x, std::span<const float> weights, float t, unsigned code) {
+  const auto s = static_cast<float>(e4m3_value(code));
+  error_sum errors;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const float y = quotient(x[i], product(t, s));
+    errors.add(difference(y, nearest_e2m1(y)), weights.empty() ? 1.0f : weights[i]);
+  }
+  return product(product(s, s), errors.total());
+}
+
+/// The E4M3 code of an NVFP4 block scale.
+inline unsigned nv_scale(nv_rule rule, std::span<const float> x, std::span<const float> weights, float t) {
+  const float a = amax(x);
+  if (a == 0 || t == 0) return 0;
+  const auto usable = [&](unsigned code) { return product(t, static_cast<float>(e4m3_value(code))) != 0; };
+  const unsigned code6 = e4m3_encode(quotient(a, product(6, t)));
+  if (rule == nv_rule::amax) return usable(code6) ? code6 : 0;
+  if (rule == nv_rule::four_over_six) {
+    const unsigned code4 = e4m3_encode(quotient(a, product(4, t)));
+    if (!usable(code6)) return usable(code4) ? code4 : 0;
+    if (!usable(code4)) return code6;
+    return nv_error(x, weights, t, code4) < nv_error(x, weights, t, code6) ? code4 : code6;
+  }
+  if (code6 == 0) return 0;
+  unsigned best = 0;
+  float least = std::numeric_limits<float>::infinity();
+  for (int step = -8; step <= 8; ++step) {
+    const auto code = static_cast<unsigned>(std::clamp(static_cast<int>(code6) + step, 1, 126));
+    if (!usable(code)) continue;
+    const float error = nv_error(x, weights, t, code);
+    if (error <= least) {
+      least = error;
+      best = code;
+    }
+  }
+  return best;
+}
+
+/// What the macro-block factor belongs to: f = 1 + m/256.
+inline float macro_factor(unsigned m) { return static_cast<float>(1.0 + static_cast<double>(m) / 256.0); }
+
+/// The eight upper mantissa bits of 6 / amax.
+inline unsigned static_macro(float macro_amax) {
+  return macro_amax == 0 ? 0 : (bits_of(quotient(6, macro_amax)) >> 15) & 0xFF;
+}
+
+/// A block under a macro-block factor: its exponent and the values y that become elements.
+struct macro_block_part {
+  int exponent = -127;
+  std::vector<float> y;
+};
+
+/// Block x, not all zero, under factor f.
+inline macro_block_part under_factor(mx_rule rule, std::span<const float> x, std::span<const float> weights, float f) {
+  const int k = std::clamp(floor_log2(static_cast<double>(amax(x))), -126, 126);
+  std::vector<float> g;
+  for (const float v : x) g.push_back(product(f, scaled(v, -k)));
+  macro_block_part part;
+  part.exponent = clamp_exponent(k + exponent(rule, g, weights));
+  for (const float v : g) part.y.push_back(scaled(v, k - part.exponent));
+  return part;
+}
+
+/// The error of a macro block under factor f: x holds its blocks one after the other.
+inline float macro_error(mx_rule rule, std::span<const float> x, std::span<const float> weights, std::size_t block,
+                         float f) {
+  const int reference_exponent = std::clamp(floor_log2(static_cast<double>(amax(x))), -126, 126);
+  error_sum errors;
+  for (std::size_t begin = 0; begin < x.size(); begin += block) {
+    const std::size_t size = std::min(block, x.size() - begin);
+    const auto part_x = x.subspan(begin, size);
+    const auto part_weights = weights.empty() ? weights : weights.subspan(begin, size);
+    const bool zero = amax(part_x) == 0;
+    const macro_block_part part = zero ? macro_block_part{} : under_factor(rule, part_x, part_weights, f);
+    for (std::size_t i = 0; i < size; ++i) {
+      const float e =
+          zero ? 0 : scaled(difference(part.y[i], nearest_e2m1(part.y[i])), part.exponent - reference_exponent);
+      errors.add(e, weights.empty() ? 1.0f : weights[begin + i]);
+    }
+  }
+  return quotient(errors.total(), product(f, f));
+}
+
+/// The m with the least error among 16 or 256; the smaller one on ties.
+inline unsigned searched_macro(mx_rule rule, std::span<const float> x, std::span<const float> weights,
+                               std::size_t block, unsigned steps) {
+  if (amax(x) == 0) return 0;
+  unsigned best = 0;
+  float least = std::numeric_limits<float>::infinity();
+  for (unsigned m = 0; m < 256; m += 256 / steps) {
+    const float error = macro_error(rule, x, weights, block, macro_factor(m));
+    if (error < least) {
+      least = error;
+      best = m;
+    }
+  }
+  return best;
+}
+
+}  // namespace reference
