@@ -32,6 +32,15 @@
 #define TETROMINO_EXCEPTIONS 0
 #endif
 
+/// 1 where the `simd` backend is available: its one dependency, xsimd, is found. Define it to 0 to do without.
+#if !defined(TETROMINO_SIMD)
+#if defined(__has_include) && __has_include(<xsimd/xsimd.hpp>) && !defined(__CUDACC__)
+#define TETROMINO_SIMD 1
+#else
+#define TETROMINO_SIMD 0
+#endif
+#endif
+
 /// What happens when a caller breaks a precondition (a bug in the caller, not bad data). Define it before the first
 /// include to do something else: the tests throw.
 #if !defined(TETROMINO_PRECONDITION_FAILED)

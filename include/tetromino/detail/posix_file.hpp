@@ -1,0 +1,235 @@
+#pragma once
+
+#include "../error.hpp"  // error, result
+
+#include <fcntl.h>     // ::open
+#include <sys/mman.h>  // ::mmap, ::madvise
+#include <sys/stat.h>  // ::fstat
+#include <unistd.h>    // ::pwrite, ::fsync, ::close, ::sysconf
+
+#include <algorithm>     // std::min
+#include <cerrno>        // errno
+#include <cstddef>       // std::size_t
+#include <cstdint>       // std::uint8_t, std::uint64_t
+#include <cstdio>        // ::rename
+#include <filesystem>    // std::filesystem::path
+#include <functional>    // std::less_equal
+#include <span>          // std::span
+#include <string>        // std::string
+#include <string_view>   // std::string_view
+#include <system_error>  // std::generic_category
+#include <utility>       // std::exchange
+
+namespace tetromino::detail {
+
+/// "path: could not do it: No space left on device", from errno unless a reason is given.
+inline error io_error(const std::filesystem::path& path, std::string_view what, int reason = errno) {
+  return error(errc::io, text(path.string(), ": could not ", what, ": ", std::generic_category().message(reason)));
+}
+
+/// Which file a path leads to, whatever its name: device and inode.
+struct file_identity {
+  dev_t device{};
+  ino_t inode{};
+  friend bool operator==(const file_identity&, const file_identity&) = default;
+};
+
+/// An open file, closed at the end of its scope.
+class file_descriptor {
+ public:
+  file_descriptor() = default;
+  explicit file_descriptor(int number) noexcept : number_(number) {}
+  file_descriptor(file_descriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
+  file_descriptor& operator=(file_descriptor&& other) noexcept {
+    std::swap(number_, other.number_);
+    return *this;
+  }
+  ~file_descriptor() { close(); }
+
+  [[nodiscard]] bool is_open() const noexcept { return number_ >= 0; }
+  [[nodiscard]] int number() const noexcept { return number_; }
+
+  /// 0, or the errno of a close that failed. The descriptor is gone either way.
+  int close() noexcept {
+    if (number_ < 0) return 0;
+    return ::close(std::exchange(number_, -1)) == 0 || errno == EINTR ? 0 : errno;
+  }
+
+ private:
+  int number_ = -1;
+};
+
+/// ::open that is not interrupted by signals.
+inline file_descriptor open_file(const std::filesystem::path& path, int flags, mode_t mode = 0) noexcept {
+  int number = -1;
+  do {
+    number = ::open(path.c_str(), flags | O_CLOEXEC, mode);
+  } while (number < 0 && errno == EINTR);
+  return file_descriptor(number);
+}
+
+/// Writes all of `bytes` at `offset`, in as many calls as it takes. Returns 0 or the errno of the failure.
+inline int write_all(int file, std::uint64_t offset, std::span<const std::uint8_t> bytes) noexcept {
+  constexpr std::size_t most_at_once = std::size_t{1} << 30;
+  while (!bytes.empty()) {
+    const ssize_t written =
+        ::pwrite(file, bytes.data(), std::min(bytes.size(), most_at_once), static_cast<off_t>(offset));
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) return errno;
+    if (written == 0) return ENOSPC;
+    bytes = bytes.subspan(static_cast<std::size_t>(written));
+    offset += static_cast<std::uint64_t>(written);
+  }
+  return 0;
+}
+
+/// A regular file mapped read-only, unmapped at the end of its scope. Its bytes stay where they are when it is moved.
+class file_mapping {
+ public:
+  [[nodiscard]] static result<file_mapping> try_open(const std::filesystem::path& path) {
+    // Without O_NONBLOCK, opening a pipe would wait for a writer before it could be refused.
+    const file_descriptor file = open_file(path, O_RDONLY | O_NONBLOCK);
+    if (!file.is_open()) return io_error(path, "open");
+    struct ::stat facts {};
+    if (::fstat(file.number(), &facts) != 0) return io_error(path, "stat");
+    if (!S_ISREG(facts.st_mode)) {
+      return error(errc::io, text(path.string(), ": expected a regular file, found a ",
+                                  S_ISDIR(facts.st_mode) ? "directory" : "device, pipe or socket"));
+    }
+    file_mapping mapping;
+    mapping.identity_ = {facts.st_dev, facts.st_ino};
+    const auto size = static_cast<std::uint64_t>(facts.st_size);
+    if (size > static_cast<std::size_t>(-1)) return io_error(path, "map", EFBIG);
+    if (size > 0) {
+      void* const bytes = ::mmap(nullptr, static_cast<std::size_t>(size), PROT_READ, MAP_PRIVATE, file.number(), 0);
+      if (bytes == MAP_FAILED) return io_error(path, "map");
+      mapping.bytes_ = {static_cast<const std::uint8_t*>(bytes), static_cast<std::size_t>(size)};
+      // Only a hint: pages ahead of a reader that goes through the file once.
+      ::madvise(bytes, mapping.bytes_.size(), MADV_SEQUENTIAL);
+    }
+    return mapping;
+  }
+
+  file_mapping(file_mapping&& other) noexcept
+      : bytes_(std::exchange(other.bytes_, {})), identity_(other.identity_) {}
+  file_mapping& operator=(file_mapping&& other) noexcept {
+    std::swap(bytes_, other.bytes_);
+    std::swap(identity_, other.identity_);
+    return *this;
+  }
+  ~file_mapping() {
+    if (!bytes_.empty()) ::munmap(const_cast<std::uint8_t*>(bytes_.data()), bytes_.size());
+  }
+
+  [[nodiscard]] std::span<const std::uint8_t> bytes() const noexcept { return bytes_; }
+  [[nodiscard]] const file_identity& identity() const noexcept { return identity_; }
+
+  [[nodiscard]] bool holds(std::span<const std::uint8_t> part) const noexcept {
+    constexpr std::less_equal<const std::uint8_t*> before;
+    return before(bytes_.data(), part.data()) && before(part.data() + part.size(), bytes_.data() + bytes_.size());
+  }
+
+  /// Takes the pages of `part` out of this process's resident memory. The page where it ends stays, since the next
+  /// part begins there; reading `part` again brings it back from the file.
+  void drop(std::span<const std::uint8_t> part) const noexcept {
+    if (part.empty()) return;
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    const auto begin = static_cast<std::size_t>(part.data() - bytes_.data()) / page * page;
+    auto end = static_cast<std::size_t>(part.data() - bytes_.data()) + part.size();
+    if (end != bytes_.size()) end = end / page * page;
+    if (begin < end) ::madvise(const_cast<std::uint8_t*>(bytes_.data()) + begin, end - begin, MADV_DONTNEED);
+  }
+
+ private:
+  file_mapping() = default;
+
+  std::span<const std::uint8_t> bytes_{};
+  file_identity identity_{};
+};
+
+/// A file under construction. It has a temporary name beside its final one until `try_commit`; without that, or after a
+/// failed write, it is removed. A process that is killed leaves at most the temporary file.
+class pending_file {
+ public:
+  /// Refuses a path that names something else than a regular file: renaming over a device would replace it.
+  [[nodiscard]] static result<pending_file> try_create(const std::filesystem::path& path) {
+    struct ::stat facts {};
+    if (::stat(path.c_str(), &facts) == 0 && !S_ISREG(facts.st_mode)) {
+      return error(errc::io, text(path.string(), ": expected a regular file to write to, found a ",
+                                  S_ISDIR(facts.st_mode) ? "directory" : "device, pipe or socket"));
+    }
+    constexpr std::size_t longest_stem = 200;  // of the 255 bytes that a file name usually may have
+    constexpr int attempts = 1000;
+    pending_file pending;
+    pending.path_ = path;
+    const std::string stem = text(path.filename().string().substr(0, longest_stem), ".part-", ::getpid(), '-');
+    for (int attempt = 0; attempt < attempts; ++attempt) {
+      pending.temporary_ = path.parent_path() / text(stem, attempt);
+      pending.file_ = open_file(pending.temporary_, O_WRONLY | O_CREAT | O_EXCL, 0666);
+      if (pending.file_.is_open()) return pending;
+      if (errno != EEXIST) break;
+    }
+    return io_error(path, text("create the temporary file ", pending.temporary_.filename().string(), " beside it"));
+  }
+
+  pending_file(pending_file&&) noexcept = default;
+  pending_file& operator=(pending_file&&) noexcept = default;
+  ~pending_file() { discard(); }
+
+  [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+  [[nodiscard]] bool is_open() const noexcept { return file_.is_open(); }
+
+  [[nodiscard]] result<void> try_write_at(std::uint64_t offset, std::span<const std::uint8_t> bytes) {
+    if (!is_open()) return closed();
+    if (const int reason = write_all(file_.number(), offset, bytes); reason != 0) {
+      return discard(text("write ", bytes.size(), " bytes at ", offset), reason);
+    }
+    return {};
+  }
+
+  /// Makes the contents durable, then moves them under the final name in one step.
+  [[nodiscard]] result<void> try_commit() {
+    if (!is_open()) return closed();
+    if (::fsync(file_.number()) != 0) return discard("flush it to the disk", errno);
+    if (const int reason = file_.close(); reason != 0) {
+      ::unlink(temporary_.c_str());
+      return io_error(path_, "close it", reason);
+    }
+    if (::rename(temporary_.c_str(), path_.c_str()) != 0) {
+      const int reason = errno;
+      ::unlink(temporary_.c_str());
+      return io_error(path_, "rename the finished file to it", reason);
+    }
+    // The new name is durable once its directory is; some file systems have no such call for directories.
+    const std::filesystem::path folder = path_.has_parent_path() ? path_.parent_path() : ".";
+    const file_descriptor directory = open_file(folder, O_RDONLY | O_DIRECTORY);
+    if (directory.is_open() && ::fsync(directory.number()) != 0 && errno != EINVAL && errno != ENOTSUP) {
+      return io_error(folder, "flush the directory to the disk");
+    }
+    return {};
+  }
+
+  /// Closes and removes the temporary file.
+  void discard() noexcept {
+    if (!is_open()) return;
+    file_.close();
+    ::unlink(temporary_.c_str());
+  }
+
+ private:
+  pending_file() = default;
+
+  [[nodiscard]] error closed() const {
+    return error(errc::io, text(path_.string(), ": it was already finished, or a write to it failed"));
+  }
+  [[nodiscard]] error discard(std::string_view what, int reason) {
+    discard();
+    return io_error(path_, what, reason);
+  }
+
+  std::filesystem::path path_;
+  std::filesystem::path temporary_;
+  file_descriptor file_;
+};
+
+}  // namespace tetromino::detail

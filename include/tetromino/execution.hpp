@@ -1,0 +1,127 @@
+#pragma once
+
+#include "config.hpp"  // TETROMINO_EXCEPTIONS, TETROMINO_SIMD
+
+#include <algorithm>    // std::min
+#include <atomic>       // std::atomic
+#include <concepts>     // std::invocable
+#include <cstddef>      // std::size_t
+#include <exception>    // std::exception_ptr
+#include <thread>       // std::thread
+#include <type_traits>  // std::remove_cvref_t
+#include <utility>      // std::forward
+#include <vector>       // std::vector
+
+namespace tetromino {
+
+/// One numbered piece of work, `task(index)`; refers to a callable that outlives it.
+class task_ref {
+ public:
+  template <class F>
+    requires(std::invocable<const F&, std::size_t> && !std::same_as<std::remove_cvref_t<F>, task_ref>)
+  constexpr task_ref(const F& f) noexcept
+      : context_(&f), call_([](const void* context, std::size_t i) { (*static_cast<const F*>(context))(i); }) {}
+
+  void operator()(std::size_t index) const { call_(context_, index); }
+
+ private:
+  const void* context_;
+  void (*call_)(const void*, std::size_t);
+};
+
+/// Something that runs task(0) ... task(count - 1), in any order and on any threads, and returns when all are done.
+/// This is how callers lend their threads: the library starts none of its own.
+template <class E>
+concept executor = requires(E& e, std::size_t count, task_ref task) {
+  e(count, task);
+};
+
+/// Refers to a caller's executor, which outlives it; without one, work runs on the calling thread.
+class executor_ref {
+ public:
+  constexpr executor_ref() = default;
+  template <executor E>
+    requires(!std::same_as<std::remove_cv_t<E>, executor_ref>)
+  constexpr executor_ref(E& e) noexcept
+      : context_(const_cast<std::remove_const_t<E>*>(&e)),
+        run_([](void* context, std::size_t count, task_ref task) { (*static_cast<E*>(context))(count, task); }) {}
+
+  void operator()(std::size_t count, task_ref task) const {
+    if (run_ != nullptr && count > 1) return run_(context_, count, task);
+    for (std::size_t i = 0; i < count; ++i) task(i);
+  }
+
+  /// False where work runs on the calling thread alone.
+  [[nodiscard]] constexpr bool is_parallel() const noexcept { return run_ != nullptr; }
+
+ private:
+  void* context_ = nullptr;
+  void (*run_)(void*, std::size_t, task_ref) = nullptr;
+};
+
+/// A plain executor: `count` std::threads for the length of one call (the calling thread is one of them).
+class thread_executor {
+ public:
+  explicit thread_executor(unsigned count = std::thread::hardware_concurrency()) noexcept
+      : count_(count == 0 ? 1 : count) {}
+
+  [[nodiscard]] unsigned count() const noexcept { return count_; }
+
+  /// Rethrows the first exception that a task let out, after all threads have stopped.
+  void operator()(std::size_t tasks, task_ref task) const {
+    std::atomic<std::size_t> next{0};
+#if TETROMINO_EXCEPTIONS
+    std::exception_ptr failure;
+    std::atomic<bool> failed{false};
+    const auto work = [&] {
+      try {
+        for (std::size_t i; !failed.load(std::memory_order_relaxed) && (i = next.fetch_add(1)) < tasks;) task(i);
+      } catch (...) {
+        if (!failed.exchange(true)) failure = std::current_exception();
+      }
+    };
+#else
+    const auto work = [&] {
+      for (std::size_t i; (i = next.fetch_add(1)) < tasks;) task(i);
+    };
+#endif
+    std::vector<std::thread> helpers;
+    const std::size_t wanted = std::min<std::size_t>(count_, tasks);
+    helpers.reserve(wanted);
+    for (std::size_t t = 1; t < wanted; ++t) helpers.emplace_back(work);
+    work();
+    for (auto& helper : helpers) helper.join();
+#if TETROMINO_EXCEPTIONS
+    if (failure) std::rethrow_exception(failure);
+#endif
+  }
+
+ private:
+  unsigned count_;
+};
+
+/// Runs on the CPU one element at a time: the reference that every other backend equals byte for byte.
+struct scalar_t {
+  executor_ref executor{};
+  /// The same policy, with its work split over the caller's executor.
+  [[nodiscard]] constexpr scalar_t on(executor_ref e) const noexcept { return {e}; }
+};
+inline constexpr scalar_t scalar{};
+
+#if TETROMINO_SIMD
+/// Runs on the CPU with the widest vectors that this translation unit is compiled for. Needs xsimd.
+struct simd_t {
+  executor_ref executor{};
+  /// The same policy, with its work split over the caller's executor.
+  [[nodiscard]] constexpr simd_t on(executor_ref e) const noexcept { return {e}; }
+};
+inline constexpr simd_t simd{};
+using automatic_t = simd_t;
+#else
+using automatic_t = scalar_t;
+#endif
+
+/// The fastest backend that this build allows: simd where xsimd is found, scalar otherwise.
+inline constexpr automatic_t automatic{};
+
+}  // namespace tetromino

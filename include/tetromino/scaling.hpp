@@ -1,0 +1,215 @@
+#pragma once
+
+#include "error.hpp"   // error, result
+#include "format.hpp"  // any_format
+
+#include <array>        // std::array
+#include <bit>          // std::bit_cast
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint32_t
+#include <string>       // std::string
+#include <string_view>  // std::string_view
+
+namespace tetromino {
+
+/// How the scale of a block is chosen from its elements; a is the largest magnitude in the block.
+enum class scale_rule : std::uint8_t {
+  floor,           ///< MX: 2^(floor(log2 a) - 2); the OCP rule
+  ceil,            ///< MX: 2^(ceil(log2 a) - 2)
+  round_up,        ///< MX: the least power of two with a <= 6 * scale; nothing saturates
+  even,            ///< MX: a's mantissa rounded to one bit, then floor
+  overflow_aware,  ///< MX: the least power of two with a <= 7 * scale (OAS); the default
+  min_error,       ///< MX: least squared error of four powers of two. NVFP4: of the E4M3 codes within 8 of amax's
+  amax,            ///< NVFP4: E4M3(a / (6 t)), t the tensor scale; the default
+  four_over_six,   ///< NVFP4: a mapped to 6 or to 4, whichever errs less; tensor scale with 256 in place of 448
+};
+
+/// How the byte m of a macro block is chosen; elements are multiplied by f = 1 + m / 256 before they are packed.
+enum class macro_rule : std::uint8_t {
+  from_amax,   ///< the top 8 mantissa bits of 6 / amax (MBS-S, "mbs-static"): one pass, for activations
+  search,      ///< least squared error of m = 0, 16, ... 240 (MBS-D, "mbs-search"): for weights
+  search_256,  ///< least squared error of all 256 values ("mbs-search256")
+};
+
+/// A format and its rules: everything that names a way to pack, picked at run time.
+struct recipe {
+  any_format format{};
+  scale_rule rule = scale_rule::overflow_aware;
+  macro_rule macro = macro_rule::search;  ///< used where the format has macro blocks
+
+  /// Reads FORMAT/RULE[/MACRO], such as "mxfp4-32/floor", "mxfp4-16/oas/mbs-search", "mxfp4-32/oas/mbs-static@64" or
+  /// "nvfp4/four-over-six". Errors: unknown_name, listing what exists; invalid_argument for a rule of another format.
+  static result<recipe> try_parse(std::string_view name);
+  static recipe parse(std::string_view name) { return try_parse(name).value(); }
+
+  /// The name that parse() reads back.
+  [[nodiscard]] std::string name() const;
+
+  friend bool operator==(const recipe&, const recipe&) = default;
+};
+
+/// True where the rule picks scales of this kind.
+[[nodiscard]] constexpr bool has_rule(scale_type scale, scale_rule rule) noexcept {
+  if (rule == scale_rule::min_error) return true;
+  return (rule == scale_rule::amax || rule == scale_rule::four_over_six) == (scale == scale_type::e4m3);
+}
+
+/// The rule that a format uses unless told otherwise: overflow_aware for MX formats, amax for NVFP4.
+[[nodiscard]] constexpr scale_rule default_rule(const any_format& format) noexcept {
+  return format.scale == scale_type::e8m0 ? scale_rule::overflow_aware : scale_rule::amax;
+}
+
+/// NVFP4's tensor scale (decode sense) for the largest magnitude of a tensor: amax / (6 * 448), or amax / (6 * 256) for
+/// four_over_six, which needs headroom above the block scale that maps to 4.
+[[nodiscard]] TETROMINO_HD constexpr float tensor_scale_for(float amax, scale_rule rule) noexcept {
+  return amax / (rule == scale_rule::four_over_six ? 6.0f * 256.0f : 6.0f * 448.0f);
+}
+
+/// The macro-block byte of macro_rule::from_amax: bits 22..15 of float(6 / amax), 0 for amax = 0.
+[[nodiscard]] TETROMINO_HD constexpr std::uint8_t macro_from_amax(float amax) noexcept {
+  return amax == 0.0f ? std::uint8_t{0} : static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(6.0f / amax) >> 15);
+}
+
+/// What a macro-block byte multiplies by: f = 1 + m / 256, in [1, 2).
+[[nodiscard]] TETROMINO_HD constexpr float macro_factor(std::uint8_t m) noexcept {
+  return std::bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(m) << 15);
+}
+
+/// The E8M0 exponent that a closed-form MX rule gives a finite magnitude a > 0, before clamping to [-127, 127]; meant
+/// for normal a (below 2^-126 every rule clamps).
+///
+/// All five rules are floor(log2 a) - 2, or one more where the mantissa passes a threshold: adding what the threshold
+/// lacks to the next power of two carries into the exponent field exactly then.
+[[nodiscard]] TETROMINO_HD constexpr std::uint32_t carry_of(scale_rule rule) noexcept {
+  switch (rule) {
+    case scale_rule::ceil:
+      return 0x7FFFFFu;  // mantissa above 1
+    case scale_rule::round_up:
+      return 0x3FFFFFu;  // mantissa above 1.5
+    case scale_rule::even:
+      return 0x200000u;  // mantissa 1.75 or more
+    case scale_rule::overflow_aware:
+      return 0x1FFFFFu;  // mantissa above 1.75
+    default:
+      return 0;  // never
+  }
+}
+[[nodiscard]] TETROMINO_HD constexpr int mx_exponent(float a, std::uint32_t carry) noexcept {
+  return static_cast<int>((std::bit_cast<std::uint32_t>(a) + carry) >> 23) - 127 - 2;
+}
+
+static_assert(mx_exponent(7.0f, carry_of(scale_rule::overflow_aware)) == 0);
+static_assert(mx_exponent(7.000001f, carry_of(scale_rule::overflow_aware)) == 1);
+static_assert(mx_exponent(7.0f, carry_of(scale_rule::even)) == 1);
+static_assert(mx_exponent(6.0f, carry_of(scale_rule::round_up)) == 0);
+static_assert(mx_exponent(4.0f, carry_of(scale_rule::ceil)) == 0 && mx_exponent(4.1f, carry_of(scale_rule::ceil)) == 1);
+
+namespace detail {
+
+struct named_rule {
+  std::string_view name;
+  scale_rule rule;
+};
+inline constexpr std::array<named_rule, 8> rule_names{{{"floor", scale_rule::floor},
+                                                       {"ceil", scale_rule::ceil},
+                                                       {"round-up", scale_rule::round_up},
+                                                       {"even", scale_rule::even},
+                                                       {"oas", scale_rule::overflow_aware},
+                                                       {"min-error", scale_rule::min_error},
+                                                       {"amax", scale_rule::amax},
+                                                       {"four-over-six", scale_rule::four_over_six}}};
+
+struct named_macro {
+  std::string_view name;
+  macro_rule rule;
+};
+inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_rule::from_amax},
+                                                         {"mbs-search", macro_rule::search},
+                                                         {"mbs-search256", macro_rule::search_256}}};
+
+inline constexpr std::string_view recipe_help =
+    "a recipe is FORMAT/RULE[/MACRO]: mxfp4-32 or mxfp4-16 with floor, ceil, round-up, even, oas or min-error, then "
+    "optionally mbs-static, mbs-search or mbs-search256, with @32, @64, @128 (default) or @256 for the macro block; or "
+    "nvfp4 with amax, four-over-six or min-error";
+
+}  // namespace detail
+
+/// The rule's name in recipes.
+[[nodiscard]] constexpr std::string_view name_of(scale_rule rule) noexcept {
+  for (const auto& [name, value] : detail::rule_names) {
+    if (value == rule) return name;
+  }
+  return "?";
+}
+
+/// The format's name in recipes, without its macro block.
+[[nodiscard]] constexpr std::string_view name_of(const any_format& format) noexcept {
+  return format.scale == scale_type::e4m3 ? "nvfp4" : format.block == 16 ? "mxfp4-16" : "mxfp4-32";
+}
+
+inline std::string recipe::name() const {
+  std::string out = detail::text(name_of(format), '/', name_of(rule));
+  if (format.macro_block == 0) return out;
+  for (const auto& [name, value] : detail::macro_names) {
+    if (value == macro) out += detail::text('/', name);
+  }
+  if (format.macro_block != 128) out += detail::text('@', format.macro_block);
+  return out;
+}
+
+inline result<recipe> recipe::try_parse(std::string_view name) {
+  const auto unknown = [&](std::string_view what, std::string_view piece) {
+    return error(errc::unknown_name,
+                 detail::text("recipe \"", name, "\": unknown ", what, " \"", piece, "\"; ", detail::recipe_help));
+  };
+  std::string_view rest = name;
+  const auto next_piece = [&rest] {
+    const std::size_t slash = rest.find('/');
+    const std::string_view piece = rest.substr(0, slash);
+    rest = slash == std::string_view::npos ? std::string_view{} : rest.substr(slash + 1);
+    return piece;
+  };
+
+  recipe out;
+  const std::string_view format = next_piece();
+  if (format == "nvfp4") {
+    out.format = nvfp4{};
+  } else if (format == "mxfp4-16") {
+    out.format = mxfp4_16{};
+  } else if (format != "mxfp4-32") {
+    return unknown("format", format);
+  }
+
+  const std::string_view rule = next_piece();
+  bool found = false;
+  for (const auto& [rule_name, value] : detail::rule_names) {
+    if (rule_name == rule) out.rule = value, found = true;
+  }
+  if (!found) return unknown("rule", rule);
+  if (!has_rule(out.format.scale, out.rule)) {
+    return error(errc::invalid_argument,
+                 detail::text("recipe \"", name, "\": ", format, " has no rule ", rule, "; ", detail::recipe_help));
+  }
+  if (name.size() == format.size() + 1 + rule.size()) return out;
+
+  const std::string_view macro = next_piece();
+  const std::size_t at = macro.find('@');
+  found = false;
+  for (const auto& [macro_name, value] : detail::macro_names) {
+    if (macro_name == macro.substr(0, at)) out.macro = value, found = true;
+  }
+  if (!found || !rest.empty() || name.back() == '/') return unknown("macro-block rule", macro);
+  if (out.format.scale == scale_type::e4m3) {
+    return error(errc::invalid_argument,
+                 detail::text("recipe \"", name, "\": nvfp4 has no macro blocks; ", detail::recipe_help));
+  }
+  out.format.macro_block = 128;
+  if (at != std::string_view::npos) {
+    const std::string_view size = macro.substr(at + 1);
+    out.format.macro_block = size == "32" ? 32 : size == "64" ? 64 : size == "128" ? 128 : size == "256" ? 256 : 0;
+    if (out.format.macro_block == 0) return unknown("macro-block size", size);
+  }
+  return out;
+}
+
+}  // namespace tetromino
