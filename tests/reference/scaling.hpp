@@ -58,7 +58,7 @@ enum class nv_rule { amax, four_over_six, min_error };
 
 /// The least exponent E with a ≤ limit · 2^E.
 inline int least_exponent(double a, double limit) {
-  int exponent = -200;
+  int exponent = floor_log2(a) - 4;  // a > 8 · 2^exponent: too small for every limit here
   while (a > std::ldexp(limit, exponent)) ++exponent;
   return exponent;
 }
