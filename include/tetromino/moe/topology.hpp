@@ -2,13 +2,17 @@
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
 
-#include <cmath>      // std::isfinite
-#include <cstddef>    // std::size_t
-#include <cstdint>    // std::uint32_t
-#include <span>       // std::span
-#include <vector>     // std::vector
+#include <cmath>    // std::isfinite
+#include <cstddef>  // std::size_t
+#include <cstdint>  // std::uint32_t
+#include <span>     // std::span
+#include <vector>   // std::vector
 
 namespace tetromino::moe {
+
+namespace detail {
+using tetromino::detail::text;
+}
 
 /// One GPU's share of a fabric, in one direction.
 struct link {
@@ -98,8 +102,8 @@ class topology {
     if (t.slots() == 0) return error(errc::invalid_argument, "topology: expected at least one expert slot, got none");
     for (const link& l : {links.inside, links.between}) {
       if (!std::isfinite(l.bytes_per_second) || l.bytes_per_second <= 0) {
-        return error(errc::invalid_argument, detail::text("topology: expected a bandwidth above 0 bytes/s, got ",
-                                                          l.bytes_per_second));
+        return error(errc::invalid_argument,
+                     detail::text("topology: expected a bandwidth above 0 bytes/s, got ", l.bytes_per_second));
       }
       if (!std::isfinite(l.latency_seconds) || l.latency_seconds < 0) {
         return error(errc::invalid_argument,

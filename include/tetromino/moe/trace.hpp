@@ -11,6 +11,10 @@
 
 namespace tetromino::moe {
 
+namespace detail {
+using tetromino::detail::text;
+}
+
 /// Which tokens of a request are meant: those of its prompt, those it generated, or both.
 enum class phase : std::uint8_t { prefill, decode, all };
 
@@ -107,8 +111,7 @@ struct trace_view {
                  detail::text("trace: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65536, got ", s.layers,
                               " layers, ", s.experts_per_token, " of ", s.experts, " experts"));
   }
-  if (s.layers > view.ids.size() / s.experts_per_token ? !view.ids.empty()
-                                                       : view.ids.size() % s.ids_per_token() != 0) {
+  if (s.layers > view.ids.size() / s.experts_per_token ? !view.ids.empty() : view.ids.size() % s.ids_per_token() != 0) {
     return error(errc::shape_mismatch, detail::text("trace: expected a multiple of ", s.layers, " × ",
                                                     s.experts_per_token, " ids, got ", view.ids.size()));
   }
@@ -118,14 +121,13 @@ struct trace_view {
   for (std::size_t row = 0; row < rows; ++row) {
     for (const std::uint16_t e : view.ids.subspan(row * k, k)) {
       if (e >= s.experts) {
-        return error(errc::invalid_argument,
-                     detail::text("trace: expected expert ids below ", s.experts, ", got ", e, " in token ",
-                                  row / s.layers, ", layer ", row % s.layers));
+        return error(errc::invalid_argument, detail::text("trace: expected expert ids below ", s.experts, ", got ", e,
+                                                          " in token ", row / s.layers, ", layer ", row % s.layers));
       }
       if (last_seen[e] == row + 1) {
-        return error(errc::invalid_argument, detail::text("trace: expected distinct experts, got ", e,
-                                                          " twice in token ", row / s.layers, ", layer ",
-                                                          row % s.layers));
+        return error(errc::invalid_argument,
+                     detail::text("trace: expected distinct experts, got ", e, " twice in token ", row / s.layers,
+                                  ", layer ", row % s.layers));
       }
       last_seen[e] = row + 1;
     }
@@ -169,8 +171,8 @@ class trace {
     return try_make(shape, std::move(ids), std::move(requests), std::move(domain_names)).value();
   }
 
-  [[nodiscard]] trace_view view() const noexcept { return {shape_, ids_, requests_}; }
-  operator trace_view() const noexcept { return view(); }
+  [[nodiscard]] trace_view view() const& noexcept { return {shape_, ids_, requests_}; }
+  trace_view view() const&& = delete;  // would dangle
 
   [[nodiscard]] const routing_shape& shape() const noexcept { return shape_; }
   [[nodiscard]] std::size_t tokens() const noexcept { return ids_.size() / shape_.ids_per_token(); }

@@ -1,0 +1,162 @@
+#pragma once
+
+#include "../config.hpp"  // TETROMINO_EXPECTS
+#include "placement.hpp"  // placement, replica_index
+#include "topology.hpp"   // topology
+
+#include <cstddef>  // std::size_t
+#include <cstdint>  // std::uint16_t, std::uint32_t, std::uint64_t
+#include <span>     // std::span
+#include <vector>   // std::vector
+
+namespace tetromino::moe {
+
+/// Which copy of a replicated expert serves a token.
+enum class replica_choice : std::uint8_t {
+  nearest,       ///< one on the token's node; else on a node the token visits anyway; else the least loaded
+  even,          ///< each copy in turn, wherever it is: what DeepSeek EPLB assumes
+  least_loaded,  ///< the copy whose GPU has served least so far, wherever it is
+};
+
+/// Chooses, token by token, the GPU that serves each (token, expert) pair, and counts the pairs per GPU. The counts
+/// are what "least loaded" means, so the outcome depends on the order of tokens, and on nothing else.
+class replica_chooser {
+ public:
+  /// Precondition: `p` is valid on `t` (two copies on one GPU are fine). Memory: 4 bytes per copy and 8 per layer and
+  /// GPU; nothing is allocated afterwards.
+  replica_chooser(const placement& p, const topology& t, replica_choice choice)
+      : choice_(choice), experts_(p.experts()), gpus_(t.gpus()) {
+    const replica_index where(p);
+    first_.reserve(p.layers() * experts_ + 1);
+    for (std::size_t l = 0; l < p.layers(); ++l) {
+      for (std::size_t e = 0; e < experts_; ++e) {
+        first_.push_back(static_cast<std::uint32_t>(gpu_of_copy_.size()));
+        for (const std::uint32_t s : where.slots_of(l, e)) {
+          gpu_of_copy_.push_back(static_cast<std::uint32_t>(t.gpu_of_slot(s)));
+        }
+      }
+    }
+    first_.push_back(static_cast<std::uint32_t>(gpu_of_copy_.size()));
+    for (std::size_t g = 0; g < gpus_; ++g) node_of_gpu_.push_back(static_cast<std::uint32_t>(t.node_of_gpu(g)));
+    pairs_on_gpu_.assign(p.layers() * gpus_, 0);
+    if (choice == replica_choice::even) turn_.assign(p.layers() * experts_, 0);
+    visited_node_.assign(t.nodes(), 0);
+    visited_gpu_.assign(gpus_, 0);
+  }
+
+  /// Writes into gpus[i] the GPU that serves experts[i], for one token in one layer. The token is on `home_gpu`.
+  /// Preconditions: gpus.size() == experts.size(); layer, experts and home_gpu in range.
+  void choose(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
+              std::span<std::uint32_t> gpus) {
+    TETROMINO_EXPECTS(gpus.size() == experts.size() && home_gpu < gpus_ && (layer + 1) * gpus_ <= pairs_on_gpu_.size(),
+                      "replica_chooser: a GPU for each expert, layer and home GPU in range");
+    std::uint64_t* const load = pairs_on_gpu_.data() + layer * gpus_;
+    const std::uint32_t* const first = first_.data() + layer * experts_;
+    ++now_;
+    bool open = false;
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      TETROMINO_EXPECTS(experts[i] < experts_, "replica_chooser: expert number out of range");
+      const std::uint32_t begin = first[experts[i]];
+      if (first[experts[i] + 1] - begin == 1) {
+        gpus[i] = gpu_of_copy_[begin];
+        visit(gpus[i], load);
+      } else {
+        gpus[i] = undecided;
+        open = true;
+      }
+    }
+    if (open) choose_copies(layer, experts, home_gpu, gpus, load);
+  }
+
+  /// Pairs served so far: [layers, GPUs].
+  [[nodiscard]] std::span<const std::uint64_t> pairs_on_gpu() const noexcept { return pairs_on_gpu_; }
+
+ private:
+  static constexpr std::uint32_t undecided = 0xFFFF'FFFF;
+
+  void visit(std::uint32_t gpu, std::uint64_t* load) {
+    ++load[gpu];
+    visited_gpu_[gpu] = now_;
+    visited_node_[node_of_gpu_[gpu]] = now_;
+  }
+
+  [[nodiscard]] std::span<const std::uint32_t> copies(std::size_t layer, std::size_t expert) const {
+    const std::size_t i = layer * experts_ + expert;
+    return std::span(gpu_of_copy_).subspan(first_[i], first_[i + 1] - first_[i]);
+  }
+
+  void choose_copies(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
+                     std::span<std::uint32_t> gpus, std::uint64_t* load) {
+    if (choice_ != replica_choice::nearest) {
+      for (std::size_t i = 0; i < experts.size(); ++i) {
+        if (gpus[i] != undecided) continue;
+        const std::span<const std::uint32_t> from = copies(layer, experts[i]);
+        if (choice_ == replica_choice::even) {
+          gpus[i] = from[turn_[layer * experts_ + experts[i]]++ % from.size()];
+        } else {
+          gpus[i] = least_loaded(from, load, [](std::uint32_t) { return true; });
+        }
+        visit(gpus[i], load);
+      }
+      return;
+    }
+    const std::uint32_t home_node = node_of_gpu_[home_gpu];
+    const auto pass = [&](const auto& accepted) {
+      for (std::size_t i = 0; i < experts.size(); ++i) {
+        if (gpus[i] != undecided) continue;
+        const std::uint32_t gpu = best_of(copies(layer, experts[i]), home_gpu, load, accepted);
+        if (gpu == undecided) continue;
+        gpus[i] = gpu;
+        visit(gpu, load);
+      }
+    };
+    const auto at_home = [&](std::uint32_t gpu) { return node_of_gpu_[gpu] == home_node; };
+    const auto on_visited_node = [&](std::uint32_t gpu) { return visited_node_[node_of_gpu_[gpu]] == now_; };
+    pass(at_home);
+    pass(on_visited_node);
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      if (gpus[i] != undecided) continue;
+      const std::span<const std::uint32_t> from = copies(layer, experts[i]);
+      std::uint32_t gpu = best_of(from, home_gpu, load, on_visited_node);
+      if (gpu == undecided) gpu = least_loaded(from, load, [](std::uint32_t) { return true; });
+      gpus[i] = gpu;
+      visit(gpu, load);
+    }
+  }
+
+  // The home GPU if it is among the accepted, else one the token visits anyway, else the least loaded.
+  template <class Accepted>
+  [[nodiscard]] std::uint32_t best_of(std::span<const std::uint32_t> from, std::uint32_t home_gpu,
+                                      const std::uint64_t* load, const Accepted& accepted) const {
+    for (const std::uint32_t gpu : from) {
+      if (gpu == home_gpu && accepted(gpu)) return gpu;
+    }
+    const std::uint32_t seen =
+        least_loaded(from, load, [&](std::uint32_t gpu) { return accepted(gpu) && visited_gpu_[gpu] == now_; });
+    return seen != undecided ? seen : least_loaded(from, load, accepted);
+  }
+
+  template <class Accepted>
+  [[nodiscard]] static std::uint32_t least_loaded(std::span<const std::uint32_t> from, const std::uint64_t* load,
+                                                  const Accepted& accepted) {
+    std::uint32_t best = undecided;
+    for (const std::uint32_t gpu : from) {
+      if (accepted(gpu) && (best == undecided || load[gpu] < load[best])) best = gpu;
+    }
+    return best;
+  }
+
+  replica_choice choice_;
+  std::size_t experts_;
+  std::size_t gpus_;
+  std::vector<std::uint32_t> first_;         // [layers × experts + 1] into gpu_of_copy_
+  std::vector<std::uint32_t> gpu_of_copy_;   // [copies]
+  std::vector<std::uint32_t> node_of_gpu_;   // [gpus]
+  std::vector<std::uint64_t> pairs_on_gpu_;  // [layers, gpus]
+  std::vector<std::uint32_t> turn_;          // [layers, experts], for `even`
+  std::vector<std::uint64_t> visited_node_;  // [nodes] last `now_` at which the token went there
+  std::vector<std::uint64_t> visited_gpu_;   // [gpus]
+  std::uint64_t now_ = 0;
+};
+
+}  // namespace tetromino::moe
