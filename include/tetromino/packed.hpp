@@ -165,6 +165,14 @@ result<void> check_storage(const View& view) {
   return tensor_scales == view.matrices ? result<void>{} : expect("tensor_scales", 1, tensor_scales);
 }
 
+/// Says how a packed shape differs from the matrices it is meant for, if it does.
+template <class Input>
+result<void> check_shape(const packed_shape& shape, const Input& in) {
+  if (shape.matrices == in.matrices && shape.rows == in.rows && shape.cols == in.cols) return {};
+  return error(errc::shape_mismatch, text("packed storage is [", shape.matrices, ", ", shape.rows, ", ", shape.cols,
+                                          "], the matrices are [", in.matrices, ", ", in.rows, ", ", in.cols, "]"));
+}
+
 }  // namespace detail
 
 /// Anything that can be read as packed 4-bit storage.

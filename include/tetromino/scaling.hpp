@@ -75,11 +75,9 @@ struct recipe {
   return std::bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(m) << 15);
 }
 
-/// The E8M0 exponent that a closed-form MX rule gives a finite magnitude a > 0, before clamping to [-127, 127]; meant
-/// for normal a (below 2^-126 every rule clamps).
-///
-/// All five rules are floor(log2 a) - 2, or one more where the mantissa passes a threshold: adding what the threshold
-/// lacks to the next power of two carries into the exponent field exactly then.
+/// What a closed-form MX rule adds to the bits of a block's largest magnitude a before it takes the exponent. All five
+/// rules are floor(log2 a) - 2, or one more where the mantissa passes a threshold: adding what the threshold lacks to
+/// the next power of two carries into the exponent field exactly then.
 [[nodiscard]] TETROMINO_HD constexpr std::uint32_t carry_of(scale_rule rule) noexcept {
   switch (rule) {
     case scale_rule::ceil:
@@ -94,6 +92,9 @@ struct recipe {
       return 0;  // never
   }
 }
+
+/// The E8M0 exponent that a closed-form MX rule gives a finite magnitude a, before clamping to [-127, 127]. Below
+/// 2^-126, where a is subnormal, the result is too small, but clamps like the true one.
 [[nodiscard]] TETROMINO_HD constexpr int mx_exponent(float a, std::uint32_t carry) noexcept {
   return static_cast<int>((std::bit_cast<std::uint32_t>(a) + carry) >> 23) - 127 - 2;
 }

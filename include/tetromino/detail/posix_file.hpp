@@ -14,11 +14,12 @@
 #include <cstdio>        // ::rename
 #include <filesystem>    // std::filesystem::path
 #include <functional>    // std::less_equal
+#include <optional>      // std::optional
 #include <span>          // std::span
 #include <string>        // std::string
 #include <string_view>   // std::string_view
 #include <system_error>  // std::generic_category
-#include <utility>       // std::exchange
+#include <utility>       // std::exchange, std::move, std::swap
 
 namespace tetromino::detail {
 
@@ -33,6 +34,13 @@ struct file_identity {
   ino_t inode{};
   friend bool operator==(const file_identity&, const file_identity&) = default;
 };
+
+/// Which file a path leads to; nothing if there is none.
+inline std::optional<file_identity> identity_of(const std::filesystem::path& path) noexcept {
+  struct ::stat facts {};
+  if (::stat(path.c_str(), &facts) != 0) return std::nullopt;
+  return file_identity{facts.st_dev, facts.st_ino};
+}
 
 /// An open file, closed at the end of its scope.
 class file_descriptor {
@@ -110,8 +118,7 @@ class file_mapping {
     return mapping;
   }
 
-  file_mapping(file_mapping&& other) noexcept
-      : bytes_(std::exchange(other.bytes_, {})), identity_(other.identity_) {}
+  file_mapping(file_mapping&& other) noexcept : bytes_(std::exchange(other.bytes_, {})), identity_(other.identity_) {}
   file_mapping& operator=(file_mapping&& other) noexcept {
     std::swap(bytes_, other.bytes_);
     std::swap(identity_, other.identity_);
@@ -173,7 +180,13 @@ class pending_file {
   }
 
   pending_file(pending_file&&) noexcept = default;
-  pending_file& operator=(pending_file&&) noexcept = default;
+  pending_file& operator=(pending_file&& other) noexcept {
+    discard();
+    path_ = std::move(other.path_);
+    temporary_ = std::move(other.temporary_);
+    file_ = std::move(other.file_);
+    return *this;
+  }
   ~pending_file() { discard(); }
 
   [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }

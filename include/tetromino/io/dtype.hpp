@@ -12,8 +12,8 @@
 
 namespace tetromino::io {
 
-/// The number type of a stored tensor, by its name in safetensors files, in the order of falling freedom of alignment:
-/// a type never needs less alignment than those before it. (safetensors 0.8)
+/// The number type of a stored tensor, by its name in safetensors files. A type never needs less alignment than the
+/// types listed before it. (safetensors 0.8)
 enum class dtype : std::uint8_t {
   BOOL,
   F4,       ///< E2M1, two to a byte
@@ -94,10 +94,14 @@ template <plain_integer T>
 constexpr io::dtype integer_dtype() noexcept {
   constexpr bool is_signed = std::is_signed_v<T>;
   switch (sizeof(T)) {
-    case 1: return is_signed ? io::dtype::I8 : io::dtype::U8;
-    case 2: return is_signed ? io::dtype::I16 : io::dtype::U16;
-    case 4: return is_signed ? io::dtype::I32 : io::dtype::U32;
-    default: return is_signed ? io::dtype::I64 : io::dtype::U64;
+    case 1:
+      return is_signed ? io::dtype::I8 : io::dtype::U8;
+    case 2:
+      return is_signed ? io::dtype::I16 : io::dtype::U16;
+    case 4:
+      return is_signed ? io::dtype::I32 : io::dtype::U32;
+    default:
+      return is_signed ? io::dtype::I64 : io::dtype::U64;
   }
 }
 

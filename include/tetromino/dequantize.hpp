@@ -1,0 +1,74 @@
+#pragma once
+
+#include "detail/cpu_backend.hpp"      // dequantize_cpu
+#include "detail/scalar_quantize.hpp"  // scalar_kernels
+#include "execution.hpp"               // scalar_t, simd_t
+#include "options.hpp"                 // dequantize_job
+#if TETROMINO_SIMD
+#include "detail/simd_quantize.hpp"  // simd_kernels
+#endif
+
+#include <type_traits>  // std::is_const_v
+
+namespace tetromino {
+
+/// The hooks of the CPU backends; see quantize.hpp.
+template <real T>
+result<void> dequantize_on(const scalar_t& policy, const detail::dequantize_job<T>& job) {
+  return detail::dequantize_cpu<detail::scalar_kernels>(policy.executor, job);
+}
+#if TETROMINO_SIMD
+template <real T>
+result<void> dequantize_on(const simd_t& policy, const detail::dequantize_job<T>& job) {
+  return detail::dequantize_cpu<detail::simd_kernels>(policy.executor, job);
+}
+#endif
+
+/// A policy whose backend can unpack into elements of type T.
+template <class Policy, class T>
+concept can_dequantize = real<T> && requires(const Policy& policy, const detail::dequantize_job<T>& job) {
+  { dequantize_on(policy, job) } -> std::same_as<result<void>>;
+};
+
+/// Unpacks storage [matrices, rows, cols] into `out` of the same shape: float, half or bfloat16 (rounded to nearest
+/// even). A value is q * 2^E for MX formats, float(q / f) * 2^E with a macro-block factor f = 1 + m / 256, and
+/// q * float(t * s) for NVFP4 with tensor scale t and block scale s.
+/// Errors: shape_mismatch.
+template <class Policy, packed_like Packed, class T>
+  requires can_dequantize<Policy, T> result<void> try_dequantize_to(const Policy& policy, const Packed& in,
+                                                                    batch_view<T> out) {
+    const packed_view<any_format> from = detail::as_packed(in);
+    if (auto fits = detail::check_storage(from); !fits) return fits;
+    if (auto fits = detail::check_shape(from.shape(), out); !fits) return fits;
+    return dequantize_on(policy, detail::dequantize_job<T>{from, out});
+  }
+
+/// try_dequantize_to, throwing its error.
+template <class Policy, packed_like Packed, class T>
+  requires can_dequantize<Policy, T>
+void dequantize_to(const Policy& policy, const Packed& in, batch_view<T> out) {
+  try_dequantize_to(policy, in, out).value();
+}
+template <class Policy, packed_like Packed, class T>
+  requires can_dequantize<Policy, T>
+void dequantize_to(const Policy& policy, const Packed& in, matrix_view<T> out) {
+  try_dequantize_to(policy, in, batch_view<T>(out)).value();
+}
+
+/// Unpacks storage into a matrix of its own: `dequantize<float>(simd, packed)`.
+template <real T, class Policy, packed_like Packed>
+  requires can_dequantize<Policy, T> result<matrix<T>> try_dequantize(const Policy& policy, const Packed& in) {
+    const packed_shape shape = detail::as_packed(in).shape();
+    matrix<T> out(shape.matrices, shape.rows, shape.cols);
+    if (auto done = try_dequantize_to(policy, in, out.view()); !done) return done.error();
+    return out;
+  }
+
+/// try_dequantize, throwing its error.
+template <real T, class Policy, packed_like Packed>
+  requires can_dequantize<Policy, T>
+[[nodiscard]] matrix<T> dequantize(const Policy& policy, const Packed& in) {
+  return try_dequantize<T>(policy, in).value();
+}
+
+}  // namespace tetromino

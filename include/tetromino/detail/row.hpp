@@ -1,0 +1,38 @@
+#pragma once
+
+#include "../options.hpp"  // quantize_options
+
+#include <cstddef>  // std::size_t
+#include <cstdint>  // std::uint8_t
+
+namespace tetromino::detail {
+
+/// How every row of a job is packed.
+struct row_rules {
+  any_format format;
+  scale_rule rule;
+  macro_rule macro;
+  element_rounding rounding;
+  special_values special;
+  std::uint64_t seed;
+};
+
+/// Where one packed row, or a piece of it that starts at a macro block, lies.
+template <class Byte>
+struct packed_row {
+  Byte* codes;
+  Byte* scales;
+  Byte* macros;
+  float tensor_scale;
+};
+
+/// One row of input, or a piece of it that starts at a macro block.
+template <real T>
+struct input_row {
+  const T* data;
+  std::size_t cols;
+  const float* weights;       ///< one per column, or null
+  std::uint64_t first_index;  ///< stochastic rounding: position of data[0]
+};
+
+}  // namespace tetromino::detail

@@ -1,0 +1,295 @@
+#pragma once
+
+#include "row.hpp"  // row_rules, packed_row, input_row
+
+#include <algorithm>  // std::min, std::max, std::clamp
+#include <bit>        // std::bit_cast
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t
+
+namespace tetromino::detail {
+
+/// The reference backend: one block at a time, one element at a time, in the words of the specification. Every other
+/// backend gives the same bytes.
+struct scalar_kernels {
+  /// The largest magnitude of x[n] after the special-value policy, leaving out blocks of 16 that are not finite.
+  template <real T>
+  static float amax(const T* x, std::size_t n, special_values special) {
+    float largest = 0;
+    for (std::size_t k = 0; k < n; k += nvfp4::block) {
+      float block = 0;
+      bool finite = true;
+      for (std::size_t i = k; i < std::min(n, k + nvfp4::block); ++i) {
+        const float v = magnitude(admit<T>(to_float(x[i]), special));
+        finite = finite && is_finite(v);
+        block = std::max(block, v);
+      }
+      if (finite) largest = std::max(largest, block);
+    }
+    return largest;
+  }
+
+  /// Packs one row; returns the column of the first value that the policy rejects, or `cols`.
+  template <real T>
+  static std::size_t quantize_row(const row_rules& rules, const input_row<T>& in, const packed_row<std::uint8_t>& out) {
+    const std::size_t block = rules.format.block;
+    const std::size_t span = std::max(block, rules.format.macro_block);  // elements that share something
+    for (std::size_t k = 0; k < in.cols; k += span) {
+      const std::size_t blocks = (std::min(span, in.cols - k) + block - 1) / block;
+      block_values values[max_blocks];
+      for (std::size_t b = 0; b < blocks; ++b) {
+        const std::size_t rejected = load(rules, in, k + b * block, values[b]);
+        if (rejected < in.cols) return rejected;
+      }
+      std::uint8_t m = 0;
+      if (rules.format.macro_block != 0) {
+        m = macro_byte(rules, values, blocks);
+        out.macros[k / span] = m;
+      }
+      for (std::size_t b = 0; b < blocks; ++b) {
+        const std::size_t index = k / block + b;
+        pack(rules, values[b], m, out.tensor_scale, in.first_index + k + b * block, out.codes + index * (block / 2),
+             out.scales[index]);
+      }
+    }
+    return in.cols;
+  }
+
+  /// Unpacks one row of `cols` elements.
+  template <real T>
+  static void dequantize_row(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t cols,
+                             T* out) {
+    for (std::size_t k = 0; k < cols; ++k) {
+      const std::uint8_t pair = in.codes[k / 2];
+      const float q = e2m1{static_cast<std::uint8_t>(k % 2 == 0 ? pair & 15 : pair >> 4)}.value();
+      const std::uint8_t scale = in.scales[k / format.block];
+      float x;
+      if (format.scale == scale_type::e4m3) {
+        x = q * rounded(in.tensor_scale * e4m3{scale}.value());
+      } else if (format.macro_block != 0) {
+        x = rounded(q / macro_factor(in.macros[k / format.macro_block])) * e8m0{scale}.value();
+      } else {
+        x = q * e8m0{scale}.value();
+      }
+      out[k] = from_float<T>(x);
+    }
+  }
+
+ private:
+  static constexpr std::size_t max_blocks = 256 / 16;
+
+  /// One block as floats, padded with zeros.
+  struct block_values {
+    float x[32];
+    float weight[32];  // of each squared error
+    float amax;        // largest magnitude
+    std::size_t size;  // elements in a whole block
+    std::size_t used;  // elements that exist
+    bool poisoned;
+    bool weighted;
+  };
+
+  /// A sum of squared errors in the order that all backends share: 16 strided partial sums, then halves.
+  class error_sum {
+   public:
+    void add(std::size_t i, float difference, const block_values& block) {
+      const float square = rounded(difference * difference);
+      partial_[i % 16] += block.weighted ? rounded(block.weight[i] * square) : square;
+    }
+    [[nodiscard]] float total() const {
+      float half[16];
+      std::copy(partial_, partial_ + 16, half);
+      for (std::size_t n = 8; n > 0; n /= 2) {
+        for (std::size_t i = 0; i < n; ++i) half[i] += half[i + n];
+      }
+      return half[0];
+    }
+
+   private:
+    float partial_[16] = {};
+  };
+
+  static float magnitude(float x) { return std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu); }
+  static bool is_finite(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7F800000u) != 0x7F800000u; }
+
+  /// 2^n for n in [-149, 127], and 0 below.
+  static float power_of_two(int n) {
+    if (n >= -126) return std::bit_cast<float>(static_cast<std::uint32_t>(n + 127) << 23);
+    return n >= -149 ? std::bit_cast<float>(1u << (n + 149)) : 0.0f;
+  }
+
+  /// floor(log2 a) for normal a, kept within the exponents whose inverse is a normal float.
+  static int binary_exponent(float a) {
+    return std::clamp(static_cast<int>(std::bit_cast<std::uint32_t>(a) >> 23) - 127, -126, 126);
+  }
+
+  /// x as the saturating policy sees it.
+  template <real T>
+  static float admit(float x, special_values special) {
+    if (special != special_values::saturate || is_finite(x)) return x;
+    const std::uint32_t word = std::bit_cast<std::uint32_t>(x);
+    if ((word & 0x7FFFFFu) != 0) return 0.0f;
+    return (word >> 31) != 0 ? -largest<T> : largest<T>;
+  }
+
+  /// Reads the block at column k; returns the first rejected column, or `cols`.
+  template <real T>
+  static std::size_t load(const row_rules& rules, const input_row<T>& in, std::size_t k, block_values& block) {
+    block.size = rules.format.block;
+    block.used = std::min(block.size, in.cols - k);
+    block.amax = 0;
+    block.poisoned = false;
+    block.weighted = in.weights != nullptr;
+    for (std::size_t i = 0; i < block.size; ++i) {
+      const bool exists = i < block.used;
+      block.x[i] = exists ? admit<T>(to_float(in.data[k + i]), rules.special) : 0.0f;
+      block.weight[i] = exists && block.weighted ? in.weights[k + i] : 1.0f;
+      if (is_finite(block.x[i])) {
+        block.amax = std::max(block.amax, magnitude(block.x[i]));
+      } else if (rules.special == special_values::reject) {
+        return k + i;
+      } else {
+        block.poisoned = true;
+      }
+    }
+    if (block.poisoned) {
+      std::fill(block.x, block.x + block.size, 0.0f);
+      block.amax = 0;
+    }
+    return in.cols;
+  }
+
+  /// A block times a macro-block factor, brought near 1 by the power of two 2^-exponent so that nothing overflows.
+  struct scaled_block {
+    float g[32];
+    float amax;
+    int exponent;
+  };
+  static scaled_block scale_by(const block_values& block, float factor) {
+    scaled_block out{};
+    out.exponent = binary_exponent(block.amax);
+    for (std::size_t i = 0; i < block.size; ++i) {
+      out.g[i] = rounded(factor * (block.x[i] * power_of_two(-out.exponent)));
+      out.amax = std::max(out.amax, magnitude(out.g[i]));
+    }
+    return out;
+  }
+
+  /// Adds the errors of packing with block scale 2^exponent, in units of 2^unit.
+  static void add_errors(const block_values& block, const scaled_block& scaled, int exponent, int unit,
+                         error_sum& sum) {
+    const float to_scale = power_of_two(scaled.exponent - exponent);
+    const float to_unit = power_of_two(std::max(exponent - unit, -126));
+    for (std::size_t i = 0; i < block.size; ++i) {
+      const float y = scaled.g[i] * to_scale;
+      sum.add(i, (y - e2m1::encode(y).value()) * to_unit, block);
+    }
+  }
+
+  /// The block's E8M0 exponent.
+  static int block_exponent(const row_rules& rules, const block_values& block, const scaled_block& scaled) {
+    const auto clamped = [](int e) { return std::clamp(e, e8m0::min_exponent, e8m0::max_exponent); };
+    if (rules.rule != scale_rule::min_error) {
+      return clamped(scaled.exponent + mx_exponent(scaled.amax, carry_of(rules.rule)));
+    }
+    const int up = clamped(scaled.exponent + mx_exponent(scaled.amax, carry_of(scale_rule::round_up)));
+    int best = 0;
+    float least = 0;
+    for (const int step : {1, 0, -1, -2}) {  // the larger scale first: it keeps ties
+      const int exponent = clamped(up + step);
+      error_sum sum;
+      add_errors(block, scaled, exponent, exponent, sum);
+      const float total = sum.total() * power_of_two(2 * (exponent - up));
+      if (step == 1 || total < least) best = exponent, least = total;
+    }
+    return best;
+  }
+
+  /// The macro-block byte of up to 256 elements.
+  static std::uint8_t macro_byte(const row_rules& rules, const block_values* values, std::size_t blocks) {
+    float amax = 0;
+    for (std::size_t b = 0; b < blocks; ++b) amax = std::max(amax, values[b].amax);
+    if (rules.macro == macro_rule::from_amax || amax == 0) return macro_from_amax(amax);
+
+    const int unit = binary_exponent(amax);
+    const int step = rules.macro == macro_rule::search ? 16 : 1;
+    int best = 0;
+    float least = 0;
+    for (int m = 0; m < 256; m += step) {
+      const float factor = macro_factor(static_cast<std::uint8_t>(m));
+      error_sum sum;
+      for (std::size_t b = 0; b < blocks; ++b) {
+        if (values[b].amax == 0) continue;
+        const scaled_block scaled = scale_by(values[b], factor);
+        add_errors(values[b], scaled, block_exponent(rules, values[b], scaled), unit, sum);
+      }
+      const float total = sum.total() / (factor * factor);
+      if (m == 0 || total < least) best = m, least = total;
+    }
+    return static_cast<std::uint8_t>(best);
+  }
+
+  /// The error of an NVFP4 block under an E4M3 scale, in units of the tensor scale.
+  static float nvfp4_error(const block_values& block, e4m3 scale, float tensor_scale) {
+    const float divisor = rounded(tensor_scale * scale.value());
+    error_sum sum;
+    for (std::size_t i = 0; i < block.size; ++i) {
+      const float y = block.x[i] / divisor;
+      sum.add(i, y - e2m1::encode(y).value(), block);
+    }
+    return rounded(scale.value() * scale.value()) * sum.total();
+  }
+
+  /// The block's E4M3 scale; 0 where the block is zero or far below the tensor's largest magnitude.
+  static e4m3 block_scale(const row_rules& rules, const block_values& block, float tensor_scale) {
+    if (block.amax == 0 || tensor_scale == 0) return {0};
+    const e4m3 from_six = e4m3::encode(block.amax / (6.0f * tensor_scale));
+    if (rules.rule == scale_rule::four_over_six) {
+      const e4m3 from_four = e4m3::encode(block.amax / (4.0f * tensor_scale));
+      if (from_six.bits == 0) return from_four;
+      return nvfp4_error(block, from_four, tensor_scale) < nvfp4_error(block, from_six, tensor_scale) ? from_four
+                                                                                                      : from_six;
+    }
+    if (rules.rule == scale_rule::amax || from_six.bits == 0) return from_six;
+    e4m3 best;
+    float least = 0;
+    const int last = std::min<int>(from_six.bits + 8, e4m3::max_finite_bits);
+    for (int code = std::max(from_six.bits - 8, 1); code <= last; ++code) {
+      const e4m3 scale{static_cast<std::uint8_t>(code)};
+      const float total = nvfp4_error(block, scale, tensor_scale);
+      if (best.bits == 0 || total <= least) best = scale, least = total;  // the larger scale wins ties
+    }
+    return best;
+  }
+
+  /// Chooses the block's scale and rounds its elements.
+  static void pack(const row_rules& rules, const block_values& block, std::uint8_t m, float tensor_scale,
+                   std::uint64_t first_index, std::uint8_t* codes, std::uint8_t& scale_byte) {
+    float y[32] = {};
+    scale_byte = 0;
+    if (block.poisoned) {
+      scale_byte = rules.format.scale == scale_type::e4m3 ? e4m3::nan_bits : e8m0::nan_bits;
+    } else if (block.amax != 0 && rules.format.scale == scale_type::e8m0) {
+      const scaled_block scaled = scale_by(block, macro_factor(m));
+      const int exponent = block_exponent(rules, block, scaled);
+      scale_byte = e8m0::from_exponent(exponent).bits;
+      for (std::size_t i = 0; i < block.size; ++i) y[i] = scaled.g[i] * power_of_two(scaled.exponent - exponent);
+    } else if (block.amax != 0) {
+      const e4m3 scale = block_scale(rules, block, tensor_scale);
+      scale_byte = scale.bits;
+      if (scale.bits != 0) {
+        const float divisor = rounded(tensor_scale * scale.value());
+        for (std::size_t i = 0; i < block.size && divisor != 0; ++i) y[i] = block.x[i] / divisor;
+      }
+    }
+    for (std::size_t i = 0; i < block.size; i += 2) {
+      const auto code = [&](std::size_t j) -> unsigned {
+        if (rules.rounding == element_rounding::nearest_even || j >= block.used) return e2m1::encode(y[j]).bits;
+        return round_stochastic(y[j], uniform(rules.seed, first_index + j)).bits;
+      };
+      codes[i / 2] = static_cast<std::uint8_t>(code(i) | code(i + 1) << 4);
+    }
+  }
+};
+
+}  // namespace tetromino::detail

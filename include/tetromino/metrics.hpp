@@ -1,0 +1,86 @@
+#pragma once
+
+#include "error.hpp"   // error
+#include "matrix.hpp"  // matrix_like
+
+#include <cmath>    // std::log10, std::abs
+#include <cstddef>  // std::size_t
+#include <limits>   // std::numeric_limits
+
+namespace tetromino {
+
+/// What packing did to values x that came back as y. Sums run in double, row after row; add() reports to join them.
+struct error_report {
+  std::size_t count = 0;
+  double sum_squares = 0;         ///< of x
+  double sum_squared_errors = 0;  ///< of x - y
+  double sum_abs_errors = 0;
+  double max_abs_error = 0;
+
+  /// Signal to quantization noise in dB: 10 log10(sum x^2 / sum (x - y)^2); infinite without errors.
+  [[nodiscard]] double qsnr() const noexcept {
+    if (sum_squared_errors == 0) return std::numeric_limits<double>::infinity();
+    return 10.0 * std::log10(sum_squares / sum_squared_errors);
+  }
+  /// Mean squared error.
+  [[nodiscard]] double mse() const noexcept { return count == 0 ? 0 : sum_squared_errors / static_cast<double>(count); }
+  /// Mean absolute error.
+  [[nodiscard]] double mae() const noexcept { return count == 0 ? 0 : sum_abs_errors / static_cast<double>(count); }
+  /// Root of the error energy over the signal energy, the relative error in the Frobenius norm.
+  [[nodiscard]] double relative_error() const noexcept {
+    return sum_squared_errors == 0 ? 0 : std::sqrt(sum_squared_errors / sum_squares);
+  }
+
+  /// Joins another report to this one.
+  void add(const error_report& other) noexcept {
+    count += other.count;
+    sum_squares += other.sum_squares;
+    sum_squared_errors += other.sum_squared_errors;
+    sum_abs_errors += other.sum_abs_errors;
+    max_abs_error = max_abs_error < other.max_abs_error ? other.max_abs_error : max_abs_error;
+  }
+};
+
+/// Compares x[matrices, rows, cols] with y of the same shape, of any element types. Errors: shape_mismatch.
+template <matrix_like X, matrix_like Y>
+result<error_report> try_compare(const X& x, const Y& y) {
+  const auto a = detail::as_batch(x);
+  const auto b = detail::as_batch(y);
+  if (a.matrices != b.matrices || a.rows != b.rows || a.cols != b.cols) {
+    return error(errc::shape_mismatch, detail::text("cannot compare [", a.matrices, ", ", a.rows, ", ", a.cols,
+                                                    "] with [", b.matrices, ", ", b.rows, ", ", b.cols, "]"));
+  }
+  error_report report;
+  for (std::size_t e = 0; e < a.matrices; ++e) {
+    for (std::size_t r = 0; r < a.rows; ++r) {
+      const auto* const row_a = a.row(e, r);
+      const auto* const row_b = b.row(e, r);
+      error_report row;
+      row.count = a.cols;
+      for (std::size_t k = 0; k < a.cols; ++k) {
+        const double value = static_cast<double>(detail::to_float(row_a[k]));
+        const double difference = std::abs(value - static_cast<double>(detail::to_float(row_b[k])));
+        row.sum_squares += value * value;
+        row.sum_squared_errors += difference * difference;
+        row.sum_abs_errors += difference;
+        if (!(difference <= row.max_abs_error)) row.max_abs_error = difference;
+      }
+      report.add(row);
+    }
+  }
+  return report;
+}
+
+/// try_compare, throwing its error.
+template <matrix_like X, matrix_like Y>
+[[nodiscard]] error_report compare(const X& x, const Y& y) {
+  return try_compare(x, y).value();
+}
+
+/// Signal to quantization noise of y against x, in dB.
+template <matrix_like X, matrix_like Y>
+[[nodiscard]] double qsnr(const X& x, const Y& y) {
+  return compare(x, y).qsnr();
+}
+
+}  // namespace tetromino

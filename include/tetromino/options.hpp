@@ -1,0 +1,75 @@
+#pragma once
+
+#include "matrix.hpp"    // batch_view
+#include "packed.hpp"    // packed_view
+#include "rounding.hpp"  // element_rounding
+#include "scaling.hpp"   // scale_rule, macro_rule
+
+#include <cstdint>   // std::uint64_t
+#include <optional>  // std::optional
+#include <span>      // std::span
+
+namespace tetromino {
+
+/// What happens to NaN and infinities in the input.
+enum class special_values : std::uint8_t {
+  reject,    ///< an error that names the row, the column and the value; the output's contents are then unspecified
+  poison,    ///< the block's scale becomes NaN and its codes 0, so all of it decodes to NaN (OCP MX v1.0, sec. 6.3)
+  saturate,  ///< an infinity counts as the largest finite value of the input type with its sign, NaN as 0
+};
+
+/// How many tensor scales an NVFP4 batch gets.
+enum class tensor_scale_scope : std::uint8_t {
+  batch,       ///< one for all matrices together
+  per_matrix,  ///< one for each matrix, such as each expert
+};
+
+/// Everything that a caller may choose about packing, with the defaults that suit weights.
+struct quantize_options {
+  /// How block scales are chosen; by default overflow_aware for MX formats and amax for NVFP4.
+  std::optional<scale_rule> rule{};
+  /// How macro-block bytes are chosen, where the format has them.
+  macro_rule macro = macro_rule::search;
+  element_rounding rounding = element_rounding::nearest_even;
+  special_values special = special_values::reject;
+  /// Stochastic rounding: the stream, and the position in it of the input's first element. Element [e, r, k] uses
+  /// position first_index + (e * rows + r) * cols + k, so slices of whole rows can be packed apart.
+  std::uint64_t seed = 0;
+  std::uint64_t first_index = 0;
+  /// Non-negative weights of the squared errors that min_error, four_over_six and macro-block searches compare, such
+  /// as the mean squared activation of each column: [cols], or [matrices, cols]. Empty: all 1.
+  std::span<const float> column_weights{};
+  /// NVFP4 tensor scales to use (decode sense): 1, or one for each matrix. Empty: from the input's largest magnitude.
+  std::span<const float> tensor_scales{};
+  /// NVFP4: how many tensor scales owning storage gets. Caller-provided storage says it by its size.
+  tensor_scale_scope scope = tensor_scale_scope::batch;
+};
+
+namespace detail {
+
+/// What a backend is asked to pack; already checked.
+template <real T>
+struct quantize_job {
+  batch_view<const T> in;
+  packed_view<any_format, std::uint8_t> out;
+  quantize_options options;  ///< `rule` is set
+};
+
+/// What a backend is asked to unpack; already checked.
+template <real T>
+struct dequantize_job {
+  packed_view<any_format> in;
+  batch_view<T> out;
+};
+
+/// What a backend is asked to round-trip; already checked.
+template <real T>
+struct fake_quantize_job {
+  batch_view<const T> in;
+  batch_view<T> out;
+  any_format format;
+  quantize_options options;  ///< `rule` is set
+};
+
+}  // namespace detail
+}  // namespace tetromino
