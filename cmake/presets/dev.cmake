@@ -1,0 +1,5 @@
+# Everything that a developer builds: cmake -C cmake/presets/dev.cmake -B build
+set(CMAKE_BUILD_TYPE Release CACHE STRING "")
+set(CMAKE_CXX_FLAGS_RELEASE "-O2" CACHE STRING "")
+set(CMAKE_EXPORT_COMPILE_COMMANDS ON CACHE BOOL "")
+set(TETROMINO_BENCHMARKS ON CACHE BOOL "")

@@ -1,0 +1,6 @@
+# ThreadSanitizer: cmake -C cmake/presets/tsan.cmake -B build
+set(CMAKE_BUILD_TYPE Debug CACHE STRING "")
+set(CMAKE_CXX_FLAGS_DEBUG "-O1 -g" CACHE STRING "")
+set(CMAKE_CXX_FLAGS "-fsanitize=thread -fno-omit-frame-pointer" CACHE STRING "")
+set(TETROMINO_EXAMPLES OFF CACHE BOOL "")
+set(TETROMINO_TEST_TIMEOUT 1800 CACHE STRING "")

@@ -1,0 +1,9 @@
+# tetromino_warnings: what our own programs are compiled with. Nothing that users link carries it.
+add_library(tetromino_warnings INTERFACE)
+if(MSVC)
+  target_compile_options(tetromino_warnings INTERFACE /W4 /WX)
+else()
+  target_compile_options(
+    tetromino_warnings
+    INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror>)
+endif()

@@ -1,0 +1,23 @@
+# cmake -D compiler= -D source= -D includes= -P check.cmake
+cmake_minimum_required(VERSION 3.25)
+file(READ ${source} text)
+if(NOT text MATCHES "// expect: ([^\n]+)")
+  message(FATAL_ERROR "${source}: no line `// expect: <regular expression>`")
+endif()
+set(expected "${CMAKE_MATCH_1}")
+
+list(TRANSFORM includes PREPEND -I)
+set(command ${compiler} -std=c++20 -fsyntax-only -Wall -Wextra -Werror ${includes} ${source})
+
+execute_process(COMMAND ${command} RESULT_VARIABLE status ERROR_VARIABLE message)
+if(NOT status EQUAL 0)
+  message(FATAL_ERROR "${source}: must compile as it is, but:\n${message}")
+endif()
+
+execute_process(COMMAND ${command} -DMUST_FAIL RESULT_VARIABLE status ERROR_VARIABLE message)
+if(status EQUAL 0)
+  message(FATAL_ERROR "${source}: must not compile with MUST_FAIL, but does")
+endif()
+if(NOT message MATCHES "${expected}")
+  message(FATAL_ERROR "${source}: expected a message that matches\n  ${expected}\ngot\n${message}")
+endif()

@@ -1,0 +1,33 @@
+# Builds and runs the consumer in one way: find_package, add_subdirectory, fetch_content, pkg_config or copy.
+cmake_minimum_required(VERSION 3.25)
+set(consumer ${CMAKE_CURRENT_LIST_DIR}/consumer)
+file(REMOVE_RECURSE ${work})
+file(MAKE_DIRECTORY ${work})
+set(strict -std=c++20 -Wall -Wextra -Werror)
+
+if(way STREQUAL "copy")
+  file(COPY ${source}/include/tetromino DESTINATION ${work}/include)
+  execute_process(COMMAND ${compiler} ${strict} -I ${work}/include ${consumer}/main.cpp -o ${work}/consumer
+                          COMMAND_ERROR_IS_FATAL ANY)
+elseif(way STREQUAL "pkg_config")
+  set(ENV{PKG_CONFIG_PATH} ${prefix}/share/pkgconfig)
+  execute_process(COMMAND ${pkg_config} --modversion tetromino OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE
+                          COMMAND_ERROR_IS_FATAL ANY)
+  if(NOT found STREQUAL version)
+    message(FATAL_ERROR "pkg-config says version ${found}, not ${version}")
+  endif()
+  execute_process(COMMAND ${pkg_config} --cflags tetromino OUTPUT_VARIABLE flags OUTPUT_STRIP_TRAILING_WHITESPACE
+                          COMMAND_ERROR_IS_FATAL ANY)
+  separate_arguments(flags UNIX_COMMAND "${flags}")
+  execute_process(COMMAND ${compiler} ${strict} ${flags} ${consumer}/main.cpp -o ${work}/consumer
+                          COMMAND_ERROR_IS_FATAL ANY)
+else()
+  string(REPLACE "|" ";" packages_path "${packages_path}")
+  execute_process(
+    COMMAND ${CMAKE_COMMAND} -S ${consumer} -B ${work} -G ${generator} -D CMAKE_CXX_COMPILER=${compiler} -D way=${way} -D
+            tetromino_source=${source} -D tetromino_version=${version} -D "CMAKE_PREFIX_PATH=${prefix};${packages_path}"
+            COMMAND_ERROR_IS_FATAL ANY)
+  execute_process(COMMAND ${CMAKE_COMMAND} --build ${work} COMMAND_ERROR_IS_FATAL ANY)
+endif()
+
+execute_process(COMMAND ${work}/consumer COMMAND_ERROR_IS_FATAL ANY)
