@@ -58,6 +58,12 @@
 
 namespace tetromino::detail {
 
+/// std::bit_cast for device code too.
+template <class To, class From>
+[[nodiscard]] TETROMINO_HD constexpr To bit_cast(const From& from) noexcept {
+  return __builtin_bit_cast(To, from);
+}
+
 /// Hands back `x` as the rounded float that it is. Compilers may contract a product into a following addition
 /// (fused multiply-add), which would change results between instruction sets; where the specification counts on two
 /// roundings, the product goes through here.

@@ -1,8 +1,7 @@
 #pragma once
 
-#include "config.hpp"  // TETROMINO_HD
+#include "config.hpp"  // TETROMINO_HD, bit_cast
 
-#include <bit>      // std::bit_cast
 #include <cstdint>  // std::uint8_t
 
 namespace tetromino {
@@ -15,7 +14,7 @@ struct e2m1 {
 
   /// Rounds to nearest, ties to the even code; saturates at 6; keeps -0. NaN becomes +6, as the hardware does.
   [[nodiscard]] TETROMINO_HD static constexpr e2m1 encode(float x) noexcept {
-    const std::uint32_t word = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
     const std::uint32_t magnitude = word & 0x7FFFFFFFu;
     if (magnitude > 0x7F800000u) return {7};
     // How many midpoints lie below x; a midpoint between an even and an odd code belongs to the even one.
@@ -35,7 +34,7 @@ struct e2m1 {
     const std::uint32_t magnitude = bits & 7u;
     const std::uint32_t sign = (bits & 8u) << 28;
     const std::uint32_t word = magnitude < 2 ? magnitude * 0x3F000000u : (magnitude << 22) + 0x3F000000u;
-    return std::bit_cast<float>(sign | word);
+    return detail::bit_cast<float>(sign | word);
   }
 
   friend constexpr bool operator==(e2m1, e2m1) = default;

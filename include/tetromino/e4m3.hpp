@@ -1,8 +1,7 @@
 #pragma once
 
-#include "config.hpp"  // TETROMINO_HD
+#include "config.hpp"  // TETROMINO_HD, bit_cast
 
-#include <bit>      // std::bit_cast
 #include <cstdint>  // std::uint8_t, std::uint32_t
 
 namespace tetromino {
@@ -20,7 +19,7 @@ struct e4m3 {
 
   /// Rounds to nearest, ties to the even code; saturates at 448 (infinity too); NaN stays NaN; keeps the sign.
   [[nodiscard]] TETROMINO_HD static constexpr e4m3 encode(float x) noexcept {
-    const std::uint32_t word = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
     const std::uint32_t magnitude = word & 0x7FFFFFFFu;
     const std::uint32_t sign = (word >> 31) << 7;
     std::uint32_t code = max_finite_bits;
@@ -43,12 +42,12 @@ struct e4m3 {
   [[nodiscard]] TETROMINO_HD constexpr float value() const noexcept {
     const std::uint32_t magnitude = bits & 0x7Fu;
     const std::uint32_t sign = static_cast<std::uint32_t>(bits >> 7) << 31;
-    if (magnitude == nan_bits) return std::bit_cast<float>(sign | 0x7FC00000u);
+    if (magnitude == nan_bits) return detail::bit_cast<float>(sign | 0x7FC00000u);
     if (magnitude < 8) {
       const float subnormal = static_cast<float>(magnitude) * min_subnormal;
       return sign ? -subnormal : subnormal;
     }
-    return std::bit_cast<float>(sign | ((magnitude << 20) + (120u << 23)));
+    return detail::bit_cast<float>(sign | ((magnitude << 20) + (120u << 23)));
   }
 
   friend constexpr bool operator==(e4m3, e4m3) = default;

@@ -1,8 +1,7 @@
 #pragma once
 
-#include "config.hpp"  // TETROMINO_HD
+#include "config.hpp"  // TETROMINO_HD, bit_cast
 
-#include <bit>      // std::bit_cast
 #include <cstdint>  // std::uint8_t
 
 namespace tetromino {
@@ -23,7 +22,7 @@ struct e8m0 {
 
   /// The largest power of two not above |x|, clamped to [2^-127, 2^127]; infinity gives 2^127, NaN gives NaN.
   [[nodiscard]] TETROMINO_HD static constexpr e8m0 encode(float x) noexcept {
-    const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu;
+    const std::uint32_t magnitude = detail::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu;
     if (magnitude > 0x7F800000u) return {nan_bits};
     const std::uint32_t field = magnitude >> 23;  // 0 for subnormals: they are below 2^-126
     return {static_cast<std::uint8_t>(field < 254 ? field : 254)};
@@ -34,8 +33,8 @@ struct e8m0 {
 
   /// The value, exactly (2^-127 is a subnormal float).
   [[nodiscard]] TETROMINO_HD constexpr float value() const noexcept {
-    if (bits == nan_bits) return std::bit_cast<float>(0x7FC00000u);
-    return std::bit_cast<float>(bits == 0 ? 0x00400000u : static_cast<std::uint32_t>(bits) << 23);
+    if (bits == nan_bits) return detail::bit_cast<float>(0x7FC00000u);
+    return detail::bit_cast<float>(bits == 0 ? 0x00400000u : static_cast<std::uint32_t>(bits) << 23);
   }
 
   friend constexpr bool operator==(e8m0, e8m0) = default;

@@ -1,8 +1,7 @@
 #pragma once
 
-#include "config.hpp"  // TETROMINO_HD
+#include "config.hpp"  // TETROMINO_HD, bit_cast
 
-#include <bit>      // std::bit_cast
 #include <cstdint>  // std::uint16_t, std::uint32_t
 
 namespace tetromino {
@@ -15,7 +14,7 @@ struct half {
 
   /// Rounds to nearest even; overflows to infinity; NaN stays NaN (quiet).
   [[nodiscard]] TETROMINO_HD static constexpr half encode(float x) noexcept {
-    const std::uint32_t word = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
     const std::uint32_t magnitude = word & 0x7FFFFFFFu;
     const std::uint32_t sign = (word >> 16) & 0x8000u;
     std::uint32_t code = 0x7C00u;
@@ -38,12 +37,12 @@ struct half {
   [[nodiscard]] TETROMINO_HD constexpr float value() const noexcept {
     const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
     const std::uint32_t magnitude = bits & 0x7FFFu;
-    if (magnitude >= 0x7C00u) return std::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+    if (magnitude >= 0x7C00u) return detail::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
     if (magnitude < 0x400u) {
       const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
       return sign ? -subnormal : subnormal;
     }
-    return std::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
+    return detail::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
   }
 
   friend constexpr bool operator==(half, half) = default;
@@ -57,14 +56,14 @@ struct bfloat16 {
 
   /// Rounds to nearest even; overflows to infinity; NaN stays NaN (quiet).
   [[nodiscard]] TETROMINO_HD static constexpr bfloat16 encode(float x) noexcept {
-    const std::uint32_t word = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
     if ((word & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<std::uint16_t>(word >> 16 | 0x40u)};
     return {static_cast<std::uint16_t>((word + 0x7FFFu + ((word >> 16) & 1u)) >> 16)};
   }
 
   /// The value, exactly.
   [[nodiscard]] TETROMINO_HD constexpr float value() const noexcept {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+    return detail::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
   }
 
   friend constexpr bool operator==(bfloat16, bfloat16) = default;

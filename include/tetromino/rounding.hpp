@@ -1,9 +1,8 @@
 #pragma once
 
-#include "config.hpp"  // TETROMINO_HD
+#include "config.hpp"  // TETROMINO_HD, bit_cast
 #include "e2m1.hpp"    // e2m1
 
-#include <bit>      // std::bit_cast
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::uint32_t, std::uint64_t
 
@@ -48,8 +47,8 @@ static_assert(philox4x32(0, 0).word[0] == 0x6627E8D5u);  // Random123's known an
 /// Rounds y to one of its two E2M1 neighbours: away from zero where `u`, uniform in [0, 1), is below the share of the
 /// gap that lies between the lower neighbour and |y|. Saturates at 6; keeps the sign; NaN becomes +6.
 [[nodiscard]] TETROMINO_HD constexpr e2m1 round_stochastic(float y, float u) noexcept {
-  const std::uint32_t word = std::bit_cast<std::uint32_t>(y);
-  const float magnitude = std::bit_cast<float>(word & 0x7FFFFFFFu);
+  const std::uint32_t word = detail::bit_cast<std::uint32_t>(y);
+  const float magnitude = detail::bit_cast<float>(word & 0x7FFFFFFFu);
   if (!(magnitude < e2m1::max)) return e2m1::encode(y);
   const std::uint8_t lower = static_cast<std::uint8_t>((magnitude >= 0.5f) + (magnitude >= 1.0f) + (magnitude >= 1.5f) +
                                                        (magnitude >= 2.0f) + (magnitude >= 3.0f) + (magnitude >= 4.0f));

@@ -4,7 +4,6 @@
 #include "format.hpp"  // any_format
 
 #include <array>        // std::array
-#include <bit>          // std::bit_cast
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint32_t
 #include <string>       // std::string
@@ -67,12 +66,12 @@ struct recipe {
 
 /// The macro-block byte of macro_rule::from_amax: bits 22..15 of float(6 / amax), 0 for amax = 0.
 [[nodiscard]] TETROMINO_HD constexpr std::uint8_t macro_from_amax(float amax) noexcept {
-  return amax == 0.0f ? std::uint8_t{0} : static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(6.0f / amax) >> 15);
+  return amax == 0.0f ? std::uint8_t{0} : static_cast<std::uint8_t>(detail::bit_cast<std::uint32_t>(6.0f / amax) >> 15);
 }
 
 /// What a macro-block byte multiplies by: f = 1 + m / 256, in [1, 2).
 [[nodiscard]] TETROMINO_HD constexpr float macro_factor(std::uint8_t m) noexcept {
-  return std::bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(m) << 15);
+  return detail::bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(m) << 15);
 }
 
 /// What a closed-form MX rule adds to the bits of a block's largest magnitude a before it takes the exponent. All five
@@ -96,7 +95,7 @@ struct recipe {
 /// The E8M0 exponent that a closed-form MX rule gives a finite magnitude a, before clamping to [-127, 127]. Below
 /// 2^-126, where a is subnormal, the result is too small, but clamps like the true one.
 [[nodiscard]] TETROMINO_HD constexpr int mx_exponent(float a, std::uint32_t carry) noexcept {
-  return static_cast<int>((std::bit_cast<std::uint32_t>(a) + carry) >> 23) - 127 - 2;
+  return static_cast<int>((detail::bit_cast<std::uint32_t>(a) + carry) >> 23) - 127 - 2;
 }
 
 static_assert(mx_exponent(7.0f, carry_of(scale_rule::overflow_aware)) == 0);

@@ -6,7 +6,6 @@
 
 #include <algorithm>  // std::min, std::max
 #include <atomic>     // std::atomic
-#include <bit>        // std::bit_cast
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 #include <limits>     // std::numeric_limits
@@ -68,14 +67,14 @@ void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, con
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
     const std::size_t e = row / in.rows;
     const std::uint32_t bits =
-        std::bit_cast<std::uint32_t>(Kernels::amax(in.row(e, row % in.rows), in.cols, options.special));
+        detail::bit_cast<std::uint32_t>(Kernels::amax(in.row(e, row % in.rows), in.cols, options.special));
     auto& slot = largest[scales.size() == 1 ? 0 : e];
     std::uint32_t seen = slot.load(std::memory_order_relaxed);
     while (bits > seen && !slot.compare_exchange_weak(seen, bits)) {
     }
   });
   for (std::size_t i = 0; i < scales.size(); ++i) {
-    scales[i] = tensor_scale_for(std::bit_cast<float>(largest[i].load()), *options.rule);
+    scales[i] = tensor_scale_for(detail::bit_cast<float>(largest[i].load()), *options.rule);
   }
 }
 

@@ -3,7 +3,6 @@
 #include "row.hpp"  // row_rules, packed_row, input_row
 
 #include <algorithm>  // std::min, std::max, std::clamp
-#include <bit>        // std::bit_cast
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
@@ -109,25 +108,25 @@ struct scalar_kernels {
     float partial_[16] = {};
   };
 
-  static float magnitude(float x) { return std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu); }
-  static bool is_finite(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7F800000u) != 0x7F800000u; }
+  static float magnitude(float x) { return detail::bit_cast<float>(detail::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu); }
+  static bool is_finite(float x) { return (detail::bit_cast<std::uint32_t>(x) & 0x7F800000u) != 0x7F800000u; }
 
   /// 2^n for n in [-149, 127], and 0 below.
   static float power_of_two(int n) {
-    if (n >= -126) return std::bit_cast<float>(static_cast<std::uint32_t>(n + 127) << 23);
-    return n >= -149 ? std::bit_cast<float>(1u << (n + 149)) : 0.0f;
+    if (n >= -126) return detail::bit_cast<float>(static_cast<std::uint32_t>(n + 127) << 23);
+    return n >= -149 ? detail::bit_cast<float>(1u << (n + 149)) : 0.0f;
   }
 
   /// floor(log2 a) for normal a, kept within the exponents whose inverse is a normal float.
   static int binary_exponent(float a) {
-    return std::clamp(static_cast<int>(std::bit_cast<std::uint32_t>(a) >> 23) - 127, -126, 126);
+    return std::clamp(static_cast<int>(detail::bit_cast<std::uint32_t>(a) >> 23) - 127, -126, 126);
   }
 
   /// x as the saturating policy sees it.
   template <real T>
   static float admit(float x, special_values special) {
     if (special != special_values::saturate || is_finite(x)) return x;
-    const std::uint32_t word = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
     if ((word & 0x7FFFFFu) != 0) return 0.0f;
     return (word >> 31) != 0 ? -largest<T> : largest<T>;
   }
