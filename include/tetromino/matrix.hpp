@@ -32,9 +32,9 @@ struct matrix_view {
     TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
   }
   /// A mutable view is also a read-only one.
-  constexpr operator matrix_view<const T>() const noexcept requires(!std::is_const_v<T>) {
-    return {data, rows, cols, row_stride};
-  }
+  template <class U>
+    requires(std::same_as<const U, T> && !std::same_as<U, T>)
+  constexpr matrix_view(const matrix_view<U>& m) noexcept : matrix_view(m.data, m.rows, m.cols, m.row_stride) {}
 
   [[nodiscard]] constexpr T* row(std::size_t r) const noexcept { return data + r * row_stride; }
   [[nodiscard]] constexpr T& operator()(std::size_t r, std::size_t k) const noexcept { return row(r)[k]; }
@@ -66,12 +66,15 @@ struct batch_view {
     TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
   }
   /// One matrix is a batch of one.
-  constexpr batch_view(matrix_view<T> m) noexcept
+  template <class U>
+    requires(std::same_as<const U, const T>)
+  constexpr batch_view(const matrix_view<U>& m) noexcept
       : batch_view(m.data, 1, m.rows, m.cols, m.row_stride, m.rows * m.row_stride) {}
   /// A mutable view is also a read-only one.
-  constexpr operator batch_view<const T>() const noexcept requires(!std::is_const_v<T>) {
-    return {data, matrices, rows, cols, row_stride, matrix_stride};
-  }
+  template <class U>
+    requires(std::same_as<const U, T> && !std::same_as<U, T>)
+  constexpr batch_view(const batch_view<U>& b) noexcept
+      : batch_view(b.data, b.matrices, b.rows, b.cols, b.row_stride, b.matrix_stride) {}
 
   [[nodiscard]] constexpr T* row(std::size_t e, std::size_t r) const noexcept {
     return data + e * matrix_stride + r * row_stride;
@@ -103,12 +106,12 @@ struct matrix {
 namespace detail {
 
 template <class T>
-batch_view<const std::remove_const_t<T>> as_batch(const matrix_view<T>& m) noexcept {
-  return batch_view<T>(m);
+batch_view<const T> as_batch(const matrix_view<T>& m) noexcept {
+  return m;
 }
 template <class T>
-batch_view<const std::remove_const_t<T>> as_batch(const batch_view<T>& b) noexcept {
-  return {b.data, b.matrices, b.rows, b.cols, b.row_stride, b.matrix_stride};
+batch_view<const T> as_batch(const batch_view<T>& b) noexcept {
+  return b;
 }
 template <class T>
 batch_view<const T> as_batch(const matrix<T>& m) noexcept {
