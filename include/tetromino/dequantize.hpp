@@ -35,38 +35,39 @@ concept can_dequantize = real<T> && requires(const Policy& policy, const detail:
 /// q * float(t * s) for NVFP4 with tensor scale t and block scale s.
 /// Errors: shape_mismatch.
 template <class Policy, packed_like Packed, class T>
-  requires can_dequantize<Policy, T> result<void> try_dequantize_to(const Policy& policy, const Packed& in,
-                                                                    batch_view<T> out) {
-    const packed_view<any_format> from = detail::as_packed(in);
-    if (auto fits = detail::check_storage(from); !fits) return fits;
-    if (auto fits = detail::check_shape(from.shape(), out); !fits) return fits;
-    return dequantize_on(policy, detail::dequantize_job<T>{from, out});
-  }
+  requires(can_dequantize<Policy, T>)
+result<void> try_dequantize_to(const Policy& policy, const Packed& in, batch_view<T> out) {
+  const packed_view<any_format> from = detail::as_packed(in);
+  if (auto fits = detail::check_storage(from); !fits) return fits;
+  if (auto fits = detail::check_shape(from.shape(), out); !fits) return fits;
+  return dequantize_on(policy, detail::dequantize_job<T>{from, out});
+}
 
 /// try_dequantize_to, throwing its error.
 template <class Policy, packed_like Packed, class T>
-  requires can_dequantize<Policy, T>
+  requires(can_dequantize<Policy, T>)
 void dequantize_to(const Policy& policy, const Packed& in, batch_view<T> out) {
   try_dequantize_to(policy, in, out).value();
 }
 template <class Policy, packed_like Packed, class T>
-  requires can_dequantize<Policy, T>
+  requires(can_dequantize<Policy, T>)
 void dequantize_to(const Policy& policy, const Packed& in, matrix_view<T> out) {
   try_dequantize_to(policy, in, batch_view<T>(out)).value();
 }
 
 /// Unpacks storage into a matrix of its own: `dequantize<float>(simd, packed)`.
 template <real T, class Policy, packed_like Packed>
-  requires can_dequantize<Policy, T> result<matrix<T>> try_dequantize(const Policy& policy, const Packed& in) {
-    const packed_shape shape = detail::as_packed(in).shape();
-    matrix<T> out(shape.matrices, shape.rows, shape.cols);
-    if (auto done = try_dequantize_to(policy, in, out.view()); !done) return done.error();
-    return out;
-  }
+  requires(can_dequantize<Policy, T>)
+result<matrix<T>> try_dequantize(const Policy& policy, const Packed& in) {
+  const packed_shape shape = detail::as_packed(in).shape();
+  matrix<T> out(shape.matrices, shape.rows, shape.cols);
+  if (auto done = try_dequantize_to(policy, in, out.view()); !done) return done.error();
+  return out;
+}
 
 /// try_dequantize, throwing its error.
 template <real T, class Policy, packed_like Packed>
-  requires can_dequantize<Policy, T>
+  requires(can_dequantize<Policy, T>)
 [[nodiscard]] matrix<T> dequantize(const Policy& policy, const Packed& in) {
   return try_dequantize<T>(policy, in).value();
 }

@@ -8,12 +8,13 @@
 #include "detail/simd_quantize.hpp"  // simd_kernels
 #endif
 
+#include <span>         // std::span
 #include <type_traits>  // std::is_const_v
 
 namespace tetromino {
 
-/// The hooks of the CPU backends. A backend attaches by declaring quantize_on, dequantize_on and fake_quantize_on for
-/// its policy in the policy's namespace; the calls below check sizes and options first.
+/// The hooks of the CPU backends. A backend attaches by declaring quantize_on, amax_on, dequantize_on and
+/// fake_quantize_on for its policy in the policy's namespace; the calls below check sizes and options first.
 template <real T>
 result<void> quantize_on(const scalar_t& policy, const detail::quantize_job<T>& job) {
   return detail::quantize_cpu<detail::scalar_kernels>(policy.executor, job);
@@ -22,7 +23,15 @@ template <real T>
 result<void> fake_quantize_on(const scalar_t& policy, const detail::fake_quantize_job<T>& job) {
   return detail::fake_quantize_cpu<detail::scalar_kernels>(policy.executor, job);
 }
+template <real T>
+void amax_on(const scalar_t& policy, const batch_view<const T>& in, special_values special, std::span<float> out) {
+  detail::amax_cpu<detail::scalar_kernels>(policy.executor, in, special, out);
+}
 #if TETROMINO_SIMD
+template <real T>
+void amax_on(const simd_t& policy, const batch_view<const T>& in, special_values special, std::span<float> out) {
+  detail::amax_cpu<detail::simd_kernels>(policy.executor, in, special, out);
+}
 template <real T>
 result<void> quantize_on(const simd_t& policy, const detail::quantize_job<T>& job) {
   return detail::quantize_cpu<detail::simd_kernels>(policy.executor, job);
@@ -76,55 +85,68 @@ inline result<quantize_options> checked(quantize_options options, const any_form
 
 }  // namespace detail
 
+/// The largest magnitude of x[matrices, rows, cols], from which tensor_scale_for makes an NVFP4 tensor scale: for those
+/// who pack a tensor slice by slice. Blocks of 16 that hold NaN or an infinity are left out, unless special_values is
+/// saturate.
+template <class Policy, matrix_like Input>
+  requires(can_quantize<Policy, element_of<Input>>)
+[[nodiscard]] float amax(const Policy& policy, const Input& x, special_values special = special_values::reject) {
+  float largest = 0;
+  amax_on(policy, detail::as_batch(x), special, std::span<float>(&largest, 1));
+  return largest;
+}
+
 /// Packs x[matrices, rows, cols] into `out`, storage of the same shape that the caller provides: codes, scales, macro
 /// bytes and tensor scales in the linear layout of packed_shape. Any cols; the last block may be short.
 /// Errors: shape_mismatch; invalid_argument for options that do not fit; non_finite under special_values::reject.
 /// (OCP MX v1.0, sec. 6.3; NVFP4; arXiv 2603.08713)
 template <class Policy, matrix_like Input, block_format Format>
-  requires can_quantize<Policy, element_of<Input>> result<void> try_quantize_to(const Policy& policy, const Input& x,
-                                                                                packed_view<Format, std::uint8_t> out,
-                                                                                const quantize_options& options = {}) {
-    const auto in = detail::as_batch(x);
-    if (auto fits = detail::check_storage(out); !fits) return fits;
-    if (auto fits = detail::check_shape(out.shape(), in); !fits) return fits;
-    auto checked = detail::checked(options, any_format(out.format), in.matrices, in.cols);
-    if (!checked) return checked.error();
-    if (checked->tensor_scales.size() > 1 && out.tensor_scales.size() == 1) {
-      return error(errc::shape_mismatch, "the options give a tensor scale for each matrix, the storage holds one");
-    }
-    return quantize_on(policy, detail::quantize_job<element_of<Input>>{in, out, *checked});
+  requires(can_quantize<Policy, element_of<Input>>)
+result<void> try_quantize_to(const Policy& policy, const Input& x, packed_view<Format, std::uint8_t> out,
+                             const quantize_options& options = {}) {
+  const auto in = detail::as_batch(x);
+  if (auto fits = detail::check_storage(out); !fits) return fits;
+  if (auto fits = detail::check_shape(out.shape(), in); !fits) return fits;
+  auto checked = detail::checked(options, any_format(out.format), in.matrices, in.cols);
+  if (!checked) return checked.error();
+  if (checked->tensor_scales.size() > 1 && out.tensor_scales.size() == 1) {
+    return error(errc::shape_mismatch, "the options give a tensor scale for each matrix, the storage holds one");
   }
+  return quantize_on(policy, detail::quantize_job<element_of<Input>>{in, out, *checked});
+}
 
 /// Packs x[matrices, rows, cols] into storage of its own, in a format known at run time.
 template <class Policy, matrix_like Input, block_format Format>
-  requires can_quantize<Policy, element_of<Input>> result<packed<Format>> try_quantize(
-      const Policy& policy, const Input& x, const Format& format, const quantize_options& options = {}) {
-    const auto in = detail::as_batch(x);
-    const bool per_matrix = options.scope == tensor_scale_scope::per_matrix || options.tensor_scales.size() > 1;
-    packed<Format> out(format, in.matrices, in.rows, in.cols, per_matrix ? in.matrices : 1);
-    if (auto done = try_quantize_to(policy, x, out.view(), options); !done) return done.error();
-    return out;
-  }
+  requires(can_quantize<Policy, element_of<Input>>)
+result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const Format& format,
+                                    const quantize_options& options = {}) {
+  const auto in = detail::as_batch(x);
+  const bool per_matrix = options.scope == tensor_scale_scope::per_matrix || options.tensor_scales.size() > 1;
+  packed<Format> out(format, in.matrices, in.rows, in.cols, per_matrix ? in.matrices : 1);
+  if (auto done = try_quantize_to(policy, x, out.view(), options); !done) return done.error();
+  return out;
+}
 
 /// Packs x[matrices, rows, cols] in the way that a recipe names; the recipe's rules replace those of the options.
 template <class Policy, matrix_like Input>
-  requires can_quantize<Policy, element_of<Input>> result<packed<any_format>> try_quantize(
-      const Policy& policy, const Input& x, const recipe& r, quantize_options options = {}) {
-    options.rule = r.rule;
-    options.macro = r.macro;
-    return try_quantize(policy, x, r.format, options);
-  }
+  requires(can_quantize<Policy, element_of<Input>>)
+result<packed<any_format>> try_quantize(const Policy& policy, const Input& x, const recipe& r,
+                                        quantize_options options = {}) {
+  options.rule = r.rule;
+  options.macro = r.macro;
+  return try_quantize(policy, x, r.format, options);
+}
 
 /// Packs x[matrices, rows, cols] into blocks of a format: `quantize<mxfp4>(simd, weights)`.
 template <block_format Format, class Policy, matrix_like Input>
-  requires can_quantize<Policy, element_of<Input>> result<packed<Format>> try_quantize(
-      const Policy& policy, const Input& x, const quantize_options& options = {}) {
-    return try_quantize(policy, x, Format{}, options);
-  }
+  requires(can_quantize<Policy, element_of<Input>>)
+result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const quantize_options& options = {}) {
+  return try_quantize(policy, x, Format{}, options);
+}
 
 /// try_quantize_to, throwing its error.
 template <class Policy, matrix_like Input, block_format Format>
-  requires can_quantize<Policy, element_of<Input>>
+  requires(can_quantize<Policy, element_of<Input>>)
 void quantize_to(const Policy& policy, const Input& x, packed_view<Format, std::uint8_t> out,
                  const quantize_options& options = {}) {
   try_quantize_to(policy, x, out, options).value();
@@ -132,14 +154,14 @@ void quantize_to(const Policy& policy, const Input& x, packed_view<Format, std::
 
 /// try_quantize, throwing its error.
 template <block_format Format, class Policy, matrix_like Input>
-  requires can_quantize<Policy, element_of<Input>>
+  requires(can_quantize<Policy, element_of<Input>>)
 [[nodiscard]] packed<Format> quantize(const Policy& policy, const Input& x, const quantize_options& options = {}) {
   return try_quantize(policy, x, Format{}, options).value();
 }
 
 /// try_quantize with a recipe, throwing its error.
 template <class Policy, matrix_like Input>
-  requires can_quantize<Policy, element_of<Input>>
+  requires(can_quantize<Policy, element_of<Input>>)
 [[nodiscard]] packed<any_format> quantize(const Policy& policy, const Input& x, const recipe& r,
                                           const quantize_options& options = {}) {
   return try_quantize(policy, x, r, options).value();
@@ -149,29 +171,28 @@ template <class Policy, matrix_like Input>
 /// (two for NVFP4 without given tensor scales): what a model sees of a recipe. `out` may be x itself.
 /// Errors: as try_quantize_to.
 template <class Policy, matrix_like Input, class Output>
-  requires can_quantize<Policy, element_of<Input>> result<void> try_fake_quantize(const Policy& policy, const Input& x,
-                                                                                  const recipe& r, const Output& out,
-                                                                                  quantize_options options = {}) {
-    using T = element_of<Input>;
-    static_assert(!std::is_const_v<std::remove_pointer_t<decltype(out.data)>>,
-                  "fake_quantize writes: its output cannot be const");
-    const auto in = detail::as_batch(x);
-    const batch_view<T> to(out);
-    if (in.matrices != to.matrices || in.rows != to.rows || in.cols != to.cols) {
-      return error(errc::shape_mismatch,
-                   detail::text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols, "], the output [",
-                                to.matrices, ", ", to.rows, ", ", to.cols, "]"));
-    }
-    options.rule = r.rule;
-    options.macro = r.macro;
-    auto checked = detail::checked(options, r.format, in.matrices, in.cols);
-    if (!checked) return checked.error();
-    return fake_quantize_on(policy, detail::fake_quantize_job<T>{in, to, r.format, *checked});
+  requires(can_quantize<Policy, element_of<Input>>)
+result<void> try_fake_quantize(const Policy& policy, const Input& x, const recipe& r, const Output& out,
+                               quantize_options options = {}) {
+  using T = element_of<Input>;
+  static_assert(!std::is_const_v<std::remove_pointer_t<decltype(out.data)>>,
+                "fake_quantize writes: its output cannot be const");
+  const auto in = detail::as_batch(x);
+  const batch_view<T> to(out);
+  if (in.matrices != to.matrices || in.rows != to.rows || in.cols != to.cols) {
+    return error(errc::shape_mismatch, detail::text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
+                                                    "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
   }
+  options.rule = r.rule;
+  options.macro = r.macro;
+  auto checked = detail::checked(options, r.format, in.matrices, in.cols);
+  if (!checked) return checked.error();
+  return fake_quantize_on(policy, detail::fake_quantize_job<T>{in, to, r.format, *checked});
+}
 
 /// try_fake_quantize, throwing its error.
 template <class Policy, matrix_like Input, class Output>
-  requires can_quantize<Policy, element_of<Input>>
+  requires(can_quantize<Policy, element_of<Input>>)
 void fake_quantize(const Policy& policy, const Input& x, const recipe& r, const Output& out,
                    const quantize_options& options = {}) {
   try_fake_quantize(policy, x, r, out, options).value();

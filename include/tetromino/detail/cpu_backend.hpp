@@ -52,29 +52,35 @@ error rejection(const batch_view<const T>& in, std::size_t position) {
                     "row ", row, ", column ", col, "; special_values::poison or saturate would accept it"));
 }
 
-/// The tensor scales of NVFP4: those given, or from the largest magnitudes, for the whole batch or for each matrix.
+/// The largest magnitude of the whole batch (one entry) or of each matrix; values that are not finite count as the
+/// special-value policy says.
 template <class Kernels, real T>
-void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, const quantize_options& options,
-                       std::span<float> scales) {
-  if (scales.empty()) return;
-  if (!options.tensor_scales.empty()) {
-    for (std::size_t i = 0; i < scales.size(); ++i)
-      scales[i] = options.tensor_scales[options.tensor_scales.size() == 1 ? 0 : i];
-    return;
-  }
+void amax_cpu(executor_ref executor, const batch_view<const T>& in, special_values special, std::span<float> out) {
   // Magnitudes compare as their bits do, so integers do for an atomic maximum.
-  std::vector<std::atomic<std::uint32_t>> largest(scales.size());
+  std::vector<std::atomic<std::uint32_t>> largest(out.size());
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
     const std::size_t e = row / in.rows;
-    const std::uint32_t bits =
-        detail::bit_cast<std::uint32_t>(Kernels::amax(in.row(e, row % in.rows), in.cols, options.special));
-    auto& slot = largest[scales.size() == 1 ? 0 : e];
+    const std::uint32_t bits = bit_cast<std::uint32_t>(Kernels::amax(in.row(e, row % in.rows), in.cols, special));
+    auto& slot = largest[out.size() == 1 ? 0 : e];
     std::uint32_t seen = slot.load(std::memory_order_relaxed);
     while (bits > seen && !slot.compare_exchange_weak(seen, bits)) {
     }
   });
-  for (std::size_t i = 0; i < scales.size(); ++i) {
-    scales[i] = tensor_scale_for(detail::bit_cast<float>(largest[i].load()), *options.rule);
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = bit_cast<float>(largest[i].load());
+}
+
+/// The tensor scales of NVFP4: those given, or from the largest magnitudes.
+template <class Kernels, real T>
+void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, const quantize_options& options,
+                       std::span<float> scales) {
+  if (scales.empty()) return;
+  if (options.tensor_scales.empty()) {
+    amax_cpu<Kernels>(executor, in, options.special, scales);
+    for (float& scale : scales) scale = tensor_scale_for(scale, *options.rule);
+  } else {
+    for (std::size_t i = 0; i < scales.size(); ++i) {
+      scales[i] = options.tensor_scales[options.tensor_scales.size() == 1 ? 0 : i];
+    }
   }
 }
 
