@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds and runs the tests; what is missing is installed first.
+#   tests/run.sh                    the default tests
+#   tests/run.sh --slow             the slow ones only
+#   tests/run.sh -R placement       further options go to ctest
+# TETROMINO_PRESET picks a file of cmake/presets (dev, asan, tsan), TETROMINO_BUILD_DIR where to build, TETROMINO_SEED
+# the random inputs; CXX and CMAKE_PREFIX_PATH mean what they always do.
+source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"
+
+select=()
+if [ "${1:-}" = --slow ]; then
+  select=(-C slow -L slow)
+  shift
+fi
+preset=${TETROMINO_PRESET:-dev}
+folder=${TETROMINO_BUILD_DIR:-$root/build/tests-$preset}
+
+install_packages g++:c++ cmake:cmake ninja-build:ninja pkg-config:pkg-config catch2 libxsimd-dev libfmt-dev \
+  libeigen3-dev nlohmann-json3-dev libcli11-dev libopenmpi-dev openmpi-bin:mpirun
+build "$folder" "$preset" "all all_verify_interface_header_sets" -D TETROMINO_TESTS=ON
+
+say "testing"
+status=0
+ctest --test-dir "$folder" --parallel "$jobs" --output-on-failure --no-tests=error "${select[@]}" "$@" || status=$?
+grep -h '^skipped: ' "$folder/Testing/Temporary/LastTest.log" | sort | uniq -c || true
+[ $status -eq 0 ] || fail "some tests failed; a random one repeats with the TETROMINO_SEED that it printed"
