@@ -18,12 +18,12 @@ template <class F>
 void for_each_row(executor_ref executor, std::size_t rows, std::size_t cols, const F& f) {
   constexpr std::size_t elements_per_task = 1 << 16;
   const std::size_t piece =
-      executor.is_parallel() ? std::max<std::size_t>(1, elements_per_task / std::max<std::size_t>(1, cols)) : rows;
+      std::max<std::size_t>(1, executor.is_parallel() ? elements_per_task / std::max<std::size_t>(1, cols) : rows);
   const auto task = [&](std::size_t i) {
     const std::size_t last = std::min(rows, (i + 1) * piece);
     for (std::size_t row = i * piece; row < last; ++row) f(row);
   };
-  executor((rows + piece - 1) / std::max<std::size_t>(1, piece), task);
+  executor((rows + piece - 1) / piece, task);
 }
 
 /// The least of the values that several threads offer.
@@ -92,7 +92,7 @@ inline row_rules rules_of(const any_format& format, const quantize_options& opti
 template <real T>
 input_row<T> input_of(const batch_view<const T>& in, const quantize_options& options, std::size_t row) {
   const std::size_t e = row / in.rows;
-  const float* weights = options.column_weights.data();
+  const float* weights = options.column_weights.empty() ? nullptr : options.column_weights.data();
   if (options.column_weights.size() > in.cols) weights += e * in.cols;
   return {in.row(e, row % in.rows), in.cols, weights, options.first_index + row * in.cols};
 }
