@@ -142,6 +142,15 @@ packed_view<any_format> as_packed(const packed<Format>& storage) noexcept {
   return storage.view();
 }
 
+/// Says why a format known at run time is none, if it is none.
+inline result<void> check_format(const any_format& f) {
+  const bool has_block = f.block == 16 || (f.block == 32 && f.scale == scale_type::e8m0);
+  const bool has_macro = f.macro_block == 32 || f.macro_block == 64 || f.macro_block == 128 || f.macro_block == 256;
+  if (has_block && (f.macro_block == 0 || (has_macro && f.scale == scale_type::e8m0))) return {};
+  return error(errc::invalid_argument, text("not a 4-bit block format: ", f.scale == scale_type::e8m0 ? "MX" : "NVFP4",
+                                            " with block ", f.block, ", macro block ", f.macro_block));
+}
+
 /// Says which buffer of a packed view does not fit its shape, if one does not.
 template <class View>
 result<void> check_storage(const View& view) {
@@ -150,13 +159,7 @@ result<void> check_storage(const View& view) {
     if (expected == got) return {};
     return error(errc::shape_mismatch, text("packed storage: ", buffer, " needs ", expected, " entries, got ", got));
   };
-  if (const auto& f = shape.format; (f.block != 16 && f.block != 32) ||
-                                    (f.scale == scale_type::e4m3 && (f.block != 16 || f.macro_block != 0)) ||
-                                    (f.macro_block != 0 && f.macro_block != 32 && f.macro_block != 64 &&
-                                     f.macro_block != 128 && f.macro_block != 256)) {
-    return error(errc::invalid_argument,
-                 text("not a 4-bit block format: block ", f.block, ", macro block ", f.macro_block));
-  }
+  if (auto known = check_format(shape.format); !known) return known;
   if (auto fits = expect("codes", shape.code_bytes(), view.codes.size()); !fits) return fits;
   if (auto fits = expect("scales", shape.scale_bytes(), view.scales.size()); !fits) return fits;
   if (auto fits = expect("macros", shape.macro_bytes(), view.macros.size()); !fits) return fits;

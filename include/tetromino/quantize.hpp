@@ -53,6 +53,7 @@ namespace detail {
 /// Checks the options against a batch of this shape and format; sets the rule.
 inline result<quantize_options> checked(quantize_options options, const any_format& format, std::size_t matrices,
                                         std::size_t cols) {
+  if (auto known = check_format(format); !known) return known.error();
   if (!options.rule) options.rule = default_rule(format);
   if (!has_rule(format.scale, *options.rule)) {
     return error(errc::invalid_argument, text(name_of(format), " has no scale rule \"", name_of(*options.rule), "\""));
@@ -121,6 +122,7 @@ template <class Policy, matrix_like Input, block_format Format>
 result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const Format& format,
                                     const quantize_options& options = {}) {
   const auto in = detail::as_batch(x);
+  if (auto known = detail::check_format(format); !known) return known.error();
   const bool per_matrix = options.scope == tensor_scale_scope::per_matrix || options.tensor_scales.size() > 1;
   packed<Format> out(format, in.matrices, in.rows, in.cols, per_matrix ? in.matrices : 1);
   if (auto done = try_quantize_to(policy, x, out.view(), options); !done) return done.error();

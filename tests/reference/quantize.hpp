@@ -26,8 +26,9 @@ struct recipe {
   bool poison = false;                       ///< a non-finite element poisons its block; else it is saturated
   double largest = 3.402823466385288598e38;  ///< what an infinity saturates to
   bool scale_per_expert = true;              ///< NVFP4: one tensor scale an expert; else one for all
-  std::optional<float> given_tensor_scale;
-  std::optional<std::uint64_t> seed;  ///< stochastic rounding of the elements
+  std::vector<float> given_tensor_scales;    ///< none, one, or one an expert
+  std::optional<std::uint64_t> seed;         ///< stochastic rounding of the elements
+  std::uint64_t first_index = 0;             ///< where in the random stream the first element is
 };
 
 struct packed {
@@ -52,7 +53,7 @@ inline unsigned stochastic_e2m1(float y, double u) {
 
 inline std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
-/// Packs x[experts, rows, cols]; `weights` is empty or one number a column.
+/// Packs x[experts, rows, cols]; `weights` is empty, [cols] or [experts, cols].
 inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, std::size_t cols, std::vector<float> x,
                        std::span<const float> weights = {}) {
   const std::size_t blocks = ceil_div(cols, r.block);
@@ -81,26 +82,29 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
     for (std::size_t e = 0; e < experts; ++e) {
       const std::span<const float> all(x);
       const float a = r.scale_per_expert ? amax(all.subspan(e * rows * cols, rows * cols)) : amax(all);
-      out.tensor_scales.push_back(r.given_tensor_scale ? *r.given_tensor_scale : tensor_scale(r.nvfp4, a));
+      const std::vector<float>& given = r.given_tensor_scales;
+      out.tensor_scales.push_back(given.empty() ? tensor_scale(r.nvfp4, a) : given[given.size() == 1 ? 0 : e]);
     }
   }
 
   for (std::size_t row = 0; row < experts * rows; ++row) {
     const std::span<const float> line = std::span<const float>(x).subspan(row * cols, cols);
+    const auto row_weights = weights.size() > cols ? weights.subspan(row / rows * cols, cols) : weights;
     for (std::size_t m = 0; m < macros; ++m) {
       const std::size_t begin = m * r.macro;
       const std::size_t size = std::min(r.macro, cols - begin);
       const auto part = line.subspan(begin, size);
       out.macros[row * macros + m] = static_cast<std::uint8_t>(
-          r.macro_steps == 0 ? static_macro(amax(part))
-                             : searched_macro(r.mx, part, weights.empty() ? weights : weights.subspan(begin, size),
-                                              r.block, r.macro_steps));
+          r.macro_steps == 0
+              ? static_macro(amax(part))
+              : searched_macro(r.mx, part, row_weights.empty() ? row_weights : row_weights.subspan(begin, size),
+                               r.block, r.macro_steps));
     }
     for (std::size_t b = 0; b < blocks; ++b) {
       const std::size_t begin = b * r.block;
       const std::size_t size = std::min(r.block, cols - begin);
       const auto part = line.subspan(begin, size);
-      const auto part_weights = weights.empty() ? weights : weights.subspan(begin, size);
+      const auto part_weights = row_weights.empty() ? row_weights : row_weights.subspan(begin, size);
       std::uint8_t& scale = out.scales[row * blocks + b];
       if (poisoned[row * blocks + b]) {
         scale = r.nv ? 0x7F : 0xFF;
@@ -113,7 +117,8 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
         const unsigned code = nv_scale(r.nvfp4, part, part_weights, t);
         scale = static_cast<std::uint8_t>(code);
         if (code == 0) continue;
-        for (const float v : part) y.push_back(quotient(v, product(t, static_cast<float>(e4m3_value(code)))));
+        const float unit = product(t, static_cast<float>(e4m3_value(code)));
+        for (const float v : part) y.push_back(unit == 0 ? 0 : quotient(v, unit));
       } else if (r.macro != 0) {
         const float f = macro_factor(out.macros[row * macros + begin / r.macro]);
         const macro_block_part chosen = under_factor(r.mx, part, part_weights, f);
@@ -126,7 +131,8 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
       }
       for (std::size_t i = 0; i < size; ++i) {
         const std::size_t k = begin + i;
-        const unsigned code = r.seed ? stochastic_e2m1(y[i], uniform(*r.seed, row * cols + k)) : e2m1_encode(y[i]);
+        const unsigned code =
+            r.seed ? stochastic_e2m1(y[i], uniform(*r.seed, r.first_index + row * cols + k)) : e2m1_encode(y[i]);
         out.codes[row * blocks * r.block / 2 + k / 2] |= static_cast<std::uint8_t>(code << (k % 2 * 4));
       }
     }

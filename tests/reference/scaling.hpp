@@ -84,16 +84,20 @@ inline int exponent_of_amax(mx_rule rule, double a) {
 
 inline int clamp_exponent(int exponent) { return std::clamp(exponent, -127, 127); }
 
-/// The exponent with the least squared error among four; the larger one on ties. `weights` is empty or as long as x.
-inline int exponent_of_least_error(std::span<const float> x, std::span<const float> weights) {
-  const int up = clamp_exponent(exponent_of_amax(mx_rule::round_up, static_cast<double>(amax(x))));
-  int best = up;
+/// The block exponent of x · 2^k, not all zero, clamped. `weights` is empty or as long as x.
+inline int exponent(mx_rule rule, std::span<const float> x, std::span<const float> weights = {}, int k = 0) {
+  const auto a = static_cast<double>(amax(x));
+  if (rule != mx_rule::min_error) return clamp_exponent(k + exponent_of_amax(rule, a));
+
+  // Of four exponents the one with the least squared error, the larger one on ties.
+  const int up = clamp_exponent(k + exponent_of_amax(mx_rule::round_up, a));
+  int best = clamp_exponent(up + 1);
   float least = std::numeric_limits<float>::infinity();
   for (const int candidate : {up + 1, up, up - 1, up - 2}) {
     const int exponent = clamp_exponent(candidate);
     error_sum errors;
     for (std::size_t i = 0; i < x.size(); ++i) {
-      const float y = scaled(x[i], -exponent);
+      const float y = scaled(x[i], k - exponent);
       errors.add(difference(y, nearest_e2m1(y)), weights.empty() ? 1.0f : weights[i]);
     }
     const float error = scaled(errors.total(), 2 * (exponent - up));
@@ -103,12 +107,6 @@ inline int exponent_of_least_error(std::span<const float> x, std::span<const flo
     }
   }
   return best;
-}
-
-/// The exponent of a block that is not all zero, clamped.
-inline int exponent(mx_rule rule, std::span<const float> x, std::span<const float> weights = {}) {
-  if (rule == mx_rule::min_error) return exponent_of_least_error(x, weights);
-  return clamp_exponent(exponent_of_amax(rule, static_cast<double>(amax(x))));
 }
 
 /// The tensor scale of NVFP4, in the sense of decoding.
@@ -130,23 +128,20 @@ inline float nv_error(std::span<const float> x, std::span<const float> weights, 
 inline unsigned nv_scale(nv_rule rule, std::span<const float> x, std::span<const float> weights, float t) {
   const float a = amax(x);
   if (a == 0 || t == 0) return 0;
-  const auto usable = [&](unsigned code) { return product(t, static_cast<float>(e4m3_value(code))) != 0; };
   const unsigned code6 = e4m3_encode(quotient(a, product(6, t)));
-  if (rule == nv_rule::amax) return usable(code6) ? code6 : 0;
+  if (rule == nv_rule::amax) return code6;
   if (rule == nv_rule::four_over_six) {
     const unsigned code4 = e4m3_encode(quotient(a, product(4, t)));
-    if (!usable(code6)) return usable(code4) ? code4 : 0;
-    if (!usable(code4)) return code6;
+    if (code6 == 0) return code4;
     return nv_error(x, weights, t, code4) < nv_error(x, weights, t, code6) ? code4 : code6;
   }
   if (code6 == 0) return 0;
   unsigned best = 0;
-  float least = std::numeric_limits<float>::infinity();
+  float least = 0;
   for (int step = -8; step <= 8; ++step) {
     const auto code = static_cast<unsigned>(std::clamp(static_cast<int>(code6) + step, 1, 126));
-    if (!usable(code)) continue;
     const float error = nv_error(x, weights, t, code);
-    if (error <= least) {
+    if (best == 0 || error <= least) {
       least = error;
       best = code;
     }
@@ -174,7 +169,7 @@ inline macro_block_part under_factor(mx_rule rule, std::span<const float> x, std
   std::vector<float> g;
   for (const float v : x) g.push_back(product(f, scaled(v, -k)));
   macro_block_part part;
-  part.exponent = clamp_exponent(k + exponent(rule, g, weights));
+  part.exponent = exponent(rule, g, weights, k);
   for (const float v : g) part.y.push_back(scaled(v, k - part.exponent));
   return part;
 }
