@@ -26,7 +26,7 @@ out=$folder/moe-16x2.mxfp4.safetensors
 step "The same model written in 4 bits, in the layout that gpt-oss uses" \
   quantize_checkpoint $data/moe-16x2.safetensors "$out" --recipe mxfp4-32/oas --layout gpt-oss
 step "What was written, read back by a second program and compared with the original" \
-  verify_checkpoint "$out" $data/moe-16x2.safetensors
+  verify_checkpoint $data/moe-16x2.safetensors "$out"
 
 step "Where to put 128 experts on 8 nodes so that tokens stay close to them (report: $folder/placement.html)" \
   place_experts $data/routing-128x8.small.safetensors --nodes 8 --gpus 8 --slots 16 --report "$folder/placement.html"
