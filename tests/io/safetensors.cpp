@@ -352,6 +352,19 @@ TEST_CASE("the writer's bytes are those of the format, whatever the order and si
   CHECK(file["w\"\\\n"].as<float>()[1] == -2.0f);
 }
 
+TEST_CASE("the data begins at a multiple of 8 bytes, with as little padding as that takes") {
+  const temporary_directory folder;
+  for (std::size_t length = 1; length <= 16; ++length) {
+    const std::vector<io::tensor_declaration> declared{{std::string(length, 'n'), io::dtype::U8, {1}}};
+    auto writer = io::safetensors_writer::create(folder / "f", declared);
+    writer.append(declared[0].name, counting(1));
+    writer.finish();
+    const std::string contents = load(folder / "f");
+    CHECK(contents.size() % 8 == 1);
+    CHECK(contents.size() - contents.rfind('}') <= 9);
+  }
+}
+
 TEST_CASE("random files round-trip", "[random]") {
   const temporary_directory folder;
   std::mt19937_64 random(tetromino_test::seed());
