@@ -1,0 +1,91 @@
+#pragma once
+
+#include "../topology.hpp"  // topology
+#include "bin_packer.hpp"   // bin_packer
+
+#include <algorithm>  // std::min, std::make_heap, std::pop_heap, std::push_heap
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::int32_t, std::uint32_t
+#include <span>       // std::span
+#include <vector>     // std::vector
+
+namespace tetromino::moe::detail {
+
+/// Spreads experts with copies over neighbouring GPUs of any sizes, none twice on one GPU.
+class strict_balancer {
+ public:
+  /// first_slot[gpus + 1], of the whole topology.
+  explicit strict_balancer(std::span<const std::uint32_t> first_slot) : first_slot_(first_slot) {}
+
+  /// Puts `experts`, loads load[expert], into the slots of GPUs first_gpu … last_gpu − 1, writing expert_of_slot (the
+  /// layer's whole row). Precondition: at least as many slots as experts.
+  void solve(std::span<const double> load, std::span<const std::uint32_t> experts, std::size_t first_gpu,
+             std::size_t last_gpu, std::span<std::int32_t> expert_of_slot) {
+    const std::span<const std::uint32_t> bins = first_slot_.subspan(first_gpu, last_gpu - first_gpu + 1);
+    const std::size_t slots = bins.back() - bins.front();
+    std::uint32_t usable_gpus = 0;
+    for (std::size_t b = 0; b + 1 < bins.size(); ++b) usable_gpus += bins[b + 1] > bins[b] ? 1U : 0U;
+
+    copies_.assign(experts.size(), 1);
+    limit_.assign(experts.size(), usable_gpus);
+    add_copies(load, experts, slots - experts.size());
+    item_of_slot_.resize(slots);
+    for (;;) {
+      items_.clear();
+      for (std::size_t i = 0; i < experts.size(); ++i) {
+        for (std::uint32_t c = 0; c < copies_[i]; ++c) {
+          items_.push_back({load[experts[i]] / copies_[i], static_cast<std::uint32_t>(i)});
+        }
+      }
+      const std::span<const std::uint32_t> unplaced = packer_.pack(items_, bins, item_of_slot_, bins.size() * 4);
+      if (unplaced.empty()) break;
+      // no bin of unequal GPUs takes that many copies of this expert: fewer of it, more of the others
+      for (const std::uint32_t item : unplaced) limit_[items_[item].expert] = --copies_[items_[item].expert];
+      add_copies(load, experts, unplaced.size());
+    }
+    for (std::size_t s = 0; s < slots; ++s) {
+      const std::uint32_t item = item_of_slot_[s];
+      expert_of_slot[bins.front() + s] =
+          item == bin_packer::nothing ? -1 : static_cast<std::int32_t>(experts[items_[item].expert]);
+    }
+  }
+
+ private:
+  struct weighed {
+    double weight;
+    std::uint32_t index;
+  };
+  static bool below_heaviest(const weighed& a, const weighed& b) {
+    return a.weight < b.weight || (a.weight == b.weight && a.index > b.index);
+  }
+
+  // One copy after the other for whoever carries most per copy and may have more.
+  void add_copies(std::span<const double> load, std::span<const std::uint32_t> experts, std::size_t more) {
+    heap_.clear();
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      if (copies_[i] < limit_[i]) {
+        heap_.push_back({load[experts[i]] / copies_[i], static_cast<std::uint32_t>(i)});
+      }
+    }
+    std::make_heap(heap_.begin(), heap_.end(), below_heaviest);
+    for (; more > 0 && !heap_.empty(); --more) {
+      std::pop_heap(heap_.begin(), heap_.end(), below_heaviest);
+      weighed& top = heap_.back();
+      if (++copies_[top.index] == limit_[top.index]) {
+        heap_.pop_back();
+        continue;
+      }
+      top.weight = load[experts[top.index]] / copies_[top.index];
+      std::push_heap(heap_.begin(), heap_.end(), below_heaviest);
+    }
+  }
+
+  std::span<const std::uint32_t> first_slot_;
+  bin_packer packer_;
+  std::vector<std::uint32_t> copies_, limit_;  // [experts]
+  std::vector<pack_item> items_;
+  std::vector<std::uint32_t> item_of_slot_;
+  std::vector<weighed> heap_;
+};
+
+}  // namespace tetromino::moe::detail

@@ -1,0 +1,301 @@
+#include "check.hpp"
+
+#include <tetromino/moe/place.hpp>
+
+#include "reference/eplb.hpp"
+#include "reference/generators.hpp"
+
+#include <algorithm>  // std::count, std::max
+#include <cmath>      // std::floor, std::nan
+#include <numeric>    // std::accumulate
+#include <set>        // std::set
+
+namespace {
+
+using namespace tetromino::moe;
+using reference::generator;
+using tetromino::errc;
+
+template <class T>
+errc code_of(const tetromino::result<T>& r) {
+  REQUIRE_FALSE(r.has_value());
+  return r.error().code();
+}
+
+/// Loads as routing shows them: a few experts carry much, many carry little; sometimes all alike, sometimes nothing.
+std::vector<double> random_loads(generator& g, std::size_t layers, std::size_t experts) {
+  std::vector<double> out(layers * experts);
+  const std::size_t kind = g.below(6);
+  for (double& x : out) {
+    const double u = g.uniform();
+    if (kind == 0) x = 0;
+    if (kind == 1) x = 7;
+    if (kind == 2) x = std::floor(5 * u);
+    if (kind == 3) x = std::floor(1000 * u * u * u);
+    if (kind == 4) x = 1e6 * u / (1 + 100 * g.uniform());
+    if (kind == 5) x = g.below(4) == 0 ? 300 * u : 0;
+  }
+  return out;
+}
+
+topology random_topology(generator& g, std::size_t most_gpus, std::size_t most_slots) {
+  std::vector<std::size_t> gpus, slots;
+  const bool uniform = g.below(2) == 0;
+  const std::size_t nodes = 1 + g.below(5), per_node = 1 + g.below(most_gpus), per_gpu = 1 + g.below(most_slots);
+  for (std::size_t n = 0; n < nodes; ++n) {
+    gpus.push_back(uniform ? per_node : 1 + g.below(most_gpus));
+    for (std::size_t i = 0; i < gpus.back(); ++i) slots.push_back(uniform ? per_gpu : g.below(most_slots + 1));
+  }
+  if (std::accumulate(slots.begin(), slots.end(), std::size_t{0}) == 0) slots.back() = 1;
+  return topology::make(gpus, slots);
+}
+
+/// Largest load of a GPU, when the copies of an expert share its load evenly.
+double heaviest_gpu(const placement& p, std::size_t layer, const load_view& loads, const topology& t) {
+  const replica_index where(p);
+  std::vector<double> load(t.gpus(), 0.0);
+  for (std::size_t s = 0; s < p.slots(); ++s) {
+    const std::int32_t e = p.layer(layer)[s];
+    if (e == empty_slot) continue;
+    load[t.gpu_of_slot(s)] += loads.layer(layer)[static_cast<std::size_t>(e)] /
+                              static_cast<double>(where.slots_of(layer, static_cast<std::size_t>(e)).size());
+  }
+  return *std::max_element(load.begin(), load.end());
+}
+
+void require_same(const index_tensors& ours, const reference::eplb_maps& theirs) {
+  std::vector<std::int64_t> p, l, c;
+  for (const auto& row : theirs.physical_to_logical) p.insert(p.end(), row.begin(), row.end());
+  for (const auto& layer : theirs.logical_to_physical) {
+    for (const auto& row : layer) l.insert(l.end(), row.begin(), row.end());
+  }
+  for (const auto& row : theirs.count) c.insert(c.end(), row.begin(), row.end());
+  REQUIRE(ours.physical_to_logical == p);
+  REQUIRE(ours.logical_to_physical == l);
+  REQUIRE(ours.count == c);
+}
+
+}  // namespace
+
+TEST_CASE("contiguous puts expert e into slot e") {
+  const topology t = topology::uniform(2, 2, 2);
+  CHECK(contiguous(1, 8, t) == placement::make(1, 8, 8, {0, 1, 2, 3, 4, 5, 6, 7}));
+  CHECK(round_robin(1, 8, t) == placement::make(1, 8, 8, {0, 4, 1, 5, 2, 6, 3, 7}));
+  // more slots than experts: each GPU its share
+  CHECK(contiguous(1, 6, t) == placement::make(1, 6, 8, {0, -1, 1, 2, 3, -1, 4, 5}));
+  CHECK(round_robin(1, 6, t) == placement::make(1, 6, 8, {0, 4, 1, 5, 2, -1, 3, -1}));
+}
+
+TEST_CASE("contiguous and round_robin are valid on any topology with enough slots") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 1000; ++i) {
+    const topology t = random_topology(g, 4, 5);
+    const std::size_t experts = 1 + g.below(t.slots());
+    CAPTURE(i, t.nodes(), t.gpus(), t.slots(), experts);
+    REQUIRE(try_validate(contiguous(2, experts, t), t).has_value());
+    REQUIRE(try_validate(round_robin(2, experts, t), t).has_value());
+    REQUIRE(code_of(try_contiguous(1, t.slots() + 1, t)) == errc::infeasible);
+    REQUIRE(code_of(try_round_robin(1, t.slots() + 1, t)) == errc::infeasible);
+  }
+}
+
+TEST_CASE("balanced_eplb gives the index tensors of the README of EPLB") {
+  const std::vector<double> loads = {90, 132, 40,  61, 104, 165, 39,  4,   73,  56, 183, 86,
+                                     20, 107, 104, 64, 19,  197, 187, 157, 172, 86, 16,  27};
+  const index_tensors maps = balanced_eplb({2, 12, loads}, {.replicas = 16, .groups = 4, .nodes = 2, .gpus = 8});
+  // as printed there
+  CHECK(maps.physical_to_logical == std::vector<std::int64_t>{5, 6,  5, 7, 8, 4,  3, 4, 10, 9, 10, 2, 0, 1, 11, 1,
+                                                              7, 10, 6, 8, 6, 11, 8, 9, 2,  4, 5,  1, 5, 0, 3,  1});
+  CHECK(maps.max_copies == 2);
+  CHECK(maps.count ==
+        std::vector<std::int64_t>{1, 2, 1, 1, 2, 2, 1, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 2, 2, 1, 2, 1, 1, 1});
+  // as the published code returns them, run once
+  CHECK(maps.logical_to_physical == std::vector<std::int64_t>{12, -1, 15, 13, 11, -1, 6,  -1, 7, 5,  0,  2,
+                                                              1,  -1, 3,  -1, 4,  -1, 9,  -1, 8, 10, 14, -1,
+                                                              13, -1, 15, 11, 8,  -1, 14, -1, 9, -1, 10, 12,
+                                                              2,  4,  0,  -1, 6,  3,  7,  -1, 1, -1, 5,  -1});
+  CHECK(try_validate(to_placement(maps), topology::uniform(2, 4, 2)).has_value());
+}
+
+TEST_CASE("balanced_eplb equals the published algorithm on random loads") {
+  generator g(tetromino_test::seed());
+  std::size_t hierarchical = 0, duplicates = 0;
+  for (int i = 0; i < 600; ++i) {
+    const std::size_t nodes = std::size_t{1} << g.below(4), gpus = nodes << g.below(4);
+    const std::size_t groups = g.below(3) == 0 ? 3 + 2 * g.below(3) : nodes << g.below(3);
+    const std::size_t experts = groups * (1 + g.below(8)), layers = 1 + g.below(4);
+    const std::size_t replicas = ((experts + gpus - 1) / gpus + g.below(3)) * gpus;
+    CAPTURE(i, layers, experts, replicas, groups, nodes, gpus);
+    std::vector<double> loads = random_loads(g, layers, experts);
+    std::vector<std::vector<float>> rows(layers);
+    for (std::size_t j = 0; j < loads.size(); ++j) rows[j / experts].push_back(static_cast<float>(loads[j]));
+
+    const index_tensors maps = balanced_eplb({layers, experts, loads}, {replicas, groups, nodes, gpus});
+    require_same(maps, reference::eplb(rows, replicas, groups, nodes, gpus));
+    hierarchical += groups % nodes == 0 ? 1U : 0U;
+    const topology t = topology::uniform(1, gpus, replicas / gpus);
+    REQUIRE(try_validate(to_placement(maps), t, {.one_copy_per_gpu = false}).has_value());
+    duplicates += try_validate(to_placement(maps), t).has_value() ? 0U : 1U;
+  }
+  CHECK(hierarchical > 100);
+  CHECK(hierarchical < 500);
+  CHECK(duplicates > 0);  // what the strict mode is for
+}
+
+TEST_CASE("balanced_eplb equals the published algorithm on DeepSeek-V3's shape") {
+  generator g(tetromino_test::seed());
+  std::vector<double> loads(58 * 256);
+  for (double& x : loads) x = std::floor(20000 * g.uniform() * g.uniform() * g.uniform());
+  std::vector<std::vector<float>> rows(58);
+  for (std::size_t j = 0; j < loads.size(); ++j) rows[j / 256].push_back(static_cast<float>(loads[j]));
+  // prefill as in its report: 32 GPUs of 9 slots; and 64 GPUs of 5
+  require_same(balanced_eplb({58, 256, loads}, {288, 8, 4, 32}), reference::eplb(rows, 288, 8, 4, 32));
+  require_same(balanced_eplb({58, 256, loads}, {320, 1, 8, 64}), reference::eplb(rows, 320, 1, 8, 64));
+}
+
+TEST_CASE("balanced places each expert, at most once per GPU, within capacity, on any topology") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 4000; ++i) {
+    const topology t = random_topology(g, 4, 6);
+    const std::size_t experts = 1 + g.below(t.slots()), layers = 1 + g.below(3);
+    CAPTURE(i, t.nodes(), t.gpus(), t.slots(), experts);
+    const std::vector<double> loads = random_loads(g, layers, experts);
+    const load_view view{layers, experts, loads};
+    const placement p = balanced(view, t);
+    const auto ok = try_validate(p, t);
+    if (!ok) FAIL(ok.error().what());
+    // a slot stays empty only where nothing fits: each expert is on that GPU already
+    const bool full = std::count(p.slot_to_expert().begin(), p.slot_to_expert().end(), empty_slot) == 0;
+    bool could_fill = true;
+    for (std::size_t gpu = 0; gpu < t.gpus(); ++gpu) could_fill &= t.slots_on_gpu(gpu) <= experts;
+    REQUIRE((full || !could_fill));
+    REQUIRE(p == balanced(view, t));
+  }
+}
+
+TEST_CASE("balanced keeps groups on one node") {
+  generator g(tetromino_test::seed());
+  std::size_t solved = 0;
+  for (int i = 0; i < 1000; ++i) {
+    const topology t = random_topology(g, 4, 6);
+    const std::size_t groups = 1 + g.below(8), group_size = 1 + g.below(5), experts = groups * group_size;
+    CAPTURE(i, t.nodes(), t.gpus(), t.slots(), groups, group_size);
+    const std::vector<double> loads = random_loads(g, 1, experts);
+    std::size_t room = 0;
+    for (std::size_t n = 0; n < t.nodes(); ++n) room += t.slots_on_node(n) / group_size;
+    const auto p = try_balanced({1, experts, loads}, t, {groups});
+    if (groups > 1 && room < groups) {
+      REQUIRE(code_of(p) == errc::infeasible);
+      continue;
+    }
+    if (!p) {
+      REQUIRE(t.slots() < experts);
+      continue;
+    }
+    ++solved;
+    REQUIRE(try_validate(*p, t).has_value());
+    if (groups == 1) continue;
+    std::vector<std::set<std::size_t>> nodes_of_group(groups);
+    for (std::size_t s = 0; s < t.slots(); ++s) {
+      const std::int32_t e = p->layer(0)[s];
+      if (e != empty_slot) nodes_of_group[static_cast<std::size_t>(e) / group_size].insert(t.node_of_slot(s));
+    }
+    for (const auto& nodes : nodes_of_group) REQUIRE(nodes.size() == 1);
+  }
+  CHECK(solved > 200);
+}
+
+TEST_CASE("balanced is at least as even as EPLB") {
+  generator g(tetromino_test::seed());
+  double ours = 0, theirs = 0;
+  for (int i = 0; i < 60; ++i) {
+    const std::size_t nodes = std::size_t{1} << g.below(4), gpus = nodes * (std::size_t{1} << g.below(4));
+    const std::size_t experts = 32 << g.below(4), replicas = ((experts + gpus - 1) / gpus + 1) * gpus;
+    std::vector<double> loads(experts);
+    for (double& x : loads) x = std::floor(1000 * g.uniform() * g.uniform() * g.uniform());
+    const load_view view{1, experts, loads};
+    const topology t = topology::uniform(nodes, gpus / nodes, replicas / gpus);
+    const double mean = std::accumulate(loads.begin(), loads.end(), 0.0) / static_cast<double>(gpus);
+    const double strict = heaviest_gpu(balanced(view, t), 0, view, t) / mean;
+    const double eplb = heaviest_gpu(to_placement(balanced_eplb(view, {replicas, 1, 1, gpus})), 0, view, t) / mean;
+    CAPTURE(i, experts, replicas, gpus);
+    CHECK(strict <= eplb * 1.02);
+    ours += strict / 60;
+    theirs += eplb / 60;
+  }
+  CAPTURE(ours, theirs);
+  CHECK(ours <= theirs);
+}
+
+TEST_CASE("balanced finds the optimum where exchanges are needed") {
+  // heaviest first into the lightest bin gives 9 + 4 + 3 = 16; 15 is possible
+  const std::vector<double> loads = {9, 8, 5, 4, 3, 1};
+  const topology t = topology::uniform(1, 2, 3);
+  CHECK(heaviest_gpu(balanced({1, 6, loads}, t), 0, {1, 6, loads}, t) == 15);
+}
+
+TEST_CASE("bad loads and sizes are errors") {
+  const topology t = topology::uniform(2, 2, 2);
+  std::vector<double> loads(8, 1.0);
+  CHECK(code_of(try_balanced({0, 8, {}}, t)) == errc::invalid_argument);
+  CHECK(code_of(try_balanced({1, 7, loads}, t)) == errc::shape_mismatch);
+  CHECK(code_of(try_balanced({1, 8, loads}, t, {3})) == errc::invalid_argument);
+  CHECK(code_of(try_balanced({1, 8, loads}, t, {0})) == errc::invalid_argument);
+  CHECK(code_of(try_balanced({1, 8, loads}, topology::uniform(1, 1, 7))) == errc::infeasible);
+  CHECK(code_of(try_balanced_eplb({1, 8, loads}, {7, 1, 1, 1})) == errc::infeasible);
+  CHECK(code_of(try_balanced_eplb({1, 8, loads}, {9, 1, 1, 2})) == errc::shape_mismatch);
+  CHECK(code_of(try_balanced_eplb({1, 8, loads}, {8, 4, 2, 3})) == errc::shape_mismatch);
+  CHECK(code_of(try_balanced_eplb({1, 8, loads}, {8, 3, 1, 1})) == errc::shape_mismatch);
+  CHECK(code_of(try_balanced_eplb({1, 8, loads}, {8, 0, 1, 1})) == errc::invalid_argument);
+  for (const double bad : {std::nan(""), HUGE_VAL, -1.0}) {
+    loads[3] = bad;
+    CHECK_FALSE(try_balanced({1, 8, loads}, t).has_value());
+    CHECK_FALSE(try_balanced_eplb({1, 8, loads}, {8, 1, 1, 4}).has_value());
+  }
+  CHECK_THROWS_WITH(balanced({1, 8, loads}, t), tetromino_test::contains("got -1 in layer 0, expert 3"));
+}
+
+TEST_CASE("zero loads, tiny and huge loads give a plan that uses all GPUs alike") {
+  const topology t = topology::uniform(2, 2, 3);
+  for (const double x : {0.0, 1e-320, 1e308}) {
+    const std::vector<double> loads(6, x);
+    const placement p = balanced({1, 6, loads}, t);
+    REQUIRE(try_validate(p, t).has_value());
+    CHECK(std::count(p.slot_to_expert().begin(), p.slot_to_expert().end(), empty_slot) == 0);
+    for (const std::int64_t n : to_index_tensors(p).count) CHECK(n == 2);
+  }
+  // more slots than any copies can fill: each expert once on each GPU, the rest empty
+  const placement p = balanced({1, 2, std::vector<double>{3, 1}}, t);
+  REQUIRE(try_validate(p, t).has_value());
+  CHECK(std::count(p.slot_to_expert().begin(), p.slot_to_expert().end(), empty_slot) == 4);
+}
+
+TEST_CASE("balance_gpus moves experts inside nodes only") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 500; ++i) {
+    const topology t = random_topology(g, 4, 5);
+    const std::size_t experts = 1 + g.below(t.slots());
+    CAPTURE(i, t.nodes(), t.gpus(), t.slots(), experts);
+    const std::vector<double> loads = random_loads(g, 2, experts);
+    const placement before = g.below(2) == 0 ? contiguous(2, experts, t) : balanced({2, experts, loads}, t);
+    placement after = before;
+    std::vector<double> load_of_slot(2 * t.slots());
+    for (double& x : load_of_slot) x = std::floor(100 * g.uniform());
+    balance_gpus(after, t, load_of_slot);
+    REQUIRE(try_validate(after, t).has_value());
+    for (std::size_t l = 0; l < 2; ++l) {
+      for (std::size_t n = 0; n < t.nodes(); ++n) {
+        const auto contents = [&](const placement& p) {
+          const auto row = p.layer(l).subspan(t.first_slot_of_node(n), t.slots_on_node(n));
+          return std::multiset<std::int32_t>(row.begin(), row.end());
+        };
+        REQUIRE(contents(before) == contents(after));
+      }
+    }
+  }
+  const topology t = topology::uniform(2, 2, 2);
+  placement p = contiguous(1, 8, t);
+  balance_gpus(p, t, std::vector<double>{5, 5, 1, 1, 1, 1, 1, 1});
+  CHECK(p.layer(0)[0] + p.layer(0)[1] != 1);  // 0 and 1 carry five each: apart now
+  CHECK_THROWS_AS(balance_gpus(p, t, std::vector<double>(3)), tetromino_test::precondition_failed);
+}
