@@ -1,0 +1,166 @@
+#pragma once
+
+#include "error.hpp"      // error, result
+#include "execution.hpp"  // executor_ref
+#include "matrix.hpp"     // matrix_like
+#include "packed.hpp"     // packed_view, packed_like
+
+#include <algorithm>    // std::min, std::max
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::int8_t
+#include <span>         // std::span
+#include <type_traits>  // std::is_const_v
+#include <vector>       // std::vector
+
+namespace tetromino {
+
+/// 8-bit activations [rows, cols] that somebody else owns: values[rows, cols] and one float scale for every 32 of them
+/// along K, scales[rows, blocks_per_row]; the last block of a row may be short. Element [r, k] is
+/// values[r, k] * scales[r, k / 32]. `Value` is const for a read-only view.
+template <class Value = const std::int8_t>
+struct int8_view {
+  static constexpr std::size_t block = 32;
+  using scale_value = std::conditional_t<std::is_const_v<Value>, const float, float>;
+
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  std::span<Value> values{};
+  std::span<scale_value> scales{};
+
+  [[nodiscard]] constexpr std::size_t blocks_per_row() const noexcept { return cols / block + (cols % block != 0); }
+
+  /// A mutable view is also a read-only one.
+  constexpr operator int8_view<const Value>() const noexcept requires(!std::is_const_v<Value>) {
+    return {rows, cols, values, scales};
+  }
+};
+
+/// 8-bit activations [rows, cols] that own their elements; see int8_view.
+struct int8_matrix {
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  std::vector<std::int8_t> values;
+  std::vector<float> scales;
+
+  int8_matrix() = default;
+  int8_matrix(std::size_t rows_, std::size_t cols_) : rows(rows_), cols(cols_), values(rows_ * cols_) {
+    scales.resize(rows_ * view().blocks_per_row());
+  }
+
+  [[nodiscard]] int8_view<std::int8_t> view() noexcept { return {rows, cols, values, scales}; }
+  [[nodiscard]] int8_view<> view() const noexcept { return {rows, cols, values, scales}; }
+};
+
+namespace detail {
+
+/// Rounds one block to 8 bits: scale = amax / 127, values to nearest even of x * (127 / amax). Returns false where a
+/// value is not finite.
+template <real T>
+bool quantize_int8_block(const T* x, std::size_t n, std::int8_t* values, float& scale) {
+  std::uint32_t largest_bits = 0;  // magnitudes compare as their bits do, and NaN and infinity come last
+  for (std::size_t i = 0; i < n; ++i) {
+    largest_bits = std::max(largest_bits, detail::bit_cast<std::uint32_t>(to_float(x[i])) & 0x7FFFFFFFu);
+  }
+  if (largest_bits >= 0x7F800000u) return false;
+  const float amax = detail::bit_cast<float>(largest_bits);
+  scale = amax / 127.0f;
+  // 127 / amax overflows below 2^-121: such blocks become zero.
+  const float inverse = amax < 0x1p-120f ? 0.0f : 127.0f / amax;
+  if (inverse == 0.0f) scale = 0.0f;
+  constexpr float shift = 0x1.8p23f;  // adding it leaves an integer, rounded to nearest even, in the low bits
+  for (std::size_t i = 0; i < n; ++i) {
+    const float y = rounded(to_float(x[i]) * inverse) + shift;
+    values[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(detail::bit_cast<std::uint32_t>(y) & 0xFFu));
+  }
+  return true;
+}
+
+/// Says which buffer of 8-bit activations does not fit their shape, if one does not.
+template <class Value>
+result<void> check_storage(const int8_view<Value>& view) {
+  const auto expect = [](const char* buffer, std::size_t expected, std::size_t got) -> result<void> {
+    if (expected == got) return {};
+    return error(errc::shape_mismatch, text("int8 activations: ", buffer, " need ", expected, " entries, got ", got));
+  };
+  if (auto fits = expect("values", view.rows * view.cols, view.values.size()); !fits) return fits;
+  return expect("scales", view.rows * view.blocks_per_row(), view.scales.size());
+}
+template <class T>
+result<void> check_storage(const batch_view<T>&) {
+  return {};
+}
+
+/// The views that matmul reads activations through.
+template <matrix_like X>
+auto as_activations(const X& x) noexcept {
+  return as_batch(x);
+}
+template <packed_like X>
+packed_view<any_format> as_activations(const X& x) noexcept {
+  return as_packed(x);
+}
+template <class Value>
+int8_view<> as_activations(const int8_view<Value>& x) noexcept {
+  return x;
+}
+inline int8_view<> as_activations(const int8_matrix& x) noexcept { return x.view(); }
+
+/// Rows of activations, counted through all matrices of a batch.
+template <class X>
+std::size_t row_count(const X& x) noexcept {
+  if constexpr (requires { x.matrices; }) {
+    return x.matrices * x.rows;
+  } else {
+    return x.rows;
+  }
+}
+
+}  // namespace detail
+
+/// Anything that matmul takes as activations: matrices of float, half or bfloat16, int8 activations, packed storage.
+template <class X>
+concept activations_like = requires(const X& x) {
+  detail::as_activations(x);
+};
+
+/// Rounds x[matrices, rows, cols] to 8-bit activations [matrices * rows, cols], storage that the caller provides:
+/// blocks of 32 along K with scale amax / 127, elements to nearest even. A block below 2^-120 becomes zero.
+/// Errors: shape_mismatch; non_finite.
+template <matrix_like Input>
+result<void> try_quantize_int8_to(const Input& x, int8_view<std::int8_t> out) {
+  const auto in = detail::as_batch(x);
+  if (auto fits = detail::check_storage(out); !fits) return fits;
+  if (out.rows != in.matrices * in.rows || out.cols != in.cols) {
+    return error(errc::shape_mismatch, detail::text("the input is [", in.matrices * in.rows, ", ", in.cols,
+                                                    "], the int8 activations are [", out.rows, ", ", out.cols, "]"));
+  }
+  const std::size_t blocks = out.blocks_per_row();
+  for (std::size_t r = 0; r < out.rows; ++r) {
+    const auto* row = in.row(r / in.rows, r % in.rows);
+    for (std::size_t b = 0; b < blocks; ++b) {
+      const std::size_t k = b * out.block, n = std::min(out.block, in.cols - k);
+      if (!detail::quantize_int8_block(row + k, n, &out.values[r * in.cols + k], out.scales[r * blocks + b])) {
+        return error(errc::non_finite, detail::text("expected finite values, got NaN or infinity in row ", r,
+                                                    ", columns ", k, " to ", k + n - 1));
+      }
+    }
+  }
+  return {};
+}
+
+/// try_quantize_int8_to into storage of its own.
+template <matrix_like Input>
+result<int8_matrix> try_quantize_int8(const Input& x) {
+  const auto in = detail::as_batch(x);
+  int8_matrix out(in.matrices * in.rows, in.cols);
+  if (auto done = try_quantize_int8_to(x, out.view()); !done) return done.error();
+  return out;
+}
+
+/// try_quantize_int8, throwing its error.
+template <matrix_like Input>
+[[nodiscard]] int8_matrix quantize_int8(const Input& x) {
+  return try_quantize_int8(x).value();
+}
+
+}  // namespace tetromino

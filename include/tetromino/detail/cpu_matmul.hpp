@@ -1,0 +1,81 @@
+#pragma once
+
+#include "../activations.hpp"  // int8_view
+#include "../execution.hpp"    // executor_ref
+#include "row.hpp"             // packed_row
+
+#include <algorithm>  // std::min
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint32_t
+#include <span>       // std::span
+
+namespace tetromino::detail {
+
+/// What a backend is asked to multiply; already checked. X is one of the views of as_activations.
+template <class X, real Out>
+struct matmul_job {
+  X x;                                         ///< [rows, K], counted through all matrices of a batch
+  packed_view<any_format> weights;             ///< [E, N, K]
+  std::span<const std::uint32_t> row_offsets;  ///< rows row_offsets[e] … row_offsets[e + 1] − 1 meet matrix e
+  matrix_view<Out> out;                        ///< [rows, N]
+};
+
+/// A piece of a job: rows of activations that meet some rows of one weight matrix.
+struct matmul_tile {
+  std::size_t matrix;
+  std::size_t first_row, last_row;
+  std::size_t first_col, last_col;  ///< columns of the output, rows of the weights
+};
+
+/// Row m of activations, counted through all matrices of a batch.
+template <real T>
+const T* activation_row(const batch_view<const T>& x, std::size_t m) noexcept {
+  return x.row(m / x.rows, m % x.rows);
+}
+struct int8_row {
+  const std::int8_t* values;
+  const float* scales;
+};
+inline int8_row activation_row(const int8_view<>& x, std::size_t m) noexcept {
+  return {x.values.data() + m * x.cols, x.scales.data() + m * x.blocks_per_row()};
+}
+inline packed_row<const std::uint8_t> activation_row(const packed_view<any_format>& x, std::size_t m) noexcept {
+  const std::size_t e = m / x.rows, r = m % x.rows;
+  return {x.row_codes(e, r), x.row_scales(e, r), x.row_macros(e, r), x.tensor_scale(e)};
+}
+
+/// The block of activations under one scale, and their macro block; 0 where there is none.
+template <real T>
+constexpr any_format activation_blocks(const batch_view<const T>&) noexcept {
+  return {scale_type::e8m0, 0, 0};
+}
+constexpr any_format activation_blocks(const int8_view<>&) noexcept {
+  return {scale_type::e8m0, int8_view<>::block, 0};
+}
+constexpr any_format activation_blocks(const packed_view<any_format>& x) noexcept { return x.format; }
+
+/// The smaller of two block sizes, of which 0 means none.
+constexpr std::size_t common_block(std::size_t a, std::size_t b) noexcept {
+  return a == 0 ? b : b == 0 ? a : std::min(a, b);
+}
+
+/// Multiplies on the CPU, tile by tile, with the kernels of one backend. An output depends on its own row of
+/// activations and row of weights alone: kernels must not let the shape of a tile change the order of a sum.
+template <class Kernels, class X, real Out>
+void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job) {
+  constexpr std::size_t rows = Kernels::tile_rows, cols = Kernels::tile_cols;
+  const std::size_t across = (job.out.cols + cols - 1) / cols;
+  const auto rows_of = [&](std::size_t e) { return std::size_t{job.row_offsets[e + 1]} - job.row_offsets[e]; };
+  std::size_t tiles = 0;
+  for (std::size_t e = 0; e < job.weights.matrices; ++e) tiles += (rows_of(e) + rows - 1) / rows * across;
+  const auto task = [&](std::size_t i) {
+    std::size_t e = 0, left = i;
+    for (std::size_t n; left >= (n = (rows_of(e) + rows - 1) / rows * across); ++e) left -= n;
+    const std::size_t row = job.row_offsets[e] + left / across * rows, col = left % across * cols;
+    Kernels::multiply(job, matmul_tile{e, row, std::min<std::size_t>(row + rows, job.row_offsets[e + 1]), col,
+                                       std::min(col + cols, job.out.cols)});
+  };
+  executor(tiles, task);
+}
+
+}  // namespace tetromino::detail

@@ -1,0 +1,117 @@
+#pragma once
+
+#include "activations.hpp"           // activations_like
+#include "detail/cpu_matmul.hpp"     // matmul_job, matmul_cpu
+#include "detail/scalar_matmul.hpp"  // scalar_matmul_kernels
+#include "execution.hpp"             // scalar_t, simd_t
+#if TETROMINO_SIMD
+#include "detail/simd_matmul.hpp"  // simd_matmul_kernels
+#endif
+
+#include <array>    // std::array
+#include <cstddef>  // std::size_t
+#include <cstdint>  // std::uint32_t
+#include <limits>   // std::numeric_limits
+#include <span>     // std::span
+
+namespace tetromino {
+
+/// The hooks of the CPU backends. A backend attaches by declaring matmul_on for its policy in the policy's namespace;
+/// the calls below check sizes first. X is batch_view<const T> of float, half or bfloat16, int8_view<>, or
+/// packed_view<any_format>.
+template <class X, real Out>
+result<void> matmul_on(const scalar_t& policy, const detail::matmul_job<X, Out>& job) {
+  detail::matmul_cpu<detail::scalar_matmul_kernels>(policy.executor, job);
+  return {};
+}
+#if TETROMINO_SIMD
+template <class X, real Out>
+result<void> matmul_on(const simd_t& policy, const detail::matmul_job<X, Out>& job) {
+  detail::matmul_cpu<detail::simd_matmul_kernels>(policy.executor, job);
+  return {};
+}
+#endif
+
+/// A policy whose backend multiplies activations of this kind into elements of type Out.
+template <class Policy, class X, class Out>
+concept can_matmul = activations_like<X> && real<Out> &&
+    requires(const Policy& policy,
+             const detail::matmul_job<decltype(detail::as_activations(std::declval<const X&>())), Out>& job) {
+  { matmul_on(policy, job) } -> std::same_as<result<void>>;
+};
+
+/// Multiplies activations by the packed weights of experts: row m of `x` [M, K] belongs to the expert e with
+/// row_offsets[e] <= m < row_offsets[e + 1], and out[m, n] = Σ_k x[m, k] · w[e, n, k] for w [E, N, K]. `row_offsets`
+/// has E + 1 entries that ascend from 0 to M. Activations are float, half or bfloat16 (W4A16), int8 (W4A8), or packed
+/// themselves (W4A4), then with a tensor scale for each matrix of their batch. Any K; each side has its own format.
+///
+/// Sums run in float; those over a block are exact where both sides are integers, and a macro-block factor is one
+/// multiplication of a partial sum. An output depends on its own row of x and of w alone, given a policy and an
+/// instruction set: not on M, on other rows, or on threads, so it does not matter on which rank a row is computed.
+/// A NaN block scale makes the outputs that meet it NaN. Errors: shape_mismatch.
+template <class Policy, activations_like X, packed_like Weights, class Out>
+  requires(can_matmul<Policy, X, Out>)
+result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights& w,
+                                std::span<const std::uint32_t> row_offsets, matrix_view<Out> out) {
+  const auto in = detail::as_activations(x);
+  const packed_view<any_format> weights = detail::as_packed(w);
+  if (auto fits = detail::check_storage(in); !fits) return fits;
+  if (auto fits = detail::check_storage(weights); !fits) return fits;
+  const std::size_t rows = detail::row_count(in);
+  if (in.cols != weights.cols) {
+    return error(errc::shape_mismatch,
+                 detail::text("matmul: the activations have ", in.cols, " columns, the weights ", weights.cols));
+  }
+  if (out.rows != rows || out.cols != weights.rows) {
+    return error(errc::shape_mismatch, detail::text("matmul: the product is [", rows, ", ", weights.rows,
+                                                    "], the output [", out.rows, ", ", out.cols, "]"));
+  }
+  if (row_offsets.size() != weights.matrices + 1 || row_offsets.front() != 0 || row_offsets.back() != rows) {
+    return error(
+        errc::shape_mismatch,
+        detail::text("matmul: expected ", weights.matrices + 1, " row offsets from 0 to ", rows, ", got ",
+                     row_offsets.size(), " of them",
+                     row_offsets.empty() ? detail::text("")
+                                         : detail::text(" from ", row_offsets.front(), " to ", row_offsets.back())));
+  }
+  for (std::size_t e = 0; e < weights.matrices; ++e) {
+    if (row_offsets[e] > row_offsets[e + 1]) {
+      return error(errc::shape_mismatch, detail::text("matmul: expected ascending row offsets, got ", row_offsets[e],
+                                                      " before ", row_offsets[e + 1], " for matrix ", e));
+    }
+  }
+  return matmul_on(policy, detail::matmul_job<decltype(in), Out>{in, weights, row_offsets, out});
+}
+
+/// Multiplies activations [M, K] by packed weights [N, K]: out[m, n] = Σ_k x[m, k] · w[n, k]. See try_grouped_matmul.
+template <class Policy, activations_like X, packed_like Weights, class Out>
+  requires(can_matmul<Policy, X, Out>)
+result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out> out) {
+  const std::size_t matrices = detail::as_packed(w).matrices, rows = detail::row_count(detail::as_activations(x));
+  if (matrices != 1) {
+    return error(errc::shape_mismatch,
+                 detail::text("matmul: expected one weight matrix, got ", matrices, "; grouped_matmul takes a batch"));
+  }
+  if (rows > std::numeric_limits<std::uint32_t>::max()) {
+    return error(errc::shape_mismatch, detail::text("matmul: expected fewer than 2^32 rows, got ", rows));
+  }
+  const std::array<std::uint32_t, 2> all{0, static_cast<std::uint32_t>(rows)};
+  return try_grouped_matmul(policy, x, w, all, out);
+}
+
+/// try_grouped_matmul, throwing its error.
+template <class Policy, activations_like X, packed_like Weights, class Out>
+  requires(can_matmul<Policy, X, Out>)
+void grouped_matmul(const Policy& policy, const X& x, const Weights& w, std::span<const std::uint32_t> row_offsets,
+                    matrix_view<Out> out) {
+  try_grouped_matmul(policy, x, w, row_offsets, out).value();
+}
+
+/// try_matmul, throwing its error.
+template <class Policy, activations_like X, packed_like Weights, class Out>
+  requires(can_matmul<Policy, X, Out>)
+void matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out> out) {
+  try_matmul(policy, x, w, out).value();
+}
+
+}  // namespace tetromino
