@@ -7,12 +7,14 @@
 #include "reference/floats.hpp"
 #include "support/oracle.hpp"
 
-#include <algorithm>  // std::fill, std::count
+#include <algorithm>  // std::fill, std::count, std::copy, std::equal, std::min
 #include <array>      // std::array
-#include <cmath>      // std::ldexp, std::isnan
-#include <cstdint>    // std::uint8_t, std::uint16_t
-#include <limits>     // std::numeric_limits
+#include <cmath>      // std::ldexp, std::fabs, std::nextafter, std::signbit
+#include <cstddef>    // std::size_t, std::ptrdiff_t
+#include <cstdint>    // std::uint8_t, std::uint32_t
+#include <span>       // std::span
 #include <string>     // std::string, std::to_string
+#include <utility>    // std::pair
 #include <vector>     // std::vector
 
 namespace {
@@ -108,4 +110,347 @@ TEST_CASE("every recipe packs what the oracle packs, K = 0 ... 300, every input 
       }
     }
   }
+}
+
+namespace {
+
+using value_function = double (*)(unsigned);
+
+/// Packs every value with |x| <= limit of a 16-bit format behind an element `first` that fixes the scale of the block,
+/// and compares with the oracle: scales with `scale`, codes with those of x / unit.
+template <class Element, class Format>
+void pack_all(value_function value, double first, double limit, unsigned scale, double unit,
+              const quantize_options& options, reference::disagreements& found) {
+  std::vector<Element> x;
+  for (unsigned code = 0; code < 0x10000; ++code) {
+    const double v = value(code);
+    if (!(std::fabs(v) <= limit)) continue;
+    if (x.size() % Format::block == 0) x.push_back(number<Element>(static_cast<float>(first)));
+    x.push_back(number<Element>(static_cast<float>(v)));
+  }
+  x.resize((x.size() + Format::block - 1) / Format::block * Format::block, number<Element>(0));
+  const matrix_view<const Element> view(x.data(), x.size() / Format::block, Format::block);
+  const packed<Format> got = quantize<Format>(automatic, view, options);
+  for (std::size_t b = 0; b < got.scales.size(); ++b) {
+    found.compare(static_cast<std::uint32_t>(b), scale, got.scales[b]);
+  }
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const float v = tetromino_test::value_of(x[i]);
+    const auto y = static_cast<float>(static_cast<double>(v) / unit);
+    found.compare(reference::bits_of(v), reference::e2m1_encode(y), got.codes[i / 2] >> (i % 2 * 4) & 15u);
+  }
+}
+
+/// All values of a 16-bit format under every E8M0 scale that elements of type Element can bring about.
+template <class Element>
+void pack_under_every_power_of_two(value_function value, int step, reference::disagreements& found) {
+  quantize_options options;
+  options.rule = scale_rule::floor;
+  const double largest = tetromino_test::largest_finite<Element>();
+  for (int e = -127; e <= 125; e += step) {
+    const double first = std::ldexp(4.0, e);  // the floor rule puts the largest magnitude in [4, 8)
+    if (first > largest ||
+        static_cast<double>(tetromino_test::value_of(number<Element>(static_cast<float>(first)))) != first)
+      continue;
+    pack_all<Element, mxfp4>(value, first, std::min(std::nextafter(2 * first, 0.0), largest),
+                             static_cast<unsigned>(e + 127), std::ldexp(1.0, e), options, found);
+  }
+}
+
+/// All values of a 16-bit format under every E4M3 scale but 0 and NaN, with tensor scale 1.
+template <class Element>
+void pack_under_every_e4m3(value_function value, unsigned step, reference::disagreements& found) {
+  constexpr float one = 1;
+  quantize_options options;
+  options.tensor_scales = {&one, 1};
+  for (unsigned code = 1; code < 0x7F; code += step) {
+    const double s = reference::e4m3_value(code);
+    pack_all<Element, nvfp4>(value, 6 * s, 6 * s, code, s, options, found);
+  }
+}
+
+void pack_everything(int step, reference::disagreements& found) {
+  pack_under_every_power_of_two<half>(reference::half_value, 1, found);
+  pack_under_every_power_of_two<bfloat16>(reference::bfloat16_value, step, found);
+  pack_under_every_power_of_two<float>(reference::half_value, step, found);
+  pack_under_every_e4m3<half>(reference::half_value, static_cast<unsigned>(step), found);
+  pack_under_every_e4m3<bfloat16>(reference::bfloat16_value, static_cast<unsigned>(step), found);
+}
+
+/// A caller's executor that runs its tasks backwards.
+struct backwards {
+  void operator()(std::size_t count, task_ref task) const {
+    for (std::size_t i = count; i > 0; --i) task(i - 1);
+  }
+};
+
+template <class Format>
+bool same_bytes(const packed<Format>& a, const packed<any_format>& b) {
+  return a.shape() == b.shape() && a.codes == b.codes && a.scales == b.scales && a.macros == b.macros &&
+         a.tensor_scales == b.tensor_scales;
+}
+
+/// One recipe of every kind.
+std::vector<recipe> few_recipes() {
+  std::vector<recipe> out;
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/floor", "mxfp4-32/min-error", "mxfp4-16/oas/mbs-search",
+                           "mxfp4-32/even/mbs-static@64", "nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error"}) {
+    out.push_back(recipe::parse(name));
+  }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("halves and bfloat16s under a sample of all scales") {
+  reference::disagreements found;
+  pack_everything(11, found);
+  INFO(found);
+  CHECK(found.none());
+}
+
+TEST_CASE("all halves and bfloat16s under all scales", "[.slow]") {
+  reference::disagreements found;
+  pack_everything(1, found);
+  INFO(found);
+  CHECK(found.none());
+}
+
+TEST_CASE("the ends of the scale range: largest floats, subnormals, zero blocks") {
+  const auto scale_byte = [](const char* name, float a) {
+    matrix<float> x(1, 32);
+    x(0, 5) = a;
+    return static_cast<int>(quantize(scalar, x, recipe::parse(name)).scales[0]);
+  };
+  constexpr float largest = 0x1.fffffep127f;
+  CHECK(scale_byte("mxfp4-32/floor", largest) == 127 + 125);
+  CHECK(scale_byte("mxfp4-32/ceil", largest) == 127 + 126);
+  CHECK(scale_byte("mxfp4-32/ceil", 0x1p127f) == 127 + 125);
+  CHECK(scale_byte("mxfp4-32/oas", largest) == 127 + 126);
+  CHECK(scale_byte("mxfp4-32/oas", 0x1.cp127f) == 127 + 125);
+  CHECK(scale_byte("mxfp4-32/even", 0x1.cp127f) == 127 + 126);
+  for (const char* name : {"mxfp4-32/floor", "mxfp4-32/ceil", "mxfp4-32/round-up", "mxfp4-32/even", "mxfp4-32/oas"}) {
+    CHECK(scale_byte(name, 0x1p-149f) == 0);
+    CHECK(scale_byte(name, 0x1p-126f) == 0);
+    CHECK(scale_byte(name, 0x1p-125f) == 0);
+    CHECK(scale_byte(name, 0x1p-124f) == 1);
+    CHECK(scale_byte(name, 0.0f) == 0);
+    CHECK(scale_byte(name, -0.0f) == 0);
+  }
+  reference::generator random(tetromino_test::seed());
+  for (const recipe& r : tetromino_test::plain_recipes()) {
+    for (int i = 0; i < 40; ++i) {
+      // One block or two near an end: subnormals, the smallest normals, or the largest floats.
+      sample<float> x(random, 1, 1, 1 + random.below(64));
+      const int exponent = i % 4 == 3   ? 127
+                           : i % 4 == 2 ? -122
+                           : i % 4 == 1 ? -126
+                                        : -130 - static_cast<int>(random.below(20));
+      x.fill([&] { return std::ldexp(static_cast<float>(random.uniform()) * 1.99f - 1.0f, exponent); });
+      INFO(describe(r, 1, 1, x.view.cols) << ", 2^" << exponent);
+      const reference::packed expected = expected_bytes(r, {}, x);
+      REQUIRE(difference(expected, quantize(scalar, x.view, r)) == "");
+      REQUIRE(difference(expected, quantize(automatic, x.view, r)) == "");
+    }
+  }
+}
+
+TEST_CASE("a zero block has code 0 throughout, a zero among others keeps its sign") {
+  matrix<float> x(1, 64);
+  std::fill(x.data.begin(), x.data.end(), -0.0f);
+  x(0, 40) = 1.0f;
+  for (const char* name :
+       {"mxfp4-32/oas", "mxfp4-32/oas/mbs-search", "mxfp4-32/floor/mbs-static@32", "nvfp4/amax", "nvfp4/min-error"}) {
+    INFO(name);
+    const auto got = quantize(automatic, x, recipe::parse(name));
+    const std::size_t zero_bytes = 16;
+    CHECK(std::count(got.codes.begin(), got.codes.begin() + zero_bytes, 0) == zero_bytes);
+    CHECK(got.scales[0] == 0);
+    CHECK((got.codes[16 + 3] & 0xF) == 8);
+    const matrix<float> back = dequantize<float>(automatic, got);
+    CHECK(!std::signbit(back(0, 0)));
+    CHECK(std::signbit(back(0, 41)));
+  }
+}
+
+TEST_CASE("a format type packs as the recipe of its default rules, whatever the view") {
+  reference::generator random(tetromino_test::seed());
+  const sample<bfloat16> x(random, 2, 3, 200);
+  const auto check = [&](auto format, const char* name) {
+    using format_type = decltype(format);
+    INFO(name);
+    const packed<any_format> expected = quantize(scalar, x.view, recipe::parse(name));
+    CHECK(same_bytes(quantize<format_type>(scalar, x.view), expected));
+    CHECK(same_bytes(try_quantize(automatic, x.view, any_format(format)).value(), expected));
+    packed<format_type> storage(format, 2, 3, 200);
+    quantize_to(automatic, x.view, storage.view());
+    CHECK(same_bytes(storage, expected));
+    const matrix_view<const bfloat16> one(x.view.row(1, 0), 3, 200, x.view.row_stride);
+    CHECK(quantize<format_type>(scalar, one).scales == quantize<format_type>(scalar, x.view[1]).scales);
+  };
+  check(mxfp4{}, "mxfp4-32/oas");
+  check(mxfp4_16{}, "mxfp4-16/oas");
+  check(nvfp4{}, "nvfp4/amax");
+  check(mbs<mxfp4>{}, "mxfp4-32/oas/mbs-search");
+  check(mbs<mxfp4, 32>{}, "mxfp4-32/oas/mbs-search@32");
+  check(mbs<mxfp4_16, 64>{}, "mxfp4-16/oas/mbs-search@64");
+  check(mbs<mxfp4_16, 256>{}, "mxfp4-16/oas/mbs-search@256");
+}
+
+TEST_CASE("empty tensors pack into nothing") {
+  const thread_executor threads(2);
+  for (const recipe& r : few_recipes()) {
+    INFO(r.name());
+    for (const auto& [matrices, rows, cols] :
+         {std::array<std::size_t, 3>{0, 4, 64}, {2, 0, 64}, {2, 4, 0}, {0, 0, 0}}) {
+      const matrix<half> x(matrices, rows, cols);
+      const packed<any_format> got = quantize(automatic, x, r);
+      CHECK(got.codes.empty());
+      CHECK(got.scales.empty());
+      CHECK(got.macros.empty());
+      CHECK(same_bytes(quantize(scalar.on(threads), x, r), got));
+      CHECK(dequantize<half>(automatic, got).data.empty());
+    }
+  }
+}
+
+TEST_CASE("any split of the work gives the same bytes") {
+  reference::generator random(tetromino_test::seed());
+  const sample<float> x(random, 3, 60, 1010);  // several tasks of work
+  const thread_executor threads(3);
+  const backwards reversed;
+  for (const recipe& r : few_recipes()) {
+    for (const bool stochastic : {false, true}) {
+      INFO(r.name() << (stochastic ? ", stochastic" : ""));
+      quantize_options options;
+      options.seed = 77;
+      options.first_index = 5;
+      options.rounding = stochastic ? element_rounding::stochastic : element_rounding::nearest_even;
+      options.scope = tensor_scale_scope::per_matrix;
+      const packed<any_format> whole = quantize(automatic, x.view, r, options);
+      CHECK(same_bytes(quantize(automatic.on(threads), x.view, r, options), whole));
+      CHECK(same_bytes(quantize(automatic.on(reversed), x.view, r, options), whole));
+
+      // Slices of whole rows, packed apart: the caller carries the tensor scale and the position in the stream.
+      packed<any_format> joined(r.format, 3, 60, 1010, 3);
+      joined.tensor_scales = whole.tensor_scales;
+      for (std::size_t e = 0; e < 3; ++e) {
+        for (std::size_t row = 0; row < 60; row += 23) {
+          const std::size_t rows = std::min<std::size_t>(23, 60 - row);
+          const matrix_view<const float> slice(x.view.row(e, row), rows, 1010, x.view.row_stride);
+          quantize_options of_slice = options;
+          of_slice.first_index += (e * 60 + row) * 1010;
+          if (!whole.tensor_scales.empty()) of_slice.tensor_scales = {&whole.tensor_scales[e], 1};
+          const packed<any_format> part = quantize(scalar, slice, r, of_slice);
+          const packed_shape one{r.format, 1, 1, 1010};
+          const std::size_t at = e * 60 + row;
+          const auto place = [at](std::vector<std::uint8_t>& all, const std::vector<std::uint8_t>& piece,
+                                  std::size_t bytes_per_row) {
+            std::copy(piece.begin(), piece.end(), all.begin() + static_cast<std::ptrdiff_t>(at * bytes_per_row));
+          };
+          place(joined.codes, part.codes, one.code_bytes());
+          place(joined.scales, part.scales, one.scale_bytes());
+          place(joined.macros, part.macros, one.macro_bytes());
+        }
+      }
+      CHECK(same_bytes(joined, whole));
+    }
+  }
+}
+
+TEST_CASE("storage of the caller is written in full and nothing around it") {
+  reference::generator random(tetromino_test::seed());
+  for (const recipe& r : few_recipes()) {
+    quantize_options options;
+    options.rule = r.rule;
+    options.macro = r.macro;
+    for (const std::size_t cols : {1u, 15u, 33u, 130u, 257u}) {
+      INFO(describe(r, 2, 3, cols));
+      const sample<half> x(random, 2, 3, cols);
+      const packed<any_format> expected = quantize(scalar, x.view, r);
+      for (const std::uint8_t fill : {std::uint8_t{0x00}, std::uint8_t{0xA5}}) {
+        constexpr std::size_t guard = 64;
+        const auto guarded = [&](std::size_t size) { return std::vector<std::uint8_t>(size + 2 * guard, fill); };
+        auto codes = guarded(expected.codes.size());
+        auto scales = guarded(expected.scales.size());
+        auto macros = guarded(expected.macros.size());
+        std::vector<float> tensor_scales(expected.tensor_scales.size(), -1.0f);
+        const auto inside = [](std::vector<std::uint8_t>& bytes) {
+          return std::span(bytes).subspan(guard, bytes.size() - 2 * guard);
+        };
+        quantize_to(automatic, x.view,
+                    packed_view<any_format, std::uint8_t>{r.format, 2, 3, cols, inside(codes), inside(scales),
+                                                          inside(macros), tensor_scales},
+                    options);
+        const auto is_intact = [&](std::vector<std::uint8_t>& bytes, const std::vector<std::uint8_t>& content) {
+          return std::count(bytes.begin(), bytes.begin() + guard, fill) == guard &&
+                 std::count(bytes.end() - guard, bytes.end(), fill) == guard &&
+                 std::equal(content.begin(), content.end(), bytes.begin() + guard);
+        };
+        CHECK(is_intact(codes, expected.codes));
+        CHECK(is_intact(scales, expected.scales));
+        CHECK(is_intact(macros, expected.macros));
+        CHECK(tensor_scales == expected.tensor_scales);
+      }
+    }
+  }
+}
+
+TEST_CASE("the largest magnitude of a batch") {
+  reference::generator random(tetromino_test::seed());
+  for (int i = 0; i < 200; ++i) {
+    const sample<bfloat16> x(random, 1 + random.below(3), 1 + random.below(3), random.below(100));
+    const float expected = reference::amax(x.values());
+    CHECK(amax(scalar, x.view) == expected);
+    CHECK(amax(automatic, x.view) == expected);
+  }
+}
+
+namespace {
+
+template <class T>
+void compare_round_trips(const recipe& r, std::size_t cols, const quantize_options& options,
+                         reference::generator& random) {
+  const sample<T> x(random, 2, 2, cols);
+  const matrix<T> expected = dequantize<T>(scalar, quantize(scalar, x.view, r, options));
+  const auto values = tetromino_test::values_of(std::span<const T>(expected.data));
+  INFO(describe(r, 2, 2, cols));
+
+  matrix<T> apart(2, 2, cols);
+  fake_quantize(scalar, x.view, r, apart.view(), options);
+  REQUIRE(tetromino_test::first_difference("scalar", values,
+                                           tetromino_test::values_of(std::span<const T>(apart.data))) == "");
+
+  sample<T> in_place = x;
+  in_place.view.data = in_place.memory.data() + (x.view.data - x.memory.data());
+  fake_quantize(automatic, in_place.view, r, in_place.view, options);
+  REQUIRE(tetromino_test::first_difference("in place", values, in_place.values()) == "");
+}
+
+}  // namespace
+
+TEST_CASE("fake_quantize is quantize and dequantize, in place too") {
+  reference::generator random(tetromino_test::seed());
+  for (const recipe& r : few_recipes()) {
+    for (const std::size_t cols : {0u, 1u, 31u, 32u, 100u, 2047u, 2048u, 2049u, 5000u}) {
+      quantize_options options;
+      options.scope = cols % 2 == 0 ? tensor_scale_scope::batch : tensor_scale_scope::per_matrix;
+      std::vector<float> weights(cols);
+      for (float& w : weights) w = static_cast<float>(random.uniform());
+      if (cols % 3 == 0) options.column_weights = weights;
+      if (cols % 5 == 0) options.rounding = element_rounding::stochastic;
+      compare_round_trips<float>(r, cols, options, random);
+      compare_round_trips<half>(r, cols, options, random);
+      compare_round_trips<bfloat16>(r, cols, options, random);
+    }
+  }
+}
+
+TEST_CASE("fake_quantize refuses an output of another shape") {
+  const matrix<float> x(3, 64);
+  matrix<float> out(3, 63);
+  const auto done = try_fake_quantize(scalar, x, recipe{}, out.view());
+  REQUIRE(!done);
+  CHECK(done.error().code() == errc::shape_mismatch);
+  CHECK_THROWS_WITH(fake_quantize(scalar, x, recipe{}, out.view()), tetromino_test::contains("[1, 3, 63]"));
 }
