@@ -24,10 +24,9 @@ struct matrix_view {
 
   constexpr matrix_view() = default;
   /// A dense matrix: rows follow each other without gaps.
-  constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_) noexcept
-      : matrix_view(data_, rows_, cols_, cols_) {}
+  constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_) : matrix_view(data_, rows_, cols_, cols_) {}
   /// Rows that start `row_stride` >= cols elements apart.
-  constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_) noexcept
+  constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_)
       : data(data_), rows(rows_), cols(cols_), row_stride(row_stride_) {
     TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
   }
@@ -53,10 +52,10 @@ struct batch_view {
 
   constexpr batch_view() = default;
   /// A dense batch: [matrices, rows, cols] without gaps.
-  constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_) noexcept
+  constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_)
       : batch_view(data_, matrices_, rows_, cols_, cols_, rows_ * cols_) {}
   constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_,
-                       std::size_t matrix_stride_) noexcept
+                       std::size_t matrix_stride_)
       : data(data_),
         matrices(matrices_),
         rows(rows_),
