@@ -150,10 +150,10 @@ struct balanced_options {
   std::size_t groups = 1;
 };
 
-/// Spreads load evenly over GPUs, with copies of the experts that carry most, and never two copies of one expert on a
-/// GPU; takes any shape. All slots are used unless each expert is on each GPU already. A layer without any load is
-/// spread as if all experts were used alike. Errors: fewer slots than experts, bad loads, groups that do not divide the
-/// experts or do not fit on the nodes.
+/// Spreads load evenly over GPUs, and as far as that leaves a choice over nodes, with copies of the experts that carry
+/// most, and never two copies of one expert on a GPU; takes any shape. All slots are used unless each expert is on each
+/// GPU already. A layer without any load is spread as if all experts were used alike. Errors: fewer slots than experts,
+/// bad loads, groups that do not divide the experts or do not fit on the nodes.
 [[nodiscard]] inline result<placement> try_balanced(const load_view& loads, const topology& t,
                                                     const balanced_options& options = {}) {
   if (auto ok = try_validate(loads); !ok) return ok.error();
@@ -181,6 +181,7 @@ struct balanced_options {
   std::vector<detail::pack_item> group_items(options.groups);
   std::vector<std::uint32_t> group_of_room(first_group.back());
   std::vector<std::uint32_t> experts;
+  std::vector<double> gpu_load;
   for (std::size_t l = 0; l < loads.layers; ++l) {
     double heaviest = 0;
     for (const double value : loads.layer(l)) heaviest = std::max(heaviest, value);
@@ -190,6 +191,8 @@ struct balanced_options {
       experts.resize(loads.experts);
       for (std::size_t e = 0; e < loads.experts; ++e) experts[e] = static_cast<std::uint32_t>(e);
       balancer.solve(load, experts, 0, t.gpus(), out.layer(l));
+      gpu_load.assign(balancer.gpu_loads().begin(), balancer.gpu_loads().end());
+      detail::level_nodes(t, gpu_load, out.layer(l));
       continue;
     }
     for (std::size_t g = 0; g < options.groups; ++g) {

@@ -23,7 +23,7 @@ inline constexpr std::int32_t empty_slot = -1;
 /// replica. Slots are numbered as in `topology`. A placement by itself may be partial; `try_validate` tells.
 class placement {
  public:
-  static constexpr std::size_t max_experts = 65'536;
+  static constexpr std::size_t max_experts = 65'535;
 
   placement() = default;
 

@@ -100,15 +100,15 @@ struct trace_view {
   return out;
 }
 
-/// Checks ids and requests against each other: a shape without zero, at most 65,536 experts, experts_per_token ≤
+/// Checks ids and requests against each other: a shape without zero, at most 65,535 experts, experts_per_token ≤
 /// experts, ids.size() a multiple of ids_per_token, each id below `experts` and once per token and layer, requests
 /// inside the tokens, prefill inside the request. Errors name the token or the request.
 [[nodiscard]] inline result<void> try_validate(const trace_view& view) {
   const routing_shape& s = view.shape;
-  if (s.layers == 0 || s.experts == 0 || s.experts_per_token == 0 || s.experts > 65'536 ||
+  if (s.layers == 0 || s.experts == 0 || s.experts_per_token == 0 || s.experts > 65'535 ||
       s.experts_per_token > s.experts) {
     return error(errc::invalid_argument,
-                 detail::text("trace: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65536, got ", s.layers,
+                 detail::text("trace: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ", s.layers,
                               " layers, ", s.experts_per_token, " of ", s.experts, " experts"));
   }
   if (s.layers > view.ids.size() / s.experts_per_token ? !view.ids.empty() : view.ids.size() % s.ids_per_token() != 0) {

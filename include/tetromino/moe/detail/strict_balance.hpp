@@ -3,10 +3,11 @@
 #include "../topology.hpp"  // topology
 #include "bin_packer.hpp"   // bin_packer
 
-#include <algorithm>  // std::min, std::make_heap, std::pop_heap, std::push_heap
-#include <cstddef>    // std::size_t
+#include <algorithm>  // std::make_heap, std::max, std::pop_heap, std::push_heap, std::swap_ranges
+#include <cstddef>    // std::ptrdiff_t, std::size_t
 #include <cstdint>    // std::int32_t, std::uint32_t
 #include <span>       // std::span
+#include <utility>    // std::swap
 #include <vector>     // std::vector
 
 namespace tetromino::moe::detail {
@@ -50,6 +51,9 @@ class strict_balancer {
     }
   }
 
+  /// The load that each GPU given to `solve` carries now: [last_gpu − first_gpu].
+  [[nodiscard]] std::span<const double> gpu_loads() const noexcept { return packer_.loads(); }
+
  private:
   struct weighed {
     double weight;
@@ -87,5 +91,42 @@ class strict_balancer {
   std::vector<std::uint32_t> item_of_slot_;
   std::vector<weighed> heap_;
 };
+
+/// Exchanges whole GPUs, of equally many slots, between nodes while that makes the heaviest node lighter. What GPUs
+/// carry stays as it was. gpu_load[gpus] is permuted with them; expert_of_slot is the layer's row.
+inline void level_nodes(const topology& t, std::vector<double>& gpu_load, std::span<std::int32_t> expert_of_slot) {
+  std::vector<double> node_load(t.nodes(), 0.0);
+  for (std::size_t g = 0; g < t.gpus(); ++g) node_load[t.node_of_gpu(g)] += gpu_load[g];
+  for (std::size_t n = 0; n < 2 * t.gpus(); ++n) {
+    std::size_t heavy = 0;
+    for (std::size_t m = 1; m < t.nodes(); ++m) {
+      if (node_load[m] > node_load[heavy]) heavy = m;
+    }
+    double best_load = node_load[heavy] - 1e-9 * node_load[heavy];
+    std::size_t mine = t.gpus(), theirs = t.gpus();
+    for (std::size_t a = t.first_gpu(heavy); a < t.first_gpu(heavy) + t.gpus_on_node(heavy); ++a) {
+      for (std::size_t b = 0; b < t.gpus(); ++b) {
+        const std::size_t other = t.node_of_gpu(b);
+        if (other == heavy || t.slots_on_gpu(a) != t.slots_on_gpu(b)) continue;
+        const double shift = gpu_load[a] - gpu_load[b];
+        const double load = std::max(node_load[heavy] - shift, node_load[other] + shift);
+        if (load < best_load) {
+          best_load = load;
+          mine = a;
+          theirs = b;
+        }
+      }
+    }
+    if (mine == t.gpus()) return;
+    const double shift = gpu_load[mine] - gpu_load[theirs];
+    node_load[heavy] -= shift;
+    node_load[t.node_of_gpu(theirs)] += shift;
+    std::swap(gpu_load[mine], gpu_load[theirs]);
+    const auto first = expert_of_slot.begin();
+    std::swap_ranges(first + static_cast<std::ptrdiff_t>(t.first_slot(mine)),
+                     first + static_cast<std::ptrdiff_t>(t.first_slot(mine) + t.slots_on_gpu(mine)),
+                     first + static_cast<std::ptrdiff_t>(t.first_slot(theirs)));
+  }
+}
 
 }  // namespace tetromino::moe::detail
