@@ -31,13 +31,17 @@ struct error_report {
     return sum_squared_errors == 0 ? 0 : std::sqrt(sum_squared_errors / sum_squares);
   }
 
+  /// Counts one more absolute error for max_abs_error, which stays NaN once there was one.
+  void keep_largest(double abs_error) noexcept {
+    if (abs_error > max_abs_error || abs_error != abs_error) max_abs_error = abs_error;
+  }
   /// Joins another report to this one.
   void add(const error_report& other) noexcept {
     count += other.count;
     sum_squares += other.sum_squares;
     sum_squared_errors += other.sum_squared_errors;
     sum_abs_errors += other.sum_abs_errors;
-    max_abs_error = max_abs_error < other.max_abs_error ? other.max_abs_error : max_abs_error;
+    keep_largest(other.max_abs_error);
   }
 };
 
@@ -63,7 +67,7 @@ result<error_report> try_compare(const X& x, const Y& y) {
         row.sum_squares += value * value;
         row.sum_squared_errors += difference * difference;
         row.sum_abs_errors += difference;
-        if (!(difference <= row.max_abs_error)) row.max_abs_error = difference;
+        row.keep_largest(difference);
       }
       report.add(row);
     }
