@@ -1,5 +1,6 @@
 #pragma once
 
+#include "hadamard.hpp"  // hadamard
 #include "matrix.hpp"    // batch_view
 #include "packed.hpp"    // packed_view
 #include "rounding.hpp"  // element_rounding
@@ -43,6 +44,9 @@ struct quantize_options {
   std::span<const float> tensor_scales{};
   /// NVFP4: how many tensor scales owning storage gets. Caller-provided storage says it by its size.
   tensor_scale_scope scope = tensor_scale_scope::batch;
+  /// Rotate along K before packing, in the same pass; what is packed is the rotated tensor. Column weights then belong
+  /// to the rotated columns. fake_quantize rotates back.
+  std::optional<hadamard> rotation{};
 };
 
 namespace detail {

@@ -25,12 +25,14 @@ result<void> fake_quantize_on(const scalar_t& policy, const detail::fake_quantiz
 }
 template <real T>
 void amax_on(const scalar_t& policy, const batch_view<const T>& in, special_values special, std::span<float> out) {
-  detail::amax_cpu<detail::scalar_kernels>(policy.executor, in, special, out);
+  const auto row_amax = [&](const T* x, std::size_t cols) { return detail::scalar_kernels::amax(x, cols, special); };
+  detail::amax_cpu<T>(policy.executor, in, row_amax, out);
 }
 #if TETROMINO_SIMD
 template <real T>
 void amax_on(const simd_t& policy, const batch_view<const T>& in, special_values special, std::span<float> out) {
-  detail::amax_cpu<detail::simd_kernels>(policy.executor, in, special, out);
+  const auto row_amax = [&](const T* x, std::size_t cols) { return detail::simd_kernels::amax(x, cols, special); };
+  detail::amax_cpu<T>(policy.executor, in, row_amax, out);
 }
 template <real T>
 result<void> quantize_on(const simd_t& policy, const detail::quantize_job<T>& job) {
@@ -55,6 +57,9 @@ inline result<quantize_options> checked(quantize_options options, const any_form
                                         std::size_t cols) {
   if (auto known = check_format(format); !known) return known.error();
   if (!options.rule) options.rule = default_rule(format);
+  if (options.rotation) {
+    if (auto valid = check_rotation(*options.rotation); !valid) return valid.error();
+  }
   if (!has_rule(format.scale, *options.rule)) {
     return error(errc::invalid_argument, text(name_of(format), " has no scale rule \"", name_of(*options.rule), "\""));
   }
@@ -81,6 +86,21 @@ inline result<quantize_options> checked(quantize_options options, const any_form
       return error(errc::invalid_argument, text("expected a positive, finite tensor scale, got ", scale));
     }
   }
+  return options;
+}
+
+/// The options with the rules that a recipe names. A rotation given with signs stays, if it is of the recipe's size.
+inline result<quantize_options> options_of(const recipe& r, quantize_options options) {
+  if (r.error_feedback) {
+    return error(errc::invalid_argument, text("recipe ", r.name(), " needs calibration: pack with gptq() instead"));
+  }
+  options.rule = r.rule;
+  options.macro = r.macro;
+  if (options.rotation && options.rotation->size != r.rotation) {
+    return error(errc::invalid_argument, text("recipe ", r.name(), " rotates blocks of ", r.rotation,
+                                              " columns, the options blocks of ", options.rotation->size));
+  }
+  if (r.rotation != 0 && !options.rotation) options.rotation = hadamard{r.rotation};
   return options;
 }
 
@@ -133,10 +153,10 @@ result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const 
 template <class Policy, matrix_like Input>
   requires(can_quantize<Policy, element_of<Input>>)
 result<packed<any_format>> try_quantize(const Policy& policy, const Input& x, const recipe& r,
-                                        quantize_options options = {}) {
-  options.rule = r.rule;
-  options.macro = r.macro;
-  return try_quantize(policy, x, r.format, options);
+                                        const quantize_options& options = {}) {
+  auto settings = detail::options_of(r, options);
+  if (!settings) return settings.error();
+  return try_quantize(policy, x, r.format, *settings);
 }
 
 /// Packs x[matrices, rows, cols] into blocks of a format: `quantize<mxfp4>(simd, weights)`.
@@ -175,7 +195,7 @@ template <class Policy, matrix_like Input>
 template <class Policy, matrix_like Input, class Output>
   requires(can_quantize<Policy, element_of<Input>>)
 result<void> try_fake_quantize(const Policy& policy, const Input& x, const recipe& r, const Output& out,
-                               quantize_options options = {}) {
+                               const quantize_options& options = {}) {
   using T = element_of<Input>;
   static_assert(!std::is_const_v<std::remove_pointer_t<decltype(out.data)>>,
                 "fake_quantize writes: its output cannot be const");
@@ -185,9 +205,9 @@ result<void> try_fake_quantize(const Policy& policy, const Input& x, const recip
     return error(errc::shape_mismatch, detail::text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
                                                     "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
   }
-  options.rule = r.rule;
-  options.macro = r.macro;
-  auto checked = detail::checked(options, r.format, in.matrices, in.cols);
+  auto settings = detail::options_of(r, options);
+  if (!settings) return settings.error();
+  auto checked = detail::checked(*settings, r.format, in.matrices, in.cols);
   if (!checked) return checked.error();
   return fake_quantize_on(policy, detail::fake_quantize_job<T>{in, to, r.format, *checked});
 }

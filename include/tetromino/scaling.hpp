@@ -35,9 +35,12 @@ struct recipe {
   any_format format{};
   scale_rule rule = scale_rule::overflow_aware;
   macro_rule macro = macro_rule::search;  ///< used where the format has macro blocks
+  std::size_t rotation = 0;               ///< size of the block-Hadamard rotation before packing; 0: none
+  bool error_feedback = false;            ///< packed by gptq(), which needs calibration, rather than by quantize()
 
-  /// Reads FORMAT/RULE[/MACRO], such as "mxfp4-32/floor", "mxfp4-16/oas/mbs-search", "mxfp4-32/oas/mbs-static@64" or
-  /// "nvfp4/four-over-six". Errors: unknown_name, listing what exists; invalid_argument for a rule of another format.
+  /// Reads FORMAT/RULE[/MACRO][/hadamard-N][/gptq], such as "mxfp4-32/floor", "mxfp4-16/oas/mbs-search",
+  /// "mxfp4-32/oas/mbs-static@64", "nvfp4/four-over-six" or "mxfp4-16/min-error/mbs-search256@64/hadamard-16/gptq".
+  /// Errors: unknown_name, listing what exists; invalid_argument for a rule of another format.
   static result<recipe> try_parse(std::string_view name);
   static recipe parse(std::string_view name) { return try_parse(name).value(); }
 
@@ -127,10 +130,20 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
                                                          {"mbs-search", macro_rule::search},
                                                          {"mbs-search256", macro_rule::search_256}}};
 
+/// The size of a rotation by its name in recipes; 0 where there is none.
+[[nodiscard]] constexpr std::size_t rotation_named(std::string_view piece) noexcept {
+  return piece == "hadamard-16"    ? 16
+         : piece == "hadamard-32"  ? 32
+         : piece == "hadamard-64"  ? 64
+         : piece == "hadamard-128" ? 128
+                                   : 0;
+}
+
 inline constexpr std::string_view recipe_help =
-    "a recipe is FORMAT/RULE[/MACRO]: mxfp4-32 or mxfp4-16 with floor, ceil, round-up, even, oas or min-error, then "
+    "a recipe is FORMAT/RULE[/MACRO][/hadamard-N][/gptq]: mxfp4-32 or mxfp4-16 with floor, ceil, round-up, even, oas "
+    "or min-error, then "
     "optionally mbs-static, mbs-search or mbs-search256, with @32, @64, @128 (default) or @256 for the macro block; or "
-    "nvfp4 with amax, four-over-six or min-error";
+    "nvfp4 with amax, four-over-six or min-error; then optionally hadamard-16, -32, -64 or -128, then optionally gptq";
 
 }  // namespace detail
 
@@ -149,11 +162,14 @@ inline constexpr std::string_view recipe_help =
 
 inline std::string recipe::name() const {
   std::string out = detail::text(name_of(format), '/', name_of(rule));
-  if (format.macro_block == 0) return out;
-  for (const auto& [name, value] : detail::macro_names) {
-    if (value == macro) out += detail::text('/', name);
+  if (format.macro_block != 0) {
+    for (const auto& [name, value] : detail::macro_names) {
+      if (value == macro) out += detail::text('/', name);
+    }
+    if (format.macro_block != 128) out += detail::text('@', format.macro_block);
   }
-  if (format.macro_block != 128) out += detail::text('@', format.macro_block);
+  if (rotation != 0) out += detail::text("/hadamard-", rotation);
+  if (error_feedback) out += "/gptq";
   return out;
 }
 
@@ -162,11 +178,14 @@ inline result<recipe> recipe::try_parse(std::string_view name) {
     return error(errc::unknown_name,
                  detail::text("recipe \"", name, "\": unknown ", what, " \"", piece, "\"; ", detail::recipe_help));
   };
+  // The pieces still to be read; an empty piece is none of the names below.
   std::string_view rest = name;
-  const auto next_piece = [&rest] {
+  bool more = true;
+  const auto next_piece = [&] {
     const std::size_t slash = rest.find('/');
     const std::string_view piece = rest.substr(0, slash);
-    rest = slash == std::string_view::npos ? std::string_view{} : rest.substr(slash + 1);
+    more = slash != std::string_view::npos;
+    rest = more ? rest.substr(slash + 1) : std::string_view{};
     return piece;
   };
 
@@ -190,22 +209,30 @@ inline result<recipe> recipe::try_parse(std::string_view name) {
     return error(errc::invalid_argument,
                  detail::text("recipe \"", name, "\": ", format, " has no rule ", rule, "; ", detail::recipe_help));
   }
-  if (name.size() == format.size() + 1 + rule.size()) return out;
 
-  const std::string_view macro = next_piece();
-  const std::size_t at = macro.find('@');
-  found = false;
-  for (const auto& [macro_name, value] : detail::macro_names) {
-    if (macro_name == macro.substr(0, at)) out.macro = value, found = true;
-  }
-  if (!found || !rest.empty() || name.back() == '/') return unknown("macro-block rule", macro);
-  if (out.format.scale == scale_type::e4m3) {
-    return error(errc::invalid_argument,
-                 detail::text("recipe \"", name, "\": nvfp4 has no macro blocks; ", detail::recipe_help));
-  }
-  out.format.macro_block = 128;
-  if (at != std::string_view::npos) {
-    const std::string_view size = macro.substr(at + 1);
+  while (more) {
+    const std::string_view piece = next_piece();
+    if (const std::size_t size = detail::rotation_named(piece); size != 0) {
+      if (out.rotation != 0 || out.error_feedback) return unknown("second rotation", piece);
+      out.rotation = size;
+      continue;
+    }
+    if (piece == "gptq" && !out.error_feedback) {
+      out.error_feedback = true;
+      continue;
+    }
+    const std::size_t at = piece.find('@');
+    found = false;
+    for (const auto& [macro_name, value] : detail::macro_names) {
+      if (macro_name == piece.substr(0, at)) out.macro = value, found = true;
+    }
+    if (!found || out.format.macro_block != 0 || out.rotation != 0 || out.error_feedback)
+      return unknown("piece", piece);
+    if (out.format.scale == scale_type::e4m3) {
+      return error(errc::invalid_argument,
+                   detail::text("recipe \"", name, "\": nvfp4 has no macro blocks; ", detail::recipe_help));
+    }
+    const std::string_view size = at == std::string_view::npos ? "128" : piece.substr(at + 1);
     out.format.macro_block = size == "32" ? 32 : size == "64" ? 64 : size == "128" ? 128 : size == "256" ? 256 : 0;
     if (out.format.macro_block == 0) return unknown("macro-block size", size);
   }

@@ -1,30 +1,21 @@
 #pragma once
 
 #include "../execution.hpp"  // executor_ref
+#include "../hadamard.hpp"   // row_rotation
 #include "../options.hpp"    // jobs
-#include "row.hpp"           // row_rules
+#include "for_each_row.hpp"  // for_each_row
+#include "row.hpp"           // row_rules, admit
 
 #include <algorithm>  // std::min, std::max
 #include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 #include <limits>     // std::numeric_limits
+#include <optional>   // std::optional
+#include <span>       // std::span
 #include <vector>     // std::vector
 
 namespace tetromino::detail {
-
-/// Rows of a batch, counted through all its matrices, in pieces that are worth a task.
-template <class F>
-void for_each_row(executor_ref executor, std::size_t rows, std::size_t cols, const F& f) {
-  constexpr std::size_t elements_per_task = 1 << 16;
-  const std::size_t piece =
-      std::max<std::size_t>(1, executor.is_parallel() ? elements_per_task / std::max<std::size_t>(1, cols) : rows);
-  const auto task = [&](std::size_t i) {
-    const std::size_t last = std::min(rows, (i + 1) * piece);
-    for (std::size_t row = i * piece; row < last; ++row) f(row);
-  };
-  executor((rows + piece - 1) / piece, task);
-}
 
 /// The least of the values that several threads offer.
 class shared_minimum {
@@ -52,15 +43,82 @@ error rejection(const batch_view<const T>& in, std::size_t position) {
                     "row ", row, ", column ", col, "; special_values::poison or saturate would accept it"));
 }
 
-/// The largest magnitude of the whole batch (one entry) or of each matrix; values that are not finite count as the
-/// special-value policy says.
+constexpr std::size_t piece_of_row = 2048;  // a multiple of every macro block and rotation
+
+/// Packs rows with the kernels of one backend, after the rotation that the options may ask for.
 template <class Kernels, real T>
-void amax_cpu(executor_ref executor, const batch_view<const T>& in, special_values special, std::span<float> out) {
+class row_packer {
+ public:
+  row_packer(const any_format& format, const quantize_options& options, std::size_t cols)
+      : rules_{format, *options.rule, options.macro, options.rounding, options.special, options.seed} {
+    if (options.rotation) rotation_.emplace(*options.rotation, cols);
+  }
+
+  /// Packs one row, or a piece of it that starts at column `first`, a multiple of piece_of_row; returns the column in
+  /// it of the first value that the policy rejects, or `in.cols`.
+  std::size_t pack(const input_row<T>& in, std::size_t first, const packed_row<std::uint8_t>& out) const {
+    if (!rotation_) return Kernels::quantize_row(rules_, in, out);
+    for (std::size_t k = 0; k < in.cols; k += piece_of_row) {
+      float rotated[piece_of_row];
+      const std::size_t n = std::min(piece_of_row, in.cols - k);
+      const std::size_t rejected = rotate(in.data + k, first + k, n, rotated);
+      if (rejected < n) return k + rejected;
+      const input_row<float> part{rotated, n, in.weights == nullptr ? nullptr : in.weights + k, in.first_index + k};
+      const std::size_t macro = rules_.format.macro_block;
+      Kernels::quantize_row(
+          rules_, part,
+          packed_row<std::uint8_t>{out.codes + k / 2, out.scales + k / rules_.format.block,
+                                   macro == 0 ? out.macros : out.macros + k / macro, out.tensor_scale});
+    }
+    return in.cols;
+  }
+
+  /// The largest magnitude of a row x[cols] once it is rotated.
+  [[nodiscard]] float amax(const T* x, std::size_t cols) const {
+    if (!rotation_) return Kernels::amax(x, cols, rules_.special);
+    float largest = 0;
+    for (std::size_t k = 0; k < cols; k += piece_of_row) {
+      float rotated[piece_of_row];
+      const std::size_t n = std::min(piece_of_row, cols - k);
+      rotate(x + k, k, n, rotated);
+      largest = std::max(largest, Kernels::amax(rotated, n, rules_.special));
+    }
+    return largest;
+  }
+
+  /// Takes a piece of an unpacked row back to the columns that it came from.
+  template <class Out>
+  void restore(const packed_row<const std::uint8_t>& in, std::size_t first, std::size_t n, Out* out) const {
+    if (!rotation_) return Kernels::dequantize_row(rules_.format, in, n, out);
+    float rotated[piece_of_row];
+    Kernels::dequantize_row(rules_.format, in, n, rotated);
+    rotation_->revert(rotated, first, n);
+    for (std::size_t i = 0; i < n; ++i) out[i] = from_float<Out>(rotated[i]);
+  }
+
+ private:
+  /// Returns the first column that the policy rejects, or n; other values that are not finite spread over their block.
+  std::size_t rotate(const T* in, std::size_t first, std::size_t n, float* out) const {
+    for (std::size_t i = 0; i < n; ++i) {
+      out[i] = admit(in[i], rules_.special);
+      if (rules_.special == special_values::reject && !is_finite(out[i])) return i;
+    }
+    rotation_->apply(out, first, n, out);
+    return n;
+  }
+
+  row_rules rules_;
+  std::optional<row_rotation> rotation_;
+};
+
+/// The largest magnitude of the whole batch (one entry) or of each matrix; `row_amax(row, cols)` gives a row's.
+template <real T, class RowAmax>
+void amax_cpu(executor_ref executor, const batch_view<const T>& in, const RowAmax& row_amax, std::span<float> out) {
   // Magnitudes compare as their bits do, so integers do for an atomic maximum.
   std::vector<std::atomic<std::uint32_t>> largest(out.size());
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
     const std::size_t e = row / in.rows;
-    const std::uint32_t bits = bit_cast<std::uint32_t>(Kernels::amax(in.row(e, row % in.rows), in.cols, special));
+    const std::uint32_t bits = bit_cast<std::uint32_t>(row_amax(in.row(e, row % in.rows), in.cols));
     auto& slot = largest[out.size() == 1 ? 0 : e];
     std::uint32_t seen = slot.load(std::memory_order_relaxed);
     while (bits > seen && !slot.compare_exchange_weak(seen, bits)) {
@@ -71,21 +129,18 @@ void amax_cpu(executor_ref executor, const batch_view<const T>& in, special_valu
 
 /// The tensor scales of NVFP4: those given, or from the largest magnitudes.
 template <class Kernels, real T>
-void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, const quantize_options& options,
-                       std::span<float> scales) {
+void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, const row_packer<Kernels, T>& packer,
+                       const quantize_options& options, std::span<float> scales) {
   if (scales.empty()) return;
   if (options.tensor_scales.empty()) {
-    amax_cpu<Kernels>(executor, in, options.special, scales);
+    amax_cpu<T>(
+        executor, in, [&](const T* x, std::size_t cols) { return packer.amax(x, cols); }, scales);
     for (float& scale : scales) scale = tensor_scale_for(scale, *options.rule);
   } else {
     for (std::size_t i = 0; i < scales.size(); ++i) {
       scales[i] = options.tensor_scales[options.tensor_scales.size() == 1 ? 0 : i];
     }
   }
-}
-
-inline row_rules rules_of(const any_format& format, const quantize_options& options) {
-  return {format, *options.rule, options.macro, options.rounding, options.special, options.seed};
 }
 
 /// Row `row` of all rows of a batch, as input to a row kernel.
@@ -107,12 +162,11 @@ packed_row<Byte> packed_row_of(const packed_view<any_format, Byte>& packed, std:
 template <class Kernels, real T>
 result<void> quantize_cpu(executor_ref executor, const quantize_job<T>& job) {
   const auto& in = job.in;
-  set_tensor_scales<Kernels>(executor, in, job.options, job.out.tensor_scales);
-  const row_rules rules = rules_of(job.out.format, job.options);
+  const row_packer<Kernels, T> packer(job.out.format, job.options, in.cols);
+  set_tensor_scales(executor, in, packer, job.options, job.out.tensor_scales);
   shared_minimum rejected;
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
-    const std::size_t column =
-        Kernels::quantize_row(rules, input_of(in, job.options, row), packed_row_of(job.out, row));
+    const std::size_t column = packer.pack(input_of(in, job.options, row), 0, packed_row_of(job.out, row));
     if (column < in.cols) rejected.offer(row * in.cols + column);
   });
   if (rejected.value() != shared_minimum::none) return rejection(in, rejected.value());
@@ -132,30 +186,27 @@ result<void> dequantize_cpu(executor_ref executor, const dequantize_job<T>& job)
 /// Packs and unpacks on the CPU a piece of a row at a time, so that the packed bytes never leave the cache.
 template <class Kernels, real T>
 result<void> fake_quantize_cpu(executor_ref executor, const fake_quantize_job<T>& job) {
-  constexpr std::size_t piece = 2048;  // a multiple of every macro block
   const auto& in = job.in;
+  const row_packer<Kernels, T> packer(job.format, job.options, in.cols);
   std::vector<float> tensor_scales;
   if (job.format.scale == scale_type::e4m3) {
-    tensor_scales.resize(
-        job.options.scope == tensor_scale_scope::batch && job.options.tensor_scales.size() <= 1 ? 1 : in.matrices);
+    const bool one = job.options.scope == tensor_scale_scope::batch && job.options.tensor_scales.size() <= 1;
+    tensor_scales.resize(one ? 1 : in.matrices);
   }
-  set_tensor_scales<Kernels>(executor, in, job.options, tensor_scales);
-  const row_rules rules = rules_of(job.format, job.options);
+  set_tensor_scales(executor, in, packer, job.options, tensor_scales);
   shared_minimum rejected;
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
     const std::size_t e = row / in.rows;
     const input_row<T> whole = input_of(in, job.options, row);
     T* out = job.out.row(e, row % in.rows);
     const float tensor_scale = tensor_scales.empty() ? 1.0f : tensor_scales[tensor_scales.size() == 1 ? 0 : e];
-    std::uint8_t codes[piece / 2], scales[piece / 16], macros[piece / 32];
-    for (std::size_t k = 0; k < in.cols; k += piece) {
-      const input_row<T> part{whole.data + k, std::min(piece, in.cols - k),
+    std::uint8_t codes[piece_of_row / 2], scales[piece_of_row / 16], macros[piece_of_row / 32];
+    for (std::size_t k = 0; k < in.cols; k += piece_of_row) {
+      const input_row<T> part{whole.data + k, std::min(piece_of_row, in.cols - k),
                               whole.weights == nullptr ? nullptr : whole.weights + k, whole.first_index + k};
-      const std::size_t column =
-          Kernels::quantize_row(rules, part, packed_row<std::uint8_t>{codes, scales, macros, tensor_scale});
+      const std::size_t column = packer.pack(part, k, {codes, scales, macros, tensor_scale});
       if (column < part.cols) return rejected.offer(row * in.cols + k + column);
-      Kernels::dequantize_row(job.format, packed_row<const std::uint8_t>{codes, scales, macros, tensor_scale},
-                              part.cols, out + k);
+      packer.restore({codes, scales, macros, tensor_scale}, k, part.cols, out + k);
     }
   });
   if (rejected.value() != shared_minimum::none) return rejection(in, rejected.value());

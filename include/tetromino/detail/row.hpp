@@ -35,4 +35,16 @@ struct input_row {
   std::uint64_t first_index;  ///< stochastic rounding: position of data[0]
 };
 
+inline bool is_finite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7F800000u) != 0x7F800000u; }
+
+/// An input value as the special-value policy sees it: saturating replaces what is not finite.
+template <real T>
+float admit(T value, special_values special) {
+  const float x = to_float(value);
+  if (special != special_values::saturate || is_finite(x)) return x;
+  const std::uint32_t word = bit_cast<std::uint32_t>(x);
+  if ((word & 0x7FFFFFu) != 0) return 0.0f;
+  return (word >> 31) != 0 ? -largest<T> : largest<T>;
+}
+
 }  // namespace tetromino::detail

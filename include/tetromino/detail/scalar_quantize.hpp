@@ -19,7 +19,7 @@ struct scalar_kernels {
       float block = 0;
       bool finite = true;
       for (std::size_t i = k; i < std::min(n, k + nvfp4::block); ++i) {
-        const float v = magnitude(admit<T>(to_float(x[i]), special));
+        const float v = magnitude(admit(x[i], special));
         finite = finite && is_finite(v);
         block = std::max(block, v);
       }
@@ -109,7 +109,6 @@ struct scalar_kernels {
   };
 
   static float magnitude(float x) { return detail::bit_cast<float>(detail::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu); }
-  static bool is_finite(float x) { return (detail::bit_cast<std::uint32_t>(x) & 0x7F800000u) != 0x7F800000u; }
 
   /// 2^n for n in [-149, 127], and 0 below.
   static float power_of_two(int n) {
@@ -122,15 +121,6 @@ struct scalar_kernels {
     return std::clamp(static_cast<int>(detail::bit_cast<std::uint32_t>(a) >> 23) - 127, -126, 126);
   }
 
-  /// x as the saturating policy sees it.
-  template <real T>
-  static float admit(float x, special_values special) {
-    if (special != special_values::saturate || is_finite(x)) return x;
-    const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
-    if ((word & 0x7FFFFFu) != 0) return 0.0f;
-    return (word >> 31) != 0 ? -largest<T> : largest<T>;
-  }
-
   /// Reads the block at column k; returns the first rejected column, or `cols`.
   template <real T>
   static std::size_t load(const row_rules& rules, const input_row<T>& in, std::size_t k, block_values& block) {
@@ -141,7 +131,7 @@ struct scalar_kernels {
     block.weighted = in.weights != nullptr;
     for (std::size_t i = 0; i < block.size; ++i) {
       const bool exists = i < block.used;
-      block.x[i] = exists ? admit<T>(to_float(in.data[k + i]), rules.special) : 0.0f;
+      block.x[i] = exists ? admit(in.data[k + i], rules.special) : 0.0f;
       block.weight[i] = exists && block.weighted ? in.weights[k + i] : 1.0f;
       if (is_finite(block.x[i])) {
         block.amax = std::max(block.amax, magnitude(block.x[i]));

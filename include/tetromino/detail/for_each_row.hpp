@@ -1,0 +1,23 @@
+#pragma once
+
+#include "../execution.hpp"  // executor_ref
+
+#include <algorithm>  // std::min, std::max
+#include <cstddef>    // std::size_t
+
+namespace tetromino::detail {
+
+/// Rows of a batch, counted through all its matrices, in pieces that are worth a task.
+template <class F>
+void for_each_row(executor_ref executor, std::size_t rows, std::size_t cols, const F& f) {
+  constexpr std::size_t elements_per_task = 1 << 16;
+  const std::size_t piece =
+      std::max<std::size_t>(1, executor.is_parallel() ? elements_per_task / std::max<std::size_t>(1, cols) : rows);
+  const auto task = [&](std::size_t i) {
+    const std::size_t last = std::min(rows, (i + 1) * piece);
+    for (std::size_t row = i * piece; row < last; ++row) f(row);
+  };
+  executor((rows + piece - 1) / piece, task);
+}
+
+}  // namespace tetromino::detail

@@ -1,0 +1,157 @@
+#pragma once
+
+#include "config.hpp"               // bit_cast, rounded
+#include "detail/for_each_row.hpp"  // for_each_row
+#include "error.hpp"                // error, result
+#include "float16.hpp"              // to_float, from_float
+#include "matrix.hpp"               // batch_view
+#include "rounding.hpp"             // philox4x32
+
+#include <algorithm>  // std::min
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint64_t
+#include <optional>   // std::optional
+#include <vector>     // std::vector
+
+namespace tetromino {
+
+/// A block-Hadamard rotation along K: every `size` consecutive columns are multiplied by the orthonormal Hadamard
+/// matrix H / sqrt(size), after random signs where a seed is given. It spreads outliers over their block before
+/// packing. Weights and activations rotated alike have the same products as before, since (x R)(w R)^T = x w^T. A tail
+/// shorter than `size` stays as it is.
+struct hadamard {
+  std::size_t size = 32;                     ///< 16, 32, 64 or 128
+  std::optional<std::uint64_t> sign_seed{};  ///< column k changes sign where the stream's word k is odd
+
+  friend bool operator==(const hadamard&, const hadamard&) = default;
+};
+
+namespace detail {
+
+/// A rotation made ready for rows of one length.
+class row_rotation {
+ public:
+  row_rotation(const hadamard& rotation, std::size_t cols) : size_(rotation.size), scale_(inverse_root(rotation.size)) {
+    if (!rotation.sign_seed) return;
+    signs_.resize(cols);
+    for (std::size_t k = 0; k < cols; ++k) {
+      signs_[k] = philox4x32(k / 4, *rotation.sign_seed).word[k % 4] << 31;
+    }
+  }
+
+  /// Rotates columns [first, first + n) of a row, where first is a multiple of 128, into out[n].
+  template <class T>
+  void apply(const T* in, std::size_t first, std::size_t n, float* out) const {
+    const std::uint32_t* signs = signs_.empty() ? nullptr : signs_.data() + first;
+    for (std::size_t k = 0; k < n; ++k) out[k] = to_float(in[k]);
+    for (std::size_t k = 0; k + size_ <= n; k += size_) {
+      if (signs != nullptr) flip(out + k, signs + k);
+      butterflies(out + k);
+    }
+  }
+
+  /// The inverse of apply, in place.
+  void revert(float* row, std::size_t first, std::size_t n) const {
+    const std::uint32_t* signs = signs_.empty() ? nullptr : signs_.data() + first;
+    for (std::size_t k = 0; k + size_ <= n; k += size_) {
+      butterflies(row + k);
+      if (signs != nullptr) flip(row + k, signs + k);
+    }
+  }
+
+ private:
+  static constexpr float inverse_root(std::size_t size) {
+    return size == 16 ? 0.25f : size == 32 ? 0x1.6a09e6p-3f : size == 64 ? 0.125f : 0x1.6a09e6p-4f;
+  }
+
+  void flip(float* block, const std::uint32_t* signs) const {
+    for (std::size_t i = 0; i < size_; ++i) block[i] = bit_cast<float>(bit_cast<std::uint32_t>(block[i]) ^ signs[i]);
+  }
+
+  /// Sums and differences at distances size/2, size/4 ... 1, then one scaling: the same roundings at any vector width.
+  void butterflies(float* block) const {
+    for (std::size_t half = size_ / 2; half >= 8; half /= 2) {
+      for (std::size_t base = 0; base < size_; base += 2 * half) {
+        for (std::size_t i = base; i < base + half; ++i) {
+          const float a = block[i], b = block[i + half];
+          block[i] = a + b;
+          block[i + half] = a - b;
+        }
+      }
+    }
+    for (std::size_t base = 0; base < size_; base += 8) short_butterflies(block + base);
+  }
+  void short_butterflies(float* x) const {
+    for (const std::size_t half : {std::size_t{4}, std::size_t{2}, std::size_t{1}}) {
+      float y[8];
+      for (std::size_t i = 0; i < 8; ++i) y[i] = (i & half) == 0 ? x[i] + x[i + half] : x[i - half] - x[i];
+      std::copy(y, y + 8, x);
+    }
+    for (std::size_t i = 0; i < 8; ++i) x[i] = rounded(x[i] * scale_);
+  }
+
+  std::size_t size_;
+  float scale_;
+  std::vector<std::uint32_t> signs_;  // sign bits to flip
+};
+
+inline result<void> check_rotation(const hadamard& rotation) {
+  if (rotation.size == 16 || rotation.size == 32 || rotation.size == 64 || rotation.size == 128) return {};
+  return error(errc::invalid_argument, text("expected a Hadamard rotation of 16, 32, 64 or 128, got ", rotation.size));
+}
+
+template <bool Forward, class Policy, matrix_like Input, class Output>
+result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
+  using T = element_of<Input>;
+  const auto in = as_batch(x);
+  const batch_view<T> to(out);
+  if (auto valid = check_rotation(rotation); !valid) return valid;
+  if (in.matrices != to.matrices || in.rows != to.rows || in.cols != to.cols) {
+    return error(errc::shape_mismatch, text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
+                                            "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
+  }
+  const row_rotation prepared(rotation, in.cols);
+  for_each_row(policy.executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
+    constexpr std::size_t piece = 1024;
+    float scratch[piece];
+    const T* from = in.row(row / in.rows, row % in.rows);
+    T* target = to.row(row / in.rows, row % in.rows);
+    for (std::size_t k = 0; k < in.cols; k += piece) {
+      const std::size_t n = std::min(piece, in.cols - k);
+      if constexpr (Forward) {
+        prepared.apply(from + k, k, n, scratch);
+      } else {
+        for (std::size_t i = 0; i < n; ++i) scratch[i] = to_float(from[k + i]);
+        prepared.revert(scratch, k, n);
+      }
+      for (std::size_t i = 0; i < n; ++i) target[k + i] = from_float<T>(scratch[i]);
+    }
+  });
+  return {};
+}
+
+}  // namespace detail
+
+/// Rotates x[matrices, rows, cols] along its columns into `out` of the same shape and type, which may be x itself.
+/// Arithmetic is in float, in one order on every backend. To rotate and pack in one pass, give the rotation to quantize
+/// (quantize_options::rotation) instead. Errors: shape_mismatch; invalid_argument for another size.
+template <class Policy, matrix_like Input, class Output>
+result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
+  return detail::try_rotate<true>(policy, x, rotation, out);
+}
+template <class Policy, matrix_like Input, class Output>
+void rotate(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
+  try_rotate(policy, x, rotation, out).value();
+}
+
+/// The inverse of rotate, but for the rounding of each.
+template <class Policy, matrix_like Input, class Output>
+result<void> try_rotate_back(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
+  return detail::try_rotate<false>(policy, x, rotation, out);
+}
+template <class Policy, matrix_like Input, class Output>
+void rotate_back(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
+  try_rotate_back(policy, x, rotation, out).value();
+}
+
+}  // namespace tetromino
