@@ -81,6 +81,34 @@ void for_each_slice(const io::safetensors_file& file, const weights& w, const F&
   }
 }
 
+/// The largest magnitude of a tensor, after a Hadamard rotation unless its size is 0.
+inline float amax_of(const io::safetensors_file& file, const weights& w, const tetromino::automatic_t& policy,
+                     std::size_t rotation) {
+  float largest = 0;
+  for_each_slice(file, w, [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t) {
+    if (rotation == 0) {
+      largest = std::max(largest, tetromino::amax(policy, slice));
+    } else {
+      tetromino::matrix<float> rotated(slice.rows, slice.cols);
+      for (std::size_t r = 0; r < slice.rows; ++r) {
+        for (std::size_t k = 0; k < slice.cols; ++k) rotated(r, k) = tetromino::detail::to_float(slice.row(0, r)[k]);
+      }
+      tetromino::rotate(policy, rotated, {rotation}, rotated.view());
+      largest = std::max(largest, tetromino::amax(policy, rotated));
+    }
+  });
+  return largest;
+}
+
+/// Unpacked values in the columns of the original: a rotation is taken back.
+template <class Packed>
+tetromino::matrix<float> unpacked(const tetromino::automatic_t& policy, const Packed& packed,
+                                  const tetromino::recipe& r) {
+  auto values = tetromino::dequantize<float>(policy, packed);
+  if (r.rotation != 0) tetromino::rotate_back(policy, values, {r.rotation}, values.view());
+  return values;
+}
+
 /// Runs `body` and names the tensor in the error that it may throw; a rejected value is named by its own row.
 template <class F>
 void naming(const weights& w, const F& body) {
@@ -130,7 +158,13 @@ struct stored {
 };
 
 /// Says why a recipe's format cannot be stored in a layout, if it cannot.
-inline void expect_fit(layout where, const tetromino::any_format& format) {
+inline void expect_fit(layout where, const tetromino::recipe& r) {
+  const tetromino::any_format& format = r.format;
+  if (where != layout::linear && r.rotation != 0) {
+    throw error(
+        errc::invalid_argument,
+        fmt::format("readers of layout {} do not rotate activations, as recipe {} needs", name_of(where), r.name()));
+  }
   const bool plain_mx32 = format == tetromino::any_format(tetromino::mxfp4{});
   const bool nvfp4 = format.scale == tetromino::scale_type::e4m3;
   const auto refuse = [&](std::string_view takes) {

@@ -8,7 +8,7 @@
 
 #include <CLI/CLI.hpp>
 
-#include <optional>
+#include <map>
 
 namespace {
 
@@ -45,14 +45,6 @@ const std::vector<std::string> compared_recipes = {"mxfp4-32/floor",
                                                    "nvfp4/four-over-six",
                                                    "nvfp4/min-error"};
 
-/// The largest magnitude of a tensor, slice by slice.
-float amax_of(const io::safetensors_file& file, const weights& w, const tetromino::automatic_t& policy) {
-  float largest = 0;
-  for_each_slice(file, w,
-                 [&](const auto& slice, std::size_t) { largest = std::max(largest, tetromino::amax(policy, slice)); });
-  return largest;
-}
-
 /// Names the rejected value by its row in the tensor rather than in the slice.
 error at_row(const error& e, std::size_t first_row, const weights& w) {
   if (e.code() != errc::non_finite) return e;
@@ -72,18 +64,22 @@ int compare(const settings& s, const io::safetensors_file& file, std::span<const
     ui::progress progress("comparing", elements);
     for (const auto& w : all) {
       naming(w, [&] {
-        const float amax = amax_of(file, w, policy);
+        std::map<std::size_t, float> amax;  // by rotation
+        for (const recipe& r : recipes) {
+          if (r.format.scale == tetromino::scale_type::e4m3 && !amax.contains(r.rotation)) {
+            amax[r.rotation] = amax_of(file, w, policy, r.rotation);
+          }
+        }
         for_each_slice(file, w, [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
-          tetromino::matrix<T> decoded(slice.rows, slice.cols);
           for (std::size_t i = 0; i < recipes.size(); ++i) {
             const recipe& r = recipes[i];
             const auto packed_with = [&](const quantize_options& options) {
               const auto packed = tetromino::try_quantize(policy, slice, r, options);
               if (!packed) throw at_row(packed.error(), row, w);
-              reports[i].add(tetromino::compare(slice, tetromino::dequantize<float>(policy, *packed)));
+              reports[i].add(tetromino::compare(slice, unpacked(policy, *packed, r)));
             };
-            const float scale = tensor_scale_for(layout::linear, amax, r.rule);
             if (r.format.scale == tetromino::scale_type::e4m3) {
+              const float scale = tensor_scale_for(layout::linear, amax.at(r.rotation), r.rule);
               packed_with({.tensor_scales = {&scale, 1}});
             } else {
               packed_with({});
@@ -119,7 +115,7 @@ tetromino::error_report pack(const io::safetensors_file& file, const weights& w,
   float tensor_scale = 1;
   quantize_options options;
   if (r.format.scale == tetromino::scale_type::e4m3) {
-    tensor_scale = tensor_scale_for(where, amax_of(file, w, policy), r.rule);
+    tensor_scale = tensor_scale_for(where, amax_of(file, w, policy, r.rotation), r.rule);
     options.tensor_scales = {&tensor_scale, 1};
     const float value = stored_scale(where, tensor_scale);
     writer.append_values<float>(parts.tensor_scale.name, {&value, 1});
@@ -130,7 +126,7 @@ tetromino::error_report pack(const io::safetensors_file& file, const weights& w,
     writer.append(parts.codes.name, packed->codes);
     writer.append(parts.scales.name, packed->scales);
     if (!parts.macros.name.empty()) writer.append(parts.macros.name, packed->macros);
-    report.add(tetromino::compare(slice, tetromino::dequantize<float>(policy, *packed)));
+    report.add(tetromino::compare(slice, unpacked(policy, *packed, r)));
     progress.add(slice.rows * slice.cols * sizeof(T));
   });
   return report;
@@ -142,7 +138,7 @@ int write(const settings& s, const io::safetensors_file& file, std::span<const w
   if (s.recipes.size() > 1) throw error(errc::invalid_argument, "expected one --recipe; --compare takes several");
   const recipe r = recipe::parse(s.recipes.empty() ? "mxfp4-16/oas/mbs-search" : s.recipes.front());
   const layout where = layout_named(s.layout);
-  expect_fit(where, r.format);
+  expect_fit(where, r);
 
   // The header comes first: every tensor is declared, packed ones by their parts, in the order of the input.
   std::vector<io::tensor_declaration> declarations;

@@ -62,7 +62,7 @@ tetromino::error_report verify(const io::safetensors_file& original, const io::s
                                         part(scales, shape.blocks_per_row()),
                                         part(macros, shape.macros_per_row()),
                                         tensor_scales};
-    report.add(tetromino::compare(slice, tetromino::dequantize<float>(policy, view)));
+    report.add(tetromino::compare(slice, unpacked(policy, view, r)));
 
     const auto again = tetromino::quantize(policy, slice, r, {.tensor_scales = tensor_scales});
     if (!std::ranges::equal(again.codes, view.codes) || !std::ranges::equal(again.scales, view.scales) ||
