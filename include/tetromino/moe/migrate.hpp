@@ -1,0 +1,239 @@
+#pragma once
+
+#include "../error.hpp"   // tetromino::result, tetromino::error
+#include "placement.hpp"  // placement, replica_index
+#include "topology.hpp"   // topology
+
+#include <algorithm>  // std::fill, std::find, std::max, std::max_element, std::stable_sort, std::swap_ranges
+#include <cmath>      // std::isfinite
+#include <cstddef>    // std::ptrdiff_t, std::size_t
+#include <cstdint>    // std::int32_t, std::uint32_t
+#include <span>       // std::span
+#include <utility>    // std::move, std::swap
+#include <vector>     // std::vector
+
+namespace tetromino::moe {
+
+/// One expert's weights on their way to a GPU that lacks them.
+struct expert_move {
+  std::uint32_t expert;
+  std::uint32_t from_gpu;
+  std::uint32_t to_gpu;
+  std::uint32_t to_slot;
+
+  friend bool operator==(const expert_move&, const expert_move&) = default;
+};
+
+/// Moves that run at the same time: each GPU sends at most once, receives at most once, and talks to one peer only.
+struct migration_round {
+  std::vector<expert_move> moves;
+};
+
+/// What one layer has to do. Its rounds fill buffers beside the slots in use; when they are done, the layer switches to
+/// the next placement at once. So no round waits for another layer, and tokens are served all the while.
+struct layer_migration {
+  std::size_t layer = 0;
+  std::size_t buffers_per_gpu = 0;  ///< most experts that one GPU receives
+  std::vector<migration_round> rounds;
+};
+
+/// How to get from one placement to the next.
+struct migration {
+  std::vector<layer_migration> layers;  ///< those with anything to move
+  std::size_t moves = 0;
+  double bytes_between_nodes = 0;
+  double bytes_inside_nodes = 0;
+  double seconds = 0;  ///< all rounds of all layers one after the other, each as long as its slowest move
+};
+
+namespace detail {
+
+[[nodiscard]] inline result<void> check_migration(const placement& current, const placement& next, const topology& t) {
+  if (current.layers() != next.layers() || current.experts() != next.experts() || current.slots() != next.slots()) {
+    return error(errc::shape_mismatch,
+                 text("migrate: expected placements of one shape, got ", current.layers(), " layers × ",
+                      current.experts(), " experts in ", current.slots(), " slots, then ", next.layers(), " × ",
+                      next.experts(), " in ", next.slots()));
+  }
+  if (auto ok = try_validate(current, t, {.one_copy_per_gpu = false}); !ok) return ok;
+  return try_validate(next, t, {.one_copy_per_gpu = false});
+}
+
+// Experts of both rows, as multisets.
+[[nodiscard]] inline std::size_t common_experts(std::span<const std::int32_t> a, std::span<const std::int32_t> b,
+                                                std::vector<std::int32_t>& scratch) {
+  scratch.assign(b.begin(), b.end());
+  std::size_t common = 0;
+  for (const std::int32_t e : a) {
+    const auto found = e == empty_slot ? scratch.end() : std::find(scratch.begin(), scratch.end(), e);
+    if (found == scratch.end()) continue;
+    *found = empty_slot;
+    ++common;
+  }
+  return common;
+}
+
+// Splits the moves of a layer into rounds: again and again as many as can run at once, those of the busiest GPUs first.
+[[nodiscard]] inline std::vector<migration_round> into_rounds(std::vector<expert_move> moves, std::size_t gpus) {
+  constexpr std::uint32_t alone = 0xFFFF'FFFF;
+  std::vector<std::size_t> left(gpus, 0);
+  for (const expert_move& m : moves) {
+    ++left[m.from_gpu];
+    ++left[m.to_gpu];
+  }
+  std::vector<migration_round> rounds;
+  std::vector<std::uint32_t> peer(gpus), sends(gpus), receives(gpus);
+  std::vector<expert_move> later;
+  while (!moves.empty()) {
+    std::stable_sort(moves.begin(), moves.end(), [&](const expert_move& a, const expert_move& b) {
+      const std::size_t busy_a = std::max(left[a.from_gpu], left[a.to_gpu]);
+      const std::size_t busy_b = std::max(left[b.from_gpu], left[b.to_gpu]);
+      if (busy_a != busy_b) return busy_a > busy_b;
+      return left[a.from_gpu] + left[a.to_gpu] > left[b.from_gpu] + left[b.to_gpu];
+    });
+    std::fill(peer.begin(), peer.end(), alone);
+    std::fill(sends.begin(), sends.end(), 0);
+    std::fill(receives.begin(), receives.end(), 0);
+    migration_round round;
+    later.clear();
+    for (const expert_move& m : moves) {
+      const bool strangers = peer[m.from_gpu] == alone && peer[m.to_gpu] == alone;
+      const bool partners = peer[m.from_gpu] == m.to_gpu && sends[m.from_gpu] == 0 && receives[m.to_gpu] == 0;
+      if (!strangers && !partners) {
+        later.push_back(m);
+        continue;
+      }
+      peer[m.from_gpu] = m.to_gpu;
+      peer[m.to_gpu] = m.from_gpu;
+      sends[m.from_gpu] = receives[m.to_gpu] = 1;
+      round.moves.push_back(m);
+    }
+    for (const expert_move& m : round.moves) {
+      --left[m.from_gpu];
+      --left[m.to_gpu];
+    }
+    rounds.push_back(std::move(round));
+    moves.swap(later);
+  }
+  return rounds;
+}
+
+}  // namespace detail
+
+/// Renames what `next` leaves open so that it looks like `current`: GPUs of a node that have equally many slots are
+/// exchanged, and experts change slots on a GPU, where that lets more experts stay where they are. No expert changes
+/// its node, and what shares a GPU goes on to. Precondition: placements of the same sizes, on `t`.
+inline void align(placement& next, const placement& current, const topology& t) {
+  TETROMINO_EXPECTS(next.layers() == current.layers() && next.slots() == current.slots() && next.slots() == t.slots(),
+                    "align: placements of the same sizes, on the topology");
+  std::vector<std::int32_t> scratch;
+  for (std::size_t l = 0; l < next.layers(); ++l) {
+    const std::span<std::int32_t> row = next.layer(l);
+    const std::span<const std::int32_t> old = current.layer(l);
+    const auto of_gpu = [&](auto r, std::size_t g) { return r.subspan(t.first_slot(g), t.slots_on_gpu(g)); };
+    for (std::size_t n = 0; n < t.nodes(); ++n) {
+      const std::size_t first = t.first_gpu(n), last = first + t.gpus_on_node(n);
+      for (bool better = true; better;) {  // each exchange adds experts that stay, so this ends
+        better = false;
+        for (std::size_t a = first; a < last; ++a) {
+          for (std::size_t b = a + 1; b < last; ++b) {
+            if (t.slots_on_gpu(a) != t.slots_on_gpu(b)) continue;
+            const auto stay = [&](std::size_t x, std::size_t y) {
+              return detail::common_experts(of_gpu(std::span<const std::int32_t>(row), x), of_gpu(old, y), scratch);
+            };
+            if (stay(a, b) + stay(b, a) <= stay(a, a) + stay(b, b)) continue;
+            const std::span<std::int32_t> on_a = of_gpu(row, a), on_b = of_gpu(row, b);
+            std::swap_ranges(on_a.begin(), on_a.end(), on_b.begin());
+            better = true;
+          }
+        }
+      }
+    }
+    for (std::size_t g = 0; g < t.gpus(); ++g) {
+      const std::span<std::int32_t> mine = of_gpu(row, g);
+      const std::span<const std::int32_t> before = of_gpu(old, g);
+      for (std::size_t s = 0; s < mine.size(); ++s) {
+        if (before[s] == empty_slot || mine[s] == before[s]) continue;
+        for (std::size_t other = 0; other < mine.size(); ++other) {
+          if (mine[other] == before[s] && mine[other] != before[other]) {
+            std::swap(mine[s], mine[other]);
+            break;
+          }
+        }
+      }
+    }
+  }
+}
+
+/// Plans the way from `current` to `next`, layer by layer. An expert that its GPU holds already, in whatever slot, does
+/// not move. Each other comes from a GPU of the same node if one has it, else from another node; among several, from
+/// the one that sends least. `bytes_per_expert` is the size of one expert's weights in one layer. Rounds are packed
+/// greedily: never more than twice as many as the busiest GPU has moves. Errors: placements of different shapes or not
+/// valid on `t` (two copies on one GPU are accepted), a size that is negative or not finite.
+[[nodiscard]] inline result<migration> try_migrate(const placement& current, const placement& next, const topology& t,
+                                                   double bytes_per_expert) {
+  if (auto ok = detail::check_migration(current, next, t); !ok) return ok.error();
+  if (!std::isfinite(bytes_per_expert) || bytes_per_expert < 0) {
+    return error(errc::invalid_argument,
+                 detail::text("migrate: expected 0 or more bytes per expert, got ", bytes_per_expert));
+  }
+  migration out;
+  const replica_index where(current);
+  std::vector<std::size_t> sends(t.gpus()), receives(t.gpus());
+  std::vector<std::int32_t> held;
+  for (std::size_t l = 0; l < current.layers(); ++l) {
+    std::fill(sends.begin(), sends.end(), 0);
+    std::fill(receives.begin(), receives.end(), 0);
+    std::vector<expert_move> moves;
+    for (std::size_t g = 0; g < t.gpus(); ++g) {
+      const std::size_t first = t.first_slot(g), count = t.slots_on_gpu(g);
+      held.assign(current.layer(l).begin() + static_cast<std::ptrdiff_t>(first),
+                  current.layer(l).begin() + static_cast<std::ptrdiff_t>(first + count));
+      for (std::size_t s = first; s < first + count; ++s) {
+        const std::int32_t e = next.layer(l)[s];
+        if (e == empty_slot || std::find(held.begin(), held.end(), e) != held.end()) continue;
+        const auto expert = static_cast<std::uint32_t>(e);
+        std::size_t from = t.gpus();
+        for (const std::uint32_t slot : where.slots_of(l, expert)) {
+          const std::size_t candidate = t.gpu_of_slot(slot);
+          if (from == t.gpus()) {
+            from = candidate;
+            continue;
+          }
+          const bool near = t.node_of_gpu(candidate) == t.node_of_gpu(g),
+                     was_near = t.node_of_gpu(from) == t.node_of_gpu(g);
+          if (near != was_near ? near : sends[candidate] < sends[from]) from = candidate;
+        }
+        ++sends[from];
+        ++receives[g];
+        held.push_back(e);  // a second copy on this GPU comes from the first
+        moves.push_back(
+            {expert, static_cast<std::uint32_t>(from), static_cast<std::uint32_t>(g), static_cast<std::uint32_t>(s)});
+      }
+    }
+    if (moves.empty()) continue;
+    out.moves += moves.size();
+    layer_migration layer;
+    layer.layer = l;
+    layer.buffers_per_gpu = *std::max_element(receives.begin(), receives.end());
+    layer.rounds = detail::into_rounds(std::move(moves), t.gpus());
+    for (const migration_round& round : layer.rounds) {
+      double slowest = 0;
+      for (const expert_move& m : round.moves) {
+        const bool inside = t.node_of_gpu(m.from_gpu) == t.node_of_gpu(m.to_gpu);
+        const link& way = inside ? t.links().inside : t.links().between;
+        (inside ? out.bytes_inside_nodes : out.bytes_between_nodes) += bytes_per_expert;
+        slowest = std::max(slowest, way.latency_seconds + bytes_per_expert / way.bytes_per_second);
+      }
+      out.seconds += slowest;
+    }
+    out.layers.push_back(std::move(layer));
+  }
+  return out;
+}
+[[nodiscard]] inline migration migrate(const placement& current, const placement& next, const topology& t,
+                                       double bytes_per_expert) {
+  return try_migrate(current, next, t, bytes_per_expert).value();
+}
+
+}  // namespace tetromino::moe

@@ -1,0 +1,148 @@
+#include "check.hpp"
+
+#include <tetromino/moe/placement.hpp>
+#include <tetromino/moe/placement_json.hpp>
+
+#include "reference/generators.hpp"
+
+#include <set>     // std::set
+#include <string>  // std::string
+#include <vector>  // std::vector
+
+namespace {
+
+using namespace tetromino::moe;
+using reference::generator;
+using tetromino::errc;
+using tetromino_test::contains;
+
+template <class T>
+errc code_of(const tetromino::result<T>& r) {
+  REQUIRE_FALSE(r.has_value());
+  return r.error().code();
+}
+
+placement random_placement(generator& g) {
+  const std::size_t layers = 1 + g.below(4), experts = 1 + g.below(20), slots = 1 + g.below(30);
+  std::vector<std::int32_t> entries(layers * slots);
+  for (auto& e : entries) e = static_cast<std::int32_t>(g.below(experts + 1)) - 1;
+  return placement::make(layers, experts, slots, entries);
+}
+
+}  // namespace
+
+TEST_CASE("a placement starts empty and is filled by layer") {
+  placement p(2, 3, 4);
+  for (const std::int32_t e : p.slot_to_expert()) CHECK(e == empty_slot);
+  p.layer(1)[2] = 0;
+  CHECK(p == placement::make(2, 3, 4, {-1, -1, -1, -1, -1, -1, 0, -1}));
+  CHECK_THROWS_AS(p.layer(2), tetromino_test::precondition_failed);
+}
+
+TEST_CASE("placements with impossible sizes or entries are errors") {
+  CHECK(code_of(placement::try_make(0, 1, 1, {})) == errc::invalid_argument);
+  CHECK(code_of(placement::try_make(1, 0, 1, {0})) == errc::invalid_argument);
+  CHECK(code_of(placement::try_make(1, 1, 0, {})) == errc::invalid_argument);
+  CHECK(code_of(placement::try_make(1, 70'000, 1, {0})) == errc::invalid_argument);
+  CHECK(code_of(placement::try_make(2, 1, 2, {0, 0, 0})) == errc::shape_mismatch);
+  CHECK(code_of(placement::try_make(~std::size_t{0}, 1, 2, {0, 0})) == errc::shape_mismatch);
+  CHECK(code_of(placement::try_make(1, 2, 2, {0, 2})) == errc::invalid_argument);
+  CHECK_THROWS_WITH(placement::make(2, 2, 2, {0, 1, 0, -2}),
+                    contains("expected experts from -1 (empty) to 1, got -2 in layer 1, slot 1"));
+}
+
+TEST_CASE("replica_index is the inverse of the slot map") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 300; ++i) {
+    const placement p = random_placement(g);
+    const replica_index where(p);
+    for (std::size_t l = 0; l < p.layers(); ++l) {
+      for (std::size_t e = 0; e < p.experts(); ++e) {
+        std::vector<std::uint32_t> expected;
+        for (std::size_t s = 0; s < p.slots(); ++s) {
+          if (p.layer(l)[s] == static_cast<std::int32_t>(e)) expected.push_back(static_cast<std::uint32_t>(s));
+        }
+        const auto slots = where.slots_of(l, e);
+        REQUIRE(std::vector<std::uint32_t>(slots.begin(), slots.end()) == expected);
+      }
+    }
+    CHECK_THROWS_AS(where.slots_of(p.layers(), 0), tetromino_test::precondition_failed);
+    CHECK_THROWS_AS(where.slots_of(0, p.experts()), tetromino_test::precondition_failed);
+  }
+}
+
+TEST_CASE("validate finds missing experts, copies on one GPU and foreign topologies") {
+  const topology t = topology::uniform(2, 1, 2);
+  CHECK(try_validate(placement::make(1, 3, 4, {0, 1, 2, 0}), t).has_value());
+  CHECK(try_validate(placement::make(1, 3, 4, {0, 1, 2, -1}), t).has_value());
+  CHECK(code_of(try_validate(placement::make(1, 3, 3, {0, 1, 2}), t)) == errc::shape_mismatch);
+  CHECK_THROWS_WITH(validate(placement::make(2, 3, 4, {0, 1, 2, 0, 0, 1, 1, -1}), t),
+                    contains("got expert 2 nowhere in layer 1"));
+  const placement doubled = placement::make(1, 3, 4, {0, 1, 2, 2});
+  CHECK_THROWS_WITH(validate(doubled, t), contains("got expert 2 twice on GPU 1 in layer 0"));
+  CHECK(try_validate(doubled, t, {.one_copy_per_gpu = false}).has_value());
+}
+
+TEST_CASE("index tensors map both ways") {
+  const placement p = placement::make(2, 3, 4, {0, 1, 2, 0, 2, -1, 1, 0});
+  const index_tensors maps = to_index_tensors(p);
+  CHECK(maps.max_copies == 2);
+  CHECK(maps.physical_to_logical == std::vector<std::int64_t>{0, 1, 2, 0, 2, -1, 1, 0});
+  CHECK(maps.logical_to_physical == std::vector<std::int64_t>{0, 3, 1, -1, 2, -1, 3, -1, 2, -1, 0, -1});
+  CHECK(maps.count == std::vector<std::int64_t>{2, 1, 1, 1, 1, 1});
+
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 300; ++i) {
+    const placement q = random_placement(g);
+    REQUIRE(to_placement(to_index_tensors(q)) == q);
+  }
+  index_tensors hostile = maps;
+  hostile.physical_to_logical[3] = std::int64_t{1} << 40;
+  CHECK(code_of(try_to_placement(hostile)) == errc::invalid_argument);
+  hostile.physical_to_logical[3] = 3;
+  CHECK(code_of(try_to_placement(hostile)) == errc::invalid_argument);
+  hostile.physical_to_logical.pop_back();
+  CHECK_FALSE(try_to_placement(hostile).has_value());
+}
+
+TEST_CASE("text and JSON forms round-trip") {
+  const placement p = placement::make(2, 3, 4, {0, 1, 2, 0, 2, -1, 1, 0});
+  CHECK(to_text(p) == "placement layers 2 experts 3 slots 4\n0 1 2 0\n2 -1 1 0\n");
+  CHECK(to_json(p) == "{\"experts\":3,\"layers\":2,\"slot_to_expert\":[[0,1,2,0],[2,-1,1,0]],\"slots\":4}");
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 300; ++i) {
+    const placement q = random_placement(g);
+    REQUIRE(placement_from_text(to_text(q)) == q);
+    REQUIRE(placement_from_json(to_json(q)) == q);
+  }
+}
+
+TEST_CASE("broken texts are errors that name the line") {
+  CHECK_THROWS_WITH(placement_from_text(""), contains("line 1"));
+  CHECK_THROWS_WITH(placement_from_text("placement layers x experts 3 slots 4"), contains("line 1"));
+  CHECK_THROWS_WITH(placement_from_text("placement layers 2 experts 3 slots 2\n0 1\n2 z\n"), contains("line 3"));
+  CHECK_THROWS_WITH(placement_from_text("placement layers 1 experts 3 slots 2\n0 1\n\n2"), contains("line 4"));
+  CHECK_THROWS_WITH(placement_from_text("placement layers 1 experts 3 slots 2\n0 3"), contains("slot 1"));
+  CHECK_THROWS_WITH(placement_from_text("placement layers 1 experts 3 slots 2\n0 99999999999"), contains("line 2"));
+  CHECK(code_of(try_placement_from_text("placement layers 9999999999999 experts 3 slots 99999999999\n0")) ==
+        errc::malformed_file);
+  CHECK(code_of(try_placement_from_text("placement layers 1 experts 3 slots 0\n")) == errc::malformed_file);
+  CHECK(code_of(try_placement_from_text("placement layers -1 experts 3 slots 1\n0")) == errc::malformed_file);
+}
+
+TEST_CASE("broken JSON is an error") {
+  for (const std::string text : {"", "[]", "{", "{}", R"({"layers":1,"experts":2,"slots":2})",
+                                 R"({"layers":1,"experts":2,"slots":2,"slot_to_expert":[[0]]})",
+                                 R"({"layers":2,"experts":2,"slots":2,"slot_to_expert":[[0,1]]})",
+                                 R"({"layers":1,"experts":2,"slots":2,"slot_to_expert":[[0,2]]})",
+                                 R"({"layers":1,"experts":2,"slots":2,"slot_to_expert":[[0,"1"]]})",
+                                 R"({"layers":1,"experts":2,"slots":2,"slot_to_expert":[[0,1.5]]})",
+                                 R"({"layers":1,"experts":2,"slots":2,"slot_to_expert":[[0,18446744073709551615]]})",
+                                 R"({"layers":-1,"experts":2,"slots":2,"slot_to_expert":[[0,1]]})",
+                                 R"({"layers":1e300,"experts":2,"slots":2,"slot_to_expert":[[0,1]]})",
+                                 R"({"layers":1,"experts":2,"slots":2,"slot_to_expert":7})",
+                                 R"({"layers":18446744073709551615,"experts":2,"slots":2,"slot_to_expert":[]})"}) {
+    CAPTURE(text);
+    CHECK_FALSE(try_placement_from_json(text).has_value());
+  }
+}
