@@ -1,0 +1,307 @@
+#pragma once
+
+/// Opt-in: packing with error feedback (GPTQ). Needs Eigen.
+
+#include "eigen.hpp"     // eigen_matrix, eigen_map
+#include "hadamard.hpp"  // rotate
+#include "quantize.hpp"  // try_quantize_to
+
+#include <Eigen/Cholesky>  // Eigen::LLT
+
+#include <algorithm>  // std::min, std::sort
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t
+#include <numeric>    // std::iota
+#include <vector>     // std::vector
+
+namespace tetromino {
+
+/// The second moments of a layer's input, gathered from calibration activations as they stream by: sum of x^T x over
+/// rows x [cols]. Takes cols^2 doubles, whatever the number of rows.
+class calibration {
+ public:
+  explicit calibration(std::size_t cols)
+      : moments_(Eigen::MatrixXd::Zero(static_cast<Eigen::Index>(cols), static_cast<Eigen::Index>(cols))) {}
+
+  [[nodiscard]] std::size_t cols() const noexcept { return static_cast<std::size_t>(moments_.rows()); }
+  /// Rows seen so far, or their equivalent after blending.
+  [[nodiscard]] double rows() const noexcept { return rows_; }
+
+  /// Adds activations x[rows, cols]. Errors: shape_mismatch; non_finite.
+  template <real T>
+  result<void> try_add(const matrix_view<const T>& x) {
+    if (x.cols != cols()) {
+      return error(errc::shape_mismatch, detail::text("calibration of ", cols(), " columns got rows of ", x.cols));
+    }
+    constexpr std::size_t piece = 512;
+    Eigen::MatrixXd rows;
+    for (std::size_t first = 0; first < x.rows; first += piece) {
+      const std::size_t n = std::min(piece, x.rows - first);
+      rows.resize(static_cast<Eigen::Index>(x.cols), static_cast<Eigen::Index>(n));
+      for (std::size_t r = 0; r < n; ++r) {
+        for (std::size_t k = 0; k < x.cols; ++k) {
+          const float value = detail::to_float(x(first + r, k));
+          if (!detail::is_finite(value)) {
+            return error(errc::non_finite, detail::text("calibration: expected finite activations, got ", value,
+                                                        " at row ", first + r, ", column ", k));
+          }
+          rows(static_cast<Eigen::Index>(k), static_cast<Eigen::Index>(r)) = static_cast<double>(value);
+        }
+      }
+      moments_.selfadjointView<Eigen::Lower>().rankUpdate(rows);
+      rows_ += static_cast<double>(n);
+    }
+    return {};
+  }
+  template <real T>
+  void add(const matrix_view<const T>& x) {
+    try_add(x).value();
+  }
+
+  /// Joins the moments of other rows to these, such as those of another rank. Pre: the same number of columns.
+  void merge(const calibration& other) {
+    TETROMINO_EXPECTS(other.cols() == cols(), "calibrations that merge have the same columns");
+    moments_ += other.moments_;
+    rows_ += other.rows_;
+  }
+
+  /// These moments with the mean moments of `prior` added as if `strength` more rows had been seen: for an expert that
+  /// few calibration tokens reach, with its layer's moments as the prior. Pre: the same number of columns.
+  [[nodiscard]] calibration blended(const calibration& prior, double strength) const {
+    TETROMINO_EXPECTS(prior.cols() == cols(), "calibrations that blend have the same columns");
+    calibration out = *this;
+    if (prior.rows_ == 0) return out;
+    out.moments_ += prior.moments_ * (strength / prior.rows_);
+    out.rows_ += strength;
+    return out;
+  }
+
+  /// The mean squared activation of each column: quantize_options::column_weights for weights that meet these
+  /// activations. All 1 where nothing was seen.
+  [[nodiscard]] std::vector<float> column_weights() const {
+    std::vector<float> weights(cols(), 1.0f);
+    for (std::size_t k = 0; k < cols() && rows_ > 0; ++k) {
+      const auto i = static_cast<Eigen::Index>(k);
+      weights[k] = static_cast<float>(moments_(i, i) / rows_);
+    }
+    return weights;
+  }
+
+  /// The moments' lower triangle [cols, cols].
+  [[nodiscard]] const Eigen::MatrixXd& moments() const noexcept { return moments_; }
+
+ private:
+  Eigen::MatrixXd moments_;  // the lower triangle counts
+  double rows_ = 0;
+};
+
+/// When the scales of a block are chosen.
+enum class gptq_scales : std::uint8_t {
+  fixed,      ///< from the original weights, before any feedback
+  refreshed,  ///< from the weights as the feedback has left them, when their block's turn comes
+};
+
+/// What a caller may choose about error feedback.
+struct gptq_options {
+  double damping = 0.01;  ///< added to the moments' diagonal, as a share of its mean
+  gptq_scales scales = gptq_scales::refreshed;
+  bool by_activation = false;  ///< columns of large activations first; needs fixed scales
+};
+
+namespace detail {
+
+/// The upper triangular factor U of the inverse of the damped moments, U^T U = H^-1, with columns in the given order.
+/// Row j of U says how an error in column j is best made up for by the columns after it.
+inline eigen_matrix<float> feedback_factor(const calibration& seen, double damping,
+                                           const std::vector<std::size_t>& order) {
+  const auto n = static_cast<Eigen::Index>(seen.cols());
+  const Eigen::MatrixXd& lower = seen.moments();
+  double mean = lower.diagonal().mean();
+  if (!(mean > 0)) return eigen_matrix<float>::Identity(n, n);
+  // Reversed, so that one Cholesky factor of H gives the factor of its inverse: H = R R^T with R upper, U = R^-1.
+  Eigen::MatrixXd reversed(n, n);
+  const auto at = [&](Eigen::Index i) { return static_cast<Eigen::Index>(order[static_cast<std::size_t>(n - 1 - i)]); };
+  for (Eigen::Index j = 0; j < n; ++j) {
+    for (Eigen::Index i = j; i < n; ++i) {
+      const Eigen::Index a = at(i), b = at(j);
+      reversed(i, j) = a >= b ? lower(a, b) : lower(b, a);
+    }
+  }
+  // Rounding can leave nearly dependent columns without a factor: more damping always helps.
+  for (double share = damping;; share = std::max(10 * share, 1e-6)) {
+    Eigen::MatrixXd damped = reversed;
+    damped.diagonal().array() += share * mean;
+    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> factor(damped);
+    if (factor.info() != Eigen::Success) continue;
+    Eigen::MatrixXd inverse = Eigen::MatrixXd::Identity(n, n);
+    factor.matrixL().solveInPlace(inverse);
+    return inverse.reverse().cast<float>();
+  }
+}
+
+/// What turns an element into its code and back under the scales of its block.
+struct element_scale {
+  float factor = 1;  // macro-block factor f
+  float step = 0;    // 2^E, or float(t * s); 0: the element is 0
+
+  [[nodiscard]] e2m1 encode(float x) const { return step == 0 ? e2m1{} : e2m1::encode(rounded(factor * x) / step); }
+  [[nodiscard]] float decode(e2m1 code) const { return rounded(code.value() / factor) * step; }
+};
+
+template <block_format Format>
+element_scale scale_at(const packed<Format>& p, std::size_t row, std::size_t col) {
+  const packed_shape shape = p.shape();
+  const std::uint8_t byte = p.scales[row * shape.blocks_per_row() + col / shape.format.block];
+  if (shape.format.scale == scale_type::e4m3) return {1.0f, rounded(p.tensor_scales[0] * e4m3{byte}.value())};
+  const std::uint8_t m = shape.format.macro_block == 0
+                             ? std::uint8_t{0}
+                             : p.macros[row * shape.macros_per_row() + col / shape.format.macro_block];
+  return {macro_factor(m), e8m0{byte}.value()};
+}
+
+/// Chooses the scales of columns [first, first + macro or block) of all rows, from the weights as they are now.
+template <class Policy>
+result<void> refresh_scales(const Policy& policy, eigen_matrix<float>& w, std::size_t first,
+                            const quantize_options& options, packed<any_format>& out) {
+  const packed_shape shape = out.shape();
+  const any_format& format = shape.format;
+  const auto rows = w.rows();
+  const auto columns = [&](std::size_t n) { return static_cast<Eigen::Index>(std::min(n, shape.cols - first)); };
+  quantize_options here = options;
+  if (!here.column_weights.empty()) {
+    const std::size_t n = static_cast<std::size_t>(columns(std::max(format.block, format.macro_block)));
+    here.column_weights = here.column_weights.subspan(first, n);
+  }
+  here.tensor_scales = out.tensor_scales;
+  const auto start = static_cast<Eigen::Index>(first);
+  if (format.macro_block != 0 && first % format.macro_block == 0) {
+    auto chosen = try_quantize(policy, view_of(w.middleCols(start, columns(format.macro_block))), format, here);
+    if (!chosen) return chosen.error();
+    for (std::size_t r = 0; r < shape.rows; ++r) {
+      out.macros[r * shape.macros_per_row() + first / format.macro_block] = chosen->macros[r];
+    }
+  }
+  // With the macro-block factors applied, what remains is the format without macro blocks.
+  eigen_matrix<float> block = w.middleCols(start, columns(format.block));
+  for (Eigen::Index r = 0; r < rows && format.macro_block != 0; ++r) {
+    block.row(r) *= scale_at(out, static_cast<std::size_t>(r), first).factor;
+  }
+  if (!here.column_weights.empty())
+    here.column_weights = here.column_weights.first(static_cast<std::size_t>(block.cols()));
+  auto chosen = try_quantize(policy, view_of(block), any_format(format.scale, format.block, 0), here);
+  if (!chosen) return chosen.error();
+  for (std::size_t r = 0; r < shape.rows; ++r) {
+    out.scales[r * shape.blocks_per_row() + first / format.block] = chosen->scales[r];
+  }
+  return {};
+}
+
+}  // namespace detail
+
+/// Packs weights w[rows, cols] with error feedback: column after column is rounded, and what rounding did to the
+/// product with the calibration activations is made up for by the columns still to come. The scales are the format's
+/// own, chosen by the recipe's rules; where those compare errors, the calibration's column weights count unless the
+/// options give others. With a rotation in the recipe, `seen` is of the rotated activations. Same input, same bytes,
+/// whatever the executor. Errors: as try_quantize, and shape_mismatch for a calibration of other columns. (Frantar,
+/// Ashkboos, Hoefler, Alistarh: "GPTQ", arXiv 2210.17323)
+template <class Policy, class T>
+  requires(can_quantize<Policy, float>)
+result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& w, const recipe& r,
+                                    const calibration& seen, quantize_options options = {},
+                                    const gptq_options& feedback = {}) {
+  if (seen.cols() != w.cols) {
+    return error(errc::shape_mismatch,
+                 detail::text("gptq: the weights have ", w.cols, " columns, the calibration ", seen.cols()));
+  }
+  if (feedback.by_activation && feedback.scales != gptq_scales::fixed) {
+    return error(errc::invalid_argument, "gptq: an order by activation needs fixed scales");
+  }
+  if (options.rounding != element_rounding::nearest_even) {
+    return error(errc::invalid_argument, "gptq: error feedback rounds to nearest");
+  }
+  recipe plain = r;
+  plain.error_feedback = false;
+  plain.rotation = 0;
+
+  matrix<float> weights(w.rows, w.cols);
+  for (std::size_t i = 0; i < w.rows; ++i) {
+    for (std::size_t k = 0; k < w.cols; ++k) weights(i, k) = detail::to_float(w(i, k));
+  }
+  if (r.rotation != 0) {
+    const hadamard rotation = options.rotation.value_or(hadamard{r.rotation});
+    if (auto done = try_rotate(policy, weights, rotation, weights.view()); !done) return done.error();
+    options.rotation.reset();
+  }
+  std::vector<float> column_weights;
+  if (options.column_weights.empty()) {
+    column_weights = seen.column_weights();
+    options.column_weights = column_weights;
+  }
+  auto packed_weights = try_quantize(policy, weights, plain, options);
+  if (!packed_weights || w.rows == 0 || w.cols == 0) return packed_weights;
+  packed<any_format>& out = *packed_weights;
+  options.rule = plain.rule;
+  options.macro = plain.macro;
+
+  std::vector<std::size_t> order(w.cols);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  if (feedback.by_activation) {
+    const std::vector<float> mean_squares = seen.column_weights();
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return mean_squares[a] > mean_squares[b]; });
+  }
+  const eigen_matrix<float> factor = detail::feedback_factor(seen, feedback.damping, order);
+  eigen_matrix<float> current(static_cast<Eigen::Index>(w.rows), static_cast<Eigen::Index>(w.cols));
+  for (std::size_t j = 0; j < w.cols; ++j) {
+    for (std::size_t i = 0; i < w.rows; ++i) {
+      current(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j)) = weights(i, order[j]);
+    }
+  }
+
+  const packed_shape shape = out.shape();
+  const std::size_t span = std::max<std::size_t>(128, out.format.macro_block);  // feedback goes further once per span
+  eigen_matrix<float> errors(current.rows(), static_cast<Eigen::Index>(span));
+  for (std::size_t first = 0; first < w.cols; first += span) {
+    const std::size_t last = std::min(w.cols, first + span);
+    for (std::size_t block = first; block < last; block += out.format.block) {
+      const std::size_t end = std::min(last, block + out.format.block);
+      if (feedback.scales == gptq_scales::refreshed) {
+        if (auto done = detail::refresh_scales(policy, current, block, options, out); !done) return done.error();
+      }
+      detail::for_each_row(policy.executor, w.rows, end - block, [&](std::size_t i) {
+        float* row = current.row(static_cast<Eigen::Index>(i)).data();
+        for (std::size_t j = block; j < end; ++j) {
+          const float* tail = factor.row(static_cast<Eigen::Index>(j)).data();
+          const std::size_t column = order[j];
+          const detail::element_scale scale = detail::scale_at(out, i, column);
+          const e2m1 code = scale.encode(row[j]);
+          std::uint8_t& pair = out.codes[i * shape.code_bytes_per_row() + column / 2];
+          pair =
+              static_cast<std::uint8_t>(column % 2 == 0 ? (pair & 0xF0) | code.bits : (pair & 0x0F) | code.bits << 4);
+          const float error = (row[j] - scale.decode(code)) / tail[j];
+          errors(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j - first)) = error;
+          for (std::size_t l = j + 1; l < last; ++l) row[l] -= error * tail[l];
+        }
+      });
+    }
+    const auto done = static_cast<Eigen::Index>(last - first), rest = static_cast<Eigen::Index>(w.cols - last);
+    if (rest == 0) break;
+    const auto tail = factor.block(static_cast<Eigen::Index>(first), static_cast<Eigen::Index>(last), done, rest);
+    detail::for_each_row(policy.executor, (w.rows + 63) / 64, 64 * span, [&](std::size_t piece) {
+      const auto i = static_cast<Eigen::Index>(64 * piece), n = std::min<Eigen::Index>(64, current.rows() - i);
+      current.block(i, static_cast<Eigen::Index>(last), n, rest).noalias() -= errors.block(i, 0, n, done) * tail;
+    });
+  }
+  return packed_weights;
+}
+
+/// try_gptq, throwing its error.
+template <class Policy, class T>
+  requires(can_quantize<Policy, float>)
+[[nodiscard]] packed<any_format> gptq(const Policy& policy, const matrix_view<T>& w, const recipe& r,
+                                      const calibration& seen, const quantize_options& options = {},
+                                      const gptq_options& feedback = {}) {
+  return try_gptq(policy, w, r, seen, options, feedback).value();
+}
+
+}  // namespace tetromino

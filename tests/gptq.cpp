@@ -1,0 +1,188 @@
+#include "check.hpp"
+
+#include <tetromino/dequantize.hpp>
+#include <tetromino/gptq.hpp>
+
+#include <Eigen/Dense>
+
+#include <random>
+
+using namespace tetromino;
+
+namespace {
+
+/// Correlated activations: a few hidden causes and noise.
+matrix<float> activations(std::mt19937_64& random, std::size_t rows, std::size_t cols) {
+  std::normal_distribution<float> normal;
+  const std::size_t causes = 8;
+  matrix<float> mix(causes, cols), x(rows, cols);
+  for (float& v : mix.data) v = normal(random);
+  for (std::size_t r = 0; r < rows; ++r) {
+    float cause[causes];
+    for (float& c : cause) c = normal(random);
+    for (std::size_t k = 0; k < cols; ++k) {
+      x(r, k) = 0.3f * normal(random);
+      for (std::size_t c = 0; c < causes; ++c) x(r, k) += cause[c] * mix(c, k);
+    }
+  }
+  return x;
+}
+
+matrix<float> gaussian(std::mt19937_64& random, std::size_t rows, std::size_t cols) {
+  std::normal_distribution<float> normal;
+  matrix<float> w(rows, cols);
+  for (float& v : w.data) v = normal(random);
+  return w;
+}
+
+matrix_view<const float> view(const matrix<float>& m) { return {m.data.data(), m.rows, m.cols}; }
+
+/// Squared error of the products x w^T.
+double product_error(const matrix<float>& x, const matrix<float>& w, const matrix<float>& q) {
+  const eigen_matrix<float> difference = eigen_map(view(w)) - eigen_map(view(q));
+  return (eigen_map(view(x)) * difference.transpose()).cast<double>().squaredNorm();
+}
+
+calibration seen_in(const matrix<float>& x) {
+  calibration seen(x.cols);
+  seen.add(view(x));
+  return seen;
+}
+
+/// GPTQ in the textbook's words: the explicit inverse, one column at a time, scales given by the library's packing.
+matrix<float> textbook(const matrix<float>& w, const calibration& seen, double damping,
+                       const packed<any_format>& scales) {
+  const auto n = static_cast<Eigen::Index>(w.cols);
+  Eigen::MatrixXd h = seen.moments().selfadjointView<Eigen::Lower>();
+  h.diagonal().array() += damping * h.diagonal().mean();
+  Eigen::MatrixXd inverse = h.inverse(), weights = eigen_map(view(w)).cast<double>();
+  matrix<float> out(w.rows, w.cols);
+  for (Eigen::Index j = 0; j < n; ++j) {
+    for (Eigen::Index i = 0; i < weights.rows(); ++i) {
+      const auto scale = detail::scale_at(scales, static_cast<std::size_t>(i), static_cast<std::size_t>(j));
+      const float q = scale.decode(scale.encode(static_cast<float>(weights(i, j))));
+      out(static_cast<std::size_t>(i), static_cast<std::size_t>(j)) = q;
+      weights.row(i) -= (weights(i, j) - static_cast<double>(q)) / inverse(j, j) * inverse.row(j);
+    }
+    const Eigen::VectorXd column = inverse.col(j);
+    inverse -= column * column.transpose() / column(j);
+  }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("without correlations feedback changes nothing") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> w = gaussian(random, 9, 200);
+  const calibration nothing(w.cols);
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/min-error/mbs-search@64", "nvfp4/four-over-six"}) {
+    CAPTURE(name);
+    recipe r = recipe::parse(name);
+    const auto plain = quantize(scalar, w, r);
+    r.error_feedback = true;
+    for (const gptq_scales scales : {gptq_scales::fixed, gptq_scales::refreshed}) {
+      const auto fed = gptq(scalar, view(w), r, nothing, {}, {.scales = scales});
+      CHECK(fed.codes == plain.codes);
+      CHECK(fed.scales == plain.scales);
+      CHECK(fed.macros == plain.macros);
+      CHECK(fed.tensor_scales == plain.tensor_scales);
+    }
+  }
+}
+
+TEST_CASE("fixed scales give the codes of the textbook's algorithm") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 600, 160), w = gaussian(random, 12, 160);
+  const calibration seen = seen_in(x);
+  const std::vector<float> ones(w.cols, 1.0f);
+  const recipe r = recipe::parse("mxfp4-32/oas/mbs-search/gptq");
+  const auto fed = gptq(scalar, view(w), r, seen, {.column_weights = ones}, {.scales = gptq_scales::fixed});
+  const matrix<float> expected = textbook(w, seen, 0.01, fed);
+  const matrix<float> got = dequantize<float>(scalar, fed);
+  std::size_t different = 0;
+  for (std::size_t i = 0; i < got.data.size(); ++i) different += got.data[i] != expected.data[i];
+  CHECK(different < got.data.size() / 100);  // ties that float and double break differently, and what follows from them
+  CHECK(product_error(x, w, got) < 1.05 * product_error(x, w, expected));
+}
+
+TEST_CASE("feedback lowers the error of products, on other activations too") {
+  std::mt19937_64 random(tetromino_test::seed());
+  matrix<float> all = activations(random, 1200, 256);
+  matrix<float> x(600, 256), held_out(600, 256);
+  std::copy_n(all.data.begin(), x.data.size(), x.data.begin());
+  std::copy_n(all.data.begin() + static_cast<std::ptrdiff_t>(x.data.size()), x.data.size(), held_out.data.begin());
+  const matrix<float> w = gaussian(random, 32, 256);
+  const calibration seen = seen_in(x);
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-search", "nvfp4/amax", "mxfp4-16/oas/hadamard-32"}) {
+    CAPTURE(name);
+    recipe r = recipe::parse(name);
+    matrix<float> reference = w, judged = held_out;
+    calibration moments = seen;
+    if (r.rotation != 0) {
+      matrix<float> rotated = x;
+      rotate(scalar, x, {r.rotation}, rotated.view());
+      rotate(scalar, held_out, {r.rotation}, judged.view());
+      rotate(scalar, w, {r.rotation}, reference.view());
+      moments = seen_in(rotated);
+    }
+    const double plain = product_error(judged, reference, dequantize<float>(scalar, quantize(scalar, w, r)));
+    r.error_feedback = true;
+    const double fixed =
+        product_error(judged, reference,
+                      dequantize<float>(scalar, gptq(scalar, view(w), r, moments, {}, {.scales = gptq_scales::fixed})));
+    const double ordered = product_error(
+        judged, reference,
+        dequantize<float>(
+            scalar, gptq(scalar, view(w), r, moments, {}, {.scales = gptq_scales::fixed, .by_activation = true})));
+    const double refreshed =
+        product_error(judged, reference, dequantize<float>(scalar, gptq(scalar, view(w), r, moments)));
+    CHECK(fixed < 0.6 * plain);
+    CHECK(ordered < 0.6 * plain);
+    CHECK(refreshed < 0.6 * plain);
+  }
+}
+
+TEST_CASE("the same bytes on every executor, and for ragged columns") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 300, 150), w = gaussian(random, 70, 150);
+  const calibration seen = seen_in(x);
+  const recipe r = recipe::parse("mxfp4-32/min-error/mbs-search@64/gptq");
+  const thread_executor threads(4);
+  const auto alone = gptq(scalar, view(w), r, seen), together = gptq(scalar.on(threads), view(w), r, seen);
+  CHECK(alone.codes == together.codes);
+  CHECK(alone.scales == together.scales);
+  CHECK(alone.macros == together.macros);
+}
+
+TEST_CASE("an expert that few tokens reach borrows its layer's moments") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 1000, 64);
+  matrix<float> few(3, 64);
+  std::copy_n(x.data.begin(), few.data.size(), few.data.begin());
+  const calibration layer = seen_in(x), expert = seen_in(few);
+  const matrix<float> w = gaussian(random, 16, 64);
+  const recipe r = recipe::parse("mxfp4-32/oas/gptq");
+  const auto error_with = [&](const calibration& seen) {
+    return product_error(x, w, dequantize<float>(scalar, gptq(scalar, view(w), r, seen)));
+  };
+  const calibration blended = expert.blended(layer, 64);
+  CHECK(blended.rows() == 67);
+  CHECK(error_with(blended) < error_with(expert));
+}
+
+TEST_CASE("bad input is said") {
+  const matrix<float> w(4, 64);
+  calibration seen(32);
+  const recipe r = recipe::parse("mxfp4-32/oas/gptq");
+  CHECK(try_gptq(scalar, view(w), r, seen).error().what() ==
+        std::string("gptq: the weights have 64 columns, the calibration 32"));
+  CHECK(try_gptq(scalar, view(w), r, calibration(64), {}, {.by_activation = true}).error().code() ==
+        errc::invalid_argument);
+  matrix<float> x(2, 32);
+  x(1, 3) = INFINITY;
+  CHECK_THAT(std::string(seen.try_add(view(x)).error().what()), tetromino_test::contains("row 1, column 3"));
+  CHECK(seen.try_add(view(w)).error().code() == errc::shape_mismatch);
+  CHECK_THROWS_AS(seen.merge(calibration(64)), tetromino_test::precondition_failed);
+  CHECK(try_quantize(scalar, w, r).error().code() == errc::invalid_argument);
+}
