@@ -16,6 +16,7 @@
 #include <filesystem>    // std::filesystem::path
 #include <fstream>       // std::ifstream
 #include <istream>       // std::istream
+#include <optional>      // std::optional
 #include <string>        // std::string, std::getline
 #include <string_view>   // std::string_view
 #include <system_error>  // std::errc
@@ -96,14 +97,14 @@ namespace detail {
                               ids_tensor.shape().size(), " dimensions"));
   }
   std::vector<std::uint16_t> ids;
+  std::optional<std::int64_t> outside;
   const auto read = [&]<class T>(T) {
     const auto values = ids_tensor.try_copy_as<T>();
     if (!values) return false;
     ids.reserve(values->size());
     for (const T v : *values) {
-      // a negative or too large id becomes one that no number of experts admits
-      ids.push_back(v < 0 || static_cast<std::int64_t>(v) > 0xFFFF ? std::uint16_t{0xFFFF}
-                                                                   : static_cast<std::uint16_t>(v));
+      if (v < 0 || std::int64_t{v} > 0xFFFE) outside = v;
+      ids.push_back(static_cast<std::uint16_t>(v));
     }
     return true;
   };
@@ -111,6 +112,10 @@ namespace detail {
     return error(errc::malformed_file,
                  detail::text(file->path(), ": tensor experts: expected U8, U16, I16 or I32, found ",
                               io::name(ids_tensor.dtype())));
+  }
+  if (outside) {
+    return error(errc::malformed_file,
+                 detail::text(file->path(), ": tensor experts: expected ids from 0 to 65534, got ", *outside));
   }
   routing_shape shape{ids_tensor.shape()[1], options.experts, ids_tensor.shape()[2]};
   if (shape.experts == 0) shape.experts = detail::metadata_number(*file, "num_experts");
