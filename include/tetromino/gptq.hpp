@@ -110,6 +110,21 @@ struct gptq_options {
 
 namespace detail {
 
+/// Replaces a lower triangular matrix by its inverse, by halves, so that the work is in matrix products.
+inline void invert_lower(Eigen::Ref<Eigen::MatrixXd> m) {
+  const Eigen::Index n = m.rows(), half = n / 2, rest = n - half;
+  if (n <= 64) {
+    const Eigen::MatrixXd inverse = m.triangularView<Eigen::Lower>().solve(Eigen::MatrixXd::Identity(n, n));
+    m.triangularView<Eigen::Lower>() = inverse;
+    return;
+  }
+  invert_lower(m.topLeftCorner(half, half));
+  invert_lower(m.bottomRightCorner(rest, rest));
+  const Eigen::MatrixXd right =
+      m.bottomLeftCorner(rest, half) * m.topLeftCorner(half, half).triangularView<Eigen::Lower>();
+  m.bottomLeftCorner(rest, half).noalias() = -(m.bottomRightCorner(rest, rest).triangularView<Eigen::Lower>() * right);
+}
+
 /// The upper triangular factor U of the inverse of the damped moments, U^T U = H^-1, with columns in the given order.
 /// Row j of U says how an error in column j is best made up for by the columns after it.
 inline eigen_matrix<float> feedback_factor(const calibration& seen, double damping,
@@ -133,9 +148,8 @@ inline eigen_matrix<float> feedback_factor(const calibration& seen, double dampi
     damped.diagonal().array() += share * mean;
     const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> factor(damped);
     if (factor.info() != Eigen::Success) continue;
-    Eigen::MatrixXd inverse = Eigen::MatrixXd::Identity(n, n);
-    factor.matrixL().solveInPlace(inverse);
-    return inverse.reverse().cast<float>();
+    invert_lower(damped);
+    return damped.triangularView<Eigen::Lower>().toDenseMatrix().reverse().cast<float>();
   }
 }
 
