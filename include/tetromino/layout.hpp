@@ -7,9 +7,10 @@
 #include "scaling.hpp"  // name_of
 
 #include <algorithm>    // std::copy, std::copy_n, std::fill, std::find_if, std::equal, std::min
-#include <bit>          // std::bit_cast
+#include <bit>          // std::bit_cast, std::endian
 #include <cstddef>      // std::size_t
-#include <cstdint>      // std::uint8_t, std::uint32_t
+#include <cstdint>      // std::uint8_t, std::uint32_t, std::uint64_t
+#include <cstring>      // std::memcpy
 #include <limits>       // std::numeric_limits
 #include <span>         // std::span
 #include <string>       // std::string
@@ -186,19 +187,76 @@ constexpr std::size_t ggml_size(const packed_shape& shape) noexcept {
          (shape.format.scale == scale_type::e4m3 ? ggml_nvfp4_block_bytes : ggml_mxfp4_block_bytes);
 }
 
-/// Elements of one block from pairs of neighbours to pairs of (first half, second half). `quarter` = block / 4.
-inline void split_halves(const std::uint8_t* pairs, std::uint8_t* halves, std::size_t quarter) noexcept {
-  for (std::size_t i = 0; i < quarter; ++i) {
-    const unsigned first = pairs[i], second = pairs[quarter + i];
-    halves[2 * i] = static_cast<std::uint8_t>((first & 0x0Fu) | (second & 0x0Fu) << 4);
-    halves[2 * i + 1] = static_cast<std::uint8_t>(first >> 4 | (second & 0xF0u));
+/// `Bytes` bytes as a number, the first lowest.
+template <std::size_t Bytes>
+std::uint64_t load_bytes(const std::uint8_t* from) noexcept {
+  std::uint64_t word = 0;
+  if constexpr (std::endian::native == std::endian::little) {
+    std::memcpy(&word, from, Bytes);
+  } else {
+    for (std::size_t i = 0; i < Bytes; ++i) word |= std::uint64_t{from[i]} << (8 * i);
+  }
+  return word;
+}
+template <std::size_t Bytes>
+void store_bytes(std::uint64_t word, std::uint8_t* to) noexcept {
+  if constexpr (std::endian::native == std::endian::little) {
+    std::memcpy(to, &word, Bytes);
+  } else {
+    for (std::size_t i = 0; i < Bytes; ++i) to[i] = static_cast<std::uint8_t>(word >> (8 * i));
   }
 }
-inline void join_halves(const std::uint8_t* halves, std::uint8_t* pairs, std::size_t quarter) noexcept {
-  for (std::size_t i = 0; i < quarter; ++i) {
-    const unsigned even = halves[2 * i], odd = halves[2 * i + 1];
-    pairs[i] = static_cast<std::uint8_t>((even & 0x0Fu) | (odd & 0x0Fu) << 4);
-    pairs[quarter + i] = static_cast<std::uint8_t>(even >> 4 | (odd & 0xF0u));
+
+/// Four bytes to the even bytes of a word of eight, and back.
+constexpr std::uint64_t spread_bytes(std::uint64_t x) noexcept {
+  x = (x | x << 16) & 0x0000FFFF0000FFFFu;
+  return (x | x << 8) & 0x00FF00FF00FF00FFu;
+}
+constexpr std::uint64_t gather_bytes(std::uint64_t x) noexcept {
+  x = (x | x >> 8) & 0x0000FFFF0000FFFFu;
+  return (x | x >> 16) & 0x00000000FFFFFFFFu;
+}
+inline constexpr std::uint64_t low_nibbles = 0x0F0F0F0Fu, high_nibbles = 0xF0F0F0F0u;
+
+/// The elements under one scale, in `Bytes` bytes, from pairs of neighbours to pairs of (first half, second half) and
+/// back; four bytes of each half at a time.
+template <std::size_t Bytes>
+void split_halves(const std::uint8_t* pairs, std::uint8_t* halves) noexcept {
+  for (std::size_t i = 0; i < Bytes / 2; i += 4) {
+    const std::uint64_t first = load_bytes<4>(pairs + i), second = load_bytes<4>(pairs + Bytes / 2 + i);
+    const std::uint64_t even = (first & low_nibbles) | (second & low_nibbles) << 4;
+    const std::uint64_t odd = (first >> 4 & low_nibbles) | (second & high_nibbles);
+    store_bytes<8>(spread_bytes(even) | spread_bytes(odd) << 8, halves + 2 * i);
+  }
+}
+template <std::size_t Bytes>
+void join_halves(const std::uint8_t* halves, std::uint8_t* pairs) noexcept {
+  for (std::size_t i = 0; i < Bytes / 2; i += 4) {
+    const std::uint64_t word = load_bytes<8>(halves + 2 * i);
+    const std::uint64_t even = gather_bytes(word & 0x00FF00FF00FF00FFu);
+    const std::uint64_t odd = gather_bytes(word >> 8 & 0x00FF00FF00FF00FFu);
+    store_bytes<4>((even & low_nibbles) | (odd & low_nibbles) << 4, pairs + i);
+    store_bytes<4>((even >> 4 & low_nibbles) | (odd & high_nibbles), pairs + Bytes / 2 + i);
+  }
+}
+
+/// Blocks of `Scales` scales, each over `Bytes` bytes of elements, from and to linear storage.
+template <std::size_t Scales, std::size_t Bytes>
+void write_ggml_blocks(const std::uint8_t* codes, const std::uint8_t* scales, std::uint8_t* blocks,
+                       std::size_t count) noexcept {
+  for (std::size_t b = 0; b < count; ++b) {
+    std::copy_n(scales + b * Scales, Scales, blocks);
+    blocks += Scales;
+    for (std::size_t s = 0; s < Scales; ++s, codes += Bytes, blocks += Bytes) split_halves<Bytes>(codes, blocks);
+  }
+}
+template <std::size_t Scales, std::size_t Bytes>
+void read_ggml_blocks(const std::uint8_t* blocks, std::uint8_t* codes, std::uint8_t* scales,
+                      std::size_t count) noexcept {
+  for (std::size_t b = 0; b < count; ++b) {
+    std::copy_n(blocks, Scales, scales + b * Scales);
+    blocks += Scales;
+    for (std::size_t s = 0; s < Scales; ++s, codes += Bytes, blocks += Bytes) join_halves<Bytes>(blocks, codes);
   }
 }
 
@@ -217,6 +275,15 @@ inline result<void> check_swizzle(std::size_t matrices, std::size_t rows, std::s
   }
   if (auto fits = check_layout_size(name, "scales", matrices * rows * scales_per_row, scales); !fits) return fits;
   return check_layout_size(name, "swizzled scales", layout::swizzled_bytes(matrices, rows, scales_per_row), swizzled);
+}
+
+/// Copies up to 4 scales; almost always 4, in one move.
+inline void copy_quad(const std::uint8_t* from, std::size_t count, std::uint8_t* to) noexcept {
+  if (count == 4) {
+    store_bytes<4>(load_bytes<4>(from), to);
+  } else {
+    std::copy_n(from, count, to);
+  }
 }
 
 /// Calls visit(matrix, row, first scale, how many) for each run of up to 4 scales that stay together in the swizzle.
@@ -448,20 +515,8 @@ template <packed_like Storage>
   const bool is_mx = shape.format.scale == scale_type::e8m0;
   const std::uint8_t largest = is_mx ? detail::largest_e8m0 : detail::largest_e4m3;
   if (auto fits = detail::check_layout_scales("ggml", shape, in.scales, largest); !fits) return fits;
-  const std::uint8_t* codes = in.codes.data();
-  const std::uint8_t* scales = in.scales.data();
-  std::uint8_t* out = blocks.data();
-  const std::size_t scales_per_block = is_mx ? 1 : 4;
-  const std::size_t bytes_per_scale = shape.format.block / 2;
-  for (std::size_t b = detail::ggml_block_count(shape); b > 0; --b) {
-    out = std::copy_n(scales, scales_per_block, out);
-    scales += scales_per_block;
-    for (std::size_t s = 0; s < scales_per_block; ++s) {
-      detail::split_halves(codes, out, bytes_per_scale / 2);
-      codes += bytes_per_scale;
-      out += bytes_per_scale;
-    }
-  }
+  const auto write = is_mx ? detail::write_ggml_blocks<1, 16> : detail::write_ggml_blocks<4, 8>;
+  write(in.codes.data(), in.scales.data(), blocks.data(), detail::ggml_block_count(shape));
   return {};
 }
 template <packed_like Storage>
@@ -492,20 +547,8 @@ template <packed_like Storage>
     return fits;
   }
   const bool is_mx = shape.format.scale == scale_type::e8m0;
-  const std::uint8_t* in = blocks.data();
-  std::uint8_t* codes = out.codes.data();
-  std::uint8_t* scales = out.scales.data();
-  const std::size_t scales_per_block = is_mx ? 1 : 4;
-  const std::size_t bytes_per_scale = shape.format.block / 2;
-  for (std::size_t b = detail::ggml_block_count(shape); b > 0; --b) {
-    scales = std::copy_n(in, scales_per_block, scales);
-    in += scales_per_block;
-    for (std::size_t s = 0; s < scales_per_block; ++s) {
-      detail::join_halves(in, codes, bytes_per_scale / 2);
-      codes += bytes_per_scale;
-      in += bytes_per_scale;
-    }
-  }
+  const auto read = is_mx ? detail::read_ggml_blocks<1, 16> : detail::read_ggml_blocks<4, 8>;
+  read(blocks.data(), out.codes.data(), out.scales.data(), detail::ggml_block_count(shape));
   return detail::check_layout_scales("ggml", shape, out.scales, is_mx ? detail::largest_e8m0 : detail::largest_e4m3);
 }
 inline void from_ggml(std::span<const std::uint8_t> blocks, packed_view<any_format, std::uint8_t> out) {
@@ -549,7 +592,7 @@ template <block_format Format>
   detail::for_each_quad(
       matrices, rows, scales_per_row, [&](std::size_t e, std::size_t r, std::size_t c, std::size_t n) {
         const std::uint8_t* const from = scales.data() + (e * rows + r) * scales_per_row + c;
-        std::copy_n(from, n, swizzled.data() + e * matrix_bytes + swizzled_offset(r, c, scales_per_row));
+        detail::copy_quad(from, n, swizzled.data() + e * matrix_bytes + swizzled_offset(r, c, scales_per_row));
       });
   return {};
 }
@@ -586,7 +629,7 @@ template <packed_like Storage>
   detail::for_each_quad(
       matrices, rows, scales_per_row, [&](std::size_t e, std::size_t r, std::size_t c, std::size_t n) {
         const std::uint8_t* const from = swizzled.data() + e * matrix_bytes + swizzled_offset(r, c, scales_per_row);
-        std::copy_n(from, n, scales.data() + (e * rows + r) * scales_per_row + c);
+        detail::copy_quad(from, n, scales.data() + (e * rows + r) * scales_per_row + c);
       });
   return {};
 }
