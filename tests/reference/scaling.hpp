@@ -17,7 +17,11 @@
 
 namespace reference {
 
-inline float product(float a, float b) { return static_cast<float>(static_cast<double>(a) * static_cast<double>(b)); }
+inline float product(float a, float b) {
+  // Volatile: a compiler may see through the double and fuse the product into a sum that follows.
+  const volatile float rounded = static_cast<float>(static_cast<double>(a) * static_cast<double>(b));
+  return rounded;
+}
 inline float quotient(float a, float b) { return static_cast<float>(static_cast<double>(a) / static_cast<double>(b)); }
 inline float sum(float a, float b) { return static_cast<float>(static_cast<double>(a) + static_cast<double>(b)); }
 inline float difference(float a, float b) {

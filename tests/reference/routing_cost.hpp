@@ -1,0 +1,149 @@
+#pragma once
+
+/// What serving tokens under a placement costs, counted the plain way: sets per token, one rule after the other. An
+/// oracle for moe/cost.hpp and moe/replica.hpp, from their description; nothing of tetromino.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <set>
+#include <utility>
+#include <vector>
+
+namespace reference {
+
+enum class copies_rule { nearest, even, least_loaded };
+
+struct routing_world {
+  std::vector<std::size_t> gpus_of_node;                      // number of GPUs per node
+  std::vector<std::size_t> slots_of_gpu;                      // number of slots per GPU
+  std::vector<std::vector<std::int32_t>> placement;           // [layers][slots], -1 = empty
+  std::vector<std::vector<std::vector<std::size_t>>> tokens;  // [tokens][layers][k]
+  std::vector<std::size_t> home_gpu;                          // [tokens]
+};
+
+struct routing_cost {
+  std::size_t remote_pairs = 0;
+  std::size_t remote_visits = 0;
+  std::size_t copies_between = 0;
+  std::size_t copies_inside = 0;
+  std::map<std::pair<std::size_t, std::size_t>, std::size_t> node_to_node;
+  std::vector<std::vector<std::size_t>> pairs_on_gpu;  // [layers][gpus]
+};
+
+inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool one_copy_per_node) {
+  std::vector<std::size_t> node_of, gpu_of_slot, first_gpu;
+  for (std::size_t n = 0; n < w.gpus_of_node.size(); ++n) {
+    first_gpu.push_back(node_of.size());
+    for (std::size_t i = 0; i < w.gpus_of_node[n]; ++i) node_of.push_back(n);
+  }
+  for (std::size_t g = 0; g < w.slots_of_gpu.size(); ++g) {
+    for (std::size_t i = 0; i < w.slots_of_gpu[g]; ++i) gpu_of_slot.push_back(g);
+  }
+  routing_cost out;
+  out.pairs_on_gpu.assign(w.placement.size(), std::vector<std::size_t>(node_of.size(), 0));
+  std::map<std::pair<std::size_t, std::size_t>, std::size_t> turn;
+
+  for (std::size_t t = 0; t < w.tokens.size(); ++t) {
+    const std::size_t home = w.home_gpu[t], home_node = node_of[home];
+    for (std::size_t l = 0; l < w.placement.size(); ++l) {
+      std::vector<std::size_t>& load = out.pairs_on_gpu[l];
+      const std::vector<std::size_t>& experts = w.tokens[t][l];
+      std::vector<std::vector<std::size_t>> holders;  // GPUs that hold each expert, in slot order
+      for (const std::size_t e : experts) {
+        std::vector<std::size_t> gpus;
+        for (std::size_t s = 0; s < w.placement[l].size(); ++s) {
+          if (w.placement[l][s] == static_cast<std::int32_t>(e)) gpus.push_back(gpu_of_slot[s]);
+        }
+        holders.push_back(gpus);
+      }
+      std::set<std::size_t> gpus_visited, nodes_visited;
+      std::vector<std::pair<std::size_t, std::size_t>> served;  // (which expert, GPU)
+      std::vector<bool> done(experts.size(), false);
+      const auto serve = [&](std::size_t i, std::size_t gpu) {
+        done[i] = true;
+        ++load[gpu];
+        gpus_visited.insert(gpu);
+        nodes_visited.insert(node_of[gpu]);
+        served.emplace_back(i, gpu);
+      };
+      // the least loaded, the first of equals
+      const auto lightest = [&](const std::vector<std::size_t>& of) {
+        return *std::min_element(of.begin(), of.end(), [&](std::size_t a, std::size_t b) { return load[a] < load[b]; });
+      };
+      const auto among = [&](const std::vector<std::size_t>& of, const auto& accepted) {
+        std::vector<std::size_t> left;
+        for (const std::size_t g : of) {
+          if (accepted(g)) left.push_back(g);
+        }
+        return left;
+      };
+      // of acceptable GPUs: the token's own, else one that it visits already, else the lightest
+      const auto serve_by = [&](std::size_t i, const auto& accepted) {
+        const auto left = among(holders[i], accepted);
+        if (left.empty()) return;
+        const auto seen = among(left, [&](std::size_t g) { return gpus_visited.count(g) > 0; });
+        if (std::count(left.begin(), left.end(), home) > 0) {
+          serve(i, home);
+        } else {
+          serve(i, lightest(seen.empty() ? left : seen));
+        }
+      };
+
+      for (std::size_t i = 0; i < experts.size(); ++i) {
+        if (holders[i].size() == 1) serve(i, holders[i][0]);
+      }
+      const auto on_visited = [&](std::size_t g) { return nodes_visited.count(node_of[g]) > 0; };
+      if (rule == copies_rule::nearest) {
+        for (std::size_t i = 0; i < experts.size(); ++i) {
+          if (!done[i]) serve_by(i, [&](std::size_t g) { return node_of[g] == home_node; });
+        }
+        for (std::size_t i = 0; i < experts.size(); ++i) {
+          if (!done[i]) serve_by(i, on_visited);
+        }
+      }
+      for (std::size_t i = 0; i < experts.size(); ++i) {
+        if (done[i]) continue;
+        if (rule == copies_rule::even) {
+          serve(i, holders[i][turn[{l, experts[i]}]++ % holders[i].size()]);
+          continue;
+        }
+        if (rule == copies_rule::nearest) serve_by(i, on_visited);
+        if (!done[i]) serve(i, lightest(holders[i]));
+      }
+
+      std::set<std::size_t> other_nodes;
+      std::set<std::pair<std::size_t, std::size_t>> fanned_out;  // (where it landed, GPU)
+      for (const auto& [i, gpu] : served) {
+        const std::size_t node = node_of[gpu];
+        if (node != home_node) {
+          ++out.remote_pairs;
+          other_nodes.insert(node);
+          if (!one_copy_per_node) {
+            ++out.copies_between;
+            ++out.node_to_node[{home_node, node}];
+            continue;
+          }
+        }
+        const std::size_t landed =
+            node == home_node ? home : first_gpu[node] + (home - first_gpu[home_node]) % w.gpus_of_node[node];
+        if (gpu == landed) continue;
+        if (one_copy_per_node) {
+          fanned_out.insert({landed, gpu});
+        } else {
+          ++out.copies_inside;
+        }
+      }
+      out.copies_inside += fanned_out.size();
+      out.remote_visits += other_nodes.size();
+      if (one_copy_per_node) {
+        out.copies_between += other_nodes.size();
+        for (const std::size_t n : other_nodes) ++out.node_to_node[{home_node, n}];
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace reference
