@@ -57,7 +57,7 @@ void dequantize_to(const Policy& policy, const Packed& in, matrix_view<T> out) {
 
 /// Unpacks storage into a matrix of its own: `dequantize<float>(simd, packed)`.
 template <real T, class Policy, packed_like Packed>
-  requires(can_dequantize<Policy, T>)
+  requires(can_dequantize<Policy, T> && !device_policy<Policy>)
 result<matrix<T>> try_dequantize(const Policy& policy, const Packed& in) {
   const packed_shape shape = detail::as_packed(in).shape();
   matrix<T> out(shape.matrices, shape.rows, shape.cols);
@@ -67,7 +67,7 @@ result<matrix<T>> try_dequantize(const Policy& policy, const Packed& in) {
 
 /// try_dequantize, throwing its error.
 template <real T, class Policy, packed_like Packed>
-  requires(can_dequantize<Policy, T>)
+  requires(can_dequantize<Policy, T> && !device_policy<Policy>)
 [[nodiscard]] matrix<T> dequantize(const Policy& policy, const Packed& in) {
   return try_dequantize<T>(policy, in).value();
 }

@@ -22,6 +22,7 @@ enum class errc {
   malformed_file,    ///< a file whose contents break its format
   io,                ///< the operating system refused to open, read or write
   infeasible,        ///< a request that no solution can satisfy
+  device,            ///< a GPU's runtime refused a call
 };
 
 /// Bad data: says what was expected and what came. Thrown at the public door, or returned by the `try_` form of a call.

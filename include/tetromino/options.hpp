@@ -49,6 +49,13 @@ struct quantize_options {
   std::optional<hadamard> rotation{};
 };
 
+/// A policy whose backend works in memory that the host may not read, such as cuda::stream: it says so in a member
+/// `device_memory`. Calls that would return values or make storage of their own are for the others.
+template <class Policy>
+concept device_policy = requires {
+  requires Policy::device_memory;
+};
+
 namespace detail {
 
 /// What a backend is asked to pack; already checked.

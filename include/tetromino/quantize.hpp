@@ -52,9 +52,10 @@ concept can_quantize = real<T> && requires(const Policy& policy, const detail::q
 
 namespace detail {
 
-/// Checks the options against a batch of this shape and format; sets the rule.
+/// Checks the options against a batch of this shape and format, and the values that they point to where the host can
+/// read those; sets the rule.
 inline result<quantize_options> checked(quantize_options options, const any_format& format, std::size_t matrices,
-                                        std::size_t cols) {
+                                        std::size_t cols, bool is_readable) {
   if (auto known = check_format(format); !known) return known.error();
   if (!options.rule) options.rule = default_rule(format);
   if (options.rotation) {
@@ -67,7 +68,7 @@ inline result<quantize_options> checked(quantize_options options, const any_form
     return error(errc::shape_mismatch, text("column_weights needs ", cols, " entries (one for each column) or ",
                                             matrices * cols, " (for each matrix and column), got ", n));
   }
-  for (std::size_t i = 0; i < options.column_weights.size(); ++i) {
+  for (std::size_t i = 0; is_readable && i < options.column_weights.size(); ++i) {
     if (!(options.column_weights[i] >= 0.0f && options.column_weights[i] <= largest<float>)) {
       return error(errc::invalid_argument, text("column_weights[", i, "]: expected a finite weight of at least 0, got ",
                                                 options.column_weights[i]));
@@ -81,7 +82,8 @@ inline result<quantize_options> checked(quantize_options options, const any_form
     return error(errc::shape_mismatch,
                  text("tensor_scales needs 1 entry or ", matrices, " (one for each matrix), got ", n));
   }
-  for (const float scale : options.tensor_scales) {
+  for (std::size_t i = 0; is_readable && i < options.tensor_scales.size(); ++i) {
+    const float scale = options.tensor_scales[i];
     if (!(scale > 0.0f && scale <= largest<float>)) {
       return error(errc::invalid_argument, text("expected a positive, finite tensor scale, got ", scale));
     }
@@ -110,7 +112,7 @@ inline result<quantize_options> options_of(const recipe& r, quantize_options opt
 /// who pack a tensor slice by slice. Blocks of 16 that hold NaN or an infinity are left out, unless special_values is
 /// saturate.
 template <class Policy, matrix_like Input>
-  requires(can_quantize<Policy, element_of<Input>>)
+  requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
 [[nodiscard]] float amax(const Policy& policy, const Input& x, special_values special = special_values::reject) {
   float largest = 0;
   amax_on(policy, detail::as_batch(x), special, std::span<float>(&largest, 1));
@@ -128,7 +130,7 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, packed_view<F
   const auto in = detail::as_batch(x);
   if (auto fits = detail::check_storage(out); !fits) return fits;
   if (auto fits = detail::check_shape(out.shape(), in); !fits) return fits;
-  auto checked = detail::checked(options, any_format(out.format), in.matrices, in.cols);
+  auto checked = detail::checked(options, any_format(out.format), in.matrices, in.cols, !device_policy<Policy>);
   if (!checked) return checked.error();
   if (checked->tensor_scales.size() > 1 && out.tensor_scales.size() == 1) {
     return error(errc::shape_mismatch, "the options give a tensor scale for each matrix, the storage holds one");
@@ -138,7 +140,7 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, packed_view<F
 
 /// Packs x[matrices, rows, cols] into storage of its own, in a format known at run time.
 template <class Policy, matrix_like Input, block_format Format>
-  requires(can_quantize<Policy, element_of<Input>>)
+  requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
 result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const Format& format,
                                     const quantize_options& options = {}) {
   const auto in = detail::as_batch(x);
@@ -151,7 +153,7 @@ result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const 
 
 /// Packs x[matrices, rows, cols] in the way that a recipe names; the recipe's rules replace those of the options.
 template <class Policy, matrix_like Input>
-  requires(can_quantize<Policy, element_of<Input>>)
+  requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
 result<packed<any_format>> try_quantize(const Policy& policy, const Input& x, const recipe& r,
                                         const quantize_options& options = {}) {
   auto settings = detail::options_of(r, options);
@@ -161,7 +163,7 @@ result<packed<any_format>> try_quantize(const Policy& policy, const Input& x, co
 
 /// Packs x[matrices, rows, cols] into blocks of a format: `quantize<mxfp4>(simd, weights)`.
 template <block_format Format, class Policy, matrix_like Input>
-  requires(can_quantize<Policy, element_of<Input>>)
+  requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
 result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const quantize_options& options = {}) {
   return try_quantize(policy, x, Format{}, options);
 }
@@ -176,14 +178,14 @@ void quantize_to(const Policy& policy, const Input& x, packed_view<Format, std::
 
 /// try_quantize, throwing its error.
 template <block_format Format, class Policy, matrix_like Input>
-  requires(can_quantize<Policy, element_of<Input>>)
+  requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
 [[nodiscard]] packed<Format> quantize(const Policy& policy, const Input& x, const quantize_options& options = {}) {
   return try_quantize(policy, x, Format{}, options).value();
 }
 
 /// try_quantize with a recipe, throwing its error.
 template <class Policy, matrix_like Input>
-  requires(can_quantize<Policy, element_of<Input>>)
+  requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
 [[nodiscard]] packed<any_format> quantize(const Policy& policy, const Input& x, const recipe& r,
                                           const quantize_options& options = {}) {
   return try_quantize(policy, x, r, options).value();
@@ -207,7 +209,7 @@ result<void> try_fake_quantize(const Policy& policy, const Input& x, const recip
   }
   auto settings = detail::options_of(r, options);
   if (!settings) return settings.error();
-  auto checked = detail::checked(*settings, r.format, in.matrices, in.cols);
+  auto checked = detail::checked(*settings, r.format, in.matrices, in.cols, !device_policy<Policy>);
   if (!checked) return checked.error();
   return fake_quantize_on(policy, detail::fake_quantize_job<T>{in, to, r.format, *checked});
 }
