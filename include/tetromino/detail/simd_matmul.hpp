@@ -14,7 +14,7 @@ namespace tetromino::detail {
 /// time, the weights transposed, so that every output adds its products from left to right over a macro block (or over
 /// 256 columns where there is none), however many rows are computed together.
 struct simd_matmul_kernels {
-  static constexpr std::size_t tile_rows = 64, tile_cols = 64;
+  static constexpr std::size_t tile_rows = 63, tile_cols = 64;
 
   template <class X, real Out>
   static void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) {
@@ -23,7 +23,9 @@ struct simd_matmul_kernels {
     const std::size_t common_macro = common_block(format.macro_block, blocks.macro_block);
     const std::size_t macro = common_macro == 0 ? depth : common_macro;
     alignas(64) float x[tile_rows * depth], w[depth * lanes], totals[tile_cols / lanes][tile_rows][lanes] = {};
-    float factors[tile_rows], weight_factors[lanes];
+    float factors[tile_rows] = {}, weight_factors[lanes];
+    const std::size_t padded = (rows + together - 1) / together * together;
+    std::fill(x + rows * depth, x + padded * depth, 0.0f);
     for (std::size_t k = 0; k < cols; k += depth) {
       const std::size_t used = std::min(depth, cols - k);
       for (std::size_t m = 0; m < rows; ++m) {
@@ -45,10 +47,9 @@ struct simd_matmul_kernels {
             weight_factors[l] =
                 l < width ? inverse_factor(activation_row(job.weights[tile.matrix], n + l), format, k + s) : 0.0f;
           }
-          std::size_t m = 0;
-          for (; m + 3 <= rows; m += 3)
-            add<3>(x + m * depth + s, w + s * lanes, size, factors + m, weight_factors, total + m);
-          for (; m < rows; ++m) add<1>(x + m * depth + s, w + s * lanes, size, factors + m, weight_factors, total + m);
+          for (std::size_t m = 0; m < rows; m += together) {
+            add(x + m * depth + s, w + s * lanes, size, factors + m, weight_factors, total + m);
+          }
         }
       }
     }
@@ -65,7 +66,8 @@ struct simd_matmul_kernels {
 
  private:
   static constexpr std::size_t lanes = 16;
-  static constexpr std::size_t depth = 256;  // columns decoded at a time: a multiple of every macro block
+  static constexpr std::size_t together = 3;  // rows that share a load of the weights; tile_rows is a multiple
+  static constexpr std::size_t depth = 256;   // columns decoded at a time: a multiple of every macro block
 
   /// Both values of a byte of codes.
   static constexpr std::array<std::array<float, 2>, 256> pairs = [] {
@@ -118,17 +120,16 @@ struct simd_matmul_kernels {
     return 1.0f;
   }
 
-  /// total[r][l] += factors[r] * weight_factors[l] * Σ_k x[r, k] * w[k, l] for Rows rows.
-  template <std::size_t Rows>
+  /// total[r][l] += factors[r] * weight_factors[l] * Σ_k x[r, k] * w[k, l] for `together` rows.
   static void add(const float* x, const float* w, std::size_t size, const float* factors, const float* weight_factors,
                   float (*total)[lanes]) {
-    float sum[Rows][lanes] = {};
+    float sum[together][lanes] = {};
     for (std::size_t k = 0; k < size; ++k) {
-      for (std::size_t r = 0; r < Rows; ++r) {
+      for (std::size_t r = 0; r < together; ++r) {
         for (std::size_t l = 0; l < lanes; ++l) sum[r][l] += x[r * depth + k] * w[k * lanes + l];
       }
     }
-    for (std::size_t r = 0; r < Rows; ++r) {
+    for (std::size_t r = 0; r < together; ++r) {
       for (std::size_t l = 0; l < lanes; ++l) total[r][l] += sum[r][l] * (weight_factors[l] * factors[r]);
     }
   }

@@ -1,0 +1,452 @@
+#pragma once
+
+/// The example model and its text: a mixture-of-experts language model read from safetensors, with the weights of its
+/// experts and attention projections, and what goes into them, in float or in 4 bits. Who runs the experts is up to the
+/// caller: `evaluator` hands them the routed rows of a layer.
+
+#include "dense.hpp"
+
+#include <tetromino/io/safetensors.hpp>
+#include <tetromino/matmul.hpp>
+#include <tetromino/moe/router.hpp>
+#include <tetromino/quantize.hpp>
+
+#include <fmt/format.h>
+
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace moe_lm {
+
+namespace io = tetromino::io;
+using tetromino::errc;
+using tetromino::error;
+using tetromino::recipe;
+
+/// What weights and activations are rounded to. Without a recipe they stay float.
+struct precision {
+  std::optional<recipe> weights;
+  std::optional<recipe> activations;
+  bool int8_activations = false;
+
+  /// Reads "float32" or a recipe for weights; "float32", "int8" or a recipe for activations.
+  static precision parse(const std::string& weights, const std::string& activations) {
+    precision p;
+    if (weights != "float32") p.weights = recipe::parse(weights);
+    p.int8_activations = activations == "int8";
+    if (activations != "float32" && !p.int8_activations) p.activations = recipe::parse(activations);
+    if (!p.weights && activations != "float32") {
+      throw error(errc::invalid_argument, fmt::format("activations in {} need weights in 4 bits, got float32 weights: "
+                                                      "say --weights RECIPE too",
+                                                      activations));
+    }
+    return p;
+  }
+  [[nodiscard]] std::string activation_name() const {
+    return int8_activations ? "int8" : activations ? activations->name() : "float32";
+  }
+  [[nodiscard]] std::string weight_name() const { return weights ? weights->name() : "float32"; }
+};
+
+/// Rows that share a tensor scale where the format has one: group_of_row[rows] below `groups`. Where a group's rows are
+/// spread over ranks, `agree` makes the largest magnitudes of all groups the same everywhere.
+struct row_groups {
+  std::span<const std::uint32_t> group_of_row;
+  std::size_t groups = 1;
+  std::function<void(std::span<float>)> agree{};
+};
+
+/// Rows on their way into a matrix product, rounded as the precision says.
+class rounded_rows {
+ public:
+  void set(const precision& p, std::span<const float> x, std::size_t cols, const row_groups& groups) {
+    cols_ = cols;
+    plain_ = x;
+    kind_ = p.int8_activations ? kind::int8 : p.activations ? kind::packed : kind::plain;
+    if (kind_ == kind::int8) {
+      int8_ = tetromino::quantize_int8(tetromino::matrix_view<const float>(x.data(), rows(), cols));
+    } else if (kind_ == kind::packed) {
+      // one matrix per row: so each row can have the tensor scale of its group
+      const tetromino::batch_view<const float> each_row(x.data(), rows(), 1, cols);
+      tetromino::quantize_options options;
+      if (p.activations->format.scale == tetromino::scale_type::e4m3) {
+        set_tensor_scales(*p.activations, groups);
+        options.tensor_scales = tensor_scales_;
+      }
+      packed_ = {};
+      if (rows() > 0) packed_ = tetromino::quantize(tetromino::automatic, each_row, *p.activations, options);
+    }
+  }
+
+  [[nodiscard]] std::size_t rows() const { return plain_.size() / cols_; }
+  [[nodiscard]] std::span<const float> plain() const { return plain_; }
+
+  void multiply(const tetromino::packed<tetromino::any_format>& w, std::span<const std::uint32_t> row_offsets,
+                std::span<float> y) const {
+    if (rows() == 0) return;
+    const tetromino::matrix_view<float> out(y.data(), rows(), w.rows);
+    const auto& policy = tetromino::automatic;
+    switch (kind_) {
+      case kind::plain:
+        return grouped_matmul(policy, tetromino::matrix_view<const float>(plain_.data(), rows(), cols_), w, row_offsets,
+                              out);
+      case kind::int8:
+        return grouped_matmul(policy, int8_, w, row_offsets, out);
+      case kind::packed:
+        return grouped_matmul(policy, packed_, w, row_offsets, out);
+    }
+  }
+
+ private:
+  void set_tensor_scales(const recipe& r, const row_groups& groups) {
+    amax_.assign(groups.groups, 0.0f);
+    for (std::size_t i = 0; i < rows(); ++i) {
+      float& amax = amax_[groups.group_of_row[i]];
+      for (const float v : plain_.subspan(i * cols_, cols_)) amax = std::max(amax, std::abs(v));
+    }
+    if (groups.agree) groups.agree(amax_);
+    tensor_scales_.resize(rows());
+    for (std::size_t i = 0; i < rows(); ++i) {
+      const float scale = tetromino::tensor_scale_for(amax_[groups.group_of_row[i]], r.rule);
+      tensor_scales_[i] = scale > 0 ? scale : 1.0f;  // rows of zeros
+    }
+  }
+
+  enum class kind { plain, int8, packed };
+  kind kind_ = kind::plain;
+  std::size_t cols_ = 1;
+  std::span<const float> plain_;
+  tetromino::int8_matrix int8_;
+  tetromino::packed<tetromino::any_format> packed_;
+  std::vector<float> amax_, tensor_scales_;
+};
+
+/// Weight matrices [E, outputs, inputs] in float or packed, each with a tensor scale of its own.
+class linear {
+ public:
+  linear() = default;
+  linear(const precision& p, std::span<const float> weights, std::size_t matrices, std::size_t outputs,
+         std::size_t inputs)
+      : outputs_(outputs) {
+    if (p.weights && matrices > 0) {
+      tetromino::quantize_options options;
+      options.scope = tetromino::tensor_scale_scope::per_matrix;
+      packed_ = tetromino::quantize(tetromino::automatic,
+                                    tetromino::batch_view<const float>(weights.data(), matrices, outputs, inputs),
+                                    *p.weights, options);
+      return;
+    }
+    for (std::size_t e = 0; e < matrices; ++e) {
+      plain_.emplace_back(weights.subspan(e * outputs * inputs, outputs * inputs), outputs, inputs);
+    }
+  }
+
+  /// y[rows, outputs]: rows row_offsets[e] … row_offsets[e + 1] − 1 of x meet matrix e.
+  void multiply(const rounded_rows& x, std::span<const std::uint32_t> row_offsets, std::vector<float>& y) const {
+    y.resize(x.rows() * outputs_);
+    if (packed_.matrices > 0) return x.multiply(packed_, row_offsets, y);
+    for (std::size_t e = 0; e < plain_.size(); ++e) {
+      plain_[e].multiply(x.plain().data() + row_offsets[e] * plain_[e].inputs(), row_offsets[e + 1] - row_offsets[e],
+                         y.data() + row_offsets[e] * outputs_);
+    }
+  }
+  /// y = x · weightsᵀ for a single matrix.
+  void multiply(const rounded_rows& x, std::vector<float>& y) const {
+    multiply(x, std::array<std::uint32_t, 2>{0, static_cast<std::uint32_t>(x.rows())}, y);
+  }
+
+ private:
+  std::size_t outputs_ = 0;
+  std::vector<dense::matrix> plain_;
+  tetromino::packed<tetromino::any_format> packed_;
+};
+
+/// The model's sizes, from the metadata of its file.
+struct shape {
+  std::size_t layers, heads, hidden, experts, top_k, expert_hidden, vocab;
+  float norm_eps, rope_base;
+
+  explicit shape(const io::safetensors_file& file) {
+    const auto text = [&](const char* key) {
+      for (const auto& [name, value] : file.metadata()) {
+        if (name == key) return value;
+      }
+      throw error(errc::malformed_file,
+                  fmt::format("{}: expected metadata \"{}\", found none: not a model of this form", file.path(), key));
+    };
+    const auto number = [&](const char* key, auto& out) {
+      const std::string value = text(key);
+      const auto [end, code] = std::from_chars(value.data(), value.data() + value.size(), out);
+      if (code != std::errc() || end != value.data() + value.size() || !(out > 0) || out > 1000000) {
+        throw error(errc::malformed_file, fmt::format("{}: metadata \"{}\": expected a positive number, got \"{}\"",
+                                                      file.path(), key, value));
+      }
+    };
+    if (const std::string name = text("architecture"); name != "moe-lm") {
+      throw error(errc::malformed_file,
+                  fmt::format("{}: expected the architecture \"moe-lm\", got \"{}\"", file.path(), name));
+    }
+    number("layers", layers);
+    number("heads", heads);
+    number("hidden", hidden);
+    number("experts", experts);
+    number("top_k", top_k);
+    number("expert_hidden", expert_hidden);
+    number("vocab", vocab);
+    number("norm_eps", norm_eps);
+    number("rope_base", rope_base);
+    if (hidden % (2 * heads) != 0 || top_k > experts || experts > 65'536) {
+      throw error(errc::malformed_file,
+                  fmt::format("{}: expected an even head size and top_k ≤ experts ≤ 65536, got hidden {}, heads {}, "
+                              "top_k {}, experts {}",
+                              file.path(), hidden, heads, top_k, experts));
+    }
+  }
+};
+
+/// A tensor of the given shape as floats.
+inline std::vector<float> read(const io::safetensors_file& file, const std::string& name,
+                               const std::vector<std::size_t>& expected) {
+  const io::safetensors_tensor& tensor = file[name];
+  if (tensor.shape() != expected) {
+    throw error(errc::malformed_file, fmt::format("{}: tensor {}: expected the shape [{}], got [{}]", file.path(), name,
+                                                  fmt::join(expected, ", "), fmt::join(tensor.shape(), ", ")));
+  }
+  if (tensor.dtype() == io::dtype::F32) return tensor.copy_as<float>();
+  std::vector<float> out(tensor.elements());
+  const auto widen = [&](const auto& values) {
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = values[i].value();
+  };
+  if (tensor.dtype() == io::dtype::F16) {
+    widen(tensor.copy_as<tetromino::half>());
+  } else {
+    widen(tensor.copy_as<tetromino::bfloat16>());
+  }
+  return out;
+}
+
+/// The experts that one rank holds in one layer.
+struct expert_weights {
+  linear gate, up, down;
+  std::size_t hidden = 0, expert_hidden = 0;
+
+  expert_weights() = default;
+  /// `held`: which experts, in the order of their slots; −1 for an empty slot, which must get no rows.
+  expert_weights(const io::safetensors_file& file, const shape& s, const precision& p, std::size_t layer,
+                 std::span<const std::int32_t> held)
+      : hidden(s.hidden), expert_hidden(s.expert_hidden) {
+    const auto load = [&](const char* part, std::size_t outputs, std::size_t inputs) {
+      const auto all = read(file, fmt::format("layers.{}.moe.{}.weight", layer, part), {s.experts, outputs, inputs});
+      std::vector<float> mine(held.size() * outputs * inputs);
+      for (std::size_t i = 0; i < held.size(); ++i) {
+        if (held[i] < 0) continue;
+        const auto e = static_cast<std::size_t>(held[i]);
+        std::copy_n(all.data() + e * outputs * inputs, outputs * inputs, mine.data() + i * outputs * inputs);
+      }
+      return linear(p, mine, held.size(), outputs, inputs);
+    };
+    gate = load("gate", expert_hidden, hidden);
+    up = load("up", expert_hidden, hidden);
+    down = load("down", hidden, expert_hidden);
+  }
+};
+
+/// Runs experts on rows that are grouped by expert; keeps its buffers.
+class expert_runner {
+ public:
+  /// down(silu(gate · x) ⊙ up · x) for x[pairs, hidden]; the result stays valid until the next call.
+  std::span<const float> operator()(const expert_weights& w, const precision& p, std::span<const float> x,
+                                    std::span<const std::uint32_t> row_offsets, const row_groups& groups) {
+    rows_.set(p, x, w.hidden, groups);
+    w.gate.multiply(rows_, row_offsets, gate_);
+    w.up.multiply(rows_, row_offsets, up_);
+    for (std::size_t i = 0; i < gate_.size(); ++i) gate_[i] = gate_[i] / (1.0f + std::exp(-gate_[i])) * up_[i];
+    rows_.set(p, gate_, w.expert_hidden, groups);
+    w.down.multiply(rows_, row_offsets, out_);
+    return out_;
+  }
+
+ private:
+  rounded_rows rows_;
+  std::vector<float> gate_, up_, out_;
+};
+
+/// Everything but the experts, which every rank holds.
+struct model {
+  struct layer {
+    std::vector<float> attention_norm, expert_norm;
+    linear q, k, v, o;
+    dense::matrix router;
+  };
+
+  shape size;
+  precision rounding;
+  std::vector<float> embedding;  // [vocab, hidden]
+  dense::matrix to_logits;
+  std::vector<float> norm;
+  std::vector<layer> layers;
+
+  model(const io::safetensors_file& file, const precision& p) : size(file), rounding(p) {
+    const std::size_t h = size.hidden;
+    embedding = read(file, "embed.weight", {size.vocab, h});
+    to_logits = dense::matrix(embedding, size.vocab, h);
+    norm = read(file, "norm.weight", {h});
+    for (std::size_t l = 0; l < size.layers; ++l) {
+      const auto name = [&](const char* part) { return fmt::format("layers.{}.{}.weight", l, part); };
+      const auto projection = [&](const char* part) { return linear(p, read(file, name(part), {h, h}), 1, h, h); };
+      layers.push_back({read(file, name("attn_norm"), {h}), read(file, name("moe_norm"), {h}), projection("attn.q"),
+                        projection("attn.k"), projection("attn.v"), projection("attn.o"),
+                        dense::matrix(read(file, name("moe.router"), {size.experts, h}), size.experts, h)});
+    }
+  }
+};
+
+/// Text to evaluate: documents of tokens, each from a domain.
+struct documents {
+  std::vector<std::int64_t> offsets;  // [documents + 1]
+  std::vector<std::uint32_t> tokens;
+  std::vector<std::uint8_t> domain;
+  std::vector<float> reference_nll;  // [documents]: what float32 arithmetic gives
+  std::vector<std::string> domain_names;
+
+  documents(const io::safetensors_file& file, std::size_t vocab)
+      : offsets(file["document_offsets"].copy_as<std::int64_t>()),
+        domain(file["domain"].copy_as<std::uint8_t>()),
+        reference_nll(file["reference_nll"].copy_as<float>()) {
+    const auto bad = [&](const std::string& what) {
+      return error(errc::malformed_file, fmt::format("{}: {}", file.path(), what));
+    };
+    for (const std::int16_t token : file["tokens"].copy_as<std::int16_t>()) {
+      if (token < 0 || static_cast<std::size_t>(token) >= vocab) {
+        throw bad(fmt::format("expected tokens from 0 to {}, got {}: text of another model?", vocab - 1, token));
+      }
+      tokens.push_back(static_cast<std::uint32_t>(token));
+    }
+    for (const auto& [key, value] : file.metadata()) {
+      for (std::size_t at = 0; key == "domains" && at < value.size();) {
+        const std::size_t end = std::min(value.find(',', at), value.size());
+        domain_names.push_back(value.substr(at, end - at));
+        at = end + 1;
+      }
+    }
+    if (offsets.size() < 2 || offsets.front() != 0 || offsets.back() != static_cast<std::int64_t>(tokens.size()) ||
+        domain.size() != count() || reference_nll.size() != count()) {
+      throw bad("expected document offsets from 0 to the number of tokens, and a domain and reference_nll for each");
+    }
+    for (std::size_t d = 0; d < count(); ++d) {
+      if (offsets[d + 1] - offsets[d] < 2 || domain[d] >= domain_names.size()) {
+        throw bad(fmt::format("document {}: expected 2 tokens at least and a domain below {}, got {} and {}", d,
+                              domain_names.size(), offsets[d + 1] - offsets[d], domain[d]));
+      }
+    }
+  }
+
+  [[nodiscard]] std::size_t count() const { return offsets.size() - 1; }
+  [[nodiscard]] std::span<const std::uint32_t> tokens_of(std::size_t d) const {
+    return std::span(tokens).subspan(static_cast<std::size_t>(offsets[d]),
+                                     static_cast<std::size_t>(offsets[d + 1] - offsets[d]));
+  }
+};
+
+/// Runs documents through the model, a batch at a time; keeps its buffers.
+class evaluator {
+ public:
+  explicit evaluator(const model& m) : model_(m), rotary_(0, 2, 1) {}
+
+  /// Adds up −log p of tokens 1 … n − 1 of each document into nll[documents]; documents may be cut-off text. In each
+  /// layer, experts(layer, rows, ids, weights, out) has to write Σ weight · expert(row) for rows [tokens, hidden], ids
+  /// and weights [tokens, top_k]. Every call makes the same number of calls to `experts`, also without documents.
+  template <class Experts>
+  void operator()(std::span<const std::span<const std::uint32_t>> batch, Experts&& experts, std::span<double> nll) {
+    const shape& s = model_.size;
+    const std::size_t width = s.hidden;
+    start(batch);
+    const row_groups per_document{document_of_row_, batch.size()};
+    for (std::size_t l = 0; l < s.layers; ++l) {
+      const model::layer& layer = model_.layers[l];
+      dense::rmsnorm(x_, layer.attention_norm, s.norm_eps, normed_);
+      rows_.set(model_.rounding, normed_, width, per_document);
+      layer.q.multiply(rows_, q_);
+      layer.k.multiply(rows_, k_);
+      layer.v.multiply(rows_, v_);
+      for (std::size_t t = 0; t < position_.size(); ++t) {
+        rotary_.turn(std::span(q_).subspan(t * width, width), position_[t]);
+        rotary_.turn(std::span(k_).subspan(t * width, width), position_[t]);
+      }
+      for (std::size_t d = 0, at = 0; d < batch.size(); at += batch[d].size() * width, ++d) {
+        attention_(&q_[at], &k_[at], &v_[at], batch[d].size(), s.heads, width, &mixed_[at]);
+      }
+      rows_.set(model_.rounding, mixed_, width, per_document);
+      layer.o.multiply(rows_, y_);
+      for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
+
+      dense::rmsnorm(x_, layer.expert_norm, s.norm_eps, normed_);
+      layer.router.multiply(normed_.data(), position_.size(), logits_.data());
+      const tetromino::moe::router_options options{.experts_per_token = s.top_k};
+      tetromino::moe::route(std::span(logits_).first(position_.size() * s.experts), s.experts, options, ids_, weights_);
+      y_.resize(x_.size());
+      experts(l, std::span<const float>(normed_), std::span<const std::uint16_t>(ids_),
+              std::span<const float>(weights_), std::span<float>(y_));
+      for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
+    }
+    dense::rmsnorm(x_, model_.norm, s.norm_eps, normed_);
+    add_losses(batch, nll);
+  }
+
+ private:
+  static constexpr std::size_t rows_of_logits = 48;
+
+  void start(std::span<const std::span<const std::uint32_t>> batch) {
+    const shape& s = model_.size;
+    document_of_row_.clear();
+    position_.clear();
+    x_.clear();
+    std::size_t longest = 0;
+    for (std::size_t d = 0; d < batch.size(); ++d) {
+      longest = std::max(longest, batch[d].size());
+      for (std::size_t t = 0; t < batch[d].size(); ++t) {
+        document_of_row_.push_back(static_cast<std::uint32_t>(d));
+        position_.push_back(t);
+        const auto row = model_.embedding.begin() + static_cast<std::ptrdiff_t>(batch[d][t] * s.hidden);
+        x_.insert(x_.end(), row, row + static_cast<std::ptrdiff_t>(s.hidden));
+      }
+    }
+    if (longest > positions_) rotary_ = dense::rotary(positions_ = longest, s.hidden / s.heads, s.rope_base);
+    normed_.resize(x_.size());
+    mixed_.resize(x_.size());
+    logits_.resize(std::max(position_.size() * s.experts, rows_of_logits * s.vocab));
+    ids_.resize(position_.size() * s.top_k);
+    weights_.resize(position_.size() * s.top_k);
+  }
+
+  void add_losses(std::span<const std::span<const std::uint32_t>> batch, std::span<double> nll) {
+    const std::size_t vocab = model_.size.vocab, width = model_.size.hidden;
+    for (std::size_t d = 0, first = 0; d < batch.size(); first += batch[d].size(), ++d) {
+      for (std::size_t t = 0; t + 1 < batch[d].size(); t += rows_of_logits) {
+        const std::size_t rows = std::min(rows_of_logits, batch[d].size() - 1 - t);
+        model_.to_logits.multiply(&normed_[(first + t) * width], rows, logits_.data());
+        for (std::size_t r = 0; r < rows; ++r) {
+          nll[d] += dense::negative_log_likelihood(std::span(logits_).subspan(r * vocab, vocab), batch[d][t + r + 1]);
+        }
+      }
+    }
+  }
+
+  const model& model_;
+  dense::rotary rotary_;
+  std::size_t positions_ = 0;
+  dense::attention attention_;
+  rounded_rows rows_;
+  std::vector<std::uint32_t> document_of_row_;
+  std::vector<std::size_t> position_;
+  std::vector<float> x_, normed_, q_, k_, v_, mixed_, y_, logits_, weights_;
+  std::vector<std::uint16_t> ids_;
+};
+
+}  // namespace moe_lm
