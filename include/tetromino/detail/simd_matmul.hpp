@@ -1,6 +1,7 @@
 #pragma once
 
 #include "scalar_matmul.hpp"  // scalar_matmul_kernels
+#include "simd_lanes.hpp"     // floats
 
 #include <algorithm>    // std::min
 #include <array>        // std::array
@@ -8,7 +9,10 @@
 #include <cstdint>      // std::uint8_t
 #include <type_traits>  // std::is_same_v
 
+TETROMINO_VECTOR_CODE_BEGIN
+
 namespace tetromino::detail {
+inline namespace TETROMINO_ISA {
 
 /// Matrix products on vectors whose lanes are 16 outputs side by side: both operands are decoded to float, a piece at a
 /// time, the weights transposed, so that every output adds its products from left to right over a macro block (or over
@@ -22,8 +26,9 @@ struct simd_matmul_kernels {
     const std::size_t cols = job.weights.cols, rows = tile.last_row - tile.first_row;
     const std::size_t common_macro = common_block(format.macro_block, blocks.macro_block);
     const std::size_t macro = common_macro == 0 ? depth : common_macro;
-    alignas(64) float x[tile_rows * depth], w[depth * lanes], totals[tile_cols / lanes][tile_rows][lanes] = {};
-    float factors[tile_rows] = {}, weight_factors[lanes];
+    alignas(64) float x[tile_rows * depth], w[depth * lane_count],
+        totals[tile_cols / lane_count][tile_rows][lane_count] = {};
+    float factors[tile_rows] = {}, weight_factors[lane_count];
     const std::size_t padded = (rows + together - 1) / together * together;
     std::fill(x + rows * depth, x + padded * depth, 0.0f);
     for (std::size_t k = 0; k < cols; k += depth) {
@@ -31,24 +36,24 @@ struct simd_matmul_kernels {
       for (std::size_t m = 0; m < rows; ++m) {
         decode(activation_row(job.x, tile.first_row + m), blocks, k, used, 1, x + m * depth);
       }
-      for (std::size_t n = tile.first_col; n < tile.last_col; n += lanes) {
-        auto* total = totals[(n - tile.first_col) / lanes];
-        const std::size_t width = std::min(lanes, tile.last_col - n);
-        if (width < lanes) std::fill(w, w + used * lanes, 0.0f);
+      for (std::size_t n = tile.first_col; n < tile.last_col; n += lane_count) {
+        auto* total = totals[(n - tile.first_col) / lane_count];
+        const std::size_t width = std::min(lane_count, tile.last_col - n);
+        if (width < lane_count) std::fill(w, w + used * lane_count, 0.0f);
         for (std::size_t l = 0; l < width; ++l) {
-          decode(activation_row(job.weights[tile.matrix], n + l), format, k, used, lanes, w + l);
+          decode(activation_row(job.weights[tile.matrix], n + l), format, k, used, lane_count, w + l);
         }
         for (std::size_t s = 0; s < used; s += macro) {
           const std::size_t size = std::min(macro, used - s);
           for (std::size_t m = 0; m < rows; ++m) {
             factors[m] = inverse_factor(activation_row(job.x, tile.first_row + m), blocks, k + s);
           }
-          for (std::size_t l = 0; l < lanes; ++l) {
+          for (std::size_t l = 0; l < lane_count; ++l) {
             weight_factors[l] =
                 l < width ? inverse_factor(activation_row(job.weights[tile.matrix], n + l), format, k + s) : 0.0f;
           }
           for (std::size_t m = 0; m < rows; m += together) {
-            add(x + m * depth + s, w + s * lanes, size, factors + m, weight_factors, total + m);
+            add(x + m * depth + s, w + s * lane_count, size, factors + m, weight_factors, total + m);
           }
         }
       }
@@ -59,15 +64,14 @@ struct simd_matmul_kernels {
       Out* out = job.out.row(tile.first_row + m);
       for (std::size_t n = tile.first_col; n < tile.last_col; ++n) {
         const std::size_t i = n - tile.first_col;
-        out[n] = from_float<Out>(totals[i / lanes][m][i % lanes] * scale);
+        out[n] = from_float<Out>(totals[i / lane_count][m][i % lane_count] * scale);
       }
     }
   }
 
  private:
-  static constexpr std::size_t lanes = 16;
-  static constexpr std::size_t together = 3;  // rows that share a load of the weights; tile_rows is a multiple
-  static constexpr std::size_t depth = 256;   // columns decoded at a time: a multiple of every macro block
+  static constexpr std::size_t together = registers == 1 ? 9 : 3;  // rows that share a load; divides tile_rows
+  static constexpr std::size_t depth = 256;  // columns decoded at a time: a multiple of every macro block
 
   /// Both values of a byte of codes.
   static constexpr std::array<std::array<float, 2>, 256> pairs = [] {
@@ -122,17 +126,20 @@ struct simd_matmul_kernels {
 
   /// total[r][l] += factors[r] * weight_factors[l] * Σ_k x[r, k] * w[k, l] for `together` rows.
   static void add(const float* x, const float* w, std::size_t size, const float* factors, const float* weight_factors,
-                  float (*total)[lanes]) {
-    float sum[together][lanes] = {};
+                  float (*total)[lane_count]) {
+    floats sum[together];
+    for (floats& f : sum) f = broadcast(0.0f);
     for (std::size_t k = 0; k < size; ++k) {
-      for (std::size_t r = 0; r < together; ++r) {
-        for (std::size_t l = 0; l < lanes; ++l) sum[r][l] += x[r * depth + k] * w[k * lanes + l];
-      }
+      const floats right = load(w + k * lane_count);
+      for (std::size_t r = 0; r < together; ++r) sum[r] = sum[r] + broadcast(x[r * depth + k]) * right;
     }
     for (std::size_t r = 0; r < together; ++r) {
-      for (std::size_t l = 0; l < lanes; ++l) total[r][l] += sum[r][l] * (weight_factors[l] * factors[r]);
+      store(total[r], load(total[r]) + sum[r] * (load(weight_factors) * broadcast(factors[r])));
     }
   }
 };
 
+}  // namespace TETROMINO_ISA
 }  // namespace tetromino::detail
+
+TETROMINO_VECTOR_CODE_END
