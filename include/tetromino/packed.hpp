@@ -12,9 +12,9 @@
 namespace tetromino {
 
 /// Sizes of a packed batch [matrices, rows, cols] in the linear layout.
-///   codes   [matrices, rows, blocks_per_row * block / 2]  low nibble = even k; the last block is padded with zero
-///   codes scales  [matrices, rows, blocks_per_row]              E8M0 or E4M3 bytes macros  [matrices, rows,
-///   macros_per_row]              macro-block bytes; empty without macro blocks
+/// - codes [matrices, rows, blocks_per_row * block / 2]: low nibble = even k; the last block is padded with zero codes
+/// - scales [matrices, rows, blocks_per_row]: E8M0 or E4M3 bytes
+/// - macros [matrices, rows, macros_per_row]: macro-block bytes; empty without macro blocks
 struct packed_shape {
   any_format format;
   std::size_t matrices = 0;

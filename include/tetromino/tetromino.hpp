@@ -4,6 +4,7 @@
 /// are included by name: eigen.hpp, fmt.hpp, gptq.hpp, io/safetensors.hpp, comm/mpi.hpp, comm/nccl.hpp.
 
 #include "dequantize.hpp"  // dequantize
+#include "layout.hpp"      // layout::to_ggml, layout::as_gpt_oss
 #include "metrics.hpp"     // qsnr, compare
 #include "quantize.hpp"    // quantize, fake_quantize
 #include "version.hpp"     // TETROMINO_VERSION_MAJOR
