@@ -233,7 +233,8 @@ inline float loaded_scale(layout where, float stored) {
 /// The tensor scale to pack with: the one that readers of the layout will get back.
 inline float tensor_scale_for(layout where, float amax, tetromino::scale_rule rule) {
   if (amax == 0) return 1.0f;
-  return loaded_scale(where, stored_scale(where, tetromino::tensor_scale_for(amax, rule)));
+  const float scale = tetromino::tensor_scale_for(amax, rule);
+  return where == layout::compressed_tensors ? tetromino::layout::invertible(scale) : scale;
 }
 
 /// What the layout's readers look for in config.json under "quantization_config".
