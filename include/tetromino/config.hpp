@@ -32,13 +32,94 @@
 #define TETROMINO_EXCEPTIONS 0
 #endif
 
-/// 1 where the `simd` backend is available: its one dependency, xsimd, is found. Define it to 0 to do without.
+/// The instruction set that this translation unit is compiled for, as far as the `simd` backend makes use of it.
+/// TETROMINO_ISA is the name of the inline namespace that holds the backend, so that translation units compiled for
+/// different instruction sets can be linked into one program; TETROMINO_VECTOR_BITS is the width of its registers, and
+/// TETROMINO_HAS_FMA, _F16C and _VNNI (with VBMI on AVX-512; the dot product on NEON) are 1 where it may use those.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define TETROMINO_VECTOR_BITS 512
+#define TETROMINO_HAS_FMA 1
+#define TETROMINO_HAS_F16C 1
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define TETROMINO_HAS_VNNI 1
+#define TETROMINO_ISA avx512_vnni
+#else
+#define TETROMINO_HAS_VNNI 0
+#define TETROMINO_ISA avx512
+#endif
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define TETROMINO_VECTOR_BITS 256
+#define TETROMINO_HAS_FMA 1
+#define TETROMINO_HAS_F16C 1
+#if defined(__AVXVNNI__)
+#define TETROMINO_HAS_VNNI 1
+#define TETROMINO_ISA avx2_vnni
+#else
+#define TETROMINO_HAS_VNNI 0
+#define TETROMINO_ISA avx2_f16c
+#endif
+#elif defined(__AVX2__)
+#define TETROMINO_VECTOR_BITS 256
+#define TETROMINO_HAS_F16C 0
+#define TETROMINO_HAS_VNNI 0
+#if defined(__FMA__)
+#define TETROMINO_HAS_FMA 1
+#define TETROMINO_ISA avx2_fma
+#else
+#define TETROMINO_HAS_FMA 0
+#define TETROMINO_ISA avx2
+#endif
+#elif defined(__SSE2__) || defined(_M_X64)
+#define TETROMINO_VECTOR_BITS 128
+#define TETROMINO_HAS_FMA 0
+#define TETROMINO_HAS_F16C 0
+#define TETROMINO_HAS_VNNI 0
+#define TETROMINO_ISA sse2
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#define TETROMINO_VECTOR_BITS 128
+#define TETROMINO_HAS_FMA 1
+#define TETROMINO_HAS_F16C 0
+#if defined(__ARM_FEATURE_DOTPROD)
+#define TETROMINO_HAS_VNNI 1
+#define TETROMINO_ISA neon_dotprod
+#else
+#define TETROMINO_HAS_VNNI 0
+#define TETROMINO_ISA neon
+#endif
+#else
+#define TETROMINO_VECTOR_BITS 0
+#define TETROMINO_ISA generic
+#endif
+
+/// 1 where the `simd` backend is available: the instruction set is one of those above and its one dependency, xsimd, is
+/// found. Define it to 0 to do without.
 #if !defined(TETROMINO_SIMD)
-#if defined(__has_include) && __has_include(<xsimd/xsimd.hpp>) && !defined(__CUDACC__)
+#if defined(__has_include) && __has_include(<xsimd/xsimd.hpp>) && TETROMINO_VECTOR_BITS && !defined(__CUDACC__)
 #define TETROMINO_SIMD 1
 #else
 #define TETROMINO_SIMD 0
 #endif
+#endif
+
+/// Marks the small functions that vector kernels are made of: a call between them would cost more than their work.
+#if defined(__GNUC__)
+#define TETROMINO_INLINE inline __attribute__((always_inline))
+#define TETROMINO_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define TETROMINO_INLINE inline
+#define TETROMINO_INLINE_LAMBDA
+#endif
+
+/// Around code that uses vector intrinsics: those of g++ 12 leave a register undefined on purpose, and are warned of it
+/// where they are inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#define TETROMINO_VECTOR_CODE_BEGIN                                                    \
+  _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wuninitialized\"") \
+      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+#define TETROMINO_VECTOR_CODE_END _Pragma("GCC diagnostic pop")
+#else
+#define TETROMINO_VECTOR_CODE_BEGIN
+#define TETROMINO_VECTOR_CODE_END
 #endif
 
 /// What happens when a caller breaks a precondition (a bug in the caller, not bad data). Define it before the first
@@ -57,6 +138,14 @@
 #endif
 
 namespace tetromino::detail {
+
+#define TETROMINO_TEXT(x) #x
+#define TETROMINO_TEXT_OF(x) TETROMINO_TEXT(x)
+inline namespace TETROMINO_ISA {
+inline constexpr const char* isa_name = TETROMINO_TEXT_OF(TETROMINO_ISA);
+}
+#undef TETROMINO_TEXT_OF
+#undef TETROMINO_TEXT
 
 /// std::bit_cast for device code too.
 template <class To, class From>

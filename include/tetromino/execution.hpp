@@ -7,6 +7,7 @@
 #include <concepts>     // std::invocable
 #include <cstddef>      // std::size_t
 #include <exception>    // std::exception_ptr
+#include <string_view>  // std::string_view
 #include <thread>       // std::thread
 #include <type_traits>  // std::remove_cvref_t
 #include <utility>      // std::forward
@@ -109,13 +110,20 @@ struct scalar_t {
 inline constexpr scalar_t scalar{};
 
 #if TETROMINO_SIMD
+inline namespace TETROMINO_ISA {  // so that translation units compiled for different instruction sets do not meet
+
 /// Runs on the CPU with the widest vectors that this translation unit is compiled for. Needs xsimd.
 struct simd_t {
   executor_ref executor{};
   /// The same policy, with its work split over the caller's executor.
   [[nodiscard]] constexpr simd_t on(executor_ref e) const noexcept { return {e}; }
+  /// The instruction set of these vectors: sse2, avx2, avx2_fma, avx2_f16c, avx2_vnni, avx512, avx512_vnni, neon or
+  /// neon_dotprod.
+  [[nodiscard]] constexpr std::string_view isa() const noexcept { return detail::isa_name; }
 };
 inline constexpr simd_t simd{};
+
+}  // namespace TETROMINO_ISA
 using automatic_t = simd_t;
 #else
 using automatic_t = scalar_t;

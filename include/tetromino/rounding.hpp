@@ -38,10 +38,15 @@ struct philox_words {
 
 static_assert(philox4x32(0, 0).word[0] == 0x6627E8D5u);  // Random123's known answer
 
+/// Of the four numbers that `words` hold, the one for element `index`; see below.
+[[nodiscard]] TETROMINO_HD constexpr float uniform(const philox_words& words, std::uint64_t index) noexcept {
+  return static_cast<float>(words.word[index % 4] >> 8) * 0x1p-24f;
+}
+
 /// A number in [0, 1), a multiple of 2^-24: element `index` of the stream `seed`, the same on every backend and for any
 /// split of the work.
 [[nodiscard]] TETROMINO_HD constexpr float uniform(std::uint64_t seed, std::uint64_t index) noexcept {
-  return static_cast<float>(philox4x32(index / 4, seed).word[index % 4] >> 8) * 0x1p-24f;
+  return uniform(philox4x32(index / 4, seed), index);
 }
 
 /// Rounds y to one of its two E2M1 neighbours: away from zero where `u`, uniform in [0, 1), is below the share of the

@@ -1,10 +1,327 @@
 #pragma once
 
-#include "scalar_quantize.hpp"  // scalar_kernels
+#include "../config.hpp"  // TETROMINO_SIMD
+
+#if TETROMINO_SIMD
+
+#include "../e2m1.hpp"      // e2m1
+#include "../e4m3.hpp"      // e4m3
+#include "../e8m0.hpp"      // e8m0
+#include "../rounding.hpp"  // round_stochastic, philox4x32
+#include "row.hpp"          // row_rules, packed_row, input_row, admit
+#include "simd_blocks.hpp"  // floats, words, block_amax, encode_e2m1, e2m1_decoder
+#include "simd_scales.hpp"  // closed_form_bytes, searched_macros, nvfp4_codes
+
+#include <algorithm>  // std::min, std::max, std::copy_n, std::fill
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t
 
 namespace tetromino::detail {
+inline namespace TETROMINO_ISA {
 
-/// Row kernels on vectors; byte for byte what scalar_kernels give.
-struct simd_kernels : scalar_kernels {};
+/// Row kernels on vectors, 16 blocks at a time; byte for byte what scalar_kernels give.
+struct simd_kernels {
+  /// See scalar_kernels::amax.
+  template <real T>
+  static float amax(const T* x, std::size_t n, special_values special) {
+    constexpr std::size_t span = 32 * blocks_at_once;
+    words largest = broadcast(0);
+    for (std::size_t k = 0; k < n; k += span) {
+      T padded[span];
+      const bool whole = n - k >= span;
+      if (!whole) pad(x + k, n - k, padded, span);
+      words amax = block_amax<32>(whole ? x + k : padded);
+      if (any_at_least(amax, infinity)) {
+        if (whole) std::copy_n(x + k, span, padded);
+        sanitize<16>(special, padded, span);
+        amax = block_amax<32>(padded);
+      }
+      largest = max(largest, amax);
+    }
+    std::int32_t lane[lane_count];
+    store(lane, group_max(largest, lane_count));
+    return detail::bit_cast<float>(lane[0]);
+  }
 
+  /// See scalar_kernels::quantize_row.
+  template <real T>
+  static std::size_t quantize_row(const row_rules& rules, const input_row<T>& in, const packed_row<std::uint8_t>& out) {
+    if (rules.format.scale == scale_type::e4m3) return quantize_blocks<16, true>(rules, in, out);
+    if (rules.format.block == 16) return quantize_blocks<16, false>(rules, in, out);
+    return quantize_blocks<32, false>(rules, in, out);
+  }
+
+  /// See scalar_kernels::dequantize_row.
+  template <real T>
+  static void dequantize_row(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t cols,
+                             T* out) {
+    if (format.block == 16) return dequantize_blocks<16>(format, in, cols, out);
+    return dequantize_blocks<32>(format, in, cols, out);
+  }
+
+ private:
+  template <std::size_t Block, real T>
+  static void dequantize_blocks(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t cols,
+                                T* out) {
+    constexpr std::size_t span = Block * blocks_at_once;
+    const std::size_t macro = format.macro_block;
+    for (std::size_t k = 0; k < cols; k += span) {
+      const std::size_t n = std::min(span, cols - k);
+      const packed_row<const std::uint8_t> from{in.codes + k / 2, in.scales + k / Block,
+                                                macro == 0 ? nullptr : in.macros + k / macro, in.tensor_scale};
+      if (n == span) {
+        unpack<Block>(format, from, span, out + k);
+        continue;
+      }
+      std::uint8_t codes[span / 2], scales[blocks_at_once], macros[blocks_at_once];
+      T x[span];
+      const std::size_t blocks = (n + Block - 1) / Block;
+      pad(from.codes, blocks * (Block / 2), codes, span / 2);
+      pad(from.scales, blocks, scales, blocks_at_once);
+      if (macro != 0) pad(from.macros, (n + macro - 1) / macro, macros, blocks_at_once);
+      unpack<Block>(format, {codes, scales, macros, in.tensor_scale}, n, x);
+      std::copy_n(x, n, out + k);
+    }
+  }
+
+  /// Unpacks n elements of 16 blocks, rounded up to 32.
+  template <std::size_t Block, real T>
+  TETROMINO_INLINE static void unpack(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t n,
+                                      T* out) {
+    const words bytes = load_bytes(in.scales);
+    float scale[blocks_at_once];
+    store(scale,
+          format.scale == scale_type::e4m3 ? broadcast(in.tensor_scale) * decode_e4m3(bytes) : decode_e8m0(bytes));
+    const std::size_t macro = format.macro_block == 0 ? n : format.macro_block;
+    for (std::size_t begin = 0; begin < n; begin += macro) {
+      const e2m1_decoder decode =
+          format.macro_block == 0 ? e2m1_decoder() : e2m1_decoder(macro_factor(in.macros[begin / macro]));
+      for (std::size_t k = begin; k < std::min(n, begin + macro); k += 32) {
+        const floats_pair q = decode(in.codes + k / 2);
+        store(out + k, q.first * broadcast(scale[k / Block]));
+        store(out + k + lane_count, q.second * broadcast(scale[(k + lane_count) / Block]));
+      }
+    }
+  }
+
+  static constexpr std::int32_t infinity = 0x7F800000;
+
+  template <class T>
+  static void pad(const T* x, std::size_t n, T* out, std::size_t size) {
+    std::copy_n(x, n, out);
+    std::fill(out + n, out + size, T{});
+  }
+
+  /// Makes x[n] finite, as the saturating or the poisoning policy wants it; returns which blocks are poisoned.
+  template <std::size_t Block, real T>
+  static std::uint32_t sanitize(special_values special, T* x, std::size_t n) {
+    std::uint32_t poisoned = 0;
+    for (std::size_t k = 0; k < n; k += Block) {
+      bool finite = true;
+      for (std::size_t i = k; i < k + Block; ++i) {
+        if (is_finite(to_float(x[i]))) continue;
+        x[i] = from_float<T>(admit(x[i], special));
+        finite = finite && is_finite(to_float(x[i]));
+      }
+      if (finite) continue;
+      std::fill(x + k, x + k + Block, T{});
+      poisoned |= std::uint32_t{1} << (k / Block % 32);
+    }
+    return poisoned;
+  }
+
+  /// How the elements of 16 blocks become E2M1: times a power of two and a macro-block factor, or over a divisor.
+  struct element_scales {
+    float multiplier[blocks_at_once];  // MX: f 2^-E. NVFP4: 1 / divisor
+    float divisor[blocks_at_once];     // NVFP4
+    float factor[blocks_at_once];      // MX: f
+    std::uint32_t empty = 0;           // blocks whose codes are all 0
+    bool quick = false;                // NVFP4: quotients can be had from inverses
+  };
+
+  template <std::size_t Block, bool Nvfp4, real T>
+  static std::size_t quantize_blocks(const row_rules& rules, const input_row<T>& in,
+                                     const packed_row<std::uint8_t>& out) {
+    constexpr std::size_t span = Block * blocks_at_once;
+    const std::size_t macro = rules.format.macro_block;
+    for (std::size_t k = 0; k < in.cols; k += span) {
+      const std::size_t n = std::min(span, in.cols - k);
+      const std::uint64_t index = in.first_index + k;
+      const packed_row<std::uint8_t> to{out.codes + k / 2, out.scales + k / Block,
+                                        macro == 0 ? nullptr : out.macros + k / macro, out.tensor_scale};
+      const float* weights = in.weights == nullptr ? nullptr : in.weights + k;
+      if (n == span) {
+        const words amax = block_amax<Block>(in.data + k);
+        if (!any_at_least(amax, infinity)) {
+          pack<Block, Nvfp4>(rules, in.data + k, weights, amax, span, index, to);
+          continue;
+        }
+      }
+      // The tail of a row, or elements that are not finite: through copies of everything.
+      T x[span];
+      float padded_weights[span];
+      std::uint8_t codes[span / 2], scales[blocks_at_once], macros[blocks_at_once];
+      pad(in.data + k, n, x, span);
+      if (weights != nullptr) pad(weights, n, padded_weights, span);
+      words amax = block_amax<Block>(x);
+      std::uint32_t poisoned = 0;
+      if (any_at_least(amax, infinity)) {
+        if (rules.special == special_values::reject) {
+          while (is_finite(to_float(in.data[k]))) ++k;
+          return k;
+        }
+        poisoned = sanitize<Block>(rules.special, x, span);
+        amax = block_amax<Block>(x);
+      }
+      pack<Block, Nvfp4>(rules, x, weights == nullptr ? nullptr : padded_weights, amax, n, index,
+                         {codes, scales, macros, out.tensor_scale});
+      for (std::size_t b = 0; b < blocks_at_once; ++b) {
+        if ((poisoned >> b & 1u) != 0) scales[b] = Nvfp4 ? e4m3::nan_bits : e8m0::nan_bits;
+      }
+      const std::size_t blocks = (n + Block - 1) / Block;
+      std::copy_n(codes, blocks * (Block / 2), to.codes);
+      std::copy_n(scales, blocks, to.scales);
+      if (macro != 0) std::copy_n(macros, (n + macro - 1) / macro, to.macros);
+    }
+    return in.cols;
+  }
+
+  /// Packs the first n of 16 blocks' elements, all of them finite and with zeros after the n-th.
+  template <std::size_t Block, bool Nvfp4, real T>
+  static void pack(const row_rules& rules, const T* x, const float* weights, const words& amax, std::size_t n,
+                   std::uint64_t first_index, const packed_row<std::uint8_t>& out) {
+    const bool compares = Nvfp4 ? rules.rule != scale_rule::amax
+                                : rules.rule == scale_rule::min_error ||
+                                      (rules.format.macro_block != 0 && rules.macro != macro_rule::from_amax);
+    element_scales scales;
+    if (!compares) {
+      choose_scales<Block, Nvfp4>(rules, block_magnitudes<Block, false>{}, amax, out, scales);
+    } else {
+      alignas(64) float magnitudes[Block * blocks_at_once];
+      for (std::size_t i = 0; i < Block * blocks_at_once; i += lane_count)
+        store(magnitudes + i, magnitude(load(x + i)));
+      if (weights == nullptr) {
+        choose_scales<Block, Nvfp4>(rules, block_magnitudes<Block, false>{magnitudes, nullptr}, amax, out, scales);
+      } else {
+        choose_scales<Block, Nvfp4>(rules, block_magnitudes<Block, true>{magnitudes, weights}, amax, out, scales);
+      }
+    }
+    if (rules.rounding == element_rounding::stochastic) {
+      store_stochastic<Block, Nvfp4>(rules, x, n, amax, scales, first_index, out);
+    } else if constexpr (!Nvfp4) {
+      store_nearest<Block>(x, n, out.codes, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
+        const floats_pair m = spread<T, Block>(scales.multiplier + b);
+        return floats_pair{v.first * m.first, v.second * m.second};
+      });
+    } else if (scales.quick) {
+      store_nearest<Block>(x, n, out.codes, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
+        const floats_pair d = spread<T, Block>(scales.divisor + b), i = spread<T, Block>(scales.multiplier + b);
+        return floats_pair{quotient<true>(v.first, d.first, i.first), quotient<true>(v.second, d.second, i.second)};
+      });
+    } else {
+      store_nearest<Block>(x, n, out.codes, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
+        const floats_pair d = spread<T, Block>(scales.divisor + b);
+        return floats_pair{v.first / d.first, v.second / d.second};
+      });
+    }
+    for (std::size_t b = 0; b < blocks_at_once && scales.empty >> b != 0; ++b) {
+      if ((scales.empty >> b & 1u) != 0 && b * Block < n)
+        std::fill_n(out.codes + b * (Block / 2), Block / 2, std::uint8_t{0});
+    }
+  }
+
+  template <std::size_t Block, bool Nvfp4, bool Weighted>
+  static void choose_scales(const row_rules& rules, const block_magnitudes<Block, Weighted>& in, const words& amax,
+                            const packed_row<std::uint8_t>& out, element_scales& scales) {
+    if constexpr (Nvfp4) {
+      const words code = nvfp4_codes(rules.rule, in, amax, out.tensor_scale);
+      const floats divisor = broadcast(out.tensor_scale) * decode_e4m3(code);
+      scales.empty = zero_lanes(amax) | zero_lanes(bits_of(divisor));
+      const floats usable = select(is_zero(code), broadcast(1.0f), divisor), inverse = broadcast(1.0f) / usable;
+      scales.quick = has_quick_quotients(amax, usable, inverse);
+      store(scales.divisor, usable);
+      store(scales.multiplier, inverse);
+      store_bytes(out.scales, code);
+    } else {
+      const std::size_t macro = rules.format.macro_block;
+      floats factor = broadcast(1.0f);
+      if (macro != 0) {
+        const std::size_t group = macro / Block;
+        const words m = rules.macro == macro_rule::from_amax ? macro_from_amax(group_max(amax, group))
+                                                             : searched_macros(rules, in, amax, group);
+        std::int32_t lane[lane_count];
+        store(lane, m);
+        for (std::size_t i = 0; i * group < lane_count; ++i) out.macros[i] = static_cast<std::uint8_t>(lane[i * group]);
+        factor = macro_factors(m);
+      }
+      words byte;
+      if (rules.rule == scale_rule::min_error) {
+        byte = select(floats_of(amax) <= broadcast(0.0f), broadcast(0), least_error_bytes(in, amax, factor));
+      } else if (macro == 0) {
+        byte = closed_form_bytes(amax, carry_of(rules.rule));
+      } else {
+        byte = closed_form_bytes(amax, factor, carry_of(rules.rule));
+      }
+      scales.empty = zero_lanes(amax);
+      store(scales.factor, factor);
+      store(scales.multiplier, factor * inverse_power(byte));
+      store_bytes(out.scales, byte);
+    }
+  }
+
+  /// The scales of the elements that load_pair gives, when the first of them belongs to the block of scale[0].
+  template <class T, std::size_t Block>
+  TETROMINO_INLINE static floats_pair spread(const float* scale) {
+    if constexpr (Block == 32) {
+      const floats one = broadcast(scale[0]);
+      return {one, one};
+    } else if constexpr (is_split<T>) {
+      const floats halves = broadcast_halves(scale[0], scale[1]);
+      return {halves, halves};
+    } else {
+      return {broadcast(scale[0]), broadcast(scale[1])};
+    }
+  }
+
+  /// Stores the codes of y = rescale(pair of x, its first block) for x[n], 64 at a time.
+  template <std::size_t Block, class T, class Rescale>
+  TETROMINO_INLINE static void store_nearest(const T* x, std::size_t n, std::uint8_t* codes, const Rescale& rescale) {
+    for (std::size_t k = 0; k < n; k += 64) {
+      const floats_pair a = load_pair(x + k), b = load_pair(x + k + 32);
+      const floats_pair ya = rescale(a, k / Block), yb = rescale(b, (k + 32) / Block);
+      store_codes<T>(codes + k / 2, encode_e2m1(ya.first, a.first), encode_e2m1(ya.second, a.second),
+                     encode_e2m1(yb.first, b.first), encode_e2m1(yb.second, b.second));
+    }
+  }
+
+  /// The same with stochastic rounding, where tiny y matter: in the two steps of the reference.
+  template <std::size_t Block, bool Nvfp4, class T>
+  static void store_stochastic(const row_rules& rules, const T* x, std::size_t n, const words& amax,
+                               const element_scales& scales, std::uint64_t first_index,
+                               const packed_row<std::uint8_t>& out) {
+    float to_one[blocks_at_once], to_scale[blocks_at_once];
+    const words field = exponent_field(amax);
+    store(to_one, inverse_power(field));
+    store(to_scale, floats_of(shift_left<23>(field - load_bytes(out.scales) + broadcast(127))));
+    std::fill_n(out.codes, Block * blocks_at_once / 2, std::uint8_t{0});
+    philox_words random{};
+    for (std::size_t i = 0; i < n; ++i) {
+      const std::uint64_t index = first_index + i;
+      if (i == 0 || index % 4 == 0) random = philox4x32(index / 4, rules.seed);
+      const std::size_t b = i / Block;
+      float y = to_float(x[i]);
+      if constexpr (Nvfp4) {
+        y = y / scales.divisor[b];
+      } else {
+        y = detail::rounded(scales.factor[b] * (y * to_one[b])) * to_scale[b];
+      }
+      const unsigned code = round_stochastic(y, uniform(random, index)).bits;
+      out.codes[i / 2] = static_cast<std::uint8_t>(out.codes[i / 2] | code << (i % 2 * 4));
+    }
+  }
+};
+
+}  // namespace TETROMINO_ISA
 }  // namespace tetromino::detail
+
+#endif

@@ -1,0 +1,262 @@
+#pragma once
+
+#include "../config.hpp"  // TETROMINO_VECTOR_BITS
+
+/// What blocks need beyond lanewise arithmetic, on AVX2, with FMA and F16C where there are.
+
+#if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 256
+
+#include "../float16.hpp"  // half, bfloat16
+#include "simd_lanes.hpp"  // floats, words
+
+#include <immintrin.h>
+
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint8_t
+#include <cstring>      // std::memcpy
+#include <type_traits>  // std::is_same_v
+
+namespace tetromino::detail {
+inline namespace TETROMINO_ISA {
+
+TETROMINO_INLINE __m256 raw(const float_register& a) { return a; }
+TETROMINO_INLINE __m256i raw(const word_register& a) { return a; }
+TETROMINO_INLINE floats lanes(__m256 low, __m256 high) { return {{float_register(low), float_register(high)}}; }
+TETROMINO_INLINE words lanes(__m256i low, __m256i high) { return {{word_register(low), word_register(high)}}; }
+TETROMINO_INLINE __m256i load_register(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
+
+// Input and output ----------------------------------------------------------------------------------------------------
+
+TETROMINO_INLINE words load_halfwords(const void* x) {
+  const __m256i all = load_register(x);
+  return lanes(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(all)),
+               _mm256_cvtepu16_epi32(_mm256_extracti128_si256(all, 1)));
+}
+TETROMINO_INLINE void store_halfwords(void* out, const words& a) {
+  const __m256i packed = _mm256_packus_epi32(raw(a.r[0]), raw(a.r[1]));
+  _mm256_storeu_si256(static_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xD8));
+}
+TETROMINO_INLINE floats load(const bfloat16* x) { return widen_bfloat16(load_halfwords(x)); }
+TETROMINO_INLINE void store(bfloat16* out, const floats& a) { store_halfwords(out, narrow_bfloat16(a)); }
+#if TETROMINO_HAS_F16C
+TETROMINO_INLINE floats load(const half* x) {
+  const __m256i all = load_register(x);
+  return lanes(_mm256_cvtph_ps(_mm256_castsi256_si128(all)), _mm256_cvtph_ps(_mm256_extracti128_si256(all, 1)));
+}
+TETROMINO_INLINE void store(half* out, const floats& a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(raw(a.r[0]), _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm256_cvtps_ph(raw(a.r[1]), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+TETROMINO_INLINE floats load(const half* x) { return widen_half(load_halfwords(x)); }
+TETROMINO_INLINE void store(half* out, const floats& a) { store_halfwords(out, narrow_half(a)); }
+#endif
+
+/// The low byte of each lane, which is at most 255.
+TETROMINO_INLINE void store_bytes(std::uint8_t* out, const words& a) {
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(raw(a.r[0]), raw(a.r[1])), 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_packus_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+}
+TETROMINO_INLINE words load_bytes(const std::uint8_t* x) {
+  const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return lanes(_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8)));
+}
+
+// Across lanes --------------------------------------------------------------------------------------------------------
+
+/// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
+TETROMINO_INLINE floats broadcast_halves(float a, float b) { return lanes(_mm256_set1_ps(a), _mm256_set1_ps(b)); }
+
+/// Lane i gets what lane i ^ Distance has.
+template <int Distance>
+TETROMINO_INLINE words exchange(const words& a) {
+  if constexpr (Distance == 8) return {{a.r[1], a.r[0]}};
+  const auto within = [](__m256i x) TETROMINO_INLINE_LAMBDA {
+    if constexpr (Distance == 4) return _mm256_permute2x128_si256(x, x, 0x01);
+    return _mm256_shuffle_epi32(x, Distance == 2 ? 0x4E : 0xB1);
+  };
+  return lanes(within(raw(a.r[0])), within(raw(a.r[1])));
+}
+
+TETROMINO_INLINE bool any_at_least(const words& a, std::int32_t limit) {
+  const __m256i below = _mm256_set1_epi32(limit - 1);
+  return _mm256_movemask_epi8(
+             _mm256_or_si256(_mm256_cmpgt_epi32(raw(a.r[0]), below), _mm256_cmpgt_epi32(raw(a.r[1]), below))) != 0;
+}
+TETROMINO_INLINE bool all(const flags& a) { return xsimd::all(a.r[0] & a.r[1]); }
+/// Bit i is set where lane i is zero.
+TETROMINO_INLINE std::uint32_t zero_lanes(const words& a) {
+  const auto zeros = [](__m256i x) TETROMINO_INLINE_LAMBDA {
+    return static_cast<std::uint32_t>(
+        _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()))));
+  };
+  return zeros(raw(a.r[0])) | zeros(raw(a.r[1])) << 8;
+}
+
+/// Halves joined by `op`: the low half from a, the high half from b.
+template <class Op>
+TETROMINO_INLINE __m256i join_halves(const Op& op, __m256i a, __m256i b) {
+  return op(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+/// Lane b is the join of the eight lanes of get(b), at distances 4, 2, 1; b runs from `first` to first + 7.
+template <class Op, class Get>
+TETROMINO_INLINE __m256i join_eight(const Op& op, const Get& get, std::size_t first) {
+  const auto pair = [&](std::size_t j)
+                        TETROMINO_INLINE_LAMBDA { return join_halves(op, get(first + j), get(first + j + 4)); };
+  const __m256i a = pair(0), b = pair(1), ab = op(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  const __m256i c = pair(2), d = pair(3), cd = op(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+  return op(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+template <class Op, class Get>
+TETROMINO_INLINE words join_each(const Op& op, const Get& get) {
+  return lanes(join_eight(op, get, 0), join_eight(op, get, 8));
+}
+
+/// Lane b is the sum of all lanes of get(b), by halves.
+template <class Get>
+TETROMINO_INLINE floats sum_each(const Get& get) {
+  const auto add = [](__m256i a, __m256i b) TETROMINO_INLINE_LAMBDA {
+    return _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)));
+  };
+  return floats_of(join_each(add, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
+    const floats all = get(b);
+    return _mm256_castps_si256(_mm256_add_ps(raw(all.r[0]), raw(all.r[1])));
+  }));
+}
+
+/// The largest magnitude, as bits of a float, of each of 16 consecutive blocks.
+template <std::size_t Block>
+TETROMINO_INLINE words block_amax(const float* x) {
+  const auto largest = [](__m256i a, __m256i b) TETROMINO_INLINE_LAMBDA { return _mm256_max_epi32(a, b); };
+  return join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
+    const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+      return _mm256_and_si256(load_register(x + b * Block + i), _mm256_set1_epi32(0x7FFFFFFF));
+    };
+    const __m256i most = _mm256_max_epi32(get(0), get(8));
+    if constexpr (Block == 16) return most;
+    return _mm256_max_epi32(most, _mm256_max_epi32(get(16 % Block), get(24 % Block)));
+  });
+}
+/// The same of 16-bit numbers, which compare as their bits do until the end.
+template <std::size_t Block, class T>
+  requires(sizeof(T) == 2)
+TETROMINO_INLINE words block_amax(const T* x) {
+  const auto largest = [](__m256i a, __m256i b) TETROMINO_INLINE_LAMBDA { return _mm256_max_epu16(a, b); };
+  const words pairs = join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
+    const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+      return _mm256_and_si256(load_register(x + b * Block + i), _mm256_set1_epi32(0x7FFF7FFF));
+    };
+    if constexpr (Block == 16) return get(0);
+    return _mm256_max_epu16(get(0), get(16 % Block));
+  });
+  const words one = max(pairs & broadcast(0xFFFF), shift_right<16>(pairs));
+  if constexpr (std::is_same_v<T, bfloat16>) return bits_of(widen_bfloat16(one));
+  return bits_of(widen_half(one));
+}
+
+// E2M1 ----------------------------------------------------------------------------------------------------------------
+
+#if TETROMINO_HAS_FMA
+TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const floats& c) {
+  return lanes(_mm256_fmadd_ps(raw(a.r[0]), raw(b.r[0]), raw(c.r[0])),
+               _mm256_fmadd_ps(raw(a.r[1]), raw(b.r[1]), raw(c.r[1])));
+}
+#endif
+
+/// The codes of y, with the signs of x.
+TETROMINO_INLINE words encode_e2m1(const floats& y, const floats& x) {
+  // Added to a magnitude, they leave the code, rounded to nearest even, in the low bits of the sum: the steps of the
+  // sum are those of E2M1 in [0, 2), [2, 4) and [4, 6], and the offset makes up for the codes below.
+  const __m256 magic =
+      _mm256_setr_ps(0x1p22f, 0x1p22f, 0x1p23f + 2, 0x1p23f + 2, 0x1p24f + 8, 0x1p24f + 8, 0x1p24f + 8, 0);
+  const auto encode = [&](__m256 value, __m256 sign_of) TETROMINO_INLINE_LAMBDA {
+    const __m256 magnitude = _mm256_min_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), value), _mm256_set1_ps(6.0f));
+    const __m256 sum = _mm256_add_ps(magnitude, _mm256_permutevar8x32_ps(magic, _mm256_cvttps_epi32(magnitude)));
+    const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(sign_of), 28), _mm256_set1_epi32(8));
+    return _mm256_or_si256(_mm256_and_si256(_mm256_castps_si256(sum), _mm256_set1_epi32(7)), sign);
+  };
+  return lanes(encode(raw(y.r[0]), raw(x.r[0])), encode(raw(y.r[1]), raw(x.r[1])));
+}
+
+/// y in [0, 6 s] on the grid of E2M1 times the power of two s.
+TETROMINO_INLINE floats snap(const floats& y, const floats& s) {
+  const words step = max(bits_of(y) & broadcast(0x7F800000), bits_of(s));
+#if TETROMINO_HAS_FMA
+  return by_register<floats>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+    const __m256 many = _mm256_set1_ps(0x1p22f), unit = _mm256_castsi256_ps(raw(step.r[i]));
+    return float_register(_mm256_fnmadd_ps(unit, many, _mm256_fmadd_ps(unit, many, raw(y.r[i]))));
+  });
+#else
+  const floats magic = floats_of(step + broadcast(22 << 23));
+  return y + magic - magic;
+#endif
+}
+
+/// Two registers' worth of elements: x[0, 32), even ones first for bfloat16 (whose halves of a word are taken apart at
+/// no cost), else in order.
+template <class T>
+inline constexpr bool is_split = std::is_same_v<T, bfloat16>;
+struct floats_pair {
+  floats first, second;
+};
+template <class T>
+TETROMINO_INLINE floats_pair load_pair(const T* x) {
+  if constexpr (is_split<T>) {
+    const words both = lanes(load_register(x), load_register(x + lane_count));
+    return {floats_of(shift_left<16>(both)), floats_of(both & broadcast(static_cast<std::int32_t>(0xFFFF0000u)))};
+  } else {
+    return {load(x), load(x + lane_count)};
+  }
+}
+
+/// Stores the codes of 64 elements that load_pair split.
+template <class T>
+TETROMINO_INLINE void store_codes(std::uint8_t* out, const words& a0, const words& a1, const words& b0,
+                                  const words& b1) {
+  if constexpr (is_split<T>) {
+    const words a = a0 | shift_left<4>(a1), b = b0 | shift_left<4>(b1);
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(raw(a.r[0]), raw(a.r[1])),
+                                              _mm256_packus_epi32(raw(b.r[0]), raw(b.r[1])));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(bytes, order));
+  } else {
+    const auto pairs = [](const words& c0, const words& c1) TETROMINO_INLINE_LAMBDA {
+      const __m256i codes = _mm256_packus_epi16(_mm256_packus_epi32(raw(c0.r[0]), raw(c0.r[1])),
+                                                _mm256_packus_epi32(raw(c1.r[0]), raw(c1.r[1])));
+      return _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x1001));  // even + 16 odd
+    };
+    const __m256i bytes = _mm256_packus_epi16(pairs(a0, a1), pairs(b0, b1));
+    const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi16(low, high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16), _mm_unpackhi_epi16(low, high));
+  }
+}
+
+/// Turns codes into values, divided by a factor.
+class e2m1_decoder {
+ public:
+  TETROMINO_INLINE e2m1_decoder() : values_(_mm256_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f)) {}
+  TETROMINO_INLINE explicit e2m1_decoder(float factor) : e2m1_decoder() {
+    values_ = _mm256_div_ps(values_, _mm256_set1_ps(factor));
+  }
+  /// 32 codes.
+  TETROMINO_INLINE floats_pair operator()(const std::uint8_t* codes) const {
+    const auto eight = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+      std::int32_t word;
+      std::memcpy(&word, codes + 4 * i, sizeof word);
+      const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+      const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(code, 3), 31));
+      return _mm256_or_ps(_mm256_permutevar8x32_ps(values_, code), sign);
+    };
+    return {lanes(eight(0), eight(1)), lanes(eight(2), eight(3))};
+  }
+
+ private:
+  __m256 values_;
+};
+
+}  // namespace TETROMINO_ISA
+}  // namespace tetromino::detail
+
+#endif

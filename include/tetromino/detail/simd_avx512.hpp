@@ -1,0 +1,251 @@
+#pragma once
+
+#include "../config.hpp"  // TETROMINO_VECTOR_BITS
+
+/// What blocks need beyond lanewise arithmetic, on AVX-512 (F, BW, DQ, VL).
+
+#if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 512
+
+#include "../float16.hpp"  // half, bfloat16
+#include "simd_lanes.hpp"  // floats, words
+
+#include <immintrin.h>
+
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint8_t
+#include <type_traits>  // std::is_same_v
+
+TETROMINO_VECTOR_CODE_BEGIN
+
+namespace tetromino::detail {
+inline namespace TETROMINO_ISA {
+
+TETROMINO_INLINE __m512 raw(const floats& a) { return a.r[0]; }
+TETROMINO_INLINE __m512i raw(const words& a) { return a.r[0]; }
+TETROMINO_INLINE floats lanes(__m512 a) { return {{float_register(a)}}; }
+TETROMINO_INLINE words lanes(__m512i a) { return {{word_register(a)}}; }
+
+// Input and output ----------------------------------------------------------------------------------------------------
+
+TETROMINO_INLINE floats load(const half* x) {
+  return lanes(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+}
+TETROMINO_INLINE floats load(const bfloat16* x) {
+  return lanes(_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16)));
+}
+TETROMINO_INLINE void store(half* out, const floats& a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(raw(a), _MM_FROUND_TO_NEAREST_INT));
+}
+TETROMINO_INLINE void store(bfloat16* out, const floats& a) {
+  const __m512i word = _mm512_castps_si512(raw(a));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
+  const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(raw(a), raw(a), _CMP_UNORD_Q);
+  const __m512i bits = _mm512_mask_or_epi32(nearest, nan, word, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+}
+
+/// The low byte of each lane.
+TETROMINO_INLINE void store_bytes(std::uint8_t* out, const words& a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(raw(a)));
+}
+TETROMINO_INLINE words load_bytes(const std::uint8_t* x) {
+  return lanes(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+
+// Across lanes --------------------------------------------------------------------------------------------------------
+
+/// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
+TETROMINO_INLINE floats broadcast_halves(float a, float b) {
+  return lanes(_mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1));
+}
+
+/// Lane i gets what lane i ^ Distance has.
+template <int Distance>
+TETROMINO_INLINE words exchange(const words& a) {
+  if constexpr (Distance == 1) return lanes(_mm512_shuffle_epi32(raw(a), _MM_PERM_CDAB));
+  if constexpr (Distance == 2) return lanes(_mm512_shuffle_epi32(raw(a), _MM_PERM_BADC));
+  if constexpr (Distance == 4) return lanes(_mm512_shuffle_i32x4(raw(a), raw(a), 0xB1));
+  if constexpr (Distance == 8) return lanes(_mm512_shuffle_i32x4(raw(a), raw(a), 0x4E));
+}
+
+TETROMINO_INLINE bool any_at_least(const words& a, std::int32_t limit) {
+  return _mm512_cmpge_epi32_mask(raw(a), _mm512_set1_epi32(limit)) != 0;
+}
+TETROMINO_INLINE bool all(const flags& a) { return static_cast<__mmask16>(a.r[0]) == 0xFFFF; }
+/// Bit i is set where lane i is zero.
+TETROMINO_INLINE std::uint32_t zero_lanes(const words& a) { return _mm512_testn_epi32_mask(raw(a), raw(a)); }
+
+/// Four rows of four lanes in each quarter, joined by `op`: lane i of quarter q is the join of quarter q of the i-th.
+template <class Op>
+TETROMINO_INLINE __m512i join_quarters(const Op& op, __m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = op(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = op(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  return op(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+/// Halves joined: the low half from a, the high half from b.
+template <class Op>
+TETROMINO_INLINE __m512i join_halves(const Op& op, __m512i a, __m512i b) {
+  return op(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xEE));
+}
+/// Quarters joined within each half: quarters 0 and 2 from a, 1 and 3 from b.
+template <class Op>
+TETROMINO_INLINE __m512i join_alternating(const Op& op, __m512i a, __m512i b) {
+  const __m512i low = _mm512_mask_permutex_epi64(a, 0xCC, b, 0x44);  // a0 b0 a2 b2
+  return op(low, _mm512_mask_permutex_epi64(b, 0x33, a, 0xEE));      // a1 b1 a3 b3
+}
+/// Lane b is the join of all lanes of get(b), at distances 8, 4, 2, 1.
+template <class Op, class Get>
+TETROMINO_INLINE __m512i join_each(const Op& op, const Get& get) {
+  const auto fourth = [&](std::size_t j) TETROMINO_INLINE_LAMBDA {
+    return join_alternating(op, join_halves(op, get(j), get(j + 8)), join_halves(op, get(j + 4), get(j + 12)));
+  };
+  return join_quarters(op, fourth(0), fourth(1), fourth(2), fourth(3));
+}
+
+/// Lane b is the sum of all lanes of get(b), by halves.
+template <class Get>
+TETROMINO_INLINE floats sum_each(const Get& get) {
+  const auto add = [](__m512i a, __m512i b) TETROMINO_INLINE_LAMBDA {
+    return _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b)));
+  };
+  const auto bits = [&](std::size_t b) TETROMINO_INLINE_LAMBDA { return _mm512_castps_si512(raw(get(b))); };
+  return lanes(_mm512_castsi512_ps(join_each(add, bits)));
+}
+
+/// The largest magnitude, as bits of a float, of each of 16 consecutive blocks.
+template <std::size_t Block>
+TETROMINO_INLINE words block_amax(const float* x) {
+  const auto largest = [](__m512i a, __m512i b) TETROMINO_INLINE_LAMBDA { return _mm512_max_epi32(a, b); };
+  const __m512i sign_out = _mm512_set1_epi32(0x7FFFFFFF);
+  return lanes(join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
+    const __m512i first = _mm512_and_si512(_mm512_loadu_si512(x + b * Block), sign_out);
+    if constexpr (Block == 16) return first;
+    return _mm512_max_epi32(first, _mm512_and_si512(_mm512_loadu_si512(x + b * Block + Block / 2), sign_out));
+  }));
+}
+/// The same of 16-bit numbers, which compare as their bits do until the end.
+template <std::size_t Block, class T>
+  requires(sizeof(T) == 2)
+TETROMINO_INLINE words block_amax(const T* x) {
+  const auto largest = [](__m512i a, __m512i b) TETROMINO_INLINE_LAMBDA { return _mm512_max_epu16(a, b); };
+  const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+    return _mm512_and_si512(_mm512_loadu_si512(x + i * 32), _mm512_set1_epi32(0x7FFF7FFF));
+  };
+  __m512i pairs;  // the join of all even and of all odd elements of a block
+  if constexpr (Block == 32) {
+    pairs = join_each(largest, get);
+  } else {
+    // Each register has two blocks: 8 lanes of one, 8 of the next.
+    const auto fourth = [&](std::size_t j)
+                            TETROMINO_INLINE_LAMBDA { return join_alternating(largest, get(j), get(j + 4)); };
+    const __m512i mixed = join_quarters(largest, fourth(0), fourth(1), fourth(2), fourth(3));
+    pairs = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), mixed);
+  }
+  const __m512i one = _mm512_max_epu16(pairs, _mm512_slli_epi32(pairs, 16));  // in the upper half
+  if constexpr (std::is_same_v<T, bfloat16>) return lanes(_mm512_and_si512(one, _mm512_set1_epi32(0x7FFF0000)));
+  return lanes(_mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(one, 16)))));
+}
+
+// E2M1 ----------------------------------------------------------------------------------------------------------------
+
+TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const floats& c) {
+  return lanes(_mm512_fmadd_ps(raw(a), raw(b), raw(c)));
+}
+
+/// The codes of y, with the signs of x.
+TETROMINO_INLINE words encode_e2m1(const floats& y, const floats& x) {
+  // Added to a magnitude, they leave the code, rounded to nearest even, in the low bits of the sum: the steps of the
+  // sum are those of E2M1 in [0, 2), [2, 4) and [4, 6], and the offset makes up for the codes below.
+  const __m512 magic = _mm512_setr_ps(0x1p22f, 0x1p22f, 0x1p23f + 2, 0x1p23f + 2, 0x1p24f + 8, 0x1p24f + 8, 0x1p24f + 8,
+                                      0, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512 magnitude = _mm512_range_ps(raw(y), _mm512_set1_ps(6.0f), 0b1010);  // the lesser magnitude
+  const __m512 sum = _mm512_add_ps(magnitude, _mm512_permutexvar_ps(_mm512_cvttps_epi32(magnitude), magic));
+  const __m512i sign = _mm512_srli_epi32(_mm512_castps_si512(raw(x)), 28);
+  return lanes(_mm512_ternarylogic_epi32(_mm512_set1_epi32(7), _mm512_castps_si512(sum), sign, 0xCA));
+}
+
+/// y in [0, 6 s] on the grid of E2M1 times the power of two s.
+TETROMINO_INLINE floats snap(const floats& y, const floats& s) {
+  const __m512i exponent = _mm512_and_si512(_mm512_castps_si512(raw(y)), _mm512_set1_epi32(0x7F800000));
+  const __m512 step = _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_castps_si512(raw(s))));
+  const __m512 many = _mm512_set1_ps(0x1p22f);
+  return lanes(_mm512_fnmadd_ps(step, many, _mm512_fmadd_ps(step, many, raw(y))));
+}
+
+/// Two registers' worth of elements: x[0, 32), even ones first for bfloat16 (whose halves of a word are taken apart at
+/// no cost), else in order.
+template <class T>
+inline constexpr bool is_split = std::is_same_v<T, bfloat16>;
+struct floats_pair {
+  floats first, second;
+};
+template <class T>
+TETROMINO_INLINE floats_pair load_pair(const T* x) {
+  if constexpr (is_split<T>) {
+    const __m512i both = _mm512_loadu_si512(x);
+    return {lanes(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))),
+            lanes(_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)))))};
+  } else {
+    return {load(x), load(x + lane_count)};
+  }
+}
+
+/// Stores the codes of 64 elements that load_pair split.
+template <class T>
+TETROMINO_INLINE void store_codes(std::uint8_t* out, const words& a0, const words& a1, const words& b0,
+                                  const words& b1) {
+  __m256i packed;
+  if constexpr (is_split<T>) {
+    const __m512i a = _mm512_or_si512(raw(a0), _mm512_slli_epi32(raw(a1), 4));
+    const __m512i b = _mm512_or_si512(raw(b0), _mm512_slli_epi32(raw(b1), 4));
+    const __m512i both = _mm512_packus_epi32(a, b);
+    const __m512i bytes = _mm512_packus_epi16(both, both);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+    packed = _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, bytes));
+  } else {
+    const __m512i codes =
+        _mm512_packus_epi16(_mm512_packus_epi32(raw(a0), raw(a1)), _mm512_packus_epi32(raw(b0), raw(b1)));
+    const __m512i pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x1001));  // even + 16 odd
+    const __m512i bytes = _mm512_packus_epi16(pairs, pairs);
+    // Each quarter has two bytes of each input.
+    const __m512i order = _mm512_setr_epi32(0x00080000, 0x00180010, 0x00090001, 0x00190011, 0x000A0002, 0x001A0012,
+                                            0x000B0003, 0x001B0013, 0, 0, 0, 0, 0, 0, 0, 0);
+    packed = _mm512_castsi512_si256(_mm512_permutexvar_epi16(order, bytes));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), packed);
+}
+
+/// Turns codes into values, divided by a factor.
+class e2m1_decoder {
+ public:
+  TETROMINO_INLINE e2m1_decoder()
+      : values_(_mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f,
+                               -4.0f, -6.0f)) {}
+  TETROMINO_INLINE explicit e2m1_decoder(float factor) : e2m1_decoder() {
+    values_ = _mm512_div_ps(values_, _mm512_set1_ps(factor));
+  }
+  /// 32 codes.
+  TETROMINO_INLINE floats_pair operator()(const std::uint8_t* codes) const {
+    const __m512i all = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i nibble = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const auto half = [&](int first) TETROMINO_INLINE_LAMBDA {
+      const __m512i word =
+          _mm512_setr_epi32(first, first, first, first, first, first, first, first, first + 1, first + 1, first + 1,
+                            first + 1, first + 1, first + 1, first + 1, first + 1);
+      return lanes(_mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_permutexvar_epi32(word, all), nibble), values_));
+    };
+    return {half(0), half(2)};
+  }
+
+ private:
+  __m512 values_;
+};
+
+}  // namespace TETROMINO_ISA
+}  // namespace tetromino::detail
+
+TETROMINO_VECTOR_CODE_END
+
+#endif

@@ -1,0 +1,279 @@
+#pragma once
+
+#include "../config.hpp"  // TETROMINO_SIMD
+
+/// How 16 blocks side by side get their scales: lane b belongs to block b.
+
+#if TETROMINO_SIMD
+
+#include "../scaling.hpp"   // carry_of, macro_factor
+#include "row.hpp"          // row_rules
+#include "simd_blocks.hpp"  // floats, words, snap, sum_each
+
+#include <cstddef>  // std::size_t
+#include <cstdint>  // std::int32_t
+
+namespace tetromino::detail {
+inline namespace TETROMINO_ISA {
+
+inline constexpr std::size_t blocks_at_once = lane_count;
+
+/// The magnitudes of 16 blocks, and the weights of their squared errors where they have some.
+template <std::size_t Block, bool Weighted>
+struct block_magnitudes {
+  const float* x;
+  const float* weights;
+};
+
+// Numbers -------------------------------------------------------------------------------------------------------------
+
+TETROMINO_INLINE words clamp(const words& a, std::int32_t least, std::int32_t most) {
+  return min(max(a, broadcast(least)), broadcast(most));
+}
+/// Where a small number that is not negative is zero.
+TETROMINO_INLINE flags is_zero(const words& a) { return floats_of(a | broadcast(0x3F800000)) <= broadcast(1.0f); }
+/// The exponent field of a magnitude, kept within those whose inverse power of two is a normal float.
+TETROMINO_INLINE words exponent_field(const words& magnitude) { return clamp(shift_right<23>(magnitude), 1, 253); }
+/// 2^(127 - field) for a field in 0 ... 253; 2^-127 for 254.
+TETROMINO_INLINE floats inverse_power(const words& field) {
+  return floats_of(max(shift_left<23>(broadcast(254) - field), broadcast(0x00400000)));
+}
+
+/// The codes of v >= 0.
+TETROMINO_INLINE words encode_e4m3(const floats& v) {
+  const floats m = min(v, broadcast(448.0f));
+  const words least = bits_of(broadcast(0x1p-6f)), step = max(bits_of(m) & broadcast(0x7F800000), least);
+  const words magic = step + broadcast(20 << 23);  // three bits of mantissa survive the sum
+  return bits_of(m + floats_of(magic)) - magic + shift_right<20>(step - least);
+}
+/// The values of codes 0 ... 255.
+TETROMINO_INLINE floats decode_e4m3(const words& code) {
+  const words magnitude = shift_left<20>(code & broadcast(0x7F)), sign = shift_left<24>(code & broadcast(0x80));
+  const floats normal = floats_of(magnitude + broadcast(120 << 23));
+  const floats subnormal = floats_of(magnitude + broadcast(121 << 23)) - broadcast(0x1p-6f);
+  const floats finite = select(normal < broadcast(0x1p-6f), subnormal, normal);
+  return floats_of(select(broadcast(448.0f) < normal, broadcast(0x7FC00000), bits_of(finite)) | sign);
+}
+/// The values of codes 0 ... 255.
+TETROMINO_INLINE floats decode_e8m0(const words& code) {
+  const words value = max(shift_left<23>(code), broadcast(0x00400000));
+  return floats_of(value | shift_left<22>(shift_right<8>(code + broadcast(1))));  // 255 is NaN
+}
+
+// MX ------------------------------------------------------------------------------------------------------------------
+
+/// The scale bytes that a closed-form rule gives blocks with these largest magnitudes.
+TETROMINO_INLINE words closed_form_bytes(const words& amax, std::uint32_t carry) {
+  return max(shift_right<23>(amax + broadcast(static_cast<std::int32_t>(carry))), broadcast(2)) - broadcast(2);
+}
+/// The same after a multiplication by macro-block factors.
+TETROMINO_INLINE words closed_form_bytes(const words& amax, const floats& factor, std::uint32_t carry) {
+  const words field = exponent_field(amax);
+  const floats scaled = rounded(factor * (floats_of(amax) * inverse_power(field)));
+  const words raised = shift_right<23>(bits_of(scaled) + broadcast(static_cast<std::int32_t>(carry)));
+  return max(field + raised, broadcast(129)) - broadcast(129);
+}
+
+/// The squared errors of 16 elements, y once scaled, against the grid of E2M1 times s, which ends at `most`.
+template <std::size_t Block, bool Weighted>
+TETROMINO_INLINE floats squared_errors(const block_magnitudes<Block, Weighted>& in, std::size_t i, const floats& y,
+                                       const floats& most, const floats& s) {
+  const floats difference = y - snap(min(y, most), s);
+  const floats square = rounded(difference * difference);
+  if constexpr (Weighted) return rounded(load(in.weights + i) * square);
+  return square;
+}
+
+/// The scale bytes of min_error.
+template <std::size_t Block, bool Weighted>
+words least_error_bytes(const block_magnitudes<Block, Weighted>& in, const words& amax, const floats& factor) {
+  const words up = closed_form_bytes(amax, factor, carry_of(scale_rule::round_up));
+  const floats one = broadcast(1.0f), six = broadcast(6.0f);
+  words best = up;
+  floats least = one;
+  for (const std::int32_t step : {1, 0, -1, -2}) {  // the larger scale first: it keeps ties
+    const words byte = clamp(up + broadcast(step), 0, 254);
+    float multiplier[blocks_at_once], errors[blocks_at_once][lane_count];
+    store(multiplier, factor * inverse_power(byte));
+    for (std::size_t b = 0; b < blocks_at_once; ++b) {
+      const floats to_scale = broadcast(multiplier[b]);
+      floats sum = broadcast(0.0f);
+      for (std::size_t i = b * Block; i < (b + 1) * Block; i += lane_count) {
+        const floats y = rounded(load(in.x + i) * to_scale);
+        sum = sum + squared_errors(in, i, y, six, one);
+      }
+      store(errors[b], sum);
+    }
+    const words twice = byte - up + byte - up;
+    const floats total = sum_each([&](std::size_t b) TETROMINO_INLINE_LAMBDA { return load(errors[b]); }) *
+                         floats_of(shift_left<23>(twice + broadcast(127)));
+    if (step == 1) {
+      best = byte;
+      least = total;
+    } else {
+      const flags better = total < least;
+      best = select(better, byte, best);
+      least = select(better, total, least);
+    }
+  }
+  return best;
+}
+
+/// The largest of each group of `group` lanes, in all of its lanes.
+TETROMINO_INLINE words group_max(words a, std::size_t group) {
+  if (group > 1) a = max(a, exchange<1>(a));
+  if (group > 2) a = max(a, exchange<2>(a));
+  if (group > 4) a = max(a, exchange<4>(a));
+  if (group > 8) a = max(a, exchange<8>(a));
+  return a;
+}
+
+/// The macro-block bytes of mbs-static for the largest magnitudes of macro blocks.
+TETROMINO_INLINE words macro_from_amax(const words& amax) {
+  return shift_right<15>(bits_of(broadcast(6.0f) / floats_of(amax))) & broadcast(0xFF);  // infinity has no mantissa
+}
+TETROMINO_INLINE floats macro_factors(const words& byte) {
+  return floats_of(shift_left<15>(byte) | broadcast(0x3F800000));
+}
+
+/// The macro-block bytes of a search, in all lanes of a macro block of `group` blocks.
+template <std::size_t Block, bool Weighted>
+words searched_macros(const row_rules& rules, const block_magnitudes<Block, Weighted>& in, const words& amax,
+                      std::size_t group) {
+  // In units of the largest magnitude's power of two, nothing overflows and what underflows has no weight.
+  const words unit = exponent_field(group_max(amax, group));
+  alignas(64) float x[blocks_at_once * Block];
+  float to_unit[blocks_at_once];
+  store(to_unit, inverse_power(unit));
+  for (std::size_t b = 0; b < blocks_at_once; ++b) {
+    for (std::size_t i = b * Block; i < (b + 1) * Block; i += lane_count) {
+      store(x + i, load(in.x + i) * broadcast(to_unit[b]));
+    }
+  }
+
+  constexpr std::size_t candidates = lane_count;
+  const std::int32_t spacing = rules.macro == macro_rule::search ? 16 : 1;
+  std::int32_t best[blocks_at_once] = {};
+  float least[blocks_at_once] = {};
+  for (std::int32_t first = 0; first < 256; first += spacing * static_cast<std::int32_t>(candidates)) {
+    float factor[candidates], scale[candidates][blocks_at_once], most[candidates][blocks_at_once];
+    for (std::size_t c = 0; c < candidates; ++c) {
+      factor[c] = macro_factor(static_cast<std::uint8_t>(first + spacing * static_cast<std::int32_t>(c)));
+      const floats f = broadcast(factor[c]);
+      const words byte = rules.rule == scale_rule::min_error ? least_error_bytes(in, amax, f)
+                                                             : closed_form_bytes(amax, f, carry_of(rules.rule));
+      const floats s = floats_of(shift_left<23>(max(byte - unit + broadcast(127), broadcast(1))));
+      store(scale[c], s);
+      store(most[c], s * broadcast(6.0f));
+    }
+    const floats all_factors = load(factor);
+    for (std::size_t begin = 0; begin < blocks_at_once; begin += group) {
+      float errors[candidates][lane_count], totals[candidates];
+      for (std::size_t c = 0; c < candidates; ++c) {
+        const floats f = broadcast(factor[c]);
+        floats sum = broadcast(0.0f);
+        for (std::size_t b = begin; b < begin + group; ++b) {
+          const floats s = broadcast(scale[c][b]), m = broadcast(most[c][b]);
+          for (std::size_t i = b * Block; i < (b + 1) * Block; i += lane_count) {
+            const floats y = rounded(load(x + i) * f);
+            sum = sum + squared_errors(in, i, y, m, s);
+          }
+        }
+        store(errors[c], sum);
+      }
+      store(totals, sum_each([&](std::size_t c) TETROMINO_INLINE_LAMBDA { return load(errors[c]); }) /
+                        (all_factors * all_factors));
+      for (std::size_t c = 0; c < candidates; ++c) {
+        const std::int32_t m = first + spacing * static_cast<std::int32_t>(c);
+        if (m == 0 || totals[c] < least[begin]) {
+          best[begin] = m;
+          least[begin] = totals[c];
+        }
+      }
+    }
+  }
+  for (std::size_t b = 0; b < blocks_at_once; ++b) best[b] = best[b / group * group];
+  return load(best);
+}
+
+// NVFP4 ---------------------------------------------------------------------------------------------------------------
+
+/// x / divisor, correctly rounded; `inverse` is 1 / divisor.
+template <bool Quick>
+TETROMINO_INLINE floats quotient(const floats& x, const floats& divisor, [[maybe_unused]] const floats& inverse) {
+#if TETROMINO_HAS_FMA
+  if constexpr (Quick) {
+    // Two corrections by the exact remainder. After the first the quotient is within one unit in the last place, from
+    // where the second gives the correctly rounded one. (Markstein: Computation of elementary functions on the IBM RISC
+    // System/6000 processor; 1990)
+    const floats minus = floats_of(bits_of(divisor) | broadcast(INT32_MIN));
+    const floats q0 = x * inverse;
+    const floats q1 = multiply_add(multiply_add(q0, minus, x), inverse, q0);
+    return multiply_add(multiply_add(q1, minus, x), inverse, q1);
+  }
+#endif
+  return x / divisor;
+}
+/// Whether quotients of magnitudes up to amax can be had from inverses: nothing overflows, and elements so small that
+/// their remainder underflows have a quotient whose square is zero.
+TETROMINO_INLINE bool has_quick_quotients(const words& amax, const floats& divisor, const floats& inverse) {
+  return TETROMINO_HAS_FMA && all((broadcast(0x1p-25f) <= divisor) & (divisor <= broadcast(0x1p100f)) &
+                                  (floats_of(amax) * inverse <= broadcast(0x1p60f)));
+}
+
+template <bool Quick, bool Weighted>
+floats nvfp4_error_sums(const block_magnitudes<16, Weighted>& in, const float* divisors, const float* inverses) {
+  const floats one = broadcast(1.0f), six = broadcast(6.0f);
+  float errors[blocks_at_once][lane_count];
+  for (std::size_t b = 0; b < blocks_at_once; ++b) {
+    const floats y = rounded(quotient<Quick>(load(in.x + 16 * b), broadcast(divisors[b]), broadcast(inverses[b])));
+    store(errors[b], squared_errors(in, 16 * b, y, six, one));
+  }
+  return sum_each([&](std::size_t b) TETROMINO_INLINE_LAMBDA { return load(errors[b]); });
+}
+/// The errors of 16 blocks under these scales, in units of the tensor scale.
+template <bool Weighted>
+floats nvfp4_errors(const block_magnitudes<16, Weighted>& in, const words& amax, const words& code,
+                    float tensor_scale) {
+  const floats scale = decode_e4m3(code), divisor = broadcast(tensor_scale) * scale;
+  const floats inverse = broadcast(1.0f) / divisor;
+  float divisors[blocks_at_once], inverses[blocks_at_once];
+  store(divisors, divisor);
+  store(inverses, inverse);
+  return rounded(scale * scale) * (has_quick_quotients(amax, divisor, inverse)
+                                       ? nvfp4_error_sums<true>(in, divisors, inverses)
+                                       : nvfp4_error_sums<false>(in, divisors, inverses));
+}
+
+/// The scale codes of 16 blocks. `in` is for the rules that compare errors.
+template <bool Weighted>
+words nvfp4_codes(scale_rule rule, const block_magnitudes<16, Weighted>& in, const words& amax, float tensor_scale) {
+  if (tensor_scale == 0) return broadcast(0);
+  const floats a = floats_of(amax);
+  const words from_six = encode_e4m3(a / broadcast(6.0f * tensor_scale));
+  if (rule == scale_rule::amax) return from_six;
+  const flags none = is_zero(from_six);
+  const words for_six = max(from_six, broadcast(1));  // without a scale, nothing is compared
+  if (rule == scale_rule::four_over_six) {
+    const words from_four = encode_e4m3(a / broadcast(4.0f * tensor_scale));
+    const flags better = nvfp4_errors(in, amax, max(from_four, broadcast(1)), tensor_scale) <
+                         nvfp4_errors(in, amax, for_six, tensor_scale);
+    return select(better | none, from_four, from_six);
+  }
+  words best = broadcast(0);
+  floats least = broadcast(0.0f);
+  for (std::int32_t step = -8; step <= 8; ++step) {
+    const words wanted = from_six + broadcast(step), code = clamp(wanted, 1, e4m3::max_finite_bits);
+    const floats error = nvfp4_errors(in, amax, code, tensor_scale);
+    const flags exists = is_zero(max(wanted - code, code - wanted));
+    const flags better = exists & (is_zero(best) | (error <= least));  // the larger scale wins ties
+    best = select(better, code, best);
+    least = select(better, error, least);
+  }
+  return select(none, broadcast(0), best);
+}
+
+}  // namespace TETROMINO_ISA
+}  // namespace tetromino::detail
+
+#endif
