@@ -137,7 +137,7 @@ class trace_builder {
 
   // For messages: short, and without characters that would act on a terminal.
   [[nodiscard]] static std::string shown(const std::string& name) {
-    std::string out = "\"" + name.substr(0, 60) + (name.size() > 60 ? "…\"" : "\"");
+    std::string out = text('"', name.substr(0, 60), name.size() > 60 ? "…" : "", '"');
     for (char& c : out) {
       if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) c = '?';
     }

@@ -1,0 +1,185 @@
+#include "check.hpp"
+
+#include <tetromino/moe/migrate.hpp>
+#include <tetromino/moe/place.hpp>
+
+#include "reference/generators.hpp"
+
+#include <cmath>   // std::nan
+#include <map>     // std::map
+#include <set>     // std::set
+#include <vector>  // std::vector
+
+namespace {
+
+using namespace tetromino::moe;
+using reference::generator;
+using tetromino::errc;
+
+template <class T>
+errc code_of(const tetromino::result<T>& r) {
+  REQUIRE_FALSE(r.has_value());
+  return r.error().code();
+}
+
+std::multiset<std::int32_t> contents(const placement& p, std::size_t layer, std::size_t first, std::size_t count) {
+  const auto row = p.layer(layer).subspan(first, count);
+  return {row.begin(), row.end()};
+}
+
+std::vector<double> random_loads(generator& g, std::size_t count) {
+  std::vector<double> out(count);
+  for (double& x : out) x = g.uniform() * g.uniform();
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("nothing moves when nothing changes") {
+  const topology t = topology::uniform(2, 2, 2);
+  const placement p = contiguous(3, 8, t);
+  const migration m = migrate(p, p, t, 100);
+  CHECK(m.moves == 0);
+  CHECK(m.layers.empty());
+  CHECK(m.seconds == 0);
+  // a change of slot on the same GPU moves no weights either
+  placement q = p;
+  std::swap(q.layer(1)[0], q.layer(1)[1]);
+  CHECK(migrate(p, q, t, 100).moves == 0);
+}
+
+TEST_CASE("an exchange between two GPUs is one round") {
+  const topology t = topology::uniform(2, 1, 1, {.inside = {100, 1}, .between = {10, 2}});
+  const migration m = migrate(placement::make(1, 2, 2, {0, 1}), placement::make(1, 2, 2, {1, 0}), t, 50);
+  CHECK(m.moves == 2);
+  REQUIRE(m.layers.size() == 1);
+  REQUIRE(m.layers[0].rounds.size() == 1);
+  CHECK(m.layers[0].buffers_per_gpu == 1);
+  CHECK(m.layers[0].rounds[0].moves[0] == expert_move{1, 1, 0, 0});
+  CHECK(m.bytes_between_nodes == 100);
+  CHECK(m.bytes_inside_nodes == 0);
+  CHECK(m.seconds == Approx(2 + 5));
+}
+
+TEST_CASE("a copy on the same node is preferred, then the GPU that sends least") {
+  const topology t = topology::uniform(2, 2, 1);
+  // expert 0 on GPUs 0 and 2; GPU 3 wants it
+  const migration near = migrate(placement::make(1, 2, 4, {0, 1, 0, 1}), placement::make(1, 2, 4, {0, 1, 1, 0}), t, 1);
+  for (const expert_move& m : near.layers[0].rounds[0].moves) CHECK(m.from_gpu >= 2);
+  CHECK(near.bytes_between_nodes == 0);
+  // both copies elsewhere: each sends once
+  const topology wide = topology::uniform(2, 2, 2);
+  const migration even = migrate(placement::make(1, 3, 8, {0, -1, 0, -1, 1, -1, 2, -1}),
+                                 placement::make(1, 3, 8, {0, -1, 0, -1, 1, 0, 2, 0}), wide, 1);
+  REQUIRE(even.moves == 2);
+  CHECK(even.layers[0].rounds.size() == 1);
+}
+
+TEST_CASE("playing back any migration turns one placement into the other") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 600; ++i) {
+    std::vector<std::size_t> gpus(1 + g.below(4)), slots;
+    for (auto& n : gpus) n = 1 + g.below(4);
+    for (const std::size_t n : gpus) {
+      for (std::size_t j = 0; j < n; ++j) slots.push_back(1 + g.below(4));
+    }
+    const topology t = topology::make(gpus, slots);
+    const std::size_t layers = 1 + g.below(3), experts = 1 + g.below(t.slots());
+    CAPTURE(i, t.nodes(), t.gpus(), t.slots(), experts);
+    const placement from = balanced({layers, experts, random_loads(g, layers * experts)}, t);
+    const placement to = balanced({layers, experts, random_loads(g, layers * experts)}, t);
+    const migration plan = migrate(from, to, t, 8);
+
+    placement now = from;
+    std::size_t moves = 0;
+    double bytes = 0;
+    for (const layer_migration& layer : plan.layers) {
+      std::map<std::uint32_t, std::int32_t> buffered;  // slot → expert
+      std::map<std::size_t, std::size_t> ends, buffers;
+      for (const migration_round& round : layer.rounds) {
+        REQUIRE_FALSE(round.moves.empty());
+        std::map<std::size_t, std::set<std::size_t>> peers;
+        std::map<std::size_t, int> sends, receives;
+        for (const expert_move& m : round.moves) {
+          ++moves;
+          bytes += 8;
+          REQUIRE(m.from_gpu != m.to_gpu);
+          REQUIRE(++sends[m.from_gpu] == 1);
+          REQUIRE(++receives[m.to_gpu] == 1);
+          peers[m.from_gpu].insert(m.to_gpu);
+          peers[m.to_gpu].insert(m.from_gpu);
+          ++ends[m.from_gpu];
+          ++ends[m.to_gpu];
+          ++buffers[m.to_gpu];
+          // the sender holds it in the placement in use
+          REQUIRE(contents(from, layer.layer, t.first_slot(m.from_gpu), t.slots_on_gpu(m.from_gpu))
+                      .count(static_cast<std::int32_t>(m.expert)) > 0);
+          REQUIRE(t.gpu_of_slot(m.to_slot) == m.to_gpu);
+          buffered[m.to_slot] = static_cast<std::int32_t>(m.expert);
+        }
+        for (const auto& [gpu, others] : peers) REQUIRE(others.size() == 1);
+      }
+      std::size_t busiest = 0, most_buffers = 0;
+      for (const auto& [gpu, n] : ends) busiest = std::max(busiest, n);
+      for (const auto& [gpu, n] : buffers) most_buffers = std::max(most_buffers, n);
+      REQUIRE(layer.rounds.size() < 2 * busiest);
+      REQUIRE(layer.buffers_per_gpu == most_buffers);
+      // the switch: what arrived is in place, the rest was on the GPU before
+      for (std::size_t s = 0; s < t.slots(); ++s) {
+        const std::int32_t e = to.layer(layer.layer)[s];
+        const auto found = buffered.find(static_cast<std::uint32_t>(s));
+        if (found != buffered.end()) {
+          REQUIRE(found->second == e);
+        } else if (e != empty_slot) {
+          const std::size_t gpu = t.gpu_of_slot(s);
+          REQUIRE(contents(from, layer.layer, t.first_slot(gpu), t.slots_on_gpu(gpu)).count(e) > 0);
+        }
+        now.layer(layer.layer)[s] = e;
+      }
+    }
+    for (std::size_t l = 0; l < layers; ++l) {
+      for (std::size_t gpu = 0; gpu < t.gpus(); ++gpu) {
+        REQUIRE(contents(now, l, t.first_slot(gpu), t.slots_on_gpu(gpu)) ==
+                contents(to, l, t.first_slot(gpu), t.slots_on_gpu(gpu)));
+      }
+    }
+    REQUIRE(plan.moves == moves);
+    REQUIRE(plan.bytes_between_nodes + plan.bytes_inside_nodes == bytes);
+
+    placement aligned = to;
+    align(aligned, from, t);
+    REQUIRE(try_validate(aligned, t).has_value());
+    REQUIRE(migrate(from, aligned, t, 8).moves <= moves);
+    for (std::size_t l = 0; l < layers; ++l) {
+      for (std::size_t n = 0; n < t.nodes(); ++n) {
+        REQUIRE(contents(aligned, l, t.first_slot_of_node(n), t.slots_on_node(n)) ==
+                contents(to, l, t.first_slot_of_node(n), t.slots_on_node(n)));
+      }
+    }
+  }
+}
+
+TEST_CASE("align undoes what is only a renaming") {
+  generator g(tetromino_test::seed());
+  const topology t = topology::uniform(2, 4, 3);
+  const placement p = contiguous(1, 24, t);
+  placement renamed = p;
+  // GPUs 0 and 1 exchanged, then slots of GPU 2 turned round
+  for (std::size_t s = 0; s < 3; ++s) std::swap(renamed.layer(0)[s], renamed.layer(0)[3 + s]);
+  std::swap(renamed.layer(0)[6], renamed.layer(0)[8]);
+  CHECK(migrate(p, renamed, t, 1).moves == 6);
+  align(renamed, p, t);
+  CHECK(renamed == p);
+  CHECK_THROWS_AS(align(renamed, contiguous(2, 24, t), t), tetromino_test::precondition_failed);
+}
+
+TEST_CASE("placements that do not belong together are errors") {
+  const topology t = topology::uniform(2, 2, 2);
+  const placement p = contiguous(1, 8, t);
+  CHECK(code_of(try_migrate(p, contiguous(2, 8, t), t, 1)) == errc::shape_mismatch);
+  CHECK(code_of(try_migrate(p, contiguous(1, 7, t), t, 1)) == errc::shape_mismatch);
+  CHECK(code_of(try_migrate(p, placement(1, 8, 8), t, 1)) == errc::invalid_argument);
+  CHECK(code_of(try_migrate(p, p, topology::uniform(2, 2, 3), 1)) == errc::shape_mismatch);
+  CHECK(code_of(try_migrate(p, p, t, -1)) == errc::invalid_argument);
+  CHECK(code_of(try_migrate(p, p, t, std::nan(""))) == errc::invalid_argument);
+}

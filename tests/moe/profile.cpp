@@ -1,0 +1,205 @@
+#include "check.hpp"
+
+#include <tetromino/moe/profile.hpp>
+#include <tetromino/moe/trace_io.hpp>
+
+#include "reference/generators.hpp"
+
+#include <cmath>    // std::nan, std::sqrt
+#include <cstdlib>  // std::malloc, std::free
+#include <new>      // operator new
+#include <vector>   // std::vector
+
+namespace {
+
+std::size_t allocations = 0;
+
+}  // namespace
+
+// counts every allocation of this program; kept out of line, or g++ takes malloc and delete for a mismatch
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  ++allocations;
+  if (void* p = std::malloc(bytes > 0 ? bytes : 1)) return p;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  ++allocations;
+  return std::malloc(bytes > 0 ? bytes : 1);
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+
+namespace {
+
+using namespace tetromino::moe;
+using tetromino::errc;
+using tetromino_test::contains;
+using tetromino_test::data_file;
+
+template <class T>
+errc code_of(const tetromino::result<T>& r) {
+  REQUIRE_FALSE(r.has_value());
+  return r.error().code();
+}
+
+profile everything(const trace& t) {
+  return profile::make({t.shape(), t.domain_names().size(), t.requests().size(), true, true});
+}
+
+}  // namespace
+
+TEST_CASE("a token is counted everywhere it belongs") {
+  profile p = profile::make({{2, 4, 2}, 2, 3, true, true});
+  const std::vector<std::uint16_t> ids = {0, 2, 3, 1};
+  p.add(ids, {phase::decode, 1, 2});
+  p.add(ids, {phase::prefill, 0, 2});
+  p.add(std::vector<std::uint16_t>{0, 1, 3, 0}, {phase::decode, 1, 0});
+  CHECK(p.tokens() == 3);
+  CHECK(p.tokens(phase::prefill) == 1);
+  const auto decode = p.loads(phase::decode);
+  CHECK(std::vector<double>(decode.values.begin(), decode.values.end()) == std::vector<double>{2, 1, 1, 0, 1, 1, 0, 2});
+  CHECK(p.total_loads() == std::vector<double>{3, 1, 2, 0, 1, 2, 0, 3});
+  CHECK(p.domain_loads(0, phase::prefill).layer(1)[3] == 1);
+  CHECK(p.domain_loads(0, phase::decode).layer(1)[3] == 0);
+  CHECK(p.signature(2, phase::decode)[2] == 1);
+  CHECK(p.signature(0, phase::decode)[2] == 0);
+  CHECK(p.co_activation(0, 0, 2) == 2);
+  CHECK(p.co_activation(0, 2, 0) == 2);
+  CHECK(p.co_activation(0, 1, 2) == 0);
+  CHECK(p.co_activation(1, 3, 3) == 0);
+  CHECK(p.transitions(0, 0)[3] == 3);
+  CHECK(p.transitions(0, 2)[1] == 2);
+  CHECK(p.transitions(0, 3)[1] == 0);
+  CHECK_THROWS_AS(p.loads(phase::all), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(p.transitions(1, 0), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(p.signature(3, phase::decode), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(p.domain_loads(2, phase::decode), tetromino_test::precondition_failed);
+}
+
+TEST_CASE("adding, merging and decaying allocate nothing, and memory is what the page says") {
+  const trace t = read_trace(data_file("routing-16x2.safetensors"));
+  profile p = everything(t), q = everything(t);
+  const std::size_t before = allocations;
+  p.add(t.view());
+  q.add(t.view().token(0), {phase::decode, 3, 7});
+  p.merge(q);
+  p.decay(0.5);
+  CHECK(allocations == before);
+  const std::size_t cells = 4 * 16;
+  CHECK(p.memory_bytes() == 16 * cells + 4 * 16 * cells + 240 * 8 * cells + 4 * cells * 15 + 8 * (cells - 16) * 16);
+}
+
+TEST_CASE("profiles of parts merge to the profile of the whole") {
+  const trace t = read_trace(data_file("routing-16x2.safetensors"));
+  profile whole = everything(t), parts = everything(t), other = everything(t);
+  whole.add(t.view());
+  parts.add(t.view().with(t.requests().first(100)));
+  other.add(t.view().with(t.requests().subspan(100)), 100);
+  parts.merge(other);
+  CHECK(parts.total_loads() == whole.total_loads());
+  CHECK(parts.tokens() == whole.tokens());
+  for (std::size_t l = 0; l + 1 < 4; ++l) {
+    for (std::size_t e = 0; e < 16; ++e) {
+      const auto a = parts.transitions(l, e), b = whole.transitions(l, e);
+      REQUIRE(std::vector<double>(a.begin(), a.end()) == std::vector<double>(b.begin(), b.end()));
+      for (std::size_t f = 0; f < 16; ++f) REQUIRE(parts.co_activation(l, e, f) == whole.co_activation(l, e, f));
+    }
+  }
+  for (std::size_t r = 0; r < 240; ++r) {
+    const auto a = parts.signature(r, phase::decode), b = whole.signature(r, phase::decode);
+    REQUIRE(std::vector<float>(a.begin(), a.end()) == std::vector<float>(b.begin(), b.end()));
+  }
+  parts.decay(0.25);
+  CHECK(parts.tokens() == whole.tokens() / 4);
+  CHECK(parts.loads(phase::decode).values[5] == whole.loads(phase::decode).values[5] / 4);
+}
+
+TEST_CASE("the three findings on the bundled routing") {
+  const trace t = read_trace(data_file("routing-128x8.safetensors"));
+  profile p = everything(t);
+  p.add(t.view());
+  const phase_similarity s = prefill_decode_similarity(p);
+  CHECK(s.requests == 480);
+  CHECK(s.same_request == Approx(0.85).margin(0.005));
+  CHECK(s.across_requests == Approx(0.44).margin(0.005));
+  const load_imbalance i = imbalance(p.loads(phase::decode));
+  CHECK(i.mean > 2);
+  CHECK(i.worst >= i.mean);
+  const std::vector<double> d = domain_divergence(p);
+  REQUIRE(d.size() == 16);
+  for (std::size_t a = 0; a < 4; ++a) {
+    CHECK(d[a * 4 + a] == 0);
+    for (std::size_t b = 0; b < a; ++b) {
+      CHECK(d[a * 4 + b] == d[b * 4 + a]);
+      CHECK(d[a * 4 + b] > 0.1);  // bits: domains use different experts
+    }
+  }
+  // the same requests cut in two at random differ far less
+  std::vector<double> odd(8 * 128), even(8 * 128);
+  for (std::size_t r = 0; r < 480; ++r) {
+    for (std::size_t c = 0; c < odd.size(); ++c) (r % 2 == 1 ? odd : even)[c] += p.signature(r, phase::decode)[c];
+  }
+  CHECK(divergence({8, 128, odd}, {8, 128, even}) < 0.02);
+}
+
+TEST_CASE("findings at their extremes") {
+  CHECK(imbalance({1, 4, std::vector<double>{1, 1, 1, 1}}).mean == 1);
+  CHECK(imbalance({2, 4, std::vector<double>{1, 1, 1, 1, 4, 0, 0, 0}}).worst == 4);
+  CHECK(imbalance({2, 4, std::vector<double>{1, 1, 1, 1, 4, 0, 0, 0}}).worst_layer == 1);
+  CHECK(imbalance({1, 4, std::vector<double>(4)}).mean == 1);
+  const std::vector<double> left = {1, 0}, right = {0, 3}, none = {0, 0};
+  CHECK(divergence({1, 2, left}, {1, 2, left}) == 0);
+  CHECK(divergence({1, 2, left}, {1, 2, right}) == Approx(1));
+  CHECK(divergence({1, 2, left}, {1, 2, none}) == 0);
+  CHECK(code_of(try_divergence({1, 2, left}, {2, 1, left})) == errc::shape_mismatch);
+  CHECK(code_of(try_imbalance({1, 2, std::vector<double>{1, std::nan("")}})) == errc::non_finite);
+  // no request, one request
+  profile p = profile::make({{1, 2, 1}, 0, 1, false, false});
+  CHECK(prefill_decode_similarity(p).requests == 0);
+  p.add(std::vector<std::uint16_t>{0}, {phase::prefill, 0, 0});
+  CHECK(prefill_decode_similarity(p).requests == 0);
+  p.add(std::vector<std::uint16_t>{0}, {phase::decode, 0, 0});
+  CHECK(prefill_decode_similarity(p).same_request == Approx(1));
+  CHECK(prefill_decode_similarity(p).across_requests == 0);
+}
+
+TEST_CASE("similarity across requests is the mean over ordered pairs") {
+  const trace t = read_trace(data_file("routing-16x2.safetensors"));
+  profile p = profile::make({t.shape(), 0, 30, false, false});
+  p.add(t.view().with(t.requests().first(30)));
+  double sum = 0;
+  for (std::size_t a = 0; a < 30; ++a) {
+    for (std::size_t b = 0; b < 30; ++b) {
+      if (a == b) continue;
+      const auto x = p.signature(a, phase::prefill), y = p.signature(b, phase::decode);
+      double xx = 0, yy = 0, xy = 0;
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        xx += double{x[i]} * x[i];
+        yy += double{y[i]} * y[i];
+        xy += double{x[i]} * y[i];
+      }
+      sum += xy / std::sqrt(xx * yy);
+    }
+  }
+  CHECK(prefill_decode_similarity(p).across_requests == Approx(sum / (30 * 29)));
+}
+
+TEST_CASE("what does not fit a profile is an error and adds nothing") {
+  CHECK(code_of(profile::try_make({{0, 4, 2}, 0, 0, false, false})) == errc::invalid_argument);
+  CHECK(code_of(profile::try_make({{1, 4, 5}, 0, 0, false, false})) == errc::invalid_argument);
+  CHECK(code_of(profile::try_make({{1, 70'000, 5}, 0, 0, false, false})) == errc::invalid_argument);
+  profile p = profile::make({{1, 4, 2}, 2, 2, false, false});
+  const std::vector<std::uint16_t> good = {0, 1};
+  CHECK_THROWS_WITH(p.add(std::vector<std::uint16_t>{0, 4}, {}), contains("expected expert ids below 4, got 4"));
+  CHECK_THROWS_WITH(p.add(std::vector<std::uint16_t>{0}, {}), contains("expected 1 × 2 ids for a token, got 1"));
+  CHECK_THROWS_WITH(p.add(good, {phase::decode, 2, 0}), contains("domain number below 2"));
+  CHECK_THROWS_WITH(p.add(good, {phase::decode, 0, 2}), contains("request number below 2"));
+  CHECK_THROWS_WITH(p.add(good, {phase::all, 0, 0}), contains("phase::all"));
+  CHECK_THROWS_WITH(p.merge(profile::make({{1, 4, 2}, 1, 2, false, false})), contains("1 domains"));
+  for (const double bad : {-0.1, 1.1, std::nan("")}) CHECK_FALSE(p.try_decay(bad).has_value());
+  const trace t = trace::make({1, 4, 2}, {0, 1, 0, 1}, {{0, 1, 0, 0}, {1, 1, 0, 5}});
+  CHECK_FALSE(p.try_add(t.view()).has_value());
+  CHECK_FALSE(p.try_add(t.view(), 1).has_value());
+  CHECK(p.tokens() == 0);
+  CHECK(code_of(profile::make({{2, 4, 2}, 0, 0, false, false}).try_add(t.view())) == errc::shape_mismatch);
+}
