@@ -68,7 +68,7 @@ function(tetromino_packages_of file out)
   set(${out} "${packages}" PARENT_SCOPE)
 endfunction()
 
-# Sets `targets` to what `file` must be linked with and `missing` to the packages among them that were not found.
+# Sets `targets` to what `file` must be linked with and `missing` to the packages, if any, that were not found.
 function(tetromino_needs file targets missing)
   tetromino_packages_of(${file} packages)
   set(found "")
@@ -80,6 +80,7 @@ function(tetromino_needs file targets missing)
       list(APPEND absent ${package})
     endif()
   endforeach()
+  list(JOIN absent ", " absent)
   set(${targets} "${found}" PARENT_SCOPE)
   set(${missing} "${absent}" PARENT_SCOPE)
 endfunction()
