@@ -112,11 +112,12 @@ class bin_packer {
     for (std::size_t b = 1; b < bins_; ++b) {
       if (load_[b] > load_[heavy]) heavy = b;
     }
-    // gains below rounding noise could go back and forth
-    double best_load = load_[heavy] - 1e-9 * load_[heavy];
+    // smaller gains are not worth their time, and below rounding noise they could go back and forth
+    double best_load = load_[heavy] - 1e-4 * load_[heavy];
     std::size_t other_bin = bins_, mine = 0, theirs = 0;
     for (std::size_t b = 0; b < bins_; ++b) {
-      if (b == heavy || !(load_[b] < best_load)) continue;
+      // at best, both end up in the middle
+      if (b == heavy || !((load_[heavy] + load_[b]) / 2 < best_load)) continue;
       const std::size_t candidates = held_[b] + (held_[b] < room(b) ? 1 : 0);
       for (std::size_t s = begin(heavy), end = s + held_[heavy]; s < end; ++s) {
         const pack_item& out = items_[item_of_slot_[s]];

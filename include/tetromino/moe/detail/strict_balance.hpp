@@ -102,7 +102,7 @@ inline void level_nodes(const topology& t, std::vector<double>& gpu_load, std::s
     for (std::size_t m = 1; m < t.nodes(); ++m) {
       if (node_load[m] > node_load[heavy]) heavy = m;
     }
-    double best_load = node_load[heavy] - 1e-9 * node_load[heavy];
+    double best_load = node_load[heavy] - 1e-4 * node_load[heavy];
     std::size_t mine = t.gpus(), theirs = t.gpus();
     for (std::size_t a = t.first_gpu(heavy); a < t.first_gpu(heavy) + t.gpus_on_node(heavy); ++a) {
       for (std::size_t b = 0; b < t.gpus(); ++b) {
