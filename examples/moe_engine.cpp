@@ -1,0 +1,554 @@
+/// An expert-parallel language model: evaluates documents on one rank or many, in float or 4 bits.
+///   moe_engine MODEL.safetensors HELDOUT.safetensors --weights mxfp4-16/oas/mbs-search --activations mxfp4-16/oas
+///   moe_engine MODEL.safetensors HELDOUT.safetensors --compare
+///   mpirun -n 4 moe_engine MODEL.safetensors HELDOUT.safetensors --nodes 2 --placement local
+/// Each rank runs attention for its own documents and holds its own experts. In each layer the router chooses experts,
+/// a replica_chooser their copies, a dispatcher carries the rows there and the answers back.
+
+#include "moe_model.hpp"
+#include "mpi_session.hpp"
+#include "ui.hpp"
+
+#include <tetromino/comm/dispatcher.hpp>
+#include <tetromino/comm/mpi.hpp>
+#include <tetromino/dequantize.hpp>
+#include <tetromino/metrics.hpp>
+#include <tetromino/moe/cost.hpp>
+#include <tetromino/moe/place.hpp>
+
+#include <CLI/CLI.hpp>
+
+#include <chrono>
+#include <fstream>
+#include <numeric>
+#include <sstream>
+
+namespace {
+
+namespace io = tetromino::io;
+namespace moe = tetromino::moe;
+using tetromino::errc;
+using tetromino::error;
+
+struct settings {
+  std::string model, text;
+  std::string weights = "float32", activations = "float32";
+  std::string placement = "contiguous";
+  std::string route = "per-node";
+  std::string losses;
+  std::size_t nodes = 1, replicas = 0, documents = 0, prefill = 64, batch = 2048;
+  bool compare = false;
+};
+
+/// The whole run's setting, the same on every rank.
+struct workplace {
+  const settings& options;
+  const mpi::session& mpi;
+  const io::safetensors_file& model_file;
+  const moe_lm::shape& size;
+  const moe_lm::documents& text;
+  const std::vector<std::size_t>& chosen;  // which documents are evaluated
+  const moe::topology& cluster;
+
+  [[nodiscard]] std::size_t rank() const { return mpi.rank(); }
+  /// Documents to ranks in turn, as engines do.
+  [[nodiscard]] std::vector<std::uint32_t> in_turn() const {
+    std::vector<std::uint32_t> source(chosen.size());
+    for (std::size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::uint32_t>(i % mpi.ranks());
+    return source;
+  }
+  [[nodiscard]] std::span<const std::uint32_t> tokens_of(std::size_t i, std::size_t at_most) const {
+    const auto all = text.tokens_of(chosen[i]);
+    return all.first(std::min(all.size(), at_most));
+  }
+};
+
+/// Bytes over each kind of link.
+struct traffic {
+  std::uint64_t between_nodes = 0, inside_nodes = 0;
+};
+
+/// What MPI has been handed for other ranks since the last call.
+traffic carried(const workplace& w) {
+  std::array<std::uint64_t, 2> bytes{};
+  for (std::size_t r = 0; r < w.mpi.ranks(); ++r) {
+    if (r == w.rank()) continue;
+    bytes[w.cluster.node_of_gpu(r) == w.cluster.node_of_gpu(w.rank())] += mpi::carried_to()[r];
+  }
+  mpi::carried_to().assign(w.mpi.ranks(), 0);
+  w.mpi.add_up(bytes);
+  return {bytes[0], bytes[1]};
+}
+
+/// What came of running documents.
+struct outcome {
+  std::vector<double> losses;  // −log p of each chosen document, on all ranks
+  double seconds = 0;
+  std::uint64_t tokens = 0;
+  std::vector<std::size_t> mine;    // the documents of this rank, in the order in which they ran
+  std::vector<std::uint16_t> ids;   // [tokens of mine, layers, top_k]: the experts that the router chose
+  std::vector<moe::request> spans;  // of mine, in `ids`
+  traffic measured;
+};
+
+moe::routing_shape routing_of(const moe_lm::shape& s) { return {s.layers, s.experts, s.top_k}; }
+
+tetromino::comm::dispatch_route route_of(const std::string& name) {
+  using enum tetromino::comm::dispatch_route;
+  return name == "per-node" ? per_node : name == "per-rank" ? per_rank : per_expert;
+}
+
+/// Experts where a placement puts them, and everything that runs documents through them.
+class engine {
+ public:
+  engine(const workplace& w, const moe_lm::model& m, const moe::placement& p)
+      : w_(w),
+        model_(m),
+        placement_(p),
+        index_(p),
+        chooser_(p, w.cluster, moe::replica_choice::nearest),
+        exchange_(MPI_COMM_WORLD),
+        dispatcher_(exchange_, w.cluster, m.size.top_k, route_of(w.options.route)),
+        evaluator_(m) {
+    const std::size_t first = w.cluster.first_slot(w.rank()), slots = w.cluster.slots_on_gpu(w.rank());
+    for (std::size_t l = 0; l < m.size.layers; ++l) {
+      held_.push_back(p.layer(l).subspan(first, slots));
+      experts_.emplace_back(w.model_file, m.size, m.rounding, l, held_.back());
+      replicated_.push_back(false);
+      for (std::size_t e = 0; e < m.size.experts; ++e) {
+        if (index_.slots_of(l, e).size() > 1) replicated_.back() = true;
+      }
+    }
+  }
+
+  /// Evaluates the chosen documents, at most `at_most` tokens of each, where source_of_document says.
+  outcome run(std::span<const std::uint32_t> source_of_document, std::size_t at_most, const char* label) {
+    outcome out;
+    out.losses.assign(w_.chosen.size(), 0.0);
+    const auto batches = my_batches(source_of_document, at_most, out);
+    std::uint64_t longest = 0;
+    for (const auto& b : batches) longest = std::max<std::uint64_t>(longest, b.size());
+    documents_per_rank_ = static_cast<std::uint32_t>(w_.mpi.largest(longest));
+    const std::uint64_t steps = w_.mpi.largest(batches.size());
+    static_cast<void>(carried(w_));
+    w_.mpi.wait_for_all();
+    const auto start = std::chrono::steady_clock::now();
+    {
+      std::optional<ui::progress> progress;
+      if (w_.mpi.is_first()) progress.emplace(label, steps);
+      for (std::uint64_t i = 0; i < steps; ++i) {
+        step(i < batches.size() ? batches[i] : std::vector<std::size_t>{}, at_most, out);
+        if (progress) progress->add(1);
+      }
+    }
+    w_.mpi.wait_for_all();
+    out.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    w_.mpi.add_up(out.losses);
+    for (std::size_t i = 0; i < w_.chosen.size(); ++i) out.tokens += w_.tokens_of(i, at_most).size();
+    out.measured = carried(w_);
+    return out;
+  }
+
+ private:
+  /// This rank's documents in batches of about `batch` tokens.
+  [[nodiscard]] std::vector<std::vector<std::size_t>> my_batches(std::span<const std::uint32_t> source,
+                                                                 std::size_t at_most, outcome& out) const {
+    std::vector<std::vector<std::size_t>> batches;
+    std::size_t tokens = 0;
+    for (std::size_t i = 0; i < w_.chosen.size(); ++i) {
+      if (source[i] != w_.rank()) continue;
+      out.mine.push_back(i);
+      const std::size_t size = w_.tokens_of(i, at_most).size();
+      if (batches.empty() || tokens + size > w_.options.batch) {
+        batches.emplace_back();
+        tokens = 0;
+      }
+      batches.back().push_back(i);
+      tokens += size;
+    }
+    return batches;
+  }
+
+  void step(const std::vector<std::size_t>& batch, std::size_t at_most, outcome& out) {
+    std::vector<std::span<const std::uint32_t>> tokens;
+    std::vector<double> losses(batch.size());
+    tags_.clear();
+    const std::size_t ids_per_token = routing_of(model_.size).ids_per_token(), base = out.ids.size();
+    for (std::size_t d = 0; d < batch.size(); ++d) {
+      tokens.push_back(w_.tokens_of(batch[d], at_most));
+      out.spans.push_back(
+          {out.ids.size() / ids_per_token + tags_.size(), static_cast<std::uint32_t>(tokens.back().size()), 0, 0});
+      tags_.insert(tags_.end(), tokens.back().size(),
+                   static_cast<std::uint32_t>(w_.rank()) * documents_per_rank_ + static_cast<std::uint32_t>(d));
+    }
+    out.ids.resize(base + tags_.size() * ids_per_token);
+    evaluator_(
+        tokens,
+        [&](std::size_t layer, std::span<const float> x, std::span<const std::uint16_t> ids,
+            std::span<const float> weights, std::span<float> y) {
+          const std::size_t k = model_.size.top_k;
+          for (std::size_t t = 0; t < tags_.size(); ++t) {
+            std::copy_n(ids.data() + t * k, k, out.ids.data() + base + (t * model_.size.layers + layer) * k);
+          }
+          run_experts(layer, x, ids, weights, y);
+        },
+        losses);
+    for (std::size_t d = 0; d < batch.size(); ++d) out.losses[batch[d]] = losses[d];
+  }
+
+  void run_experts(std::size_t layer, std::span<const float> x, std::span<const std::uint16_t> ids,
+                   std::span<const float> weights, std::span<float> y) {
+    const std::size_t k = model_.size.top_k, width = model_.size.hidden;
+    gpus_.resize(ids.size());
+    calls_.resize(ids.size());
+    for (std::size_t t = 0; t < ids.size(); t += k) {
+      chooser_.choose(layer, ids.subspan(t, k), static_cast<std::uint32_t>(w_.rank()), std::span(gpus_).subspan(t, k));
+    }
+    moe::make_calls(index_, w_.cluster, layer, ids, weights, gpus_, calls_);
+    dispatcher_.template try_dispatch<float>(calls_, x, tags_, width).value();
+
+    const moe::dispatch_plan& plan = dispatcher_.plan();
+    rows_.resize(plan.expert_rows().size() * width);
+    moe::gather_rows(plan.expert_rows(), dispatcher_.template received_rows<float>(), std::span(rows_), width);
+    // rows of one document that meet one expert share a tensor scale, on whichever copies of it
+    const std::size_t documents = documents_per_rank_ * w_.mpi.ranks();
+    groups_.resize(plan.expert_rows().size());
+    for (std::size_t s = 0; s < held_[layer].size(); ++s) {
+      for (std::size_t i = plan.expert_offsets()[s]; i < plan.expert_offsets()[s + 1]; ++i) {
+        groups_[i] = static_cast<std::uint32_t>(static_cast<std::size_t>(held_[layer][s]) * documents +
+                                                dispatcher_.received_tags()[plan.expert_rows()[i]]);
+      }
+    }
+    moe_lm::row_groups groups{groups_, model_.size.experts * documents};
+    if (replicated_[layer]) groups.agree = [&](std::span<float> amax) { w_.mpi.largest(amax); };
+    const auto answers = runner_(experts_[layer], model_.rounding, rows_, plan.expert_offsets(), groups);
+    dispatcher_.try_combine(answers, y, width).value();
+  }
+
+  const workplace& w_;
+  const moe_lm::model& model_;
+  const moe::placement& placement_;
+  moe::replica_index index_;
+  moe::replica_chooser chooser_;
+  tetromino::comm::mpi_exchange exchange_;
+  tetromino::comm::dispatcher<tetromino::comm::mpi_exchange> dispatcher_;
+  moe_lm::evaluator evaluator_;
+  moe_lm::expert_runner runner_;
+  std::vector<std::span<const std::int32_t>> held_;  // [layers][slots of this rank]
+  std::vector<moe_lm::expert_weights> experts_;      // [layers]
+  std::vector<bool> replicated_;                     // [layers]
+  std::uint32_t documents_per_rank_ = 1;
+  std::vector<std::uint32_t> tags_, gpus_, groups_;
+  std::vector<moe::expert_call> calls_;
+  std::vector<float> rows_;
+};
+
+/// What the cost model says of serving the routing that a run recorded.
+struct prediction {
+  traffic bytes;
+  double gpu_imbalance = 0, node_imbalance = 0, nodes_per_token = 0;
+};
+
+prediction predict(const workplace& w, const outcome& ran, const moe::placement& p,
+                   std::span<const std::uint32_t> source_of_document, std::size_t envelope_bytes) {
+  const std::size_t width = w.size.hidden;
+  moe::cost_options options;
+  options.tokens = moe::phase::all;
+  options.copies = w.options.route == "per-node" ? moe::dispatch_copies::per_node : moe::dispatch_copies::per_expert;
+  options.sources = moe::source_kind::gpu;
+  options.hidden = width;
+  options.dispatch_bytes_per_value = 4.0 + static_cast<double>(envelope_bytes) / static_cast<double>(width);
+  options.combine_bytes_per_value = 4.0;
+  std::vector<std::uint32_t> sources;
+  for (const std::size_t i : ran.mine) sources.push_back(source_of_document[i]);
+  const auto mine = moe::evaluate({routing_of(w.size), ran.ids, ran.spans}, p, w.cluster, sources, options);
+
+  // each rank knows the routing of its own documents: the whole is the sum
+  std::vector<std::uint64_t> sums{static_cast<std::uint64_t>(std::llround(mine.between_nodes.total())),
+                                  static_cast<std::uint64_t>(std::llround(mine.inside_nodes.total())),
+                                  mine.remote_visits, mine.tokens};
+  sums.insert(sums.end(), mine.pairs_on_gpu.begin(), mine.pairs_on_gpu.end());
+  w.mpi.add_up(sums);
+  moe::cost_report all = mine;
+  all.pairs_on_gpu.assign(sums.begin() + 4, sums.end());
+  prediction out{{sums[0], sums[1]}};
+  const auto layers = static_cast<double>(w.size.layers);
+  out.nodes_per_token = static_cast<double>(sums[2]) / (static_cast<double>(sums[3]) * layers);
+  for (std::size_t l = 0; l < w.size.layers; ++l) {
+    const auto over_mean = [](std::span<const std::uint64_t> pairs) {
+      const auto sum = static_cast<double>(std::accumulate(pairs.begin(), pairs.end(), std::uint64_t{0}));
+      return static_cast<double>(*std::max_element(pairs.begin(), pairs.end())) * static_cast<double>(pairs.size()) /
+             sum;
+    };
+    out.gpu_imbalance +=
+        over_mean(std::span(all.pairs_on_gpu).subspan(l * w.cluster.gpus(), w.cluster.gpus())) / layers;
+    out.node_imbalance += over_mean(all.pairs_on_nodes(l, w.cluster)) / layers;
+  }
+  return out;
+}
+
+/// Perplexities of each domain, then of all: exp of the losses over the number of predicted tokens.
+std::vector<double> perplexities(const workplace& w, const std::vector<double>& losses) {
+  const std::size_t domains = w.text.domain_names.size();
+  std::vector<double> loss(domains + 1), tokens(domains + 1);
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    for (const std::size_t group : {static_cast<std::size_t>(w.text.domain[w.chosen[i]]), domains}) {
+      loss[group] += losses[i];
+      tokens[group] += static_cast<double>(w.text.tokens_of(w.chosen[i]).size() - 1);
+    }
+  }
+  for (std::size_t g = 0; g <= domains; ++g) loss[g] = std::exp(loss[g] / tokens[g]);
+  return loss;
+}
+
+/// The largest difference from the file's float32 losses, as a fraction of them.
+double worst_difference(const workplace& w, const std::vector<double>& losses) {
+  double worst = 0;
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    const auto reference = static_cast<double>(w.text.reference_nll[w.chosen[i]]);
+    worst = std::max(worst, std::abs(losses[i] - reference) / reference);
+  }
+  return worst;
+}
+
+std::vector<std::string> header_of(const workplace& w, std::vector<std::string> first) {
+  first.insert(first.end(), w.text.domain_names.begin(), w.text.domain_names.end());
+  first.emplace_back("all");
+  return first;
+}
+
+/// Bits and QSNR of all matrices that a recipe packs, then perplexity, recipe by recipe.
+void compare(const workplace& w) {
+  const std::vector<std::pair<std::string, std::string>> rows{{"float32", "float32"},
+                                                              {"mxfp4-32/floor", "mxfp4-32/floor"},
+                                                              {"mxfp4-16/oas", "mxfp4-16/oas"},
+                                                              {"mxfp4-16/oas/mbs-search", "mxfp4-16/oas/mbs-static"},
+                                                              {"nvfp4/amax", "nvfp4/amax"},
+                                                              {"nvfp4/four-over-six", "nvfp4/four-over-six"},
+                                                              {"mxfp4-16/oas/mbs-search", "float32"}};
+  ui::table table(header_of(w, {"weights", "activations", "bits", "QSNR dB"}));
+  const moe::placement p = moe::contiguous(w.size.layers, w.size.experts, w.cluster);
+  for (const auto& [weights, activations] : rows) {
+    const moe_lm::model model(w.model_file, moe_lm::precision::parse(weights, activations));
+    const outcome ran = engine(w, model, p).run(w.in_turn(), std::string::npos, weights.c_str());
+    std::vector<std::string> row{weights, activations, "32", "-"};
+    if (const auto& recipe = model.rounding.weights) {
+      tetromino::error_report report;
+      for (const auto& tensor : w.model_file) {
+        if (tensor.name().find(".attn.") == std::string::npos && tensor.name().find(".moe.") == std::string::npos)
+          continue;
+        if (tensor.name().find("router") != std::string::npos) continue;
+        const auto& shape = tensor.shape();
+        const auto values = moe_lm::read(w.model_file, tensor.name(), shape);
+        const tetromino::batch_view<const float> x(values.data(), shape.size() == 3 ? shape[0] : 1,
+                                                   shape[shape.size() - 2], shape.back());
+        const auto packed =
+            quantize(tetromino::automatic, x, *recipe, {.scope = tetromino::tensor_scale_scope::per_matrix});
+        report.add(compare(x, tetromino::dequantize<float>(tetromino::automatic, packed)));
+      }
+      row[2] = fmt::format("{:.3f}", bits_per_weight(recipe->format));
+      row[3] = fmt::format("{:.2f}", report.qsnr());
+    }
+    for (const double perplexity : perplexities(w, ran.losses)) row.push_back(fmt::format("{:.3f}", perplexity));
+    table.add(std::move(row));
+  }
+  if (!w.mpi.is_first()) return;
+  fmt::print("perplexity of {} documents; weights and activations of experts and attention\n", w.chosen.size());
+  table.print();
+}
+
+/// A placement and where each document runs.
+struct plan {
+  moe::placement placement;
+  std::vector<std::uint32_t> source_of_document;
+};
+
+/// Runs the beginning of every document with contiguous experts and plans with what the router chose.
+plan plan_from_prefill(const workplace& w, const moe_lm::model& m) {
+  const moe::placement before = moe::contiguous(w.size.layers, w.size.experts, w.cluster);
+  const outcome ran = engine(w, m, before).run(w.in_turn(), w.options.prefill, "prefill");
+  const std::vector<std::uint16_t> ids = w.mpi.gather(ran.ids);
+  const moe::routing_shape shape = routing_of(w.size);
+  std::vector<double> loads(w.size.layers * w.size.experts);
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    ++loads[i / w.size.top_k % w.size.layers * w.size.experts + ids[i]];
+  }
+  static_cast<void>(shape);
+  return {moe::balanced({w.size.layers, w.size.experts, loads}, w.cluster), w.in_turn()};
+}
+
+plan plan_by_name(const workplace& w, const moe_lm::model& m) {
+  const std::string& name = w.options.placement;
+  if (name == "contiguous") return {moe::contiguous(w.size.layers, w.size.experts, w.cluster), w.in_turn()};
+  if (name == "balanced" || name == "local") return plan_from_prefill(w, m);
+  plan out{{}, w.in_turn()};
+  w.mpi.together("moe_engine", [&] {
+    std::ifstream in(name);
+    std::stringstream written;
+    if (!(written << in.rdbuf())) {
+      throw error(errc::io, fmt::format("--placement {}: expected contiguous, balanced, local or a file that can be "
+                                        "read",
+                                        name));
+    }
+    out.placement = moe::placement_from_text(written.str());
+    if (out.placement.layers() != w.size.layers || out.placement.experts() != w.size.experts) {
+      throw error(errc::shape_mismatch,
+                  fmt::format("{}: expected a placement of {} layers × {} experts, as the model has, got {} × {}", name,
+                              w.size.layers, w.size.experts, out.placement.layers(), out.placement.experts()));
+    }
+    moe::validate(out.placement, w.cluster);
+  });
+  return out;
+}
+
+/// Writes each document's number and loss.
+void write_losses(const workplace& w, const outcome& ran) {
+  std::FILE* const file = std::fopen(w.options.losses.c_str(), "w");
+  if (file == nullptr) throw error(errc::io, fmt::format("{}: cannot be written", w.options.losses));
+  for (std::size_t i = 0; i < w.chosen.size(); ++i) fmt::print(file, "{} {:.17g}\n", w.chosen[i], ran.losses[i]);
+  if (std::fclose(file) != 0) throw error(errc::io, fmt::format("{}: cannot be written", w.options.losses));
+}
+
+void run(const workplace& w) {
+  std::optional<moe_lm::model> loaded;
+  w.mpi.together("moe_engine", [&] {
+    loaded.emplace(w.model_file, moe_lm::precision::parse(w.options.weights, w.options.activations));
+  });
+  const plan chosen = plan_by_name(w, *loaded);
+  const outcome ran = engine(w, *loaded, chosen.placement).run(chosen.source_of_document, std::string::npos, "running");
+  w.mpi.together("moe_engine", [&] {
+    if (!w.options.losses.empty() && w.mpi.is_first()) write_losses(w, ran);
+  });
+  const std::size_t envelope = w.size.top_k * sizeof(moe::expert_call) + sizeof(std::uint32_t);
+  const prediction here = predict(w, ran, chosen.placement, chosen.source_of_document, envelope);
+  const prediction plain =
+      predict(w, ran, moe::contiguous(w.size.layers, w.size.experts, w.cluster), w.in_turn(), envelope);
+  if (!w.mpi.is_first()) return;
+
+  fmt::print("weights {}, activations {}; {} documents on {} ranks, {} nodes; experts placed: {}\n\n",
+             w.options.weights, w.options.activations, w.chosen.size(), w.mpi.ranks(), w.cluster.nodes(),
+             w.options.placement);
+  ui::table quality(header_of(w, {""}));
+  std::vector<std::string> row{"perplexity"};
+  for (const double perplexity : perplexities(w, ran.losses)) row.push_back(fmt::format("{:.3f}", perplexity));
+  quality.add(std::move(row));
+  quality.print();
+  fmt::print("\nlosses differ from those of float32 arithmetic by {:.2g} at most\n", worst_difference(w, ran.losses));
+  fmt::print("{} tokens in {:.2f} s: {:.0f} tokens/s\n", ran.tokens, ran.seconds,
+             static_cast<double>(ran.tokens) / ran.seconds);
+  if (w.mpi.ranks() == 1) return;
+
+  fmt::print("\n");
+  ui::table links({"bytes sent", "between nodes", "inside nodes"});
+  const auto bytes = [&](const char* name, const traffic& t) {
+    links.add({name, std::to_string(t.between_nodes), std::to_string(t.inside_nodes)});
+  };
+  if (w.options.route != "per-rank") bytes("predicted", here.bytes);
+  bytes("measured", ran.measured);
+  if (w.options.route != "per-rank") bytes("contiguous, documents in turn", plain.bytes);
+  links.print();
+  if (w.cluster.nodes() > 1 && plain.bytes.between_nodes > 0) {
+    fmt::print(
+        "\nbetween nodes: {:.3f} of what contiguous experts and documents in turn would send; {:.2f} other nodes "
+        "per token and layer\n",
+        static_cast<double>(here.bytes.between_nodes) / static_cast<double>(plain.bytes.between_nodes),
+        here.nodes_per_token);
+  }
+  fmt::print("imbalance (most loaded / mean): ranks {:.3f}, nodes {:.3f}\n", here.gpu_imbalance, here.node_imbalance);
+}
+
+/// Experts spread over nodes, with room for replicas.
+moe::topology make_cluster(const settings& s, const mpi::session& mpi, const moe_lm::shape& size) {
+  const std::size_t ranks = mpi.ranks();
+  if (ranks > size.experts) {
+    throw error(
+        errc::invalid_argument,
+        fmt::format("expected at most {} ranks, one for each expert of the model, got {}", size.experts, ranks));
+  }
+  if (s.nodes == 0 || ranks % s.nodes != 0) {
+    throw error(errc::invalid_argument,
+                fmt::format("--nodes: expected a number that divides the {} ranks, got {}", ranks, s.nodes));
+  }
+  const std::size_t per_node = (size.experts + s.nodes - 1) / s.nodes + s.replicas;
+  return moe::topology::with_node_slots(s.nodes, ranks / s.nodes, per_node);
+}
+
+void run_all(const settings& s, const mpi::session& mpi) {
+  std::optional<io::safetensors_file> model_file, text_file;
+  std::optional<moe_lm::shape> size;
+  std::optional<moe_lm::documents> text;
+  std::optional<moe::topology> cluster;
+  std::vector<std::size_t> chosen;
+  mpi.together("moe_engine", [&] {
+    static_cast<void>(moe_lm::precision::parse(s.weights, s.activations));
+    model_file = io::safetensors_file::open(s.model);
+    size.emplace(*model_file);
+    text_file = io::safetensors_file::open(s.text);
+    text.emplace(*text_file, size->vocab);
+    cluster = make_cluster(s, mpi, *size);
+    const std::size_t wanted = s.documents != 0 ? std::min(s.documents, text->count())
+                               : s.compare      ? std::min<std::size_t>(48, text->count())
+                                                : text->count();
+    for (std::size_t i = 0; i < wanted; ++i) chosen.push_back(i * text->count() / wanted);  // of all domains alike
+  });
+  const workplace w{s, mpi, *model_file, *size, *text, chosen, *cluster};
+  mpi::carried_to().assign(mpi.ranks(), 0);
+  s.compare ? compare(w) : run(w);
+}
+
+}  // namespace
+
+/// Counts what the program hands to MPI_Alltoallv for each rank, then does what it always does (MPI 4.0, sec. 15.2).
+extern "C" int MPI_Alltoallv(const void* from, const int* send_counts, const int* send_offsets, MPI_Datatype send_type,
+                             void* to, const int* receive_counts, const int* receive_offsets, MPI_Datatype receive_type,
+                             MPI_Comm communicator) {
+  int size = 0;
+  PMPI_Type_size(send_type, &size);
+  auto& bytes = mpi::carried_to();
+  for (std::size_t r = 0; r < bytes.size(); ++r) {
+    bytes[r] += static_cast<std::uint64_t>(send_counts[r]) * static_cast<std::uint64_t>(size);
+  }
+  return PMPI_Alltoallv(from, send_counts, send_offsets, send_type, to, receive_counts, receive_offsets, receive_type,
+                        communicator);
+}
+
+int main(int argc, char** argv) {
+  const mpi::session mpi(argc, argv);
+  settings s;
+  CLI::App app("Evaluates a mixture-of-experts language model on one rank or, under mpirun, on many");
+  app.add_option("MODEL", s.model, "the model (safetensors)")->required();
+  app.add_option("HELDOUT", s.text, "documents to evaluate (safetensors)")->required();
+  app.add_option("--weights", s.weights, "float32, or a recipe such as mxfp4-16/oas/mbs-search")->capture_default_str();
+  app.add_option("--activations", s.activations, "float32, int8, or a recipe")->capture_default_str();
+  app.add_option("--placement", s.placement, "contiguous, balanced, local, or a file with a placement")
+      ->capture_default_str();
+  app.add_option("--replicas", s.replicas, "slots that each node has beyond its share of the experts")
+      ->capture_default_str();
+  app.add_option("--nodes", s.nodes, "count ranks as those of so many nodes")->capture_default_str();
+  app.add_option("--route", s.route, "copies of a row that travel: per-node, per-rank or per-expert")
+      ->check(CLI::IsMember({"per-node", "per-rank", "per-expert"}))
+      ->capture_default_str();
+  app.add_option("--documents", s.documents, "evaluate so many documents (default: all; with --compare 48)");
+  app.add_option("--prefill", s.prefill, "tokens of each document that balanced and local plan with")
+      ->capture_default_str();
+  app.add_option("--batch", s.batch, "tokens that a rank runs together")->capture_default_str();
+  app.add_option("--losses", s.losses, "write each document's loss to this file");
+  app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return mpi.is_first() ? app.exit(e) : e.get_exit_code();
+  }
+  try {
+    run_all(s, mpi);
+    return 0;
+  } catch (const mpi::reported&) {
+    return 1;
+  } catch (const std::exception& e) {
+    // in the middle of an exchange: the others are waiting, and would for ever
+    fmt::print(stderr, "moe_engine: rank {}: {}\n", mpi.rank(), e.what());
+    std::fflush(nullptr);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+    return 1;
+  }
+}

@@ -1,0 +1,102 @@
+#pragma once
+
+/// What the distributed example needs of MPI besides the exchange itself: start and end, agreement on errors, sums.
+
+#include <fmt/format.h>
+#include <mpi.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace mpi {
+
+/// Thrown on all ranks after one of them has said what is wrong.
+struct reported : std::exception {
+  [[nodiscard]] const char* what() const noexcept override { return "another rank failed"; }
+};
+
+/// MPI from start to end of the program.
+class session {
+ public:
+  session(int& argc, char**& argv) {
+    MPI_Init(&argc, &argv);
+    MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks_);
+  }
+  session(const session&) = delete;
+  session& operator=(const session&) = delete;
+  ~session() { MPI_Finalize(); }
+
+  [[nodiscard]] std::size_t rank() const { return static_cast<std::size_t>(rank_); }
+  [[nodiscard]] std::size_t ranks() const { return static_cast<std::size_t>(ranks_); }
+  [[nodiscard]] bool is_first() const { return rank_ == 0; }
+
+  /// Runs `work` on every rank. If it throws anywhere, the first rank where it did prints why, and all ranks throw
+  /// `reported`. For work without exchanges, which would wait for those who gave up.
+  template <class Work>
+  void together(const char* program, const Work& work) const {
+    std::string problem;
+    try {
+      work();
+    } catch (const std::exception& e) {
+      problem = e.what();
+    }
+    int mine = problem.empty() ? ranks_ : rank_, first = ranks_;
+    check(MPI_Allreduce(&mine, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD));
+    if (first == ranks_) return;
+    if (first == rank_) fmt::print(stderr, "{}: {}\n", program, problem);
+    throw reported();
+  }
+
+  void add_up(std::span<double> values) const { reduce(values, MPI_DOUBLE, MPI_SUM); }
+  void add_up(std::span<std::uint64_t> values) const { reduce(values, MPI_UINT64_T, MPI_SUM); }
+  void largest(std::span<float> values) const { reduce(values, MPI_FLOAT, MPI_MAX); }
+  [[nodiscard]] std::uint64_t largest(std::uint64_t value) const {
+    reduce(std::span(&value, 1), MPI_UINT64_T, MPI_MAX);
+    return value;
+  }
+
+  /// The values of all ranks, rank after rank, on all ranks.
+  [[nodiscard]] std::vector<std::uint16_t> gather(const std::vector<std::uint16_t>& mine) const {
+    const int count = static_cast<int>(mine.size());
+    std::vector<int> counts(ranks()), offsets(ranks());
+    check(MPI_Allgather(&count, 1, MPI_INT, counts.data(), 1, MPI_INT, MPI_COMM_WORLD));
+    int sum = 0;
+    for (std::size_t r = 0; r < ranks(); ++r) {
+      offsets[r] = sum;
+      sum += counts[r];
+    }
+    std::vector<std::uint16_t> all(static_cast<std::size_t>(sum));
+    check(MPI_Allgatherv(mine.data(), count, MPI_UINT16_T, all.data(), counts.data(), offsets.data(), MPI_UINT16_T,
+                         MPI_COMM_WORLD));
+    return all;
+  }
+
+  void wait_for_all() const { check(MPI_Barrier(MPI_COMM_WORLD)); }
+
+ private:
+  static void check(int code) {
+    if (code != MPI_SUCCESS) throw std::runtime_error("MPI: a collective operation failed");
+  }
+  template <class T>
+  void reduce(std::span<T> values, MPI_Datatype type, MPI_Op operation) const {
+    check(MPI_Allreduce(MPI_IN_PLACE, values.data(), static_cast<int>(values.size()), type, operation, MPI_COMM_WORLD));
+  }
+
+  int rank_ = 0, ranks_ = 1;
+};
+
+/// Bytes that MPI_Alltoallv has been handed for each other rank. The library's exchange is not asked: moe_engine.cpp
+/// puts itself between the two, as MPI lets any program do.
+inline std::vector<std::uint64_t>& carried_to() {
+  static std::vector<std::uint64_t> bytes;
+  return bytes;
+}
+
+}  // namespace mpi
