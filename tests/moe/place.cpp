@@ -210,7 +210,7 @@ TEST_CASE("balanced is at least as even as EPLB") {
   double ours = 0, theirs = 0;
   for (int i = 0; i < 60; ++i) {
     const std::size_t nodes = std::size_t{1} << g.below(4), gpus = nodes * (std::size_t{1} << g.below(4));
-    const std::size_t experts = 32 << g.below(4), replicas = ((experts + gpus - 1) / gpus + 1) * gpus;
+    const std::size_t experts = std::size_t{32} << g.below(4), replicas = ((experts + gpus - 1) / gpus + 1) * gpus;
     std::vector<double> loads(experts);
     for (double& x : loads) x = std::floor(1000 * g.uniform() * g.uniform() * g.uniform());
     const load_view view{1, experts, loads};
