@@ -119,7 +119,7 @@ TEST_CASE("cost equals the plain count on random clusters, placements and traces
     cost_options options;
     options.sources = g.below(2) == 0 ? source_kind::node : source_kind::gpu;
     options.copies = g.below(2) == 0 ? dispatch_copies::per_node : dispatch_copies::per_expert;
-    options.choice = static_cast<replica_choice>(g.below(3));
+    options.choice = static_cast<replica_choice>(g.below(4));
     options.tokens = static_cast<phase>(g.below(3));
     options.hidden = 1;
     const bool on_node = options.sources == source_kind::node;
@@ -192,6 +192,18 @@ TEST_CASE("the bundled routing under a contiguous placement, requests dealt in t
   CHECK(alone.remote_pairs == 0);
   CHECK(alone.between_nodes.total() == 0);
   CHECK(alone.inside_nodes.total() > 0);
+}
+
+TEST_CASE("fewest_nodes visits fewer nodes than nearest") {
+  // expert 0 is on nodes 1 and 2, expert 1 on nodes 2 and 3: node 2 has both, node 1 comes first
+  const topology t = topology::uniform(4, 1, 3);
+  const placement p = placement::make(1, 4, 12, {2, -1, -1, 0, 3, -1, 0, 1, -1, 1, -1, -1});
+  const trace tr = trace::make({1, 4, 2}, {0, 1}, {{0, 1, 0, 0}});
+  const std::vector<std::uint32_t> home = {0};
+  cost_options options;
+  CHECK(evaluate(tr.view(), p, t, home, options).remote_visits == 2);
+  options.choice = replica_choice::fewest_nodes;
+  CHECK(evaluate(tr.view(), p, t, home, options).remote_visits == 1);
 }
 
 TEST_CASE("no tokens cost nothing") {

@@ -13,7 +13,7 @@
 
 namespace reference {
 
-enum class copies_rule { nearest, even, least_loaded };
+enum class copies_rule { nearest, even, least_loaded, fewest_nodes };
 
 struct routing_world {
   std::vector<std::size_t> gpus_of_node;                      // number of GPUs per node
@@ -44,6 +44,7 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
   routing_cost out;
   out.pairs_on_gpu.assign(w.placement.size(), std::vector<std::size_t>(node_of.size(), 0));
   std::map<std::pair<std::size_t, std::size_t>, std::size_t> turn;
+  std::map<std::pair<std::size_t, std::size_t>, std::size_t> served_by_node;  // (layer, node)
 
   for (std::size_t t = 0; t < w.tokens.size(); ++t) {
     const std::size_t home = w.home_gpu[t], home_node = node_of[home];
@@ -95,10 +96,25 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
         if (holders[i].size() == 1) serve(i, holders[i][0]);
       }
       const auto on_visited = [&](std::size_t g) { return nodes_visited.count(node_of[g]) > 0; };
-      if (rule == copies_rule::nearest) {
+      if (rule == copies_rule::nearest || rule == copies_rule::fewest_nodes) {
         for (std::size_t i = 0; i < experts.size(); ++i) {
           if (!done[i]) serve_by(i, [&](std::size_t g) { return node_of[g] == home_node; });
         }
+        for (std::size_t i = 0; i < experts.size(); ++i) {
+          if (!done[i]) serve_by(i, on_visited);
+        }
+      }
+      while (rule == copies_rule::fewest_nodes && std::count(done.begin(), done.end(), false) > 0) {
+        // go to the node that holds most of what is open, the least used of equals, and take what it has
+        std::size_t next = 0, most = 0;
+        for (std::size_t n = 0; n < w.gpus_of_node.size(); ++n) {
+          std::size_t has = 0;
+          for (std::size_t i = 0; i < experts.size(); ++i) {
+            if (!done[i] && !among(holders[i], [&](std::size_t g) { return node_of[g] == n; }).empty()) ++has;
+          }
+          if (has > most || (has == most && served_by_node[{l, n}] < served_by_node[{l, next}])) next = n, most = has;
+        }
+        nodes_visited.insert(next);
         for (std::size_t i = 0; i < experts.size(); ++i) {
           if (!done[i]) serve_by(i, on_visited);
         }
@@ -113,6 +129,7 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
         if (!done[i]) serve(i, lightest(holders[i]));
       }
 
+      for (const auto& [i, gpu] : served) ++served_by_node[{l, node_of[gpu]}];
       std::set<std::size_t> other_nodes;
       std::set<std::pair<std::size_t, std::size_t>> fanned_out;  // (where it landed, GPU)
       for (const auto& [i, gpu] : served) {

@@ -16,6 +16,7 @@ enum class replica_choice : std::uint8_t {
   nearest,       ///< one on the token's node; else on a node the token visits anyway; else the least loaded
   even,          ///< each copy in turn, wherever it is: what DeepSeek EPLB assumes
   least_loaded,  ///< the copy whose GPU has served least so far, wherever it is
+  fewest_nodes,  ///< as `nearest`, but the next node visited is the one that holds most of what is still open
 };
 
 /// Chooses, token by token, the GPU that serves each (token, expert) pair, and counts the pairs per GPU. The counts
@@ -40,6 +41,10 @@ class replica_chooser {
     for (std::size_t g = 0; g < gpus_; ++g) node_of_gpu_.push_back(static_cast<std::uint32_t>(t.node_of_gpu(g)));
     pairs_on_gpu_.assign(p.layers() * gpus_, 0);
     if (choice == replica_choice::even) turn_.assign(p.layers() * experts_, 0);
+    if (choice == replica_choice::fewest_nodes) {
+      pairs_on_node_.assign(p.layers() * t.nodes(), 0);
+      open_on_node_.assign(t.nodes(), 0);
+    }
     visited_node_.assign(t.nodes(), 0);
     visited_gpu_.assign(gpus_, 0);
   }
@@ -66,6 +71,9 @@ class replica_chooser {
       }
     }
     if (open) choose_copies(layer, experts, home_gpu, gpus, load);
+    if (choice_ == replica_choice::fewest_nodes) {
+      for (const std::uint32_t gpu : gpus) ++pairs_on_node_[layer * visited_node_.size() + node_of_gpu_[gpu]];
+    }
   }
 
   /// Pairs served so far: [layers, GPUs].
@@ -87,7 +95,7 @@ class replica_chooser {
 
   void choose_copies(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
                      std::span<std::uint32_t> gpus, std::uint64_t* load) {
-    if (choice_ != replica_choice::nearest) {
+    if (choice_ == replica_choice::even || choice_ == replica_choice::least_loaded) {
       for (std::size_t i = 0; i < experts.size(); ++i) {
         if (gpus[i] != undecided) continue;
         const std::span<const std::uint32_t> from = copies(layer, experts[i]);
@@ -102,18 +110,28 @@ class replica_chooser {
     }
     const std::uint32_t home_node = node_of_gpu_[home_gpu];
     const auto pass = [&](const auto& accepted) {
+      bool open = false;
       for (std::size_t i = 0; i < experts.size(); ++i) {
         if (gpus[i] != undecided) continue;
         const std::uint32_t gpu = best_of(copies(layer, experts[i]), home_gpu, load, accepted);
-        if (gpu == undecided) continue;
+        if (gpu == undecided) {
+          open = true;
+          continue;
+        }
         gpus[i] = gpu;
         visit(gpu, load);
       }
+      return open;
     };
     const auto at_home = [&](std::uint32_t gpu) { return node_of_gpu_[gpu] == home_node; };
     const auto on_visited_node = [&](std::uint32_t gpu) { return visited_node_[node_of_gpu_[gpu]] == now_; };
-    pass(at_home);
-    pass(on_visited_node);
+    if (!pass(at_home) || !pass(on_visited_node)) return;
+    if (choice_ == replica_choice::fewest_nodes) {
+      do {
+        visited_node_[busiest_open_node(layer, experts, gpus)] = now_;
+      } while (pass(on_visited_node));
+      return;
+    }
     for (std::size_t i = 0; i < experts.size(); ++i) {
       if (gpus[i] != undecided) continue;
       const std::span<const std::uint32_t> from = copies(layer, experts[i]);
@@ -122,6 +140,29 @@ class replica_chooser {
       gpus[i] = gpu;
       visit(gpu, load);
     }
+  }
+
+  // The node that holds most of the experts still open; the one that served least so far among equals.
+  [[nodiscard]] std::size_t busiest_open_node(std::size_t layer, std::span<const std::uint16_t> experts,
+                                              std::span<const std::uint32_t> gpus) {
+    std::fill(open_on_node_.begin(), open_on_node_.end(), 0);
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      if (gpus[i] != undecided) continue;
+      std::uint32_t last = undecided;  // copies are in order of slots, so those of a node follow each other
+      for (const std::uint32_t gpu : copies(layer, experts[i])) {
+        if (node_of_gpu_[gpu] != last) ++open_on_node_[node_of_gpu_[gpu]];
+        last = node_of_gpu_[gpu];
+      }
+    }
+    const std::uint64_t* const served = pairs_on_node_.data() + layer * open_on_node_.size();
+    std::size_t best = 0;
+    for (std::size_t n = 1; n < open_on_node_.size(); ++n) {
+      if (open_on_node_[n] > open_on_node_[best] ||
+          (open_on_node_[n] == open_on_node_[best] && served[n] < served[best])) {
+        best = n;
+      }
+    }
+    return best;
   }
 
   // The home GPU if it is among the accepted, else one the token visits anyway, else the least loaded.
@@ -149,13 +190,15 @@ class replica_chooser {
   replica_choice choice_;
   std::size_t experts_;
   std::size_t gpus_;
-  std::vector<std::uint32_t> first_;         // [layers × experts + 1] into gpu_of_copy_
-  std::vector<std::uint32_t> gpu_of_copy_;   // [copies]
-  std::vector<std::uint32_t> node_of_gpu_;   // [gpus]
-  std::vector<std::uint64_t> pairs_on_gpu_;  // [layers, gpus]
-  std::vector<std::uint32_t> turn_;          // [layers, experts], for `even`
-  std::vector<std::uint64_t> visited_node_;  // [nodes] last `now_` at which the token went there
-  std::vector<std::uint64_t> visited_gpu_;   // [gpus]
+  std::vector<std::uint32_t> first_;          // [layers × experts + 1] into gpu_of_copy_
+  std::vector<std::uint32_t> gpu_of_copy_;    // [copies]
+  std::vector<std::uint32_t> node_of_gpu_;    // [gpus]
+  std::vector<std::uint64_t> pairs_on_gpu_;   // [layers, gpus]
+  std::vector<std::uint32_t> turn_;           // [layers, experts], for `even`
+  std::vector<std::uint64_t> pairs_on_node_;  // [layers, nodes], for `fewest_nodes`
+  std::vector<std::uint32_t> open_on_node_;   // [nodes], for `fewest_nodes`
+  std::vector<std::uint64_t> visited_node_;   // [nodes] last `now_` at which the token went there
+  std::vector<std::uint64_t> visited_gpu_;    // [gpus]
   std::uint64_t now_ = 0;
 };
 
