@@ -367,3 +367,18 @@ TEST_CASE("the default rules") {
   CHECK(quantize<nvfp4>(scalar, x.view).scales == quantize(scalar, x.view, recipe::parse("nvfp4/amax")).scales);
   CHECK(quantize<nvfp4>(scalar, x.view).tensor_scales.size() == 1);
 }
+
+TEST_CASE("a recipe packs into storage of its format, and into no other") {
+  using namespace tetromino;
+  const std::vector<float> x(3 * 100, 1.25f);
+  const matrix_view in(x.data(), 3, 100);
+  const recipe r = recipe::parse("mxfp4-16/ceil/mbs-static@64/hadamard-16");
+  packed<any_format> out(r.format, 1, 3, 100);
+  quantize_to(scalar, in, r, out.view());
+  const auto expected = quantize(scalar, in, r);
+  CHECK(out.codes == expected.codes);
+  CHECK(out.scales == expected.scales);
+  CHECK(out.macros == expected.macros);
+  packed<mxfp4_16> other({}, 1, 3, 100);
+  CHECK(try_quantize_to(scalar, in, r, other.view()).error().code() == errc::invalid_argument);
+}

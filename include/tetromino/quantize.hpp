@@ -138,6 +138,22 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, packed_view<F
   return quantize_on(policy, detail::quantize_job<element_of<Input>>{in, out, *checked});
 }
 
+/// Packs x[matrices, rows, cols] into `out` in the way that a recipe names; the recipe's rules replace those of the
+/// options. Errors: as above, and invalid_argument where `out` has another format than the recipe.
+template <class Policy, matrix_like Input, block_format Format>
+  requires(can_quantize<Policy, element_of<Input>>)
+result<void> try_quantize_to(const Policy& policy, const Input& x, const recipe& r,
+                             packed_view<Format, std::uint8_t> out, const quantize_options& options = {}) {
+  if (any_format(out.format) != r.format) {
+    return error(errc::invalid_argument, detail::text("recipe ", r.name(), " needs storage of its format, got ",
+                                                      name_of(any_format(out.format)), " with macro block ",
+                                                      any_format(out.format).macro_block));
+  }
+  auto settings = detail::options_of(r, options);
+  if (!settings) return settings.error();
+  return try_quantize_to(policy, x, out, *settings);
+}
+
 /// Packs x[matrices, rows, cols] into storage of its own, in a format known at run time.
 template <class Policy, matrix_like Input, block_format Format>
   requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
@@ -174,6 +190,14 @@ template <class Policy, matrix_like Input, block_format Format>
 void quantize_to(const Policy& policy, const Input& x, packed_view<Format, std::uint8_t> out,
                  const quantize_options& options = {}) {
   try_quantize_to(policy, x, out, options).value();
+}
+
+/// try_quantize_to with a recipe, throwing its error.
+template <class Policy, matrix_like Input, block_format Format>
+  requires(can_quantize<Policy, element_of<Input>>)
+void quantize_to(const Policy& policy, const Input& x, const recipe& r, packed_view<Format, std::uint8_t> out,
+                 const quantize_options& options = {}) {
+  try_quantize_to(policy, x, r, out, options).value();
 }
 
 /// try_quantize, throwing its error.
