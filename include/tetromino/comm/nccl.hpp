@@ -1,0 +1,178 @@
+#pragma once
+
+/// Opt-in: needs NCCL and the CUDA run-time library.
+
+#include "../error.hpp"         // tetromino::result, tetromino::error
+#include "../moe/dispatch.hpp"  // dispatch_plan
+
+#include <cuda_runtime_api.h>
+#include <nccl.h>
+
+#include <cstddef>  // std::size_t, std::byte
+#include <cstdint>  // std::int32_t
+#include <span>     // std::span
+#include <vector>   // std::vector
+
+namespace tetromino::comm {
+
+/// The name of a NCCL result, such as "ncclSystemError".
+[[nodiscard]] constexpr const char* name_of(ncclResult_t code) noexcept {
+  switch (code) {
+    case ncclSuccess:
+      return "ncclSuccess";
+    case ncclUnhandledCudaError:
+      return "ncclUnhandledCudaError";
+    case ncclSystemError:
+      return "ncclSystemError";
+    case ncclInternalError:
+      return "ncclInternalError";
+    case ncclInvalidArgument:
+      return "ncclInvalidArgument";
+    case ncclInvalidUsage:
+      return "ncclInvalidUsage";
+    case ncclRemoteError:
+      return "ncclRemoteError";
+    case ncclInProgress:
+      return "ncclInProgress";
+    default:
+      return "an unknown NCCL result";
+  }
+}
+
+/// Success, or an error that names the call and NCCL's result. A communicator that does not block answers
+/// ncclInProgress, which is no error.
+[[nodiscard]] inline result<void> check_nccl(ncclResult_t code, const char* call) {
+  if (code == ncclSuccess || code == ncclInProgress) return {};
+  return error(errc::io, detail::text(call, " failed: ", name_of(code), " (", ncclGetErrorString(code), ")"));
+}
+
+/// Exchanges the rows of dispatch plans, which lie in device memory, over the caller's communicator and stream; both
+/// outlive it. Rows move by one group of ncclSend and ncclRecv, which is enqueued on the stream; nothing waits but
+/// try_exchange_counts. The plan's counts are read at the call, on the host.
+///
+/// What was run: one rank on an H200, which sends to itself. With several GPUs it has been compiled only.
+class nccl_exchange {
+ public:
+  /// `counts`: device memory of 2 × ranks integers for try_exchange_counts, which the caller owns too.
+  /// Errors: what NCCL says of the communicator; too little memory for the counts.
+  [[nodiscard]] static result<nccl_exchange> try_make(ncclComm_t communicator, cudaStream_t stream,
+                                                      std::span<std::int32_t> counts) {
+    int rank = 0, ranks = 0;
+    if (auto ok = check_nccl(ncclCommUserRank(communicator, &rank), "ncclCommUserRank"); !ok) return ok.error();
+    if (auto ok = check_nccl(ncclCommCount(communicator, &ranks), "ncclCommCount"); !ok) return ok.error();
+    if (counts.size() < 2 * static_cast<std::size_t>(ranks)) {
+      return error(errc::shape_mismatch, detail::text("NCCL exchange: expected room for ", 2 * ranks,
+                                                      " counts in device memory, got ", counts.size()));
+    }
+    return nccl_exchange(communicator, stream, counts.data(), static_cast<std::size_t>(rank),
+                         static_cast<std::size_t>(ranks));
+  }
+
+  [[nodiscard]] std::size_t rank() const noexcept { return rank_; }
+  [[nodiscard]] std::size_t ranks() const noexcept { return ranks_; }
+
+  /// Tells each rank how many rows it gets, and the plan how many come. Waits for the stream.
+  /// Errors: a plan for another number of ranks; NCCL's; CUDA's.
+  [[nodiscard]] result<void> try_exchange_counts(moe::dispatch_plan& plan) {
+    if (plan.ranks() != ranks_) {
+      return error(errc::shape_mismatch,
+                   detail::text("NCCL exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()));
+    }
+    const std::size_t bytes = ranks_ * sizeof(std::int32_t);
+    std::int32_t* const incoming = counts_ + ranks_;
+    if (auto ok =
+            check_cuda(cudaMemcpyAsync(counts_, plan.send_counts().data(), bytes, cudaMemcpyHostToDevice, stream_));
+        !ok) {
+      return ok;
+    }
+    if (auto ok = in_group([&](int r) -> result<void> {
+          if (auto sent = check_nccl(ncclSend(counts_ + r, 1, ncclInt32, r, communicator_, stream_), "ncclSend");
+              !sent) {
+            return sent;
+          }
+          return check_nccl(ncclRecv(incoming + r, 1, ncclInt32, r, communicator_, stream_), "ncclRecv");
+        });
+        !ok) {
+      return ok;
+    }
+    received_.resize(ranks_);
+    if (auto ok = check_cuda(cudaMemcpyAsync(received_.data(), incoming, bytes, cudaMemcpyDeviceToHost, stream_));
+        !ok) {
+      return ok;
+    }
+    if (auto ok = check_cuda(cudaStreamSynchronize(stream_)); !ok) return ok;
+    return plan.try_plan_receive(received_);
+  }
+
+  /// from[sent, row_bytes] of each rank to to[received, row_bytes], both in device memory.
+  [[nodiscard]] result<void> try_send_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
+                                           std::span<std::byte> to, std::size_t row_bytes) {
+    TETROMINO_EXPECTS(from.size() == plan.sent() * row_bytes && to.size() == plan.received() * row_bytes,
+                      "try_send_rows: from[sent, row_bytes] and to[received, row_bytes]");
+    return all_to_all(from, plan.send_counts(), plan.send_offsets(), to, plan.receive_counts(), plan.receive_offsets(),
+                      row_bytes);
+  }
+
+  /// The way back: from[received, row_bytes] of each rank to to[sent, row_bytes], both in device memory.
+  [[nodiscard]] result<void> try_return_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
+                                             std::span<std::byte> to, std::size_t row_bytes) {
+    TETROMINO_EXPECTS(from.size() == plan.received() * row_bytes && to.size() == plan.sent() * row_bytes,
+                      "try_return_rows: from[received, row_bytes] and to[sent, row_bytes]");
+    return all_to_all(from, plan.receive_counts(), plan.receive_offsets(), to, plan.send_counts(), plan.send_offsets(),
+                      row_bytes);
+  }
+
+  /// What has gone wrong since, on the device or with another rank. Errors: NCCL's.
+  [[nodiscard]] result<void> try_check() const {
+    ncclResult_t state = ncclSuccess;
+    if (auto ok = check_nccl(ncclCommGetAsyncError(communicator_, &state), "ncclCommGetAsyncError"); !ok) return ok;
+    return check_nccl(state, "an earlier NCCL operation");
+  }
+
+ private:
+  nccl_exchange(ncclComm_t communicator, cudaStream_t stream, std::int32_t* counts, std::size_t rank, std::size_t ranks)
+      : communicator_(communicator), stream_(stream), counts_(counts), rank_(rank), ranks_(ranks) {}
+
+  [[nodiscard]] static result<void> check_cuda(cudaError_t code) {
+    if (code == cudaSuccess) return {};
+    return error(errc::io,
+                 detail::text("NCCL exchange: ", cudaGetErrorName(code), " (", cudaGetErrorString(code), ")"));
+  }
+
+  /// call(rank) for all ranks, as one group; the group is closed also after an error.
+  template <class Call>
+  [[nodiscard]] result<void> in_group(const Call& call) const {
+    if (auto ok = check_nccl(ncclGroupStart(), "ncclGroupStart"); !ok) return ok;
+    result<void> first;
+    for (std::size_t r = 0; r < ranks_ && first; ++r) first = call(static_cast<int>(r));
+    auto closed = check_nccl(ncclGroupEnd(), "ncclGroupEnd");
+    return first ? closed : first;
+  }
+
+  [[nodiscard]] result<void> all_to_all(std::span<const std::byte> from, std::span<const std::int32_t> send_counts,
+                                        std::span<const std::int32_t> send_offsets, std::span<std::byte> to,
+                                        std::span<const std::int32_t> receive_counts,
+                                        std::span<const std::int32_t> receive_offsets, std::size_t row_bytes) const {
+    return in_group([&](int peer) -> result<void> {
+      const auto r = static_cast<std::size_t>(peer);
+      if (send_counts[r] > 0) {
+        const std::byte* const rows = from.data() + static_cast<std::size_t>(send_offsets[r]) * row_bytes;
+        const std::size_t bytes = static_cast<std::size_t>(send_counts[r]) * row_bytes;
+        auto sent = check_nccl(ncclSend(rows, bytes, ncclUint8, peer, communicator_, stream_), "ncclSend");
+        if (!sent) return sent;
+      }
+      if (receive_counts[r] == 0) return {};
+      std::byte* const rows = to.data() + static_cast<std::size_t>(receive_offsets[r]) * row_bytes;
+      const std::size_t bytes = static_cast<std::size_t>(receive_counts[r]) * row_bytes;
+      return check_nccl(ncclRecv(rows, bytes, ncclUint8, peer, communicator_, stream_), "ncclRecv");
+    });
+  }
+
+  ncclComm_t communicator_;
+  cudaStream_t stream_;
+  std::int32_t* counts_;
+  std::size_t rank_, ranks_;
+  std::vector<std::int32_t> received_;  // [ranks], kept from call to call
+};
+
+}  // namespace tetromino::comm
