@@ -4,6 +4,7 @@
 #include <tetromino/moe/place.hpp>
 #include <tetromino/moe/trace_io.hpp>
 
+#include "code_of.hpp"
 #include "reference/generators.hpp"
 #include "reference/routing_cost.hpp"
 
@@ -19,12 +20,6 @@ using namespace tetromino::moe;
 using reference::generator;
 using tetromino::errc;
 using tetromino_test::contains;
-
-template <class T>
-errc code_of(const tetromino::result<T>& r) {
-  REQUIRE_FALSE(r.has_value());
-  return r.error().code();
-}
 
 trace random_trace(generator& g, const routing_shape& shape, std::size_t requests) {
   std::vector<std::uint16_t> ids, deck(shape.experts);

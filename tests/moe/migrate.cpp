@@ -3,6 +3,7 @@
 #include <tetromino/moe/migrate.hpp>
 #include <tetromino/moe/place.hpp>
 
+#include "code_of.hpp"
 #include "reference/generators.hpp"
 
 #include <cmath>   // std::nan
@@ -15,12 +16,6 @@ namespace {
 using namespace tetromino::moe;
 using reference::generator;
 using tetromino::errc;
-
-template <class T>
-errc code_of(const tetromino::result<T>& r) {
-  REQUIRE_FALSE(r.has_value());
-  return r.error().code();
-}
 
 std::multiset<std::int32_t> contents(const placement& p, std::size_t layer, std::size_t first, std::size_t count) {
   const auto row = p.layer(layer).subspan(first, count);

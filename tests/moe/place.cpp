@@ -2,6 +2,7 @@
 
 #include <tetromino/moe/place.hpp>
 
+#include "code_of.hpp"
 #include "reference/eplb.hpp"
 #include "reference/generators.hpp"
 
@@ -15,12 +16,6 @@ namespace {
 using namespace tetromino::moe;
 using reference::generator;
 using tetromino::errc;
-
-template <class T>
-errc code_of(const tetromino::result<T>& r) {
-  REQUIRE_FALSE(r.has_value());
-  return r.error().code();
-}
 
 /// Loads as routing shows them: a few experts carry much, many carry little; sometimes all alike, sometimes nothing.
 std::vector<double> random_loads(generator& g, std::size_t layers, std::size_t experts) {

@@ -3,6 +3,7 @@
 #include <tetromino/moe/placement.hpp>
 #include <tetromino/moe/placement_json.hpp>
 
+#include "code_of.hpp"
 #include "reference/generators.hpp"
 
 #include <set>     // std::set
@@ -15,12 +16,6 @@ using namespace tetromino::moe;
 using reference::generator;
 using tetromino::errc;
 using tetromino_test::contains;
-
-template <class T>
-errc code_of(const tetromino::result<T>& r) {
-  REQUIRE_FALSE(r.has_value());
-  return r.error().code();
-}
 
 placement random_placement(generator& g) {
   const std::size_t layers = 1 + g.below(4), experts = 1 + g.below(20), slots = 1 + g.below(30);

@@ -3,6 +3,7 @@
 #include <tetromino/moe/profile.hpp>
 #include <tetromino/moe/trace_io.hpp>
 
+#include "code_of.hpp"
 #include "reference/generators.hpp"
 
 #include <cmath>    // std::nan, std::sqrt
@@ -35,12 +36,6 @@ using namespace tetromino::moe;
 using tetromino::errc;
 using tetromino_test::contains;
 using tetromino_test::data_file;
-
-template <class T>
-errc code_of(const tetromino::result<T>& r) {
-  REQUIRE_FALSE(r.has_value());
-  return r.error().code();
-}
 
 profile everything(const trace& t) {
   return profile::make({t.shape(), t.domain_names().size(), t.requests().size(), true, true});

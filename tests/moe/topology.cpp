@@ -2,6 +2,7 @@
 
 #include <tetromino/moe/topology.hpp>
 
+#include "code_of.hpp"
 #include "reference/generators.hpp"
 
 #include <cmath>   // HUGE_VAL, std::nan
@@ -11,12 +12,6 @@ namespace {
 
 using namespace tetromino::moe;
 using tetromino::errc;
-
-template <class T>
-errc code_of(const tetromino::result<T>& r) {
-  REQUIRE_FALSE(r.has_value());
-  return r.error().code();
-}
 
 }  // namespace
 

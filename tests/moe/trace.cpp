@@ -2,6 +2,8 @@
 
 #include <tetromino/moe/trace.hpp>
 
+#include "code_of.hpp"
+
 #include <vector>  // std::vector
 
 namespace {
@@ -9,12 +11,6 @@ namespace {
 using namespace tetromino::moe;
 using tetromino::errc;
 using tetromino_test::contains;
-
-template <class T>
-errc code_of(const tetromino::result<T>& r) {
-  REQUIRE_FALSE(r.has_value());
-  return r.error().code();
-}
 
 using ids = std::vector<std::uint16_t>;
 using requests = std::vector<request>;
