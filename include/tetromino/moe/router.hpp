@@ -67,6 +67,12 @@ class best_experts {
 
 [[nodiscard]] inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
+/// What the sigmoid rule chooses by.
+[[nodiscard]] inline float choice_score(std::span<const float> logits, const router_options& options, std::size_t e) {
+  if (logits[e] < std::numeric_limits<float>::lowest()) return logits[e];  // masked
+  return sigmoid(logits[e]) + (options.bias.empty() ? 0.0f : options.bias[e]);
+}
+
 /// Which groups of experts a token may choose from.
 inline std::array<bool, router_options::max_groups> kept_groups(std::span<const float> logits,
                                                                 const router_options& options) {
@@ -75,7 +81,7 @@ inline std::array<bool, router_options::max_groups> kept_groups(std::span<const 
   for (std::size_t g = 0; g < options.groups; ++g) {
     float first = -std::numeric_limits<float>::infinity(), second = first;
     for (std::size_t e = g * size; e < (g + 1) * size; ++e) {
-      const float s = sigmoid(logits[e]) + (options.bias.empty() ? 0.0f : options.bias[e]);
+      const float s = choice_score(logits, options, e);
       second = std::max(second, std::min(first, s));
       first = std::max(first, s);
     }
@@ -98,7 +104,7 @@ inline void route_token(std::span<const float> logits, const router_options& opt
     std::array<bool, router_options::max_groups> kept{true};
     if (options.groups > 1) kept = kept_groups(logits, options);
     for (std::size_t e = 0; e < logits.size(); ++e) {
-      if (kept[e / size]) best.offer(e, sigmoid(logits[e]) + (options.bias.empty() ? 0.0f : options.bias[e]));
+      if (kept[e / size]) best.offer(e, choice_score(logits, options, e));
     }
     for (std::size_t i = 0; i < ids.size(); ++i) weights[i] = sigmoid(logits[ids[i]]);
   } else {
@@ -159,8 +165,8 @@ inline result<void> check_router(std::size_t logits, std::size_t experts, const 
 
 /// Routes tokens: logits[tokens, experts] to ids[tokens, k], best first, and their weights[tokens, k], which the caller
 /// provides; nothing is allocated. Of equal scores the lower expert comes first; softmax rules compare logits. Sums run
-/// in float over ascending experts. A logit of −infinity masks an expert. Errors: sizes or options that do not fit;
-/// NaN or +infinity among the logits, or a token without a finite one.
+/// in float over ascending experts. A logit of −infinity masks an expert: it is chosen last, with weight 0. Errors:
+/// sizes or options that do not fit; NaN or +infinity among the logits, or a token without a finite one.
 [[nodiscard]] inline result<void> try_route(std::span<const float> logits, std::size_t experts,
                                             const router_options& options, std::span<std::uint16_t> ids,
                                             std::span<float> weights) {

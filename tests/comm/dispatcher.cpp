@@ -1,0 +1,168 @@
+#include "check.hpp"
+
+/// Dispatch and combine between ranks that are threads of one process.
+
+#include <tetromino/comm/dispatcher.hpp>
+
+#include "support/dispatch_world.hpp"
+
+#include <barrier>
+#include <cstring>
+#include <thread>
+
+namespace {
+
+using namespace tetromino_test;
+using comm::dispatch_route;
+using moe::entry_rule;
+using tetromino::result;
+
+/// Where the threads lay out what they send.
+struct mailboxes {
+  explicit mailboxes(std::size_t ranks) : plans(ranks), bytes(ranks), together(static_cast<std::ptrdiff_t>(ranks)) {}
+  std::vector<const moe::dispatch_plan*> plans;
+  std::vector<const std::byte*> bytes;
+  std::barrier<> together;
+};
+
+class memory_exchange {
+ public:
+  memory_exchange(mailboxes& m, std::size_t rank) : m_(m), rank_(rank) {}
+  [[nodiscard]] std::size_t rank() const { return rank_; }
+  [[nodiscard]] std::size_t ranks() const { return m_.plans.size(); }
+
+  [[nodiscard]] result<void> try_exchange_counts(moe::dispatch_plan& plan) const {
+    m_.plans[rank_] = &plan;
+    m_.together.arrive_and_wait();
+    std::vector<std::int32_t> counts;
+    for (const auto* other : m_.plans) counts.push_back(other->send_counts()[rank_]);
+    auto done = plan.try_plan_receive(counts);
+    m_.together.arrive_and_wait();
+    return done;
+  }
+  [[nodiscard]] result<void> try_send_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
+                                           std::span<std::byte> to, std::size_t row_bytes) const {
+    return move(plan, from, to, [&](std::size_t r) {
+      const auto& other = *m_.plans[r];
+      return piece{static_cast<std::size_t>(other.send_offsets()[rank_]) * row_bytes,
+                   static_cast<std::size_t>(plan.receive_offsets()[r]) * row_bytes,
+                   static_cast<std::size_t>(plan.receive_counts()[r]) * row_bytes};
+    });
+  }
+  [[nodiscard]] result<void> try_return_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
+                                             std::span<std::byte> to, std::size_t row_bytes) const {
+    return move(plan, from, to, [&](std::size_t r) {
+      const auto& other = *m_.plans[r];
+      return piece{static_cast<std::size_t>(other.receive_offsets()[rank_]) * row_bytes,
+                   static_cast<std::size_t>(plan.send_offsets()[r]) * row_bytes,
+                   static_cast<std::size_t>(plan.send_counts()[r]) * row_bytes};
+    });
+  }
+
+ private:
+  struct piece {
+    std::size_t from, to, bytes;
+  };
+  template <class PieceOf>
+  [[nodiscard]] result<void> move(const moe::dispatch_plan& plan, std::span<const std::byte> from,
+                                  std::span<std::byte> to, const PieceOf& piece_of) const {
+    m_.plans[rank_] = &plan;
+    m_.bytes[rank_] = from.data();
+    m_.together.arrive_and_wait();
+    for (std::size_t r = 0; r < ranks(); ++r) {
+      const piece p = piece_of(r);
+      if (p.bytes > 0) std::memcpy(to.data() + p.to, m_.bytes[r] + p.from, p.bytes);
+    }
+    m_.together.arrive_and_wait();
+    return {};
+  }
+
+  mailboxes& m_;
+  std::size_t rank_;
+};
+static_assert(comm::exchange<memory_exchange> && comm::exchange<comm::local_exchange>);
+
+std::vector<dispatch_outcome> serve_all(const dispatch_world& w, dispatch_route route, entry_rule entry) {
+  const std::size_t ranks = w.cluster.gpus();
+  mailboxes boxes(ranks);
+  std::vector<dispatch_outcome> out(ranks);
+  std::vector<std::thread> threads;
+  for (std::size_t r = 0; r < ranks; ++r) {
+    threads.emplace_back([&, r] {
+      const memory_exchange through(boxes, r);
+      comm::dispatcher<memory_exchange> d(through, w.cluster, w.k, route, entry);
+      out[r] = serve(w, d, r);
+      out[r] = serve(w, d, r);  // again, over the buffers of the first time
+    });
+  }
+  for (auto& t : threads) t.join();
+  return out;
+}
+
+TEST_CASE("dispatcher: rows meet their experts and come back added up, by every route") {
+  reference::generator random(seed());
+  for (int round = 0; round < 60; ++round) {
+    const std::size_t ranks = 1 + random.below(8);
+    const dispatch_world w(ranks, random.bits());
+    for (const dispatch_route route :
+         {dispatch_route::per_node, dispatch_route::per_rank, dispatch_route::per_expert}) {
+      const entry_rule entry = random.below(2) == 0 ? entry_rule::same_local_number : entry_rule::leader;
+      const auto got = serve_all(w, route, entry);
+      moe::carried_rows carried, predicted;
+      for (std::size_t r = 0; r < ranks; ++r) {
+        INFO("round " << round << ", route " << static_cast<int>(route) << ", rank " << r << " of " << ranks);
+        CHECK(got[r].problem.empty());
+        CHECK(worst_difference(w, r, got[r]) <= 1e-5);
+        carried.between_nodes += total(got[r]).between_nodes;
+        carried.inside_nodes += total(got[r]).inside_nodes;
+        if (route == dispatch_route::per_rank) continue;
+        predicted.between_nodes += w.predicted(r, route).between_nodes;
+        predicted.inside_nodes += w.predicted(r, route).inside_nodes;
+      }
+      if (route == dispatch_route::per_rank) continue;
+      CHECK(carried.between_nodes == predicted.between_nodes);
+      // through leaders, other links inside the nodes carry the rows
+      if (route == dispatch_route::per_expert || entry == entry_rule::same_local_number) {
+        CHECK(carried.inside_nodes == predicted.inside_nodes);
+      }
+    }
+  }
+}
+
+TEST_CASE("dispatcher: with a copy for each call, sums do not depend on where experts are") {
+  reference::generator random(seed());
+  for (int round = 0; round < 30; ++round) {
+    const std::uint64_t s = random.bits();
+    const dispatch_world w(1 + random.below(6), s);
+    dispatch_world elsewhere = w;  // the same tokens, experts in other slots
+    const auto row = elsewhere.placement.layer(0);
+    for (std::size_t i = row.size(); i > 1; --i) std::swap(row[i - 1], row[random.below(i)]);
+    const auto a = serve_all(w, dispatch_route::per_expert, entry_rule::leader);
+    const auto b = serve_all(elsewhere, dispatch_route::per_expert, entry_rule::leader);
+    for (std::size_t r = 0; r < a.size(); ++r) CHECK(a[r].out == b[r].out);
+    if (w.k > 2) continue;  // the sum of two is the same whoever adds them
+    const auto c = serve_all(elsewhere, dispatch_route::per_node, entry_rule::same_local_number);
+    for (std::size_t r = 0; r < a.size(); ++r) CHECK(a[r].out == c[r].out);
+  }
+}
+
+TEST_CASE("dispatcher: one rank needs nobody") {
+  reference::generator random(seed());
+  for (int round = 0; round < 20; ++round) {
+    const dispatch_world w(1, random.bits());
+    const comm::local_exchange alone;
+    comm::dispatcher<comm::local_exchange> d(alone, w.cluster, w.k);
+    const auto got = serve(w, d, 0);
+    CHECK(got.problem.empty());
+    CHECK(worst_difference(w, 0, got) <= 1e-5);
+    CHECK(total(got).between_nodes + total(got).inside_nodes == 0);
+  }
+}
+
+TEST_CASE("dispatcher: a cluster of another size is a mistake of the caller") {
+  const comm::local_exchange alone;
+  CHECK_THROWS_AS(comm::dispatcher<comm::local_exchange>(alone, moe::topology::uniform(1, 2, 1), 1),
+                  precondition_failed);
+}
+
+}  // namespace

@@ -1,0 +1,24 @@
+#pragma once
+
+/// Counts what operator new is asked for. Include it in one file of a test program.
+
+#include <cstddef>  // std::size_t
+#include <cstdlib>  // std::malloc, std::free
+#include <new>      // std::bad_alloc, std::nothrow_t
+
+namespace tetromino_test {
+inline std::size_t allocations = 0;
+}
+
+// kept out of line, or g++ takes malloc and delete for a mismatch
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
+  ++tetromino_test::allocations;
+  if (void* const p = std::malloc(bytes > 0 ? bytes : 1)) return p;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  ++tetromino_test::allocations;
+  return std::malloc(bytes > 0 ? bytes : 1);
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
