@@ -8,26 +8,14 @@
 
 #include <tetromino/detail/safetensors_header.hpp>
 
+#include "fuzz/replay.hpp"
 #include "reference/safetensors_reader.hpp"
 
 #include <cstdint>      // std::uint8_t
-#include <cstdio>       // std::printf
-#include <cstdlib>      // std::abort
-#include <filesystem>   // std::filesystem::recursive_directory_iterator
 #include <span>         // std::span
 #include <string>       // std::string
 #include <string_view>  // std::string_view
 #include <vector>       // std::vector
-
-namespace {
-
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "broken: %s\n", what);
-  std::abort();
-}
-
-}  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::span<const std::uint8_t> file(data, size);
@@ -67,25 +55,3 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   return 0;
 }
-
-#if !defined(TETROMINO_LIBFUZZER)
-int main(int argc, char** argv) {
-  std::size_t replayed = 0;
-  const auto replay = [&](const std::filesystem::path& path) {
-    const auto contents = reference::read_bytes(path);
-    LLVMFuzzerTestOneInput(contents.data(), contents.size());
-    ++replayed;
-  };
-  for (int i = 1; i < argc; ++i) {
-    if (!std::filesystem::is_directory(argv[i])) {
-      replay(argv[i]);
-      continue;
-    }
-    for (const auto& file : std::filesystem::recursive_directory_iterator(argv[i])) {
-      if (file.is_regular_file()) replay(file.path());
-    }
-  }
-  std::printf("%zu inputs replayed\n", replayed);
-  return replayed == 0 ? 1 : 0;
-}
-#endif
