@@ -26,13 +26,11 @@ struct outcome {
   std::size_t peak_bytes = 0;
 };
 
-/// Runs examples/<name> with arguments; its output passes through files in `scratch`.
-inline outcome run_program(const std::string& name, const std::vector<std::string>& arguments,
-                           const std::filesystem::path& scratch) {
-  const std::string program = std::string(TETROMINO_TEST_PROGRAMS) + "/" + name;
+/// Runs a command, found as a shell finds it; its output passes through files in `scratch`.
+inline outcome run_command(const std::vector<std::string>& command, const std::filesystem::path& scratch) {
   const std::filesystem::path out = scratch / "stdout", err = scratch / "stderr";
-  std::vector<char*> argv{const_cast<char*>(program.c_str())};
-  for (const auto& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+  std::vector<char*> argv;
+  for (const auto& argument : command) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
 
   posix_spawn_file_actions_t actions;
@@ -40,7 +38,7 @@ inline outcome run_program(const std::string& name, const std::vector<std::strin
   posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, out.c_str(), O_CREAT | O_TRUNC | O_WRONLY, 0600);
   posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, err.c_str(), O_CREAT | O_TRUNC | O_WRONLY, 0600);
   pid_t child = 0;
-  const int failed = posix_spawn(&child, program.c_str(), &actions, nullptr, argv.data(), environ);
+  const int failed = posix_spawnp(&child, argv[0], &actions, nullptr, argv.data(), environ);
   posix_spawn_file_actions_destroy(&actions);
 
   outcome result;
@@ -57,6 +55,17 @@ inline outcome run_program(const std::string& name, const std::vector<std::strin
   result.out = text(out);
   result.err = text(err);
   return result;
+}
+
+/// The path of examples/<name>.
+inline std::string program_path(const std::string& name) { return std::string(TETROMINO_TEST_PROGRAMS) + "/" + name; }
+
+/// Runs examples/<name> with arguments; its output passes through files in `scratch`.
+inline outcome run_program(const std::string& name, const std::vector<std::string>& arguments,
+                           const std::filesystem::path& scratch) {
+  std::vector<std::string> command{program_path(name)};
+  command.insert(command.end(), arguments.begin(), arguments.end());
+  return run_command(command, scratch);
 }
 
 }  // namespace tetromino_test

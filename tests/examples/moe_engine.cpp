@@ -1,0 +1,225 @@
+#include "check.hpp"
+
+#include "examples/program.hpp"
+
+#include <tetromino/io/safetensors.hpp>
+#include <tetromino/moe/placement.hpp>
+
+#include <algorithm>
+#include <cstdlib>
+#include <sstream>
+
+namespace {
+
+namespace io = tetromino::io;
+using tetromino_test::contains;
+using tetromino_test::data_file;
+using tetromino_test::outcome;
+using tetromino_test::program_path;
+using tetromino_test::run_command;
+using tetromino_test::temporary_directory;
+using words = std::vector<std::string>;
+
+const std::string model = data_file("moe-16x2.safetensors").string();
+const std::string text = data_file("moe-16x2.heldout.safetensors").string();
+
+/// Runs a command on some ranks, for two minutes at most: 124 says that it hung.
+outcome on_ranks(std::size_t ranks, const words& command, const temporary_directory& folder) {
+  for (const auto& [name, value] : {std::pair{"OMPI_ALLOW_RUN_AS_ROOT", "1"},
+                                    {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
+                                    {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
+                                    {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"},
+                                    {"PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"}}) {
+    setenv(name, value, 1);
+  }
+  words all{"timeout", "-k", "10", "120"};
+  if (ranks > 0) all.insert(all.end(), {"mpirun", "-n", std::to_string(ranks)});
+  all.insert(all.end(), command.begin(), command.end());
+  return run_command(all, folder.path());
+}
+
+outcome engine(std::size_t ranks, const words& options, const temporary_directory& folder) {
+  words command{program_path("moe_engine"), model, text};
+  command.insert(command.end(), options.begin(), options.end());
+  return on_ranks(ranks, command, folder);
+}
+
+std::string read(const std::filesystem::path& path) {
+  std::ifstream file(path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+/// The numbers of the line that begins with `label`.
+std::vector<std::uint64_t> line_of(const std::string& out, const std::string& label) {
+  std::istringstream lines(out);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind(label, 0) != 0) continue;
+    std::istringstream rest(line.substr(label.size()));
+    std::vector<std::uint64_t> numbers;
+    for (std::uint64_t n; rest >> n;) numbers.push_back(n);
+    return numbers;
+  }
+  return {};
+}
+
+struct setting {
+  std::size_t ranks;
+  words options;
+};
+const std::vector<setting> settings{
+    {0, {}},
+    {1, {"--batch", "300"}},
+    {2, {"--nodes", "2"}},
+    {4, {"--nodes", "2", "--placement", "balanced", "--replicas", "2"}},
+    {4, {"--nodes", "2", "--placement", "local", "--replicas", "1", "--batch", "500"}},
+    {4, {"--nodes", "4", "--placement", "local", "--route", "per-expert"}},
+    {8, {"--nodes", "2", "--placement", "balanced", "--replicas", "3", "--route", "per-rank"}},
+};
+
+std::string name_of(const setting& s) {
+  std::string out = std::to_string(s.ranks) + " ranks";
+  for (const auto& o : s.options) out += " " + o;
+  return out;
+}
+
+TEST_CASE("moe_engine: float32 gives the losses of the reference, on any ranks and placement") {
+  const auto file = io::safetensors_file::open(text);
+  const auto reference = file["reference_nll"].copy_as<float>();
+  std::string first;
+  for (const setting& s : settings) {
+    INFO(name_of(s));
+    const temporary_directory folder;
+    words options{"--documents", "8", "--losses", (folder / "losses").string()};
+    options.insert(options.end(), s.options.begin(), s.options.end());
+    const outcome run = engine(s.ranks, options, folder);
+    INFO(run.err);
+    REQUIRE(run.exit_code == 0);
+    const std::string losses = read(folder / "losses");
+    std::istringstream lines(losses);
+    std::size_t document = 0, count = 0;
+    for (double loss; lines >> document >> loss; ++count) {
+      CHECK(loss == Approx(static_cast<double>(reference.at(document))).epsilon(1e-4));
+    }
+    CHECK(count == 8);
+    if (first.empty()) first = losses;
+    CHECK(losses == first);
+    if (s.ranks < 2) continue;
+    const auto measured = line_of(run.out, "measured");
+    REQUIRE(measured.size() == 2);
+    if (s.options.back() != "per-rank") CHECK(line_of(run.out, "predicted") == measured);
+  }
+}
+
+TEST_CASE("moe_engine: 4-bit losses do not depend on ranks and placement, to the last bit") {
+  for (const char* recipe : {"nvfp4/four-over-six", "mxfp4-16/oas/mbs-static"}) {
+    std::string first;
+    for (const setting& s : settings) {
+      INFO(recipe << ", " << name_of(s));
+      const temporary_directory folder;
+      words options{"--documents",   "4",    "--weights", recipe,
+                    "--activations", recipe, "--losses",  (folder / "losses").string()};
+      options.insert(options.end(), s.options.begin(), s.options.end());
+      const outcome run = engine(s.ranks, options, folder);
+      INFO(run.err);
+      REQUIRE(run.exit_code == 0);
+      const std::string losses = read(folder / "losses");
+      if (first.empty()) first = losses;
+      CHECK(losses == first);
+    }
+    CHECK(std::count(first.begin(), first.end(), '\n') == 4);
+  }
+}
+
+TEST_CASE("moe_engine: a placement can be read from a file") {
+  const temporary_directory folder;
+  const auto reversed = [](std::size_t layers, std::size_t experts) {
+    tetromino::moe::placement p(layers, experts, experts);
+    for (std::size_t l = 0; l < layers; ++l) {
+      for (std::size_t e = 0; e < experts; ++e) p.layer(l)[e] = static_cast<std::int32_t>(experts - 1 - e);
+    }
+    return to_text(p);
+  };
+  const auto write = [&](const std::string& name, const std::string& content) {
+    std::ofstream(folder / name) << content;
+    return (folder / name).string();
+  };
+  CHECK(engine(2, {"--documents", "2", "--placement", write("fits", reversed(4, 16))}, folder).exit_code == 0);
+
+  for (const auto& [name, content, says] :
+       {std::array<std::string, 3>{"other_model", reversed(3, 16), "expected a placement of 4 layers"},
+        {"other_cluster", to_text(tetromino::moe::placement(4, 16, 20)),
+         "expected 16 slots as in the topology, got 20"},
+        {"incomplete", to_text(tetromino::moe::placement(4, 16, 16)), "expected each expert at least once"},
+        {"no_placement", "what is this", "placement: expected"}}) {
+    const outcome run = engine(2, {"--placement", write(name, content)}, folder);
+    INFO(name << ": " << run.err);
+    CHECK(run.exit_code != 0);
+    CHECK(run.exit_code != 124);
+    CHECK_THAT(run.err, contains(says));
+  }
+}
+
+/// The message comes once, from one rank; every rank ends.
+void check_refused(std::size_t ranks, const words& command, const std::string& says) {
+  const temporary_directory folder;
+  const outcome run = on_ranks(ranks, command, folder);
+  INFO(run.err);
+  CHECK(run.exit_code != 0);
+  CHECK(run.exit_code != 124);
+  const std::size_t at = run.err.find("moe_engine: ");
+  REQUIRE(at != std::string::npos);
+  CHECK(run.err.find("moe_engine: ", at + 1) == std::string::npos);
+  CHECK_THAT(run.err, contains(says));
+}
+
+TEST_CASE("moe_engine: what cannot be run is refused by one rank, and all end") {
+  const temporary_directory folder;
+  const std::string program = program_path("moe_engine");
+  for (const std::size_t ranks : {0u, 4u}) {
+    check_refused(ranks, {program, model, text, "--weights", "nvfp4/floor"}, "nvfp4 has no rule floor");
+    check_refused(ranks, {program, model, text, "--activations", "nvfp4/amax"}, "need weights in 4 bits");
+    check_refused(ranks, {program, model, text, "--nodes", "3"}, "--nodes: expected a number that divides");
+    check_refused(ranks, {program, (folder / "none").string(), text}, "none");
+
+    const std::string whole = read(model), cut = (folder / "cut").string();
+    std::ofstream(cut, std::ios::binary) << whole.substr(0, whole.size() / 2);
+    check_refused(ranks, {program, cut, text}, cut);
+    check_refused(ranks, {program, text, text}, "not a model of this form");
+    check_refused(ranks, {program, model, model}, "expected a tensor");
+  }
+
+  const std::string small = (folder / "small").string();
+  io::safetensors_metadata metadata{
+      {"architecture", "moe-lm"}, {"layers", "1"},       {"heads", "1"},    {"hidden", "2"},
+      {"experts", "2"},           {"top_k", "1"},        {"vocab", "4096"}, {"norm_eps", "1e-5"},
+      {"rope_base", "100"},       {"expert_hidden", "2"}};
+  auto file = io::safetensors_writer::create(small, {}, metadata);
+  file.finish();
+  check_refused(3, {program, small, text}, "expected at most 2 ranks, one for each expert of the model, got 3");
+}
+
+TEST_CASE("moe_engine: when a rank dies, the others do not wait for it") {
+  const temporary_directory folder;
+  // the second rank kills itself after a moment; `exec` keeps the process
+  const std::string dies =
+      "if [ \"${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-1}}\" = 1 ]; then (sleep 0.7; kill -9 $$) & fi; exec \"$0\" \"$@\"";
+  const outcome run = on_ranks(4,
+                               {"sh", "-c", dies, program_path("moe_engine"), model, text, "--weights", "mxfp4-32/oas",
+                                "--activations", "mxfp4-32/oas"},
+                               folder);
+  INFO(run.err);
+  CHECK(run.exit_code != 0);
+  CHECK(run.exit_code != 124);
+}
+
+TEST_CASE("moe_engine: options are explained, and mistakes in them are told once") {
+  const temporary_directory folder;
+  const outcome help = engine(2, {"--help"}, folder);
+  CHECK(help.exit_code == 0);
+  CHECK_THAT(help.out, contains("--placement"));
+  const outcome unknown = engine(2, {"--no-such-option"}, folder);
+  CHECK(unknown.exit_code != 0);
+  CHECK_THAT(unknown.err, contains("--no-such-option"));
+}
+
+}  // namespace
