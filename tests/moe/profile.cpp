@@ -4,31 +4,10 @@
 #include <tetromino/moe/trace_io.hpp>
 
 #include "code_of.hpp"
-#include "reference/generators.hpp"
+#include "support/allocations.hpp"
 
-#include <cmath>    // std::nan, std::sqrt
-#include <cstdlib>  // std::malloc, std::free
-#include <new>      // operator new
-#include <vector>   // std::vector
-
-namespace {
-
-std::size_t allocations = 0;
-
-}  // namespace
-
-// counts every allocation of this program; kept out of line, or g++ takes malloc and delete for a mismatch
-[[gnu::noinline]] void* operator new(std::size_t bytes) {
-  ++allocations;
-  if (void* p = std::malloc(bytes > 0 ? bytes : 1)) return p;
-  throw std::bad_alloc();
-}
-[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
-  ++allocations;
-  return std::malloc(bytes > 0 ? bytes : 1);
-}
-[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
-[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+#include <cmath>   // std::nan, std::sqrt
+#include <vector>  // std::vector
 
 namespace {
 
@@ -74,12 +53,12 @@ TEST_CASE("a token is counted everywhere it belongs") {
 TEST_CASE("adding, merging and decaying allocate nothing, and memory is what the page says") {
   const trace t = read_trace(data_file("routing-16x2.safetensors"));
   profile p = everything(t), q = everything(t);
-  const std::size_t before = allocations;
+  const std::size_t before = tetromino_test::allocations;
   p.add(t.view());
   q.add(t.view().token(0), {phase::decode, 3, 7});
   p.merge(q);
   p.decay(0.5);
-  CHECK(allocations == before);
+  CHECK(tetromino_test::allocations == before);
   const std::size_t cells = 4 * 16;
   CHECK(p.memory_bytes() == 16 * cells + 4 * 16 * cells + 240 * 8 * cells + 4 * cells * 15 + 8 * (cells - 16) * 16);
 }

@@ -4,7 +4,7 @@
 
 #include <cstddef>  // std::size_t
 #include <cstdlib>  // std::malloc, std::free
-#include <new>      // std::bad_alloc, std::nothrow_t
+#include <new>      // std::bad_alloc, std::nothrow_t, std::nothrow_t
 
 namespace tetromino_test {
 inline std::size_t allocations = 0;
