@@ -10,7 +10,7 @@
 #include <xsimd/xsimd.hpp>  // xsimd::batch
 
 #include <cstddef>  // std::size_t
-#include <cstdint>  // std::int32_t
+#include <cstdint>  // std::int32_t, std::uintptr_t
 
 TETROMINO_VECTOR_CODE_BEGIN
 
@@ -70,7 +70,11 @@ TETROMINO_INLINE Out by_register(const F& f) {
 TETROMINO_LANEWISE(floats, floats, operator+, x + y)
 TETROMINO_LANEWISE(floats, floats, operator-, x - y)
 TETROMINO_LANEWISE(floats, floats, operator*, x* y)
+#if defined(__aarch64__)
+TETROMINO_LANEWISE(floats, floats, operator/, float_register(vdivq_f32(x, y)))  // xsimd 8 approximates
+#else
 TETROMINO_LANEWISE(floats, floats, operator/, x / y)
+#endif
 TETROMINO_LANEWISE(floats, floats, min, xsimd::min(x, y))  // of NaN and y: either of them
 TETROMINO_LANEWISE(words, words, operator+, x + y)
 TETROMINO_LANEWISE(words, words, operator-, x - y)
@@ -116,6 +120,13 @@ TETROMINO_INLINE void store(float* out, const floats& a) {
 }
 TETROMINO_INLINE void store(std::int32_t* out, const words& a) {
   for (std::size_t i = 0; i < registers; ++i) a.r[i].store_unaligned(out + i * word_register::size);
+}
+
+/// Asks for what lies `ahead` bytes after x, which may be past the end of everything.
+TETROMINO_INLINE void prefetch([[maybe_unused]] const void* x, [[maybe_unused]] std::size_t ahead) {
+#if defined(__GNUC__)
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + ahead));
+#endif
 }
 
 TETROMINO_INLINE words bits_of(const floats& a) { return detail::bit_cast<words>(a); }

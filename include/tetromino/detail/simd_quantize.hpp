@@ -104,6 +104,7 @@ struct simd_kernels {
     }
   }
 
+  static constexpr std::size_t far_ahead = 4096;  // bytes; hardware looks ahead too, but not as far as this work needs
   static constexpr std::int32_t infinity = 0x7F800000;
 
   template <class T>
@@ -132,11 +133,21 @@ struct simd_kernels {
 
   /// How the elements of 16 blocks become E2M1: times a power of two and a macro-block factor, or over a divisor.
   struct element_scales {
-    float multiplier[blocks_at_once];  // MX: f 2^-E. NVFP4: 1 / divisor
-    float divisor[blocks_at_once];     // NVFP4
-    float factor[blocks_at_once];      // MX: f
-    std::uint32_t empty = 0;           // blocks whose codes are all 0
-    bool quick = false;                // NVFP4: quotients can be had from inverses
+    float multiplier[blocks_at_once];   // MX: f 2^-E. NVFP4: 1 / divisor
+    float divisor[blocks_at_once];      // NVFP4
+    float factor[blocks_at_once];       // MX: f
+    std::int32_t amax[blocks_at_once];  // bits
+    std::uint32_t empty;                // blocks whose codes are all 0
+    bool quick;                         // NVFP4: quotients can be had from inverses
+  };
+  /// The first n elements of 16 blocks, all of them finite and with zeros after the n-th, and their scales.
+  template <class T>
+  struct span_of_blocks {
+    const T* x;
+    std::size_t n;
+    std::uint64_t first_index;
+    packed_row<std::uint8_t> out;
+    element_scales scales;
   };
 
   template <std::size_t Block, bool Nvfp4, real T>
@@ -144,6 +155,15 @@ struct simd_kernels {
                                      const packed_row<std::uint8_t>& out) {
     constexpr std::size_t span = Block * blocks_at_once;
     const std::size_t macro = rules.format.macro_block;
+    // Scales are chosen one span ahead of the elements: meanwhile the next span comes from memory, and what waits for
+    // the scales does not wait for long.
+    span_of_blocks<T> spans[2];
+    std::size_t next = 0;
+    bool is_waiting = false;
+    const auto store_waiting = [&] {
+      if (is_waiting) store_elements<Block, Nvfp4>(rules, spans[1 - next]);
+      is_waiting = false;
+    };
     for (std::size_t k = 0; k < in.cols; k += span) {
       const std::size_t n = std::min(span, in.cols - k);
       const std::uint64_t index = in.first_index + k;
@@ -153,10 +173,18 @@ struct simd_kernels {
       if (n == span) {
         const words amax = block_amax<Block>(in.data + k);
         if (!any_at_least(amax, infinity)) {
-          pack<Block, Nvfp4>(rules, in.data + k, weights, amax, span, index, to);
+          spans[next].x = in.data + k;
+          spans[next].n = span;
+          spans[next].first_index = index;
+          spans[next].out = to;
+          choose_scales<Block, Nvfp4>(rules, weights, amax, spans[next]);
+          store_waiting();
+          is_waiting = true;
+          next = 1 - next;
           continue;
         }
       }
+      store_waiting();
       // The tail of a row, or elements that are not finite: through copies of everything.
       T x[span];
       float padded_weights[span];
@@ -173,8 +201,9 @@ struct simd_kernels {
         poisoned = sanitize<Block>(rules.special, x, span);
         amax = block_amax<Block>(x);
       }
-      pack<Block, Nvfp4>(rules, x, weights == nullptr ? nullptr : padded_weights, amax, n, index,
-                         {codes, scales, macros, out.tensor_scale});
+      span_of_blocks<T> padded{x, n, index, {codes, scales, macros, out.tensor_scale}, {}};
+      choose_scales<Block, Nvfp4>(rules, weights == nullptr ? nullptr : padded_weights, amax, padded);
+      store_elements<Block, Nvfp4>(rules, padded);
       for (std::size_t b = 0; b < blocks_at_once; ++b) {
         if ((poisoned >> b & 1u) != 0) scales[b] = Nvfp4 ? e4m3::nan_bits : e8m0::nan_bits;
       }
@@ -183,54 +212,29 @@ struct simd_kernels {
       std::copy_n(scales, blocks, to.scales);
       if (macro != 0) std::copy_n(macros, (n + macro - 1) / macro, to.macros);
     }
+    store_waiting();
     return in.cols;
   }
 
-  /// Packs the first n of 16 blocks' elements, all of them finite and with zeros after the n-th.
-  template <std::size_t Block, bool Nvfp4, real T>
-  static void pack(const row_rules& rules, const T* x, const float* weights, const words& amax, std::size_t n,
-                   std::uint64_t first_index, const packed_row<std::uint8_t>& out) {
+  template <std::size_t Block, bool Nvfp4, class T>
+  static void choose_scales(const row_rules& rules, const float* weights, const words& amax, span_of_blocks<T>& span) {
     const bool compares = Nvfp4 ? rules.rule != scale_rule::amax
                                 : rules.rule == scale_rule::min_error ||
                                       (rules.format.macro_block != 0 && rules.macro != macro_rule::from_amax);
-    element_scales scales;
+    store(span.scales.amax, amax);
     if (!compares) {
-      choose_scales<Block, Nvfp4>(rules, block_magnitudes<Block, false>{}, amax, out, scales);
-    } else {
-      alignas(64) float magnitudes[Block * blocks_at_once];
-      for (std::size_t i = 0; i < Block * blocks_at_once; i += lane_count)
-        store(magnitudes + i, magnitude(load(x + i)));
-      if (weights == nullptr) {
-        choose_scales<Block, Nvfp4>(rules, block_magnitudes<Block, false>{magnitudes, nullptr}, amax, out, scales);
-      } else {
-        choose_scales<Block, Nvfp4>(rules, block_magnitudes<Block, true>{magnitudes, weights}, amax, out, scales);
-      }
+      return choose_scales<Nvfp4>(rules, block_magnitudes<Block, false>{}, amax, span.out, span.scales);
     }
-    if (rules.rounding == element_rounding::stochastic) {
-      store_stochastic<Block, Nvfp4>(rules, x, n, amax, scales, first_index, out);
-    } else if constexpr (!Nvfp4) {
-      store_nearest<Block>(x, n, out.codes, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
-        const floats_pair m = spread<T, Block>(scales.multiplier + b);
-        return floats_pair{v.first * m.first, v.second * m.second};
-      });
-    } else if (scales.quick) {
-      store_nearest<Block>(x, n, out.codes, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
-        const floats_pair d = spread<T, Block>(scales.divisor + b), i = spread<T, Block>(scales.multiplier + b);
-        return floats_pair{quotient<true>(v.first, d.first, i.first), quotient<true>(v.second, d.second, i.second)};
-      });
+    alignas(64) float x[Block * blocks_at_once];
+    for (std::size_t i = 0; i < Block * blocks_at_once; i += lane_count) store(x + i, magnitude(load(span.x + i)));
+    if (weights == nullptr) {
+      choose_scales<Nvfp4>(rules, block_magnitudes<Block, false>{x, nullptr}, amax, span.out, span.scales);
     } else {
-      store_nearest<Block>(x, n, out.codes, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
-        const floats_pair d = spread<T, Block>(scales.divisor + b);
-        return floats_pair{v.first / d.first, v.second / d.second};
-      });
-    }
-    for (std::size_t b = 0; b < blocks_at_once && scales.empty >> b != 0; ++b) {
-      if ((scales.empty >> b & 1u) != 0 && b * Block < n)
-        std::fill_n(out.codes + b * (Block / 2), Block / 2, std::uint8_t{0});
+      choose_scales<Nvfp4>(rules, block_magnitudes<Block, true>{x, weights}, amax, span.out, span.scales);
     }
   }
 
-  template <std::size_t Block, bool Nvfp4, bool Weighted>
+  template <bool Nvfp4, std::size_t Block, bool Weighted>
   static void choose_scales(const row_rules& rules, const block_magnitudes<Block, Weighted>& in, const words& amax,
                             const packed_row<std::uint8_t>& out, element_scales& scales) {
     if constexpr (Nvfp4) {
@@ -269,6 +273,33 @@ struct simd_kernels {
     }
   }
 
+  template <std::size_t Block, bool Nvfp4, class T>
+  static void store_elements(const row_rules& rules, const span_of_blocks<T>& span) {
+    const element_scales& scales = span.scales;
+    if (rules.rounding == element_rounding::stochastic) {
+      store_stochastic<Block, Nvfp4>(rules, span);
+    } else if constexpr (!Nvfp4) {
+      store_nearest<Block>(span, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
+        const floats_pair m = spread<T, Block>(scales.multiplier + b);
+        return floats_pair{v.first * m.first, v.second * m.second};
+      });
+    } else if (scales.quick) {
+      store_nearest<Block>(span, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
+        const floats_pair d = spread<T, Block>(scales.divisor + b), i = spread<T, Block>(scales.multiplier + b);
+        return floats_pair{quotient<true>(v.first, d.first, i.first), quotient<true>(v.second, d.second, i.second)};
+      });
+    } else {
+      store_nearest<Block>(span, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
+        const floats_pair d = spread<T, Block>(scales.divisor + b);
+        return floats_pair{v.first / d.first, v.second / d.second};
+      });
+    }
+    for (std::size_t b = 0; b < blocks_at_once && scales.empty >> b != 0; ++b) {
+      if ((scales.empty >> b & 1u) != 0 && b * Block < span.n)
+        std::fill_n(span.out.codes + b * (Block / 2), Block / 2, std::uint8_t{0});
+    }
+  }
+
   /// The scales of the elements that load_pair gives, when the first of them belongs to the block of scale[0].
   template <class T, std::size_t Block>
   TETROMINO_INLINE static floats_pair spread(const float* scale) {
@@ -283,11 +314,13 @@ struct simd_kernels {
     }
   }
 
-  /// Stores the codes of y = rescale(pair of x, its first block) for x[n], 64 at a time.
+  /// Stores the codes of y = rescale(pair of x, its first block), 64 at a time.
   template <std::size_t Block, class T, class Rescale>
-  TETROMINO_INLINE static void store_nearest(const T* x, std::size_t n, std::uint8_t* codes, const Rescale& rescale) {
-    for (std::size_t k = 0; k < n; k += 64) {
-      const floats_pair a = load_pair(x + k), b = load_pair(x + k + 32);
+  TETROMINO_INLINE static void store_nearest(const span_of_blocks<T>& span, const Rescale& rescale) {
+    std::uint8_t* const codes = span.out.codes;
+    for (std::size_t k = 0; k < span.n; k += 64) {
+      const floats_pair a = load_pair(span.x + k), b = load_pair(span.x + k + 32);
+      for (std::size_t i = 0; i < 64 * sizeof(T); i += 64) prefetch(span.x + k, far_ahead + i);
       const floats_pair ya = rescale(a, k / Block), yb = rescale(b, (k + 32) / Block);
       store_codes<T>(codes + k / 2, encode_e2m1(ya.first, a.first), encode_e2m1(ya.second, a.second),
                      encode_e2m1(yb.first, b.first), encode_e2m1(yb.second, b.second));
@@ -296,11 +329,10 @@ struct simd_kernels {
 
   /// The same with stochastic rounding, where tiny y matter: in the two steps of the reference.
   template <std::size_t Block, bool Nvfp4, class T>
-  static void store_stochastic(const row_rules& rules, const T* x, std::size_t n, const words& amax,
-                               const element_scales& scales, std::uint64_t first_index,
-                               const packed_row<std::uint8_t>& out) {
+  static void store_stochastic(const row_rules& rules, const span_of_blocks<T>& span) {
+    const auto& [x, n, first_index, out, scales] = span;
     float to_one[blocks_at_once], to_scale[blocks_at_once];
-    const words field = exponent_field(amax);
+    const words field = exponent_field(load(scales.amax));
     store(to_one, inverse_power(field));
     store(to_scale, floats_of(shift_left<23>(field - load_bytes(out.scales) + broadcast(127))));
     std::fill_n(out.codes, Block * blocks_at_once / 2, std::uint8_t{0});
