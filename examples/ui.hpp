@@ -56,7 +56,7 @@ class table {
   void print() const {
     std::vector<std::size_t> width(rows_.front().size());
     for (const auto& row : rows_) {
-      for (std::size_t c = 0; c < row.size(); ++c) width[c] = std::max(width[c], row[c].size());
+      for (std::size_t c = 0; c < row.size(); ++c) width[c] = std::max(width[c], characters(row[c]));
     }
     for (std::size_t r = 0; r < rows_.size(); ++r) {
       std::string line;
@@ -64,11 +64,15 @@ class table {
         line += c == 0 ? fmt::format("{:<{}}", rows_[r][c], width[c]) : fmt::format("  {:>{}}", rows_[r][c], width[c]);
       }
       fmt::print("{}\n", line);
-      if (r == 0) fmt::print("{}\n", std::string(line.size(), '-'));
+      if (r == 0) fmt::print("{}\n", std::string(characters(line), '-'));
     }
   }
 
  private:
+  static std::size_t characters(const std::string& utf8) {
+    return static_cast<std::size_t>(std::count_if(utf8.begin(), utf8.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+  }
+
   std::vector<std::vector<std::string>> rows_;
 };
 
