@@ -5,7 +5,6 @@
 #include "../error.hpp"         // tetromino::result, tetromino::error
 #include "../moe/dispatch.hpp"  // dispatch_plan
 
-#include <cuda_runtime_api.h>
 #include <nccl.h>
 
 #include <cstddef>  // std::size_t, std::byte
