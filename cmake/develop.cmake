@@ -37,6 +37,18 @@ find_package(CLI11 QUIET)
 set(MPI_CXX_SKIP_MPICXX ON)
 find_package(MPI QUIET COMPONENTS CXX)
 
+# NCCL comes without a package file, next to CUDA or alone.
+find_package(CUDAToolkit QUIET)
+find_path(NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+find_library(NCCL_LIBRARY nccl HINTS ${CUDAToolkit_LIBRARY_DIR})
+mark_as_advanced(NCCL_INCLUDE_DIR NCCL_LIBRARY)
+if(TARGET CUDA::cudart AND NCCL_INCLUDE_DIR AND NCCL_LIBRARY AND NOT TARGET NCCL::NCCL)
+  add_library(NCCL::NCCL UNKNOWN IMPORTED)
+  set_target_properties(
+    NCCL::NCCL PROPERTIES IMPORTED_LOCATION ${NCCL_LIBRARY} INTERFACE_INCLUDE_DIRECTORIES "${NCCL_INCLUDE_DIR}"
+                          INTERFACE_LINK_LIBRARIES CUDA::cudart)
+endif()
+
 # Sets `out` to those of TETROMINO_PACKAGES that `file` includes, itself or through the project's own files.
 function(tetromino_packages_of file out)
   get_property(seen GLOBAL PROPERTY "tetromino:${file}" SET)
