@@ -3,8 +3,8 @@
 #   tests/run.sh                    the default tests
 #   tests/run.sh --slow             the slow ones only
 #   tests/run.sh -R placement       further options go to ctest
-# TETROMINO_PRESET picks a file of cmake/presets (dev, asan, tsan), TETROMINO_BUILD_DIR where to build, TETROMINO_SEED
-# the random inputs; CXX and CMAKE_PREFIX_PATH mean what they always do.
+# TETROMINO_PRESET picks a file of cmake/presets (dev, asan, tsan, fuzz), TETROMINO_BUILD_DIR says where to build,
+# TETROMINO_SEED picks the random inputs; CXX and CMAKE_PREFIX_PATH mean what they always do.
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"
 
 select=()
@@ -17,6 +17,9 @@ folder=${TETROMINO_BUILD_DIR:-$root/build/tests-$preset}
 
 install_packages g++:c++ cmake:cmake ninja-build:ninja pkg-config:pkg-config catch2 libxsimd-dev libfmt-dev \
   libeigen3-dev nlohmann-json3-dev libcli11-dev libopenmpi-dev openmpi-bin:mpirun
+if [ "$preset" != dev ]; then
+  install_packages clang:clang++ libclang-rt-dev
+fi
 build "$folder" "$preset" "all all_verify_interface_header_sets" -D TETROMINO_TESTS=ON
 
 say "testing"

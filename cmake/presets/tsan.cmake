@@ -1,6 +1,7 @@
 # ThreadSanitizer: cmake -C cmake/presets/tsan.cmake -B build
 set(CMAKE_BUILD_TYPE Debug CACHE STRING "")
-set(CMAKE_CXX_FLAGS_DEBUG "-O1 -g" CACHE STRING "")
+set(CMAKE_CXX_FLAGS_DEBUG "-O1 -g1" CACHE STRING "")
+set(CMAKE_CXX_COMPILER clang++ CACHE STRING "")  # g++ takes several times as long and as much memory for this
 set(CMAKE_CXX_FLAGS "-fsanitize=thread -fno-omit-frame-pointer" CACHE STRING "")
 set(TETROMINO_EXAMPLES OFF CACHE BOOL "")
 set(TETROMINO_TEST_TIMEOUT 1800 CACHE STRING "")
