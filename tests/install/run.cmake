@@ -31,3 +31,6 @@ else()
 endif()
 
 execute_process(COMMAND ${work}/consumer COMMAND_ERROR_IS_FATAL ANY)
+if(EXISTS ${work}/consumer_io)
+  execute_process(COMMAND ${work}/consumer_io COMMAND_ERROR_IS_FATAL ANY)
+endif()
