@@ -33,14 +33,14 @@ TETROMINO_INLINE word_register as_words(byte_register a) { return word_register(
 TETROMINO_INLINE words spread_bytes(byte_register a) {
   const uint16x8_t low = vmovl_u8(vget_low_u8(a)), high = vmovl_high_u8(a);
   const auto word = [](uint32x4_t x) TETROMINO_INLINE_LAMBDA { return word_register(vreinterpretq_s32_u32(x)); };
-  return {{word(vmovl_u16(vget_low_u16(low))), word(vmovl_high_u16(low)), word(vmovl_u16(vget_low_u16(high))),
-           word(vmovl_high_u16(high))}};
+  return words(word(vmovl_u16(vget_low_u16(low))), word(vmovl_high_u16(low)), word(vmovl_u16(vget_low_u16(high))),
+               word(vmovl_high_u16(high)));
 }
 TETROMINO_INLINE words spread_halfwords(byte_register a, byte_register b) {
   const uint16x8_t low = vreinterpretq_u16_u8(a), high = vreinterpretq_u16_u8(b);
   const auto word = [](uint32x4_t x) TETROMINO_INLINE_LAMBDA { return word_register(vreinterpretq_s32_u32(x)); };
-  return {{word(vmovl_u16(vget_low_u16(low))), word(vmovl_high_u16(low)), word(vmovl_u16(vget_low_u16(high))),
-           word(vmovl_high_u16(high))}};
+  return words(word(vmovl_u16(vget_low_u16(low))), word(vmovl_high_u16(low)), word(vmovl_u16(vget_low_u16(high))),
+               word(vmovl_high_u16(high)));
 }
 TETROMINO_INLINE uint16x8_t join_halfwords(const word_register& a, const word_register& b) {
   return vuzp1q_u16(vreinterpretq_u16_s32(a), vreinterpretq_u16_s32(b));
@@ -95,8 +95,8 @@ TETROMINO_INLINE word_register as_words(byte_register a) { return word_register(
 /// Sixteen bytes, or eight halfwords in two registers, each in the lanes of words.
 TETROMINO_INLINE words spread_halfwords(byte_register a, byte_register b) {
   const __m128i zero = _mm_setzero_si128();
-  return {{word_register(_mm_unpacklo_epi16(a, zero)), word_register(_mm_unpackhi_epi16(a, zero)),
-           word_register(_mm_unpacklo_epi16(b, zero)), word_register(_mm_unpackhi_epi16(b, zero))}};
+  return words(word_register(_mm_unpacklo_epi16(a, zero)), word_register(_mm_unpackhi_epi16(a, zero)),
+               word_register(_mm_unpacklo_epi16(b, zero)), word_register(_mm_unpackhi_epi16(b, zero)));
 }
 TETROMINO_INLINE words spread_bytes(byte_register a) {
   const __m128i zero = _mm_setzero_si128();
@@ -169,14 +169,14 @@ TETROMINO_INLINE words load_bytes(const std::uint8_t* x) { return spread_bytes(l
 /// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
 TETROMINO_INLINE floats broadcast_halves(float a, float b) {
   const float_register low(a), high(b);
-  return {{low, low, high, high}};
+  return floats(low, low, high, high);
 }
 
 /// Lane i gets what lane i ^ Distance has.
 template <int Distance>
 TETROMINO_INLINE words exchange(const words& a) {
-  if constexpr (Distance == 8) return {{a.r[2], a.r[3], a.r[0], a.r[1]}};
-  if constexpr (Distance == 4) return {{a.r[1], a.r[0], a.r[3], a.r[2]}};
+  if constexpr (Distance == 8) return words(a.r[2], a.r[3], a.r[0], a.r[1]);
+  if constexpr (Distance == 4) return words(a.r[1], a.r[0], a.r[3], a.r[2]);
   if constexpr (Distance < 4) {
     return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA { return exchange_within<Distance>(a.r[i]); });
   }

@@ -21,8 +21,8 @@ inline namespace TETROMINO_ISA {
 
 TETROMINO_INLINE __m256 raw(const float_register& a) { return a; }
 TETROMINO_INLINE __m256i raw(const word_register& a) { return a; }
-TETROMINO_INLINE floats lanes(__m256 low, __m256 high) { return {{float_register(low), float_register(high)}}; }
-TETROMINO_INLINE words lanes(__m256i low, __m256i high) { return {{word_register(low), word_register(high)}}; }
+TETROMINO_INLINE floats lanes(__m256 low, __m256 high) { return floats(float_register(low), float_register(high)); }
+TETROMINO_INLINE words lanes(__m256i low, __m256i high) { return words(word_register(low), word_register(high)); }
 TETROMINO_INLINE __m256i load_register(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
 
 // Input and output ----------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ TETROMINO_INLINE floats broadcast_halves(float a, float b) { return lanes(_mm256
 /// Lane i gets what lane i ^ Distance has.
 template <int Distance>
 TETROMINO_INLINE words exchange(const words& a) {
-  if constexpr (Distance == 8) return {{a.r[1], a.r[0]}};
+  if constexpr (Distance == 8) return words(a.r[1], a.r[0]);
   const auto within = [](__m256i x) TETROMINO_INLINE_LAMBDA {
     if constexpr (Distance == 4) return _mm256_permute2x128_si256(x, x, 0x01);
     return _mm256_shuffle_epi32(x, Distance == 2 ? 0x4E : 0xB1);

@@ -22,8 +22,8 @@ inline namespace TETROMINO_ISA {
 
 TETROMINO_INLINE __m512 raw(const floats& a) { return a.r[0]; }
 TETROMINO_INLINE __m512i raw(const words& a) { return a.r[0]; }
-TETROMINO_INLINE floats lanes(__m512 a) { return {{float_register(a)}}; }
-TETROMINO_INLINE words lanes(__m512i a) { return {{word_register(a)}}; }
+TETROMINO_INLINE floats lanes(__m512 a) { return floats(float_register(a)); }
+TETROMINO_INLINE words lanes(__m512i a) { return words(word_register(a)); }
 
 // Input and output ----------------------------------------------------------------------------------------------------
 

@@ -33,13 +33,36 @@ inline constexpr std::size_t lane_count = 16;
 inline constexpr std::size_t registers = lane_count * 32 / TETROMINO_VECTOR_BITS;
 static_assert(float_register::size * registers == lane_count);
 
+/// Copies registers one by one: g++ moves arrays of them through memory.
+template <class Register>
+TETROMINO_INLINE void copy_registers(const Register* from, Register* to) {
+  to[0] = from[0];
+  if constexpr (registers > 1) to[1] = from[1];
+  if constexpr (registers > 2) {
+    to[2] = from[2];
+    to[3] = from[3];
+  }
+}
+
 /// Lane i is element i.
 struct floats {
   float_register r[registers];
+
+  floats() = default;
+  template <class... Registers>
+  TETROMINO_INLINE explicit floats(float_register first, Registers... more) : r{first, more...} {}
+  TETROMINO_INLINE floats(const floats& a) { copy_registers(a.r, r); }
+  TETROMINO_INLINE floats& operator=(const floats& a) { return copy_registers(a.r, r), *this; }
 };
 /// Integers, or the bits of floats.
 struct words {
   word_register r[registers];
+
+  words() = default;
+  template <class... Registers>
+  TETROMINO_INLINE explicit words(word_register first, Registers... more) : r{first, more...} {}
+  TETROMINO_INLINE words(const words& a) { copy_registers(a.r, r); }
+  TETROMINO_INLINE words& operator=(const words& a) { return copy_registers(a.r, r), *this; }
 };
 /// The outcome of a comparison, lane by lane.
 struct flags {
@@ -129,8 +152,14 @@ TETROMINO_INLINE void prefetch([[maybe_unused]] const void* x, [[maybe_unused]] 
 #endif
 }
 
-TETROMINO_INLINE words bits_of(const floats& a) { return detail::bit_cast<words>(a); }
-TETROMINO_INLINE floats floats_of(const words& a) { return detail::bit_cast<floats>(a); }
+TETROMINO_INLINE words bits_of(const floats& a) {
+  return by_register<words>([&](std::size_t i)
+                                TETROMINO_INLINE_LAMBDA { return detail::bit_cast<word_register>(a.r[i]); });
+}
+TETROMINO_INLINE floats floats_of(const words& a) {
+  return by_register<floats>([&](std::size_t i)
+                                 TETROMINO_INLINE_LAMBDA { return detail::bit_cast<float_register>(a.r[i]); });
+}
 TETROMINO_INLINE floats magnitude(const floats& a) { return floats_of(bits_of(a) & broadcast(0x7FFFFFFF)); }
 
 /// a where the flag is set, b elsewhere.
