@@ -214,9 +214,14 @@ struct shape {
 inline std::vector<float> read(const io::safetensors_file& file, const std::string& name,
                                const std::vector<std::size_t>& expected) {
   const io::safetensors_tensor& tensor = file[name];
+  const auto list = [](const std::vector<std::size_t>& sizes) {
+    std::string out;
+    for (const std::size_t n : sizes) out += (out.empty() ? "" : ", ") + std::to_string(n);
+    return out;
+  };
   if (tensor.shape() != expected) {
     throw error(errc::malformed_file, fmt::format("{}: tensor {}: expected the shape [{}], got [{}]", file.path(), name,
-                                                  fmt::join(expected, ", "), fmt::join(tensor.shape(), ", ")));
+                                                  list(expected), list(tensor.shape())));
   }
   if (tensor.dtype() == io::dtype::F32) return tensor.copy_as<float>();
   std::vector<float> out(tensor.elements());
