@@ -74,11 +74,19 @@ TETROMINO_INLINE words closed_form_bytes(const words& amax, const floats& factor
   return max(field + raised, broadcast(129)) - broadcast(129);
 }
 
-/// The squared errors of 16 elements, y once scaled, against the grid of E2M1 times s, which ends at `most`.
-template <std::size_t Block, bool Weighted>
+/// f(i) for each 16 elements of block b, which start at i.
+template <std::size_t Block, class F>
+TETROMINO_INLINE void each_part(std::size_t b, const F& f) {
+  f(b * Block);
+  if constexpr (Block == 32) f(b * Block + lane_count);
+}
+
+/// The squared errors of 16 elements, y once scaled, against the grid of E2M1 times s. Without `Clamped`, y is at most
+/// 7 s: then the grid may as well go on, as 7 is as far from 8 as from 6.
+template <bool Clamped, std::size_t Block, bool Weighted>
 TETROMINO_INLINE floats squared_errors(const block_magnitudes<Block, Weighted>& in, std::size_t i, const floats& y,
-                                       const floats& most, const floats& s) {
-  const floats difference = y - snap(min(y, most), s);
+                                       const floats& s) {
+  const floats difference = y - snap(Clamped ? min(y, s * broadcast(6.0f)) : y, s);
   const floats square = rounded(difference * difference);
   if constexpr (Weighted) return rounded(load(in.weights + i) * square);
   return square;
@@ -88,7 +96,7 @@ TETROMINO_INLINE floats squared_errors(const block_magnitudes<Block, Weighted>& 
 template <std::size_t Block, bool Weighted>
 words least_error_bytes(const block_magnitudes<Block, Weighted>& in, const words& amax, const floats& factor) {
   const words up = closed_form_bytes(amax, factor, carry_of(scale_rule::round_up));
-  const floats one = broadcast(1.0f), six = broadcast(6.0f);
+  const floats one = broadcast(1.0f);
   words best = up;
   floats least = one;
   for (const std::int32_t step : {1, 0, -1, -2}) {  // the larger scale first: it keeps ties
@@ -98,10 +106,9 @@ words least_error_bytes(const block_magnitudes<Block, Weighted>& in, const words
     for (std::size_t b = 0; b < blocks_at_once; ++b) {
       const floats to_scale = broadcast(multiplier[b]);
       floats sum = broadcast(0.0f);
-      for (std::size_t i = b * Block; i < (b + 1) * Block; i += lane_count) {
-        const floats y = rounded(load(in.x + i) * to_scale);
-        sum = sum + squared_errors(in, i, y, six, one);
-      }
+      each_part<Block>(b, [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+        sum = sum + squared_errors<true>(in, i, rounded(load(in.x + i) * to_scale), one);
+      });
       store(errors[b], sum);
     }
     const words twice = byte - up + byte - up;
@@ -136,6 +143,23 @@ TETROMINO_INLINE floats macro_factors(const words& byte) {
   return floats_of(shift_left<15>(byte) | broadcast(0x3F800000));
 }
 
+/// The squared errors of blocks [first, last) for 16 candidates, x and the block scales in the same unit.
+template <bool Clamped, std::size_t Block, bool Weighted>
+void macro_errors(const block_magnitudes<Block, Weighted>& in, const float* x, std::size_t first, std::size_t last,
+                  const float* factor, const float (*scale)[blocks_at_once], float (*errors)[lane_count]) {
+  for (std::size_t c = 0; c < lane_count; ++c) {
+    const floats f = broadcast(factor[c]);
+    floats sum = broadcast(0.0f);
+    for (std::size_t b = first; b < last; ++b) {
+      const floats s = broadcast(scale[c][b]);
+      each_part<Block>(b, [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+        sum = sum + squared_errors<Clamped>(in, i, rounded(load(x + i) * f), s);
+      });
+    }
+    store(errors[c], sum);
+  }
+}
+
 /// The macro-block bytes of a search, in all lanes of a macro block of `group` blocks.
 template <std::size_t Block, bool Weighted>
 words searched_macros(const row_rules& rules, const block_magnitudes<Block, Weighted>& in, const words& amax,
@@ -146,9 +170,8 @@ words searched_macros(const row_rules& rules, const block_magnitudes<Block, Weig
   float to_unit[blocks_at_once];
   store(to_unit, inverse_power(unit));
   for (std::size_t b = 0; b < blocks_at_once; ++b) {
-    for (std::size_t i = b * Block; i < (b + 1) * Block; i += lane_count) {
-      store(x + i, load(in.x + i) * broadcast(to_unit[b]));
-    }
+    each_part<Block>(
+        b, [&](std::size_t i) TETROMINO_INLINE_LAMBDA { store(x + i, load(in.x + i) * broadcast(to_unit[b])); });
   }
 
   constexpr std::size_t candidates = lane_count;
@@ -156,30 +179,21 @@ words searched_macros(const row_rules& rules, const block_magnitudes<Block, Weig
   std::int32_t best[blocks_at_once] = {};
   float least[blocks_at_once] = {};
   for (std::int32_t first = 0; first < 256; first += spacing * static_cast<std::int32_t>(candidates)) {
-    float factor[candidates], scale[candidates][blocks_at_once], most[candidates][blocks_at_once];
+    float factor[candidates], scale[candidates][blocks_at_once];
     for (std::size_t c = 0; c < candidates; ++c) {
       factor[c] = macro_factor(static_cast<std::uint8_t>(first + spacing * static_cast<std::int32_t>(c)));
       const floats f = broadcast(factor[c]);
       const words byte = rules.rule == scale_rule::min_error ? least_error_bytes(in, amax, f)
                                                              : closed_form_bytes(amax, f, carry_of(rules.rule));
-      const floats s = floats_of(shift_left<23>(max(byte - unit + broadcast(127), broadcast(1))));
-      store(scale[c], s);
-      store(most[c], s * broadcast(6.0f));
+      store(scale[c], floats_of(shift_left<23>(max(byte - unit + broadcast(127), broadcast(1)))));
     }
     const floats all_factors = load(factor);
     for (std::size_t begin = 0; begin < blocks_at_once; begin += group) {
       float errors[candidates][lane_count], totals[candidates];
-      for (std::size_t c = 0; c < candidates; ++c) {
-        const floats f = broadcast(factor[c]);
-        floats sum = broadcast(0.0f);
-        for (std::size_t b = begin; b < begin + group; ++b) {
-          const floats s = broadcast(scale[c][b]), m = broadcast(most[c][b]);
-          for (std::size_t i = b * Block; i < (b + 1) * Block; i += lane_count) {
-            const floats y = rounded(load(x + i) * f);
-            sum = sum + squared_errors(in, i, y, m, s);
-          }
-        }
-        store(errors[c], sum);
+      if (rules.rule == scale_rule::floor || rules.rule == scale_rule::min_error) {
+        macro_errors<true>(in, x, begin, begin + group, factor, scale, errors);
+      } else {
+        macro_errors<false>(in, x, begin, begin + group, factor, scale, errors);
       }
       store(totals, sum_each([&](std::size_t c) TETROMINO_INLINE_LAMBDA { return load(errors[c]); }) /
                         (all_factors * all_factors));
@@ -223,11 +237,11 @@ TETROMINO_INLINE bool has_quick_quotients(const words& amax, const floats& divis
 
 template <bool Quick, bool Weighted>
 floats nvfp4_error_sums(const block_magnitudes<16, Weighted>& in, const float* divisors, const float* inverses) {
-  const floats one = broadcast(1.0f), six = broadcast(6.0f);
+  const floats one = broadcast(1.0f);
   float errors[blocks_at_once][lane_count];
   for (std::size_t b = 0; b < blocks_at_once; ++b) {
     const floats y = rounded(quotient<Quick>(load(in.x + 16 * b), broadcast(divisors[b]), broadcast(inverses[b])));
-    store(errors[b], squared_errors(in, 16 * b, y, six, one));
+    store(errors[b], squared_errors<true>(in, 16 * b, y, one));
   }
   return sum_each([&](std::size_t b) TETROMINO_INLINE_LAMBDA { return load(errors[b]); });
 }
