@@ -104,7 +104,6 @@ class engine {
   engine(const workplace& w, const moe_lm::model& m, const moe::placement& p)
       : w_(w),
         model_(m),
-        placement_(p),
         index_(p),
         chooser_(p, w.cluster, moe::replica_choice::nearest),
         exchange_(MPI_COMM_WORLD),
@@ -227,7 +226,6 @@ class engine {
 
   const workplace& w_;
   const moe_lm::model& model_;
-  const moe::placement& placement_;
   moe::replica_index index_;
   moe::replica_chooser chooser_;
   tetromino::comm::mpi_exchange exchange_;
