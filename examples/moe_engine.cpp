@@ -7,6 +7,7 @@
 
 #include "moe_model.hpp"
 #include "mpi_session.hpp"
+#include "plan_local.hpp"
 #include "ui.hpp"
 
 #include <tetromino/comm/dispatcher.hpp>
@@ -365,14 +366,32 @@ struct plan {
 plan plan_from_prefill(const workplace& w, const moe_lm::model& m) {
   const moe::placement before = moe::contiguous(w.size.layers, w.size.experts, w.cluster);
   const outcome ran = engine(w, m, before).run(w.in_turn(), w.options.prefill, "prefill");
-  const std::vector<std::uint16_t> ids = w.mpi.gather(ran.ids);
-  const moe::routing_shape shape = routing_of(w.size);
-  std::vector<double> loads(w.size.layers * w.size.experts);
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    ++loads[i / w.size.top_k % w.size.layers * w.size.experts + ids[i]];
+  const std::vector<std::uint16_t> ids = w.mpi.gather(ran.ids);  // rank after rank, documents as they ran
+
+  const std::size_t experts = w.size.experts, per_token = routing_of(w.size).ids_per_token();
+  plan_local::workload seen{w.size.layers, experts, {}, {}};
+  seen.uses.assign(w.chosen.size(), std::vector<double>(w.size.layers * experts));
+  std::vector<double> loads(w.size.layers * experts);
+  const auto source = w.in_turn();
+  std::size_t at = 0;
+  for (std::size_t rank = 0; rank < w.mpi.ranks(); ++rank) {
+    for (std::size_t d = 0; d < w.chosen.size(); ++d) {
+      if (source[d] != rank) continue;
+      const std::size_t end = at + w.tokens_of(d, w.options.prefill).size() * per_token;
+      for (; at < end; ++at) {
+        const std::size_t expert = at / w.size.top_k % w.size.layers * experts + ids[at];
+        seen.uses[d][expert] += 1;
+        loads[expert] += 1;
+      }
+    }
   }
-  static_cast<void>(shape);
-  return {moe::balanced({w.size.layers, w.size.experts, loads}, w.cluster), w.in_turn()};
+  if (w.options.placement == "balanced") return {moe::balanced({w.size.layers, experts, loads}, w.cluster), source};
+  for (std::size_t d = 0; d < w.chosen.size(); ++d) {
+    seen.tokens.push_back(static_cast<double>(w.tokens_of(d, std::string::npos).size()));
+  }
+  const plan_local::plan found = plan_local::solver(seen, w.cluster).solve();
+  moe::validate(found.placement, w.cluster);
+  return {found.placement, found.rank_of_document};
 }
 
 plan plan_by_name(const workplace& w, const moe_lm::model& m) {
