@@ -176,9 +176,16 @@ result<void> quantize_cpu(executor_ref executor, const quantize_job<T>& job) {
 /// Unpacks a job on the CPU with the row kernels of one backend.
 template <class Kernels, real T>
 result<void> dequantize_cpu(executor_ref executor, const dequantize_job<T>& job) {
-  for_each_row(executor, job.out.matrices * job.out.rows, job.out.cols, [&](std::size_t row) {
-    Kernels::dequantize_row(job.in.format, packed_row_of(job.in, row), job.out.cols,
-                            job.out.row(row / job.out.rows, row % job.out.rows));
+  constexpr std::size_t past_caches = std::size_t{64} << 20;  // bytes of output that few caches hold until it is read
+  const std::size_t rows = job.out.matrices * job.out.rows;
+  const bool is_large = rows * job.out.cols * sizeof(T) >= past_caches;
+  for_each_row(executor, rows, job.out.cols, [&](std::size_t row) {
+    const auto packed = packed_row_of(job.in, row);
+    T* out = job.out.row(row / job.out.rows, row % job.out.rows);
+    if constexpr (requires { Kernels::dequantize_row_past_caches(job.in.format, packed, job.out.cols, out); }) {
+      if (is_large) return Kernels::dequantize_row_past_caches(job.in.format, packed, job.out.cols, out);
+    }
+    Kernels::dequantize_row(job.in.format, packed, job.out.cols, out);
   });
   return {};
 }

@@ -17,6 +17,7 @@
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
+#include <cstring>      // std::memcpy
 #include <type_traits>  // std::is_same_v
 
 namespace tetromino::detail {
@@ -163,6 +164,22 @@ TETROMINO_INLINE void store(half* out, const floats& a) {
 /// The low byte of each lane, which is at most 255.
 TETROMINO_INLINE void store_bytes(std::uint8_t* out, const words& a) { store_register(out, join_bytes(a)); }
 TETROMINO_INLINE words load_bytes(const std::uint8_t* x) { return spread_bytes(load_register(x)); }
+
+/// Writes a line of 64 bytes, both sides aligned, past the caches; end_streaming() before others may read it.
+TETROMINO_INLINE void stream_line(void* to, const void* from) {
+#if defined(__aarch64__)
+  std::memcpy(to, from, 64);
+#else
+  for (int i = 0; i < 4; ++i) {
+    _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
+  }
+#endif
+}
+TETROMINO_INLINE void end_streaming() {
+#if !defined(__aarch64__)
+  _mm_sfence();
+#endif
+}
 
 // Across lanes --------------------------------------------------------------------------------------------------------
 
@@ -313,6 +330,11 @@ class e2m1_decoder {
     byte_register first, second;
     part_codes(load_register(codes), first, second);
     return {values(spread_bytes(first)), values(spread_bytes(second))};
+  }
+  /// The same, even ones first.
+  TETROMINO_INLINE floats_pair split(const std::uint8_t* codes) const {
+    const words pairs = load_bytes(codes);
+    return {values(pairs & broadcast(15)), values(shift_right<4>(pairs))};
   }
 
  private:

@@ -63,6 +63,15 @@ TETROMINO_INLINE words load_bytes(const std::uint8_t* x) {
   return lanes(_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8)));
 }
 
+/// Writes a line of 64 bytes, both sides aligned, past the caches; end_streaming() before others may read it.
+TETROMINO_INLINE void stream_line(void* to, const void* from) {
+  const auto* source = static_cast<const __m256i*>(from);
+  auto* target = static_cast<__m256i*>(to);
+  _mm256_stream_si256(target, _mm256_load_si256(source));
+  _mm256_stream_si256(target + 1, _mm256_load_si256(source + 1));
+}
+TETROMINO_INLINE void end_streaming() { _mm_sfence(); }
+
 // Across lanes --------------------------------------------------------------------------------------------------------
 
 /// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
@@ -245,14 +254,25 @@ class e2m1_decoder {
     const auto eight = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
       std::int32_t word;
       std::memcpy(&word, codes + 4 * i, sizeof word);
-      const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
-      const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(code, 3), 31));
-      return _mm256_or_ps(_mm256_permutevar8x32_ps(values_, code), sign);
+      return values(_mm256_srlv_epi32(_mm256_set1_epi32(word), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28)));
     };
     return {lanes(eight(0), eight(1)), lanes(eight(2), eight(3))};
   }
+  /// The same, even ones first.
+  TETROMINO_INLINE floats_pair split(const std::uint8_t* codes) const {
+    const words pairs = load_bytes(codes);
+    const auto odd = [&](std::size_t i)
+                         TETROMINO_INLINE_LAMBDA { return values(_mm256_srli_epi32(raw(pairs.r[i]), 4)); };
+    return {lanes(values(raw(pairs.r[0])), values(raw(pairs.r[1]))), lanes(odd(0), odd(1))};
+  }
 
  private:
+  /// Of the low four bits of each lane.
+  TETROMINO_INLINE __m256 values(__m256i code) const {
+    const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(code, 3), 31));
+    return _mm256_or_ps(_mm256_permutevar8x32_ps(values_, code), sign);
+  }
+
   __m256 values_;
 };
 

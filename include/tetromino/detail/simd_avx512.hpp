@@ -54,6 +54,12 @@ TETROMINO_INLINE words load_bytes(const std::uint8_t* x) {
   return lanes(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
 }
 
+/// Writes a line of 64 bytes, both sides aligned, past the caches; end_streaming() before others may read it.
+TETROMINO_INLINE void stream_line(void* to, const void* from) {
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
+}
+TETROMINO_INLINE void end_streaming() { _mm_sfence(); }
+
 // Across lanes --------------------------------------------------------------------------------------------------------
 
 /// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
@@ -237,6 +243,12 @@ class e2m1_decoder {
       return lanes(_mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_permutexvar_epi32(word, all), nibble), values_));
     };
     return {half(0), half(2)};
+  }
+  /// The same, even ones first.
+  TETROMINO_INLINE floats_pair split(const std::uint8_t* codes) const {
+    const __m512i pairs = raw(load_bytes(codes));
+    return {lanes(_mm512_permutexvar_ps(pairs, values_)),
+            lanes(_mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), values_))};
   }
 
  private:

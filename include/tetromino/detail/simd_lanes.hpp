@@ -11,6 +11,7 @@
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int32_t, std::uintptr_t
+#include <cstring>  // std::memcpy
 
 TETROMINO_VECTOR_CODE_BEGIN
 
@@ -121,6 +122,16 @@ TETROMINO_INLINE words shift_right(const words& a) {
   return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA { return a.r[i] >> N; });
 }
 
+/// The upper halves of lanes of `even` and `odd`, in turns.
+TETROMINO_INLINE words join_upper_halves(const words& even, const words& odd) {
+  using unsigned_register = xsimd::batch<std::uint32_t, architecture>;
+  const word_register upper(static_cast<std::int32_t>(0xFFFF0000u));
+  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+    const unsigned_register low = detail::bit_cast<unsigned_register>(even.r[i]) >> 16;
+    return detail::bit_cast<word_register>(low) | (odd.r[i] & upper);
+  });
+}
+
 TETROMINO_INLINE floats broadcast(float x) {
   return by_register<floats>([&](std::size_t) TETROMINO_INLINE_LAMBDA { return float_register(x); });
 }
@@ -140,6 +151,13 @@ TETROMINO_INLINE words load(const std::int32_t* x) {
 }
 TETROMINO_INLINE void store(float* out, const floats& a) {
   for (std::size_t i = 0; i < registers; ++i) a.r[i].store_unaligned(out + i * float_register::size);
+}
+/// To 64 bytes of any kind.
+TETROMINO_INLINE void store_words(void* out, const words& a) {
+  for (std::size_t i = 0; i < registers; ++i) {
+    const word_register r = a.r[i];
+    std::memcpy(static_cast<char*>(out) + i * sizeof r, &r, sizeof r);
+  }
 }
 TETROMINO_INLINE void store(std::int32_t* out, const words& a) {
   for (std::size_t i = 0; i < registers; ++i) a.r[i].store_unaligned(out + i * word_register::size);
@@ -182,10 +200,13 @@ TETROMINO_INLINE floats widen_half(const words& a) {
   const words finite = select(m < floats_of(broadcast(1 << 23)), subnormal, normal);
   return floats_of(select(floats_of(broadcast(31 << 23)) <= m, special, finite) | sign);
 }
+/// Rounds floats that are no NaN to bfloat16, in the upper halves of lanes; the lower halves are left over.
+TETROMINO_INLINE words round_bfloat16(const floats& a) {
+  const words word = bits_of(a);
+  return word + broadcast(0x7FFF) + (shift_right<16>(word) & broadcast(1));
+}
 TETROMINO_INLINE words narrow_bfloat16(const floats& a) {
-  const words word = bits_of(a), odd = shift_right<16>(word) & broadcast(1);
-  const words nearest = word + broadcast(0x7FFF) + odd;
-  const words bits = select(a <= a, nearest, word | broadcast(0x400000));
+  const words bits = select(a <= a, round_bfloat16(a), bits_of(a) | broadcast(0x400000));
   return shift_right<16>(bits) & broadcast(0xFFFF);
 }
 TETROMINO_INLINE words narrow_half(const floats& a) {

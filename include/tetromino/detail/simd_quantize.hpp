@@ -59,7 +59,44 @@ struct simd_kernels {
     return dequantize_blocks<32>(format, in, cols, out);
   }
 
+  /// The same past the caches, for output that they could not hold anyway.
+  template <real T>
+  static void dequantize_row_past_caches(const any_format& format, const packed_row<const std::uint8_t>& in,
+                                         std::size_t cols, T* out) {
+    if (format.block == 16) return dequantize_past_caches<16>(format, in, cols, out);
+    return dequantize_past_caches<32>(format, in, cols, out);
+  }
+
  private:
+  template <std::size_t Block, real T>
+  static void dequantize_past_caches(const any_format& format, const packed_row<const std::uint8_t>& in,
+                                     std::size_t cols, T* out) {
+    constexpr std::size_t span = Block * blocks_at_once, line = 64 / sizeof(T);
+    const std::size_t macro = format.macro_block;
+    alignas(64) T staged[line + span];
+    // staged[0] belongs at an address that is a multiple of 64; the first `begin` elements are not ours.
+    std::size_t begin = reinterpret_cast<std::uintptr_t>(out) % 64 / sizeof(T), filled = begin;
+    for (std::size_t k = 0; k < cols; k += span) {
+      const std::size_t n = std::min(span, cols - k);
+      dequantize_blocks<Block>(
+          format,
+          {in.codes + k / 2, in.scales + k / Block, macro == 0 ? nullptr : in.macros + k / macro, in.tensor_scale}, n,
+          staged + filled);
+      filled += n;
+      std::size_t done = 0;
+      if (begin != 0 && filled >= line) {
+        out = std::copy(staged + begin, staged + line, out);
+        begin = 0;
+        done = line;
+      }
+      for (; done + line <= filled; done += line, out += line) stream_line(out, staged + done);
+      if (done != 0) std::copy(staged + done, staged + filled, staged);
+      filled -= done;
+    }
+    std::copy(staged + begin, staged + filled, out);
+    end_streaming();
+  }
+
   template <std::size_t Block, real T>
   static void dequantize_blocks(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t cols,
                                 T* out) {
@@ -89,20 +126,53 @@ struct simd_kernels {
   TETROMINO_INLINE static void unpack(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t n,
                                       T* out) {
     const words bytes = load_bytes(in.scales);
+    const floats scales =
+        format.scale == scale_type::e4m3 ? broadcast(in.tensor_scale) * decode_e4m3(bytes) : decode_e8m0(bytes);
     float scale[blocks_at_once];
-    store(scale,
-          format.scale == scale_type::e4m3 ? broadcast(in.tensor_scale) * decode_e4m3(bytes) : decode_e8m0(bytes));
+    store(scale, scales);
+    if (!is_split<T> || any_at_least(bits_of(magnitude(scales)), infinity)) {
+      unpack_with<Block>(format, in, n, out, scale, unpack_in_order{});
+    } else if (format.scale == scale_type::e8m0 && format.macro_block == 0) {
+      unpack_with<Block>(format, in, n, out, scale, unpack_split<false>{});
+    } else {
+      unpack_with<Block>(format, in, n, out, scale, unpack_split<true>{});
+    }
+  }
+
+  /// step(out, decode, codes, scale) does 32 elements.
+  template <std::size_t Block, real T, class Step>
+  TETROMINO_INLINE static void unpack_with(const any_format& format, const packed_row<const std::uint8_t>& in,
+                                           std::size_t n, T* out, const float* scale, const Step& step) {
     const std::size_t macro = format.macro_block == 0 ? n : format.macro_block;
     for (std::size_t begin = 0; begin < n; begin += macro) {
       const e2m1_decoder decode =
           format.macro_block == 0 ? e2m1_decoder() : e2m1_decoder(macro_factor(in.macros[begin / macro]));
       for (std::size_t k = begin; k < std::min(n, begin + macro); k += 32) {
-        const floats_pair q = decode(in.codes + k / 2);
-        store(out + k, q.first * broadcast(scale[k / Block]));
-        store(out + k + lane_count, q.second * broadcast(scale[(k + lane_count) / Block]));
+        step.template operator()<Block>(out + k, decode, in.codes + k / 2, scale + k / Block);
       }
     }
   }
+  struct unpack_in_order {
+    template <std::size_t Block, real T>
+    TETROMINO_INLINE void operator()(T* out, const e2m1_decoder& decode, const std::uint8_t* codes,
+                                     const float* scale) const {
+      const floats_pair q = decode(codes);
+      store(out, q.first * broadcast(scale[0]));
+      store(out + lane_count, q.second * broadcast(scale[lane_count / Block]));
+    }
+  };
+  /// bfloat16, without NaN. An element of a plain MX format times its scale is one already.
+  template <bool Rounds>
+  struct unpack_split {
+    template <std::size_t Block, real T>
+    TETROMINO_INLINE void operator()(T* out, const e2m1_decoder& decode, const std::uint8_t* codes,
+                                     const float* scale) const {
+      const floats_pair q = decode.split(codes), s = spread<bfloat16, Block>(scale);
+      const floats even = q.first * s.first, odd = q.second * s.second;
+      store_words(out, Rounds ? join_upper_halves(round_bfloat16(even), round_bfloat16(odd))
+                              : join_upper_halves(bits_of(even), bits_of(odd)));
+    }
+  };
 
   static constexpr std::size_t far_ahead = 4096;  // bytes; hardware looks ahead too, but not as far as this work needs
   static constexpr std::int32_t infinity = 0x7F800000;
