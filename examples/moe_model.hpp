@@ -385,7 +385,7 @@ class evaluator {
         rotary_.turn(std::span(k_).subspan(t * width, width), position_[t]);
       }
       for (std::size_t d = 0, at = 0; d < batch.size(); at += batch[d].size() * width, ++d) {
-        attention_(&q_[at], &k_[at], &v_[at], batch[d].size(), s.heads, width, &mixed_[at]);
+        attention_(q_.data() + at, k_.data() + at, v_.data() + at, batch[d].size(), s.heads, width, mixed_.data() + at);
       }
       rows_.set(model_.rounding, mixed_, width, per_document);
       layer.o.multiply(rows_, y_);
@@ -435,7 +435,7 @@ class evaluator {
     for (std::size_t d = 0, first = 0; d < batch.size(); first += batch[d].size(), ++d) {
       for (std::size_t t = 0; t + 1 < batch[d].size(); t += rows_of_logits) {
         const std::size_t rows = std::min(rows_of_logits, batch[d].size() - 1 - t);
-        model_.to_logits.multiply(&normed_[(first + t) * width], rows, logits_.data());
+        model_.to_logits.multiply(normed_.data() + (first + t) * width, rows, logits_.data());
         for (std::size_t r = 0; r < rows; ++r) {
           nll[d] += dense::negative_log_likelihood(std::span(logits_).subspan(r * vocab, vocab), batch[d][t + r + 1]);
         }
