@@ -1,0 +1,96 @@
+#pragma once
+
+/// The CUDA backend: include this header and pass tetromino::cuda::stream as the policy. It needs no CUDA compiler: the
+/// kernels are linked from the target tetromino::cuda, or compiled into a .cu file that includes cuda/kernels.cuh.
+
+#include "cuda/launch.hpp"  // is_aligned
+#include "cuda/matmul.hpp"  // matmul
+#include "cuda/stream.hpp"  // stream, rejections
+
+#include <tetromino/dequantize.hpp>  // dequantize_to
+#include <tetromino/layout.hpp>      // swizzled_bytes
+#include <tetromino/quantize.hpp>    // quantize_to
+
+#include <cstddef>  // std::size_t
+#include <span>     // std::span
+
+namespace tetromino::cuda {
+
+/// Bytes of workspace that fake_quantize needs on a stream: the tensor scales of NVFP4, none for other formats.
+[[nodiscard]] inline std::size_t fake_quantize_workspace_bytes(const any_format& format, std::size_t matrices,
+                                                               const quantize_options& options = {}) noexcept {
+  if (format.scale != scale_type::e4m3) return 0;
+  const bool one = options.scope == tensor_scale_scope::batch && options.tensor_scales.size() <= 1;
+  return (one ? 1 : matrices) * sizeof(float);
+}
+
+namespace detail {
+
+template <real T>
+result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>& job, bool swizzled);
+template <real T>
+result<void> fake_quantize(const stream& s, const tetromino::detail::fake_quantize_job<T>& job);
+template <real T>
+result<void> dequantize(const stream& s, const tetromino::detail::dequantize_job<T>& job);
+template <real T>
+result<void> amax(const stream& s, const batch_view<const T>& x, special_values special, std::span<float> out);
+
+}  // namespace detail
+
+/// The hooks that tetromino::quantize_to, fake_quantize and dequantize_to find. All of them give the bytes that the
+/// scalar backend gives. Column weights and tensor scales among the options are device memory, and not looked at before
+/// the launch. Rotations are not offered.
+template <real T>
+result<void> quantize_on(const stream& s, const tetromino::detail::quantize_job<T>& job) {
+  return detail::quantize(s, job, false);
+}
+template <real T>
+result<void> fake_quantize_on(const stream& s, const tetromino::detail::fake_quantize_job<T>& job) {
+  return detail::fake_quantize(s, job);
+}
+template <real T>
+result<void> dequantize_on(const stream& s, const tetromino::detail::dequantize_job<T>& job) {
+  return detail::dequantize(s, job);
+}
+
+/// The largest magnitude of x[matrices, rows, cols], or of each matrix, into out[1] or out[matrices] in device memory:
+/// the first of NVFP4's two passes, for those who pack a tensor in slices. Blocks of 16 that hold NaN or an infinity
+/// are left out, unless special_values is saturate. Errors: shape_mismatch; device.
+template <matrix_like Input>
+[[nodiscard]] result<void> try_amax_to(const stream& s, const Input& x, std::span<float> out,
+                                       special_values special = special_values::poison) {
+  const auto in = tetromino::detail::as_batch(x);
+  if (out.size() != 1 && out.size() != in.matrices) {
+    return error(errc::shape_mismatch, tetromino::detail::text("amax: expected room for 1 magnitude or ", in.matrices,
+                                                               " (one for each matrix), got ", out.size()));
+  }
+  return detail::amax(s, in, special, out);
+}
+
+/// Packs as quantize_to does, with the block scales in the 128x4 swizzle of cuBLASLt and CUTLASS in place of rows:
+/// out.scales has layout::swizzled_bytes(matrices, rows, blocks_per_row) bytes, of which those that pad are zeroed.
+/// Errors: as try_quantize_to.
+template <matrix_like Input, block_format Format>
+[[nodiscard]] result<void> try_quantize_swizzled_to(const stream& s, const Input& x,
+                                                    packed_view<Format, std::uint8_t> out,
+                                                    const quantize_options& options = {}) {
+  const auto in = tetromino::detail::as_batch(x);
+  const packed_shape shape = out.shape();
+  const std::size_t bytes = layout::swizzled_bytes(shape.matrices, shape.rows, shape.blocks_per_row());
+  if (out.scales.size() != bytes) {
+    return error(errc::shape_mismatch, tetromino::detail::text("packed storage: swizzled scales need ", bytes,
+                                                               " entries, got ", out.scales.size()));
+  }
+  auto linear = out;
+  linear.scales = out.scales.first(shape.scale_bytes());
+  if (auto fits = tetromino::detail::check_storage(linear); !fits) return fits;
+  if (auto fits = tetromino::detail::check_shape(shape, in); !fits) return fits;
+  auto checked = tetromino::detail::checked(options, shape.format, in.matrices, in.cols, false);
+  if (!checked) return checked.error();
+  if (auto done = detail::check(cudaMemsetAsync(out.scales.data(), 0, bytes, s.handle), "cudaMemsetAsync"); !done) {
+    return done;
+  }
+  return detail::quantize(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked}, true);
+}
+
+}  // namespace tetromino::cuda

@@ -1,0 +1,193 @@
+#pragma once
+
+#include <tetromino/e2m1.hpp>      // e2m1
+#include <tetromino/e4m3.hpp>      // e4m3
+#include <tetromino/rounding.hpp>  // round_stochastic
+
+#include "elements.cuh"  // chunk
+
+#include <cuda_fp8.h>  // __nv_cvt_float_to_fp8
+
+#include <cstdint>  // std::uint32_t
+
+/// Rounding to E2M1, sixteen elements at a time. Over the values 0, 0.5 ... 6 the code is a concave function of the
+/// magnitude y, made of three straight pieces, so code = min(2y, y + 2, y/2 + 4, 7) rounded to an integer, ties to
+/// even. Adding a float whose last bit counts ones does that rounding, and a fused multiply-add does it exactly once.
+namespace tetromino::cuda::detail {
+
+/// Sixteen E2M1 codes, element i in nibble i.
+struct code_words {
+  std::uint32_t low = 0;
+  std::uint32_t high = 0;
+};
+
+/// The code of magnitude y >= 0 in the last bits of the result, above them the bits of 2^23. Infinity and NaN give 7.
+[[nodiscard]] __device__ inline std::uint32_t code_bits(float y) {
+  const auto a = __float_as_int(__fmaf_rn(y, 2.0f, 0x1p23f));
+  const auto b = __float_as_int(__fadd_rn(y, 0x1p23f + 2.0f));
+  const auto c = __float_as_int(__fmaf_rn(y, 0.5f, 0x1p23f + 4.0f));
+  return static_cast<std::uint32_t>(min(__vimin3_s32(a, b, c), __float_as_int(0x1p23f + 7.0f)));
+}
+
+/// The nearest E2M1 value to y >= 0, ties to the even code. Infinity and NaN give 6.
+[[nodiscard]] __device__ inline float nearest_value(float y) {
+  const float power = fmaxf(bit_cast<float>(bit_cast<std::uint32_t>(y) & 0x7F800000u), 1.0f);
+  const float shifted = __fmaf_rn(power, 0x1p22f, y);  // the last bit now counts half of `power`, the local step
+  return fminf(__fmaf_rn(power, -0x1p22f, shifted), 6.0f);
+}
+
+/// Eight codes from code_bits of elements 0 ... 7.
+[[nodiscard]] __device__ inline std::uint32_t join_codes(const std::uint32_t (&bits)[8]) {
+  // The bits of 2^23, 0x4B000000, remain from the first two terms only; the others shift them out.
+  std::uint32_t out = bits[0] - (0x4B000000u + 0xB0000000u);
+#pragma unroll
+  for (int i = 1; i < 8; ++i) out += bits[i] << (4 * i);
+  return out;
+}
+
+/// The signs of elements 8h ... 8h + 7 of a chunk, in bits 3, 7 ... 31.
+template <real T>
+[[nodiscard]] __device__ inline std::uint32_t sign_bits(const chunk<T>& x, int h) {
+  std::uint32_t even, odd;  // the top bytes of elements 0, 2, 4, 6 and of 1, 3, 5, 7
+  if constexpr (sizeof(T) == 4) {
+    const std::uint32_t* w = x.word + 8 * h;
+    even = __byte_perm(__byte_perm(w[0], w[2], 0x0073), __byte_perm(w[4], w[6], 0x0073), 0x5410);
+    odd = __byte_perm(__byte_perm(w[1], w[3], 0x0073), __byte_perm(w[5], w[7], 0x0073), 0x5410);
+  } else {
+    const std::uint32_t* w = x.word + 4 * h;
+    const std::uint32_t first = __byte_perm(w[0], w[1], 0x7531), last = __byte_perm(w[2], w[3], 0x7531);
+    even = __byte_perm(first, last, 0x6420), odd = __byte_perm(first, last, 0x7531);
+  }
+  return (even & 0x80808080u) >> 4 | (odd & 0x80808080u);
+}
+
+/// The codes of magnitudes y, with the signs of x. The function gives y(i) for i known at compile time.
+template <real T, class Magnitude>
+[[nodiscard]] __device__ inline code_words encode(const chunk<T>& x, const Magnitude& y) {
+  std::uint32_t out[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    std::uint32_t bits[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) bits[i] = code_bits(y(8 * h + i));
+    out[h] = join_codes(bits) | sign_bits(x, h);
+  }
+  return {out[0], out[1]};
+}
+
+/// The codes of x * multiplier for bfloat16 and a power of two, two elements in each instruction: bfloat16 has just the
+/// bits that the same additions need, with 128 in place of 2^23.
+[[nodiscard]] __device__ inline code_words encode_pairs(const chunk<bfloat16>& x, std::uint32_t multiplier_pair) {
+  std::uint32_t out[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    std::uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto y = __hmul2_rn(as_bfloat16_pair(x.word[4 * h + i] & 0x7FFF7FFFu), as_bfloat16_pair(multiplier_pair));
+      const auto a = __hfma2(y, as_bfloat16_pair(0x40004000u), as_bfloat16_pair(0x43004300u));  // 2y + 128
+      const auto b = __hadd2_rn(y, as_bfloat16_pair(0x43024302u));                              // y + 130
+      const auto c = __hfma2(y, as_bfloat16_pair(0x3F003F00u), as_bfloat16_pair(0x43044304u));  // y/2 + 132
+      r[i] = as_word(__hmin2(__hmin2(__hmin2(a, b), c), as_bfloat16_pair(0x43074307u)));
+    }
+    const std::uint32_t first = __byte_perm(r[0], r[1], 0x6420), last = __byte_perm(r[2], r[3], 0x6420);
+    const std::uint32_t even = __byte_perm(first, last, 0x6420), odd = __byte_perm(first, last, 0x7531);
+    out[h] = even | odd << 4 | sign_bits(x, h);
+  }
+  return {out[0], out[1]};
+}
+
+/// Division of many magnitudes by one positive divisor, correctly rounded: a reciprocal, and corrections by the exact
+/// remainder. (Markstein: "Computation of elementary functions on the IBM RISC System/6000 processor", 1990)
+class divisor {
+ public:
+  /// For magnitudes up to `largest`.
+  __device__ divisor(float d, float largest) : d_(d) {
+    const std::uint32_t bits = bit_cast<std::uint32_t>(d);
+    const std::uint32_t exponent = bits >> 23;
+    fraction_ = bit_cast<float>((bits & 0x7FFFFFu) | 0x3F800000u);
+    to_fraction_ = bit_cast<float>(exponent < 254 ? (254 - exponent) << 23 : 0x00400000u);
+    reciprocal_ = __frcp_rn(fraction_);
+    is_plain_ = exponent - 1 < 254 && largest * to_fraction_ < 0x1p60f;
+  }
+
+  /// x / d, for magnitudes x of type T.
+  template <real T>
+  [[nodiscard]] __device__ float divide(float x) const {
+    return is_plain_ ? divide_plain<T>(x) : __fdiv_rn(x, d_);
+  }
+
+  /// The same where is_plain(). One correction is enough for the eight or eleven bits of a 16-bit input.
+  template <real T>
+  [[nodiscard]] __device__ float divide_plain(float x) const {
+    const float scaled = __fmul_rn(x, to_fraction_);
+    float q = corrected(scaled, __fmul_rn(scaled, reciprocal_));
+    if constexpr (sizeof(T) == 4) q = corrected(scaled, q);
+    return q;
+  }
+
+  /// Whether no intermediate value overflows or loses bits that matter.
+  [[nodiscard]] __device__ bool is_plain() const { return is_plain_; }
+
+ private:
+  [[nodiscard]] __device__ float corrected(float x, float q) const {
+    return __fmaf_rn(__fmaf_rn(-q, fraction_, x), reciprocal_, q);
+  }
+
+  float d_, fraction_, to_fraction_, reciprocal_;
+  bool is_plain_;
+};
+
+/// e4m3::encode for x >= 0, by the hardware where it has the conversion.
+[[nodiscard]] __device__ inline std::uint8_t encode_e4m3(float x) {
+#if __CUDA_ARCH__ >= 890
+  return static_cast<std::uint8_t>(__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3));
+#else
+  return e4m3::encode(x).bits;
+#endif
+}
+
+/// The value of a non-negative, finite E4M3 code: its bits are those of a half, times 2^8.
+[[nodiscard]] __device__ inline float decode_e4m3(std::uint32_t code) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(code << 7))) * 0x1p8f;
+}
+
+/// Sums sixteen squares as error sums are specified: halves onto halves.
+[[nodiscard]] __device__ inline float sum_halves(float (&square)[16]) {
+#pragma unroll
+  for (int n = 8; n > 0; n /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) square[i] = __fadd_rn(square[i], square[i + n]);
+  }
+  return square[0];
+}
+
+/// Sixteen uniform numbers of a stream from position `first` on. Four positions share a counter, so that a chunk needs
+/// four draws where it starts at a multiple of four, and five elsewhere.
+struct uniform_numbers {
+  std::uint64_t seed;
+  std::uint64_t first;
+
+  __device__ void draw(float (&out)[16]) const {
+    const auto offset = static_cast<std::uint32_t>(first % 4);
+    philox_words now = philox4x32(first / 4, seed);
+#pragma unroll
+    for (std::uint32_t four = 0; four < 4; ++four) {
+      philox_words next = now;
+      if (four < 3 || offset != 0) next = philox4x32(first / 4 + four + 1, seed);
+#pragma unroll
+      for (std::uint32_t i = 0; i < 4; ++i) {
+        // word i + offset of the eight in `now` and `next`, without an index known at run time only
+        std::uint32_t word = now.word[i];
+#pragma unroll
+        for (std::uint32_t o = 1; o < 4; ++o) {
+          if (offset == o) word = i + o < 4 ? now.word[(i + o) % 4] : next.word[(i + o) % 4];
+        }
+        out[4 * four + i] = static_cast<float>(word >> 8) * 0x1p-24f;
+      }
+      now = next;
+    }
+  }
+};
+
+}  // namespace tetromino::cuda::detail

@@ -1,0 +1,8 @@
+#pragma once
+
+/// All kernels as templates, for those who compile CUDA themselves. Without it, link the target tetromino::cuda.
+
+#include "dequantize.cuh"     // unpack_kernel
+#include "matmul.cuh"         // prepare_kernel
+#include "matmul_launch.cuh"  // hopper_kernel, portable_kernel
+#include "quantize.cuh"       // pack_kernel

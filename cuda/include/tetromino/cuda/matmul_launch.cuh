@@ -1,0 +1,209 @@
+#pragma once
+
+#include "matmul_hopper.cuh"    // hopper_kernel
+#include "matmul_narrow.cuh"    // narrow_kernel
+#include "matmul_portable.cuh"  // portable_kernel
+
+#include <algorithm>  // std::min, std::max
+#include <cstdint>    // std::uint32_t
+
+/// Choosing and launching a product kernel for one kind of weights.
+namespace tetromino::cuda::detail {
+
+/// What the choice of a kernel rests on.
+struct device_facts {
+  int major = 0;
+  int multiprocessors = 0;
+};
+
+[[nodiscard]] inline result<device_facts> find_device() {
+  device_facts out;
+  int device = 0;
+  if (auto done = check(cudaGetDevice(&device), "cudaGetDevice"); !done) return done.error();
+  if (auto done = check(cudaDeviceGetAttribute(&out.major, cudaDevAttrComputeCapabilityMajor, device),
+                        "cudaDeviceGetAttribute");
+      !done) {
+    return done.error();
+  }
+  if (auto done = check(cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                        "cudaDeviceGetAttribute");
+      !done) {
+    return done.error();
+  }
+  return out;
+}
+
+/// Whether a kernel's code for this device is the one compiled for Hopper, not PTX of an older architecture.
+template <class Kernel>
+[[nodiscard]] result<bool> is_hopper_code(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  if (auto done = check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !done)
+    return done.error();
+  return attributes.binaryVersion == 90;
+}
+
+/// How the copy engine finds boxes of `box_rows` rows by 64 columns of x.
+template <activation T>
+[[nodiscard]] result<CUtensorMap> map_activations(const matrix_view<const T>& x, std::uint32_t box_rows) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t code =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return code == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
+               : nullptr;
+  }();
+  if (encode == nullptr) return error(errc::device, "CUDA: the driver has no cuTensorMapEncodeTiled");
+  CUtensorMap map{};
+  const cuuint64_t sizes[2] = {x.cols, x.rows};
+  const cuuint64_t strides[1] = {x.row_stride * sizeof(T)};
+  const cuuint32_t box[2] = {64, box_rows};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult code =
+      encode(&map, std::same_as<T, half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+             const_cast<T*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (code != CUDA_SUCCESS) {
+    return error(errc::device, tetromino::detail::text("CUDA: error ", static_cast<int>(code),
+                                                       " from cuTensorMapEncodeTiled for activations [", x.rows, ", ",
+                                                       x.cols, "], row stride ", x.row_stride));
+  }
+  return map;
+}
+
+/// Launches the Hopper kernel of one shape. `row_tiles` is how many tiles of x there can be at most.
+template <activation T, weight_kind Kind, int Macros, int Rows, int Groups, int Tiles, int Stages, int Blocks>
+result<void> launch_hopper(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+                           const device_facts& device) {
+  using shape = hopper_shape<T, Kind, Rows, Groups, Tiles, Stages>;
+  auto* const kernel = hopper_kernel<shape, T, Kind, Macros, Blocks>;
+  args.feature_tiles = (args.row_tiles + Groups - 1) / Groups;
+  const std::size_t tiles = row_tiles * args.feature_tiles;
+  const std::size_t room = static_cast<std::size_t>(device.multiprocessors) * Blocks;
+  const std::size_t stages = args.col_tiles / Tiles;
+  // Where not even half the room is taken, clusters share tiles, if each block still gets a few stages.
+  std::size_t parts = 1;
+  if constexpr (Rows < 256) {
+    parts = std::min(
+        {room / std::max<std::size_t>(tiles, 1), std::size_t{most_parts}, std::max<std::size_t>(stages / 2, 1)});
+    parts = std::max<std::size_t>(parts, 1);
+  }
+  const std::size_t blocks = parts > 1 ? tiles * parts : std::min(tiles, room);
+  const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices, parts > 1);
+
+  auto map = map_activations(job.x, Rows);
+  if (!map) return map.error();
+  if (auto done =
+          check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                "cudaFuncSetAttribute");
+      !done) {
+    return done;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(shape::threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = s.handle;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(parts);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = parts > 1 ? 1 : 0;
+  return check(cudaLaunchKernelEx(&config, kernel, *map, args), "the launch of hopper_kernel");
+}
+
+/// Launches the kernel for few rows of x; false where x would not fit into shared memory.
+template <activation T, weight_kind Kind, int Macros, int Rows>
+result<bool> launch_narrow(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+                           const device_facts& device) {
+  using shape = narrow_shape<Rows, 2, 8>;
+  auto* const kernel = narrow_kernel<shape, T, Kind, Macros>;
+  args.feature_tiles = (args.row_tiles * 4 + shape::groups - 1) / shape::groups;
+  const std::size_t tiles = row_tiles * args.feature_tiles;
+  const std::size_t room = static_cast<std::size_t>(device.multiprocessors) * 2;
+  std::size_t parts = 1;
+  auto has_clusters = is_hopper_code(kernel);
+  if (!has_clusters) return has_clusters.error();
+  while (*has_clusters && parts < most_parts && tiles * parts * 2 <= room && args.col_tiles >= parts * 2 * 8)
+    parts *= 2;
+  const std::size_t x_rows = std::min<std::size_t>(Rows, job.row_count);
+  const std::size_t most_tiles = (args.col_tiles + parts - 1) / parts;
+  const std::size_t bytes =
+      shape::shared_bytes(x_rows, most_tiles, job.row_offsets == nullptr ? 0 : std::size_t{args.matrices});
+  if (bytes > std::size_t{100} << 10) return false;
+  if (auto done =
+          check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                "cudaFuncSetAttribute");
+      !done) {
+    return done.error();
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(tiles * parts));
+  config.blockDim = dim3(shape::threads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = s.handle;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned>(parts);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = parts > 1 ? 1 : 0;
+  if (auto done = check(cudaLaunchKernelEx(&config, kernel, args, static_cast<std::uint32_t>(x_rows),
+                                           static_cast<std::uint32_t>(most_tiles)),
+                        "the launch of narrow_kernel");
+      !done) {
+    return done.error();
+  }
+  return true;
+}
+
+template <activation T, weight_kind Kind, int Macros>
+result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const matmul_args<T>& args) {
+  auto device = find_device();
+  if (!device) return device.error();
+  // Each matrix but the first can add one tile that is not full.
+  const auto row_tiles = [&](std::size_t rows) {
+    const std::size_t all = job.row_count;
+    if (job.row_offsets == nullptr) return (all + rows - 1) / rows;
+    return all / rows + std::min<std::size_t>(args.matrices, all);
+  };
+  const bool is_aligned_x = is_aligned(job.x.data, 16) && job.x.row_stride % 8 == 0;
+  // About how many rows of x a matrix gets.
+  const std::size_t groups = job.row_offsets == nullptr ? 1 : std::min<std::size_t>(args.matrices, job.row_count);
+  const std::size_t rows = (job.row_count + groups - 1) / groups;
+  if (is_aligned_x && !job.portable && rows <= 16) {
+    auto done = rows <= 8 ? launch_narrow<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device)
+                          : launch_narrow<T, Kind, Macros, 16>(s, job, args, row_tiles(16), *device);
+    if (!done) return done.error();
+    if (*done) return {};
+  }
+  if (device->major == 9 && is_aligned_x && !job.portable) {
+    auto has_code = is_hopper_code(hopper_kernel<hopper_shape<T, Kind, 128, 2, 1, 6>, T, Kind, Macros, 1>);
+    if (!has_code) return has_code.error();
+    if (!*has_code) {
+      return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
+    }
+    if (rows <= 16) return launch_hopper<T, Kind, Macros, 16, 2, 2, 4, 3>(s, job, args, row_tiles(16), *device);
+    if (rows <= 32) return launch_hopper<T, Kind, Macros, 32, 2, 1, 6, 2>(s, job, args, row_tiles(32), *device);
+    if (rows <= 64) return launch_hopper<T, Kind, Macros, 64, 2, 1, 6, 2>(s, job, args, row_tiles(64), *device);
+    const std::size_t large_tiles = row_tiles(256) * ((args.row_tiles + 1) / 2);
+    if (rows <= 384 || large_tiles < 2 * static_cast<std::size_t>(device->multiprocessors)) {
+      return launch_hopper<T, Kind, Macros, 128, 2, 1, 6, 1>(s, job, args, row_tiles(128), *device);
+    }
+    return launch_hopper<T, Kind, Macros, 256, 2, 1, 5, 1>(s, job, args, row_tiles(256), *device);
+  }
+  matmul_args<T> plain = args;
+  plain.feature_tiles = args.row_tiles;
+  const std::size_t blocks = row_tiles(portable_rows) * plain.feature_tiles;
+  if (blocks >= std::size_t{1} << 31) {
+    return error(errc::shape_mismatch,
+                 tetromino::detail::text("matmul: ", blocks, " tiles are too many for one launch"));
+  }
+  const std::size_t bytes = (args.matrices + 1) * sizeof(std::uint32_t);
+  portable_kernel<T, Kind, Macros != 0><<<static_cast<unsigned>(blocks), 128, bytes, s.handle>>>(plain);
+  return check(cudaGetLastError(), "the launch of portable_kernel");
+}
+
+}  // namespace tetromino::cuda::detail

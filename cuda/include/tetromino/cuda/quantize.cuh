@@ -1,0 +1,513 @@
+#pragma once
+
+#include <tetromino/cuda.hpp>  // stream
+
+#include "decode.cuh"  // unpack
+#include "encode.cuh"  // encode
+#include "rows.cuh"    // row_map
+#include "search.cuh"  // launch_search
+
+#include <tetromino/layout.hpp>   // swizzled_bytes
+#include <tetromino/options.hpp>  // quantize_job
+#include <tetromino/scaling.hpp>  // mx_exponent
+
+#include <algorithm>  // std::max
+#include <cstdint>    // std::uint32_t
+
+/// Packing in one pass over memory: the rules that need no search over a whole macro block.
+namespace tetromino::cuda::detail {
+
+enum class pack_rule : std::uint8_t { mx, mx_macro, nv_amax, nv_four_over_six, nv_min_error };
+
+template <pack_rule Rule>
+inline constexpr bool is_nv =
+    Rule == pack_rule::nv_amax || Rule == pack_rule::nv_four_over_six || Rule == pack_rule::nv_min_error;
+
+/// What the block of one thread's elements decodes with.
+struct packed_chunk {
+  code_words codes{};
+  std::uint32_t scale = 0;
+  std::uint32_t macro = 0;
+};
+
+/// The E8M0 code and 2^-E of a block, from its largest magnitude times the macro-block factor.
+struct mx_scale {
+  std::uint32_t code;
+  float inverse;
+
+  __device__ mx_scale(float amax, float factor, std::uint32_t carry) {
+    const std::uint32_t bits = bit_cast<std::uint32_t>(amax);
+    int e;
+    if (factor == 1.0f) {
+      e = static_cast<int>((bits + carry) >> 23) - 2;
+    } else {
+      const int power = min(max(static_cast<int>(bits >> 23) - 127, -126), 126);
+      const float scaled = __fmul_rn(factor, __fmul_rn(amax, power_of_two(-power)));
+      e = power + mx_exponent(scaled, carry) + 127;
+    }
+    code = static_cast<std::uint32_t>(min(max(e, 0), 254));
+    inverse = bit_cast<float>(code < 254 ? (254 - code) << 23 : 0x00400000u);
+  }
+};
+
+/// Codes of MX elements rounded stochastically, in the very steps of the specification.
+template <real T>
+[[nodiscard]] __device__ code_words encode_stochastic(const chunk<T>& x, float amax, float factor, std::uint32_t code,
+                                                      const uniform_numbers& u, std::uint32_t used) {
+  const int power = min(max(static_cast<int>(bit_cast<std::uint32_t>(amax) >> 23) - 127, -126), 126);
+  const float to_one = power_of_two(-power), to_scale = power_of_two(power + 127 - static_cast<int>(code));
+  std::uint32_t out[2] = {};
+  float uniform[16];
+  u.draw(uniform);
+#pragma unroll
+  for (std::uint32_t i = 0; i < chunk_size; ++i) {
+    const float y = __fmul_rn(__fmul_rn(factor, __fmul_rn(x.value(i), to_one)), to_scale);
+    if (i < used) out[i / 8] |= static_cast<std::uint32_t>(round_stochastic(y, uniform[i]).bits) << (4 * (i % 8));
+  }
+  return {out[0], out[1]};
+}
+
+/// The error of an NVFP4 block under an E4M3 scale, in units of the tensor scale.
+template <real T>
+[[nodiscard]] __device__ float nv_error(const chunk<T>& x, float amax, float tensor_scale, std::uint32_t code,
+                                        const float* weights, std::uint32_t used) {
+  const float scale = decode_e4m3(code);
+  const divisor step(__fmul_rn(tensor_scale, scale), amax);
+  float square[16];
+#pragma unroll
+  for (std::uint32_t i = 0; i < 16; ++i) {
+    const float y = step.template divide<T>(fabsf(x.value(i)));
+    const float difference = __fadd_rn(y, -nearest_value(y));
+    square[i] = __fmul_rn(difference, difference);
+    if (weights != nullptr && i < used) square[i] = __fmul_rn(weights[i], square[i]);
+  }
+  return __fmul_rn(__fmul_rn(scale, scale), sum_halves(square));
+}
+
+/// The E4M3 scale of a block with amax > 0.
+template <real T, pack_rule Rule>
+[[nodiscard]] __device__ std::uint32_t nv_scale(const chunk<T>& x, float amax, float tensor_scale, const float* weights,
+                                                std::uint32_t used) {
+  if (tensor_scale == 0.0f) return 0;
+  const std::uint32_t from_six = encode_e4m3(__fdiv_rn(amax, __fmul_rn(6.0f, tensor_scale)));
+  if constexpr (Rule == pack_rule::nv_amax) {
+    return from_six;
+  } else if constexpr (Rule == pack_rule::nv_four_over_six) {
+    const std::uint32_t from_four = encode_e4m3(__fdiv_rn(amax, __fmul_rn(4.0f, tensor_scale)));
+    if (from_six == 0) return from_four;
+    const float six = nv_error(x, amax, tensor_scale, from_six, weights, used);
+    return nv_error(x, amax, tensor_scale, from_four, weights, used) < six ? from_four : from_six;
+  } else {
+    if (from_six == 0) return 0;
+    std::uint32_t best = 0;
+    float least = 0;
+    const std::uint32_t last = min(from_six + 8, std::uint32_t{e4m3::max_finite_bits});
+    for (std::uint32_t code = from_six > 9 ? from_six - 8 : 1; code <= last; ++code) {
+      const float total = nv_error(x, amax, tensor_scale, code, weights, used);
+      if (best == 0 || total <= least) best = code, least = total;  // the larger scale wins ties
+    }
+    return best;
+  }
+}
+
+/// Packs the sixteen elements of a thread. All lanes of a warp call it together: blocks of 32 and macro blocks lie in
+/// neighbouring lanes. `m` is the block's largest magnitude as bits, `used` how many elements exist.
+template <real T, pack_rule Rule, bool Stochastic>
+[[nodiscard]] __device__ packed_chunk pack(const pack_rules& rules, const chunk<T>& x, std::uint32_t m, bool poisoned,
+                                           float tensor_scale, const float* weights, const uniform_numbers& u,
+                                           std::uint32_t used) {
+  packed_chunk out;
+  const float amax = magnitude_value<T>(m);
+  if constexpr (!is_nv<Rule>) {
+    float factor = 1.0f;
+    if constexpr (Rule == pack_rule::mx_macro) {
+      std::uint32_t most = m;
+      for (unsigned lanes = rules.block / 16; lanes < rules.macro_block / 16; lanes *= 2) {
+        most = max(most, __shfl_xor_sync(full_warp, most, static_cast<int>(lanes)));
+      }
+      const float macro_amax = magnitude_value<T>(most);
+      if (macro_amax != 0.0f) out.macro = bit_cast<std::uint32_t>(__fdiv_rn(6.0f, macro_amax)) >> 15 & 0xFFu;
+      factor = bit_cast<float>(0x3F800000u | out.macro << 15);
+    }
+    const mx_scale scale(amax, factor, rules.carry);
+    if (m != 0) {
+      out.scale = scale.code;
+      if constexpr (Stochastic) {
+        out.codes = encode_stochastic(x, amax, factor, scale.code, u, used);
+      } else if constexpr (std::same_as<T, bfloat16> && Rule == pack_rule::mx) {
+        out.codes = encode_pairs(x, __byte_perm(bit_cast<std::uint32_t>(scale.inverse), 0, 0x3232));
+      } else {
+        const float multiplier = __fmul_rn(factor, scale.inverse);  // exact: the factor has nine bits
+        out.codes = encode(x, [&](int i) { return __fmul_rn(fabsf(x.value(i)), multiplier); });
+      }
+    }
+    if (poisoned) out.scale = e8m0::nan_bits;
+  } else if (poisoned) {
+    out.scale = e4m3::nan_bits;
+  } else if (m != 0) {
+    out.scale = nv_scale<T, Rule>(x, amax, tensor_scale, weights, used);
+    const float step = __fmul_rn(tensor_scale, decode_e4m3(out.scale));
+    if (step != 0.0f) {
+      if constexpr (Stochastic) {
+        float uniform[16];
+        u.draw(uniform);
+#pragma unroll
+        for (std::uint32_t i = 0; i < chunk_size; ++i) {
+          if (i >= used) continue;
+          const auto code = static_cast<std::uint32_t>(round_stochastic(__fdiv_rn(x.value(i), step), uniform[i]).bits);
+          (i < 8 ? out.codes.low : out.codes.high) |= code << (4 * (i % 8));
+        }
+      } else {
+        const divisor by(step, amax);
+        if (by.is_plain()) {
+          out.codes = encode(x, [&](int i) { return by.template divide_plain<T>(fabsf(x.value(i))); });
+        } else {
+          out.codes = encode(x, [&](int i) { return __fdiv_rn(fabsf(x.value(i)), step); });
+        }
+      }
+    }
+  }
+  return out;
+}
+
+/// Reads and packs sixteen elements a thread. `Flat`: all rows are one, of whole blocks, in whole chunks.
+template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, bool Flat>
+__global__ void __launch_bounds__(256) pack_kernel(const pack_args<T> args) {
+  const std::size_t c = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
+  std::uint32_t row = 0, col = 0, used = 0, matrix = 0;
+  chunk<T> x;
+  if constexpr (Flat) {
+    if (c < args.chunks) {
+      used = chunk_size;
+      x.load(args.in + c * chunk_size);
+    } else {
+      x.clear();
+    }
+  } else {
+    const bool exists = c < args.chunks;
+    const auto number = exists ? static_cast<std::uint32_t>(c) : 0u;
+    row = args.rows.by_chunks.quotient(number);
+    col = (number - row * args.rows.chunks_per_row) * chunk_size;
+    if (exists && col < args.rows.cols) used = min(chunk_size, args.rows.cols - col);
+    matrix = args.rows.by_rows.quotient(row);
+    const T* from = args.in + args.rows.offset(row) + col;
+    if (used == chunk_size && args.is_aligned) {
+      x.load(from);
+    } else {
+      x.load_some(from, used);
+    }
+  }
+
+  std::uint32_t m = x.largest();
+  if (m >= infinity_bits<T>) {
+    if (args.rules.special == special_values::saturate) {
+      x.saturate();
+      m = x.largest();
+    } else if (args.rules.special == special_values::reject) {
+      const std::size_t first = Flat ? c * chunk_size : static_cast<std::size_t>(row) * args.rows.cols + col;
+      report_rejection(args.rejected, first + x.first_special());
+    }
+  }
+  if constexpr (Block == 32) m = max(m, __shfl_xor_sync(full_warp, m, 1));
+  const bool poisoned = m >= infinity_bits<T>;
+  if (poisoned) {
+    x.clear();
+    m = 0;
+  }
+
+  float tensor_scale = 1.0f;
+  if constexpr (is_nv<Rule>) tensor_scale = __ldg(args.tensor_scales + (args.scale_per_matrix ? matrix : 0));
+  const float* weights = nullptr;
+  if constexpr (Rule == pack_rule::nv_four_over_six || Rule == pack_rule::nv_min_error) {
+    if (args.weights != nullptr) weights = args.weights + matrix * args.weights_stride + col;
+  }
+  const std::uint64_t position = static_cast<std::uint64_t>(row) * args.rows.cols + col;
+  const packed_chunk out =
+      pack<T, Rule, Stochastic>(args.rules, x, m, poisoned, tensor_scale, weights,
+                                uniform_numbers{args.rules.seed, args.first_index + position}, used);
+
+  if constexpr (Flat) {
+    if (used == 0) return;
+    reinterpret_cast<uint2*>(args.codes)[c] = make_uint2(out.codes.low, out.codes.high);
+    if (Block == 16 || c % 2 == 0) args.scales[Block == 16 ? c : c / 2] = static_cast<std::uint8_t>(out.scale);
+    if constexpr (Rule == pack_rule::mx_macro) {
+      const std::uint32_t chunks_per_macro = args.rules.macro_block / chunk_size;
+      if (c % chunks_per_macro == 0) args.macros[c / chunks_per_macro] = static_cast<std::uint8_t>(out.macro);
+    }
+  } else {
+    if (c >= args.chunks) return;
+    if (args.fake != nullptr) {
+      if (used == 0) return;
+      constexpr unpack_rule inverse = is_nv<Rule>             ? unpack_rule::nv
+                                      : Rule == pack_rule::mx ? unpack_rule::mx
+                                                              : unpack_rule::mx_macro;
+      const chunk<T> y = unpack<T, inverse>(out.codes, out.scale, out.macro, tensor_scale);
+      T* to = args.fake + args.fake_rows.offset(row) + col;
+      if (used == chunk_size && args.is_fake_aligned) {
+        y.store(to);
+      } else {
+        y.store_some(to, used);
+      }
+      return;
+    }
+    if (col >= args.blocks_per_row * Block) return;
+    const std::size_t first_block = static_cast<std::size_t>(row) * args.blocks_per_row;
+    *reinterpret_cast<uint2*>(args.codes + first_block * (Block / 2) + col / 2) =
+        make_uint2(out.codes.low, out.codes.high);
+    if (col % Block == 0) {
+      const std::uint32_t block = col / Block;
+      std::size_t at = first_block + block;
+      if (args.is_swizzled) {
+        const std::uint32_t r = row - matrix * args.rows.by_rows.divisor;
+        at = matrix * args.swizzled_matrix + swizzled_at(r, block, args.blocks_per_row);
+      }
+      args.scales[at] = static_cast<std::uint8_t>(out.scale);
+    }
+    if constexpr (Rule == pack_rule::mx_macro) {
+      if (col % args.rules.macro_block == 0) {
+        args.macros[static_cast<std::size_t>(row) * args.macros_per_row + col / args.rules.macro_block] =
+            static_cast<std::uint8_t>(out.macro);
+      }
+    }
+  }
+}
+
+/// The largest magnitude of each matrix (blockIdx.y), or of the whole batch as one, into float bits that start at 0.
+template <real T>
+__global__ void __launch_bounds__(256) amax_kernel(const pack_args<T> args, std::uint32_t* out) {
+  constexpr std::uint32_t at_once = sizeof(T) == 4 ? 2 : 4;
+  const std::size_t stride = static_cast<std::size_t>(gridDim.x) * 256;
+  std::uint32_t most = 0;
+  for (std::size_t first = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x; first < args.chunks;
+       first += stride * at_once) {
+    chunk<T> x[at_once];
+#pragma unroll
+    for (std::uint32_t u = 0; u < at_once; ++u) {
+      const std::size_t c = first + u * stride;
+      if (c >= args.chunks) {
+        x[u].clear();
+      } else if (args.is_flat) {
+        x[u].load(args.in + blockIdx.y * args.rows.matrix_stride + c * chunk_size);
+      } else {
+        const auto number = static_cast<std::uint32_t>(c);
+        const std::uint32_t row = args.rows.by_chunks.quotient(number);
+        const std::uint32_t col = (number - row * args.rows.chunks_per_row) * chunk_size;
+        const std::uint32_t used = min(chunk_size, args.rows.cols - col);
+        const T* from = args.in + blockIdx.y * args.rows.matrix_stride + args.rows.offset(row) + col;
+        if (used == chunk_size && args.is_aligned) {
+          x[u].load(from);
+        } else {
+          x[u].load_some(from, used);
+        }
+      }
+    }
+#pragma unroll
+    for (std::uint32_t u = 0; u < at_once; ++u) {
+      std::uint32_t m = x[u].largest();
+      if (m >= infinity_bits<T> && args.rules.special == special_values::saturate) {
+        x[u].saturate();
+        m = x[u].largest();
+      }
+      if (m < infinity_bits<T>) most = max(most, m);  // others are poisoned blocks of 16
+    }
+  }
+  most = __reduce_max_sync(full_warp, most);
+  if (threadIdx.x % 32 == 0 && most != 0) {
+    atomicMax(out + blockIdx.y, bit_cast<std::uint32_t>(magnitude_value<T>(most)));
+  }
+}
+
+/// Tensor scales from those given, or in place from the largest magnitudes.
+template <class Count>
+__global__ void tensor_scales_kernel(float* scales, Count n, const float* given, bool one_given, scale_rule rule) {
+  for (Count i = threadIdx.x; i < n; i += blockDim.x) {
+    scales[i] = given != nullptr ? given[one_given ? 0 : i]
+                                 : __fdiv_rn(scales[i], 6.0f * (rule == scale_rule::four_over_six ? 256.0f : 448.0f));
+  }
+}
+
+/// Launches the reduction of x to one largest magnitude, or one for each matrix, in device memory.
+template <real T>
+result<void> amax(const stream& s, const batch_view<const T>& x, special_values special, std::span<float> out) {
+  if (auto done = check(cudaMemsetAsync(out.data(), 0, out.size_bytes(), s.handle), "cudaMemsetAsync"); !done) {
+    return done;
+  }
+  if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
+  const bool per_matrix = out.size() > 1;
+  pack_args<T> args{};
+  args.in = x.data;
+  args.rules.special = special;
+  args.is_aligned = has_aligned_rows(x);
+  args.is_flat = args.is_aligned && x.cols % chunk_size == 0 && (x.rows == 1 || x.row_stride == x.cols) &&
+                 (per_matrix || is_dense(x));
+  auto rows = map_rows(x, (x.cols + chunk_size - 1) / chunk_size);
+  if (!rows && !args.is_flat) return rows.error();
+  if (rows) args.rows = *rows;
+  args.rows.matrix_stride = x.matrix_stride;
+  const std::size_t chunks_of_matrix = x.rows * ((x.cols + chunk_size - 1) / chunk_size);
+  args.chunks = per_matrix ? chunks_of_matrix : x.matrices * chunks_of_matrix;
+  constexpr std::size_t most_blocks = 132 * 16;
+  const auto blocks = static_cast<unsigned>(std::min((args.chunks + 1023) / 1024, most_blocks));
+  const dim3 grid(blocks, per_matrix ? static_cast<unsigned>(x.matrices) : 1u);
+  if (grid.y > 65535) {
+    return error(
+        errc::shape_mismatch,
+        tetromino::detail::text("cuda: expected at most 65535 matrices with a tensor scale each, got ", grid.y));
+  }
+  amax_kernel<T><<<grid, 256, 0, s.handle>>>(args, reinterpret_cast<std::uint32_t*>(out.data()));
+  return check(cudaGetLastError(), "the launch of amax_kernel");
+}
+
+/// The tensor scales of NVFP4 on the device: those given, or from the largest magnitudes.
+template <real T>
+result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, const quantize_options& options,
+                               std::span<float> scales) {
+  if (options.tensor_scales.empty()) {
+    if (auto done = amax(s, x, options.special, scales); !done) return done;
+  }
+  tensor_scales_kernel<<<1, 256, 0, s.handle>>>(scales.data(), static_cast<std::uint32_t>(scales.size()),
+                                                options.tensor_scales.data(), options.tensor_scales.size() == 1,
+                                                *options.rule);
+  return check(cudaGetLastError(), "the launch of tensor_scales_kernel");
+}
+
+template <real T, pack_rule Rule, std::uint32_t Block>
+result<void> launch_pack(const stream& s, const pack_args<T>& args, bool stochastic) {
+  const auto blocks = static_cast<unsigned>((args.chunks + 255) / 256);
+  if (stochastic) {
+    pack_kernel<T, Rule, Block, true, false><<<blocks, 256, 0, s.handle>>>(args);
+  } else if (args.is_flat) {
+    if constexpr (Rule == pack_rule::mx || Rule == pack_rule::mx_macro || Rule == pack_rule::nv_amax) {
+      pack_kernel<T, Rule, Block, false, true><<<blocks, 256, 0, s.handle>>>(args);
+    }
+  } else {
+    pack_kernel<T, Rule, Block, false, false><<<blocks, 256, 0, s.handle>>>(args);
+  }
+  return check(cudaGetLastError(), "the launch of pack_kernel");
+}
+
+template <real T>
+result<void> dispatch_pack(const stream& s, const pack_args<T>& args, scale_rule rule, bool stochastic) {
+  if (args.rules.macro_step != 0 || (args.rules.min_error && args.tensor_scales == nullptr)) {
+    return launch_search(s, args, std::max(args.rules.macro_block, args.rules.block));
+  }
+  if (args.tensor_scales != nullptr) {
+    if (rule == scale_rule::four_over_six) return launch_pack<T, pack_rule::nv_four_over_six, 16>(s, args, stochastic);
+    if (rule == scale_rule::min_error) return launch_pack<T, pack_rule::nv_min_error, 16>(s, args, stochastic);
+    return launch_pack<T, pack_rule::nv_amax, 16>(s, args, stochastic);
+  }
+  if (args.rules.macro_block != 0) {
+    if (args.rules.block == 16) return launch_pack<T, pack_rule::mx_macro, 16>(s, args, stochastic);
+    return launch_pack<T, pack_rule::mx_macro, 32>(s, args, stochastic);
+  }
+  if (args.rules.block == 16) return launch_pack<T, pack_rule::mx, 16>(s, args, stochastic);
+  return launch_pack<T, pack_rule::mx, 32>(s, args, stochastic);
+}
+
+/// Checks what the CUDA backend alone asks of options.
+[[nodiscard]] inline result<void> check_options(const stream& s, const quantize_options& options) {
+  if (options.rotation) {
+    return error(errc::invalid_argument, "cuda: rotations run on the CPU backends only; rotate the tensor first");
+  }
+  if (options.special == special_values::reject && s.rejected == nullptr) {
+    return error(errc::invalid_argument,
+                 "cuda: special_values::reject needs stream::reporting(), since a launch cannot wait for what the data "
+                 "holds; or choose poison or saturate");
+  }
+  return {};
+}
+
+/// What all packing kernels are told about a batch; `flat_input` says whether nothing but the input's own layout stands
+/// in the way of taking all rows as one.
+template <real T>
+result<pack_args<T>> make_args(const stream& s, const batch_view<const T>& x, const any_format& format,
+                               const quantize_options& options, std::size_t tensor_scale_count, bool may_be_flat) {
+  pack_args<T> args{};
+  pack_rules& rules = args.rules;
+  rules.block = static_cast<std::uint32_t>(format.block);
+  rules.macro_block = static_cast<std::uint32_t>(format.macro_block);
+  rules.carry = carry_of(*options.rule);
+  rules.min_error = *options.rule == scale_rule::min_error;
+  if (format.macro_block != 0 && options.macro != macro_rule::from_amax) {
+    rules.macro_step = options.macro == macro_rule::search ? 16 : 1;
+  }
+  rules.special = options.special;
+  rules.stochastic = options.rounding == element_rounding::stochastic;
+  rules.seed = options.seed;
+
+  const packed_shape shape{format, x.matrices, x.rows, x.cols};
+  const std::size_t span = std::max(format.block, format.macro_block);
+  const bool is_searched = rules.macro_step != 0 || (rules.min_error && format.scale == scale_type::e8m0);
+  const bool is_closed = !is_searched && (format.scale == scale_type::e8m0 || *options.rule == scale_rule::amax);
+  args.in = x.data;
+  args.weights = options.column_weights.empty() ? nullptr : options.column_weights.data();
+  args.weights_stride = options.column_weights.size() > x.cols ? x.cols : 0;
+  args.rejected = s.rejected;
+  args.first_index = options.first_index;
+  args.blocks_per_row = static_cast<std::uint32_t>(shape.blocks_per_row());
+  args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
+  args.scale_per_matrix = tensor_scale_count > 1;
+  args.is_aligned = has_aligned_rows(x);
+  args.is_flat = may_be_flat && is_closed && !rules.stochastic && args.is_aligned && is_dense(x) &&
+                 x.cols % span == 0 && !args.scale_per_matrix;
+  if (args.is_flat) {
+    args.chunks = x.matrices * x.rows * x.cols / chunk_size;
+    return args;
+  }
+  const std::size_t spans = (x.cols + span - 1) / span;
+  auto rows = map_rows(x, is_searched ? spans : spans * (span / chunk_size));
+  if (!rows) return rows.error();
+  args.rows = *rows;
+  args.chunks = static_cast<std::size_t>(rows->rows) * rows->chunks_per_row;
+  return args;
+}
+
+template <real T>
+result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>& job, bool swizzled) {
+  const auto& x = job.in;
+  if (auto fits = check_options(s, job.options); !fits) return fits;
+  if (auto fits = check_packed_pointers(job.out.codes.data()); !fits) return fits;
+  const bool is_nv = job.out.format.scale == scale_type::e4m3;
+  if (is_nv) {
+    if (auto done = set_tensor_scales(s, x, job.options, job.out.tensor_scales); !done) return done;
+  }
+  if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
+  auto args = make_args(s, x, job.out.format, job.options, job.out.tensor_scales.size(), !swizzled);
+  if (!args) return args.error();
+  args->codes = job.out.codes.data(), args->scales = job.out.scales.data(), args->macros = job.out.macros.data();
+  if (is_nv) args->tensor_scales = job.out.tensor_scales.data();
+  if (swizzled) {
+    args->is_swizzled = true;
+    args->swizzled_matrix = layout::swizzled_bytes(1, x.rows, job.out.shape().blocks_per_row());
+  }
+  return dispatch_pack(s, *args, *job.options.rule, args->rules.stochastic);
+}
+
+template <real T>
+result<void> fake_quantize(const stream& s, const tetromino::detail::fake_quantize_job<T>& job) {
+  const auto& x = job.in;
+  if (auto fits = check_options(s, job.options); !fits) return fits;
+  std::span<float> tensor_scales{};
+  if (job.format.scale == scale_type::e4m3) {
+    const std::size_t bytes = fake_quantize_workspace_bytes(job.format, x.matrices, job.options);
+    if (s.workspace.size() < bytes || !is_aligned(s.workspace.data(), alignof(float))) {
+      return error(errc::shape_mismatch,
+                   tetromino::detail::text("cuda: fake_quantize needs ", bytes,
+                                           " aligned bytes of stream::with_workspace(), got ", s.workspace.size()));
+    }
+    tensor_scales = {reinterpret_cast<float*>(s.workspace.data()), bytes / sizeof(float)};
+    if (auto done = set_tensor_scales(s, x, job.options, tensor_scales); !done) return done;
+  }
+  if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
+  auto args = make_args(s, x, job.format, job.options, tensor_scales.size(), false);
+  if (!args) return args.error();
+  auto fake_rows = map_rows(job.out, args->rows.chunks_per_row);
+  if (!fake_rows) return fake_rows.error();
+  args->fake = job.out.data;
+  args->fake_rows = *fake_rows;
+  args->is_fake_aligned = has_aligned_rows(job.out);
+  if (!tensor_scales.empty()) args->tensor_scales = tensor_scales.data();
+  return dispatch_pack(s, *args, *job.options.rule, args->rules.stochastic);
+}
+
+}  // namespace tetromino::cuda::detail

@@ -1,0 +1,9 @@
+#include <tetromino/cuda/dequantize.cuh>
+
+namespace tetromino::cuda::detail {
+
+template result<void> dequantize(const stream&, const tetromino::detail::dequantize_job<float>&);
+template result<void> dequantize(const stream&, const tetromino::detail::dequantize_job<half>&);
+template result<void> dequantize(const stream&, const tetromino::detail::dequantize_job<bfloat16>&);
+
+}  // namespace tetromino::cuda::detail

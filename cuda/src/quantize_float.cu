@@ -1,0 +1,9 @@
+#include <tetromino/cuda/quantize.cuh>
+
+namespace tetromino::cuda::detail {
+
+template result<void> quantize(const stream&, const tetromino::detail::quantize_job<float>&, bool);
+template result<void> fake_quantize(const stream&, const tetromino::detail::fake_quantize_job<float>&);
+template result<void> amax(const stream&, const batch_view<const float>&, special_values, std::span<float>);
+
+}  // namespace tetromino::cuda::detail

@@ -1,0 +1,162 @@
+/// How fast the GPU multiplies by packed weights, against cuBLAS on bfloat16 weights and a device copy. Weights take
+/// turns among copies that together exceed the cache, calls are captured in a graph.
+///   cuda_matmul [quick]
+
+#include "cuda_timing.hpp"
+
+#include <tetromino/cuda.hpp>
+#include <tetromino/scaling.hpp>
+
+#include <cublas_v2.h>
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace {
+
+using namespace tetromino;
+
+void require(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  std::fprintf(stderr, "%s: cuBLAS status %d\n", what, static_cast<int>(status));
+  std::exit(1);
+}
+
+/// n values of about N(0, size).
+void fill(bfloat16* to, std::size_t n, float size) {
+  static const std::vector<float> normals = [] {
+    std::vector<float> out(std::size_t{1} << 22);
+    std::uint64_t state = 1;
+    for (auto& v : out) {
+      float sum = -6;
+      for (int i = 0; i < 12; ++i) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        sum += static_cast<float>(state >> 40) * 0x1p-24f;
+      }
+      v = sum;
+    }
+    return out;
+  }();
+  std::vector<bfloat16> host(normals.size());
+  for (std::size_t i = 0; i < host.size(); ++i) host[i] = bfloat16::encode(normals[i] * size);
+  for (std::size_t i = 0; i < n; i += host.size()) {
+    const std::size_t part = std::min(host.size(), n - i);
+    timing::require(cudaMemcpy(to + i, host.data(), part * sizeof(bfloat16), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+}
+
+struct layer {
+  std::size_t n, k;
+};
+
+constexpr std::size_t most_rows = 4096;
+const char* const recipes[] = {"mxfp4-32/oas", "mxfp4-16/oas", "nvfp4/amax", "mxfp4-32/oas/mbs-static",
+                               "mxfp4-16/oas/mbs-static"};
+
+void run(const layer& l, const std::vector<std::size_t>& row_counts, double copy, const cuda::stream& s,
+         cublasHandle_t handle, bfloat16* x, bfloat16* out) {
+  const std::size_t size = l.n * l.k;
+  const std::size_t copies = std::max<std::size_t>(3, (std::size_t{400} << 20) / (size * 2));
+  auto* dense = timing::allocate<bfloat16>(size * copies);
+  fill(dense, size * copies, 0.02f);
+
+  std::vector<double> dense_us;
+  for (const std::size_t m : row_counts) {
+    const float one = 1, zero = 0;
+    const auto call = [&](int i) {
+      require(cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(l.n), static_cast<int>(m),
+                           static_cast<int>(l.k), &one, dense + static_cast<std::size_t>(i) % copies * size,
+                           CUDA_R_16BF, static_cast<int>(l.k), x, CUDA_R_16BF, static_cast<int>(l.k), &zero, out,
+                           CUDA_R_16BF, static_cast<int>(l.n), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+              "cublasGemmEx");
+    };
+    const auto t = timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(copies) * (m > 1024 ? 2 : 6), call);
+    dense_us.push_back(t.median_us);
+    const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(size);
+    std::printf("%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s\n", m, l.n, l.k, "cuBLAS bfloat16",
+                t.median_us, 50 * t.spread, flops / t.median_us * 1e-6);
+  }
+  for (const char* name : recipes) {
+    const recipe r = recipe::parse(name);
+    const packed_shape shape{r.format, 1, l.n, l.k};
+    const cuda::prepared_shape prepared_shape{r.format, 1, l.n, l.k};
+    const std::size_t packed_copies = std::max<std::size_t>(3, (std::size_t{300} << 20) / prepared_shape.bytes());
+    auto* codes = timing::allocate<std::uint8_t>(shape.code_bytes());
+    auto* scales = timing::allocate<std::uint8_t>(shape.scale_bytes());
+    auto* macros = timing::allocate<std::uint8_t>(shape.macro_bytes() + 1);
+    auto* tensor_scales = timing::allocate<float>(1);
+    auto* prepared =
+        timing::allocate<std::byte>(prepared_shape.bytes() / 128 * 128 * packed_copies + packed_copies * 128);
+    const std::size_t step = (prepared_shape.bytes() + 127) / 128 * 128;
+    const packed_view<any_format, std::uint8_t> view{r.format,
+                                                     1,
+                                                     l.n,
+                                                     l.k,
+                                                     {codes, shape.code_bytes()},
+                                                     {scales, shape.scale_bytes()},
+                                                     {macros, shape.macro_bytes()},
+                                                     {tensor_scales, r.format.scale == scale_type::e4m3 ? 1u : 0u}};
+    quantize_options options;
+    options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
+    const auto weights = [&](std::size_t i) {
+      return cuda::prepared_weights<bfloat16>{prepared_shape, {prepared + i * step, prepared_shape.bytes()}};
+    };
+    for (std::size_t i = 0; i < packed_copies; ++i) {
+      quantize_to(s, matrix_view<const bfloat16>(dense + i % copies * size, l.n, l.k), view, options);
+      cuda::prepare(s, view, weights(i));
+    }
+    timing::require(cudaStreamSynchronize(s.handle), "prepare");
+    for (std::size_t i = 0; i < row_counts.size(); ++i) {
+      const std::size_t m = row_counts[i];
+      const auto call = [&](int c) {
+        cuda::matmul(s, matrix_view<const bfloat16>(x, m, l.k), weights(static_cast<std::size_t>(c) % packed_copies),
+                     matrix_view<bfloat16>(out, m, l.n));
+      };
+      const auto t =
+          timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(packed_copies) * (m > 1024 ? 1 : 4), call);
+      const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(size);
+      const double rate = bits_per_weight(r.format) / 8.0 * static_cast<double>(size) / t.median_us * 1e-6;
+      std::printf(
+          "%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s  %5.2f x cuBLAS  weights %5.3f TB/s, "
+          "%4.1f %% of the copy rate\n",
+          m, l.n, l.k, name, t.median_us, 50 * t.spread, flops / t.median_us * 1e-6, dense_us[i] / t.median_us, rate,
+          100 * rate / copy);
+    }
+    for (void* p : {static_cast<void*>(codes), static_cast<void*>(scales), static_cast<void*>(macros),
+                    static_cast<void*>(tensor_scales), static_cast<void*>(prepared)}) {
+      cudaFree(p);
+    }
+  }
+  cudaFree(dense);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::printf("skipped: no CUDA device\n");
+    return 77;
+  }
+  const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+  cuda::stream s;
+  timing::require(cudaStreamCreate(&s.handle), "cudaStreamCreate");
+  const double copy = timing::copy_rate(s.handle, std::size_t{1} << 30);
+  std::printf("device copy: %.3f TB/s, bytes read plus written\n", copy);
+  cublasHandle_t handle;
+  require(cublasCreate(&handle), "cublasCreate");
+  require(cublasSetStream(handle, s.handle), "cublasSetStream");
+  void* workspace = timing::allocate<std::uint8_t>(std::size_t{64} << 20);
+  require(cublasSetWorkspace(handle, workspace, std::size_t{64} << 20), "cublasSetWorkspace");
+  auto* x = timing::allocate<bfloat16>(most_rows * 7168);
+  auto* out = timing::allocate<bfloat16>(most_rows * 7168);
+  fill(x, most_rows * 7168, 1.0f);
+  const std::vector<std::size_t> rows =
+      quick ? std::vector<std::size_t>{1, 8, 16, 32, 64, 128, 512, 4096}
+            : std::vector<std::size_t>{1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048, 4096};
+  for (const layer& l : {layer{7168, 7168}, layer{4096, 7168}, layer{7168, 2048}})
+    run(l, rows, copy, s, handle, x, out);
+  return 0;
+}

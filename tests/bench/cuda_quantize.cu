@@ -1,0 +1,121 @@
+/// How fast the GPU packs and unpacks, against a device copy.
+
+#include "cuda_timing.hpp"
+
+#include <tetromino/cuda.hpp>
+#include <tetromino/scaling.hpp>
+
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+using namespace tetromino;
+
+constexpr std::size_t rows = 32768, cols = 8192;  // 2^28 elements
+
+struct buffers {
+  std::uint8_t* codes = timing::allocate<std::uint8_t>(rows * cols / 2);
+  std::uint8_t* scales = timing::allocate<std::uint8_t>(rows * cols / 16);
+  std::uint8_t* macros = timing::allocate<std::uint8_t>(rows * cols / 32);
+  float* tensor_scales = timing::allocate<float>(2);
+};
+
+packed_view<any_format, std::uint8_t> view_of(const buffers& b, const any_format& format) {
+  const packed_shape shape{format, 1, rows, cols};
+  return {format,
+          1,
+          rows,
+          cols,
+          {b.codes, shape.code_bytes()},
+          {b.scales, shape.scale_bytes()},
+          {b.macros, shape.macro_bytes()},
+          {b.tensor_scales, format.scale == scale_type::e4m3 ? 1u : 0u}};
+}
+
+double packed_bytes(const any_format& format) {
+  return bits_per_weight(format) / 8.0 * static_cast<double>(rows) * static_cast<double>(cols);
+}
+
+template <class T>
+void run(const char* type, double copy, const buffers& b) {
+  const std::size_t n = rows * cols;
+  auto* x = timing::allocate<T>(n);
+  {
+    std::vector<T> host(std::size_t{1} << 22);
+    std::uint64_t state = 1;
+    for (auto& v : host) {
+      float sum = -6;
+      for (int i = 0; i < 12; ++i) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        sum += static_cast<float>(state >> 40) * 0x1p-24f;
+      }
+      v = detail::from_float<T>(sum * 0.02f);
+    }
+    for (std::size_t i = 0; i < n; i += host.size()) {
+      timing::require(cudaMemcpy(x + i, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+    }
+  }
+  const float given = 0.12f / (6.0f * 448.0f);
+  timing::require(cudaMemcpy(b.tensor_scales + 1, &given, sizeof given, cudaMemcpyHostToDevice), "cudaMemcpy");
+  cuda::stream s;
+  timing::require(cudaStreamCreate(&s.handle), "cudaStreamCreate");
+
+  const auto row = [&](const std::string& what, const timing::measured& t, double bytes) {
+    const double rate = bytes / t.median_us * 1e-6;
+    std::printf("%-9s %-42s %10.1f us  ±%4.1f %%  %6.3f TB/s  %5.1f %% of the copy rate\n", type, what.c_str(),
+                t.median_us, 50 * t.spread, rate, 100 * rate / copy);
+  };
+  const double in_bytes = static_cast<double>(n * sizeof(T));
+  const batch_view<const T> in(x, 1, rows, cols);
+  for (const char* name :
+       {"mxfp4-32/floor", "mxfp4-32/ceil", "mxfp4-32/round-up", "mxfp4-32/even", "mxfp4-32/oas", "mxfp4-16/oas",
+        "mxfp4-32/oas/mbs-static", "mxfp4-16/oas/mbs-static", "nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error",
+        "mxfp4-32/min-error", "mxfp4-32/oas/mbs-search", "mxfp4-16/oas/mbs-search"}) {
+    const recipe r = recipe::parse(name);
+    const auto out = view_of(b, r.format);
+    quantize_options options;
+    options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
+    const bool is_nv = r.format.scale == scale_type::e4m3;
+    if (is_nv) options.tensor_scales = {b.tensor_scales + 1, 1};
+    const bool slow = r.rule == scale_rule::min_error || (r.format.macro_block != 0 && r.macro == macro_rule::search);
+    const auto t = timing::time(s.handle, slow ? 5 : 20, [&](int) { quantize_to(s, in, out, options); });
+    row(std::string("-> ") + name + (is_nv ? ", tensor scale given" : ""), t, in_bytes + packed_bytes(r.format));
+    if (std::string(name) == "nvfp4/amax") {
+      options.tensor_scales = {};
+      const auto both = timing::time(s.handle, 20, [&](int) { quantize_to(s, in, out, options); });
+      row("-> nvfp4/amax, two passes", both, 2 * in_bytes + packed_bytes(r.format));
+      const auto one = timing::time(s.handle, 20, [&](int) {
+        cuda::try_amax_to(s, in, std::span<float>(b.tensor_scales, 1), special_values::poison).value();
+      });
+      row("tensor amax", one, in_bytes);
+    }
+    if (std::string(name) == "mxfp4-32/oas") {
+      options.rounding = element_rounding::stochastic;
+      const auto st = timing::time(s.handle, 10, [&](int) { quantize_to(s, in, out, options); });
+      row("-> mxfp4-32/oas, stochastic", st, in_bytes + packed_bytes(r.format));
+    }
+    if (slow) continue;
+    const auto back = timing::time(s.handle, 20, [&](int) { dequantize_to(s, out, batch_view<T>(x, 1, rows, cols)); });
+    row(std::string("   ") + name + " ->", back, in_bytes + packed_bytes(r.format));
+  }
+  timing::require(cudaStreamDestroy(s.handle), "cudaStreamDestroy");
+  cudaFree(x);
+}
+
+}  // namespace
+
+int main() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::printf("skipped: no CUDA device\n");
+    return 77;
+  }
+  const double copy = timing::copy_rate(nullptr, std::size_t{1} << 30);
+  std::printf("device copy: %.3f TB/s, bytes read plus written\n", copy);
+  const buffers b;
+  run<bfloat16>("bfloat16", copy, b);
+  run<half>("half", copy, b);
+  run<float>("float", copy, b);
+  return 0;
+}

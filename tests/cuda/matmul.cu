@@ -1,0 +1,331 @@
+/// Products with packed weights, against sums in double over the unpacked weights, on both kernels: ragged shapes, all
+/// formats, both activation types, gated and biased outputs, experts, and inputs meant to go wrong.
+
+#include "harness.hpp"
+
+#include <tetromino/cuda.hpp>
+#include <tetromino/dequantize.hpp>
+#include <tetromino/quantize.hpp>
+
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+
+namespace {
+
+using namespace harness;
+using tetromino::batch_view;
+using tetromino::matrix_view;
+using tetromino::recipe;
+using tetromino::cuda::gating_rows;
+
+/// One thread for each sum: out = Σ x w and size = Σ |x w|, for weights [matrices, rows, cols] in float.
+template <class T>
+__global__ void reference_kernel(const T* x, std::size_t x_stride, const float* w, const std::uint32_t* row_matrix,
+                                 std::uint32_t m_count, std::uint32_t n_count, std::uint32_t cols, double* out,
+                                 double* size) {
+  const std::uint32_t n = blockIdx.x * blockDim.x + threadIdx.x, m = blockIdx.y;
+  if (n >= n_count || m >= m_count) return;
+  const T* a = x + m * x_stride;
+  const float* b = w + (static_cast<std::size_t>(row_matrix[m]) * n_count + n) * cols;
+  double sum = 0, magnitude = 0;
+  for (std::uint32_t k = 0; k < cols; ++k) {
+    const double product = static_cast<double>(tetromino::detail::to_float(a[k])) * static_cast<double>(b[k]);
+    sum += product;
+    magnitude += fabs(product);
+  }
+  out[static_cast<std::size_t>(m) * n_count + n] = sum;
+  size[static_cast<std::size_t>(m) * n_count + n] = magnitude;
+}
+
+struct shape {
+  std::size_t m, n, k;
+};
+
+struct setting {
+  std::vector<std::uint32_t> offsets{};  ///< of experts; empty: one matrix
+  gating_rows gating = gating_rows::none;
+  bool bias = false;
+  std::size_t x_gap = 0, out_gap = 0;  ///< elements between rows
+  bool poisoned = false;               ///< some NaN scales
+};
+
+double worst_error = 0;
+
+template <class T>
+void check_product(const std::string& name, const shape& s, const recipe& r, const setting& how,
+                   const std::vector<float>& weights, const std::vector<float>& activations) {
+  const std::size_t matrices = how.offsets.empty() ? 1 : how.offsets.size() - 1;
+  const std::size_t outputs = how.gating == gating_rows::none ? s.n : s.n / 2;
+  const std::string what = name + (sizeof(T) == 2 && std::is_same_v<T, half> ? " half " : " bfloat16 ") + r.name() +
+                           " [" + std::to_string(s.m) + ", " + std::to_string(s.n) + ", " + std::to_string(s.k) +
+                           "] × " + std::to_string(matrices);
+
+  // pack on the device, prepare, and unpack for the reference
+  const tetromino::cuda::stream stream;
+  const device<float> w(weights);
+  const tetromino::packed_shape packed_shape{r.format, matrices, s.n, s.k};
+  device_packed packed(packed_shape, matrices);
+  tetromino::quantize_options options;
+  options.rule = r.rule, options.macro = r.macro, options.special = tetromino::special_values::poison;
+  require(
+      tetromino::try_quantize_to(stream, batch_view<const float>(w.data(), matrices, s.n, s.k), packed.view(), options),
+      what.c_str());
+  const device<float> unpacked(weights.size());
+  require(tetromino::try_dequantize_to(stream, packed.view(), batch_view<float>(unpacked.data(), matrices, s.n, s.k)),
+          what.c_str());
+  const tetromino::cuda::prepared_shape shape{r.format, matrices, s.n, s.k, how.gating};
+  const device<std::byte> prepared(shape.bytes());
+  const tetromino::cuda::prepared_weights<T> ready{shape, prepared.span()};
+  require(tetromino::cuda::try_prepare<T>(stream, packed.view(), ready), what.c_str());
+  expect(prepared.is_intact(), "%s: prepared past the end", what.c_str());
+
+  const std::size_t x_stride = s.k + how.x_gap, out_stride = outputs + how.out_gap;
+  std::vector<T> x(s.m * x_stride);
+  for (std::size_t i = 0; i < s.m; ++i) {
+    for (std::size_t k = 0; k < x_stride; ++k) {
+      x[i * x_stride + k] = tetromino::detail::from_float<T>(k < s.k ? activations[i * s.k + k] : NAN);
+    }
+  }
+  const device<T> x_device(x);
+  std::vector<std::uint32_t> row_matrix(s.m, 0);
+  for (std::size_t e = 0; e + 1 < how.offsets.size(); ++e) {
+    for (std::size_t i = how.offsets[e]; i < how.offsets[e + 1]; ++i) row_matrix[i] = static_cast<std::uint32_t>(e);
+  }
+  const device<std::uint32_t> row_matrix_device(row_matrix), offsets(how.offsets);
+  std::vector<float> bias(how.bias ? matrices * s.n : 0);
+  const numbers noise{77};
+  for (std::size_t i = 0; i < bias.size(); ++i) bias[i] = noise.normal(i);
+  const device<float> bias_device(bias);
+
+  const device<double> sums(s.m * s.n), sizes(s.m * s.n);
+  reference_kernel<T><<<dim3(static_cast<unsigned>((s.n + 127) / 128), static_cast<unsigned>(s.m)), 128>>>(
+      x_device.data(), x_stride, unpacked.data(), row_matrix_device.data(), static_cast<std::uint32_t>(s.m),
+      static_cast<std::uint32_t>(s.n), static_cast<std::uint32_t>(s.k), sums.data(), sizes.data());
+  require(cudaGetLastError(), "reference_kernel");
+  const auto expected = sums.values(), magnitude = sizes.values();
+
+  for (const bool portable : {false, true}) {
+    const device<T> out(s.m * out_stride);
+    tetromino::cuda::detail::matmul_job<T> job{};
+    job.shape = shape, job.weights = prepared.data(), job.row_count = s.m;
+    job.row_offsets = how.offsets.empty() ? nullptr : offsets.data();
+    job.options.bias = bias_device.span();
+    if (!how.bias) job.options = {};
+    job.x = matrix_view<const T>(x_device.data(), s.m, s.k, x_stride);
+    job.out = matrix_view<T>(out.data(), s.m, outputs, out_stride);
+    job.portable = portable;
+    require(tetromino::cuda::detail::matmul(stream, job), what.c_str());
+    require(cudaDeviceSynchronize(), what.c_str());
+    const auto got = out.values();
+    expect(out.is_intact(), "%s: written past the end", what.c_str());
+
+    double error = 0, energy = 0;
+    std::size_t bad = 0;
+    std::string first_bad;
+    for (std::size_t i = 0; i < s.m; ++i) {
+      for (std::size_t j = 0; j < out_stride; ++j) {
+        const T result = got[i * out_stride + j];
+        if (j >= outputs) {  // between rows nothing is written
+          if (result.bits != 0xA5A5) ++bad;
+          continue;
+        }
+        const auto full = [&](std::size_t row) {
+          const std::size_t at = i * s.n + row;
+          return expected[at] + (how.bias ? static_cast<double>(bias[row_matrix[i] * s.n + row]) : 0.0);
+        };
+        const auto uncertain = [&](std::size_t row) { return 0x1p-17 * magnitude[i * s.n + row] + 1e-40; };
+        double value, slack;
+        if (how.gating == gating_rows::none) {
+          value = full(j), slack = uncertain(j);
+        } else {
+          const bool halves = how.gating == gating_rows::halves;
+          const std::size_t gate_row = halves ? j : 2 * j, up_row = halves ? outputs + j : 2 * j + 1;
+          const double gate = full(gate_row), up = full(up_row), activated = gate / (1.0 + std::exp(-gate));
+          value = activated * up;
+          slack = 1.2 * uncertain(gate_row) * std::fabs(up) + std::fabs(activated) * uncertain(up_row) +
+                  1e-5 * std::fabs(value);
+        }
+        const double y = static_cast<double>(tetromino::detail::to_float(result));
+        // half a unit in the last place of the output type, subnormals of half included
+        const double rounding = (std::is_same_v<T, half> ? 0x1.01p-11 : 0x1.01p-8) * (std::fabs(value) + slack) +
+                                (std::is_same_v<T, half> ? 0x1p-25 : 0.0);
+        const bool overflows = std::is_same_v<T, half> && std::fabs(value) > 65000.0;
+        const bool fits = std::isnan(value) ? std::isnan(y) : overflows || std::fabs(y - value) <= rounding + slack;
+        if (!fits && ++bad == 1) {
+          std::ostringstream text;
+          text << "row " << i << ", column " << j << ": expected " << value << ", got " << y;
+          first_bad = text.str();
+        }
+        if (std::isnan(value) || overflows) continue;
+        error += (y - value) * (y - value), energy += value * value;
+      }
+    }
+    expect(bad == 0, "%s%s: %zu outputs off; %s", what.c_str(), portable ? " (portable)" : "", bad, first_bad.c_str());
+    const double relative = energy == 0 ? 0 : std::sqrt(error / energy);
+    if (name != "cancelling") worst_error = std::max(worst_error, relative);
+    expect(name == "cancelling" || relative <= 2e-3, "%s%s: relative error %g", what.c_str(),
+           portable ? " (portable)" : "", relative);
+  }
+}
+
+std::vector<float> normals(std::size_t n, std::uint64_t seed, float size) {
+  const numbers r{seed};
+  return generate<float>(n, [&](std::size_t i) { return r.normal(i) * size; });
+}
+
+const char* const all_recipes[] = {"mxfp4-32/oas",
+                                   "mxfp4-16/oas",
+                                   "nvfp4/amax",
+                                   "mxfp4-32/oas/mbs-static",
+                                   "mxfp4-16/oas/mbs-static",
+                                   "mxfp4-16/oas/mbs-static@64",
+                                   "mxfp4-32/oas/mbs-static@32",
+                                   "mxfp4-16/oas/mbs-static@32",
+                                   "mxfp4-32/oas/mbs-static@256"};
+
+template <class T>
+void shapes() {
+  const shape all[] = {{1, 64, 64},     {1, 128, 256},   {3, 72, 200},    {8, 320, 1024},  {9, 200, 136},
+                       {16, 256, 512},  {17, 192, 384},  {32, 512, 2880}, {33, 264, 320},  {64, 640, 1024},
+                       {65, 256, 704},  {130, 200, 256}, {257, 384, 448}, {520, 136, 128}, {5, 7168, 512},
+                       {1, 2048, 7168}, {7, 40, 45},     {40, 100, 77},   {200, 4096, 256}};
+  std::uint64_t seed = 1;
+  for (const shape& s : all) {
+    for (const char* name : all_recipes) {
+      setting how;
+      if (seed % 3 == 1) how.x_gap = 8, how.out_gap = 24;
+      if (seed % 5 == 2) how.x_gap = 3, how.out_gap = 5;
+      how.bias = seed % 2 == 0;
+      check_product<T>("random", s, recipe::parse(name), how, normals(s.n * s.k, seed, 0.02f),
+                       normals(s.m * s.k, seed + 1, 1.0f));
+      ++seed;
+    }
+  }
+  // many tiles for each block
+  for (const char* name : {"mxfp4-32/oas", "nvfp4/amax", "mxfp4-16/oas/mbs-static"}) {
+    const shape s{4100, 3072, 256};
+    check_product<T>("large", s, recipe::parse(name), {}, normals(s.n * s.k, seed, 0.02f),
+                     normals(s.m * s.k, seed + 1, 1.0f));
+  }
+}
+
+template <class T>
+void experts() {
+  std::uint64_t seed = 500;
+  const std::vector<std::uint32_t> splits[] = {
+      {0, 1, 1, 3, 8}, {0, 0, 0, 5}, {0, 70, 70, 73, 200, 460}, {0, 20, 41, 41, 60, 100}, {0, 300, 301, 302, 1100}};
+  for (const auto& offsets : splits) {
+    for (const char* name : all_recipes) {
+      for (const auto gating : {gating_rows::none, gating_rows::halves, gating_rows::interleaved}) {
+        const shape s{offsets.back(), 208, 320};
+        setting how;
+        how.offsets = offsets;
+        how.gating = gating;
+        how.bias = seed % 2 == 0;
+        check_product<T>("experts", s, recipe::parse(name), how, normals((offsets.size() - 1) * s.n * s.k, seed, 0.1f),
+                         normals(s.m * s.k, seed + 1, 1.0f));
+        ++seed;
+      }
+    }
+  }
+  // more experts than a warp has lanes, most of them idle
+  std::vector<std::uint32_t> offsets(141, 0);
+  const numbers r{9};
+  for (std::size_t e = 1; e < offsets.size(); ++e) {
+    offsets[e] = offsets[e - 1] + static_cast<std::uint32_t>(r.bits(e) % 4 == 0 ? r.bits(e + 900) % 30 : 0);
+  }
+  const shape s{offsets.back(), 128, 256};
+  setting how;
+  how.offsets = offsets;
+  how.gating = gating_rows::halves;
+  check_product<T>("many experts", s, recipe::parse("mxfp4-32/oas"), how, normals(140 * s.n * s.k, 3, 0.1f),
+                   normals(s.m * s.k, 4, 1.0f));
+}
+
+/// Inputs meant to go wrong.
+template <class T>
+void adversarial() {
+  const shape s{40, 192, 1024};
+  const numbers r{31};
+  for (const char* name : all_recipes) {
+    const recipe rule = recipe::parse(name);
+    // scales from one end of the range to the other, within each row for bfloat16
+    const int most = std::is_same_v<T, half> ? 20 : 240;
+    auto wide = normals(s.n * s.k, 41, 1.0f);
+    for (std::size_t i = 0; i < wide.size(); ++i) {
+      const auto step = static_cast<int>(r.bits(i / 32) % static_cast<unsigned>(most));
+      wide[i] = std::ldexp(wide[i], std::is_same_v<T, half> ? step - 24 : step - 140);
+    }
+    auto small = normals(s.m * s.k, 42, std::is_same_v<T, half> ? 1.0f : 1e-4f);
+    check_product<T>("wide", s, rule, {}, wide, small);
+    // each weight row of its own size
+    auto rows = normals(s.n * s.k, 43, 1.0f);
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = std::ldexp(rows[i], static_cast<int>(i / s.k) % 40 - 30);
+    check_product<T>("rows of all sizes", s, rule, {}, rows, normals(s.m * s.k, 44, 0.01f));
+    // sums that cancel
+    auto signs = normals(s.m * s.k, 45, 1.0f);
+    auto even = normals(s.n * s.k, 46, 1.0f);
+    for (std::size_t i = 0; i < even.size(); ++i) even[i] = std::fabs(even[i - i % 2]);
+    for (std::size_t i = 0; i < signs.size(); ++i) signs[i] = (i % 2 == 0 ? 1.0f : -1.0f) * std::fabs(signs[i - i % 2]);
+    check_product<T>("cancelling", s, rule, {}, even, signs);
+    // zero rows, zero blocks and, where the policy lets them in, NaN blocks
+    auto holes = normals(s.n * s.k, 47, 1.0f);
+    for (std::size_t i = 0; i < holes.size(); ++i) {
+      if (i / s.k % 7 == 3 || r.bits(i / 16) % 5 == 0) holes[i] = 0.0f;
+    }
+    holes[5 * s.k + 100] = NAN, holes[100 * s.k] = INFINITY;
+    check_product<T>("holes", s, rule, {}, holes, normals(s.m * s.k, 48, 1.0f));
+    // equal weights, largest values
+    check_product<T>("constant", s, rule, {}, std::vector<float>(s.n * s.k, -6.0f),
+                     std::vector<float>(s.m * s.k, 1.0f));
+  }
+}
+
+/// The bundled model's expert weights, if the data is there.
+template <class T>
+void real(const std::string& folder) {
+  std::ifstream file(folder + "/moe-16x2.safetensors", std::ios::binary);
+  if (!file) {
+    std::printf("no %s/moe-16x2.safetensors: the bundled model is left out\n", folder.c_str());
+    return;
+  }
+  std::uint64_t header_bytes = 0;
+  file.read(reinterpret_cast<char*>(&header_bytes), 8);
+  std::string header(header_bytes, ' ');
+  file.read(header.data(), static_cast<std::streamsize>(header_bytes));
+  for (const char* tensor : {"layers.0.moe.down.weight", "layers.3.moe.gate.weight", "layers.2.moe.up.weight"}) {
+    const std::size_t at = header.find(std::string("\"") + tensor + "\"");
+    if (!expect(at != std::string::npos, "the model has no %s", tensor)) continue;
+    const std::size_t from = header.find("data_offsets\":[", at) + 15;
+    const std::uint64_t begin = std::strtoull(header.c_str() + from, nullptr, 10);
+    std::vector<bfloat16> values(16 * 128 * 128);
+    file.seekg(static_cast<std::streamoff>(8 + header_bytes + begin));
+    file.read(reinterpret_cast<char*>(values.data()), static_cast<std::streamsize>(values.size() * 2));
+    std::vector<float> weights(values.size());
+    for (std::size_t i = 0; i < values.size(); ++i) weights[i] = values[i].value();
+    setting how;
+    how.offsets.resize(17);
+    for (std::uint32_t e = 0; e < 17; ++e) how.offsets[e] = e * e;  // 256 rows
+    for (const char* name : all_recipes) {
+      check_product<T>(tensor, {256, 128, 128}, recipe::parse(name), how, weights, normals(256 * 128, 51, 1.0f));
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  need_device();
+  const std::string data = argc > 1 ? argv[1] : "examples/data";
+  shapes<bfloat16>();
+  experts<bfloat16>();
+  adversarial<bfloat16>();
+  real<bfloat16>(data);
+  shapes<half>();
+  experts<half>();
+  adversarial<half>();
+  real<half>(data);
+  std::printf("largest relative error of a product: %.2e\n", worst_error);
+  return finish("matmul");
+}
