@@ -276,6 +276,55 @@ class e2m1_decoder {
   __m256 values_;
 };
 
+// Products of integers ------------------------------------------------------------------------------------------------
+
+/// 16 bytes of each of 16 rows: lane n of part d has bytes 4 d ... 4 d + 3 of row n.
+struct byte_columns {
+  words part[4];
+};
+TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std::size_t offset) {
+  byte_columns out;
+  for (std::size_t half = 0; half < 2; ++half) {
+    const auto pair = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+      const auto row = [&](std::size_t n) TETROMINO_INLINE_LAMBDA {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[8 * half + n] + offset));
+      };
+      return _mm256_inserti128_si256(_mm256_castsi128_si256(row(i)), row(i + 4), 1);
+    };
+    const __m256i a = pair(0), b = pair(1), c = pair(2), d = pair(3);
+    const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
+    const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
+    out.part[0].r[half] = word_register(_mm256_unpacklo_epi64(ab_low, cd_low));
+    out.part[1].r[half] = word_register(_mm256_unpackhi_epi64(ab_low, cd_low));
+    out.part[2].r[half] = word_register(_mm256_unpacklo_epi64(ab_high, cd_high));
+    out.part[3].r[half] = word_register(_mm256_unpackhi_epi64(ab_high, cd_high));
+  }
+  return out;
+}
+
+/// Of each byte's low four bits, a code: 12 + twice its value, from 0 to 24.
+TETROMINO_INLINE words biased_values(const words& codes) {
+  const __m256i table =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+    return word_register(_mm256_shuffle_epi8(table, _mm256_and_si256(raw(codes.r[i]), _mm256_set1_epi8(15))));
+  });
+}
+/// sum + Σ of the four products in each lane: bytes of w in 0 ... 24 by the signed bytes of x.
+TETROMINO_INLINE words add_products(const words& sum, const words& w, std::int32_t x) {
+  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+#if TETROMINO_HAS_VNNI
+    return word_register(_mm256_dpbusd_avx_epi32(raw(sum.r[i]), raw(w.r[i]), _mm256_set1_epi32(x)));
+#else
+    const __m256i pairs = _mm256_maddubs_epi16(raw(w.r[i]), _mm256_set1_epi32(x));
+    return word_register(_mm256_add_epi32(raw(sum.r[i]), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+#endif
+  });
+}
+TETROMINO_INLINE floats to_floats(const words& a) {
+  return lanes(_mm256_cvtepi32_ps(raw(a.r[0])), _mm256_cvtepi32_ps(raw(a.r[1])));
+}
+
 }  // namespace TETROMINO_ISA
 }  // namespace tetromino::detail
 

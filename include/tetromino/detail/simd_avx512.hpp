@@ -255,6 +255,46 @@ class e2m1_decoder {
   __m512 values_;
 };
 
+// Products of integers ------------------------------------------------------------------------------------------------
+
+/// 16 bytes of each of 16 rows: lane n of part d has bytes 4 d ... 4 d + 3 of row n.
+struct byte_columns {
+  words part[4];
+};
+TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std::size_t offset) {
+  const auto quarters = [&](std::size_t first) TETROMINO_INLINE_LAMBDA {  // rows first, first + 4 ...
+    const auto row = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[first + 4 * i] + offset));
+    };
+    __m512i all = _mm512_castsi128_si512(row(0));
+    all = _mm512_inserti32x4(all, row(1), 1);
+    all = _mm512_inserti32x4(all, row(2), 2);
+    return _mm512_inserti32x4(all, row(3), 3);
+  };
+  const __m512i a = quarters(0), b = quarters(1), c = quarters(2), d = quarters(3);
+  const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+  const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+  return {{lanes(_mm512_unpacklo_epi64(ab_low, cd_low)), lanes(_mm512_unpackhi_epi64(ab_low, cd_low)),
+           lanes(_mm512_unpacklo_epi64(ab_high, cd_high)), lanes(_mm512_unpackhi_epi64(ab_high, cd_high))}};
+}
+
+/// Of each byte's low four bits, a code: 12 + twice its value, from 0 to 24.
+TETROMINO_INLINE words biased_values(const words& codes) {
+  const __m512i table =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  return lanes(_mm512_shuffle_epi8(table, _mm512_and_si512(raw(codes), _mm512_set1_epi8(15))));
+}
+/// sum + Σ of the four products in each lane: bytes of w in 0 ... 24 by the signed bytes of x.
+TETROMINO_INLINE words add_products(const words& sum, const words& w, std::int32_t x) {
+#if TETROMINO_HAS_VNNI
+  return lanes(_mm512_dpbusd_epi32(raw(sum), raw(w), _mm512_set1_epi32(x)));
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(raw(w), _mm512_set1_epi32(x));
+  return lanes(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
+#endif
+}
+TETROMINO_INLINE floats to_floats(const words& a) { return lanes(_mm512_cvtepi32_ps(raw(a))); }
+
 }  // namespace TETROMINO_ISA
 }  // namespace tetromino::detail
 

@@ -1,13 +1,14 @@
 #pragma once
 
-#include "scalar_matmul.hpp"  // scalar_matmul_kernels
-#include "simd_lanes.hpp"     // floats
+#include "scalar_matmul.hpp"        // scalar_matmul_kernels
+#include "simd_integer_matmul.hpp"  // integer_matmul
+#include "simd_lanes.hpp"           // floats
 
 #include <algorithm>    // std::min
 #include <array>        // std::array
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
-#include <type_traits>  // std::is_same_v
+#include <type_traits>  // std::is_same_v, std::remove_const_t
 
 TETROMINO_VECTOR_CODE_BEGIN
 
@@ -22,6 +23,12 @@ struct simd_matmul_kernels {
 
   template <class X, real Out>
   static void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) {
+#if TETROMINO_VECTOR_BITS >= 256
+    using activations = std::remove_const_t<X>;
+    if constexpr (std::is_same_v<activations, int8_view<>> || std::is_same_v<activations, packed_view<any_format>>) {
+      return integer_matmul<X, Out>::multiply(job, tile);
+    }
+#endif
     const any_format format = job.weights.format, blocks = activation_blocks(job.x);
     const std::size_t cols = job.weights.cols, rows = tile.last_row - tile.first_row;
     const std::size_t common_macro = common_block(format.macro_block, blocks.macro_block);

@@ -321,7 +321,7 @@ struct simd_kernels {
       floats factor = broadcast(1.0f);
       if (macro != 0) {
         const std::size_t group = macro / Block;
-        const words m = rules.macro == macro_rule::from_amax ? macro_from_amax(group_max(amax, group))
+        const words m = rules.macro == macro_rule::from_amax ? static_macros(group_max(amax, group))
                                                              : searched_macros(rules, in, amax, group);
         std::int32_t lane[lane_count];
         store(lane, m);

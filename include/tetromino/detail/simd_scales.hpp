@@ -136,7 +136,7 @@ TETROMINO_INLINE words group_max(words a, std::size_t group) {
 }
 
 /// The macro-block bytes of mbs-static for the largest magnitudes of macro blocks.
-TETROMINO_INLINE words macro_from_amax(const words& amax) {
+TETROMINO_INLINE words static_macros(const words& amax) {
   return shift_right<15>(bits_of(broadcast(6.0f) / floats_of(amax))) & broadcast(0xFF);  // infinity has no mantissa
 }
 TETROMINO_INLINE floats macro_factors(const words& byte) {

@@ -1,0 +1,92 @@
+/// Speed of matmul on the CPU: 8-bit, 4-bit and bfloat16 activations by packed weights.
+///
+///   bench_matmul [--mib N] [--repetitions N] [--only TEXT]
+///
+/// Weights of N MiB (128), more than most caches hold, and of 256 KiB. GB/s counts their bytes; cycles are for 32
+/// weights and one row of activations.
+
+#include <tetromino/matmul.hpp>
+#include <tetromino/quantize.hpp>
+
+#include "bench.hpp"
+#include "reference/generators.hpp"
+
+#include <cstddef>  // std::size_t
+#include <cstdio>   // std::printf
+#include <string>   // std::string
+#include <vector>   // std::vector
+
+namespace {
+
+using namespace tetromino;
+
+constexpr std::size_t cols = 4096;
+
+matrix<float> normal_matrix(std::size_t rows) {
+  matrix<float> out(rows, cols);
+  const std::vector<float> sample = reference::normal_sample(rows, 16 * cols + 1);
+  for (std::size_t i = 0; i < out.data.size(); ++i) out.data[i] = sample[i % sample.size()];
+  return out;
+}
+
+void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_memory) {
+  const std::size_t outputs = bytes / (cols / 2);
+  packed<any_format> weights(r.format, 1, outputs, cols);
+  {
+    const matrix<float> rows = normal_matrix(16);
+    const auto some = quantize(simd, rows.view(), r);
+    for (std::size_t i = 0; i < weights.codes.size(); ++i) weights.codes[i] = some.codes[i % some.codes.size()];
+    for (std::size_t i = 0; i < weights.scales.size(); ++i) weights.scales[i] = some.scales[i % some.scales.size()];
+    for (std::size_t i = 0; i < weights.macros.size(); ++i) weights.macros[i] = some.macros[i % some.macros.size()];
+    weights.tensor_scales = some.tensor_scales;
+  }
+  const double size = static_cast<double>(weights.bytes());
+  bench::table table(r.name() + ", " + std::to_string(outputs) + " x " + std::to_string(cols) + ", " +
+                     (in_memory ? "in memory, " : "in cache, ") + std::string(simd.isa()));
+  const auto read = table.add("(read the codes)", "", static_cast<double>(weights.codes.size()), 0,
+                              [&] { bench::read_all(weights.codes.data(), weights.codes.size()); });
+  struct activations {
+    matrix<float> x;
+    matrix<bfloat16> x16;
+    int8_matrix x8;
+    packed<any_format> x4;
+    matrix<float> out;
+  };
+  std::vector<activations> all;
+  all.reserve(4);
+  for (const std::size_t rows : {1u, 4u, 16u, 64u}) {
+    if (in_memory && rows > 1) break;
+    activations a;
+    a.x = normal_matrix(rows);
+    a.x16 = matrix<bfloat16>(rows, cols);
+    for (std::size_t i = 0; i < a.x.data.size(); ++i) a.x16.data[i] = bfloat16::encode(a.x.data[i]);
+    a.x8 = quantize_int8(a.x);
+    a.x4 = quantize(simd, a.x, r);
+    a.out = matrix<float>(rows, outputs);
+    activations& stored = all.emplace_back(std::move(a));
+    const double products = static_cast<double>(outputs * cols * rows);
+    const std::string suffix = ", M = " + std::to_string(rows);
+    const auto out = [&stored, outputs, rows] { return matrix_view<float>(stored.out.data.data(), rows, outputs); };
+    table.add(
+        "int8" + suffix, "W4A8", size, products, [&, out] { matmul(simd, stored.x8, weights, out()); }, read);
+    table.add(
+        "packed" + suffix, "W4A4", size, products, [&, out] { matmul(simd, stored.x4, weights, out()); }, read);
+    table.add(
+        "bfloat16" + suffix, "W4A16", size, products, [&, out] { matmul(simd, stored.x16, weights, out()); }, read);
+  }
+  table.run(repetitions);
+  table.print();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const auto bytes = static_cast<std::size_t>(bench::option(argc, argv, "--mib", 128) * 1048576.0);
+  const auto repetitions = static_cast<int>(bench::option(argc, argv, "--repetitions", 9));
+  bench::table::filter() = bench::text_option(argc, argv, "--only");
+  bench::explain();
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static", "nvfp4/amax"}) {
+    bench_format(recipe::parse(name), std::size_t{256} << 10, repetitions, false);
+    bench_format(recipe::parse(name), bytes, repetitions, true);
+  }
+}
