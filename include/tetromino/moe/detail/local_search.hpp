@@ -1,0 +1,451 @@
+#pragma once
+
+#include "../local_options.hpp"    // local_options, local_plan
+#include "../place.hpp"            // balance_gpus
+#include "../placement.hpp"        // placement
+#include "../topology.hpp"         // topology
+#include "../trace.hpp"            // trace_view
+#include "gpu_relief.hpp"          // gpu_relief
+#include "home_scores.hpp"         // home_scorer
+#include "layer_search.hpp"        // layer_search
+#include "request_assignment.hpp"  // request_assigner
+#include "request_clusters.hpp"    // cluster_requests
+#include "search_sample.hpp"       // take_sample
+
+#include <algorithm>  // std::fill, std::find, std::max, std::min, std::sort
+#include <bit>        // std::countr_zero, std::popcount
+#include <chrono>     // std::chrono::steady_clock
+#include <cmath>      // std::llround
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::int32_t, std::int64_t, std::uint32_t, std::uint64_t
+#include <span>       // std::span
+#include <utility>    // std::move
+#include <vector>     // std::vector
+
+namespace tetromino::moe::detail {
+
+/// One run of `local`; a Mask has a bit per node.
+template <class Mask>
+class local_search {
+ public:
+  local_search(const trace_view& calibration, const topology& t, const local_options& options)
+      : calibration_(calibration),
+        topology_(t),
+        options_(options),
+        random_(options.seed),
+        sample_(take_sample(calibration, options.served, options.sample_tokens, options.sample_requests, random_)),
+        rules_(make_rules()),
+        search_(rules_),
+        scorer_(t.nodes(), calibration.shape.experts_per_token, rules_.visit_price, rules_.pair_price),
+        layers_(calibration.shape.layers),
+        source_(sample_.requests.size(), 0),
+        source_of_token_(sample_.tokens(), 0) {
+    std::size_t with_slots = 0;
+    for (std::size_t n = 0; n < t.nodes(); ++n) {
+      gpus_.push_back(t.gpus_on_node(n));
+      with_slots += t.slots_on_node(n) > 0 ? 1U : 0U;
+    }
+    const double pairs = static_cast<double>(sample_.tokens() * rules_.experts_per_token);
+    load_limit_ = options.node_imbalance == 0
+                      ? static_cast<std::int64_t>(pairs)
+                      : static_cast<std::int64_t>(options.node_imbalance * pairs / static_cast<double>(with_slots));
+    std::uint64_t largest = 0;
+    for (const std::uint64_t n : sample_.tokens_of) largest = std::max(largest, n);
+    room_ = token_room(sample_.tokens(), largest, gpus_, options.token_budget);
+  }
+
+  [[nodiscard]] local_plan run() {
+    begin();
+    const schedule plan = make_schedule();
+    double heat = plan.hottest;
+    for (std::size_t step = 0; step < plan.steps; ++step) {
+      const double next_heat = heat * plan.ratio;
+      const bool last = step + 1 == plan.steps;
+      const std::size_t active = last ? sample_.tokens() : active_tokens(heat);
+      for (std::size_t l = 0; l < layers_.size(); ++l) {
+        const layer_tokens<Mask> tokens = tokens_of(l);
+        search_.bind(tokens, layers_[l], active);
+        search_.anneal(random_, temperature(heat), temperature(next_heat), plan.proposals);
+      }
+      heat = next_heat;
+      regroup(last ? 0.0 : heat);
+      reached_.step = step + 1;
+      reached_.steps = plan.steps;
+      reached_.seconds = seconds();
+      if (options_.progress) {
+        measure();
+        if (!options_.progress(reached_)) break;
+      }
+      if (options_.time_limit_seconds > 0 && step + 2 < plan.steps) {
+        // the coldest step alone makes a sound plan of any state, and takes about as long as this one took
+        const double each = seconds() / static_cast<double>(step + 1);
+        if (seconds() + 2 * each > options_.time_limit_seconds) {
+          for (; step + 2 < plan.steps; ++step) heat = heat * plan.ratio;
+        }
+      }
+    }
+    measure();
+    reached_.seconds = seconds();
+    return finish();
+  }
+
+ private:
+  struct schedule {
+    std::size_t steps;
+    double hottest, ratio;  // in visits, or pairs, per token
+    std::size_t proposals;  // per step and layer
+  };
+  static constexpr std::uint32_t nobody = layer_state<Mask>::nobody;
+
+  [[nodiscard]] double seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+  [[nodiscard]] std::int64_t temperature(double heat) const {
+    return static_cast<std::int64_t>(heat * static_cast<double>(sample_.tokens()) * 65536.0);
+  }
+  [[nodiscard]] static Mask bit(std::size_t node) { return static_cast<Mask>(Mask{1} << node); }
+
+  [[nodiscard]] search_rules make_rules() const {
+    search_rules r;
+    r.experts = calibration_.shape.experts;
+    r.experts_per_token = calibration_.shape.experts_per_token;
+    r.nodes = topology_.nodes();
+    r.first_slot.assign(1, 0);
+    for (std::size_t n = 0; n < r.nodes; ++n) {
+      r.first_slot.push_back(r.first_slot.back() + std::min(topology_.slots_on_node(n), r.experts));
+    }
+    r.copies = options_.replicas && r.first_slot.back() > r.experts;
+    const double both = options_.node_weight + options_.pair_weight;
+    r.visit_price = std::llround(256.0 * (options_.node_weight / both));
+    r.pair_price = 256 - r.visit_price;
+    r.overload_price = 4 * 256;
+    r.move_price = std::llround(options_.price_per_move * static_cast<double>(sample_.tokens()) * 65.536);
+    return r;
+  }
+
+  // Visits: few steps, each rebuilds the lists of tokens. Pairs: many, they cost little, and grouping cools down too.
+  [[nodiscard]] schedule make_schedule() const {
+    schedule s = rules_.visit_price > 0 ? schedule{12, 8e-3, 0.745, 0} : schedule{96, 1e-2, 0.93, 0};
+    if (options_.start != nullptr) {  // warm enough to mend a plan, not to forget it
+      while (s.hottest > 1.2e-3) {
+        s.hottest = s.hottest * s.ratio;
+        --s.steps;
+      }
+    }
+    const double size = static_cast<double>(rules_.first_slot.back()) / 128.0;
+    s.proposals = static_cast<std::size_t>((rules_.visit_price > 0 ? 40'000.0 : 5'000.0) * size * options_.effort);
+    if (options_.max_proposals > 0) {
+      s.proposals = std::min(s.proposals, static_cast<std::size_t>(options_.max_proposals / s.steps));
+    }
+    return s;
+  }
+  // While it is hot, a part of the tokens tells a good change from a bad one as well as the temperature does.
+  [[nodiscard]] std::size_t active_tokens(double heat) const {
+    return static_cast<std::size_t>(std::max(512.0, std::min(4e6, 0.035 / (heat * heat))));
+  }
+
+  [[nodiscard]] layer_tokens<Mask> tokens_of(std::size_t l) const {
+    return {sample_.layer(l), source_of_token_, sample_.layer_loads(l), load_limit_};
+  }
+  void spread_sources() {
+    for (std::size_t t = 0; t < source_of_token_.size(); ++t)
+      source_of_token_[t] = source_[sample_.request_of_token[t]];
+  }
+
+  void begin() {
+    if (options_.start == nullptr) {
+      cluster();
+    } else {
+      for (std::size_t l = 0; l < layers_.size(); ++l) take_over(l);
+      regroup(0.0);
+    }
+    spread_sources();
+    for (std::size_t l = 0; l < layers_.size(); ++l) fill_layer(l);
+  }
+
+  // Groups by use of experts, in at most 2,048 cells: all layers if they fit, else evenly chosen ones.
+  void cluster() {
+    const auto& [layers, experts, k] = sample_.shape;
+    const std::size_t looked_at = std::max<std::size_t>(1, std::min(layers, 2'048 / experts));
+    const std::size_t cells = looked_at * experts;
+    std::vector<std::int32_t> counts(source_.size() * cells, 0);
+    for (std::size_t i = 0; i < looked_at; ++i) {
+      const std::span<const std::uint16_t> ids = sample_.layer(i * layers / looked_at);
+      for (std::size_t t = 0; t < sample_.tokens(); ++t) {
+        std::int32_t* const row = counts.data() + sample_.request_of_token[t] * cells + i * experts;
+        for (std::size_t j = 0; j < k; ++j) ++row[ids[t * k + j]];
+      }
+    }
+    cluster_requests(counts, cells, sample_.tokens_of, room_, random_, source_);
+  }
+
+  void take_over(std::size_t l) {
+    layer_state<Mask>& state = layers_[l];
+    state.before.assign(rules_.experts, 0);
+    const std::span<const std::int32_t> row = options_.start->layer(l);
+    for (std::size_t s = 0; s < row.size(); ++s) {
+      if (row[s] != empty_slot) {
+        Mask& held = state.before[static_cast<std::size_t>(row[s])];
+        held = static_cast<Mask>(held | bit(topology_.node_of_slot(s)));
+      }
+    }
+    state.holders = state.before;
+    if (rules_.copies) return;
+    for (Mask& held : state.holders) held = lowest_node(held);
+  }
+
+  // Gives the layer its slots: experts that nobody holds yet where they are used and load allows, then copies.
+  void fill_layer(std::size_t l) {
+    const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token, experts = rules_.experts;
+    layer_state<Mask>& state = layers_[l];
+    state.holders.resize(experts, 0);
+    state.slots.assign(rules_.first_slot.back(), nobody);
+    std::vector<std::size_t> next(rules_.first_slot.begin(), rules_.first_slot.end() - 1);
+    std::vector<std::int64_t> load(nodes, 0), used(experts * nodes, 0);
+    const std::span<const std::int64_t> loads = sample_.layer_loads(l);
+    const std::span<const std::uint16_t> ids = sample_.layer(l);
+    for (std::size_t i = 0; i < ids.size(); ++i) ++used[ids[i] * nodes + source_of_token_[i / k]];
+    const auto put = [&](std::size_t e, std::size_t n) {
+      state.slots[next[n]++] = static_cast<std::uint32_t>(e);
+      state.holders[e] = static_cast<Mask>(state.holders[e] | bit(n));
+    };
+    for (std::size_t e = 0; e < experts; ++e) {
+      const Mask held = state.holders[e];
+      for (Mask m = held; m != 0; m = static_cast<Mask>(m & (m - 1))) {
+        const auto n = static_cast<std::size_t>(std::countr_zero(m));
+        put(e, n);
+        load[n] += loads[e] / std::popcount(held);
+      }
+    }
+    std::vector<std::uint32_t> order(experts);
+    for (std::size_t e = 0; e < experts; ++e) order[e] = static_cast<std::uint32_t>(e);
+    std::sort(order.begin(), order.end(),
+              [&](std::uint32_t a, std::uint32_t b) { return loads[a] != loads[b] ? loads[a] > loads[b] : a < b; });
+    for (const std::uint32_t e : order) {
+      if (state.holders[e] != 0) continue;
+      std::size_t best = nodes;
+      std::int64_t best_score = 0;
+      for (std::size_t n = 0; n < nodes; ++n) {
+        // room is kept in step with the other nodes, so that copies are left to choose from everywhere
+        const std::size_t size = rules_.first_slot[n + 1] - rules_.first_slot[n];
+        const std::size_t share = (size * experts + rules_.first_slot.back() - 1) / rules_.first_slot.back();
+        if (next[n] - rules_.first_slot[n] >= share) continue;
+        const std::int64_t score =
+            used[e * nodes + n] - 2 * std::max<std::int64_t>(0, load[n] + loads[e] - load_limit_);
+        if (best == nodes || score > best_score) {
+          best = n;
+          best_score = score;
+        }
+      }
+      for (std::size_t n = 0; n < nodes && best == nodes; ++n) {
+        if (next[n] < rules_.first_slot[n + 1]) best = n;
+      }
+      put(e, best);
+      load[best] += loads[e];
+    }
+    if (!rules_.copies) return;
+    for (std::size_t n = 0; n < nodes; ++n) {
+      while (next[n] < rules_.first_slot[n + 1]) {
+        std::size_t best = experts;
+        for (std::size_t e = 0; e < experts; ++e) {
+          if ((state.holders[e] & bit(n)) != 0) continue;
+          if (best == experts || used[e * nodes + n] > used[best * nodes + n]) best = e;
+        }
+        put(best, n);
+      }
+    }
+  }
+
+  // Scores each sampled request on each node under the present holders.
+  void score_sample() {
+    const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token;
+    scores_.assign(source_.size() * nodes, 0);
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const std::uint16_t* const ids = sample_.layer(l).data();
+      scorer_.score(
+          layers_[l].holders, rules_.copies, sample_.tokens(), [&](std::size_t t) { return ids + t * k; },
+          [&](std::size_t t, std::size_t n, std::int64_t s) {
+            scores_[sample_.request_of_token[t] * nodes + n] += 256 * s;
+          });
+    }
+  }
+  void regroup(double heat) {
+    score_sample();
+    const assignment_problem p{scores_, sample_.tokens_of, room_};
+    if (reached_.step == 0 && options_.start != nullptr) {
+      assigner_.assign(p, source_);
+    } else if (heat > 0 && rules_.pair_price > 0) {
+      // where pairs count, groups freeze together with placements; where visits count, they are better kept
+      const std::int64_t pairs_heat = temperature(heat) * rules_.pair_price / 256;
+      assigner_.shake(p, source_, random_, pairs_heat, 20 * source_.size());
+    } else {
+      assigner_.improve(p, source_);
+    }
+    spread_sources();
+  }
+
+  // Sets reached_ from the sample: visits from the scores' own rule, loads as tokens are served.
+  void measure() {
+    std::int64_t visits = 0, remote = 0;
+    double imbalance = 0;
+    const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token, tokens = sample_.tokens();
+    loads_.assign(layers_.size() * nodes * rules_.experts, 0);
+    std::vector<std::int64_t> load(nodes);
+    std::vector<Mask> held(k);
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      std::fill(load.begin(), load.end(), 0);
+      std::int64_t* const of_expert = loads_.data() + l * nodes * rules_.experts;
+      const std::uint16_t* e = sample_.layer(l).data();
+      const auto lightest = [&](Mask m) {
+        auto best = static_cast<std::size_t>(std::countr_zero(m));
+        for (; m != 0; m = static_cast<Mask>(m & (m - 1))) {
+          const auto n = static_cast<std::size_t>(std::countr_zero(m));
+          if (load[n] < load[best]) best = n;
+        }
+        return bit(best);
+      };
+      for (std::size_t t = 0; t < tokens; ++t, e += k) {
+        for (std::size_t i = 0; i < k; ++i) held[i] = layers_[l].holders[e[i]];
+        const Mask home = bit(source_of_token_[t]);
+        const Mask seen = visited_nodes(held.data(), k, home, lightest);
+        visits += std::popcount(seen);
+        for (std::size_t i = 0; i < k; ++i) {
+          const bool at_home = (held[i] & home) != 0;
+          const Mask at = at_home ? home : lightest(static_cast<Mask>(held[i] & seen));
+          const auto n = static_cast<std::size_t>(std::countr_zero(at));
+          remote += at_home ? 0 : 1;
+          ++load[n];
+          ++of_expert[e[i] * nodes + n];
+        }
+      }
+      std::int64_t most = 0;
+      std::size_t with_slots = 0;
+      for (std::size_t n = 0; n < nodes; ++n) {
+        most = std::max(most, load[n]);
+        with_slots += topology_.slots_on_node(n) > 0 ? 1U : 0U;
+      }
+      imbalance += static_cast<double>(most) * static_cast<double>(with_slots) / static_cast<double>(tokens * k);
+    }
+    const double layers = static_cast<double>(layers_.size());
+    reached_.nodes_per_token = static_cast<double>(visits) / static_cast<double>(tokens) / layers;
+    reached_.remote_pair_fraction = static_cast<double>(remote) / static_cast<double>(tokens * k) / layers;
+    reached_.node_imbalance = imbalance / layers;
+  }
+
+  [[nodiscard]] local_plan finish() {
+    local_plan out{placement(layers_.size(), rules_.experts, topology_.slots()), {}, {}, 0};
+    const bool keep = options_.start != nullptr && options_.price_per_move > 0;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const std::span<std::int32_t> row = out.experts.layer(l);
+      for (std::size_t n = 0; n < rules_.nodes; ++n) {
+        std::vector<std::int32_t> here;
+        for (std::size_t s = rules_.first_slot[n]; s < rules_.first_slot[n + 1]; ++s) {
+          if (layers_[l].slots[s] != nobody) here.push_back(static_cast<std::int32_t>(layers_[l].slots[s]));
+        }
+        put_on_gpus(row, here, l, n, keep);
+      }
+      if (layers_[l].before.empty()) continue;
+      for (std::size_t e = 0; e < rules_.experts; ++e) {
+        out.copies_moved +=
+            static_cast<std::size_t>(std::popcount(static_cast<Mask>(layers_[l].holders[e] & ~layers_[l].before[e])));
+      }
+    }
+    if (!keep) balance_gpus(out.experts, topology_, slot_loads(out.experts));
+    if (options_.gpu_imbalance > 0 && options_.replicas) {
+      gpu_relief(topology_, options_.gpu_imbalance).relieve(out.experts, loads_);
+    }
+    out.source_of_request = assign_all();
+    out.reached = reached_;
+    return out;
+  }
+
+  // Those that stay on a node keep their slot if moves have a price; the rest take what is free.
+  void put_on_gpus(std::span<std::int32_t> row, std::vector<std::int32_t>& here, std::size_t l, std::size_t n,
+                   bool keep) const {
+    const std::size_t first = topology_.first_slot_of_node(n), slots = topology_.slots_on_node(n);
+    if (keep) {
+      const std::span<const std::int32_t> before = options_.start->layer(l);
+      for (std::size_t s = first; s < first + slots; ++s) {
+        const auto found = std::find(here.begin(), here.end(), before[s]);
+        if (found == here.end()) continue;
+        row[s] = *found;
+        here.erase(found);
+      }
+    }
+    std::size_t s = first;
+    for (const std::int32_t e : here) {
+      while (row[s] != empty_slot) ++s;
+      row[s] = e;
+    }
+  }
+
+  [[nodiscard]] std::vector<double> slot_loads(const placement& p) const {
+    std::vector<double> out(p.slot_to_expert().size(), 0.0);
+    for (std::size_t l = 0; l < p.layers(); ++l) {
+      for (std::size_t s = 0; s < p.slots(); ++s) {
+        const std::int32_t e = p.layer(l)[s];
+        if (e == empty_slot) continue;
+        const std::size_t row = l * rules_.experts + static_cast<std::size_t>(e);
+        out[l * p.slots() + s] = static_cast<double>(loads_[row * rules_.nodes + topology_.node_of_slot(s)]);
+      }
+    }
+    return out;
+  }
+
+  // The sampled requests where they are, if those are all there is; else all of them by up to 64 tokens each.
+  [[nodiscard]] std::vector<std::uint32_t> assign_all() {
+    std::vector<std::uint32_t> out(calibration_.requests.size(), 0);
+    std::size_t with_tokens = 0;
+    for (const request& r : calibration_.requests) with_tokens += r.range(options_.served).size() > 0 ? 1U : 0U;
+    if (with_tokens == source_.size()) {
+      for (std::size_t i = 0; i < source_.size(); ++i) out[sample_.requests[i]] = source_[i];
+      return out;
+    }
+    const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token;
+    std::vector<std::int64_t> scores(out.size() * nodes, 0);
+    std::vector<std::uint64_t> tokens(out.size());
+    std::uint64_t all = 0, largest = 0;
+    for (std::size_t r = 0; r < out.size(); ++r) {
+      const token_range range = calibration_.requests[r].range(options_.served);
+      tokens[r] = range.size();
+      all += range.size();
+      largest = std::max(largest, range.size());
+      const std::uint64_t looked_at = std::min<std::uint64_t>(range.size(), 64);
+      if (looked_at == 0) continue;
+      const auto weight = static_cast<std::int64_t>(256 * range.size() / looked_at);
+      for (std::size_t l = 0; l < layers_.size(); ++l) {
+        scorer_.score(
+            layers_[l].holders, rules_.copies, static_cast<std::size_t>(looked_at),
+            [&](std::size_t i) {
+              return calibration_.token(range.first + i * range.size() / looked_at).data() + l * k;
+            },
+            [&](std::size_t, std::size_t n, std::int64_t s) { scores[r * nodes + n] += weight * s; });
+      }
+    }
+    const std::vector<std::uint64_t> room = token_room(all, largest, gpus_, options_.token_budget);
+    assigner_.assign({scores, tokens, room}, out);
+    return out;
+  }
+
+  const trace_view& calibration_;
+  const topology& topology_;
+  const local_options& options_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  search_random random_;
+  search_sample sample_;
+  search_rules rules_;
+  layer_search<Mask> search_;
+  home_scorer<Mask> scorer_;
+  request_assigner assigner_;
+  std::vector<layer_state<Mask>> layers_;
+  std::vector<std::uint32_t> source_;           // [sampled requests]
+  std::vector<std::uint32_t> source_of_token_;  // [sampled tokens]
+  std::vector<std::size_t> gpus_;               // [nodes]
+  std::vector<std::uint64_t> room_;             // [nodes]
+  std::vector<std::int64_t> scores_;            // [sampled requests, nodes]
+  std::vector<std::int64_t> loads_;             // [layers, experts, nodes] pairs of the sample served there
+  std::int64_t load_limit_ = 0;
+  local_progress reached_;
+};
+
+}  // namespace tetromino::moe::detail

@@ -1,0 +1,87 @@
+#pragma once
+
+#include "../error.hpp"             // tetromino::result, tetromino::error
+#include "detail/local_search.hpp"  // detail::local_search
+#include "local_options.hpp"        // local_options, local_plan
+#include "place.hpp"                // detail::check_place_shape
+#include "placement.hpp"            // try_validate
+#include "topology.hpp"             // topology
+#include "trace.hpp"                // trace_view, phase
+
+#include <cmath>    // std::isfinite
+#include <cstddef>  // std::size_t
+#include <cstdint>  // std::uint8_t, std::uint16_t, std::uint32_t, std::uint64_t
+
+namespace tetromino::moe {
+
+namespace detail {
+
+[[nodiscard]] inline result<void> check_local(const trace_view& calibration, const topology& t,
+                                              const local_options& o) {
+  if (auto ok = check_place_shape(calibration.shape.layers, calibration.shape.experts, t); !ok) return ok;
+  if (t.nodes() > 64) {
+    return error(errc::invalid_argument, text("local: expected at most 64 nodes, got ", t.nodes()));
+  }
+  if (calibration.shape.experts_per_token == 0 || calibration.shape.experts_per_token > 64) {
+    return error(errc::invalid_argument,
+                 text("local: expected 1 to 64 experts per token, got ", calibration.shape.experts_per_token));
+  }
+  if (calibration.tokens(o.served) == 0) {
+    return error(errc::invalid_argument, "local: expected tokens of the phase that is served, got none");
+  }
+  const auto weight = [](double x) { return std::isfinite(x) && x >= 0; };
+  if (!weight(o.node_weight) || !weight(o.pair_weight) || !(o.node_weight + o.pair_weight > 0) ||
+      !std::isfinite(o.node_weight + o.pair_weight)) {
+    return error(errc::invalid_argument,
+                 text("local: expected weights of 0 or more, not both 0, got ", o.node_weight, " and ", o.pair_weight));
+  }
+  const auto limit = [](double x) { return x == 0 || (std::isfinite(x) && x >= 1); };
+  if (!limit(o.node_imbalance) || !limit(o.gpu_imbalance)) {
+    return error(errc::invalid_argument, text("local: expected limits of 1 or more, or 0 for none, got ",
+                                              o.node_imbalance, " per node and ", o.gpu_imbalance, " per GPU"));
+  }
+  if (!std::isfinite(o.token_budget) || o.token_budget < 1) {
+    return error(errc::invalid_argument, text("local: expected a token budget of 1 or more, got ", o.token_budget));
+  }
+  if (!weight(o.price_per_move) || !weight(o.effort) || !weight(o.time_limit_seconds) || o.effort > 1e4 ||
+      o.price_per_move > 1e9) {
+    return error(errc::invalid_argument, "local: expected price, effort and time limit to be finite and 0 or more");
+  }
+  if (o.sample_tokens == 0 || o.sample_tokens > (std::size_t{1} << 22) || o.sample_requests == 0) {
+    return error(errc::invalid_argument, text("local: expected a sample of 1 to 4194304 tokens of at least 1 request, "
+                                              "got ",
+                                              o.sample_tokens, " of ", o.sample_requests));
+  }
+  if (o.start != nullptr) {
+    if (o.start->layers() != calibration.shape.layers || o.start->experts() != calibration.shape.experts) {
+      return error(errc::shape_mismatch,
+                   text("local: expected a start of ", calibration.shape.layers, " layers × ",
+                        calibration.shape.experts, " experts, got ", o.start->layers(), " × ", o.start->experts()));
+    }
+    if (auto ok = try_validate(*o.start, t, {.one_copy_per_gpu = false}); !ok) return ok;
+  }
+  return {};
+}
+
+}  // namespace detail
+
+/// Places experts and groups requests together so that tokens stay near, within an imbalance limit: grouping and layers
+/// are improved in turns, layers by annealing on exact counts of a sample of tokens. Requests that were not sampled are
+/// assigned to the placement found. Errors: fewer slots than experts, more than 64 nodes, no token of the served
+/// phase, options out of range, a start of another shape. Precondition: the view is valid (a trace made it).
+/// (arXiv 2604.23150)
+[[nodiscard]] inline result<local_plan> try_local(const trace_view& calibration, const topology& t,
+                                                  const local_options& options = {}) {
+  if (auto ok = detail::check_local(calibration, t, options); !ok) return ok.error();
+  const auto run = [&]<class Mask>(Mask) { return detail::local_search<Mask>(calibration, t, options).run(); };
+  if (t.nodes() <= 8) return run(std::uint8_t{});
+  if (t.nodes() <= 16) return run(std::uint16_t{});
+  if (t.nodes() <= 32) return run(std::uint32_t{});
+  return run(std::uint64_t{});
+}
+[[nodiscard]] inline local_plan local(const trace_view& calibration, const topology& t,
+                                      const local_options& options = {}) {
+  return try_local(calibration, t, options).value();
+}
+
+}  // namespace tetromino::moe

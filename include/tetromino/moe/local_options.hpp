@@ -1,0 +1,63 @@
+#pragma once
+
+#include "placement.hpp"  // placement
+#include "trace.hpp"      // phase
+
+#include <cstddef>     // std::size_t
+#include <cstdint>     // std::uint32_t, std::uint64_t
+#include <functional>  // std::function
+#include <vector>      // std::vector
+
+namespace tetromino::moe {
+
+/// Where a running search stands.
+struct local_progress {
+  std::size_t step = 0;   ///< steps done
+  std::size_t steps = 0;  ///< of so many
+  double nodes_per_token = 0;
+  double remote_pair_fraction = 0;
+  double node_imbalance = 0;  ///< mean over layers
+  double seconds = 0;         ///< since the search began
+};
+
+/// What `local` looks for and how long. The two weights state what matters: other nodes per token where the exchange
+/// sends one copy per node, remote pairs where it sends one per expert, or a mix; only their ratio counts.
+struct local_options {
+  double node_weight = 1;
+  double pair_weight = 0;
+
+  /// Limits on max / mean over nodes and over GPUs, in each layer, on the calibration tokens; other requests come out a
+  /// few hundredths above. 0: no limit. A GPU limit is met with spare slots, as far as they go.
+  double node_imbalance = 1.05;
+  double gpu_imbalance = 0;
+
+  bool replicas = true;              ///< fill spare slots with copies; else they stay empty
+  phase served = phase::decode;      ///< whose traffic and load is counted
+  double token_budget = 1.05;        ///< max / mean of tokens over source nodes, by their GPUs
+  const placement* start = nullptr;  ///< plan in force, to start from
+
+  /// What a copy that was not on its node in `start` must save to be worth its move, in visits (or pairs) per 1,000
+  /// tokens of its layer.
+  double price_per_move = 0;
+
+  std::uint64_t seed = 1;
+  double effort = 1;                    ///< scales the number of proposals
+  std::uint64_t max_proposals = 0;      ///< per layer; 0: as many as effort says
+  std::size_t sample_tokens = 16'384;   ///< tokens that the search looks at
+  std::size_t sample_requests = 1'024;  ///< requests that they come from
+
+  /// Seconds after which the search hurries to its end; 0: none. A search that this cuts short depends on the
+  /// machine; all others give the same plan everywhere.
+  double time_limit_seconds = 0;
+  std::function<bool(const local_progress&)> progress;  ///< called after each step; false ends the search
+};
+
+/// A placement and the node on which each request of the calibration runs, made for each other.
+struct local_plan {
+  placement experts;
+  std::vector<std::uint32_t> source_of_request;  ///< [requests of the view] node
+  local_progress reached;                        ///< on the sampled calibration tokens
+  std::size_t copies_moved = 0;                  ///< copies on nodes that had none in `start`
+};
+
+}  // namespace tetromino::moe
