@@ -7,7 +7,6 @@
 
 #include "moe_model.hpp"
 #include "mpi_session.hpp"
-#include "plan_local.hpp"
 #include "ui.hpp"
 
 #include <tetromino/comm/dispatcher.hpp>
@@ -15,6 +14,7 @@
 #include <tetromino/dequantize.hpp>
 #include <tetromino/metrics.hpp>
 #include <tetromino/moe/cost.hpp>
+#include <tetromino/moe/local.hpp>
 #include <tetromino/moe/place.hpp>
 
 #include <CLI/CLI.hpp>
@@ -362,36 +362,55 @@ struct plan {
   std::vector<std::uint32_t> source_of_document;
 };
 
+/// Documents of a node to its ranks, the longest first, each to the rank with the fewest tokens.
+std::vector<std::uint32_t> ranks_of(const workplace& w, const std::vector<std::uint32_t>& node_of_document) {
+  const auto tokens = [&](std::size_t d) { return w.tokens_of(d, std::string::npos).size(); };
+  std::vector<std::size_t> order(w.chosen.size()), load(w.mpi.ranks());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return tokens(a) > tokens(b); });
+  std::vector<std::uint32_t> rank(w.chosen.size());
+  for (const std::size_t d : order) {
+    const std::size_t first = w.cluster.first_gpu(node_of_document[d]);
+    const auto loads = std::span(load).subspan(first, w.cluster.gpus_on_node(node_of_document[d]));
+    const auto lightest = std::min_element(loads.begin(), loads.end());
+    *lightest += tokens(d);
+    rank[d] = static_cast<std::uint32_t>(first + static_cast<std::size_t>(lightest - loads.begin()));
+  }
+  return rank;
+}
+
 /// Runs the beginning of every document with contiguous experts and plans with what the router chose.
 plan plan_from_prefill(const workplace& w, const moe_lm::model& m) {
   const moe::placement before = moe::contiguous(w.size.layers, w.size.experts, w.cluster);
   const outcome ran = engine(w, m, before).run(w.in_turn(), w.options.prefill, "prefill");
   const std::vector<std::uint16_t> ids = w.mpi.gather(ran.ids);  // rank after rank, documents as they ran
 
-  const std::size_t experts = w.size.experts, per_token = routing_of(w.size).ids_per_token();
-  plan_local::workload seen{w.size.layers, experts, {}, {}};
-  seen.uses.assign(w.chosen.size(), std::vector<double>(w.size.layers * experts));
-  std::vector<double> loads(w.size.layers * experts);
+  const moe::routing_shape shape = routing_of(w.size);
+  std::vector<moe::request> requests(w.chosen.size());
   const auto source = w.in_turn();
-  std::size_t at = 0;
+  std::uint64_t first_token = 0;
   for (std::size_t rank = 0; rank < w.mpi.ranks(); ++rank) {
     for (std::size_t d = 0; d < w.chosen.size(); ++d) {
       if (source[d] != rank) continue;
-      const std::size_t end = at + w.tokens_of(d, w.options.prefill).size() * per_token;
-      for (; at < end; ++at) {
-        const std::size_t expert = at / w.size.top_k % w.size.layers * experts + ids[at];
-        seen.uses[d][expert] += 1;
-        loads[expert] += 1;
-      }
+      const auto tokens = static_cast<std::uint32_t>(w.tokens_of(d, w.options.prefill).size());
+      requests[d] = {first_token, tokens, tokens, 0};
+      first_token += tokens;
     }
   }
-  if (w.options.placement == "balanced") return {moe::balanced({w.size.layers, experts, loads}, w.cluster), source};
-  for (std::size_t d = 0; d < w.chosen.size(); ++d) {
-    seen.tokens.push_back(static_cast<double>(w.tokens_of(d, std::string::npos).size()));
+  if (w.options.placement == "balanced") {
+    std::vector<double> loads(w.size.layers * w.size.experts);
+    for (std::size_t i = 0; i < ids.size(); ++i)
+      ++loads[i / shape.experts_per_token % shape.layers * shape.experts + ids[i]];
+    return {moe::balanced({shape.layers, shape.experts, loads}, w.cluster), source};
   }
-  const plan_local::plan found = plan_local::solver(seen, w.cluster).solve();
-  moe::validate(found.placement, w.cluster);
-  return {found.placement, found.rank_of_document};
+  moe::local_options options;
+  options.served = moe::phase::prefill;
+  plan out;
+  w.mpi.together("moe_engine", [&] {  // the same plan everywhere: the search depends on its seed alone
+    const moe::local_plan found = moe::local({shape, ids, requests}, w.cluster, options);
+    out = {found.experts, ranks_of(w, found.source_of_request)};
+  });
+  return out;
 }
 
 plan plan_by_name(const workplace& w, const moe_lm::model& m) {
@@ -547,6 +566,7 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--documents", s.documents, "evaluate so many documents (default: all; with --compare 48)");
   app.add_option("--prefill", s.prefill, "tokens of each document that balanced and local plan with")
+      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_option("--batch", s.batch, "tokens that a rank runs together")->capture_default_str();
   app.add_option("--losses", s.losses, "write each document's loss to this file");
