@@ -99,8 +99,8 @@ inline std::string svg(const heat_map& m) {
           x, y, cell + (m.square ? -1 : 0.05), height + (m.square ? -1 : 0.05), colour(*m.colours, t),
           escaped(m.row_name), r, escaped(m.column_name), c, v);
       if (m.square) {
-        out += fmt::format(R"(<text x="{:.2f}" y="{:.2f}" class="c" fill="{}">{:.2f}</text>)", x + cell / 2,
-                           y + height / 2 + 4, t > 0.55 ? "#fff" : "#222", v);
+        out += fmt::format(R"(<text x="{:.2f}" y="{:.2f}" class="c" fill="{}">{}</text>)", x + cell / 2,
+                           y + height / 2 + 4, t > 0.55 ? "#fff" : "#222", v == 0 ? "–" : fmt::format("{:.2f}", v));
       }
     }
   }
@@ -234,8 +234,8 @@ class page {
     body_ += "<table>";
     for (std::size_t r = 0; r < rows.size(); ++r) {
       body_ += "<tr>";
-      for (const std::string& cell : rows[r])
-        body_ += fmt::format(r == 0 ? "<th>{}</th>" : "<td>{}</td>", escaped(cell));
+      const char* const kind = r == 0 ? "th" : "td";
+      for (const std::string& cell : rows[r]) body_ += fmt::format("<{0}>{1}</{0}>", kind, escaped(cell));
       body_ += "</tr>";
     }
     body_ += "</table>\n";
@@ -258,7 +258,8 @@ class page {
       "1rem}"
       "h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem}figure{margin:1rem "
       "0}figcaption{color:#555;max-width:46rem}"
-      "svg{max-width:100%;height:auto;display:block;margin:.6rem 0;font:11px system-ui,sans-serif;fill:#222}"
+      "td:not(:first-child){white-space:nowrap}svg{max-width:100%;height:auto;display:block;margin:.6rem 0;font:11px "
+      "system-ui,sans-serif;fill:#222}"
       "svg .t{font-size:13px;font-weight:600}svg .r,svg .e{text-anchor:end}svg .m,svg .c{text-anchor:middle}"
       "svg .g{stroke:#ddd;stroke-width:1}"
       "table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.25rem .7rem;text-align:right;"

@@ -1,0 +1,341 @@
+/// Decides where the experts of a mixture-of-experts model live on a cluster, and which node serves which request, from
+/// recorded routing:
+///   place_experts TRACE --nodes 8 --gpus 8 --slots 16 --report report.html
+///   place_experts TRACE --judge OTHER_TRACE --plan placement.json
+/// Plans are made from a part of the requests and judged on the decode tokens of others, which are assigned to nodes by
+/// their prefill alone.
+
+#include "place_report.hpp"
+#include "place_study.hpp"
+#include "ui.hpp"
+
+#include <tetromino/moe/migrate.hpp>
+#include <tetromino/moe/placement_json.hpp>
+
+#include <CLI/CLI.hpp>
+
+#include <fstream>
+#include <numeric>
+#include <optional>
+
+namespace {
+
+using namespace study;
+
+struct settings {
+  std::string trace_path, judge_path, report_path, plan_path;
+  std::size_t nodes = 8, gpus_per_node = 8;
+  std::vector<std::size_t> slots_per_node;
+  std::size_t splits = 5;
+  std::uint64_t seed = 1;
+  double limit = 1.05;
+  double expert_megabytes = 44;  // DeepSeek-V3 in FP8: 3 × 7168 × 2048
+};
+
+using rows = std::vector<std::vector<std::string>>;
+
+/// Everything said goes to the terminal and, if there is one, to the report.
+class voice {
+ public:
+  explicit voice(bool report) {
+    if (report) page_.emplace("Where the experts live");
+  }
+
+  void section(const std::string& title, const std::string& text) {
+    fmt::print("\n{}\n{}\n\n", title, text);
+    if (page_) page_->heading(title), page_->paragraph(text);
+  }
+  void table(const rows& r) {
+    ui::table out(r.front());
+    for (std::size_t i = 1; i < r.size(); ++i) out.add(r[i]);
+    out.print();
+    if (page_) page_->table(r);
+  }
+  void figure(const std::vector<std::string>& pictures, const std::string& caption) {
+    if (page_) page_->figure(pictures, caption);
+  }
+  void write(const std::string& path) const {
+    page_->write(path);
+    fmt::print("\nThe report with pictures: {}\n", path);
+  }
+
+ private:
+  std::optional<report::page> page_;
+};
+
+std::string number(double x, int digits = 3) { return fmt::format("{:.{}f}", x, digits); }
+std::string number(const statistic& s, int digits = 3) {
+  return s.count() < 2 ? number(s.mean(), digits)
+                       : fmt::format("{:.{}f} ± {:.{}f}", s.mean(), digits, s.deviation(), digits);
+}
+
+/// What placement lives on: some experts are busier, domains differ, and prefill predicts decode.
+void describe(const trace& t, voice& out) {
+  profile p = profile::make({t.shape(), domains_of(t), t.requests().size(), false, false});
+  p.add(t.view());
+  const load_imbalance busiest = imbalance(p.loads(phase::decode));
+  const phase_similarity similar = prefill_decode_similarity(p);
+  out.section("What the routing shows",
+              fmt::format("{} requests, {} tokens ({} of them decoded), {} layers, {} of {} experts per token.",
+                          t.requests().size(), t.tokens(), t.view().tokens(phase::decode), t.shape().layers,
+                          t.shape().experts_per_token, t.shape().experts));
+  rows found = {{"observation", "value"},
+                {"busiest expert / mean, mean over layers", number(busiest.mean, 2)},
+                {fmt::format("busiest expert / mean, worst layer ({})", busiest.worst_layer), number(busiest.worst, 2)},
+                {"cosine of prefill and decode use, same request", number(similar.same_request, 2)},
+                {"cosine of prefill and decode use, different requests", number(similar.across_requests, 2)}};
+  const std::vector<double> apart = domain_divergence(p);
+  const std::size_t n = p.options().domains;
+  for (std::size_t a = 0; a < n; ++a) {
+    for (std::size_t b = a + 1; b < n; ++b) {
+      found.push_back(
+          {fmt::format("divergence of {} and {}, bits (0 alike, 1 disjoint)", domain_name(t, a), domain_name(t, b)),
+           number(apart[a * n + b], 2)});
+    }
+  }
+  out.table(found);
+}
+
+struct measured {
+  std::string name;
+  std::size_t slots;
+  outcome result;
+};
+
+/// All contenders on all splits, for each number of slots; baselines for the first number alone.
+std::vector<measured> compare(const settings& s, const std::vector<split>& splits, voice& out) {
+  std::vector<std::pair<std::size_t, contender>> plans;
+  for (const std::size_t slots : s.slots_per_node) {
+    if (plans.empty()) {
+      for (const contender& c : baselines(s.seed)) plans.emplace_back(slots, c);
+    }
+    plans.emplace_back(slots, joint("local, for nodes/token", {.seed = s.seed, .limit = s.limit}));
+    plans.emplace_back(slots, joint("local, for remote pairs", {.seed = s.seed, .limit = s.limit, .pairs = true}));
+  }
+  std::vector<measured> all;
+  {
+    ui::progress progress("comparing plans", plans.size() * splits.size());
+    for (const auto& [slots, c] : plans) {
+      const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
+      all.push_back({c.name, slots, {}});
+      for (const split& part : splits) {
+        run(c, part.calibration, part.judged, t, all.back().result);
+        progress.add(1);
+      }
+    }
+  }
+  rows r = {{"plan", "slots/node", "remote pairs", "nodes/token", "node imbalance", "GPU imbalance", "kB/token",
+             "s to plan"}};
+  for (const measured& m : all) {
+    const outcome& o = m.result;
+    r.push_back({m.name, std::to_string(m.slots), number(o.remote_pairs), number(o.nodes_per_token, 2),
+                 number(o.node_imbalance, 2), number(o.gpu_imbalance, 2), number(o.bytes_per_token.mean() * 1e-3, 0),
+                 number(o.seconds_to_plan.mean(), 2)});
+  }
+  out.table(r);
+  return all;
+}
+
+/// Traffic against imbalance: the more load a node may have over the mean, the less needs to travel.
+void trade(const settings& s, const std::vector<split>& splits, const std::vector<measured>& lone, voice& out) {
+  const std::vector<double> limits = {1.02, 1.05, 1.1, 1.2, 1.35, 1.6};
+  out.section("Traffic against imbalance",
+              fmt::format("The solver is allowed more and more load on a node, over the mean; what it then reaches on "
+                          "the judged requests, mean of {} halves.",
+                          splits.size()));
+  report::curve nodes{"Nodes per token", "node imbalance on judged requests", "nodes per token", {}};
+  report::curve pairs{"Remote pairs", "node imbalance on judged requests", "remote pairs", {}};
+  rows r = {{"slots/node", "limit", "objective", "remote pairs", "nodes/token", "node imbalance"}};
+  {
+    ui::progress progress("drawing the curve", s.slots_per_node.size() * limits.size() * 2 * splits.size());
+    for (const std::size_t slots : s.slots_per_node) {
+      const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
+      for (const bool for_pairs : {false, true}) {
+        report::curve& c = for_pairs ? pairs : nodes;
+        c.lines.push_back({fmt::format("local, {} slots/node", slots), {}, true});
+        for (const double limit : limits) {
+          outcome o;
+          const contender plan = joint("", {.seed = s.seed, .limit = limit, .pairs = for_pairs});
+          for (const split& part : splits) {
+            run(plan, part.calibration, part.judged, t, o);
+            progress.add(1);
+          }
+          c.lines.back().points.emplace_back(o.node_imbalance.mean(),
+                                             (for_pairs ? o.remote_pairs : o.nodes_per_token).mean());
+          r.push_back({std::to_string(slots), number(limit, 2), for_pairs ? "remote pairs" : "nodes/token",
+                       number(o.remote_pairs), number(o.nodes_per_token, 2), number(o.node_imbalance, 2)});
+        }
+      }
+    }
+  }
+  for (const measured& m : lone) {
+    if (m.name.starts_with("local")) continue;
+    const double x = m.result.node_imbalance.mean();
+    nodes.lines.push_back({m.name, {{x, m.result.nodes_per_token.mean()}}, false});
+    pairs.lines.push_back({m.name, {{x, m.result.remote_pairs.mean()}}, false});
+  }
+  out.table(r);
+  out.figure({report::svg(nodes), report::svg(pairs)},
+             "Each line is one number of slots; its points are growing limits. Squares are the baselines.");
+}
+
+/// What happens when the traffic is not the one that was planned for.
+void drift(const settings& s, const trace& recorded, const std::vector<split>& splits, voice& out) {
+  const std::size_t n = domains_of(recorded);
+  if (n < 2) return;
+  out.section("Drift",
+              fmt::format("nodes/token (and node imbalance) when one domain is served; \"local\" is planned on all "
+                          "domains, on the served one, or on each of the others (mean). {} slots per node.",
+                          s.slots_per_node.front()));
+  const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
+  const std::vector<contender> lone = baselines(s.seed);
+  const contender local = joint("", {.seed = s.seed, .limit = s.limit});
+  rows r = {{"served", "contiguous", "balanced, on all", "local, on all", "local, on the served", "local, on another"}};
+  {
+    ui::progress progress("letting traffic drift", splits.size() * n * (n + 3));
+    for (std::size_t served = 0; served < n; ++served) {
+      std::vector<outcome> o(5);
+      for (const split& part : splits) {
+        const half judged = part.judged.of_domain(served);
+        const auto serve = [&](const contender& c, const half& calibration, outcome& to) {
+          if (!calibration.requests.empty() && !judged.requests.empty()) run(c, calibration, judged, t, to);
+          progress.add(1);
+        };
+        serve(lone[0], part.calibration, o[0]);
+        serve(lone[1], part.calibration, o[1]);
+        serve(local, part.calibration, o[2]);
+        for (std::size_t d = 0; d < n; ++d) serve(local, part.calibration.of_domain(d), o[d == served ? 3 : 4]);
+      }
+      std::vector<std::string> row = {domain_name(recorded, served)};
+      for (const outcome& x : o) {
+        row.push_back(x.nodes_per_token.count() == 0
+                          ? "–"
+                          : fmt::format("{:.2f} ({:.2f})", x.nodes_per_token.mean(), x.node_imbalance.mean()));
+      }
+      r.push_back(row);
+    }
+  }
+  out.table(r);
+}
+
+/// Pairs per GPU over the mean of its layer: [layers, GPUs].
+std::vector<double> relative_loads(const cost_report& r) {
+  std::vector<double> out(r.pairs_on_gpu.size());
+  for (std::size_t l = 0; l < r.layers; ++l) {
+    const auto layer = std::span(r.pairs_on_gpu).subspan(l * r.gpus, r.gpus);
+    const auto sum = static_cast<double>(std::accumulate(layer.begin(), layer.end(), std::uint64_t{0}));
+    for (std::size_t g = 0; g < r.gpus; ++g) {
+      out[l * r.gpus + g] = sum > 0 ? static_cast<double>(layer[g] * r.gpus) / sum : 0;
+    }
+  }
+  return out;
+}
+
+/// Activations sent per token and layer, from node to node: [nodes, nodes].
+std::vector<double> traffic(const cost_report& r) {
+  std::vector<double> out(r.copies_between.begin(), r.copies_between.end());
+  for (double& x : out)
+    x *= static_cast<double>(r.nodes) / static_cast<double>(std::max<std::uint64_t>(1, r.tokens * r.layers));
+  return out;
+}
+
+void draw(const cost_report& before, const cost_report& after, const topology& t, voice& out) {
+  const auto loads = [&](const char* title, const cost_report& r) {
+    return report::svg(report::heat_map{title, "layer", "GPU", r.layers, r.gpus, relative_loads(r), 0, 2,
+                                        &report::diverging, "load / mean", t.gpus_on_node(0), false});
+  };
+  out.figure({loads("Before: contiguous", before), loads("After", after)},
+             "Load of each GPU in each layer, over the layer's mean: white is the mean, red is overload. Gaps separate "
+             "nodes.");
+  const std::vector<double> was = traffic(before), is = traffic(after);
+  const double most = std::max(*std::max_element(was.begin(), was.end()), *std::max_element(is.begin(), is.end()));
+  const auto matrix = [&](const char* title, const std::vector<double>& values) {
+    return report::svg(report::heat_map{title, "from node", "to node", t.nodes(), t.nodes(), values, 0, most,
+                                        &report::sequential, "copies", 0, true});
+  };
+  out.figure({matrix("Before: contiguous, requests in turn", was), matrix("After", is)},
+             "Activations that an average token of the row's node sends to the column's node in a layer (mean over "
+             "nodes = nodes/token summed over a row).");
+}
+
+/// The plan to serve with, made from all requests, and the way there from what engines start with.
+void hand_over(const settings& s, const half& everything, const topology& t, voice& out) {
+  const trace_view view = everything.view();
+  placement next = joint("", {.seed = s.seed, .limit = s.limit}).make(view, view, t).experts;
+  const placement now = contiguous(view.shape.layers, view.shape.experts, t);
+  align(next, now, t);
+  const migration way = migrate(now, next, t, s.expert_megabytes * 1e6);
+  std::size_t rounds = 0, buffers = 0;
+  for (const layer_migration& layer : way.layers) {
+    rounds += layer.rounds.size();
+    buffers = std::max(buffers, layer.buffers_per_gpu);
+  }
+  out.section("The plan, made from all requests",
+              fmt::format("From contiguous: {} experts of {} MB move ({} between nodes) in {} rounds, in which a GPU "
+                          "talks to one peer at a time; {:.2f} s of transfer, layer by layer while tokens are served, "
+                          "with buffers for {} experts per GPU.",
+                          way.moves, s.expert_megabytes, ui::bytes(static_cast<std::size_t>(way.bytes_between_nodes)),
+                          rounds, way.seconds, buffers));
+  if (s.plan_path.empty()) return;
+  std::ofstream file(s.plan_path, std::ios::binary);
+  file << to_json(next) << "\n";
+  file.close();
+  if (!file) throw std::runtime_error(fmt::format("{}: expected to write the plan there", s.plan_path));
+  fmt::print("Written to {}\n", s.plan_path);
+}
+
+int place(const settings& s) {
+  const trace recorded = read_trace(s.trace_path);
+  const std::optional<trace> other =
+      s.judge_path.empty() ? std::nullopt : std::optional<trace>(read_trace(s.judge_path));
+  voice out(!s.report_path.empty());
+  describe(recorded, out);
+
+  const auto all_of = [](const trace& t) { return half{&t, {t.requests().begin(), t.requests().end()}}; };
+  const std::vector<split> splits =
+      other ? std::vector<split>{{all_of(recorded), all_of(*other)}} : random_halves(recorded, s.splits, s.seed);
+  const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
+  out.section("Plans compared",
+              fmt::format("{} nodes of {} GPUs. {}, judged on decode tokens; requests are assigned by their prefill. "
+                          "Remote pairs: (token, expert) pairs served on another node. nodes/token: other nodes that a "
+                          "token is sent to, per layer. Imbalance: busiest / mean, mean over layers.",
+                          s.nodes, s.gpus_per_node,
+                          other ? std::string("Planned on one trace and judged on the other")
+                                : fmt::format("Planned on half of the requests and judged on the other half, {} times",
+                                              splits.size())));
+  const std::vector<measured> all = compare(s, splits, out);
+  {
+    const trace_view calibration = splits[0].calibration.view(), judged = splits[0].judged.view();
+    const plan before = baselines(s.seed)[0].make(calibration, judged, t);
+    const plan after = joint("", {.seed = s.seed, .limit = s.limit}).make(calibration, judged, t);
+    draw(judge(before, judged, t), judge(after, judged, t), t, out);
+  }
+  const std::vector<split> few(splits.begin(),
+                               splits.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(2, splits.size())));
+  trade(s, few, all, out);
+  if (!other) drift(s, recorded, few, out);
+  hand_over(s, all_of(recorded), t, out);
+  if (!s.report_path.empty()) out.write(s.report_path);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  settings s;
+  CLI::App app{"Places experts on nodes and GPUs, and requests on nodes, so that tokens stay close to their experts."};
+  app.add_option("TRACE", s.trace_path, "recorded routing: safetensors, or JSON lines")->required();
+  app.add_option("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
+  app.add_option("--nodes", s.nodes, "nodes")->capture_default_str();
+  app.add_option("--gpus", s.gpus_per_node, "GPUs per node")->capture_default_str();
+  app.add_option("--slots", s.slots_per_node, "expert slots per node and layer; several: 16,18,24")->delimiter(',');
+  app.add_option("--limit", s.limit, "most load of a node, over the mean")->capture_default_str();
+  app.add_option("--splits", s.splits, "random halves to plan and judge on")->capture_default_str();
+  app.add_option("--seed", s.seed, "seed of the halves and of the solver")->capture_default_str();
+  app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")
+      ->capture_default_str();
+  app.add_option("--plan", s.plan_path, "write the placement made from all of TRACE here (JSON)");
+  app.add_option("--report", s.report_path, "write a page with pictures here (HTML)");
+  CLI11_PARSE(app, argc, argv);
+  return ui::run("place_experts", [&] { return place(s); });
+}
