@@ -1,0 +1,338 @@
+#pragma once
+
+#include "../error.hpp"                   // tetromino::result, tetromino::error
+#include "detail/node_cover.hpp"          // detail::visits_of
+#include "detail/request_assignment.hpp"  // detail::request_assigner, detail::token_room
+#include "placement.hpp"                  // placement, try_validate
+#include "topology.hpp"                   // topology
+#include "trace.hpp"                      // trace_view, phase
+
+#include <algorithm>  // std::fill, std::max, std::min, std::sort
+#include <cmath>      // std::isfinite, std::llround
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uint64_t
+#include <span>       // std::span
+#include <vector>     // std::vector
+
+namespace tetromino::moe {
+
+/// What a signature keeps of the experts that a prompt used. Less is smaller and faster, and tells nodes apart less.
+struct signature_options {
+  std::size_t top_experts = 0;    ///< the most used experts of each layer; 0: all
+  std::size_t layer_buckets = 0;  ///< layers are hashed into so many and added up; 0: each layer by itself
+
+  friend bool operator==(const signature_options&, const signature_options&) = default;
+};
+
+/// What experts a prompt used, by layer (or bucket of layers), as a short list.
+struct request_signature {
+  struct entry {
+    std::uint32_t cell;    ///< bucket × experts + expert
+    std::uint32_t weight;  ///< uses, the later ones counting more
+  };
+  std::vector<entry> entries;
+};
+
+/// Collects the signature of one prompt at a time while it is prefilled. The last 32 tokens of the prompt count 16
+/// times, the 32 before 8 times, and so on down to once: what comes next resembles what came last.
+class signature_builder {
+ public:
+  /// Preconditions: a shape without zero.
+  explicit signature_builder(const routing_shape& shape, const signature_options& options = {})
+      : shape_(shape), options_(options), weights_(buckets() * shape.experts, 0) {
+    TETROMINO_EXPECTS(shape.layers > 0 && shape.experts > 0 && shape.experts_per_token > 0,
+                      "signature_builder: a shape without zero");
+  }
+
+  [[nodiscard]] const routing_shape& shape() const noexcept { return shape_; }
+  [[nodiscard]] const signature_options& options() const noexcept { return options_; }
+  /// Rows of layers that are told apart.
+  [[nodiscard]] std::size_t buckets() const noexcept {
+    return options_.layer_buckets == 0 ? shape_.layers : std::min(options_.layer_buckets, shape_.layers);
+  }
+  /// The bucket of a layer.
+  [[nodiscard]] std::size_t bucket(std::size_t layer) const noexcept {
+    if (buckets() == shape_.layers) return layer;
+    return static_cast<std::size_t>(((layer + 1) * 0x9E3779B97F4A7C15u) >> 33) % buckets();
+  }
+
+  /// Starts a prompt of that many tokens; forgets what was collected.
+  void begin(std::uint64_t prompt_tokens) {
+    for (const std::uint32_t c : touched_) weights_[c] = 0;
+    touched_.clear();
+    left_ = prompt_tokens;
+  }
+  /// Adds the next token of the prompt: ids[layers, experts per token]. Preconditions: that many ids, below `experts`.
+  void add(std::span<const std::uint16_t> ids) {
+    TETROMINO_EXPECTS(ids.size() == shape_.ids_per_token(), "signature_builder: the ids of one token");
+    if (left_ > 0) --left_;
+    const std::uint32_t weight = left_ >= 128 ? 1U : 16U >> (left_ / 32);
+    const std::uint16_t* e = ids.data();
+    for (std::size_t l = 0; l < shape_.layers; ++l) {
+      const std::size_t row = bucket(l) * shape_.experts;
+      for (std::size_t i = 0; i < shape_.experts_per_token; ++i, ++e) {
+        TETROMINO_EXPECTS(*e < shape_.experts, "signature_builder: expert number out of range");
+        std::uint32_t& w = weights_[row + *e];
+        if (w == 0) touched_.push_back(static_cast<std::uint32_t>(row + *e));
+        w += weight;
+      }
+    }
+  }
+  /// Writes what was collected, cells ascending. Reuses the memory of `out`.
+  void write(request_signature& out) {
+    out.entries.clear();
+    std::sort(touched_.begin(), touched_.end());
+    for (std::size_t i = 0; i < touched_.size();) {
+      const std::size_t row = touched_[i] / shape_.experts, first = out.entries.size();
+      for (; i < touched_.size() && touched_[i] / shape_.experts == row; ++i) {
+        out.entries.push_back({touched_[i], weights_[touched_[i]]});
+      }
+      if (options_.top_experts == 0 || out.entries.size() - first <= options_.top_experts) continue;
+      std::sort(
+          out.entries.begin() + static_cast<std::ptrdiff_t>(first), out.entries.end(),
+          [](const auto& a, const auto& b) { return a.weight != b.weight ? a.weight > b.weight : a.cell < b.cell; });
+      out.entries.resize(first + options_.top_experts);
+    }
+  }
+
+ private:
+  routing_shape shape_;
+  signature_options options_;
+  std::vector<std::uint32_t> weights_;  // [buckets, experts]
+  std::vector<std::uint32_t> touched_;
+  std::uint64_t left_ = 0;
+};
+
+/// The signature of one recorded request, from its prompt.
+[[nodiscard]] inline request_signature signature_of(const trace_view& from, const request& r,
+                                                    signature_builder& builder) {
+  const token_range range = r.range(phase::prefill);
+  builder.begin(range.size());
+  for (std::uint64_t t = range.first; t < range.last; ++t) builder.add(from.token(t));
+  request_signature out;
+  builder.write(out);
+  return out;
+}
+
+/// How grouping weighs traffic and spreads tokens; the weights as in `local_options`.
+struct group_options {
+  double node_weight = 1;
+  double pair_weight = 0;
+  double token_budget = 1.05;   ///< max / mean of tokens over nodes, by their GPUs
+  signature_options signature;  ///< what is kept of a prompt
+};
+
+/// What running a request on each node is worth, by its signature: a number per cell and node, learnt from recorded
+/// tokens under a placement. Whole numbers, so the same everywhere.
+class node_affinity {
+ public:
+  /// Learns from at most 16,384 evenly spaced tokens of the view, prompts and answers alike. Errors: a placement that
+  /// does not fit view or topology, more than 64 nodes or experts per token, options out of range.
+  [[nodiscard]] static result<node_affinity> try_make(const placement& p, const topology& t, const trace_view& recorded,
+                                                      const group_options& options = {}) {
+    const routing_shape& s = recorded.shape;
+    if (p.layers() != s.layers || p.experts() != s.experts) {
+      return error(errc::shape_mismatch,
+                   detail::text("group: expected a placement of ", s.layers, " layers × ", s.experts,
+                                " experts as in the trace, got ", p.layers(), " × ", p.experts()));
+    }
+    if (auto ok = try_validate(p, t, {.one_copy_per_gpu = false}); !ok) return ok.error();
+    if (t.nodes() > 64 || s.experts_per_token == 0 || s.experts_per_token > 64) {
+      return error(errc::invalid_argument, detail::text("group: expected at most 64 nodes and 1 to 64 experts per "
+                                                        "token, got ",
+                                                        t.nodes(), " and ", s.experts_per_token));
+    }
+    const double both = options.node_weight + options.pair_weight;
+    if (!(options.node_weight >= 0) || !(options.pair_weight >= 0) || !(both > 0) || !std::isfinite(both)) {
+      return error(errc::invalid_argument, detail::text("group: expected weights of 0 or more, not both 0, got ",
+                                                        options.node_weight, " and ", options.pair_weight));
+    }
+    if (!std::isfinite(options.token_budget) || options.token_budget < 1) {
+      return error(errc::invalid_argument,
+                   detail::text("group: expected a token budget of 1 or more, got ", options.token_budget));
+    }
+    node_affinity out(t, s, options);
+    out.learn(p, t, recorded);
+    return out;
+  }
+  [[nodiscard]] static node_affinity make(const placement& p, const topology& t, const trace_view& recorded,
+                                          const group_options& options = {}) {
+    return try_make(p, t, recorded, options).value();
+  }
+
+  [[nodiscard]] std::size_t nodes() const noexcept { return gpus_.size(); }
+  [[nodiscard]] std::span<const std::size_t> gpus_of_nodes() const noexcept { return gpus_; }
+  [[nodiscard]] const group_options& options() const noexcept { return options_; }
+  /// A builder of the signatures that this reads.
+  [[nodiscard]] signature_builder builder() const { return signature_builder(shape_, options_.signature); }
+
+  /// Writes what each node is worth: scores[nodes]; more is better. Preconditions: a signature of `builder()`,
+  /// scores.size() == nodes().
+  void score(const request_signature& signature, std::span<std::int64_t> scores) const {
+    TETROMINO_EXPECTS(scores.size() == nodes(), "node_affinity: a score for each node");
+    std::fill(scores.begin(), scores.end(), 0);
+    for (const request_signature::entry& e : signature.entries) {
+      const std::size_t row = e.cell * nodes();
+      TETROMINO_EXPECTS(row + nodes() <= worth_.size(), "node_affinity: a signature of the same shape");
+      const std::int32_t* const worth = worth_.data() + row;
+      for (std::size_t n = 0; n < scores.size(); ++n) scores[n] += static_cast<std::int64_t>(e.weight) * worth[n];
+    }
+  }
+
+ private:
+  node_affinity(const topology& t, const routing_shape& shape, const group_options& options)
+      : shape_(shape), options_(options) {
+    for (std::size_t n = 0; n < t.nodes(); ++n) gpus_.push_back(t.gpus_on_node(n));
+  }
+
+  // An expert saves a visit to a node that holds it, shared with the token's other experts there.
+  void learn(const placement& p, const topology& t, const trace_view& recorded) {
+    const std::size_t k = shape_.experts_per_token, experts = shape_.experts;
+    const signature_builder rows(shape_, options_.signature);
+    const double both = options_.node_weight + options_.pair_weight;
+    const std::int64_t visit_price = std::llround(256.0 * (options_.node_weight / both));
+    const std::int64_t pair_price = 256 - visit_price;
+    std::vector<std::int64_t> worth(rows.buckets() * experts * nodes(), 0), uses(rows.buckets() * experts, 0);
+    const std::uint64_t step = std::max<std::uint64_t>(1, recorded.tokens() / 16'384);
+    std::vector<std::uint64_t> holders(experts);
+    std::uint64_t held[64];
+    for (std::size_t l = 0; l < shape_.layers; ++l) {
+      std::fill(holders.begin(), holders.end(), 0);
+      for (std::size_t s = 0; s < p.slots(); ++s) {
+        const std::int32_t e = p.layer(l)[s];
+        if (e != empty_slot) holders[static_cast<std::size_t>(e)] |= std::uint64_t{1} << t.node_of_slot(s);
+      }
+      const std::size_t row = rows.bucket(l) * experts;
+      for (std::size_t e = 0; e < experts; ++e) {  // as one use would have it, so that unseen experts count too
+        ++uses[row + e];
+        for (std::size_t n = 0; n < nodes(); ++n) {
+          if (((holders[e] >> n) & 1) != 0) worth[(row + e) * nodes() + n] += 256 * (pair_price + visit_price / 2);
+        }
+      }
+      std::uint64_t number = 0;
+      for (const request& r : recorded.requests) {
+        for (std::uint64_t token = r.first_token; token < r.first_token + r.tokens; ++token) {
+          if (number++ % step != 0) continue;
+          const std::uint16_t* const e = recorded.token(token).data() + l * k;
+          for (std::size_t i = 0; i < k; ++i) {
+            held[i] = holders[e[i]];
+            ++uses[row + e[i]];
+          }
+          const std::int64_t away = visit_price == 0 ? 0 : detail::visits_of<std::uint64_t>(held, k, 0);
+          for (std::size_t n = 0; n < nodes(); ++n) {
+            const std::uint64_t home = std::uint64_t{1} << n;
+            std::int64_t sharers = 0;
+            for (std::size_t i = 0; i < k; ++i) sharers += (held[i] & home) != 0 ? 1 : 0;
+            if (sharers == 0) continue;
+            const std::int64_t saved = visit_price == 0 ? 0 : away - detail::visits_of<std::uint64_t>(held, k, home);
+            const std::int64_t each = 256 * (pair_price + visit_price * saved / sharers);
+            for (std::size_t i = 0; i < k; ++i) {
+              if ((held[i] & home) != 0) worth[(row + e[i]) * nodes() + n] += each;
+            }
+          }
+        }
+      }
+    }
+    worth_.resize(worth.size());
+    for (std::size_t i = 0; i < worth_.size(); ++i) {
+      worth_[i] = static_cast<std::int32_t>(worth[i] / std::max<std::int64_t>(uses[i / nodes()], 1));
+    }
+  }
+
+  routing_shape shape_;
+  group_options options_;
+  std::vector<std::size_t> gpus_;    // [nodes]
+  std::vector<std::int32_t> worth_;  // [buckets, experts, nodes]
+};
+
+/// Assigns a batch of requests to nodes within the token budget. tokens[i] is what request i counts. Errors: lengths
+/// that disagree. A budget that whole requests cannot meet is exceeded by less than one request.
+[[nodiscard]] inline result<std::vector<std::uint32_t>> try_group(const node_affinity& affinity,
+                                                                  std::span<const request_signature> signatures,
+                                                                  std::span<const std::uint64_t> tokens) {
+  if (signatures.size() != tokens.size()) {
+    return error(errc::shape_mismatch, detail::text("group: expected tokens for each of ", signatures.size(),
+                                                    " signatures, got ", tokens.size()));
+  }
+  std::vector<std::int64_t> scores(signatures.size() * affinity.nodes());
+  std::uint64_t all = 0, largest = 0;
+  for (std::size_t r = 0; r < signatures.size(); ++r) {
+    affinity.score(signatures[r], std::span(scores).subspan(r * affinity.nodes(), affinity.nodes()));
+    all += tokens[r];
+    largest = std::max(largest, tokens[r]);
+  }
+  const std::vector<std::uint64_t> room =
+      detail::token_room(all, largest, affinity.gpus_of_nodes(), affinity.options().token_budget);
+  std::vector<std::uint32_t> out(signatures.size(), 0);
+  detail::request_assigner().assign({scores, tokens, room}, out);
+  return out;
+}
+[[nodiscard]] inline std::vector<std::uint32_t> group(const node_affinity& affinity,
+                                                      std::span<const request_signature> signatures,
+                                                      std::span<const std::uint64_t> tokens) {
+  return try_group(affinity, signatures, tokens).value();
+}
+
+/// How requests are taken in one by one.
+struct online_options {
+  /// Tokens in flight that the budget is reckoned for while fewer are: lets the first requests choose freely.
+  std::uint64_t expected_tokens = 0;
+  /// By which share of a score another node must be better for a request to leave the node it was on.
+  double stickiness = 0.1;
+};
+
+/// Assigns requests as they arrive and forgets them when they end. Assigning allocates nothing.
+class online_grouper {
+ public:
+  static constexpr std::uint32_t anywhere = 0xFFFF'FFFF;
+
+  /// Precondition: the affinity outlives this; stickiness is 0 or more.
+  explicit online_grouper(const node_affinity& affinity, const online_options& options = {})
+      : affinity_(&affinity), options_(options), used_(affinity.nodes(), 0), scores_(affinity.nodes(), 0) {
+    TETROMINO_EXPECTS(options.stickiness >= 0, "online_grouper: stickiness of 0 or more");
+    for (const std::size_t g : affinity.gpus_of_nodes()) gpus_ += g;
+  }
+
+  /// The node for a request that counts `tokens`: the best one within budget, `previous` (where an earlier turn of it
+  /// ran) unless another is clearly better; where no node is within budget, the one with the fewest tokens per GPU.
+  std::uint32_t assign(const request_signature& signature, std::uint64_t tokens, std::uint32_t previous = anywhere) {
+    TETROMINO_EXPECTS(previous == anywhere || previous < used_.size(), "online_grouper: previous node out of range");
+    affinity_->score(signature, scores_);
+    if (previous != anywhere) {
+      std::int64_t most = scores_[0];
+      for (const std::int64_t s : scores_) most = std::max(most, s);
+      scores_[previous] += static_cast<std::int64_t>(options_.stickiness * static_cast<double>(most));
+    }
+    const std::span<const std::size_t> gpus = affinity_->gpus_of_nodes();
+    const auto reckoned = static_cast<double>(std::max(all_ + tokens, options_.expected_tokens));
+    const double per_gpu = affinity_->options().token_budget * reckoned / static_cast<double>(gpus_);
+    std::size_t best = used_.size(), lightest = 0;
+    for (std::size_t n = 0; n < used_.size(); ++n) {
+      if (used_[n] * gpus[lightest] < used_[lightest] * gpus[n]) lightest = n;
+      if (static_cast<double>(used_[n] + tokens) > per_gpu * static_cast<double>(gpus[n])) continue;
+      if (best == used_.size() || scores_[n] > scores_[best]) best = n;
+    }
+    if (best == used_.size()) best = lightest;
+    used_[best] += tokens;
+    all_ += tokens;
+    return static_cast<std::uint32_t>(best);
+  }
+  /// A request has ended. Precondition: the node had that many tokens.
+  void release(std::uint32_t node, std::uint64_t tokens) {
+    TETROMINO_EXPECTS(node < used_.size() && used_[node] >= tokens, "online_grouper: tokens that the node had");
+    used_[node] -= tokens;
+    all_ -= tokens;
+  }
+  /// Tokens in flight: [nodes].
+  [[nodiscard]] std::span<const std::uint64_t> tokens_on_node() const noexcept { return used_; }
+
+ private:
+  const node_affinity* affinity_;
+  online_options options_;
+  std::vector<std::uint64_t> used_;   // [nodes]
+  std::vector<std::int64_t> scores_;  // [nodes]
+  std::uint64_t all_ = 0;
+  std::size_t gpus_ = 0;
+};
+
+}  // namespace tetromino::moe
