@@ -111,11 +111,12 @@
 #endif
 
 /// Around code that uses vector intrinsics: those of g++ 12 leave a register undefined on purpose, and are warned of it
-/// where they are inlined.
+/// where they are inlined; without optimization some are macros that mix signs.
 #if defined(__GNUC__) && !defined(__clang__)
 #define TETROMINO_VECTOR_CODE_BEGIN                                                    \
   _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wuninitialized\"") \
-      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")
+      _Pragma("GCC diagnostic ignored \"-Wmaybe-uninitialized\"")                      \
+          _Pragma("GCC diagnostic ignored \"-Wsign-conversion\"")
 #define TETROMINO_VECTOR_CODE_END _Pragma("GCC diagnostic pop")
 #else
 #define TETROMINO_VECTOR_CODE_BEGIN

@@ -6,10 +6,11 @@
 
 #if TETROMINO_SIMD && TETROMINO_VECTOR_BITS >= 256
 
-#include "../e2m1.hpp"      // e2m1
-#include "cpu_matmul.hpp"   // matmul_job, matmul_tile, activation_row
-#include "simd_blocks.hpp"  // load_columns, biased_values, add_products
-#include "simd_scales.hpp"  // decode_e8m0, decode_e4m3
+#include "../e2m1.hpp"         // e2m1
+#include "cpu_matmul.hpp"      // matmul_job, matmul_tile, activation_row
+#include "simd_blocks.hpp"     // load_columns, biased_values, add_products
+#include "simd_scales.hpp"     // decode_e8m0, decode_e4m3
+#include "simd_x86_bytes.hpp"  // split_elements, store_elements
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
@@ -34,7 +35,7 @@ class integer_matmul {
   }
 
  private:
-  static constexpr std::size_t most_rows = 64, most_cols = 64, depth = 512;
+  static constexpr std::size_t most_rows = 64, most_cols = 128, depth = 512;
 
   integer_matmul(const matmul_job<X, Out>& job, const matmul_tile& tile)
       : job_(job), tile_(tile), blocks_(activation_blocks(job.x)), rows_(tile.last_row - tile.first_row) {}
@@ -43,7 +44,8 @@ class integer_matmul {
   void run() {
     constexpr std::size_t chunk = Block * lane_count;
     const std::size_t cols = job_.weights.cols;
-    float totals[most_cols / lane_count][most_rows][lane_count] = {};
+    float totals[most_cols / lane_count][most_rows][lane_count];
+    for (auto& total : totals) std::fill(&total[0][0], &total[0][0] + rows_ * lane_count, 0.0f);
     for (std::size_t k = 0; k < cols; k += chunk) {
       const std::size_t used = std::min(chunk, cols - k);
       used_ = (used + 31) / 32 * 32;
@@ -68,31 +70,32 @@ class integer_matmul {
   // Activations
   // ---------------------------------------------------------------------------------------------------------
 
-  /// Elements of a group of eight go even ones first, as the codes of a word come.
-  static constexpr std::size_t place_of(std::size_t k) { return k / 8 * 8 + k % 8 / 2 + k % 2 * 4; }
-
   static float tensor_scale(const int8_row&) { return 1.0f; }
   static float tensor_scale(const packed_row<const std::uint8_t>& row) { return row.tensor_scale; }
 
   void load_activations(std::size_t m, std::size_t k, std::size_t used) {
     const auto row = activation_row(job_.x, tile_.first_row + m);
-    std::int8_t* x = x_[m];
-    std::fill(x, x + used_, std::int8_t{0});
-    load_elements(row, k, used, x);
-    for (std::size_t i = 0; i < used_; i += 16) {
-      int sum = 0;
-      for (std::size_t j = i; j < i + 16; ++j) sum += x[j];
-      offset_[m][i / 16] = -12 * sum;
-      scale_[m][i / 16] = i < used ? scale_at(row, k + i) : 0.0f;
-      factor_[m][i / 16] = i < used ? inverse_factor(row, k + i) : 1.0f;
+    for (std::size_t i = 0; i < used_; i += 32) {
+      store_elements(elements(row, k + i, std::min<std::size_t>(32, used - i)), &x_[m][i], &offset_[m][i / 16]);
+      for (std::size_t j = i; j < i + 32; j += 16) {
+        scale_[m][j / 16] = j < used ? scale_at(row, k + j) : 0.0f;
+        factor_[m][j / 16] = j < used ? inverse_factor(row, k + j) : 1.0f;
+      }
     }
   }
-  static void load_elements(const int8_row& row, std::size_t k, std::size_t n, std::int8_t* x) {
-    for (std::size_t i = 0; i < n; ++i) x[place_of(i)] = row.values[k + i];
+  /// Up to 32 elements, the rest zero.
+  static auto elements(const int8_row& row, std::size_t k, std::size_t n) {
+    if (n == 32) return split_elements(row.values + k);
+    std::int8_t x[32] = {};
+    std::copy_n(row.values + k, n, x);
+    return split_elements(x);
   }
-  static void load_elements(const packed_row<const std::uint8_t>& row, std::size_t k, std::size_t n, std::int8_t* x) {
-    constexpr std::int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    for (std::size_t i = 0; i < n; ++i) x[place_of(i)] = twice[row.codes[(k + i) / 2] >> (i % 2 * 4) & 15];
+  static auto elements(const packed_row<const std::uint8_t>& row, std::size_t k, std::size_t n) {
+    if (n == 32) return split_codes(row.codes + k / 2);
+    std::uint8_t codes[16] = {};
+    std::copy_n(row.codes + k / 2, (n + 1) / 2, codes);
+    if (n % 2 != 0) codes[n / 2] &= 15;  // past the last element there may be anything
+    return split_codes(codes);
   }
   float scale_at(const int8_row& row, std::size_t k) const { return 0.5f * row.scales[k / int8_view<>::block]; }
   float scale_at(const packed_row<const std::uint8_t>& row, std::size_t k) const {
@@ -112,15 +115,22 @@ class integer_matmul {
     const any_format& format = job_.weights.format;
     const auto weights = job_.weights[tile_.matrix];
     const std::size_t last = weights.rows - 1, blocks = (used + Block - 1) / Block;
+    const std::size_t row_bytes = weights.shape().code_bytes_per_row();
     const std::uint8_t *codes[lane_count], *scales[lane_count];
     for (std::size_t l = 0; l < lane_count; ++l) {  // lanes past the last output repeat it
       const auto row = activation_row(weights, std::min(n + l, last));
       codes[l] = row.codes + k / 2;
       scales[l] = row.scales + k / Block;
-      if (format.macro_block == 0) continue;
-      for (std::size_t i = 0; i < used; i += format.macro_block) {
-        weight_factor_[i / 32][l] = 1.0f / macro_factor(row.macros[(k + i) / format.macro_block]);
+      // The next lanes' rows: hardware sees too many short runs to look ahead by itself.
+      for (std::size_t i = 0; i < used / 2; i += 64) prefetch(codes[l] + i, lane_count * row_bytes);
+      prefetch(scales[l], lane_count * weights.shape().blocks_per_row());
+    }
+    for (std::size_t i = 0; format.macro_block != 0 && i < used; i += format.macro_block) {
+      std::int32_t byte[lane_count];
+      for (std::size_t l = 0; l < lane_count; ++l) {
+        byte[l] = activation_row(weights, std::min(n + l, last)).macros[(k + i) / format.macro_block];
       }
+      store(weight_factor_[i / 32], broadcast(1.0f) / macro_factors(load(byte)));
     }
     const std::size_t whole = blocks * Block / 32 * 32;
     for (std::size_t i = 0; i < whole; i += 32) store_codes(codes, i / 2, i);

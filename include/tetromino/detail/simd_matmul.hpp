@@ -19,7 +19,7 @@ inline namespace TETROMINO_ISA {
 /// time, the weights transposed, so that every output adds its products from left to right over a macro block (or over
 /// 256 columns where there is none), however many rows are computed together.
 struct simd_matmul_kernels {
-  static constexpr std::size_t tile_rows = 63, tile_cols = 64;
+  static constexpr std::size_t tile_rows = 63, tile_cols = 128;
 
   template <class X, real Out>
   static void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) {
