@@ -104,13 +104,17 @@ struct measured {
 
 /// All contenders on all splits, for each number of slots; baselines for the first number alone.
 std::vector<measured> compare(const settings& s, const std::vector<split>& splits, voice& out) {
+  const aim nodes{s.seed, s.limit, false}, pairs{s.seed, s.limit, true};
   std::vector<std::pair<std::size_t, contender>> plans;
+  for (const contender& c :
+       {by_default, by_load,
+        contender{"contiguous, requests by prefill", experts_by::contiguous, requests_by::prefill, nodes},
+        contender{"local experts, requests in turn", experts_by::local, requests_by::turn, nodes}}) {
+    plans.emplace_back(s.slots_per_node.front(), c);
+  }
   for (const std::size_t slots : s.slots_per_node) {
-    if (plans.empty()) {
-      for (const contender& c : baselines(s.seed)) plans.emplace_back(slots, c);
-    }
-    plans.emplace_back(slots, joint("local, for nodes/token", {.seed = s.seed, .limit = s.limit}));
-    plans.emplace_back(slots, joint("local, for remote pairs", {.seed = s.seed, .limit = s.limit, .pairs = true}));
+    plans.emplace_back(slots, contender{"local, for nodes/token", experts_by::local, requests_by::prefill, nodes});
+    plans.emplace_back(slots, contender{"local, for remote pairs", experts_by::local, requests_by::prefill, pairs});
   }
   std::vector<measured> all;
   {
@@ -125,12 +129,12 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
     }
   }
   rows r = {{"plan", "slots/node", "remote pairs", "nodes/token", "node imbalance", "GPU imbalance", "kB/token",
-             "s to plan"}};
+             "s to place"}};
   for (const measured& m : all) {
     const outcome& o = m.result;
     r.push_back({m.name, std::to_string(m.slots), number(o.remote_pairs), number(o.nodes_per_token, 2),
                  number(o.node_imbalance, 2), number(o.gpu_imbalance, 2), number(o.bytes_per_token.mean() * 1e-3, 0),
-                 number(o.seconds_to_plan.mean(), 2)});
+                 number(o.seconds_to_place.mean(), 2)});
   }
   out.table(r);
   return all;
@@ -155,7 +159,7 @@ void trade(const settings& s, const std::vector<split>& splits, const std::vecto
         c.lines.push_back({fmt::format("local, {} slots/node", slots), {}, true});
         for (const double limit : limits) {
           outcome o;
-          const contender plan = joint("", {.seed = s.seed, .limit = limit, .pairs = for_pairs});
+          const contender plan = contender{"", experts_by::local, requests_by::prefill, {s.seed, limit, for_pairs}};
           for (const split& part : splits) {
             run(plan, part.calibration, part.judged, t, o);
             progress.add(1);
@@ -169,7 +173,7 @@ void trade(const settings& s, const std::vector<split>& splits, const std::vecto
     }
   }
   for (const measured& m : lone) {
-    if (m.name.starts_with("local")) continue;
+    if (m.name.starts_with("local,")) continue;
     const double x = m.result.node_imbalance.mean();
     nodes.lines.push_back({m.name, {{x, m.result.nodes_per_token.mean()}}, false});
     pairs.lines.push_back({m.name, {{x, m.result.remote_pairs.mean()}}, false});
@@ -188,8 +192,7 @@ void drift(const settings& s, const trace& recorded, const std::vector<split>& s
                           "domains, on the served one, or on each of the others (mean). {} slots per node.",
                           s.slots_per_node.front()));
   const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
-  const std::vector<contender> lone = baselines(s.seed);
-  const contender local = joint("", {.seed = s.seed, .limit = s.limit});
+  const contender local{"", experts_by::local, requests_by::prefill, {s.seed, s.limit, false}};
   rows r = {{"served", "contiguous", "balanced, on all", "local, on all", "local, on the served", "local, on another"}};
   {
     ui::progress progress("letting traffic drift", splits.size() * n * (n + 3));
@@ -201,8 +204,8 @@ void drift(const settings& s, const trace& recorded, const std::vector<split>& s
           if (!calibration.requests.empty() && !judged.requests.empty()) run(c, calibration, judged, t, to);
           progress.add(1);
         };
-        serve(lone[0], part.calibration, o[0]);
-        serve(lone[1], part.calibration, o[1]);
+        serve(by_default, part.calibration, o[0]);
+        serve(by_load, part.calibration, o[1]);
         serve(local, part.calibration, o[2]);
         for (std::size_t d = 0; d < n; ++d) serve(local, part.calibration.of_domain(d), o[d == served ? 3 : 4]);
       }
@@ -261,7 +264,7 @@ void draw(const cost_report& before, const cost_report& after, const topology& t
 /// The plan to serve with, made from all requests, and the way there from what engines start with.
 void hand_over(const settings& s, const half& everything, const topology& t, voice& out) {
   const trace_view view = everything.view();
-  placement next = joint("", {.seed = s.seed, .limit = s.limit}).make(view, view, t).experts;
+  placement next = study::place({"", experts_by::local, requests_by::prefill, {s.seed, s.limit, false}}, view, t);
   const placement now = contiguous(view.shape.layers, view.shape.experts, t);
   align(next, now, t);
   const migration way = migrate(now, next, t, s.expert_megabytes * 1e6);
@@ -284,10 +287,16 @@ void hand_over(const settings& s, const half& everything, const topology& t, voi
   fmt::print("Written to {}\n", s.plan_path);
 }
 
-int place(const settings& s) {
+int place_all(settings s) {
   const trace recorded = read_trace(s.trace_path);
   const std::optional<trace> other =
       s.judge_path.empty() ? std::nullopt : std::optional<trace>(read_trace(s.judge_path));
+  if (s.splits == 0) throw std::runtime_error("expected at least one split, got 0");
+  if (s.nodes == 0) throw std::runtime_error("expected at least one node, got 0");
+  if (s.slots_per_node.empty()) {  // just enough, an eighth more, and half more
+    const std::size_t enough = (recorded.shape().experts + s.nodes - 1) / s.nodes;
+    s.slots_per_node = {enough, enough + (enough + 7) / 8, enough + (enough + 1) / 2};
+  }
   voice out(!s.report_path.empty());
   describe(recorded, out);
 
@@ -304,12 +313,10 @@ int place(const settings& s) {
                                 : fmt::format("Planned on half of the requests and judged on the other half, {} times",
                                               splits.size())));
   const std::vector<measured> all = compare(s, splits, out);
-  {
-    const trace_view calibration = splits[0].calibration.view(), judged = splits[0].judged.view();
-    const plan before = baselines(s.seed)[0].make(calibration, judged, t);
-    const plan after = joint("", {.seed = s.seed, .limit = s.limit}).make(calibration, judged, t);
-    draw(judge(before, judged, t), judge(after, judged, t), t, out);
-  }
+  const split& first = splits.front();
+  const contender best{"", experts_by::local, requests_by::prefill, {s.seed, s.limit, false}};
+  draw(judge(make(by_default, first.calibration, first.judged, t), first.judged.view(), t),
+       judge(make(best, first.calibration, first.judged, t), first.judged.view(), t), t, out);
   const std::vector<split> few(splits.begin(),
                                splits.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(2, splits.size())));
   trade(s, few, all, out);
@@ -337,5 +344,5 @@ int main(int argc, char** argv) {
   app.add_option("--plan", s.plan_path, "write the placement made from all of TRACE here (JSON)");
   app.add_option("--report", s.report_path, "write a page with pictures here (HTML)");
   CLI11_PARSE(app, argc, argv);
-  return ui::run("place_experts", [&] { return place(s); });
+  return ui::run("place_experts", [&] { return place_all(s); });
 }

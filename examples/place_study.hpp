@@ -3,6 +3,7 @@
 /// Plans compared on requests they were not made from.
 
 #include <tetromino/moe/cost.hpp>
+#include <tetromino/moe/group.hpp>
 #include <tetromino/moe/local.hpp>
 #include <tetromino/moe/place.hpp>
 #include <tetromino/moe/profile.hpp>
@@ -15,7 +16,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -104,18 +104,75 @@ inline std::vector<double> decode_loads(const trace_view& of) {
 struct plan {
   placement experts;
   std::vector<std::uint32_t> sources;
-  replica_choice choice = replica_choice::nearest;
 };
-using planner = std::function<plan(const trace_view& calibration, const trace_view& judged, const topology&)>;
+
+/// What a plan is made for.
+struct aim {
+  std::uint64_t seed = 1;
+  double limit = 1.05;  ///< most load of a node, over the mean
+  bool pairs = false;   ///< few remote pairs, instead of few nodes per token
+};
+
+enum class experts_by { contiguous, eplb, local };
+enum class requests_by { turn, prefill };
 
 struct contender {
   std::string name;
-  planner make;
+  experts_by experts;
+  requests_by requests;
+  aim to{};
 };
+
+inline placement place(const contender& c, const trace_view& calibration, const topology& t) {
+  const routing_shape& s = calibration.shape;
+  if (c.experts == experts_by::contiguous) return contiguous(s.layers, s.experts, t);
+  if (c.experts == experts_by::eplb) {
+    const std::vector<double> loads = decode_loads(calibration);
+    const load_view view{s.layers, s.experts, loads};
+    // where its sizes do not divide, the balancer that takes any; each expert a group of its own, so that nodes balance
+    if (!t.is_uniform() || s.experts % t.nodes() != 0) return balanced(view, t);
+    return to_placement(balanced_eplb(view, {t.slots(), s.experts, t.nodes(), t.gpus()}));
+  }
+  local_options options;
+  options.seed = c.to.seed;
+  options.node_imbalance = c.to.limit;
+  options.node_weight = c.to.pairs ? 0 : 1;
+  options.pair_weight = c.to.pairs ? 1 : 0;
+  return local(calibration, t, options).experts;
+}
+
+/// A node for each judged request: in turn, or the one whose experts its prefill calls for, with equal shares of the
+/// decode tokens up to 5 %.
+inline std::vector<std::uint32_t> assign(const contender& c, const placement& p, const trace_view& calibration,
+                                         const trace_view& judged, const topology& t) {
+  if (c.requests == requests_by::turn) {
+    std::vector<std::uint32_t> out(judged.requests.size());
+    for (std::size_t r = 0; r < out.size(); ++r) out[r] = static_cast<std::uint32_t>(r % t.nodes());
+    return out;
+  }
+  group_options options;
+  options.node_weight = c.to.pairs ? 0 : 1;
+  options.pair_weight = c.to.pairs ? 1 : 0;
+  const node_affinity affinity = node_affinity::make(p, t, calibration, options);
+  signature_builder builder = affinity.builder();
+  std::vector<request_signature> signatures;
+  std::vector<std::uint64_t> tokens;
+  for (const request& r : judged.requests) {
+    signatures.push_back(signature_of(judged, r, builder));
+    tokens.push_back(r.range(phase::decode).size());
+  }
+  return group(affinity, signatures, tokens);
+}
+
+inline cost_report judge(const plan& p, const trace_view& judged, const topology& t) {
+  cost_options options;
+  options.choice = replica_choice::fewest_nodes;
+  return evaluate(judged, p.experts, t, p.sources, options);
+}
 
 /// What a contender costs, over all splits.
 struct outcome {
-  statistic remote_pairs, nodes_per_token, node_imbalance, gpu_imbalance, bytes_per_token, seconds_to_plan;
+  statistic remote_pairs, nodes_per_token, node_imbalance, gpu_imbalance, bytes_per_token, seconds_to_place;
 
   void add(const cost_report& r, double seconds) {
     remote_pairs.add(r.remote_pair_fraction());
@@ -123,116 +180,27 @@ struct outcome {
     node_imbalance.add(r.node_imbalance);
     gpu_imbalance.add(r.gpu_imbalance);
     bytes_per_token.add(r.tokens == 0 ? 0 : r.between_nodes.total() / static_cast<double>(r.tokens));
-    seconds_to_plan.add(seconds);
+    seconds_to_place.add(seconds);
   }
 };
 
-inline cost_report judge(const plan& p, const trace_view& judged, const topology& t) {
-  cost_options options;
-  options.choice = p.choice;
-  return evaluate(judged, p.experts, t, p.sources, options);
+inline plan make(const contender& c, const half& calibration, const half& judged, const topology& t) {
+  placement experts = place(c, calibration.view(), t);
+  std::vector<std::uint32_t> sources = assign(c, experts, calibration.view(), judged.view(), t);
+  return {std::move(experts), std::move(sources)};
 }
 
 /// Plans and judges once.
 inline void run(const contender& c, const half& calibration, const half& judged, const topology& t, outcome& to) {
   const auto start = std::chrono::steady_clock::now();
-  const plan p = c.make(calibration.view(), judged.view(), t);
+  placement experts = place(c, calibration.view(), t);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-  to.add(judge(p, judged.view(), t), took.count());
-}
-
-/// Requests dealt to nodes in turn.
-inline std::vector<std::uint32_t> in_turn(const trace_view& judged, const topology& t) {
-  std::vector<std::uint32_t> out(judged.requests.size());
-  for (std::size_t r = 0; r < out.size(); ++r) out[r] = static_cast<std::uint32_t>(r % t.nodes());
-  return out;
+  std::vector<std::uint32_t> sources = assign(c, experts, calibration.view(), judged.view(), t);
+  to.add(judge({std::move(experts), std::move(sources)}, judged.view(), t), took.count());
 }
 
 /// What engines do by default, and today's balancer.
-inline std::vector<contender> baselines(std::uint64_t) {
-  return {{"contiguous, requests in turn",
-           [](const trace_view& calibration, const trace_view& judged, const topology& t) -> plan {
-             const routing_shape& s = calibration.shape;
-             return {contiguous(s.layers, s.experts, t), in_turn(judged, t), replica_choice::nearest};
-           }},
-          {"balanced (EPLB), requests in turn",
-           [](const trace_view& calibration, const trace_view& judged, const topology& t) -> plan {
-             const routing_shape& s = calibration.shape;
-             const std::vector<double> loads = decode_loads(calibration);
-             // EPLB itself where its sizes divide: each expert a group of its own, so that nodes are balanced too
-             const bool divides = t.is_uniform() && s.experts % t.nodes() == 0;
-             const load_view view{s.layers, s.experts, loads};
-             return {divides ? to_placement(balanced_eplb(view, {t.slots(), s.experts, t.nodes(), t.gpus()}))
-                             : balanced(view, t),
-                     in_turn(judged, t), replica_choice::nearest};
-           }}};
-}
-
-/// A node for each judged request, from its prefill alone: the one whose experts it calls for most, as long as the
-/// node's share of tokens, with 5 % to spare, lasts. Long requests choose first.
-inline std::vector<std::uint32_t> by_prefill(const trace_view& judged, const placement& p, const topology& t,
-                                             bool pairs) {
-  const routing_shape& s = judged.shape;
-  const std::size_t nodes = t.nodes();
-  std::vector<std::uint8_t> on_node(s.layers * s.experts * nodes);
-  for (std::size_t l = 0; l < s.layers; ++l) {
-    for (std::size_t slot = 0; slot < p.slots(); ++slot) {
-      const std::int32_t e = p.layer(l)[slot];
-      const std::size_t node = t.node_of_gpu(t.gpu_of_slot(slot));
-      if (e != empty_slot) on_node[(l * s.experts + static_cast<std::size_t>(e)) * nodes + node] = 1;
-    }
-  }
-  std::vector<std::size_t> order(judged.requests.size());
-  std::vector<std::vector<double>> saved(order.size(), std::vector<double>(nodes));
-  double tokens = 0;
-  for (std::size_t r = 0; r < order.size(); ++r) {
-    order[r] = r;
-    tokens += judged.requests[r].tokens;
-    const token_range prefill = judged.requests[r].range(phase::prefill);
-    for (std::uint64_t token = prefill.first; token < prefill.last; ++token) {
-      for (std::size_t l = 0; l < s.layers; ++l) {
-        std::vector<std::uint32_t> here(nodes);
-        for (const std::uint16_t e : judged.experts_of(token, l)) {
-          for (std::size_t n = 0; n < nodes; ++n) here[n] += on_node[(l * s.experts + e) * nodes + n];
-        }
-        for (std::size_t n = 0; n < nodes; ++n) saved[r][n] += pairs ? here[n] : here[n] > 0;
-      }
-    }
-  }
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::size_t a, std::size_t b) { return judged.requests[a].tokens > judged.requests[b].tokens; });
-  std::vector<double> room(nodes, 1.05 * tokens / static_cast<double>(nodes));
-  std::vector<std::uint32_t> sources(order.size());
-  for (const std::size_t r : order) {
-    const double size = judged.requests[r].tokens;
-    std::size_t best = nodes;
-    for (std::size_t n = 0; n < nodes; ++n) {
-      if (room[n] >= size && (best == nodes || saved[r][n] > saved[r][best])) best = n;
-    }
-    if (best == nodes) best = static_cast<std::size_t>(std::max_element(room.begin(), room.end()) - room.begin());
-    room[best] -= size;
-    sources[r] = static_cast<std::uint32_t>(best);
-  }
-  return sources;
-}
-
-struct joint_settings {
-  std::uint64_t seed = 1;
-  double limit = 1.05;
-  bool pairs = false;
-};
-/// Experts placed by `local`, requests grouped by their prefill.
-inline contender joint(const std::string& name, const joint_settings& s) {
-  return {name, [s](const trace_view& calibration, const trace_view& judged, const topology& t) -> plan {
-            local_options options;
-            options.seed = s.seed;
-            options.node_imbalance = s.limit;
-            options.node_weight = s.pairs ? 0 : 1;
-            options.pair_weight = s.pairs ? 1 : 0;
-            placement experts = local(calibration, t, options).experts;
-            std::vector<std::uint32_t> sources = by_prefill(judged, experts, t, s.pairs);
-            return {std::move(experts), std::move(sources), replica_choice::fewest_nodes};
-          }};
-}
+inline const contender by_default{"contiguous, requests in turn", experts_by::contiguous, requests_by::turn};
+inline const contender by_load{"balanced (EPLB), requests in turn", experts_by::eplb, requests_by::turn};
 
 }  // namespace study
