@@ -6,8 +6,11 @@ set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/tetromino)
 configure_package_config_file(
   cmake/tetromino-config.cmake.in tetromino-config.cmake INSTALL_DESTINATION ${package_dir}
   NO_SET_AND_CHECK_MACRO)
-write_basic_package_version_file(
-  tetromino-config-version.cmake COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
+set(architecture ARCH_INDEPENDENT)
+if(TETROMINO_CUDA)
+  set(architecture "")
+endif()
+write_basic_package_version_file(tetromino-config-version.cmake COMPATIBILITY SameMinorVersion ${architecture})
 configure_file(cmake/tetromino.pc.in tetromino.pc @ONLY)
 
 install(TARGETS tetromino tetromino_io EXPORT tetromino-targets FILE_SET HEADERS)
