@@ -5,6 +5,7 @@
 /// caller: `evaluator` hands them the routed rows of a layer.
 
 #include "dense.hpp"
+#include "input_statistics.hpp"
 
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/matmul.hpp>
@@ -29,11 +30,29 @@ using tetromino::errc;
 using tetromino::error;
 using tetromino::recipe;
 
-/// What weights and activations are rounded to. Without a recipe they stay float.
+/// Sees the rows [.., cols] that are about to meet matrix `which` of the weights with an input.
+using row_observer =
+    std::function<void(const std::string& input, std::size_t which, std::span<const float> rows, std::size_t cols)>;
+
+/// The name of what goes into a layer's weights: those that share an input have one name.
+inline std::string input_of(std::size_t layer, std::string_view part) {
+  const bool into_attention = part == "attn.q" || part == "attn.k" || part == "attn.v";
+  const bool into_expert = part == "moe.gate" || part == "moe.up";
+  return fmt::format("layers.{}.{}", layer, into_attention ? "attn.qkv" : into_expert ? "moe.gate_up" : part);
+}
+/// The name of a layer's tensor.
+inline std::string tensor_name(std::size_t layer, std::string_view part) {
+  return fmt::format("layers.{}.{}.weight", layer, part);
+}
+
+/// What weights and activations are rounded to. Without a recipe they stay float. Where the recipe of the weights
+/// rotates, activations turn alike, in whatever precision.
 struct precision {
   std::optional<recipe> weights;
   std::optional<recipe> activations;
   bool int8_activations = false;
+  const input_statistics* seen = nullptr;  ///< weighs errors in searches; needed for error feedback
+  tetromino::gptq_options feedback{};
 
   /// Reads "float32" or a recipe for weights; "float32", "int8" or a recipe for activations.
   static precision parse(const std::string& weights, const std::string& activations) {
@@ -46,8 +65,19 @@ struct precision {
                                                       "say --weights RECIPE too",
                                                       activations));
     }
+    if (p.activations && p.activations->rotation != 0) {
+      if (p.activations->rotation != p.weights->rotation) {
+        throw error(errc::invalid_argument,
+                    fmt::format("activations in {} need weights that are rotated alike, got {}", activations, weights));
+      }
+      p.activations->rotation = 0;  // done to the rows before they are rounded
+    }
+    if (p.activations && p.activations->error_feedback) {
+      throw error(errc::invalid_argument, fmt::format("activations in {}: error feedback is for weights", activations));
+    }
     return p;
   }
+  [[nodiscard]] std::size_t rotation() const { return weights ? weights->rotation : 0; }
   [[nodiscard]] std::string activation_name() const {
     return int8_activations ? "int8" : activations ? activations->name() : "float32";
   }
@@ -68,12 +98,18 @@ class rounded_rows {
   void set(const precision& p, std::span<const float> x, std::size_t cols, const row_groups& groups) {
     cols_ = cols;
     plain_ = x;
+    if (p.rotation() != 0) {
+      rotated_.assign(x.begin(), x.end());
+      const tetromino::matrix_view<float> view(rotated_.data(), rows(), cols);
+      tetromino::rotate(tetromino::automatic, view, {p.rotation()}, view);
+      plain_ = rotated_;
+    }
     kind_ = p.int8_activations ? kind::int8 : p.activations ? kind::packed : kind::plain;
     if (kind_ == kind::int8) {
-      int8_ = tetromino::quantize_int8(tetromino::matrix_view<const float>(x.data(), rows(), cols));
+      int8_ = tetromino::quantize_int8(tetromino::matrix_view<const float>(plain_.data(), rows(), cols));
     } else if (kind_ == kind::packed) {
       // one matrix per row: so each row can have the tensor scale of its group
-      const tetromino::batch_view<const float> each_row(x.data(), rows(), 1, cols);
+      const tetromino::batch_view<const float> each_row(plain_.data(), rows(), 1, cols);
       tetromino::quantize_options options;
       if (p.activations->format.scale == tetromino::scale_type::e4m3) {
         set_tensor_scales(*p.activations, groups);
@@ -124,22 +160,40 @@ class rounded_rows {
   std::span<const float> plain_;
   tetromino::int8_matrix int8_;
   tetromino::packed<tetromino::any_format> packed_;
-  std::vector<float> amax_, tensor_scales_;
+  std::vector<float> rotated_, amax_, tensor_scales_;
 };
 
 /// Weight matrices [E, outputs, inputs] in float or packed, each with a tensor scale of its own.
 class linear {
  public:
   linear() = default;
+  /// Where the precision brings statistics, of the tensor `name`; `held` says which of its matrices these are, all
+  /// unless given.
   linear(const precision& p, std::span<const float> weights, std::size_t matrices, std::size_t outputs,
-         std::size_t inputs)
+         std::size_t inputs, const std::string& name, std::span<const std::int32_t> held = {},
+         std::size_t all_matrices = 1)
       : outputs_(outputs) {
     if (p.weights && matrices > 0) {
+      const tetromino::batch_view<const float> batch(weights.data(), matrices, outputs, inputs);
       tetromino::quantize_options options;
       options.scope = tetromino::tensor_scale_scope::per_matrix;
-      packed_ = tetromino::quantize(tetromino::automatic,
-                                    tetromino::batch_view<const float>(weights.data(), matrices, outputs, inputs),
-                                    *p.weights, options);
+      const auto seen = [&](std::size_t i) {  // an empty slot gets no rows: any statistics will do
+        return p.seen->of(name, held.empty() ? i : static_cast<std::size_t>(std::max(held[i], 0)), all_matrices,
+                          inputs);
+      };
+      if (p.weights->error_feedback) {
+        if (p.seen == nullptr) throw error(errc::invalid_argument, "error feedback needs calibration");
+        packed_ = tetromino::gptq(tetromino::automatic, batch, *p.weights, seen, options, p.feedback);
+        return;
+      }
+      std::vector<float> mean_squares;
+      for (std::size_t i = 0; p.seen != nullptr && i < matrices; ++i) {
+        const auto moments = p.rotation() == 0 ? seen(i) : seen(i).rotated({p.rotation()});
+        const auto more = moments.column_weights();
+        mean_squares.insert(mean_squares.end(), more.begin(), more.end());
+      }
+      options.column_weights = mean_squares;
+      packed_ = tetromino::quantize(tetromino::automatic, batch, *p.weights, options);
       return;
     }
     for (std::size_t e = 0; e < matrices; ++e) {
@@ -239,45 +293,59 @@ inline std::vector<float> read(const io::safetensors_file& file, const std::stri
 /// The experts that one rank holds in one layer.
 struct expert_weights {
   linear gate, up, down;
-  std::size_t hidden = 0, expert_hidden = 0;
+  std::size_t layer = 0, hidden = 0, expert_hidden = 0;
 
   expert_weights() = default;
   /// `held`: which experts, in the order of their slots; −1 for an empty slot, which must get no rows.
-  expert_weights(const io::safetensors_file& file, const shape& s, const precision& p, std::size_t layer,
+  expert_weights(const io::safetensors_file& file, const shape& s, const precision& p, std::size_t layer_,
                  std::span<const std::int32_t> held)
-      : hidden(s.hidden), expert_hidden(s.expert_hidden) {
+      : layer(layer_), hidden(s.hidden), expert_hidden(s.expert_hidden) {
     const auto load = [&](const char* part, std::size_t outputs, std::size_t inputs) {
-      const auto all = read(file, fmt::format("layers.{}.moe.{}.weight", layer, part), {s.experts, outputs, inputs});
+      const std::string name = tensor_name(layer, part);
+      const auto all = read(file, name, {s.experts, outputs, inputs});
       std::vector<float> mine(held.size() * outputs * inputs);
       for (std::size_t i = 0; i < held.size(); ++i) {
         if (held[i] < 0) continue;
         const auto e = static_cast<std::size_t>(held[i]);
         std::copy_n(all.data() + e * outputs * inputs, outputs * inputs, mine.data() + i * outputs * inputs);
       }
-      return linear(p, mine, held.size(), outputs, inputs);
+      return linear(p, mine, held.size(), outputs, inputs, name, held, s.experts);
     };
-    gate = load("gate", expert_hidden, hidden);
-    up = load("up", expert_hidden, hidden);
-    down = load("down", hidden, expert_hidden);
+    gate = load("moe.gate", expert_hidden, hidden);
+    up = load("moe.up", expert_hidden, hidden);
+    down = load("moe.down", hidden, expert_hidden);
   }
 };
 
 /// Runs experts on rows that are grouped by expert; keeps its buffers.
 class expert_runner {
  public:
+  /// Called, if set, with the rows that meet each expert, counted by its place among those held.
+  row_observer observe;
+
   /// down(silu(gate · x) ⊙ up · x) for x[pairs, hidden]; the result stays valid until the next call.
   std::span<const float> operator()(const expert_weights& w, const precision& p, std::span<const float> x,
                                     std::span<const std::uint32_t> row_offsets, const row_groups& groups) {
+    show(w, "moe.gate", x, w.hidden, row_offsets);
     rows_.set(p, x, w.hidden, groups);
     w.gate.multiply(rows_, row_offsets, gate_);
     w.up.multiply(rows_, row_offsets, up_);
     for (std::size_t i = 0; i < gate_.size(); ++i) gate_[i] = gate_[i] / (1.0f + std::exp(-gate_[i])) * up_[i];
+    show(w, "moe.down", gate_, w.expert_hidden, row_offsets);
     rows_.set(p, gate_, w.expert_hidden, groups);
     w.down.multiply(rows_, row_offsets, out_);
     return out_;
   }
 
  private:
+  void show(const expert_weights& w, std::string_view part, std::span<const float> rows, std::size_t cols,
+            std::span<const std::uint32_t> row_offsets) const {
+    for (std::size_t e = 0; observe && e + 1 < row_offsets.size(); ++e) {
+      const auto mine = rows.subspan(row_offsets[e] * cols, (row_offsets[e + 1] - row_offsets[e]) * cols);
+      observe(input_of(w.layer, part), e, mine, cols);
+    }
+  }
+
   rounded_rows rows_;
   std::vector<float> gate_, up_, out_;
 };
@@ -303,8 +371,10 @@ struct model {
     to_logits = dense::matrix(embedding, size.vocab, h);
     norm = read(file, "norm.weight", {h});
     for (std::size_t l = 0; l < size.layers; ++l) {
-      const auto name = [&](const char* part) { return fmt::format("layers.{}.{}.weight", l, part); };
-      const auto projection = [&](const char* part) { return linear(p, read(file, name(part), {h, h}), 1, h, h); };
+      const auto name = [&](const char* part) { return tensor_name(l, part); };
+      const auto projection = [&](const char* part) {
+        return linear(p, read(file, name(part), {h, h}), 1, h, h, name(part));
+      };
       layers.push_back({read(file, name("attn_norm"), {h}), read(file, name("moe_norm"), {h}), projection("attn.q"),
                         projection("attn.k"), projection("attn.v"), projection("attn.o"),
                         dense::matrix(read(file, name("moe.router"), {size.experts, h}), size.experts, h)});
@@ -364,6 +434,9 @@ class evaluator {
  public:
   explicit evaluator(const model& m) : model_(m), rotary_(0, 2, 1) {}
 
+  /// Called, if set, with the rows that meet the weights of attention.
+  row_observer observe;
+
   /// Adds up −log p of tokens 1 … n − 1 of each document into nll[documents]; documents may be cut-off text. In each
   /// layer, experts(layer, rows, ids, weights, out) has to write Σ weight · expert(row) for rows [tokens, hidden], ids
   /// and weights [tokens, top_k]. Every call makes the same number of calls to `experts`, also without documents.
@@ -376,6 +449,7 @@ class evaluator {
     for (std::size_t l = 0; l < s.layers; ++l) {
       const model::layer& layer = model_.layers[l];
       dense::rmsnorm(x_, layer.attention_norm, s.norm_eps, normed_);
+      if (observe) observe(input_of(l, "attn.q"), 0, normed_, width);
       rows_.set(model_.rounding, normed_, width, per_document);
       layer.q.multiply(rows_, q_);
       layer.k.multiply(rows_, k_);
@@ -387,6 +461,7 @@ class evaluator {
       for (std::size_t d = 0, at = 0; d < batch.size(); at += batch[d].size() * width, ++d) {
         attention_(q_.data() + at, k_.data() + at, v_.data() + at, batch[d].size(), s.heads, width, mixed_.data() + at);
       }
+      if (observe) observe(input_of(l, "attn.o"), 0, mixed_, width);
       rows_.set(model_.rounding, mixed_, width, per_document);
       layer.o.multiply(rows_, y_);
       for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];

@@ -118,25 +118,21 @@ TEST_CASE("feedback lowers the error of products, on other activations too") {
     CAPTURE(name);
     recipe r = recipe::parse(name);
     matrix<float> reference = w, judged = held_out;
-    calibration moments = seen;
     if (r.rotation != 0) {
-      matrix<float> rotated = x;
-      rotate(scalar, x, {r.rotation}, rotated.view());
       rotate(scalar, held_out, {r.rotation}, judged.view());
       rotate(scalar, w, {r.rotation}, reference.view());
-      moments = seen_in(rotated);
     }
     const double plain = product_error(judged, reference, dequantize<float>(scalar, quantize(scalar, w, r)));
     r.error_feedback = true;
     const double fixed =
         product_error(judged, reference,
-                      dequantize<float>(scalar, gptq(scalar, view(w), r, moments, {}, {.scales = gptq_scales::fixed})));
+                      dequantize<float>(scalar, gptq(scalar, view(w), r, seen, {}, {.scales = gptq_scales::fixed})));
     const double ordered = product_error(
         judged, reference,
-        dequantize<float>(
-            scalar, gptq(scalar, view(w), r, moments, {}, {.scales = gptq_scales::fixed, .by_activation = true})));
+        dequantize<float>(scalar,
+                          gptq(scalar, view(w), r, seen, {}, {.scales = gptq_scales::fixed, .by_activation = true})));
     const double refreshed =
-        product_error(judged, reference, dequantize<float>(scalar, gptq(scalar, view(w), r, moments)));
+        product_error(judged, reference, dequantize<float>(scalar, gptq(scalar, view(w), r, seen)));
     CHECK(fixed < 0.6 * plain);
     CHECK(ordered < 0.6 * plain);
     CHECK(refreshed < 0.6 * plain);

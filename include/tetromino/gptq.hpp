@@ -8,11 +8,14 @@
 
 #include <Eigen/Cholesky>  // Eigen::LLT
 
-#include <algorithm>  // std::min, std::sort
-#include <cstddef>    // std::size_t
-#include <cstdint>    // std::uint8_t
-#include <numeric>    // std::iota
-#include <vector>     // std::vector
+#include <algorithm>    // std::min, std::sort
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint8_t
+#include <numeric>      // std::iota
+#include <optional>     // std::optional
+#include <type_traits>  // std::is_invocable_v
+#include <utility>      // std::move, std::pair
+#include <vector>       // std::vector
 
 namespace tetromino {
 
@@ -22,6 +25,11 @@ class calibration {
  public:
   explicit calibration(std::size_t cols)
       : moments_(Eigen::MatrixXd::Zero(static_cast<Eigen::Index>(cols), static_cast<Eigen::Index>(cols))) {}
+
+  /// Moments [cols, cols] that were gathered before, of which the lower triangle counts, and of how many rows they are.
+  calibration(Eigen::MatrixXd moments, double rows) : moments_(std::move(moments)), rows_(rows) {
+    TETROMINO_EXPECTS(moments_.rows() == moments_.cols(), "moments are a square matrix");
+  }
 
   [[nodiscard]] std::size_t cols() const noexcept { return static_cast<std::size_t>(moments_.rows()); }
   /// Rows seen so far, or their equivalent after blending.
@@ -73,6 +81,27 @@ class calibration {
     if (prior.rows_ == 0) return out;
     out.moments_ += prior.moments_ * (strength / prior.rows_);
     out.rows_ += strength;
+    return out;
+  }
+
+  /// The moments of the same rows after a rotation, for weights that are rotated alike. Pre: a size that rotate takes.
+  [[nodiscard]] calibration rotated(const hadamard& rotation) const {
+    TETROMINO_EXPECTS(detail::check_rotation(rotation), "a Hadamard rotation of 16, 32, 64 or 128");
+    constexpr std::size_t piece = 128;  // whole blocks of every size
+    const detail::row_rotation prepared(rotation, cols());
+    calibration out(moments_.selfadjointView<Eigen::Lower>(), rows_);
+    for (std::size_t first = 0; first < cols(); first += piece) {
+      const std::size_t size = std::min(piece, cols() - first);
+      const auto at = static_cast<Eigen::Index>(first), n = static_cast<Eigen::Index>(size);
+      eigen_matrix<float> turned(n, n);
+      for (Eigen::Index r = 0; r < n; ++r) {
+        const eigen_matrix<float> unit = eigen_matrix<float>::Identity(n, n).row(r);
+        prepared.apply(unit.data(), first, size, turned.row(r).data());
+      }
+      const Eigen::MatrixXd turn = turned.cast<double>();
+      out.moments_.middleCols(at, n) = (out.moments_.middleCols(at, n) * turn).eval();
+      out.moments_.middleRows(at, n) = (turn.transpose() * out.moments_.middleRows(at, n)).eval();
+    }
     return out;
   }
 
@@ -215,17 +244,17 @@ result<void> refresh_scales(const Policy& policy, eigen_matrix<float>& w, std::s
 /// Packs weights w[rows, cols] with error feedback: column after column is rounded, and what rounding did to the
 /// product with the calibration activations is made up for by the columns still to come. The scales are the format's
 /// own, chosen by the recipe's rules; where those compare errors, the calibration's column weights count unless the
-/// options give others. With a rotation in the recipe, `seen` is of the rotated activations. Same input, same bytes,
-/// whatever the executor. Errors: as try_quantize, and shape_mismatch for a calibration of other columns. (Frantar,
-/// Ashkboos, Hoefler, Alistarh: "GPTQ", arXiv 2210.17323)
+/// options give others. `gathered` is of the activations as they come; where the recipe rotates, its moments are
+/// rotated too. Same input, same bytes, whatever the executor. Errors: as try_quantize, and shape_mismatch for a
+/// calibration of other columns. (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", arXiv 2210.17323)
 template <class Policy, class T>
   requires(can_quantize<Policy, float>)
 result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& w, const recipe& r,
-                                    const calibration& seen, quantize_options options = {},
+                                    const calibration& gathered, quantize_options options = {},
                                     const gptq_options& feedback = {}) {
-  if (seen.cols() != w.cols) {
+  if (gathered.cols() != w.cols) {
     return error(errc::shape_mismatch,
-                 detail::text("gptq: the weights have ", w.cols, " columns, the calibration ", seen.cols()));
+                 detail::text("gptq: the weights have ", w.cols, " columns, the calibration ", gathered.cols()));
   }
   if (feedback.by_activation && feedback.scales != gptq_scales::fixed) {
     return error(errc::invalid_argument, "gptq: an order by activation needs fixed scales");
@@ -241,11 +270,14 @@ result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& 
   for (std::size_t i = 0; i < w.rows; ++i) {
     for (std::size_t k = 0; k < w.cols; ++k) weights(i, k) = detail::to_float(w(i, k));
   }
+  std::optional<calibration> turned;
   if (r.rotation != 0) {
     const hadamard rotation = options.rotation.value_or(hadamard{r.rotation});
     if (auto done = try_rotate(policy, weights, rotation, weights.view()); !done) return done.error();
+    turned = gathered.rotated(rotation);
     options.rotation.reset();
   }
+  const calibration& seen = turned ? *turned : gathered;
   std::vector<float> column_weights;
   if (options.column_weights.empty()) {
     column_weights = seen.column_weights();
@@ -309,6 +341,41 @@ result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& 
   return packed_weights;
 }
 
+/// Packs a batch w[matrices, rows, cols], such as a layer's experts, matrix by matrix: `calibration_of(e)` gives the
+/// calibration of matrix e. An NVFP4 batch gets a tensor scale for each matrix, unless the options give one for all.
+/// Errors: as above, for the first matrix that fails.
+template <class Policy, class T, class CalibrationOf>
+  requires(can_quantize<Policy, float>&& std::is_invocable_v<const CalibrationOf&, std::size_t>)
+result<packed<any_format>> try_gptq(const Policy& policy, const batch_view<T>& w, const recipe& r,
+                                    const CalibrationOf& calibration_of, const quantize_options& options = {},
+                                    const gptq_options& feedback = {}) {
+  const std::size_t scales = options.tensor_scales.size();
+  packed<any_format> out(r.format, w.matrices, w.rows, w.cols, scales == 1 ? 1 : w.matrices);
+  for (const auto& [name, n] :
+       {std::pair("column_weights", options.column_weights.size() / std::max<std::size_t>(1, w.cols)),
+        std::pair("tensor_scales", scales)}) {
+    if (n > 1 && n != w.matrices) {
+      return error(errc::shape_mismatch,
+                   detail::text(name, ": expected those of 1 or of ", w.matrices, " matrices, got those of ", n));
+    }
+  }
+  for (std::size_t e = 0; e < w.matrices; ++e) {
+    quantize_options here = options;
+    if (options.column_weights.size() > w.cols)
+      here.column_weights = options.column_weights.subspan(e * w.cols, w.cols);
+    if (scales > 1) here.tensor_scales = options.tensor_scales.subspan(e, 1);
+    const auto& seen = calibration_of(e);
+    auto one = try_gptq(policy, w[e], r, seen, here, feedback);
+    if (!one) return one.error();
+    const packed_view<any_format, std::uint8_t> to = out.view()[e];
+    std::copy(one->codes.begin(), one->codes.end(), to.codes.begin());
+    std::copy(one->scales.begin(), one->scales.end(), to.scales.begin());
+    std::copy(one->macros.begin(), one->macros.end(), to.macros.begin());
+    std::copy(one->tensor_scales.begin(), one->tensor_scales.end(), to.tensor_scales.begin());
+  }
+  return out;
+}
+
 /// try_gptq, throwing its error.
 template <class Policy, class T>
   requires(can_quantize<Policy, float>)
@@ -316,6 +383,13 @@ template <class Policy, class T>
                                       const calibration& seen, const quantize_options& options = {},
                                       const gptq_options& feedback = {}) {
   return try_gptq(policy, w, r, seen, options, feedback).value();
+}
+template <class Policy, class T, class CalibrationOf>
+  requires(can_quantize<Policy, float>&& std::is_invocable_v<const CalibrationOf&, std::size_t>)
+[[nodiscard]] packed<any_format> gptq(const Policy& policy, const batch_view<T>& w, const recipe& r,
+                                      const CalibrationOf& calibration_of, const quantize_options& options = {},
+                                      const gptq_options& feedback = {}) {
+  return try_gptq(policy, w, r, calibration_of, options, feedback).value();
 }
 
 }  // namespace tetromino
