@@ -7,8 +7,8 @@ folder=${TETROMINO_BUILD_DIR:-$root/build/quickstart}
 data=examples/data
 cd "$root"
 
-install_packages g++:c++ cmake:cmake ninja-build:ninja libxsimd-dev libfmt-dev nlohmann-json3-dev libcli11-dev libeigen3-dev \
-  libopenmpi-dev openmpi-bin:mpirun
+install_packages g++:c++ cmake:cmake ninja-build:ninja libxsimd-dev libfmt-dev nlohmann-json3-dev libcli11-dev \
+  libeigen3-dev libopenmpi-dev openmpi-bin:mpirun
 build "$folder" release all -D TETROMINO_TESTS=OFF -D TETROMINO_BENCHMARKS=OFF -D TETROMINO_CUDA=OFF
 
 # step PROGRAM "what it shows" COMMAND...
