@@ -24,8 +24,9 @@ install_packages() {
   done
   [ ${#missing[@]} -eq 0 ] && return
 
-  say "installing ${missing[*]}"
-  local sudo=()
+  say "installing ${missing[*]} (a minute or two)"
+  local sudo=() log
+  log=$(mktemp)
   [ "$(id -u)" -eq 0 ] || sudo=(sudo)
   if ! command -v apt-get >/dev/null; then
     why="there is no apt-get here"
@@ -33,9 +34,11 @@ install_packages() {
     why="that needs root or sudo"
   elif ! { "${sudo[@]}" apt-get update -qq &&
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" \
-      </dev/null; }; then
+      </dev/null; } >"$log" 2>&1; then
+    cat "$log" >&2
     why="apt-get failed"
   fi
+  rm -f "$log"
   [ -z "$why" ] && return
 
   printf 'cannot install packages: %s\nplease install: %s\n' "$why" "${missing[*]}" >&2
