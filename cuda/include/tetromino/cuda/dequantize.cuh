@@ -7,6 +7,7 @@
 
 #include <tetromino/options.hpp>  // dequantize_job
 
+#include <bit>      // std::bit_width
 #include <cstdint>  // std::uint32_t
 
 namespace tetromino::cuda::detail {
@@ -20,7 +21,7 @@ struct unpack_args {
   T* out;
   row_map rows;
   std::size_t chunks;
-  std::uint32_t block, macro_block, blocks_per_row, macros_per_row;
+  std::uint32_t block_shift, macro_shift, blocks_per_row, macros_per_row;  ///< log2 of the blocks' sizes
   bool scale_per_matrix, is_aligned;
 };
 
@@ -33,15 +34,16 @@ __global__ void __launch_bounds__(256) unpack_kernel(const unpack_args<T> args) 
   std::uint32_t n = chunk_size, matrix = 0;
   if constexpr (Flat) {
     code_at = c * 8, out_at = c * 16;
-    scale_at = args.block == 16 ? c : c >> 1;
-    if constexpr (Rule == unpack_rule::mx_macro) macro_at = c * 16 / args.macro_block;
+    scale_at = c >> (args.block_shift - 4);
+    if constexpr (Rule == unpack_rule::mx_macro) macro_at = c >> (args.macro_shift - 4);
   } else {
     const auto row = args.rows.by_chunks.quotient(static_cast<std::uint32_t>(c));
     const std::uint32_t col = (static_cast<std::uint32_t>(c) - row * args.rows.chunks_per_row) * chunk_size;
-    code_at = (static_cast<std::size_t>(row) * args.blocks_per_row * args.block + col) / 2;
-    scale_at = static_cast<std::size_t>(row) * args.blocks_per_row + col / args.block;
+    const std::size_t first_block = static_cast<std::size_t>(row) * args.blocks_per_row;
+    code_at = ((first_block << args.block_shift) + col) / 2;
+    scale_at = first_block + (col >> args.block_shift);
     if constexpr (Rule == unpack_rule::mx_macro) {
-      macro_at = static_cast<std::size_t>(row) * args.macros_per_row + col / args.macro_block;
+      macro_at = static_cast<std::size_t>(row) * args.macros_per_row + (col >> args.macro_shift);
     }
     out_at = args.rows.offset(row) + col;
     n = min(chunk_size, args.rows.cols - col);
@@ -71,9 +73,8 @@ __global__ void __launch_bounds__(256) unpack_floats_kernel(const unpack_args<fl
     const std::size_t c = first + i;
     if (c >= args.chunks) return;
     const std::uint32_t codes = __ldg(reinterpret_cast<const std::uint16_t*>(args.codes + c * 8) + quarter);
-    const std::uint32_t scale = __ldg(args.scales + (args.block == 16 ? c : c >> 1));
-    const std::uint32_t macro =
-        Rule == unpack_rule::mx_macro ? __ldg(args.macros + c * chunk_size / args.macro_block) : 0;
+    const std::uint32_t scale = __ldg(args.scales + (c >> (args.block_shift - 4)));
+    const std::uint32_t macro = Rule == unpack_rule::mx_macro ? __ldg(args.macros + (c >> (args.macro_shift - 4))) : 0;
     const chunk<float> x = unpack<float, Rule>({codes, 0}, scale, macro, tensor_scale);
     reinterpret_cast<uint4*>(args.out + c * chunk_size)[quarter] =
         make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
@@ -114,8 +115,8 @@ result<void> dequantize(const stream& s, const tetromino::detail::dequantize_job
   args.codes = job.in.codes.data(), args.scales = job.in.scales.data(), args.macros = job.in.macros.data();
   args.tensor_scales = job.in.tensor_scales.data();
   args.out = out.data;
-  args.block = static_cast<std::uint32_t>(shape.format.block);
-  args.macro_block = static_cast<std::uint32_t>(shape.format.macro_block);
+  args.block_shift = static_cast<std::uint32_t>(std::bit_width(shape.format.block)) - 1;
+  args.macro_shift = static_cast<std::uint32_t>(std::bit_width(shape.format.macro_block | 1)) - 1;
   args.blocks_per_row = static_cast<std::uint32_t>(shape.blocks_per_row());
   args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
   args.scale_per_matrix = scale_per_matrix, args.is_aligned = is_aligned;

@@ -29,11 +29,29 @@ struct code_words {
   return static_cast<std::uint32_t>(min(__vimin3_s32(a, b, c), __float_as_int(0x1p23f + 7.0f)));
 }
 
-/// The nearest E2M1 value to y >= 0, ties to the even code. Infinity and NaN give 6.
-[[nodiscard]] __device__ inline float nearest_value(float y) {
-  const float power = fmaxf(bit_cast<float>(bit_cast<std::uint32_t>(y) & 0x7F800000u), 1.0f);
+/// The same for y = x * m, which is rounded but once: m, its double and its half are floats.
+struct code_multiplier {
+  float one, twice, half;
+
+  __device__ explicit code_multiplier(float m) : one(m), twice(2.0f * m), half(0.5f * m) {}
+
+  [[nodiscard]] __device__ std::uint32_t code_bits(float x) const {
+    const auto a = __float_as_int(__fmaf_rn(x, twice, 0x1p23f));
+    const auto b = __float_as_int(__fmaf_rn(x, one, 0x1p23f + 2.0f));
+    const auto c = __float_as_int(__fmaf_rn(x, half, 0x1p23f + 4.0f));
+    return static_cast<std::uint32_t>(min(__vimin3_s32(a, b, c), __float_as_int(0x1p23f + 7.0f)));
+  }
+};
+
+/// The difference between y >= 0 and the nearest E2M1 value times `unit`, a power of two; exact, and of either sign
+/// where two are as near. Unless `Clamped`, y is at most 7 * unit.
+template <bool Clamped>
+[[nodiscard]] __device__ inline float difference_to_nearest(float y, float unit) {
+  const float power = fmaxf(bit_cast<float>(bit_cast<std::uint32_t>(y) & 0x7F800000u), unit);
   const float shifted = __fmaf_rn(power, 0x1p22f, y);  // the last bit now counts half of `power`, the local step
-  return fminf(__fmaf_rn(power, -0x1p22f, shifted), 6.0f);
+  float nearest = __fmaf_rn(power, -0x1p22f, shifted);
+  if constexpr (Clamped) nearest = fminf(nearest, 6.0f * unit);
+  return __fadd_rn(y, -nearest);
 }
 
 /// Eight codes from code_bits of elements 0 ... 7.
@@ -61,18 +79,32 @@ template <real T>
   return (even & 0x80808080u) >> 4 | (odd & 0x80808080u);
 }
 
-/// The codes of magnitudes y, with the signs of x. The function gives y(i) for i known at compile time.
-template <real T, class Magnitude>
-[[nodiscard]] __device__ inline code_words encode(const chunk<T>& x, const Magnitude& y) {
+/// Codes with the signs of x from their code_bits, which the function gives for i known at compile time.
+template <real T, class Bits>
+[[nodiscard]] __device__ inline code_words encode_bits(const chunk<T>& x, const Bits& bits_of) {
   std::uint32_t out[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     std::uint32_t bits[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) bits[i] = code_bits(y(8 * h + i));
+    for (int i = 0; i < 8; ++i) bits[i] = bits_of(8 * h + i);
     out[h] = join_codes(bits) | sign_bits(x, h);
   }
   return {out[0], out[1]};
+}
+
+/// The codes of magnitudes y, with the signs of x. The function gives y(i) for i known at compile time.
+template <real T, class Magnitude>
+[[nodiscard]] __device__ inline code_words encode(const chunk<T>& x, const Magnitude& y) {
+  return encode_bits(x, [&](int i) { return code_bits(y(i)); });
+}
+
+/// The codes of x * m for a multiplier of which no product with a 16-bit input needs rounding.
+template <real T>
+[[nodiscard]] __device__ inline code_words encode_times(const chunk<T>& x, float m) {
+  if (sizeof(T) == 4 || m > 0x1p126f) return encode(x, [&](int i) { return __fmul_rn(fabsf(x.value(i)), m); });
+  const code_multiplier by(m);
+  return encode_bits(x, [&](int i) { return by.code_bits(fabsf(x.value(i))); });
 }
 
 /// The codes of x * multiplier for bfloat16 and a power of two, two elements in each instruction: bfloat16 has just the
@@ -97,44 +129,58 @@ template <real T, class Magnitude>
   return {out[0], out[1]};
 }
 
+/// 1 / d for a normal d whose reciprocal is normal, correctly rounded: the hardware's estimate, corrected once.
+[[nodiscard]] __device__ inline float reciprocal(float d) {
+  float estimate;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(estimate) : "f"(d));
+  return __fmaf_rn(__fmaf_rn(-d, estimate, 1.0f), estimate, estimate);
+}
+
 /// Division of many magnitudes by one positive divisor, correctly rounded: a reciprocal, and corrections by the exact
 /// remainder. (Markstein: "Computation of elementary functions on the IBM RISC System/6000 processor", 1990)
 class divisor {
  public:
   /// For magnitudes up to `largest`.
-  __device__ divisor(float d, float largest) : d_(d) {
-    const std::uint32_t bits = bit_cast<std::uint32_t>(d);
-    const std::uint32_t exponent = bits >> 23;
-    fraction_ = bit_cast<float>((bits & 0x7FFFFFu) | 0x3F800000u);
-    to_fraction_ = bit_cast<float>(exponent < 254 ? (254 - exponent) << 23 : 0x00400000u);
-    reciprocal_ = __frcp_rn(fraction_);
-    is_plain_ = exponent - 1 < 254 && largest * to_fraction_ < 0x1p60f;
-  }
+  __device__ divisor(float d, float largest)
+      : d_(d), reciprocal_(reciprocal(d)), is_plain_(d >= 0x1p-27f && d <= 0x1p60f && largest < 0x1p100f) {}
 
-  /// x / d, for magnitudes x of type T.
+  /// x / d for magnitudes x of type T, where is_plain(). One correction is enough for the eight or eleven bits of a
+  /// 16-bit input.
   template <real T>
   [[nodiscard]] __device__ float divide(float x) const {
-    return is_plain_ ? divide_plain<T>(x) : __fdiv_rn(x, d_);
-  }
-
-  /// The same where is_plain(). One correction is enough for the eight or eleven bits of a 16-bit input.
-  template <real T>
-  [[nodiscard]] __device__ float divide_plain(float x) const {
-    const float scaled = __fmul_rn(x, to_fraction_);
-    float q = corrected(scaled, __fmul_rn(scaled, reciprocal_));
-    if constexpr (sizeof(T) == 4) q = corrected(scaled, q);
+    float q = corrected(x, __fmul_rn(x, reciprocal_));
+    if constexpr (sizeof(T) == 4) q = corrected(x, q);
     return q;
   }
 
-  /// Whether no intermediate value overflows or loses bits that matter.
+  /// Whether the E2M1 codes of all quotients of T follow from products with the reciprocal: none is within a few units
+  /// in the last place of where the code changes, which is an odd number up to 7 times a power of two. Such a quotient
+  /// would be a number of as few bits as T has times d.
+  template <real T>
+  [[nodiscard]] __device__ bool has_codes_by_product() const {
+    if constexpr (sizeof(T) == 4) {
+      return false;
+    } else {
+      constexpr std::uint32_t below = (std::same_as<T, half> ? 1u << 13 : 1u << 16) - 1;  // bits that T lacks
+      std::uint32_t nearest = below;
+#pragma unroll
+      for (int odd = 1; odd <= 7; odd += 2) {
+        nearest = min(nearest, bit_cast<std::uint32_t>(__fmul_rn(d_, static_cast<float>(odd))) + 8 & below);
+      }
+      return nearest > 16;
+    }
+  }
+  [[nodiscard]] __device__ float inverse() const { return reciprocal_; }
+
+  /// Whether no quotient overflows, and remainders are exact, but for quotients too small to have a square.
   [[nodiscard]] __device__ bool is_plain() const { return is_plain_; }
 
  private:
   [[nodiscard]] __device__ float corrected(float x, float q) const {
-    return __fmaf_rn(__fmaf_rn(-q, fraction_, x), reciprocal_, q);
+    return __fmaf_rn(__fmaf_rn(-q, d_, x), reciprocal_, q);
   }
 
-  float d_, fraction_, to_fraction_, reciprocal_;
+  float d_, reciprocal_;
   bool is_plain_;
 };
 
@@ -152,14 +198,14 @@ class divisor {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(code << 7))) * 0x1p8f;
 }
 
-/// Sums sixteen squares as error sums are specified: halves onto halves.
-[[nodiscard]] __device__ inline float sum_halves(float (&square)[16]) {
+/// Sums sixteen squares as error sums are specified: halves onto halves. Written out, since nvcc keeps an array that
+/// nested loops index in memory.
+[[nodiscard]] __device__ inline float sum_halves(const float (&square)[16]) {
+  float eight[8];
 #pragma unroll
-  for (int n = 8; n > 0; n /= 2) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) square[i] = __fadd_rn(square[i], square[i + n]);
-  }
-  return square[0];
+  for (int i = 0; i < 8; ++i) eight[i] = __fadd_rn(square[i], square[i + 8]);
+  const float first = __fadd_rn(__fadd_rn(eight[0], eight[4]), __fadd_rn(eight[2], eight[6]));
+  return __fadd_rn(first, __fadd_rn(__fadd_rn(eight[1], eight[5]), __fadd_rn(eight[3], eight[7])));
 }
 
 /// Sixteen uniform numbers of a stream from position `first` on. Four positions share a counter, so that a chunk needs

@@ -2,26 +2,39 @@
 
 #include <tetromino/cuda.hpp>  // stream
 
-#include "decode.cuh"  // unpack
-#include "encode.cuh"  // encode
-#include "rows.cuh"    // row_map
-#include "search.cuh"  // launch_search
+#include "decode.cuh"       // unpack
+#include "encode.cuh"       // encode
+#include "least_error.cuh"  // search_macro, search_scale
+#include "rows.cuh"         // row_map
+#include "search.cuh"       // launch_search
 
 #include <tetromino/layout.hpp>   // swizzled_bytes
 #include <tetromino/options.hpp>  // quantize_job
 #include <tetromino/scaling.hpp>  // mx_exponent
 
 #include <algorithm>  // std::max
+#include <bit>        // std::bit_width
 #include <cstdint>    // std::uint32_t
 
-/// Packing in one pass over memory: the rules that need no search over a whole macro block.
+/// Packing in one pass over memory: all rules but the rare ones that search.cuh has.
 namespace tetromino::cuda::detail {
 
-enum class pack_rule : std::uint8_t { mx, mx_macro, nv_amax, nv_four_over_six, nv_min_error };
+enum class pack_rule : std::uint8_t {
+  mx,
+  mx_min_error,
+  mx_macro,
+  mx_macro_search,
+  nv_amax,
+  nv_four_over_six,
+  nv_min_error
+};
 
 template <pack_rule Rule>
 inline constexpr bool is_nv =
     Rule == pack_rule::nv_amax || Rule == pack_rule::nv_four_over_six || Rule == pack_rule::nv_min_error;
+
+template <pack_rule Rule>
+inline constexpr bool has_macro = Rule == pack_rule::mx_macro || Rule == pack_rule::mx_macro_search;
 
 /// What the block of one thread's elements decodes with.
 struct packed_chunk {
@@ -45,9 +58,10 @@ struct mx_scale {
       const float scaled = __fmul_rn(factor, __fmul_rn(amax, power_of_two(-power)));
       e = power + mx_exponent(scaled, carry) + 127;
     }
-    code = static_cast<std::uint32_t>(min(max(e, 0), 254));
-    inverse = bit_cast<float>(code < 254 ? (254 - code) << 23 : 0x00400000u);
+    *this = mx_scale(static_cast<std::uint32_t>(min(max(e, 0), 254)));
   }
+  __device__ explicit mx_scale(std::uint32_t code_)
+      : code(code_), inverse(bit_cast<float>(code_ < 254 ? (254 - code_) << 23 : 0x00400000u)) {}
 };
 
 /// Codes of MX elements rounded stochastically, in the very steps of the specification.
@@ -71,15 +85,26 @@ template <real T>
 template <real T>
 [[nodiscard]] __device__ float nv_error(const chunk<T>& x, float amax, float tensor_scale, std::uint32_t code,
                                         const float* weights, std::uint32_t used) {
-  const float scale = decode_e4m3(code);
-  const divisor step(__fmul_rn(tensor_scale, scale), amax);
+  const float scale = decode_e4m3(code), step = __fmul_rn(tensor_scale, scale);
+  const divisor by(step, amax);
   float square[16];
+  const auto fill = [&](const auto& divide) {
 #pragma unroll
-  for (std::uint32_t i = 0; i < 16; ++i) {
-    const float y = step.template divide<T>(fabsf(x.value(i)));
-    const float difference = __fadd_rn(y, -nearest_value(y));
-    square[i] = __fmul_rn(difference, difference);
-    if (weights != nullptr && i < used) square[i] = __fmul_rn(weights[i], square[i]);
+    for (std::uint32_t i = 0; i < 16; ++i) {
+      const float difference = difference_to_nearest<true>(divide(fabsf(x.value(i))), 1.0f);
+      square[i] = __fmul_rn(difference, difference);
+    }
+  };
+  if (by.is_plain()) {
+    fill([&](float v) { return by.template divide<T>(v); });
+  } else {
+    fill([&](float v) { return __fdiv_rn(v, step); });
+  }
+  if (weights != nullptr) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < 16; ++i) {
+      if (i < used) square[i] = __fmul_rn(weights[i], square[i]);
+    }
   }
   return __fmul_rn(__fmul_rn(scale, scale), sum_halves(square));
 }
@@ -112,33 +137,35 @@ template <real T, pack_rule Rule>
 
 /// Packs the sixteen elements of a thread. All lanes of a warp call it together: blocks of 32 and macro blocks lie in
 /// neighbouring lanes. `m` is the block's largest magnitude as bits, `used` how many elements exist.
-template <real T, pack_rule Rule, bool Stochastic>
+template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
 [[nodiscard]] __device__ packed_chunk pack(const pack_rules& rules, const chunk<T>& x, std::uint32_t m, bool poisoned,
                                            float tensor_scale, const float* weights, const uniform_numbers& u,
-                                           std::uint32_t used) {
+                                           std::uint32_t used, search_room& room) {
   packed_chunk out;
   const float amax = magnitude_value<T>(m);
   if constexpr (!is_nv<Rule>) {
     float factor = 1.0f;
     if constexpr (Rule == pack_rule::mx_macro) {
       std::uint32_t most = m;
-      for (unsigned lanes = rules.block / 16; lanes < rules.macro_block / 16; lanes *= 2) {
+      for (unsigned lanes = Block / 16; lanes < rules.macro_block / 16; lanes *= 2) {
         most = max(most, __shfl_xor_sync(full_warp, most, static_cast<int>(lanes)));
       }
       const float macro_amax = magnitude_value<T>(most);
       if (macro_amax != 0.0f) out.macro = bit_cast<std::uint32_t>(__fdiv_rn(6.0f, macro_amax)) >> 15 & 0xFFu;
-      factor = bit_cast<float>(0x3F800000u | out.macro << 15);
+    } else if constexpr (Rule == pack_rule::mx_macro_search) {
+      out.macro = search_macro<Block>(rules, x, m, room);
     }
-    const mx_scale scale(amax, factor, rules.carry);
+    if constexpr (has_macro<Rule>) factor = bit_cast<float>(0x3F800000u | out.macro << 15);
+    mx_scale scale(amax, factor, rules.carry);
+    if constexpr (Rule == pack_rule::mx_min_error) scale = mx_scale(search_scale<Block>(x, amax));
     if (m != 0) {
       out.scale = scale.code;
       if constexpr (Stochastic) {
         out.codes = encode_stochastic(x, amax, factor, scale.code, u, used);
-      } else if constexpr (std::same_as<T, bfloat16> && Rule == pack_rule::mx) {
+      } else if constexpr (std::same_as<T, bfloat16> && !has_macro<Rule>) {
         out.codes = encode_pairs(x, __byte_perm(bit_cast<std::uint32_t>(scale.inverse), 0, 0x3232));
       } else {
-        const float multiplier = __fmul_rn(factor, scale.inverse);  // exact: the factor has nine bits
-        out.codes = encode(x, [&](int i) { return __fmul_rn(fabsf(x.value(i)), multiplier); });
+        out.codes = encode_times(x, __fmul_rn(factor, scale.inverse));  // exact: the factor has nine bits
       }
     }
     if (poisoned) out.scale = e8m0::nan_bits;
@@ -159,8 +186,11 @@ template <real T, pack_rule Rule, bool Stochastic>
         }
       } else {
         const divisor by(step, amax);
-        if (by.is_plain()) {
-          out.codes = encode(x, [&](int i) { return by.template divide_plain<T>(fabsf(x.value(i))); });
+        if (by.is_plain() && by.template has_codes_by_product<T>()) {
+          const code_multiplier inverse(by.inverse());
+          out.codes = encode_bits(x, [&](int i) { return inverse.code_bits(fabsf(x.value(i))); });
+        } else if (by.is_plain()) {
+          out.codes = encode(x, [&](int i) { return by.template divide<T>(fabsf(x.value(i))); });
         } else {
           out.codes = encode(x, [&](int i) { return __fdiv_rn(fabsf(x.value(i)), step); });
         }
@@ -170,9 +200,16 @@ template <real T, pack_rule Rule, bool Stochastic>
   return out;
 }
 
+/// Thread blocks that share a multiprocessor: as many as there can be where memory is the limit.
+template <pack_rule Rule, bool Stochastic, bool Flat>
+inline constexpr unsigned blocks_at_once = Rule == pack_rule::mx_min_error || Rule == pack_rule::mx_macro_search   ? 4
+                                           : !Stochastic && (Rule == pack_rule::mx || Rule == pack_rule::mx_macro) ? 8
+                                           : !Stochastic && Rule == pack_rule::nv_amax ? (Flat ? 8 : 6)
+                                                                                       : 1;
+
 /// Reads and packs sixteen elements a thread. `Flat`: all rows are one, of whole blocks, in whole chunks.
 template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, bool Flat>
-__global__ void __launch_bounds__(256) pack_kernel(const pack_args<T> args) {
+__global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Flat>) pack_kernel(const pack_args<T> args) {
   const std::size_t c = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
   std::uint32_t row = 0, col = 0, used = 0, matrix = 0;
   chunk<T> x;
@@ -198,6 +235,13 @@ __global__ void __launch_bounds__(256) pack_kernel(const pack_args<T> args) {
     }
   }
 
+  float tensor_scale = 1.0f;
+  if constexpr (is_nv<Rule>) {  // volatile: on its way before the elements have come
+    asm volatile("ld.global.nc.f32 %0, [%1];"
+                 : "=f"(tensor_scale)
+                 : "l"(args.tensor_scales + (args.scale_per_matrix ? matrix : 0)));
+  }
+
   std::uint32_t m = x.largest();
   if (m >= infinity_bits<T>) {
     if (args.rules.special == special_values::saturate) {
@@ -215,32 +259,31 @@ __global__ void __launch_bounds__(256) pack_kernel(const pack_args<T> args) {
     m = 0;
   }
 
-  float tensor_scale = 1.0f;
-  if constexpr (is_nv<Rule>) tensor_scale = __ldg(args.tensor_scales + (args.scale_per_matrix ? matrix : 0));
   const float* weights = nullptr;
   if constexpr (Rule == pack_rule::nv_four_over_six || Rule == pack_rule::nv_min_error) {
     if (args.weights != nullptr) weights = args.weights + matrix * args.weights_stride + col;
   }
   const std::uint64_t position = static_cast<std::uint64_t>(row) * args.rows.cols + col;
-  const packed_chunk out =
-      pack<T, Rule, Stochastic>(args.rules, x, m, poisoned, tensor_scale, weights,
-                                uniform_numbers{args.rules.seed, args.first_index + position}, used);
+  __shared__ search_room rooms[Rule == pack_rule::mx_macro_search ? 8 : 1];
+  const packed_chunk out = pack<T, Rule, Block, Stochastic>(
+      args.rules, x, m, poisoned, tensor_scale, weights, uniform_numbers{args.rules.seed, args.first_index + position},
+      used, rooms[Rule == pack_rule::mx_macro_search ? threadIdx.x / 32 : 0]);
 
   if constexpr (Flat) {
     if (used == 0) return;
     reinterpret_cast<uint2*>(args.codes)[c] = make_uint2(out.codes.low, out.codes.high);
     if (Block == 16 || c % 2 == 0) args.scales[Block == 16 ? c : c / 2] = static_cast<std::uint8_t>(out.scale);
-    if constexpr (Rule == pack_rule::mx_macro) {
-      const std::uint32_t chunks_per_macro = args.rules.macro_block / chunk_size;
-      if (c % chunks_per_macro == 0) args.macros[c / chunks_per_macro] = static_cast<std::uint8_t>(out.macro);
+    if constexpr (has_macro<Rule>) {
+      const std::uint32_t shift = args.rules.macro_shift - 4;
+      if (((c >> shift) << shift) == c) args.macros[c >> shift] = static_cast<std::uint8_t>(out.macro);
     }
   } else {
     if (c >= args.chunks) return;
     if (args.fake != nullptr) {
       if (used == 0) return;
-      constexpr unpack_rule inverse = is_nv<Rule>             ? unpack_rule::nv
-                                      : Rule == pack_rule::mx ? unpack_rule::mx
-                                                              : unpack_rule::mx_macro;
+      constexpr unpack_rule inverse = is_nv<Rule>       ? unpack_rule::nv
+                                      : has_macro<Rule> ? unpack_rule::mx_macro
+                                                        : unpack_rule::mx;
       const chunk<T> y = unpack<T, inverse>(out.codes, out.scale, out.macro, tensor_scale);
       T* to = args.fake + args.fake_rows.offset(row) + col;
       if (used == chunk_size && args.is_fake_aligned) {
@@ -263,9 +306,9 @@ __global__ void __launch_bounds__(256) pack_kernel(const pack_args<T> args) {
       }
       args.scales[at] = static_cast<std::uint8_t>(out.scale);
     }
-    if constexpr (Rule == pack_rule::mx_macro) {
+    if constexpr (has_macro<Rule>) {
       if (col % args.rules.macro_block == 0) {
-        args.macros[static_cast<std::size_t>(row) * args.macros_per_row + col / args.rules.macro_block] =
+        args.macros[static_cast<std::size_t>(row) * args.macros_per_row + (col >> args.rules.macro_shift)] =
             static_cast<std::uint8_t>(out.macro);
       }
     }
@@ -371,13 +414,22 @@ result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, co
   return check(cudaGetLastError(), "the launch of tensor_scales_kernel");
 }
 
+/// Whether the rules are among the rare ones that only search_kernel has: searches that round stochastically, that
+/// weigh errors, or that go through exponents for each macro-block byte.
+[[nodiscard]] inline bool is_rare(const pack_rules& rules, bool is_nv, bool weighted) {
+  const bool is_searched = rules.macro_step != 0 || rules.min_error;
+  return !is_nv && is_searched && (rules.stochastic || weighted || (rules.min_error && rules.macro_block != 0));
+}
+
 template <real T, pack_rule Rule, std::uint32_t Block>
-result<void> launch_pack(const stream& s, const pack_args<T>& args, bool stochastic) {
+result<void> launch_pack(const stream& s, const pack_args<T>& args) {
   const auto blocks = static_cast<unsigned>((args.chunks + 255) / 256);
-  if (stochastic) {
-    pack_kernel<T, Rule, Block, true, false><<<blocks, 256, 0, s.handle>>>(args);
+  if (args.rules.stochastic) {
+    if constexpr (Rule != pack_rule::mx_min_error && Rule != pack_rule::mx_macro_search) {
+      pack_kernel<T, Rule, Block, true, false><<<blocks, 256, 0, s.handle>>>(args);
+    }
   } else if (args.is_flat) {
-    if constexpr (Rule == pack_rule::mx || Rule == pack_rule::mx_macro || Rule == pack_rule::nv_amax) {
+    if constexpr (Rule != pack_rule::nv_four_over_six && Rule != pack_rule::nv_min_error) {
       pack_kernel<T, Rule, Block, false, true><<<blocks, 256, 0, s.handle>>>(args);
     }
   } else {
@@ -386,22 +438,25 @@ result<void> launch_pack(const stream& s, const pack_args<T>& args, bool stochas
   return check(cudaGetLastError(), "the launch of pack_kernel");
 }
 
+template <real T, std::uint32_t Block>
+result<void> dispatch_mx(const stream& s, const pack_args<T>& args) {
+  if (args.rules.macro_step != 0) return launch_pack<T, pack_rule::mx_macro_search, Block>(s, args);
+  if (args.rules.min_error) return launch_pack<T, pack_rule::mx_min_error, Block>(s, args);
+  if (args.rules.macro_block != 0) return launch_pack<T, pack_rule::mx_macro, Block>(s, args);
+  return launch_pack<T, pack_rule::mx, Block>(s, args);
+}
+
 template <real T>
-result<void> dispatch_pack(const stream& s, const pack_args<T>& args, scale_rule rule, bool stochastic) {
-  if (args.rules.macro_step != 0 || (args.rules.min_error && args.tensor_scales == nullptr)) {
+result<void> dispatch_pack(const stream& s, const pack_args<T>& args, scale_rule rule) {
+  if (args.tensor_scales != nullptr) {
+    if (rule == scale_rule::four_over_six) return launch_pack<T, pack_rule::nv_four_over_six, 16>(s, args);
+    if (rule == scale_rule::min_error) return launch_pack<T, pack_rule::nv_min_error, 16>(s, args);
+    return launch_pack<T, pack_rule::nv_amax, 16>(s, args);
+  }
+  if (is_rare(args.rules, false, args.weights != nullptr)) {
     return launch_search(s, args, std::max(args.rules.macro_block, args.rules.block));
   }
-  if (args.tensor_scales != nullptr) {
-    if (rule == scale_rule::four_over_six) return launch_pack<T, pack_rule::nv_four_over_six, 16>(s, args, stochastic);
-    if (rule == scale_rule::min_error) return launch_pack<T, pack_rule::nv_min_error, 16>(s, args, stochastic);
-    return launch_pack<T, pack_rule::nv_amax, 16>(s, args, stochastic);
-  }
-  if (args.rules.macro_block != 0) {
-    if (args.rules.block == 16) return launch_pack<T, pack_rule::mx_macro, 16>(s, args, stochastic);
-    return launch_pack<T, pack_rule::mx_macro, 32>(s, args, stochastic);
-  }
-  if (args.rules.block == 16) return launch_pack<T, pack_rule::mx, 16>(s, args, stochastic);
-  return launch_pack<T, pack_rule::mx, 32>(s, args, stochastic);
+  return args.rules.block == 16 ? dispatch_mx<T, 16>(s, args) : dispatch_mx<T, 32>(s, args);
 }
 
 /// Checks what the CUDA backend alone asks of options.
@@ -426,6 +481,7 @@ result<pack_args<T>> make_args(const stream& s, const batch_view<const T>& x, co
   pack_rules& rules = args.rules;
   rules.block = static_cast<std::uint32_t>(format.block);
   rules.macro_block = static_cast<std::uint32_t>(format.macro_block);
+  rules.macro_shift = static_cast<std::uint32_t>(std::bit_width(format.macro_block | 1)) - 1;
   rules.carry = carry_of(*options.rule);
   rules.min_error = *options.rule == scale_rule::min_error;
   if (format.macro_block != 0 && options.macro != macro_rule::from_amax) {
@@ -437,8 +493,8 @@ result<pack_args<T>> make_args(const stream& s, const batch_view<const T>& x, co
 
   const packed_shape shape{format, x.matrices, x.rows, x.cols};
   const std::size_t span = std::max(format.block, format.macro_block);
-  const bool is_searched = rules.macro_step != 0 || (rules.min_error && format.scale == scale_type::e8m0);
-  const bool is_closed = !is_searched && (format.scale == scale_type::e8m0 || *options.rule == scale_rule::amax);
+  const bool is_nv = format.scale == scale_type::e4m3;
+  const bool is_whole = is_rare(rules, is_nv, !options.column_weights.empty());  // spans are not cut into chunks
   args.in = x.data;
   args.weights = options.column_weights.empty() ? nullptr : options.column_weights.data();
   args.weights_stride = options.column_weights.size() > x.cols ? x.cols : 0;
@@ -448,14 +504,14 @@ result<pack_args<T>> make_args(const stream& s, const batch_view<const T>& x, co
   args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
   args.scale_per_matrix = tensor_scale_count > 1;
   args.is_aligned = has_aligned_rows(x);
-  args.is_flat = may_be_flat && is_closed && !rules.stochastic && args.is_aligned && is_dense(x) &&
-                 x.cols % span == 0 && !args.scale_per_matrix;
+  args.is_flat = may_be_flat && !is_whole && !rules.stochastic && (!is_nv || *options.rule == scale_rule::amax) &&
+                 args.is_aligned && is_dense(x) && x.cols % span == 0 && !args.scale_per_matrix;
   if (args.is_flat) {
     args.chunks = x.matrices * x.rows * x.cols / chunk_size;
     return args;
   }
   const std::size_t spans = (x.cols + span - 1) / span;
-  auto rows = map_rows(x, is_searched ? spans : spans * (span / chunk_size));
+  auto rows = map_rows(x, is_whole ? spans : spans * (span / chunk_size));
   if (!rows) return rows.error();
   args.rows = *rows;
   args.chunks = static_cast<std::size_t>(rows->rows) * rows->chunks_per_row;
@@ -480,7 +536,7 @@ result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>&
     args->is_swizzled = true;
     args->swizzled_matrix = layout::swizzled_bytes(1, x.rows, job.out.shape().blocks_per_row());
   }
-  return dispatch_pack(s, *args, *job.options.rule, args->rules.stochastic);
+  return dispatch_pack(s, *args, *job.options.rule);
 }
 
 template <real T>
@@ -507,7 +563,7 @@ result<void> fake_quantize(const stream& s, const tetromino::detail::fake_quanti
   args->fake_rows = *fake_rows;
   args->is_fake_aligned = has_aligned_rows(job.out);
   if (!tensor_scales.empty()) args->tensor_scales = tensor_scales.data();
-  return dispatch_pack(s, *args, *job.options.rule, args->rules.stochastic);
+  return dispatch_pack(s, *args, *job.options.rule);
 }
 
 }  // namespace tetromino::cuda::detail

@@ -14,9 +14,10 @@ namespace tetromino::cuda::detail {
 
 struct pack_rules {
   std::uint32_t block, macro_block;
-  std::uint32_t carry;       ///< of the closed-form MX rules
-  bool min_error;            ///< search each block's exponent instead
-  std::uint32_t macro_step;  ///< between the macro bytes that a search tries; 0: from the largest magnitude
+  std::uint32_t macro_shift;  ///< log2 of macro_block
+  std::uint32_t carry;        ///< of the closed-form MX rules
+  bool min_error;             ///< search each block's exponent instead
+  std::uint32_t macro_step;   ///< between the macro bytes that a search tries; 0: from the largest magnitude
   special_values special;
   bool stochastic;
   std::uint64_t seed;
@@ -34,7 +35,7 @@ struct pack_args {
   std::uint64_t* rejected;
   std::uint64_t first_index;
   row_map rows, fake_rows;
-  std::size_t chunks;  ///< pieces of work: 16 elements, or a span in the search kernel
+  std::size_t chunks;  ///< pieces of work: 16 elements, or a span in search_kernel
   std::size_t weights_stride, swizzled_matrix;
   std::uint32_t blocks_per_row, macros_per_row;
   pack_rules rules;

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "decode.cuh"  // unpack
-#include "encode.cuh"  // nearest_value
+#include "encode.cuh"  // difference_to_nearest
 #include "rows.cuh"    // pack_args
 
 #include <tetromino/scaling.hpp>  // mx_exponent, macro_factor
@@ -43,7 +43,7 @@ struct lane_span {
 #pragma unroll
     for (int i = b * PerBlock; i < (b + 1) * PerBlock; ++i) {
       const float y = __fmul_rn(__fmul_rn(factor, near_one[i]), to_scale);
-      const float difference = __fmul_rn(__fadd_rn(y, -nearest_value(y)), to_unit);
+      const float difference = __fmul_rn(difference_to_nearest<true>(y, 1.0f), to_unit);
       float square = __fmul_rn(difference, difference);
       if (weighted) square = __fmul_rn(weight[i], square);
       partial = __fadd_rn(partial, square);
