@@ -1,11 +1,12 @@
 /// An expert-parallel language model: evaluates documents on one rank or many, in float or 4 bits.
 ///   moe_engine MODEL.safetensors HELDOUT.safetensors --weights mxfp4-16/oas/mbs-search --activations mxfp4-16/oas
 ///   moe_engine MODEL.safetensors HELDOUT.safetensors --compare
+///   moe_engine MODEL.safetensors HELDOUT.safetensors --calibrate HELDOUT.safetensors --half even --compare
 ///   mpirun -n 4 moe_engine MODEL.safetensors HELDOUT.safetensors --nodes 2 --placement local
 /// Each rank runs attention for its own documents and holds its own experts. In each layer the router chooses experts,
 /// a replica_chooser their copies, a dispatcher carries the rows there and the answers back.
 
-#include "moe_model.hpp"
+#include "calibrate.hpp"
 #include "mpi_session.hpp"
 #include "ui.hpp"
 
@@ -21,7 +22,6 @@
 
 #include <chrono>
 #include <fstream>
-#include <numeric>
 #include <sstream>
 
 namespace {
@@ -37,6 +37,7 @@ struct settings {
   std::string placement = "contiguous";
   std::string route = "per-node";
   std::string losses;
+  std::string calibrate, statistics, half;
   std::size_t nodes = 1, replicas = 0, documents = 0, prefill = 64, batch = 2048;
   bool compare = false;
 };
@@ -50,6 +51,7 @@ struct workplace {
   const moe_lm::documents& text;
   const std::vector<std::size_t>& chosen;  // which documents are evaluated
   const moe::topology& cluster;
+  const input_statistics* seen;  // of calibration text, if there is any
 
   [[nodiscard]] std::size_t rank() const { return mpi.rank(); }
   /// Documents to ranks in turn, as engines do.
@@ -318,20 +320,33 @@ std::vector<std::string> header_of(const workplace& w, std::vector<std::string> 
 
 /// Bits and QSNR of all matrices that a recipe packs, then perplexity, recipe by recipe.
 void compare(const workplace& w) {
-  const std::vector<std::pair<std::string, std::string>> rows{{"float32", "float32"},
-                                                              {"mxfp4-32/floor", "mxfp4-32/floor"},
-                                                              {"mxfp4-16/oas", "mxfp4-16/oas"},
-                                                              {"mxfp4-16/oas/mbs-search", "mxfp4-16/oas/mbs-static"},
-                                                              {"nvfp4/amax", "nvfp4/amax"},
-                                                              {"nvfp4/four-over-six", "nvfp4/four-over-six"},
-                                                              {"mxfp4-16/oas/mbs-search", "float32"}};
+  struct row {
+    std::string weights, activations;
+    bool calibrated = false;
+  };
+  std::vector<row> rows{{"float32", "float32"},
+                        {"mxfp4-32/floor", "mxfp4-32/floor"},
+                        {"mxfp4-16/oas", "mxfp4-16/oas"},
+                        {"mxfp4-16/oas/mbs-search", "mxfp4-16/oas/mbs-static"},
+                        {"nvfp4/amax", "nvfp4/amax"},
+                        {"nvfp4/four-over-six", "nvfp4/four-over-six"},
+                        {"mxfp4-16/oas/mbs-search", "float32"}};
+  if (w.seen != nullptr) {
+    rows.push_back({"mxfp4-32/min-error/mbs-search@32", "mxfp4-32/min-error/mbs-search@32", true});
+    rows.push_back({"mxfp4-32/min-error/mbs-search@32/gptq", "mxfp4-32/min-error/mbs-search@32", true});
+    rows.push_back({"nvfp4/min-error/gptq", "nvfp4/min-error", true});
+  }
   ui::table table(header_of(w, {"weights", "activations", "bits", "QSNR dB"}));
   const moe::placement p = moe::contiguous(w.size.layers, w.size.experts, w.cluster);
-  for (const auto& [weights, activations] : rows) {
-    const moe_lm::model model(w.model_file, moe_lm::precision::parse(weights, activations));
+  for (const auto& [weights, activations, calibrated] : rows) {
+    auto rounding = moe_lm::precision::parse(weights, activations);
+    if (calibrated) rounding.seen = w.seen;
+    const moe_lm::model model(w.model_file, rounding);
     const outcome ran = engine(w, model, p).run(w.in_turn(), std::string::npos, weights.c_str());
-    std::vector<std::string> row{weights, activations, "32", "-"};
-    if (const auto& recipe = model.rounding.weights) {
+    std::vector<std::string> line{weights, activations, "32", "-"};
+    const auto& recipe = model.rounding.weights;
+    if (recipe) line[2] = fmt::format("{:.3f}", bits_per_weight(recipe->format));
+    if (recipe && !calibrated) {  // calibrated weights are not the nearest ones, on purpose
       tetromino::error_report report;
       for (const auto& tensor : w.model_file) {
         if (tensor.name().find(".attn.") == std::string::npos && tensor.name().find(".moe.") == std::string::npos)
@@ -345,11 +360,10 @@ void compare(const workplace& w) {
             quantize(tetromino::automatic, x, *recipe, {.scope = tetromino::tensor_scale_scope::per_matrix});
         report.add(compare(x, tetromino::dequantize<float>(tetromino::automatic, packed)));
       }
-      row[2] = fmt::format("{:.3f}", bits_per_weight(recipe->format));
-      row[3] = fmt::format("{:.2f}", report.qsnr());
+      line[3] = fmt::format("{:.2f}", report.qsnr());
     }
-    for (const double perplexity : perplexities(w, ran.losses)) row.push_back(fmt::format("{:.3f}", perplexity));
-    table.add(std::move(row));
+    for (const double perplexity : perplexities(w, ran.losses)) line.push_back(fmt::format("{:.3f}", perplexity));
+    table.add(std::move(line));
   }
   if (!w.mpi.is_first()) return;
   fmt::print("perplexity of {} documents; weights and activations of experts and attention\n", w.chosen.size());
@@ -448,7 +462,9 @@ void write_losses(const workplace& w, const outcome& ran) {
 void run(const workplace& w) {
   std::optional<moe_lm::model> loaded;
   w.mpi.together("moe_engine", [&] {
-    loaded.emplace(w.model_file, moe_lm::precision::parse(w.options.weights, w.options.activations));
+    auto rounding = moe_lm::precision::parse(w.options.weights, w.options.activations);
+    rounding.seen = w.seen;
+    loaded.emplace(w.model_file, rounding);
   });
   const plan chosen = plan_by_name(w, *loaded);
   const outcome ran = engine(w, *loaded, chosen.placement).run(chosen.source_of_document, std::string::npos, "running");
@@ -509,25 +525,56 @@ moe::topology make_cluster(const settings& s, const mpi::session& mpi, const moe
   return moe::topology::with_node_slots(s.nodes, ranks / s.nodes, per_node);
 }
 
+/// What calibration text says of the model's inputs. Each rank reads all of it, so all of them know the same to the
+/// last bit and pack the same weights. Text that is judged too has to be cut in halves.
+input_statistics calibrated(const settings& s, const mpi::session& mpi, const io::safetensors_file& model,
+                            const io::safetensors_file& judged, std::size_t vocab) {
+  const auto file = io::safetensors_file::open(s.calibrate);
+  const moe_lm::documents text(file, vocab);
+  const bool same = file.identity() == judged.identity();
+  if (same && s.half.empty()) {
+    throw error(errc::invalid_argument,
+                "--calibrate: expected other documents than those that are judged; of one file, "
+                "--half even or --half odd judges one half and calibrates on the other");
+  }
+  std::vector<std::size_t> chosen;
+  for (std::size_t d = 0; d < text.count(); ++d) {
+    if (!same || (d % 2 == 0) != (s.half == "even")) chosen.push_back(d);
+  }
+  std::optional<ui::progress> progress;
+  if (mpi.is_first()) progress.emplace("calibrating", chosen.size());
+  auto out = moe_lm::gather_statistics(model, text, chosen, [&](std::size_t) {
+    if (progress) progress->add(1);
+  });
+  if (!s.statistics.empty() && mpi.is_first()) out.save(s.statistics);
+  return out;
+}
+
 void run_all(const settings& s, const mpi::session& mpi) {
   std::optional<io::safetensors_file> model_file, text_file;
   std::optional<moe_lm::shape> size;
   std::optional<moe_lm::documents> text;
   std::optional<moe::topology> cluster;
+  std::optional<input_statistics> seen;
   std::vector<std::size_t> chosen;
   mpi.together("moe_engine", [&] {
-    static_cast<void>(moe_lm::precision::parse(s.weights, s.activations));
+    const auto rounding = moe_lm::precision::parse(s.weights, s.activations);
+    if (rounding.weights && rounding.weights->error_feedback && s.calibrate.empty()) {
+      throw error(errc::invalid_argument, fmt::format("weights in {} need --calibrate TEXT", s.weights));
+    }
     model_file = io::safetensors_file::open(s.model);
     size.emplace(*model_file);
     text_file = io::safetensors_file::open(s.text);
     text.emplace(*text_file, size->vocab);
     cluster = make_cluster(s, mpi, *size);
-    const std::size_t wanted = s.documents != 0 ? std::min(s.documents, text->count())
-                               : s.compare      ? std::min<std::size_t>(48, text->count())
-                                                : text->count();
-    for (std::size_t i = 0; i < wanted; ++i) chosen.push_back(i * text->count() / wanted);  // of all domains alike
+    const std::size_t first = s.half == "odd" ? 1 : 0, step = s.half.empty() ? 1 : 2;
+    const std::size_t all = (text->count() - first + step - 1) / step;
+    const std::size_t wanted = std::min(s.documents != 0 ? s.documents : s.compare ? 48 : all, all);
+    for (std::size_t i = 0; i < wanted; ++i) chosen.push_back(first + i * all / wanted * step);  // of all domains alike
+    if (chosen.empty()) throw error(errc::invalid_argument, fmt::format("{}: no documents in this half", s.text));
+    if (!s.calibrate.empty()) seen = calibrated(s, mpi, *model_file, *text_file, size->vocab);
   });
-  const workplace w{s, mpi, *model_file, *size, *text, chosen, *cluster};
+  const workplace w{s, mpi, *model_file, *size, *text, chosen, *cluster, seen ? &*seen : nullptr};
   mpi::carried_to().assign(mpi.ranks(), 0);
   s.compare ? compare(w) : run(w);
 }
@@ -569,6 +616,12 @@ int main(int argc, char** argv) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_option("--batch", s.batch, "tokens that a rank runs together")->capture_default_str();
+  auto* const calibrate = app.add_option(
+      "--calibrate", s.calibrate, "text (safetensors) that weighs errors in searched scales and makes gptq possible");
+  app.add_option("--half", s.half, "evaluate every second document; --calibrate on the same file takes the others")
+      ->check(CLI::IsMember({"even", "odd"}));
+  app.add_option("--statistics", s.statistics, "write what calibration found, for quantize_checkpoint")
+      ->needs(calibrate);
   app.add_option("--losses", s.losses, "write each document's loss to this file");
   app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity");
   try {

@@ -178,6 +178,9 @@ TEST_CASE("moe_engine: what cannot be run is refused by one rank, and all end") 
   for (const std::size_t ranks : {0u, 4u}) {
     check_refused(ranks, {program, model, text, "--weights", "nvfp4/floor"}, "nvfp4 has no rule floor");
     check_refused(ranks, {program, model, text, "--activations", "nvfp4/amax"}, "need weights in 4 bits");
+    check_refused(ranks,
+                  {program, model, text, "--weights", "mxfp4-32/oas", "--activations", "mxfp4-32/oas/hadamard-32"},
+                  "rotated alike");
     check_refused(ranks, {program, model, text, "--nodes", "3"}, "--nodes: expected a number that divides");
     check_refused(ranks, {program, (folder / "none").string(), text}, "none");
 
@@ -196,6 +199,82 @@ TEST_CASE("moe_engine: what cannot be run is refused by one rank, and all end") 
   auto file = io::safetensors_writer::create(small, {}, metadata);
   file.finish();
   check_refused(3, {program, small, text}, "expected at most 2 ranks, one for each expert of the model, got 3");
+}
+
+/// `count` documents of the held-out text, of all domains alike, as a file of their own; those with even numbers.
+std::string some_documents(std::size_t count, const std::filesystem::path& path) {
+  const auto file = io::safetensors_file::open(text);
+  const auto offsets = file["document_offsets"].copy_as<std::int64_t>();
+  const auto tokens = file["tokens"].copy_as<std::int16_t>();
+  const auto domain = file["domain"].copy_as<std::uint8_t>();
+  const auto losses = file["reference_nll"].copy_as<float>();
+  std::vector<std::int64_t> part_offsets{0};
+  std::vector<std::int16_t> part_tokens;
+  std::vector<std::uint8_t> part_domain;
+  std::vector<float> part_losses;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t d = i * domain.size() / count / 2 * 2;
+    part_tokens.insert(part_tokens.end(), tokens.begin() + offsets[d], tokens.begin() + offsets[d + 1]);
+    part_offsets.push_back(static_cast<std::int64_t>(part_tokens.size()));
+    part_domain.push_back(domain[d]);
+    part_losses.push_back(losses[d]);
+  }
+  const std::vector<io::tensor_declaration> parts{{"document_offsets", io::dtype::I64, {count + 1}},
+                                                  {"reference_nll", io::dtype::F32, {count}},
+                                                  {"tokens", io::dtype::I16, {part_tokens.size()}},
+                                                  {"domain", io::dtype::U8, {count}}};
+  auto out = io::safetensors_writer::create(path, parts, file.metadata());
+  out.append_values<std::int64_t>("document_offsets", part_offsets);
+  out.append_values<float>("reference_nll", part_losses);
+  out.append_values<std::int16_t>("tokens", part_tokens);
+  out.append_values<std::uint8_t>("domain", part_domain);
+  out.finish();
+  return path.string();
+}
+
+double sum_of(const std::string& losses) {
+  std::istringstream lines(losses);
+  double sum = 0;
+  std::size_t document = 0;
+  for (double loss; lines >> document >> loss;) sum += loss;
+  return sum;
+}
+
+TEST_CASE("moe_engine: calibrated weights do not depend on ranks and placement, and lose less") {
+  const temporary_directory folder;
+  const std::string part = some_documents(16, folder / "part");
+  const auto losses = [&](std::size_t ranks, const words& more) {
+    words command{program_path("moe_engine"), model, text, "--half", "odd", "--documents", "12"};
+    command.insert(command.end(), {"--losses", (folder / "losses").string()});
+    command.insert(command.end(), more.begin(), more.end());
+    const outcome run = on_ranks(ranks, command, folder);
+    INFO(run.err);
+    REQUIRE(run.exit_code == 0);
+    return read(folder / "losses");
+  };
+  const std::string plain = "mxfp4-32/floor", fed = "mxfp4-32/floor/hadamard-32/gptq";
+  const words calibrated{"--calibrate", part, "--weights", fed, "--statistics", (folder / "statistics").string()};
+  const std::string alone = losses(0, calibrated), statistics = read(folder / "statistics");
+  CHECK(!statistics.empty());
+  for (const words& more : {words{"--nodes", "2", "--placement", "local", "--replicas", "1"}, words{}}) {
+    words options = calibrated;
+    options.insert(options.end(), more.begin(), more.end());
+    CHECK(losses(more.empty() ? 2 : 4, options) == alone);
+    CHECK(read(folder / "statistics") == statistics);
+  }
+  const double least = sum_of(losses(0, {})), most = sum_of(losses(0, {"--weights", plain}));
+  CHECK(sum_of(alone) < most);
+  CHECK(sum_of(alone) > least);
+
+  // documents of one file: judged on one half, calibrated on the other
+  const words halves{program_path("moe_engine"), model, part, "--calibrate", part, "--weights", "mxfp4-32/min-error"};
+  words command = halves;
+  command.insert(command.end(), {"--half", "even"});
+  CHECK(on_ranks(2, command, folder).exit_code == 0);
+  check_refused(2, halves, "--half even or --half odd");
+  check_refused(2, {program_path("moe_engine"), model, text, "--weights", fed}, "need --calibrate TEXT");
+  check_refused(2, {program_path("moe_engine"), model, some_documents(1, folder / "one"), "--half", "odd"},
+                "no documents in this half");
 }
 
 TEST_CASE("moe_engine: when a rank dies, the others do not wait for it") {
