@@ -111,6 +111,16 @@ TEST_CASE("special values under a rotation") {
   CHECK(std::isnan(poisoned(1, 64)));
   CHECK(std::isnan(poisoned(1, 127)));
 
+  matrix<float> large = gaussian(2, 128);
+  for (std::size_t k = 64; k < 128; ++k) large(1, k) = 0x1p127f;
+  matrix<float> out = large;
+  const char* const overflows = "one that overflows when rotated at row 1, column 64";
+  CHECK_THAT(std::string(try_quantize(scalar, large, r).error().what()), tetromino_test::contains(overflows));
+  CHECK_THAT(std::string(try_quantize(automatic, large, r).error().what()), tetromino_test::contains(overflows));
+  CHECK_THAT(std::string(try_fake_quantize(automatic, large, r, out.view()).error().what()),
+             tetromino_test::contains(overflows));
+  CHECK(std::isnan(dequantize<float>(scalar, quantize(scalar, large, r, {.special = special_values::poison}))(1, 64)));
+
   x(1, 70) = NAN;
   matrix<float> zeroed = x;
   zeroed(1, 70) = 0.0f;

@@ -212,6 +212,7 @@ TEST_CASE("a name that is no recipe gets an error that lists what exists") {
     CHECK_THROWS_AS(recipe::parse(name), tetromino::error);
   }
   CHECK(code_of("int4/floor") == errc::unknown_name);
+  CHECK(std::string(recipe::try_parse(std::string(5000, 'x')).error().what()).size() < 1000);
   CHECK(code_of("mxfp4-32/flor") == errc::unknown_name);
 }
 

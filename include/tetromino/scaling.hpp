@@ -174,9 +174,10 @@ inline std::string recipe::name() const {
 }
 
 inline result<recipe> recipe::try_parse(std::string_view name) {
+  constexpr std::size_t shown = 60;  // characters of a wrong name that a message repeats
   const auto unknown = [&](std::string_view what, std::string_view piece) {
-    return error(errc::unknown_name,
-                 detail::text("recipe \"", name, "\": unknown ", what, " \"", piece, "\"; ", detail::recipe_help));
+    return error(errc::unknown_name, detail::text("recipe \"", name.substr(0, shown), "\": unknown ", what, " \"",
+                                                  piece.substr(0, shown), "\"; ", detail::recipe_help));
   };
   // The pieces still to be read; an empty piece is none of the names below.
   std::string_view rest = name;
@@ -206,8 +207,8 @@ inline result<recipe> recipe::try_parse(std::string_view name) {
   }
   if (!found) return unknown("rule", rule);
   if (!has_rule(out.format.scale, out.rule)) {
-    return error(errc::invalid_argument,
-                 detail::text("recipe \"", name, "\": ", format, " has no rule ", rule, "; ", detail::recipe_help));
+    return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown), "\": ", format,
+                                                      " has no rule ", rule, "; ", detail::recipe_help));
   }
 
   while (more) {
@@ -229,8 +230,8 @@ inline result<recipe> recipe::try_parse(std::string_view name) {
     if (!found || out.format.macro_block != 0 || out.rotation != 0 || out.error_feedback)
       return unknown("piece", piece);
     if (out.format.scale == scale_type::e4m3) {
-      return error(errc::invalid_argument,
-                   detail::text("recipe \"", name, "\": nvfp4 has no macro blocks; ", detail::recipe_help));
+      return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown),
+                                                        "\": nvfp4 has no macro blocks; ", detail::recipe_help));
     }
     const std::string_view size = at == std::string_view::npos ? "128" : piece.substr(at + 1);
     out.format.macro_block = size == "32" ? 32 : size == "64" ? 64 : size == "128" ? 128 : size == "256" ? 256 : 0;

@@ -37,7 +37,10 @@ template <real T>
 error rejection(const batch_view<const T>& in, std::size_t position) {
   const std::size_t col = position % in.cols, row = position / in.cols % in.rows, e = position / in.cols / in.rows;
   const float value = to_float(in.row(e, row)[col]);
-  const char* what = value != value ? "NaN" : value > 0 ? "+infinity" : "-infinity";
+  const char* what = is_finite(value) ? "one that overflows when rotated"
+                     : value != value ? "NaN"
+                     : value > 0      ? "+infinity"
+                                      : "-infinity";
   return error(errc::non_finite,
                text("expected finite values, got ", what, " at ", in.matrices > 1 ? text("matrix ", e, ", ") : "",
                     "row ", row, ", column ", col, "; special_values::poison or saturate would accept it"));
@@ -65,10 +68,11 @@ class row_packer {
       if (rejected < n) return k + rejected;
       const input_row<float> part{rotated, n, in.weights == nullptr ? nullptr : in.weights + k, in.first_index + k};
       const std::size_t macro = rules_.format.macro_block;
-      Kernels::quantize_row(
+      const std::size_t overflowed = Kernels::quantize_row(
           rules_, part,
           packed_row<std::uint8_t>{out.codes + k / 2, out.scales + k / rules_.format.block,
                                    macro == 0 ? out.macros : out.macros + k / macro, out.tensor_scale});
+      if (overflowed < n) return k + overflowed;
     }
     return in.cols;
   }
