@@ -3,6 +3,8 @@
 /// What the checkpoint programs share: which tensors of a file are packed, how each layout stores a packed tensor, and
 /// walking through a tensor in slices that fit the cache.
 
+#include "input_statistics.hpp"
+
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/tetromino.hpp>
 
@@ -57,13 +59,14 @@ inline std::vector<weights> find_weights(const io::safetensors_file& file, std::
   return found;
 }
 
-/// Calls f(batch_view<const T>, first_row) for slices of whole rows, about 4 MiB each; rows count through all matrices.
-/// A slice's pages leave memory once f is done with them.
+/// Calls f(batch_view<const T>, first_row) for slices of whole rows, about 4 MiB each, or of whole matrices; rows count
+/// through all matrices. A slice's pages leave memory once f is done with them.
 template <class F>
-void for_each_slice(const io::safetensors_file& file, const weights& w, const F& f) {
+void for_each_slice(const io::safetensors_file& file, const weights& w, const F& f, bool whole_matrices = false) {
   const auto walk = [&]<class T>(std::span<const T> values) {
     const std::size_t all_rows = w.matrices * w.rows;
-    const std::size_t step = std::clamp<std::size_t>((4u << 20) / (w.cols * sizeof(T)), 1, all_rows);
+    const std::size_t step =
+        whole_matrices ? w.rows : std::clamp<std::size_t>((4u << 20) / (w.cols * sizeof(T)), 1, all_rows);
     for (std::size_t row = 0; row < all_rows; row += step) {
       const std::size_t rows = std::min(step, all_rows - row);
       const std::span<const T> slice = values.subspan(row * w.cols, rows * w.cols);
@@ -98,6 +101,25 @@ inline float amax_of(const io::safetensors_file& file, const weights& w, const t
     }
   });
   return largest;
+}
+
+/// Packs a slice that begins at `row`: where there are statistics, it is a whole matrix, whose errors they weigh or
+/// feed back.
+template <class T>
+tetromino::result<tetromino::packed<>> pack_slice(const tetromino::automatic_t& policy,
+                                                  const tetromino::batch_view<const T>& slice, std::size_t row,
+                                                  const weights& w, const tetromino::recipe& r,
+                                                  std::span<const float> tensor_scales, const input_statistics* seen) {
+  tetromino::quantize_options options{.tensor_scales = tensor_scales};
+  if (seen == nullptr) return tetromino::try_quantize(policy, slice, r, options);
+  const std::string& name = w.tensor->name();
+  const std::size_t matrix = row / w.rows;
+  if (r.error_feedback) {
+    return tetromino::try_gptq(policy, slice[0], r, seen->of(name, matrix, w.matrices, w.cols), options);
+  }
+  const auto mean_squares = seen->column_weights(name, matrix, w.matrices, w.cols, r.rotation);
+  options.column_weights = mean_squares;
+  return tetromino::try_quantize(policy, slice, r, options);
 }
 
 /// Unpacked values in the columns of the original: a rotation is taken back.

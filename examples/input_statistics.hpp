@@ -59,16 +59,11 @@ class input_statistics {
     return seen[which].blended(all, borrowed_rows);
   }
 
-  /// The mean squared activations of all matrices [matrices, cols], after the rotation of a recipe: column_weights.
-  [[nodiscard]] std::vector<float> column_weights(const std::string& tensor, std::size_t matrices, std::size_t cols,
-                                                  std::size_t rotation) const {
-    std::vector<float> out;
-    for (std::size_t e = 0; e < matrices; ++e) {
-      const tetromino::calibration seen = of(tensor, e, matrices, cols);
-      const auto weights = rotation == 0 ? seen.column_weights() : seen.rotated({rotation}).column_weights();
-      out.insert(out.end(), weights.begin(), weights.end());
-    }
-    return out;
+  /// The mean squared activation of each column for one matrix, after the rotation of a recipe: column_weights.
+  [[nodiscard]] std::vector<float> column_weights(const std::string& tensor, std::size_t which, std::size_t matrices,
+                                                  std::size_t cols, std::size_t rotation) const {
+    const tetromino::calibration seen = of(tensor, which, matrices, cols);
+    return rotation == 0 ? seen.column_weights() : seen.rotated({rotation}).column_weights();
   }
 
   /// Writes INPUT.moments [matrices, cols, cols] and INPUT.rows [matrices]; the metadata name each tensor's input.
@@ -117,6 +112,10 @@ class input_statistics {
         }
         out.inputs_[input].emplace_back(one, rows[e]);
       }
+    }
+    if (out.inputs_.empty()) {
+      throw tetromino::error(tetromino::errc::malformed_file,
+                             fmt::format("{}: expected calibration statistics, found no statistics in it", path));
     }
     return out;
   }

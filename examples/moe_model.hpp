@@ -177,19 +177,18 @@ class linear {
       const tetromino::batch_view<const float> batch(weights.data(), matrices, outputs, inputs);
       tetromino::quantize_options options;
       options.scope = tetromino::tensor_scale_scope::per_matrix;
-      const auto seen = [&](std::size_t i) {  // an empty slot gets no rows: any statistics will do
-        return p.seen->of(name, held.empty() ? i : static_cast<std::size_t>(std::max(held[i], 0)), all_matrices,
-                          inputs);
+      const auto which = [&](std::size_t i) {  // an empty slot gets no rows: any statistics will do
+        return held.empty() ? i : static_cast<std::size_t>(std::max(held[i], 0));
       };
       if (p.weights->error_feedback) {
         if (p.seen == nullptr) throw error(errc::invalid_argument, "error feedback needs calibration");
+        const auto seen = [&](std::size_t i) { return p.seen->of(name, which(i), all_matrices, inputs); };
         packed_ = tetromino::gptq(tetromino::automatic, batch, *p.weights, seen, options, p.feedback);
         return;
       }
       std::vector<float> mean_squares;
       for (std::size_t i = 0; p.seen != nullptr && i < matrices; ++i) {
-        const auto moments = p.rotation() == 0 ? seen(i) : seen(i).rotated({p.rotation()});
-        const auto more = moments.column_weights();
+        const auto more = p.seen->column_weights(name, which(i), all_matrices, inputs, p.rotation());
         mean_squares.insert(mean_squares.end(), more.begin(), more.end());
       }
       options.column_weights = mean_squares;

@@ -1,19 +1,24 @@
 /// Packs the expert and linear weights of a safetensors checkpoint into 4-bit blocks:
 ///   quantize_checkpoint IN.safetensors OUT.safetensors --recipe mxfp4-16/oas/mbs-search
-///   quantize_checkpoint IN.safetensors --compare
-/// Routers, norms and embeddings stay as they are. Memory stays bounded whatever the file's size.
+///   quantize_checkpoint IN.safetensors OUT.safetensors --recipe nvfp4/min-error/gptq --statistics
+///   STATISTICS.safetensors quantize_checkpoint IN.safetensors --compare
+/// Routers, norms and embeddings stay as they are. Memory stays bounded whatever the file's size; with statistics,
+/// which `moe_engine --calibrate TEXT --statistics FILE` writes for the bundled model, by those and by the largest
+/// matrix.
 
 #include "checkpoint.hpp"
 #include "ui.hpp"
 
 #include <CLI/CLI.hpp>
 
+#include <cmath>
+#include <filesystem>
 #include <map>
+#include <optional>
 
 namespace {
 
 using namespace checkpoint;
-using tetromino::quantize_options;
 using tetromino::recipe;
 
 struct settings {
@@ -22,6 +27,7 @@ struct settings {
   std::vector<std::string> recipes;
   std::string layout = "linear";
   std::vector<std::string> keep;
+  std::string statistics;
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   bool compare = false;
 };
@@ -44,6 +50,9 @@ const std::vector<std::string> compared_recipes = {"mxfp4-32/floor",
                                                    "nvfp4/amax",
                                                    "nvfp4/four-over-six",
                                                    "nvfp4/min-error"};
+const std::vector<std::string> compared_with_statistics = {"mxfp4-32/oas/gptq", "mxfp4-32/min-error/mbs-search@32",
+                                                           "mxfp4-32/min-error/mbs-search@32/gptq",
+                                                           "nvfp4/four-over-six/gptq", "nvfp4/min-error/gptq"};
 
 /// Names the rejected value by its row in the tensor rather than in the slice.
 error at_row(const error& e, std::size_t first_row, const weights& w) {
@@ -51,12 +60,39 @@ error at_row(const error& e, std::size_t first_row, const weights& w) {
   return error(e.code(), fmt::format("{} (counting from row {} of {})", e.what(), first_row, w.matrices * w.rows));
 }
 
+/// Squares of products with the activations that statistics describe: of the weights, and of what packing errs.
+struct product_report {
+  double signal = 0, noise = 0;
+
+  template <class T>
+  void add(const tetromino::matrix_view<const T>& x, const tetromino::matrix<float>& y,
+           const tetromino::calibration& seen) {
+    tetromino::eigen_matrix<double> values(static_cast<Eigen::Index>(x.rows), static_cast<Eigen::Index>(x.cols));
+    tetromino::eigen_matrix<double> errors = values;
+    for (std::size_t r = 0; r < x.rows; ++r) {
+      for (std::size_t k = 0; k < x.cols; ++k) {
+        const auto i = static_cast<Eigen::Index>(r), j = static_cast<Eigen::Index>(k);
+        values(i, j) = static_cast<double>(tetromino::detail::to_float(x(r, k)));
+        errors(i, j) = values(i, j) - static_cast<double>(y(r, k));
+      }
+    }
+    const auto moments = seen.moments().selfadjointView<Eigen::Lower>();
+    signal += (values * moments).cwiseProduct(values).sum() / seen.rows();
+    noise += (errors * moments).cwiseProduct(errors).sum() / seen.rows();
+  }
+  [[nodiscard]] double qsnr() const { return 10 * std::log10(signal / noise); }
+};
+
 int compare(const settings& s, const io::safetensors_file& file, std::span<const weights> all,
-            const tetromino::automatic_t& policy) {
+            const input_statistics* seen, const tetromino::automatic_t& policy) {
   std::vector<recipe> recipes;
   for (const auto& name : s.recipes.empty() ? compared_recipes : s.recipes) recipes.push_back(recipe::parse(name));
+  for (const auto& name : compared_with_statistics) {
+    if (seen != nullptr && s.recipes.empty()) recipes.push_back(recipe::parse(name));
+  }
 
   std::vector<tetromino::error_report> reports(recipes.size());
+  std::vector<product_report> products(recipes.size());
   std::vector<double> bits(recipes.size());
   std::size_t elements = 0;
   for (const auto& w : all) elements += w.elements();
@@ -70,23 +106,21 @@ int compare(const settings& s, const io::safetensors_file& file, std::span<const
             amax[r.rotation] = amax_of(file, w, policy, r.rotation);
           }
         }
-        for_each_slice(file, w, [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
+        const auto pack_all = [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
           for (std::size_t i = 0; i < recipes.size(); ++i) {
             const recipe& r = recipes[i];
-            const auto packed_with = [&](const quantize_options& options) {
-              const auto packed = tetromino::try_quantize(policy, slice, r, options);
-              if (!packed) throw at_row(packed.error(), row, w);
-              reports[i].add(tetromino::compare(slice, unpacked(policy, *packed, r)));
-            };
-            if (r.format.scale == tetromino::scale_type::e4m3) {
-              const float scale = tensor_scale_for(layout::linear, amax.at(r.rotation), r.rule);
-              packed_with({.tensor_scales = {&scale, 1}});
-            } else {
-              packed_with({});
-            }
+            const bool scaled = r.format.scale == tetromino::scale_type::e4m3;
+            const float scale = scaled ? tensor_scale_for(layout::linear, amax.at(r.rotation), r.rule) : 1.0f;
+            const auto packed = pack_slice(policy, slice, row, w, r, {&scale, scaled ? 1u : 0u}, seen);
+            if (!packed) throw at_row(packed.error(), row, w);
+            const auto values = unpacked(policy, *packed, r);
+            reports[i].add(tetromino::compare(slice, values));
+            if (seen == nullptr) continue;
+            products[i].add(slice[0], values, seen->of(w.tensor->name(), row / w.rows, w.matrices, w.cols));
           }
           progress.add(slice.rows * slice.cols);
-        });
+        };
+        for_each_slice(file, w, pack_all, seen != nullptr);
       });
       for (std::size_t i = 0; i < recipes.size(); ++i) {
         for (const auto& part : store_as(layout::linear, recipes[i].format, w).parts()) {
@@ -97,10 +131,14 @@ int compare(const settings& s, const io::safetensors_file& file, std::span<const
       }
     }
   }
-  ui::table table({"recipe", "bits/weight", "QSNR dB"});
+  std::vector<std::string> header{"recipe", "bits/weight", "QSNR dB"};
+  if (seen != nullptr) header.emplace_back("of products dB");
+  ui::table table(std::move(header));
   for (std::size_t i = 0; i < recipes.size(); ++i) {
-    table.add({recipes[i].name(), fmt::format("{:.3f}", bits[i] / static_cast<double>(elements)),
-               fmt::format("{:.3f}", reports[i].qsnr())});
+    std::vector<std::string> line{recipes[i].name(), fmt::format("{:.3f}", bits[i] / static_cast<double>(elements)),
+                                  fmt::format("{:.3f}", reports[i].qsnr())};
+    if (seen != nullptr) line.push_back(fmt::format("{:.3f}", products[i].qsnr()));
+    table.add(std::move(line));
   }
   table.print();
   fmt::print("{} tensors, {} weights\n", all.size(), elements);
@@ -109,36 +147,39 @@ int compare(const settings& s, const io::safetensors_file& file, std::span<const
 
 /// Packs one tensor into the file being written; returns what that did to its values.
 tetromino::error_report pack(const io::safetensors_file& file, const weights& w, const recipe& r, layout where,
-                             const stored& parts, const tetromino::automatic_t& policy, io::safetensors_writer& writer,
-                             ui::progress& progress) {
+                             const stored& parts, const input_statistics* seen, const tetromino::automatic_t& policy,
+                             io::safetensors_writer& writer, ui::progress& progress) {
   tetromino::error_report report;
-  float tensor_scale = 1;
-  quantize_options options;
+  std::vector<float> tensor_scales;
   if (r.format.scale == tetromino::scale_type::e4m3) {
-    tensor_scale = tensor_scale_for(where, amax_of(file, w, policy, r.rotation), r.rule);
-    options.tensor_scales = {&tensor_scale, 1};
+    const float tensor_scale = tensor_scale_for(where, amax_of(file, w, policy, r.rotation), r.rule);
+    tensor_scales.push_back(tensor_scale);
     const float value = stored_scale(where, tensor_scale);
     writer.append_values<float>(parts.tensor_scale.name, {&value, 1});
   }
-  for_each_slice(file, w, [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
-    const auto packed = tetromino::try_quantize(policy, slice, r, options);
+  const auto pack_one = [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
+    const auto packed = pack_slice(policy, slice, row, w, r, tensor_scales, seen);
     if (!packed) throw at_row(packed.error(), row, w);
     writer.append(parts.codes.name, packed->codes);
     writer.append(parts.scales.name, packed->scales);
     if (!parts.macros.name.empty()) writer.append(parts.macros.name, packed->macros);
     report.add(tetromino::compare(slice, unpacked(policy, *packed, r)));
     progress.add(slice.rows * slice.cols * sizeof(T));
-  });
+  };
+  for_each_slice(file, w, pack_one, seen != nullptr);
   return report;
 }
 
 int write(const settings& s, const io::safetensors_file& file, std::span<const weights> all,
-          const tetromino::automatic_t& policy) {
+          const input_statistics* seen, const tetromino::automatic_t& policy) {
   if (s.output.empty()) throw error(errc::invalid_argument, "expected OUT.safetensors, or --compare");
   if (s.recipes.size() > 1) throw error(errc::invalid_argument, "expected one --recipe; --compare takes several");
   const recipe r = recipe::parse(s.recipes.empty() ? "mxfp4-16/oas/mbs-search" : s.recipes.front());
   const layout where = layout_named(s.layout);
   expect_fit(where, r);
+  if (r.error_feedback && seen == nullptr) {
+    throw error(errc::invalid_argument, fmt::format("recipe {} needs --statistics FILE", r.name()));
+  }
 
   // The header comes first: every tensor is declared, packed ones by their parts, in the order of the input.
   std::vector<io::tensor_declaration> declarations;
@@ -164,6 +205,7 @@ int write(const settings& s, const io::safetensors_file& file, std::span<const w
   metadata["tetromino.recipe"] = r.name();
   metadata["tetromino.layout"] = s.layout;
   metadata["tetromino.shapes"] = shapes.dump();
+  if (seen != nullptr) metadata["tetromino.statistics"] = std::filesystem::path(s.statistics).filename().string();
   const nlohmann::json config = quantization_config(where, r.format, kept_modules);
   if (!config.is_null()) metadata["quantization_config"] = config.dump();
 
@@ -176,7 +218,7 @@ int write(const settings& s, const io::safetensors_file& file, std::span<const w
     for (std::size_t i = 0; i < all.size(); ++i) {
       const weights& w = all[i];
       tetromino::error_report report;
-      naming(w, [&] { report = pack(file, w, r, where, parts[i], policy, writer, progress); });
+      naming(w, [&] { report = pack(file, w, r, where, parts[i], seen, policy, writer, progress); });
       std::size_t bits = 0;
       for (const auto& part : parts[i].parts()) {
         std::size_t entries = 1;
@@ -228,6 +270,8 @@ int main(int argc, char** argv) {
   app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")->capture_default_str();
   app.add_option("--keep", s.keep,
                  "leave tensors whose name matches this pattern (* and ?) as they are; may be repeated");
+  app.add_option("--statistics", s.statistics,
+                 "calibration statistics of the weights' inputs: they weigh errors in searches, and gptq needs them");
   app.add_option("--threads", s.threads, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
   app.add_flag("--compare", s.compare, "print the recipes side by side and write nothing");
   CLI11_PARSE(app, argc, argv);
@@ -237,6 +281,9 @@ int main(int argc, char** argv) {
     const std::vector<weights> all = find_weights(file, s.keep);
     const tetromino::thread_executor threads(s.threads);
     const auto policy = tetromino::automatic.on(threads);
-    return s.compare ? compare(s, file, all, policy) : write(s, file, all, policy);
+    std::optional<input_statistics> read;
+    if (!s.statistics.empty()) read = input_statistics::load(s.statistics);
+    const input_statistics* const seen = read ? &*read : nullptr;
+    return s.compare ? compare(s, file, all, seen, policy) : write(s, file, all, seen, policy);
   });
 }

@@ -1,7 +1,7 @@
 /// Reads a packed checkpoint back beside the one it was made from:
 ///   verify_checkpoint ORIGINAL.safetensors PACKED.safetensors
 /// Every packed tensor is unpacked and compared with the original, and packed again to the same bytes; every other
-/// tensor must be there unchanged.
+/// tensor must be there unchanged. What was packed with statistics is packed again where --statistics gives them.
 
 #include "checkpoint.hpp"
 #include "ui.hpp"
@@ -9,6 +9,7 @@
 #include <CLI/CLI.hpp>
 
 #include <map>
+#include <optional>
 
 namespace {
 
@@ -37,8 +38,8 @@ std::span<const std::uint8_t> bytes_of(const io::safetensors_file& file, const i
 
 /// Compares one packed tensor with its original, slice by slice; throws where packing again gives other bytes.
 tetromino::error_report verify(const io::safetensors_file& original, const io::safetensors_file& packed,
-                               const weights& w, const tetromino::recipe& r, layout where,
-                               const tetromino::automatic_t& policy) {
+                               const weights& w, const tetromino::recipe& r, layout where, bool pack_again,
+                               const input_statistics* seen, const tetromino::automatic_t& policy) {
   const stored parts = store_as(where, r.format, w);
   const auto codes = bytes_of(packed, parts.codes), scales = bytes_of(packed, parts.scales);
   const auto macros = parts.macros.name.empty() ? std::span<const std::uint8_t>{} : bytes_of(packed, parts.macros);
@@ -49,7 +50,7 @@ tetromino::error_report verify(const io::safetensors_file& original, const io::s
   }
 
   tetromino::error_report report;
-  for_each_slice(original, w, [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
+  const auto compare_slice = [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
     const tetromino::packed_shape shape{r.format, 1, slice.rows, slice.cols};
     const auto part = [&](std::span<const std::uint8_t> all, std::size_t bytes_per_row) {
       return all.subspan(row * bytes_per_row, slice.rows * bytes_per_row);
@@ -64,22 +65,30 @@ tetromino::error_report verify(const io::safetensors_file& original, const io::s
                                         tensor_scales};
     report.add(tetromino::compare(slice, unpacked(policy, view, r)));
 
-    const auto again = tetromino::quantize(policy, slice, r, {.tensor_scales = tensor_scales});
-    if (!std::ranges::equal(again.codes, view.codes) || !std::ranges::equal(again.scales, view.scales) ||
-        !std::ranges::equal(again.macros, view.macros)) {
+    const auto differs = [&](const tetromino::packed<>& again) {
+      return !std::ranges::equal(again.codes, view.codes) || !std::ranges::equal(again.scales, view.scales) ||
+             !std::ranges::equal(again.macros, view.macros);
+    };
+    if (pack_again && differs(pack_slice(policy, slice, row, w, r, tensor_scales, seen).value())) {
       throw error(errc::malformed_file, fmt::format("rows {} to {} do not hold what {} makes of the original", row,
                                                     row + slice.rows - 1, r.name()));
     }
     for (const auto& bytes : {view.codes, view.scales, view.macros}) packed.done_with(bytes);
-  });
+  };
+  for_each_slice(original, w, compare_slice, seen != nullptr);
   return report;
 }
 
-int verify_all(const std::string& original_path, const std::string& packed_path, unsigned threads) {
+int verify_all(const std::string& original_path, const std::string& packed_path, const std::string& statistics,
+               unsigned threads) {
   const auto original = io::safetensors_file::open(original_path);
   const auto packed = io::safetensors_file::open(packed_path);
   const auto r = tetromino::recipe::parse(entry(packed, "tetromino.recipe"));
   const layout where = layout_named(entry(packed, "tetromino.layout"));
+  const bool calibrated = packed.metadata().contains("tetromino.statistics");
+  std::optional<input_statistics> read;
+  if (calibrated && !statistics.empty()) read = input_statistics::load(statistics);
+  const bool pack_again = !calibrated || read;
   const auto shapes = nlohmann::json::parse(entry(packed, "tetromino.shapes"), nullptr, false);
   if (!shapes.is_object()) throw error(errc::malformed_file, packed_path + ": tetromino.shapes is not a JSON object");
 
@@ -109,27 +118,31 @@ int verify_all(const std::string& original_path, const std::string& packed_path,
             errc::malformed_file,
             fmt::format("tensor \"{}\": the packed file gives it another shape than the original", tensor.name()));
       }
-      naming(w->second, [&] { total.add(verify(original, packed, w->second, r, where, policy)); });
+      naming(w->second, [&] {
+        total.add(verify(original, packed, w->second, r, where, pack_again, read ? &*read : nullptr, policy));
+      });
     }
     progress.add(1);
   }
   fmt::print("{}: {} tensors packed as {} in layout {}, {} kept\n", packed_path, shapes.size(), r.name(),
              name_of(where), kept);
-  fmt::print(
-      "unpacked QSNR {:.3f} dB over {} weights; packing again gives the same bytes; kept tensors are unchanged\n",
-      total.qsnr(), total.count);
+  fmt::print("unpacked QSNR {:.3f} dB over {} weights; {}; kept tensors are unchanged\n", total.qsnr(), total.count,
+             pack_again
+                 ? "packing again gives the same bytes"
+                 : fmt::format("not packed again, which needs --statistics {}", entry(packed, "tetromino.statistics")));
   return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  std::string original, packed;
+  std::string original, packed, statistics;
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   CLI::App app("Reads a packed checkpoint back and compares it with the one it was made from");
   app.add_option("ORIGINAL", original, "checkpoint that was packed (.safetensors)")->required();
   app.add_option("PACKED", packed, "what quantize_checkpoint wrote (.safetensors)")->required();
+  app.add_option("--statistics", statistics, "what the file was packed with, to pack it again");
   app.add_option("--threads", threads, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
   CLI11_PARSE(app, argc, argv);
-  return ui::run("verify_checkpoint", [&] { return verify_all(original, packed, threads); });
+  return ui::run("verify_checkpoint", [&] { return verify_all(original, packed, statistics, threads); });
 }

@@ -1,5 +1,6 @@
 #include "check.hpp"
 
+#include "../../examples/input_statistics.hpp"
 #include "examples/program.hpp"
 #include "reference/numbers.hpp"
 #include "reference/safetensors_reader.hpp"
@@ -9,6 +10,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <random>
 #include <sstream>
 
 namespace {
@@ -195,6 +197,85 @@ TEST_CASE("what cannot be done is said in one line, and leaves no file") {
   writer.append_values<float>("w", values);
   writer.finish();
   fails({bad, out}, "tensor \"w\": expected finite values, got NaN at row 5, column 7");
+}
+
+TEST_CASE("statistics of the weights' inputs make products err less") {
+  const temporary_directory folder;
+  const auto path = [&](const char* name) { return (folder / name).string(); };
+  std::mt19937_64 random(tetromino_test::seed());
+  std::normal_distribution<float> normal;
+  const auto numbers = [&](std::size_t n) {
+    std::vector<float> out(n);
+    for (float& v : out) v = normal(random);
+    return out;
+  };
+  constexpr std::size_t experts = 3, rows = 32, cols = 64;
+  auto writer = io::safetensors_writer::create(
+      path("in"), std::vector<io::tensor_declaration>{{"moe.up.weight", io::dtype::F32, {experts, rows, cols}},
+                                                      {"attn.o.weight", io::dtype::F32, {rows, cols}}});
+  writer.append_values<float>("moe.up.weight", numbers(experts * rows * cols));
+  writer.append_values<float>("attn.o.weight", numbers(rows * cols));
+  writer.finish();
+
+  input_statistics seen;
+  seen.name("moe.up.weight", "moe");
+  seen.name("attn.o.weight", "attn");
+  const std::vector<float> mix = numbers(8 * cols);
+  const auto inputs = [&](std::size_t n) {  // eight causes and noise
+    std::vector<float> x = numbers(n * cols);
+    for (std::size_t r = 0; r < n; ++r) {
+      for (std::size_t c = 0; c < 8; ++c) {
+        const float cause = normal(random);
+        for (std::size_t k = 0; k < cols; ++k) x[r * cols + k] += 2 * cause * mix[c * cols + k];
+      }
+    }
+    return x;
+  };
+  for (std::size_t e = 0; e < experts; ++e) seen.add("moe", e, experts, inputs(e == 0 ? 0 : 300), cols);
+  seen.add("attn", 0, 1, inputs(300), cols);
+  seen.save(path("statistics"));
+  const auto read = input_statistics::load(path("statistics"));
+  CHECK(read.column_weights("moe.up.weight", 1, experts, cols, 16) ==
+        seen.column_weights("moe.up.weight", 1, experts, cols, 16));
+  CHECK(read.of("moe.up.weight", 0, experts, cols).rows() == input_statistics::borrowed_rows);
+
+  for (const char* name : {"mxfp4-32/min-error/mbs-search@32/gptq", "nvfp4/min-error/hadamard-16"}) {
+    CAPTURE(name);
+    const auto run =
+        run_program("quantize_checkpoint",
+                    {path("in"), path("out"), "--recipe", name, "--statistics", path("statistics")}, folder.path());
+    INFO(run.err);
+    REQUIRE(run.exit_code == 0);
+    const auto again =
+        run_program("verify_checkpoint", {path("in"), path("out"), "--statistics", path("statistics")}, folder.path());
+    CHECK_THAT(again.out, contains("packing again gives the same bytes"));
+    CHECK(run_program("verify_checkpoint", {path("in"), path("out")}, folder.path()).exit_code == 0);
+  }
+
+  // weights and products, in dB
+  const auto compared = run_program("quantize_checkpoint",
+                                    {path("in"), "--compare", "--statistics", path("statistics"), "--recipe",
+                                     "mxfp4-32/oas", "--recipe", "mxfp4-32/oas/gptq"},
+                                    folder.path());
+  std::istringstream lines(compared.out);
+  std::map<std::string, double> products;
+  for (std::string line; std::getline(lines, line);) {
+    std::istringstream words(line);
+    std::string recipe;
+    double bits = 0, qsnr = 0;
+    if (words >> recipe >> bits >> qsnr) words >> products[recipe];
+  }
+  CHECK(products.at("mxfp4-32/oas/gptq") > products.at("mxfp4-32/oas") + 3);
+
+  const auto fails = [&](const std::vector<std::string>& arguments, const std::string& message) {
+    const auto run = run_program("quantize_checkpoint", arguments, folder.path());
+    CHECK(run.exit_code == 1);
+    CHECK_THAT(run.err, contains(message));
+  };
+  fails({path("in"), path("none"), "--recipe", "mxfp4-32/oas/gptq"}, "needs --statistics FILE");
+  fails({model, path("none"), "--statistics", path("statistics")},
+        "no calibration statistics for the weights layers.0");
+  fails({path("in"), path("none"), "--statistics", path("in")}, "no statistics in it");
 }
 
 TEST_CASE("patterns keep tensors as they are") {
