@@ -11,9 +11,10 @@
 #include <cstdint>       // std::uint64_t
 #include <cstdlib>       // std::getenv, std::strtoull
 #include <filesystem>    // std::filesystem::path
+#include <fstream>       // std::ofstream
 #include <random>        // std::random_device
 #include <stdexcept>     // std::logic_error
-#include <string>        // std::string
+#include <string>        // std::string, std::to_string
 #include <system_error>  // std::error_code
 
 #if __has_include(<catch2/catch_all.hpp>)
@@ -33,7 +34,14 @@ struct precondition_failed : std::logic_error {
   using std::logic_error::logic_error;
 };
 
-[[noreturn]] inline void fail_precondition(const char* message) { throw precondition_failed(message); }
+/// Where TETROMINO_PRECONDITION_LOG names a file, the places that fired are written to it: tests/preconditions.sh
+/// compares them with the headers.
+[[noreturn]] inline void fail_precondition(const char* message, const char* file, int line) {
+  if (const char* log = std::getenv("TETROMINO_PRECONDITION_LOG"); log != nullptr && *log != '\0') {
+    std::ofstream(log, std::ios::app) << std::string(file) + ":" + std::to_string(line) + ": " + message + "\n";
+  }
+  throw precondition_failed(message);
+}
 
 /// The seed of every random test: TETROMINO_SEED from the environment, or a fixed default. A failing run prints it.
 [[nodiscard]] inline std::uint64_t seed() {
@@ -86,4 +94,4 @@ class temporary_directory {
 }  // namespace tetromino_test
 
 #define TETROMINO_CHECKED
-#define TETROMINO_PRECONDITION_FAILED(message) ::tetromino_test::fail_precondition(message)
+#define TETROMINO_PRECONDITION_FAILED(message) ::tetromino_test::fail_precondition(message, __FILE__, __LINE__)

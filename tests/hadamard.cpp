@@ -99,6 +99,17 @@ TEST_CASE("packing with a rotation is rotating, then packing") {
   }
 }
 
+TEST_CASE("rows longer than the pieces they are packed in: rotated in one pass as in two, with signs") {
+  const matrix<float> x = gaussian(2, 4096 + 200);
+  const hadamard rotation{32, 7};
+  matrix<float> rotated(2, 4096 + 200);
+  rotate(scalar, x, rotation, rotated.view());
+  const auto expected = quantize<mxfp4>(scalar, rotated);
+  const auto got = quantize<mxfp4>(scalar, x, {.rotation = rotation});
+  CHECK(got.codes == expected.codes);
+  CHECK(got.scales == expected.scales);
+}
+
 TEST_CASE("special values under a rotation") {
   matrix<float> x = gaussian(2, 128);
   x(1, 70) = INFINITY;

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Mutation check: plants the faults of tests/mutations.txt one at a time in a copy of the headers and runs the test that
+# must notice. A fault is caught if the test fails, or if a static_assert of the library does.
+#   tests/mutate.sh                 all of them
+#   tests/mutate.sh router e2m1-    those whose names contain one of the words
+#   tests/mutate.sh --check         only whether each fault still applies
+# CXX and TETROMINO_JOBS pick the compiler and how many run at once.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+list=$root/tests/mutations.txt
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export root work CXX=${CXX:-c++}
+launcher=$(command -v ccache || true)
+export launcher libraries=
+if "$CXX" -fsyntax-only -include catch2/catch_all.hpp -x c++ /dev/null 2>/dev/null; then libraries=-lCatch2; fi  # Catch2 3
+
+check_only=no
+if [ "${1:-}" = --check ]; then
+  check_only=yes
+  shift
+fi
+
+# build TEST INCLUDE-FOLDER OUTPUT
+build() {
+  local flags=(-D TETROMINO_SIMD=0)
+  [[ $1 == isa/* ]] && flags=(-mavx2 -mfma -mf16c)
+  $launcher "$CXX" -std=c++20 -O1 -D TETROMINO_TEST_DATA="\"$root/examples/data\"" "${flags[@]}" -I "$2" -I "$root/tests" \
+    -c "$root/tests/$1.cpp" -o "$3.o" && "$CXX" "$3.o" "$work/main.o" $libraries -pthread -o "$3"
+}
+
+# plant NAME FILE TEST SCRIPT: 0 caught, 1 survived, 2 neither
+plant() {
+  local name=$1 file=$2 test=$3 script=$4 copy=$work/$1 status=0
+  mkdir -p "$copy"
+  cp -r "$root/include" "$copy/"
+  sed "$script" "$root/include/tetromino/$file" >"$copy/include/tetromino/$file"
+  if cmp -s "$root/include/tetromino/$file" "$copy/include/tetromino/$file"; then
+    echo "error     $name: does not apply to $file any more"
+    status=2
+  elif [ "$check_only" = yes ]; then
+    :
+  elif ! build "$test" "$copy/include" "$copy/test" 2>"$copy/messages"; then
+    if grep -qE 'static assertion failed|static_assert failed' "$copy/messages"; then
+      echo "caught    $name by a static_assert"
+    else
+      echo "error     $name: does not compile: $(grep -m 1 error "$copy/messages")"
+      status=2
+    fi
+  elif { timeout 120 "$copy/test" >/dev/null 2>&1; } 2>/dev/null; then
+    echo "SURVIVED  $name: $test does not notice"
+    status=1
+  else
+    echo "caught    $name by $test"
+  fi
+  rm -rf "$copy"
+  return $status
+}
+export -f plant build
+export check_only
+
+names=() files=() tests=() scripts=()
+while read -r name file test script; do
+  [[ -z $name || $name == \#* ]] && continue
+  wanted=$([ $# -eq 0 ] && echo yes || echo no)
+  for word in "$@"; do [[ $name == *$word* ]] && wanted=yes; done
+  [ "$wanted" = yes ] || continue
+  names+=("$name") files+=("$file") tests+=("$test") scripts+=("$script")
+done <"$list"
+[ ${#names[@]} -gt 0 ] || { echo "no fault of that name" >&2; exit 2; }
+
+if [ "$check_only" = no ]; then
+  "$CXX" -std=c++20 -O1 -I "$root/include" -I "$root/tests" -c "$root/tests/support/main.cpp" -o "$work/main.o"
+  for test in $(printf '%s\n' "${tests[@]}" | sort -u); do  # each must pass without a fault
+    if ! build "$test" "$root/include" "$work/whole" || ! "$work/whole" >/dev/null 2>&1; then
+      echo "error: $test fails without any fault" >&2
+      exit 2
+    fi
+  done
+fi
+
+for i in "${!names[@]}"; do
+  printf '%s\0%s\0%s\0%s\0' "${names[i]}" "${files[i]}" "${tests[i]}" "${scripts[i]}"
+done | { xargs -0 -n 4 -P "${TETROMINO_JOBS:-$(nproc)}" bash -c 'plant "$@" || true' plant; } | tee "$work/report"
+
+caught=$(grep -c '^caught' "$work/report" || true)
+broken=$(grep -c '^error' "$work/report" || true)
+if [ "$check_only" = yes ]; then
+  echo "${#names[@]} faults, $broken of them do not apply"
+  [ "$broken" -eq 0 ]
+else
+  echo "caught $caught of ${#names[@]} planted faults"
+  [ "$caught" -eq "${#names[@]}" ]
+fi
