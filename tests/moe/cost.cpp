@@ -96,6 +96,17 @@ TEST_CASE("a case counted by hand") {
   CHECK(e.dispatch_seconds == Approx(1.0 + 2 * 2 + 0.1 + 2 * 1));
 }
 
+TEST_CASE("a node that many send to is the busiest by what comes in") {
+  // requests on nodes 0 and 1, all experts on node 2: two copies leave each, four arrive
+  const topology t = topology::uniform(3, 1, 2, {.inside = {100, 1}, .between = {10, 2}});
+  const placement p = placement::make(1, 2, 6, {-1, -1, -1, -1, 0, 1});
+  const trace tr = trace::make({1, 2, 1}, {0, 1, 1, 0}, {{0, 2, 0, 0}, {2, 2, 0, 0}});
+  cost_options options;
+  options.hidden = 10;
+  const std::vector<std::uint32_t> sources = {0, 1};
+  CHECK(evaluate(tr.view(), p, t, sources, options).dispatch_seconds == Approx(4.0 + 2));
+}
+
 TEST_CASE("cost equals the plain count on random clusters, placements and traces") {
   generator g(tetromino_test::seed());
   for (int i = 0; i < 1500; ++i) {

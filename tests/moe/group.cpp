@@ -70,6 +70,12 @@ TEST_CASE("signatures can be cut down") {
   top.write(s);
   REQUIRE(s.entries.size() == 3);
   CHECK(s.entries[1].cell == 8 + 4);
+  signature_builder most_used({1, 8, 1}, {1, 0});  // expert 6 twice, expert 3 once
+  most_used.begin(3);
+  for (const std::uint16_t e : {std::uint16_t{6}, std::uint16_t{3}, std::uint16_t{6}}) most_used.add({&e, 1});
+  most_used.write(s);
+  REQUIRE(s.entries.size() == 1);
+  CHECK(s.entries[0].cell == 6);
   CHECK(hashed.buckets() == 1);
   hashed.begin(1);
   hashed.add(token);

@@ -70,6 +70,15 @@ TEST_CASE("a copy on the same node is preferred, then the GPU that sends least")
   CHECK(even.layers[0].rounds.size() == 1);
 }
 
+TEST_CASE("a second copy on a GPU comes from the first, and a GPU sends one expert at a time") {
+  const topology t = topology::uniform(2, 1, 2);
+  CHECK(migrate(placement::make(1, 2, 4, {0, 1, -1, -1}), placement::make(1, 2, 4, {0, -1, 1, 1}), t, 1).moves == 1);
+  const migration both =
+      migrate(placement::make(1, 2, 4, {0, 1, -1, -1}), placement::make(1, 2, 4, {-1, -1, 0, 1}), t, 1);
+  REQUIRE(both.moves == 2);
+  CHECK(both.layers[0].rounds.size() == 2);
+}
+
 TEST_CASE("playing back any migration turns one placement into the other") {
   generator g(tetromino_test::seed());
   for (int i = 0; i < 600; ++i) {

@@ -229,6 +229,15 @@ TEST_CASE("balanced finds the optimum where exchanges are needed") {
   CHECK(heaviest_gpu(balanced({1, 6, loads}, t), 0, {1, 6, loads}, t) == 15);
 }
 
+TEST_CASE("balanced exchanges GPUs between nodes where that evens the nodes out") {
+  const std::vector<double> loads = {4, 3, 2, 1};  // one to a GPU; in that order nodes would carry 7 and 3
+  const topology t = topology::uniform(2, 2, 1);
+  const placement p = balanced({1, 4, loads}, t);
+  double first = 0;
+  for (std::size_t s = 0; s < 2; ++s) first += loads[static_cast<std::size_t>(p.layer(0)[s])];
+  CHECK(first == 5);
+}
+
 TEST_CASE("bad loads and sizes are errors") {
   const topology t = topology::uniform(2, 2, 2);
   std::vector<double> loads(8, 1.0);
