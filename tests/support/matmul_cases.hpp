@@ -11,6 +11,7 @@
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::uint8_t
 #include <cstring>  // std::memcmp
+#include <limits>   // std::numeric_limits
 #include <span>     // std::span
 #include <vector>   // std::vector
 
@@ -83,13 +84,14 @@ inline std::vector<double> meaning(const tetromino::int8_matrix& x) {
   return out;
 }
 
-/// Says how far an output is from Σ x · w, in units of 2^-24 Σ |x · w|.
+/// Says how far an output is from Σ x · w, in units of 2^-24 Σ |x · w|; infinitely far if nothing was written there.
 inline double error_of(float got, std::span<const double> x, std::span<const double> w) {
   double sum = 0, magnitudes = 0;
   for (std::size_t k = 0; k < x.size(); ++k) {
     sum += x[k] * w[k];
     magnitudes += std::abs(x[k] * w[k]);
   }
+  if (got != got && sum == sum) return std::numeric_limits<double>::infinity();
   const double difference = std::abs(static_cast<double>(got) - sum);
   return difference == 0 ? 0 : difference / (magnitudes * 0x1p-24);
 }
