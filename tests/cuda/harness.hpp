@@ -59,6 +59,9 @@ inline void require(const tetromino::result<void>& done, const char* what) {
   std::exit(1);
 }
 
+/// Whether TETROMINO_SMALL asks for a run short enough for a sanitizer.
+inline bool is_short() { return std::getenv("TETROMINO_SMALL") != nullptr; }
+
 /// Ends the program with 77 where no device can be used.
 inline void need_device(int least_major = 8) {
   int count = 0;

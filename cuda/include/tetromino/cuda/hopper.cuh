@@ -89,9 +89,12 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-/// Describes rows of 128 bytes under the 128-byte swizzle, in a tile that starts at a multiple of 1024 bytes.
-[[nodiscard]] __device__ inline std::uint64_t swizzled_tile(std::uint32_t shared) {
-  return (shared & 0x3FFFFu) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{1024 >> 4} << 32 | std::uint64_t{1} << 62;
+/// Describes rows of 128 bytes under the 128-byte swizzle, in a tile that starts at a multiple of 1024 bytes; `offset`
+/// counts units of 16 bytes from there.
+[[nodiscard]] __device__ inline std::uint64_t swizzled_tile(std::uint32_t shared, std::uint32_t offset) {
+  std::uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"((shared >> 4) + 0x10000u + offset), "r"(0x40000040u));
+  return descriptor;
 }
 
 __device__ inline void barrier_init(std::uint32_t barrier, std::uint32_t count) {

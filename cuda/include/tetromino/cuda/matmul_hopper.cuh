@@ -24,6 +24,7 @@ struct hopper_shape {
   static constexpr bool is_large = Rows >= 128;
   static constexpr int consumers = Groups * 128;
   static constexpr int threads = consumers + (is_large ? 128 : 32);
+  static_assert(!is_large || Groups == 2 || Groups == 3, "registers are shared out for two or three warpgroups");
   static constexpr int sums = Rows / 2;  ///< of a lane
   static constexpr std::uint32_t tile_bytes = 2048 + 4096 / block_of<Kind>;
   static constexpr std::uint32_t box_bytes = Rows * 128;
@@ -34,11 +35,13 @@ struct hopper_shape {
   /// What a warpgroup's outputs take on their way to memory: 64 rows of x at a time, padded against bank conflicts.
   static constexpr std::uint32_t staged_row_bytes = 64 * 2 + 16;
   static constexpr std::uint32_t staged_bytes = is_large ? Groups * 64 * staged_row_bytes : 0;
+  /// Sums of all lanes, where a cluster shares a tile: they take the place of the stages, which are then done with.
   static constexpr std::uint32_t partial_bytes = consumers * sums * 4;
-  /// Shared memory for `matrices` matrices, with the sums of all lanes where a cluster shares tiles.
-  static constexpr std::uint32_t shared_bytes(std::uint32_t matrices, bool is_split) {
-    const std::uint32_t output = is_split ? partial_bytes : staged_bytes;
-    return 1024 + output_at + output + (matrices + 1) * 4;
+  static_assert(Rows == 256 || partial_bytes <= Stages * stage_bytes);
+  static constexpr std::uint32_t tiles_before_at = output_at + staged_bytes;
+  /// Shared memory for `matrices` matrices.
+  static constexpr std::uint32_t shared_bytes(std::uint32_t matrices) {
+    return 1024 + tiles_before_at + (matrices + 1) * 4;
   }
 };
 
@@ -89,6 +92,15 @@ struct tile_sums {
   float d[sums];
   std::uint32_t a[2][4][4];  ///< A operands of two tiles of weights: one multiplies while the other is decoded
 
+  std::uint32_t codes_at, scales_at;  ///< of this lane in a tile
+
+  __device__ tile_sums() {
+    const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    codes_at = warp * 512 + lane * 16;
+    scales_at = 2048 + (warp * 8 + lane / 4) * (2 * 64 / block_of<Kind>);
+    keep(codes_at), keep(scales_at);
+  }
+
   /// Keeps the compiler from moving uses of the sums to before a wait.
   __device__ void hold() {
 #pragma unroll
@@ -103,17 +115,19 @@ struct tile_sums {
   using coded = coded_tile<Kind>;
 
   /// Reads this lane's part of a tile in shared memory.
-  [[nodiscard]] static __device__ coded load(const unsigned char* tile) {
-    const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    constexpr std::uint32_t scale_bytes = 2 * 64 / block_of<Kind>;  // of a lane
-    const uint4 codes = *reinterpret_cast<const uint4*>(tile + warp * 512 + lane * 16);
-    const unsigned char* const scales = tile + 2048 + (warp * 8 + lane / 4) * scale_bytes;
+  [[nodiscard]] __device__ coded load(std::uint32_t tile) const {
+    coded out;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out.word[0]), "=r"(out.word[1]), "=r"(out.word[2]), "=r"(out.word[3])
+                 : "r"(tile + codes_at));
     if constexpr (Kind == weight_kind::mx32) {
-      return {{codes.x, codes.y, codes.z, codes.w}, {*reinterpret_cast<const std::uint32_t*>(scales)}};
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out.scales[0]) : "r"(tile + scales_at));
     } else {
-      const uint2 both = *reinterpret_cast<const uint2*>(scales);
-      return {{codes.x, codes.y, codes.z, codes.w}, {both.x, both.y}};
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(out.scales[0]), "=r"(out.scales[1])
+                   : "r"(tile + scales_at));
     }
+    return out;
   }
 
   /// The macro-block factors of the lane's two rows, now and for the next macro block.
@@ -141,11 +155,10 @@ struct tile_sums {
   }
 
   /// Multiplies through the stages of columns [first, last), in units of stages.
-  __device__ void run(const matmul_args<T>& args, std::uint32_t shared, const unsigned char* memory,
-                      std::uint32_t group, std::uint32_t first, std::uint32_t last, const std::uint8_t* macro_bytes,
-                      std::uint32_t& slot, std::uint32_t& parity) {
+  __device__ void run(const matmul_args<T>& args, std::uint32_t shared, std::uint32_t group, std::uint32_t first,
+                      std::uint32_t last, const std::uint8_t* macro_bytes, std::uint32_t& slot, std::uint32_t& parity) {
     const std::uint32_t full = shared + Shape::barriers_at, empty = full + 8 * Shape::stages;
-    const unsigned char* const mine = memory + Shape::weights_at + group * (Shape::tiles * Shape::tile_bytes);
+    const std::uint32_t mine = shared + Shape::weights_at + group * (Shape::tiles * Shape::tile_bytes);
     const std::uint32_t tiles = (last - first) * Shape::tiles;
 #pragma unroll
     for (int i = 0; i < sums; ++i) d[i] = 0.0f;
@@ -172,8 +185,7 @@ struct tile_sums {
       constexpr int b = Buffer;
       constexpr bool ends_stage = Shape::tiles == 1 || b == 1;
       const std::uint32_t this_slot = slot;
-      const std::uint64_t box =
-          swizzled_tile(shared + slot * Shape::stage_bytes + (Shape::tiles == 1 ? 0 : b * Shape::box_bytes));
+      const std::uint32_t box = shared + slot * Shape::stage_bytes + (Shape::tiles == 1 ? 0 : b * Shape::box_bytes);
       if (ends_stage && ++slot == Shape::stages) slot = 0, parity ^= 1;
       coded next;
       if constexpr (HasNext) {
@@ -189,7 +201,7 @@ struct tile_sums {
           enter_next(macros);
         }
         wgmma_fence();
-        wgmma<T>(d, a[b][s], box + 2u * s);
+        wgmma<T>(d, a[b][s], swizzled_tile(box, 2u * s));
         if (s == 3) wgmma_commit();
         if constexpr (HasNext) {
           // The tensor cores read operands in registers one product at a time, so that decoding must lie between the
@@ -201,7 +213,7 @@ struct tile_sums {
       }
       wgmma_wait<0>();
       hold();
-      if (ends_stage && threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * this_slot);
+      if constexpr (ends_stage) barrier_arrive(empty + 8 * this_slot);  // each lane, for its own reads
       if constexpr (Macros != 0 && HasNext) {
         if (--until_next == 0) {
           until_next = macro_tiles;
@@ -294,14 +306,14 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
   const std::uint32_t shared = shared_address(memory);
   const std::uint32_t parts = cluster_size(), part = cluster_rank();
   unsigned char* const output = memory + Shape::output_at;
-  auto* const tiles_before =
-      reinterpret_cast<std::uint32_t*>(output + (parts > 1 ? Shape::partial_bytes : Shape::staged_bytes));
+  auto* const tiles_before = reinterpret_cast<std::uint32_t*>(memory + Shape::tiles_before_at);
+  constexpr int all_groups = 7;  // the barrier of all consumers
 
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
     for (std::uint32_t i = 0; i < Shape::stages; ++i) {
       barrier_init(shared + Shape::barriers_at + 8 * i, 1);
-      barrier_init(shared + Shape::barriers_at + 8 * (Shape::stages + i), Shape::groups * 4);
+      barrier_init(shared + Shape::barriers_at + 8 * (Shape::stages + i), Shape::consumers);
     }
     barrier_init_done();
   }
@@ -318,7 +330,7 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
       produce<Shape>(x_map, args, shared, tiles_before, first_tile, tile_step, part, parts);
     }
   } else {
-    if constexpr (Shape::is_large) take_registers<Shape::groups == 2 ? 232 : 112>();
+    if constexpr (Shape::is_large) take_registers<Shape::groups == 2 ? 232 : 152>();
     const std::uint32_t group = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     const std::uint32_t all_stages = args.col_tiles / Shape::tiles;
     const std::uint32_t first = all_stages * part / parts, last = all_stages * (part + 1) / parts;
@@ -337,9 +349,10 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
       }
       const std::uint32_t in_matrix = (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4;
       const row_pair rows = find_rows(args, tile.matrix, in_matrix);
-      sums.run(args, shared, memory, group, first, last, macros, slot, parity);
+      sums.run(args, shared, group, first, last, macros, slot, parity);
       if (parts > 1) {
-        auto* const mine = reinterpret_cast<float*>(output) + threadIdx.x;
+        sync_threads(all_groups, Shape::consumers);
+        auto* const mine = reinterpret_cast<float*>(memory) + threadIdx.x;
 #pragma unroll
         for (int i = 0; i < Shape::sums; ++i) mine[i * Shape::consumers] = sums.d[i];
         break;
@@ -368,7 +381,7 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
         const std::uint32_t m = index / 4 * 8 + thread % 4 * 2 + index % 2;
         const std::uint32_t row_tile = tile.feature_tile * Shape::groups + thread / 128;
         if (m >= tile.rows || row_tile >= args.row_tiles) continue;
-        const std::uint32_t at = shared_address(output) + (index * Shape::consumers + thread) * 4;
+        const std::uint32_t at = shared + (index * Shape::consumers + thread) * 4;
         const std::uint32_t row = row_tile * 64 + thread / 32 % 4 * 16 + thread % 32 / 4;
         const row_pair rows = find_rows(args, tile.matrix, row);
         const pair_sum sum = sum_of_ranks(at, at + 2 * Shape::consumers * 4, parts);

@@ -90,7 +90,7 @@ result<void> launch_hopper(const stream& s, const matmul_job<T>& job, matmul_arg
     parts = std::max<std::size_t>(parts, 1);
   }
   const std::size_t blocks = parts > 1 ? tiles * parts : std::min(tiles, room);
-  const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices, parts > 1);
+  const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices);
 
   auto map = map_activations(job.x, Rows);
   if (!map) return map.error();
@@ -180,7 +180,7 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
     if (*done) return {};
   }
   if (device->major == 9 && is_aligned_x && !job.portable) {
-    auto has_code = is_hopper_code(hopper_kernel<hopper_shape<T, Kind, 128, 2, 1, 6>, T, Kind, Macros, 1>);
+    auto has_code = is_hopper_code(hopper_kernel<hopper_shape<T, Kind, 128, 3, 1, 6>, T, Kind, Macros, 1>);
     if (!has_code) return has_code.error();
     if (!*has_code) {
       return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
@@ -188,6 +188,8 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
     if (rows <= 16) return launch_hopper<T, Kind, Macros, 16, 2, 2, 4, 3>(s, job, args, row_tiles(16), *device);
     if (rows <= 32) return launch_hopper<T, Kind, Macros, 32, 2, 1, 6, 2>(s, job, args, row_tiles(32), *device);
     if (rows <= 64) return launch_hopper<T, Kind, Macros, 64, 2, 1, 6, 2>(s, job, args, row_tiles(64), *device);
+    // Three warpgroups hide one another's decoding best, where their larger tiles do not leave multiprocessors idle.
+    if (rows <= 128) return launch_hopper<T, Kind, Macros, 128, 3, 1, 6, 1>(s, job, args, row_tiles(128), *device);
     const std::size_t large_tiles = row_tiles(256) * ((args.row_tiles + 1) / 2);
     if (rows <= 384 || large_tiles < 2 * static_cast<std::size_t>(device->multiprocessors)) {
       return launch_hopper<T, Kind, Macros, 128, 2, 1, 6, 1>(s, job, args, row_tiles(128), *device);

@@ -56,6 +56,16 @@ struct coded_tile {
   }
 };
 
+/// Hides from the compiler how a value came about, so that it keeps it in registers in place of computing it again.
+template <class Value>
+__device__ inline void keep(Value& value) {
+  if constexpr (sizeof(Value) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+}
+
 /// Sixteen bytes that are read once: they need no place in the first cache.
 [[nodiscard]] __device__ inline uint4 load_once(const void* p) {
   uint4 v;
@@ -120,9 +130,10 @@ __global__ void __launch_bounds__(Shape::threads, 2)
 
   const std::size_t in_weights = static_cast<std::size_t>(tile.matrix) * args.row_tiles + row_tile;
   const std::uint8_t* const weights = args.tiles + (in_weights * args.col_tiles + block_first + first) * tile_bytes;
-  const std::uint8_t* const codes_at = weights + group % 4 * 512 + lane * 16;
-  const std::uint8_t* const scales_at = weights + 2048 + (group % 4 * 8 + g) * (2 * 64 / block);
-  const auto load = [&](std::uint32_t t) {
+  const std::uint8_t* codes_at = weights + group % 4 * 512 + lane * 16;
+  const std::uint8_t* scales_at = weights + 2048 + (group % 4 * 8 + g) * (2 * 64 / block);
+  keep(codes_at), keep(scales_at);
+  const auto load = [&](std::uint32_t t) {  // tile t from where the warp stands
     coded_tile<Kind> out{};
     const uint4 codes = load_once(codes_at + t * tile_bytes);
     out.word[0] = codes.x, out.word[1] = codes.y, out.word[2] = codes.z, out.word[3] = codes.w;
@@ -157,7 +168,9 @@ __global__ void __launch_bounds__(Shape::threads, 2)
   for (std::uint32_t e = 0; e < eights; ++e) {
     x_at[e] = static_cast<std::uint32_t>(__cvta_generic_to_shared(x)) +
               min(e * 8 + lane % 8, tile.rows - 1) * x_stride + first * 128 + lane / 8 * 16;
+    keep(x_at[e]);
   }
+  std::uint32_t column = (block_first + first) * 64;
   const std::uint8_t* macros = nullptr;
   if constexpr (Macros != 0) macros = args.macros + in_weights * args.macros_per_row * 64 + group % 4 * 16 + g;
 
@@ -169,8 +182,8 @@ __global__ void __launch_bounds__(Shape::threads, 2)
     for (int half_tile = 0; half_tile < 2; ++half_tile) {
       if constexpr (Macros != 0) {
         if (half_tile == 0 || Macros == 2) {
-          const std::uint32_t column = (block_first + first + t) * 64 + half_tile * 32;
-          const macro_pair factor = load_macros(macros + column / args.macro_block * 64);
+          const std::uint32_t macro = (column + t * 64 + half_tile * 32) / args.macro_block;
+          const macro_pair factor = load_macros(macros + macro * 64);
           inverse_low = __frcp_rn(factor.low), inverse_high = __frcp_rn(factor.high);
         }
       }
@@ -199,14 +212,30 @@ __global__ void __launch_bounds__(Shape::threads, 2)
       }
     }
   };
-  for (std::uint32_t t = 0; t < tiles; t += ahead) {
+  const auto advance = [&] {
+    codes_at += ahead * tile_bytes, scales_at += ahead * tile_bytes;
+    column += ahead * 64;
+#pragma unroll
+    for (int e = 0; e < eights; ++e) x_at[e] += ahead * 128;
+  };
+  std::uint32_t left = tiles;
+  for (; left >= 2 * ahead; left -= ahead) {
 #pragma unroll
     for (std::uint32_t i = 0; i < ahead; ++i) {
-      if (t + i >= tiles) break;
-      const coded_tile<Kind> now = coming[i];
-      if (t + i + ahead < tiles) coming[i] = load(t + i + ahead);
-      multiply(now, t + i);
+      multiply(coming[i], i);
+      coming[i] = load(i + ahead);
     }
+    advance();
+  }
+#pragma unroll
+  for (std::uint32_t i = 0; i < ahead; ++i) {
+    if (i < left) multiply(coming[i], i);
+    if (i + ahead < left) coming[i] = load(i + ahead);
+  }
+  advance();
+#pragma unroll
+  for (std::uint32_t i = 0; i < ahead; ++i) {
+    if (i + ahead < left) multiply(coming[i], i);
   }
 
   // sums [split][group][pair of rows g, g + 8][row of x] of pairs
