@@ -14,7 +14,7 @@ if(PROJECT_IS_TOP_LEVEL)
 endif()
 
 # A package is named by the #include that shows its use; the target is what to link.
-set(TETROMINO_PACKAGES json eigen fmt cli11 mpi nccl cuda)
+set(TETROMINO_PACKAGES json eigen fmt cli11 mpi nccl cpu cuda)
 set(json_include "nlohmann/")
 set(json_target nlohmann_json::nlohmann_json)
 set(eigen_include "Eigen/")
@@ -27,6 +27,8 @@ set(mpi_include "mpi[.]h")
 set(mpi_target MPI::MPI_CXX)
 set(nccl_include "nccl[.]h")
 set(nccl_target NCCL::NCCL)
+set(cpu_include "tetromino/cpu[.]")
+set(cpu_target tetromino::cpu)
 set(cuda_include "tetromino/cuda[./]|cuda_runtime")
 set(cuda_target tetromino::cuda)
 

@@ -8,11 +8,12 @@
 #include "detail/simd_matmul.hpp"  // simd_matmul_kernels
 #endif
 
-#include <array>    // std::array
-#include <cstddef>  // std::size_t
-#include <cstdint>  // std::uint32_t
-#include <limits>   // std::numeric_limits
-#include <span>     // std::span
+#include <array>        // std::array
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint32_t
+#include <limits>       // std::numeric_limits
+#include <span>         // std::span
+#include <type_traits>  // std::remove_const_t
 
 namespace tetromino {
 
@@ -80,7 +81,7 @@ result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights&
                                                       " before ", row_offsets[e + 1], " for matrix ", e));
     }
   }
-  return matmul_on(policy, detail::matmul_job<decltype(in), Out>{in, weights, row_offsets, out});
+  return matmul_on(policy, detail::matmul_job<std::remove_const_t<decltype(in)>, Out>{in, weights, row_offsets, out});
 }
 
 /// Multiplies activations [M, K] by packed weights [N, K]: out[m, n] = Σ_k x[m, k] · w[n, k]. See try_grouped_matmul.

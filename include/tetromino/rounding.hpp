@@ -1,6 +1,6 @@
 #pragma once
 
-#include "config.hpp"  // TETROMINO_HD, bit_cast
+#include "config.hpp"  // TETROMINO_HD, TETROMINO_INLINE, bit_cast
 #include "e2m1.hpp"    // e2m1
 
 #include <cstddef>  // std::size_t
@@ -21,7 +21,8 @@ struct philox_words {
 
 /// Philox4x32-10: four random words for a 128-bit counter (here its low 64 bits) under a 64-bit key.
 /// (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
-[[nodiscard]] TETROMINO_HD constexpr philox_words philox4x32(std::uint64_t counter, std::uint64_t key) noexcept {
+[[nodiscard]] TETROMINO_HD TETROMINO_INLINE constexpr philox_words philox4x32(std::uint64_t counter,
+                                                                              std::uint64_t key) noexcept {
   std::uint32_t c0 = static_cast<std::uint32_t>(counter), c1 = static_cast<std::uint32_t>(counter >> 32), c2 = 0,
                 c3 = 0;
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
@@ -51,7 +52,7 @@ static_assert(philox4x32(0, 0).word[0] == 0x6627E8D5u);  // Random123's known an
 
 /// Rounds y to one of its two E2M1 neighbours: away from zero where `u`, uniform in [0, 1), is below the share of the
 /// gap that lies between the lower neighbour and |y|. Saturates at 6; keeps the sign; NaN becomes +6.
-[[nodiscard]] TETROMINO_HD constexpr e2m1 round_stochastic(float y, float u) noexcept {
+[[nodiscard]] TETROMINO_HD TETROMINO_INLINE constexpr e2m1 round_stochastic(float y, float u) noexcept {
   const std::uint32_t word = detail::bit_cast<std::uint32_t>(y);
   const float magnitude = detail::bit_cast<float>(word & 0x7FFFFFFFu);
   if (!(magnitude < e2m1::max)) return e2m1::encode(y);

@@ -25,12 +25,16 @@ else()
   string(REPLACE "|" ";" packages_path "${packages_path}")
   execute_process(
     COMMAND ${CMAKE_COMMAND} -S ${consumer} -B ${work} -G ${generator} -D CMAKE_CXX_COMPILER=${compiler} -D way=${way} -D
-            tetromino_source=${source} -D tetromino_version=${version} -D "CMAKE_PREFIX_PATH=${prefix};${packages_path}"
+            with_cpu=${with_cpu} -D tetromino_source=${source} -D tetromino_version=${version} -D "CMAKE_PREFIX_PATH=${prefix};${packages_path}"
             COMMAND_ERROR_IS_FATAL ANY)
   execute_process(COMMAND ${CMAKE_COMMAND} --build ${work} COMMAND_ERROR_IS_FATAL ANY)
 endif()
 
 execute_process(COMMAND ${work}/consumer COMMAND_ERROR_IS_FATAL ANY)
+if(EXISTS ${work}/consumer_cpu)
+  execute_process(COMMAND ${CMAKE_COMMAND} -E env TETROMINO_FORCE_BACKEND=scalar ${work}/consumer_cpu scalar
+                          COMMAND_ERROR_IS_FATAL ANY)
+endif()
 if(EXISTS ${work}/consumer_io)
   execute_process(COMMAND ${work}/consumer_io COMMAND_ERROR_IS_FATAL ANY)
 endif()

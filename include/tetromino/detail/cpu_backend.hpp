@@ -52,15 +52,16 @@ constexpr std::size_t piece_of_row = 2048;  // a multiple of every macro block a
 template <class Kernels, real T>
 class row_packer {
  public:
-  row_packer(const any_format& format, const quantize_options& options, std::size_t cols)
-      : rules_{format, *options.rule, options.macro, options.rounding, options.special, options.seed} {
+  row_packer(const any_format& format, const quantize_options& options, std::size_t cols, const Kernels& kernels)
+      : kernels_(kernels), rules_{format,           *options.rule,   options.macro,
+                                  options.rounding, options.special, options.seed} {
     if (options.rotation) rotation_.emplace(*options.rotation, cols);
   }
 
   /// Packs one row, or a piece of it that starts at column `first`, a multiple of piece_of_row; returns the column in
   /// it of the first value that the policy rejects, or `in.cols`.
   std::size_t pack(const input_row<T>& in, std::size_t first, const packed_row<std::uint8_t>& out) const {
-    if (!rotation_) return Kernels::quantize_row(rules_, in, out);
+    if (!rotation_) return kernels_.quantize_row(rules_, in, out);
     for (std::size_t k = 0; k < in.cols; k += piece_of_row) {
       float rotated[piece_of_row];
       const std::size_t n = std::min(piece_of_row, in.cols - k);
@@ -68,7 +69,7 @@ class row_packer {
       if (rejected < n) return k + rejected;
       const input_row<float> part{rotated, n, in.weights == nullptr ? nullptr : in.weights + k, in.first_index + k};
       const std::size_t macro = rules_.format.macro_block;
-      const std::size_t overflowed = Kernels::quantize_row(
+      const std::size_t overflowed = kernels_.quantize_row(
           rules_, part,
           packed_row<std::uint8_t>{out.codes + k / 2, out.scales + k / rules_.format.block,
                                    macro == 0 ? out.macros : out.macros + k / macro, out.tensor_scale});
@@ -79,13 +80,13 @@ class row_packer {
 
   /// The largest magnitude of a row x[cols] once it is rotated.
   [[nodiscard]] float amax(const T* x, std::size_t cols) const {
-    if (!rotation_) return Kernels::amax(x, cols, rules_.special);
+    if (!rotation_) return kernels_.amax(x, cols, rules_.special);
     float largest = 0;
     for (std::size_t k = 0; k < cols; k += piece_of_row) {
       float rotated[piece_of_row];
       const std::size_t n = std::min(piece_of_row, cols - k);
       rotate(x + k, k, n, rotated);
-      largest = std::max(largest, Kernels::amax(rotated, n, rules_.special));
+      largest = std::max(largest, kernels_.amax(rotated, n, rules_.special));
     }
     return largest;
   }
@@ -93,9 +94,9 @@ class row_packer {
   /// Takes a piece of an unpacked row back to the columns that it came from.
   template <class Out>
   void restore(const packed_row<const std::uint8_t>& in, std::size_t first, std::size_t n, Out* out) const {
-    if (!rotation_) return Kernels::dequantize_row(rules_.format, in, n, out);
+    if (!rotation_) return kernels_.dequantize_row(rules_.format, in, n, out);
     float rotated[piece_of_row];
-    Kernels::dequantize_row(rules_.format, in, n, rotated);
+    kernels_.dequantize_row(rules_.format, in, n, rotated);
     rotation_->revert(rotated, first, n);
     for (std::size_t i = 0; i < n; ++i) out[i] = from_float<Out>(rotated[i]);
   }
@@ -111,6 +112,7 @@ class row_packer {
     return n;
   }
 
+  [[no_unique_address]] Kernels kernels_;
   row_rules rules_;
   std::optional<row_rotation> rotation_;
 };
@@ -164,9 +166,9 @@ packed_row<Byte> packed_row_of(const packed_view<any_format, Byte>& packed, std:
 
 /// Packs a job on the CPU with the row kernels of one backend.
 template <class Kernels, real T>
-result<void> quantize_cpu(executor_ref executor, const quantize_job<T>& job) {
+result<void> quantize_cpu(executor_ref executor, const quantize_job<T>& job, const Kernels& kernels = {}) {
   const auto& in = job.in;
-  const row_packer<Kernels, T> packer(job.out.format, job.options, in.cols);
+  const row_packer<Kernels, T> packer(job.out.format, job.options, in.cols, kernels);
   set_tensor_scales(executor, in, packer, job.options, job.out.tensor_scales);
   shared_minimum rejected;
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
@@ -179,26 +181,26 @@ result<void> quantize_cpu(executor_ref executor, const quantize_job<T>& job) {
 
 /// Unpacks a job on the CPU with the row kernels of one backend.
 template <class Kernels, real T>
-result<void> dequantize_cpu(executor_ref executor, const dequantize_job<T>& job) {
+result<void> dequantize_cpu(executor_ref executor, const dequantize_job<T>& job, const Kernels& kernels = {}) {
   constexpr std::size_t past_caches = std::size_t{64} << 20;  // bytes of output that few caches hold until it is read
   const std::size_t rows = job.out.matrices * job.out.rows;
   const bool is_large = rows * job.out.cols * sizeof(T) >= past_caches;
   for_each_row(executor, rows, job.out.cols, [&](std::size_t row) {
     const auto packed = packed_row_of(job.in, row);
     T* out = job.out.row(row / job.out.rows, row % job.out.rows);
-    if constexpr (requires { Kernels::dequantize_row_past_caches(job.in.format, packed, job.out.cols, out); }) {
-      if (is_large) return Kernels::dequantize_row_past_caches(job.in.format, packed, job.out.cols, out);
+    if constexpr (requires { kernels.dequantize_row_past_caches(job.in.format, packed, job.out.cols, out); }) {
+      if (is_large) return kernels.dequantize_row_past_caches(job.in.format, packed, job.out.cols, out);
     }
-    Kernels::dequantize_row(job.in.format, packed, job.out.cols, out);
+    kernels.dequantize_row(job.in.format, packed, job.out.cols, out);
   });
   return {};
 }
 
 /// Packs and unpacks on the CPU a piece of a row at a time, so that the packed bytes never leave the cache.
 template <class Kernels, real T>
-result<void> fake_quantize_cpu(executor_ref executor, const fake_quantize_job<T>& job) {
+result<void> fake_quantize_cpu(executor_ref executor, const fake_quantize_job<T>& job, const Kernels& kernels = {}) {
   const auto& in = job.in;
-  const row_packer<Kernels, T> packer(job.format, job.options, in.cols);
+  const row_packer<Kernels, T> packer(job.format, job.options, in.cols, kernels);
   std::vector<float> tensor_scales;
   if (job.format.scale == scale_type::e4m3) {
     const bool one = job.options.scope == tensor_scale_scope::batch && job.options.tensor_scales.size() <= 1;

@@ -36,12 +36,16 @@ struct int8_row {
   const std::int8_t* values;
   const float* scales;
 };
-inline int8_row activation_row(const int8_view<>& x, std::size_t m) noexcept {
+TETROMINO_INLINE int8_row activation_row(const int8_view<>& x, std::size_t m) noexcept {
   return {x.values.data() + m * x.cols, x.scales.data() + m * x.blocks_per_row()};
 }
-inline packed_row<const std::uint8_t> activation_row(const packed_view<any_format>& x, std::size_t m) noexcept {
-  const std::size_t e = m / x.rows, r = m % x.rows;
-  return {x.row_codes(e, r), x.row_scales(e, r), x.row_macros(e, r), x.tensor_scale(e)};
+TETROMINO_INLINE packed_row<const std::uint8_t> weight_row(const packed_view<any_format>& w, std::size_t e,
+                                                           std::size_t r) noexcept {
+  return {w.row_codes(e, r), w.row_scales(e, r), w.row_macros(e, r), w.tensor_scale(e)};
+}
+TETROMINO_INLINE packed_row<const std::uint8_t> activation_row(const packed_view<any_format>& x,
+                                                               std::size_t m) noexcept {
+  return weight_row(x, m / x.rows, m % x.rows);
 }
 
 /// The block of activations under one scale, and their macro block; 0 where there is none.
@@ -62,7 +66,7 @@ constexpr std::size_t common_block(std::size_t a, std::size_t b) noexcept {
 /// Multiplies on the CPU, tile by tile, with the kernels of one backend. An output depends on its own row of
 /// activations and row of weights alone: kernels must not let the shape of a tile change the order of a sum.
 template <class Kernels, class X, real Out>
-void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job) {
+void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job, const Kernels& kernels = {}) {
   constexpr std::size_t rows = Kernels::tile_rows, cols = Kernels::tile_cols;
   const std::size_t across = (job.out.cols + cols - 1) / cols;
   const auto rows_of = [&](std::size_t e) { return std::size_t{job.row_offsets[e + 1]} - job.row_offsets[e]; };
@@ -72,8 +76,8 @@ void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job) {
     std::size_t e = 0, left = i;
     for (std::size_t n; left >= (n = (rows_of(e) + rows - 1) / rows * across); ++e) left -= n;
     const std::size_t row = job.row_offsets[e] + left / across * rows, col = left % across * cols;
-    Kernels::multiply(job, matmul_tile{e, row, std::min<std::size_t>(row + rows, job.row_offsets[e + 1]), col,
-                                       std::min(col + cols, job.out.cols)});
+    kernels.multiply(job, matmul_tile{e, row, std::min<std::size_t>(row + rows, job.row_offsets[e + 1]), col,
+                                      std::min(col + cols, job.out.cols)});
   };
   executor(tiles, task);
 }

@@ -27,7 +27,7 @@ struct scalar_matmul_kernels {
     for (std::size_t m = tile.first_row; m < tile.last_row; ++m) {
       const auto x = activation_row(job.x, m);
       for (std::size_t n = tile.first_col; n < tile.last_col; ++n) {
-        const packed_row<const std::uint8_t> w = activation_row(job.weights[tile.matrix], n);
+        const packed_row<const std::uint8_t> w = weight_row(job.weights, tile.matrix, n);
         job.out.row(m)[n] = from_float<Out>(dot(x, blocks, w, job.weights.format, job.weights.cols));
       }
     }

@@ -113,12 +113,12 @@ class integer_matmul {
   template <std::size_t Block>
   void load_weights(std::size_t n, std::size_t k, std::size_t used) {
     const any_format& format = job_.weights.format;
-    const auto weights = job_.weights[tile_.matrix];
+    const auto& weights = job_.weights;
     const std::size_t last = weights.rows - 1, blocks = (used + Block - 1) / Block;
     const std::size_t row_bytes = weights.shape().code_bytes_per_row();
     const std::uint8_t *codes[lane_count], *scales[lane_count];
     for (std::size_t l = 0; l < lane_count; ++l) {  // lanes past the last output repeat it
-      const auto row = activation_row(weights, std::min(n + l, last));
+      const auto row = weight_row(weights, tile_.matrix, std::min(n + l, last));
       codes[l] = row.codes + k / 2;
       scales[l] = row.scales + k / Block;
       // The next lanes' rows: hardware sees too many short runs to look ahead by itself.
@@ -128,7 +128,7 @@ class integer_matmul {
     for (std::size_t i = 0; format.macro_block != 0 && i < used; i += format.macro_block) {
       std::int32_t byte[lane_count];
       for (std::size_t l = 0; l < lane_count; ++l) {
-        byte[l] = activation_row(weights, std::min(n + l, last)).macros[(k + i) / format.macro_block];
+        byte[l] = weight_row(weights, tile_.matrix, std::min(n + l, last)).macros[(k + i) / format.macro_block];
       }
       store(weight_factor_[i / 32], broadcast(1.0f) / macro_factors(load(byte)));
     }

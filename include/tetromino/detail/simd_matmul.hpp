@@ -48,7 +48,7 @@ struct simd_matmul_kernels {
         const std::size_t width = std::min(lane_count, tile.last_col - n);
         if (width < lane_count) std::fill(w, w + used * lane_count, 0.0f);
         for (std::size_t l = 0; l < width; ++l) {
-          decode(activation_row(job.weights[tile.matrix], n + l), format, k, used, lane_count, w + l);
+          decode(weight_row(job.weights, tile.matrix, n + l), format, k, used, lane_count, w + l);
         }
         for (std::size_t s = 0; s < used; s += macro) {
           const std::size_t size = std::min(macro, used - s);
@@ -57,7 +57,7 @@ struct simd_matmul_kernels {
           }
           for (std::size_t l = 0; l < lane_count; ++l) {
             weight_factors[l] =
-                l < width ? inverse_factor(activation_row(job.weights[tile.matrix], n + l), format, k + s) : 0.0f;
+                l < width ? inverse_factor(weight_row(job.weights, tile.matrix, n + l), format, k + s) : 0.0f;
           }
           for (std::size_t m = 0; m < rows; m += together) {
             add(x + m * depth + s, w + s * lane_count, size, factors + m, weight_factors, total + m);

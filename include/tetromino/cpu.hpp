@@ -1,0 +1,102 @@
+#pragma once
+
+/// The same kernels as the `simd` policy, compiled for several instruction sets, with the best one chosen when the
+/// program runs: for programs that are built for plain x86-64. Link the target tetromino::cpu.
+
+#include "dequantize.hpp"          // dequantize_on
+#include "detail/cpu_kernels.hpp"  // default_kernels
+#include "matmul.hpp"              // matmul_on
+#include "quantize.hpp"            // quantize_on
+
+#include <span>         // std::span
+#include <string>       // std::string
+#include <string_view>  // std::string_view
+#include <vector>       // std::vector
+
+namespace tetromino {
+
+/// Runs on the CPU with the widest vectors that it has, or as the environment variable TETROMINO_FORCE_BACKEND says:
+/// one of the names that cpu_backends() gives, read once. With any other name, calls report an error.
+struct cpu_t {
+  executor_ref executor{};
+  const detail::cpu_kernels* kernels = nullptr;  ///< null: the best, or as the environment says
+
+  /// The same policy, with its work split over the caller's executor.
+  [[nodiscard]] constexpr cpu_t on(executor_ref e) const noexcept { return {e, kernels}; }
+
+  /// The name of the backend in use. Errors: unknown_name, invalid_argument for what TETROMINO_FORCE_BACKEND says.
+  [[nodiscard]] result<std::string_view> try_backend() const {
+    if (kernels != nullptr) return kernels->name;
+    const auto& chosen = detail::default_kernels();
+    if (!chosen) return chosen.error();
+    return (*chosen)->name;
+  }
+  /// try_backend, throwing its error.
+  [[nodiscard]] std::string_view backend() const { return try_backend().value(); }
+
+  /// The same policy on the backend of that name, whatever the environment says. Errors: unknown_name;
+  /// invalid_argument where this CPU or this build lacks it.
+  [[nodiscard]] result<cpu_t> try_with(std::string_view name) const {
+    const auto chosen = detail::choose_kernels(std::string(name).c_str());
+    if (!chosen) return chosen.error();
+    return cpu_t{executor, *chosen};
+  }
+  /// try_with, throwing its error.
+  [[nodiscard]] cpu_t with(std::string_view name) const { return try_with(name).value(); }
+};
+inline constexpr cpu_t cpu{};
+
+/// The backends that run on this CPU, from the slowest to the fastest: scalar, then sse2, avx2, avx2_vnni, avx512 and
+/// avx512_vnni, or neon.
+[[nodiscard]] inline std::vector<std::string_view> cpu_backends() {
+  std::vector<std::string_view> out;
+  for (const auto& kernels : detail::supported_kernels()) out.push_back(kernels.name);
+  return out;
+}
+
+namespace detail {
+
+inline result<const cpu_kernels*> kernels_of(const cpu_t& policy) {
+  if (policy.kernels != nullptr) return policy.kernels;
+  return default_kernels();
+}
+
+}  // namespace detail
+
+/// The hooks of the policy; see quantize.hpp.
+template <real T>
+result<void> quantize_on(const cpu_t& policy, const detail::quantize_job<T>& job) {
+  const auto kernels = detail::kernels_of(policy);
+  if (!kernels) return kernels.error();
+  return detail::quantize_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+}
+template <real T>
+result<void> fake_quantize_on(const cpu_t& policy, const detail::fake_quantize_job<T>& job) {
+  const auto kernels = detail::kernels_of(policy);
+  if (!kernels) return kernels.error();
+  return detail::fake_quantize_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+}
+/// Where the environment names no backend, the scalar one, which gives the same.
+template <real T>
+void amax_on(const cpu_t& policy, const batch_view<const T>& in, special_values special, std::span<float> out) {
+  const auto kernels = detail::kernels_of(policy);
+  if (!kernels) return amax_on(scalar.on(policy.executor), in, special, out);
+  const detail::dispatched_rows rows{(*kernels)->quantize};
+  const auto row_amax = [&](const T* x, std::size_t cols) { return rows.amax(x, cols, special); };
+  detail::amax_cpu<T>(policy.executor, in, row_amax, out);
+}
+template <real T>
+result<void> dequantize_on(const cpu_t& policy, const detail::dequantize_job<T>& job) {
+  const auto kernels = detail::kernels_of(policy);
+  if (!kernels) return kernels.error();
+  return detail::dequantize_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+}
+template <class X, real Out>
+result<void> matmul_on(const cpu_t& policy, const detail::matmul_job<X, Out>& job) {
+  const auto kernels = detail::kernels_of(policy);
+  if (!kernels) return kernels.error();
+  detail::matmul_cpu(policy.executor, job, detail::dispatched_matmul{(*kernels)->matmul});
+  return {};
+}
+
+}  // namespace tetromino

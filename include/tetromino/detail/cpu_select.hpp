@@ -1,0 +1,127 @@
+#pragma once
+
+/// Which kernels of tetromino::cpu are used. One translation unit of that library includes this header with
+/// TETROMINO_CPU_SELECT defined: as 2 where tables for instruction sets were compiled, as 1 where there is scalar code
+/// alone.
+
+#include "cpu_kernels.hpp"      // cpu_kernels, choose_kernels
+#include "scalar_matmul.hpp"    // scalar_matmul_kernels
+#include "scalar_quantize.hpp"  // scalar_kernels
+
+#if defined(TETROMINO_CPU_SELECT)
+
+#include <cstdint>  // std::uint32_t
+#include <cstdlib>  // std::getenv
+#include <string>   // std::string
+#include <vector>   // std::vector
+
+#if defined(__x86_64__)
+#include <cpuid.h>  // __get_cpuid_count
+#endif
+
+namespace tetromino::detail {
+
+#define TETROMINO_CPU_TABLES(name)          \
+  namespace name {                          \
+  extern const quantize_table rows_table;   \
+  extern const matmul_table products_table; \
+  }
+#if TETROMINO_CPU_SELECT == 2 && defined(__x86_64__)
+TETROMINO_CPU_TABLES(cpu_sse2)
+TETROMINO_CPU_TABLES(cpu_avx2)
+TETROMINO_CPU_TABLES(cpu_avx2_vnni)
+TETROMINO_CPU_TABLES(cpu_avx512)
+TETROMINO_CPU_TABLES(cpu_avx512_vnni)
+#elif TETROMINO_CPU_SELECT == 2 && defined(__aarch64__)
+TETROMINO_CPU_TABLES(cpu_neon)
+#endif
+#undef TETROMINO_CPU_TABLES
+
+namespace {
+
+constinit const quantize_table scalar_rows = table_of<scalar_kernels>::quantize("scalar");
+constinit const matmul_table scalar_products = table_of<scalar_matmul_kernels>::matmul("scalar");
+
+#if defined(__x86_64__)
+/// What the CPU has and the operating system saves. (Intel 64 manual, vol. 2A, CPUID; vol. 1, sec. 13.3 and 14.3)
+struct x86_features {
+  bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni = false;
+
+  x86_features() {
+    std::uint32_t a = 0, b = 0, c = 0, d = 0;
+    const auto has = [](std::uint32_t word, std::uint32_t bits) { return (word & bits) == bits; };
+    constexpr std::uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !has(c, fma | osxsave | avx | f16c)) return;
+    std::uint32_t saved = 0, upper = 0;
+    asm("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+    if (!has(saved, 0x06)) return;  // xmm, ymm
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    const std::uint32_t subleaves = a;
+    avx2 = has(b, 1u << 5);
+    constexpr std::uint32_t f = 1u << 16, dq = 1u << 17, cd = 1u << 28, bw = 1u << 30, vl = 1u << 31;
+    avx512 = avx2 && has(b, f | dq | cd | bw | vl) && has(saved, 0xE6);  // and opmask, zmm
+    avx512_vnni = avx512 && has(c, 1u << 1 | 1u << 11);                  // VBMI, VNNI
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx2_vnni = avx2 && has(a, 1u << 4);
+  }
+};
+#endif
+
+struct candidate {
+  cpu_kernels kernels;
+  bool is_supported;
+};
+/// All that any build knows, from the slowest to the fastest.
+std::vector<candidate> all_candidates() {
+  std::vector<candidate> out{{{"scalar", &scalar_rows, &scalar_products}, true}};
+#if TETROMINO_CPU_SELECT == 2 && defined(__x86_64__)
+  const x86_features has;
+  out.push_back({{"sse2", &cpu_sse2::rows_table, &cpu_sse2::products_table}, true});
+  out.push_back({{"avx2", &cpu_avx2::rows_table, &cpu_avx2::products_table}, has.avx2});
+  out.push_back({{"avx2_vnni", &cpu_avx2::rows_table, &cpu_avx2_vnni::products_table}, has.avx2_vnni});
+  out.push_back({{"avx512", &cpu_avx512::rows_table, &cpu_avx512::products_table}, has.avx512});
+  out.push_back({{"avx512_vnni", &cpu_avx512::rows_table, &cpu_avx512_vnni::products_table}, has.avx512_vnni});
+#elif TETROMINO_CPU_SELECT == 2 && defined(__aarch64__)
+  out.push_back({{"neon", &cpu_neon::rows_table, &cpu_neon::products_table}, true});
+#endif
+  return out;
+}
+
+}  // namespace
+
+std::span<const cpu_kernels> supported_kernels() {
+  static const std::vector<cpu_kernels> supported = [] {
+    std::vector<cpu_kernels> out;
+    for (const candidate& c : all_candidates()) {
+      if (c.is_supported) out.push_back(c.kernels);
+    }
+    return out;
+  }();
+  return supported;
+}
+
+result<const cpu_kernels*> choose_kernels(const char* name) {
+  const auto supported = supported_kernels();
+  if (name == nullptr || *name == '\0') return &supported.back();
+  std::string names;
+  for (const cpu_kernels& k : supported) {
+    if (k.name == name) return &k;
+    names += text(names.empty() ? "" : ", ", k.name);
+  }
+  for (const std::string_view known : {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon"}) {
+    if (known == name) {
+      return error(errc::invalid_argument,
+                   text("backend \"", name, "\" does not run here: this CPU and this build have ", names));
+    }
+  }
+  return error(errc::unknown_name, text("unknown backend \"", std::string_view(name).substr(0, 60),
+                                        "\" (TETROMINO_FORCE_BACKEND): expected one of ", names));
+}
+
+const result<const cpu_kernels*>& default_kernels() {
+  static const result<const cpu_kernels*> chosen = choose_kernels(std::getenv("TETROMINO_FORCE_BACKEND"));
+  return chosen;
+}
+
+}  // namespace tetromino::detail
+
+#endif

@@ -1,0 +1,157 @@
+#include "check.hpp"
+
+/// tetromino::cpu: which backend runs, and that all of them give the same bytes. Also run with each name in
+/// TETROMINO_FORCE_BACKEND.
+
+#include <tetromino/cpu.hpp>
+
+#include "support/matmul_cases.hpp"
+#include "support/oracle.hpp"
+
+#include <algorithm>    // std::find
+#include <cstdlib>      // std::getenv
+#include <cstring>      // std::memcmp
+#include <string>       // std::string
+#include <string_view>  // std::string_view
+#include <vector>       // std::vector
+
+namespace {
+
+using namespace tetromino_test;
+using tetromino::bfloat16;
+using tetromino::cpu;
+using tetromino::cpu_backends;
+using tetromino::errc;
+using tetromino::half;
+using tetromino::matrix;
+using tetromino::scalar;
+
+bool runs_here(std::string_view name) {
+  const auto names = cpu_backends();
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+TEST_CASE("cpu: the environment decides, and what it cannot decide is an error") {
+  const std::vector<float> x(64, 1.0f);
+  const tetromino::matrix_view<const float> in(x.data(), 1, 64);
+  const char* forced = std::getenv("TETROMINO_FORCE_BACKEND");
+  if (forced == nullptr || *forced == '\0') {
+    CHECK(cpu.backend() == cpu_backends().back());
+    CHECK(tetromino::try_quantize<tetromino::mxfp4>(cpu, in));
+  } else if (runs_here(forced)) {
+    CHECK(cpu.backend() == forced);
+    CHECK(tetromino::try_quantize<tetromino::mxfp4>(cpu, in));
+  } else {
+    const bool is_unknown = std::string_view(forced) == "no_such_backend";
+    const errc expected = is_unknown ? errc::unknown_name : errc::invalid_argument;
+    const auto refused = tetromino::try_quantize<tetromino::mxfp4>(cpu, in);
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().code() == expected);
+    CHECK_THAT(refused.error().what(), contains(std::string("\"") + forced + "\""));
+    CHECK_THAT(refused.error().what(), contains("scalar"));
+    CHECK(cpu.try_backend().error().code() == expected);
+    const auto packed = tetromino::quantize<tetromino::mxfp4>(cpu.with("scalar"), in);
+    matrix<float> out(1, 1);
+    CHECK(tetromino::try_dequantize<float>(cpu, packed).error().code() == expected);
+    CHECK(tetromino::try_matmul(cpu, in, packed, out.view()[0]).error().code() == expected);
+    CHECK(tetromino::amax(cpu, in) == 1.0f);
+  }
+}
+
+TEST_CASE("cpu: each backend was compiled for the instruction set of its name") {
+  CHECK(cpu_backends().front() == "scalar");
+  for (const std::string_view name : cpu_backends()) {
+    const auto policy = cpu.with(name);
+    CHECK(policy.backend() == name);
+    CHECK(policy.on({}).backend() == name);
+    CHECK(std::string_view(policy.kernels->matmul->isa).substr(0, name.size()) == name);
+    const std::string_view rows = policy.kernels->quantize->isa;
+    CHECK(rows.substr(0, 4) == name.substr(0, 4));
+    for (const std::string_view other : cpu_backends()) {
+      if (other != name) CHECK(cpu.with(other).kernels->matmul != policy.kernels->matmul);
+    }
+  }
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (runs_here("sse2")) CHECK(runs_here("avx2") == has_avx2);
+#endif
+}
+
+TEST_CASE("cpu: names that are not known, or not here") {
+  CHECK(cpu.try_with("mmx").error().code() == errc::unknown_name);
+  CHECK_THAT(cpu.try_with("mmx").error().what(), contains("expected one of scalar"));
+  for (const char* name : {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon"}) {
+    if (!runs_here(name)) CHECK(cpu.try_with(name).error().code() == errc::invalid_argument);
+  }
+  CHECK_THROWS_AS(cpu.with("mmx"), tetromino::error);
+}
+
+template <class T>
+bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+template <class T>
+void compare(std::string_view backend, const tetromino::recipe& r, reference::generator& random) {
+  const auto policy = cpu.with(backend);
+  const std::size_t cols = 1 + random.below(700);
+  matrix<T> x(2, 3, cols);
+  for (T& v : x.data) v = tetromino::detail::from_float<T>(static_cast<float>(random.student_t4()));
+  const auto expected = tetromino::quantize(scalar, x, r), got = tetromino::quantize(policy, x, r);
+  CHECK(expected.codes == got.codes);
+  CHECK(expected.scales == got.scales);
+  CHECK(expected.macros == got.macros);
+  CHECK(expected.tensor_scales == got.tensor_scales);
+  CHECK(same_bytes(tetromino::dequantize<T>(scalar, expected).data, tetromino::dequantize<T>(policy, got).data));
+  matrix<T> a(2, 3, cols), b(2, 3, cols);
+  tetromino::fake_quantize(scalar, x, r, a.view());
+  tetromino::fake_quantize(policy, x, r, b.view());
+  CHECK(same_bytes(a.data, b.data));
+  CHECK(tetromino::amax(scalar, x) == tetromino::amax(policy, x));
+}
+
+TEST_CASE("cpu: every backend packs and unpacks the same bytes") {
+  reference::generator random(seed());
+  for (const std::string_view backend : cpu_backends()) {
+    for (const char* name : {"mxfp4-32/floor", "mxfp4-32/oas", "mxfp4-16/even", "mxfp4-32/min-error",
+                             "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-search@64", "mxfp4-16/round-up/hadamard-32",
+                             "nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error/hadamard-16"}) {
+      INFO(backend << ", " << name);
+      const auto r = tetromino::recipe::parse(name);
+      for (int i = 0; i < 4; ++i) {
+        compare<float>(backend, r, random);
+        compare<half>(backend, r, random);
+        compare<bfloat16>(backend, r, random);
+      }
+    }
+  }
+}
+
+TEST_CASE("cpu: every backend multiplies") {
+  reference::generator random(seed());
+  for (const std::string_view backend : cpu_backends()) {
+    for (const any_format& format : all_formats()) {
+      const std::size_t rows = 1 + random.below(70), outputs = 1 + random.below(40), cols = 1 + random.below(300);
+      multiply_every_kind(cpu.with(backend), format, all_formats()[random.below(all_formats().size())], rows, outputs,
+                          cols, random.bits(), [&](double worst, bool pieces_agree, const char* what) {
+                            INFO(backend << ", " << what << ", " << rows << " x " << outputs << " x " << cols);
+                            CHECK(worst <= static_cast<double>(cols) + 16);
+                            CHECK(pieces_agree);
+                          });
+    }
+  }
+}
+
+TEST_CASE("cpu: work is split over the caller's executor") {
+  reference::generator random(seed());
+  const tetromino::thread_executor threads(3);
+  matrix<float> x(64, 2048);
+  for (float& v : x.data) v = static_cast<float>(random.normal());
+  const auto policy = cpu.with(cpu_backends().back());
+  const auto one = tetromino::quantize<tetromino::nvfp4>(policy, x),
+             many = tetromino::quantize<tetromino::nvfp4>(policy.on(threads), x);
+  CHECK(one.codes == many.codes);
+  CHECK(one.scales == many.scales);
+}
+
+}  // namespace
