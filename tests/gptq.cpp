@@ -74,15 +74,17 @@ matrix<float> textbook(const matrix<float>& w, const calibration& seen, double d
 
 TEST_CASE("without correlations feedback changes nothing") {
   std::mt19937_64 random(tetromino_test::seed());
-  const matrix<float> w = gaussian(random, 9, 200);
+  const matrix<float> w = gaussian(random, 69, 200);
   const calibration nothing(w.cols);
+  std::vector<float> weights(w.cols);
+  for (float& v : weights) v = std::uniform_real_distribution<float>(0.1f, 10)(random);
   for (const char* name : {"mxfp4-32/oas", "mxfp4-16/min-error/mbs-search@64", "nvfp4/four-over-six"}) {
     CAPTURE(name);
     recipe r = recipe::parse(name);
-    const auto plain = quantize(scalar, w, r);
+    const auto plain = quantize(scalar, w, r, {.column_weights = weights});
     r.error_feedback = true;
     for (const gptq_scales scales : {gptq_scales::fixed, gptq_scales::refreshed}) {
-      const auto fed = gptq(scalar, view(w), r, nothing, {}, {.scales = scales});
+      const auto fed = gptq(scalar, view(w), r, nothing, {.column_weights = weights}, {.scales = scales});
       CHECK(fed.codes == plain.codes);
       CHECK(fed.scales == plain.scales);
       CHECK(fed.macros == plain.macros);
@@ -165,6 +167,68 @@ TEST_CASE("an expert that few tokens reach borrows its layer's moments") {
   const calibration blended = expert.blended(layer, 64);
   CHECK(blended.rows() == 67);
   CHECK(error_with(blended) < error_with(expert));
+}
+
+TEST_CASE("moments after a rotation are those of rotated activations") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 50, 300);  // two pieces and a tail that stays
+  for (const hadamard& rotation : {hadamard{32}, hadamard{128, 5}}) {
+    matrix<float> y = x;
+    rotate(scalar, x, rotation, y.view());
+    const calibration expected = seen_in(y), got = seen_in(x).rotated(rotation);
+    CHECK(got.rows() == 50);
+    const Eigen::MatrixXd a = expected.moments().selfadjointView<Eigen::Lower>();
+    const Eigen::MatrixXd b = got.moments().selfadjointView<Eigen::Lower>();
+    CHECK((a - b).norm() < 1e-5 * a.norm());
+  }
+}
+
+TEST_CASE("a batch is packed matrix by matrix, each with its own calibration") {
+  std::mt19937_64 random(tetromino_test::seed());
+  constexpr std::size_t experts = 3, rows = 5, cols = 96;
+  const matrix<float> w = gaussian(random, experts * rows, cols);
+  const batch_view<const float> batch(w.data.data(), experts, rows, cols);
+  std::vector<calibration> seen;
+  std::vector<float> weights, tensor_scales{0.002f, 0.004f, 0.003f};
+  for (std::size_t e = 0; e < experts; ++e) {
+    seen.push_back(seen_in(activations(random, 200, cols)));
+    const auto more = seen.back().column_weights();
+    weights.insert(weights.end(), more.rbegin(), more.rend());
+  }
+  const auto calibration_of = [&](std::size_t e) -> const calibration& { return seen[e]; };
+  for (const char* name : {"mxfp4-32/min-error/mbs-search@64/gptq", "nvfp4/min-error/hadamard-16/gptq"}) {
+    CAPTURE(name);
+    const recipe r = recipe::parse(name);
+    const bool scaled = r.format.scale == scale_type::e4m3;
+    const std::span<const float> scales(tensor_scales.data(), scaled ? experts : 0);
+    const auto together = gptq(scalar, batch, r, calibration_of, {.column_weights = weights, .tensor_scales = scales});
+    const auto own = gptq(scalar, batch, r, calibration_of);
+    CHECK(own.tensor_scales.size() == scales.size());
+    for (std::size_t e = 0; e < experts; ++e) {
+      const auto equal = [](const auto& a, const auto& b) {
+        return std::equal(a.begin(), a.end(), b.begin(), b.end());
+      };
+      const auto alone = gptq(scalar, batch[e], r, seen[e],
+                              {.column_weights = std::span(weights).subspan(e * cols, cols),
+                               .tensor_scales = scales.empty() ? scales : scales.subspan(e, 1)});
+      CHECK(equal(together.view()[e].codes, alone.codes));
+      CHECK(equal(together.view()[e].scales, alone.scales));
+      CHECK(equal(together.view()[e].macros, alone.macros));
+      CHECK(equal(together.view()[e].tensor_scales, alone.tensor_scales));
+      const auto unweighted = gptq(scalar, batch[e], r, seen[e]);
+      CHECK(equal(own.view()[e].codes, unweighted.codes));
+      CHECK(equal(own.view()[e].tensor_scales, unweighted.tensor_scales));
+    }
+  }
+  const recipe nv = recipe::parse("nvfp4/amax/gptq");
+  CHECK(try_gptq(scalar, batch, nv, calibration_of, {.tensor_scales = std::span(tensor_scales).first(2)})
+            .error()
+            .code() == errc::shape_mismatch);
+  CHECK(try_gptq(scalar, batch, nv, calibration_of, {.column_weights = std::span(weights).first(2 * cols)})
+            .error()
+            .code() == errc::shape_mismatch);
+  CHECK(try_gptq(scalar, batch, nv, [](std::size_t) { return calibration(32); }).error().code() ==
+        errc::shape_mismatch);
 }
 
 TEST_CASE("bad input is said") {

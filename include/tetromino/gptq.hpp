@@ -202,36 +202,61 @@ element_scale scale_at(const packed<Format>& p, std::size_t row, std::size_t col
   return {macro_factor(m), e8m0{byte}.value()};
 }
 
+/// Packs columns x[rows, n] by themselves, for the sake of their scales. Where they are whole blocks, rows are laid
+/// side by side, since backends take many blocks of a row at once; scales and macro bytes come row after row either
+/// way.
+template <class Policy>
+result<packed<any_format>> pack_columns(const Policy& policy, const Eigen::Ref<const eigen_matrix<float>>& x,
+                                        const any_format& format, quantize_options options) {
+  const auto rows = static_cast<std::size_t>(x.rows()), n = static_cast<std::size_t>(x.cols());
+  const bool whole = n % std::max(format.block, format.macro_block) == 0;
+  const std::size_t together = whole ? std::max<std::size_t>(1, 1024 / n) : 1;
+  eigen_matrix<float> side_by_side = eigen_matrix<float>::Zero(
+      static_cast<Eigen::Index>((rows + together - 1) / together), static_cast<Eigen::Index>(together * n));
+  for (std::size_t r = 0; r < rows; ++r) {
+    side_by_side.block(static_cast<Eigen::Index>(r / together), static_cast<Eigen::Index>(r % together * n), 1,
+                       x.cols()) = x.row(static_cast<Eigen::Index>(r));
+  }
+  std::vector<float> weights;
+  for (std::size_t i = 0; i < together; ++i) {
+    weights.insert(weights.end(), options.column_weights.begin(), options.column_weights.end());
+  }
+  options.column_weights = weights;
+  return try_quantize(policy, view_of(side_by_side), format, options);
+}
+
 /// Chooses the scales of columns [first, first + macro or block) of all rows, from the weights as they are now.
 template <class Policy>
-result<void> refresh_scales(const Policy& policy, eigen_matrix<float>& w, std::size_t first,
+result<void> refresh_scales(const Policy& policy, const eigen_matrix<float>& w, std::size_t first,
                             const quantize_options& options, packed<any_format>& out) {
   const packed_shape shape = out.shape();
   const any_format& format = shape.format;
-  const auto rows = w.rows();
-  const auto columns = [&](std::size_t n) { return static_cast<Eigen::Index>(std::min(n, shape.cols - first)); };
+  const auto columns = [&](std::size_t n) {
+    return w.middleCols(static_cast<Eigen::Index>(first), static_cast<Eigen::Index>(n));
+  };
+  const auto at_most = [&](std::size_t n) { return std::min(n, shape.cols - first); };
   quantize_options here = options;
-  if (!here.column_weights.empty()) {
-    const std::size_t n = static_cast<std::size_t>(columns(std::max(format.block, format.macro_block)));
-    here.column_weights = here.column_weights.subspan(first, n);
-  }
   here.tensor_scales = out.tensor_scales;
-  const auto start = static_cast<Eigen::Index>(first);
+  const auto weigh = [&](std::size_t n) {
+    if (!options.column_weights.empty()) here.column_weights = options.column_weights.subspan(first, n);
+  };
   if (format.macro_block != 0 && first % format.macro_block == 0) {
-    auto chosen = try_quantize(policy, view_of(w.middleCols(start, columns(format.macro_block))), format, here);
+    const std::size_t n = at_most(format.macro_block);
+    weigh(n);
+    const auto chosen = pack_columns(policy, columns(n), format, here);
     if (!chosen) return chosen.error();
     for (std::size_t r = 0; r < shape.rows; ++r) {
       out.macros[r * shape.macros_per_row() + first / format.macro_block] = chosen->macros[r];
     }
   }
   // With the macro-block factors applied, what remains is the format without macro blocks.
-  eigen_matrix<float> block = w.middleCols(start, columns(format.block));
-  for (Eigen::Index r = 0; r < rows && format.macro_block != 0; ++r) {
-    block.row(r) *= scale_at(out, static_cast<std::size_t>(r), first).factor;
+  const std::size_t n = at_most(format.block);
+  weigh(n);
+  eigen_matrix<float> block = columns(n);
+  for (std::size_t r = 0; r < shape.rows && format.macro_block != 0; ++r) {
+    block.row(static_cast<Eigen::Index>(r)) *= scale_at(out, r, first).factor;
   }
-  if (!here.column_weights.empty())
-    here.column_weights = here.column_weights.first(static_cast<std::size_t>(block.cols()));
-  auto chosen = try_quantize(policy, view_of(block), any_format(format.scale, format.block, 0), here);
+  const auto chosen = pack_columns(policy, block, any_format(format.scale, format.block, 0), here);
   if (!chosen) return chosen.error();
   for (std::size_t r = 0; r < shape.rows; ++r) {
     out.scales[r * shape.blocks_per_row() + first / format.block] = chosen->scales[r];
