@@ -6,6 +6,12 @@
 #error "tetromino needs C++20 (pass -std=c++20 or newer)"
 #endif
 
+#if defined(__FAST_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(_M_FP_FAST) || \
+    (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error \
+    "tetromino gives the same bytes everywhere, which -ffast-math breaks: compile what includes it with -fno-fast-math"
+#endif
+
 #include <cstdlib>      // std::abort
 #include <cstdio>       // std::fputs
 #include <type_traits>  // std::is_constant_evaluated
