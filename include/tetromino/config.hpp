@@ -13,6 +13,7 @@
 #endif
 
 #include <cstdlib>      // std::abort
+#include <cstddef>      // std::size_t
 #include <cstdio>       // std::fputs
 #include <type_traits>  // std::is_constant_evaluated
 
@@ -178,6 +179,15 @@ TETROMINO_HD constexpr float rounded(float x) noexcept {
 #endif
   }
   return x;
+#endif
+}
+/// The same for products in memory, which compilers can then compute as vectors.
+template <std::size_t N>
+void round_in_place(float (&x)[N]) noexcept {
+#if defined(__GNUC__)
+  asm("" : "+m"(x));
+#else
+  for (float& v : x) v = rounded(v);
 #endif
 }
 

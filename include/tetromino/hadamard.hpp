@@ -1,6 +1,6 @@
 #pragma once
 
-#include "config.hpp"               // bit_cast, rounded
+#include "config.hpp"               // bit_cast, round_in_place
 #include "detail/for_each_row.hpp"  // for_each_row
 #include "error.hpp"                // error, result
 #include "float16.hpp"              // to_float, from_float
@@ -81,13 +81,22 @@ class row_rotation {
     }
     for (std::size_t base = 0; base < size_; base += 8) short_butterflies(block + base);
   }
-  void short_butterflies(float* x) const {
-    for (const std::size_t half : {std::size_t{4}, std::size_t{2}, std::size_t{1}}) {
-      float y[8];
-      for (std::size_t i = 0; i < 8; ++i) y[i] = (i & half) == 0 ? x[i] + x[i + half] : x[i - half] - x[i];
-      std::copy(y, y + 8, x);
-    }
-    for (std::size_t i = 0; i < 8; ++i) x[i] = rounded(x[i] * scale_);
+  void short_butterflies(float* to) const {
+    float x[8];
+    std::copy(to, to + 8, x);
+    butterfly<4>(x);
+    butterfly<2>(x);
+    butterfly<1>(x);
+    for (float& v : x) v *= scale_;
+    round_in_place(x);
+    std::copy(x, x + 8, to);
+  }
+  /// With the distance known at compile time, this is a permutation, a change of signs and a sum of vectors.
+  template <std::size_t Half>
+  static void butterfly(float (&x)[8]) {
+    float y[8];
+    for (std::size_t i = 0; i < 8; ++i) y[i] = (i & Half) == 0 ? x[i] + x[i ^ Half] : x[i ^ Half] - x[i];
+    std::copy(y, y + 8, x);
   }
 
   std::size_t size_;

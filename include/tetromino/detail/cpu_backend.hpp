@@ -104,9 +104,16 @@ class row_packer {
  private:
   /// Returns the first column that the policy rejects, or n; other values that are not finite spread over their block.
   std::size_t rotate(const T* in, std::size_t first, std::size_t n, float* out) const {
+    std::uint32_t largest = 0;  // of the magnitudes' bits, which order like the magnitudes: NaN above infinity
     for (std::size_t i = 0; i < n; ++i) {
-      out[i] = admit(in[i], rules_.special);
-      if (rules_.special == special_values::reject && !is_finite(out[i])) return i;
+      out[i] = to_float(in[i]);
+      largest = std::max(largest, bit_cast<std::uint32_t>(out[i]) & 0x7FFFFFFFu);
+    }
+    if (largest >= 0x7F800000u) {
+      for (std::size_t i = 0; i < n; ++i) {
+        out[i] = admit(in[i], rules_.special);
+        if (rules_.special == special_values::reject && !is_finite(out[i])) return i;
+      }
     }
     rotation_->apply(out, first, n, out);
     return n;
