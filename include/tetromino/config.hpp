@@ -12,9 +12,9 @@
     "tetromino gives the same bytes everywhere, which -ffast-math breaks: compile what includes it with -fno-fast-math"
 #endif
 
-#include <cstdlib>      // std::abort
 #include <cstddef>      // std::size_t
 #include <cstdio>       // std::fputs
+#include <cstdlib>      // std::abort
 #include <type_traits>  // std::is_constant_evaluated
 
 /// Marks a function that CUDA device code may call too. Expands to nothing outside nvcc.
