@@ -63,6 +63,17 @@ constexpr line lines[] = {
     {"mxfp4-16/min-error/mbs-search", unknown, unknown, unknown},
     {"mxfp4-16/oas/mbs-search256", unknown, unknown, unknown},
     {"mxfp4-16/min-error/mbs-search@32", unknown, unknown, unknown},
+    {"mxfp4-32/min-error/mbs-search256@32", unknown, unknown, unknown},
+    // Rotated: what packing takes from the rotated values.
+    {"mxfp4-32/floor/hadamard-32", unknown, unknown, unknown},
+    {"mxfp4-32/oas/hadamard-32", unknown, unknown, unknown},
+    {"mxfp4-32/oas/hadamard-128", unknown, unknown, unknown},
+    {"mxfp4-16/oas/hadamard-16", unknown, unknown, unknown},
+    {"mxfp4-16/oas/hadamard-128", unknown, unknown, unknown},
+    {"nvfp4/amax/hadamard-16", unknown, unknown, unknown},
+    {"nvfp4/amax/hadamard-128", unknown, unknown, unknown},
+    {"nvfp4/four-over-six/hadamard-16", unknown, unknown, unknown},
+    {"nvfp4/min-error/hadamard-16", unknown, unknown, unknown},
 };
 
 /// The expert and attention matrices of the model; the experts of a layer are one batch with one tensor scale.
@@ -93,7 +104,9 @@ template <class T>
 error_report measure(const recipe& r, const matrix<T>& x) {
   const thread_executor threads(std::thread::hardware_concurrency());
   const auto policy = automatic.on(threads);
-  return compare(x, dequantize<float>(policy, quantize(policy, x, r)));
+  matrix<float> unpacked = dequantize<float>(policy, quantize(policy, x, r));
+  if (r.rotation != 0) rotate_back(policy, unpacked, {r.rotation}, unpacked.view());
+  return compare(x, unpacked);
 }
 
 /// Prints a value beside its reference; returns whether it is near enough.
