@@ -19,7 +19,7 @@ namespace tetromino::cuda::detail {
 #endif
 
 /// Blocks of a cluster that share a tile of the output, at most.
-inline constexpr std::uint32_t most_parts = 4;
+inline constexpr std::uint32_t most_parts = 8;
 
 #if TETROMINO_CUDA_HOPPER
 
@@ -186,6 +186,11 @@ struct pair_sum {
   for (std::uint32_t r = 0; r < most_parts; ++r) out.low += lows[r], out.high += highs[r];
   return out;
 }
+
+/// Lets the next kernel of the stream start, if it was launched so that it may, where there is room.
+__device__ inline void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+/// Waits until the kernel before this one in the stream has ended and what it wrote can be read.
+__device__ inline void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 template <int Registers>
 __device__ inline void give_registers() {

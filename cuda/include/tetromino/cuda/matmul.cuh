@@ -35,6 +35,7 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
   args.macro_block = static_cast<std::uint32_t>(shape.format.macro_block);
   args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
   args.gating = shape.gating;
+  args.has_settled_weights = job.options.settled_weights;
   args.is_out_aligned = is_aligned(job.out.data, 16) && job.out.row_stride % 8 == 0 && args.outputs % 8 == 0;
   if (shape.format.scale == scale_type::e4m3) return matmul_of_kind<T, weight_kind::nv, 0>(s, job, args);
   if (shape.format.macro_block == 0) {

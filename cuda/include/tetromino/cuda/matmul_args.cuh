@@ -25,6 +25,7 @@ struct matmul_args {
   std::uint32_t feature_tiles;  ///< columns of the grid of output tiles
   gating_rows gating;
   bool is_out_aligned;
+  bool has_settled_weights;
 };
 
 /// One tile of the output: some rows of one matrix's part of x, by some tiles of its weights.
@@ -118,6 +119,16 @@ template <class T>
   return out;
 }
 
+/// The factor and the bias of row `row` of the tiles.
+template <class T>
+[[nodiscard]] __device__ inline float2 load_row(const matmul_args<T>& args, std::uint32_t matrix, std::uint32_t row) {
+  const std::uint32_t source = source_row(row, args.weight_rows, args.gating);
+  if (source >= args.weight_rows) return make_float2(0.0f, 0.0f);
+  return make_float2(
+      args.factors[static_cast<std::size_t>(matrix) * args.row_tiles * 64 + row],
+      args.bias == nullptr ? 0.0f : args.bias[static_cast<std::size_t>(matrix) * args.weight_rows + source]);
+}
+
 /// Finishes the sums of rows g and g + 8 for one row of x, and writes them.
 template <activation T>
 __device__ inline void write_pair(const matmul_args<T>& args, const row_pair& rows, std::size_t out_row, float low,
@@ -131,6 +142,20 @@ __device__ inline void write_pair(const matmul_args<T>& args, const row_pair& ro
   }
   if (rows.exists[0]) to[rows.output[0]] = round_to<T>(low);
   if (rows.exists[1]) to[rows.output[1]] = round_to<T>(high);
+}
+
+/// The same for row `row` of the tiles, with row % 16 < 8, and row + 8; `loaded` is what load_row gave for them.
+template <activation T>
+__device__ inline void write_loaded(const matmul_args<T>& args, const float2* loaded, std::uint32_t row,
+                                    std::size_t out_row, float low, float high) {
+  row_pair rows;
+#pragma unroll
+  for (std::uint32_t i = 0; i < 2; ++i) {
+    rows.exists[i] = source_row(row + 8 * i, args.weight_rows, args.gating) < args.weight_rows;
+    rows.factor[i] = loaded[8 * i].x, rows.bias[i] = loaded[8 * i].y;
+    rows.output[i] = args.gating == gating_rows::none ? row + 8 * i : row / 16 * 8 + row % 8;
+  }
+  write_pair(args, rows, out_row, low, high);
 }
 
 /// The macro-block factors 1 + m / 256 of rows g and g + 8 of a warp's tile.

@@ -1,8 +1,8 @@
 #pragma once
 
-#include "hopper.cuh"         // wgmma
-#include "matmul_args.cuh"    // matmul_args
-#include "matmul_narrow.cuh"  // coded_tile
+#include "hopper.cuh"       // wgmma
+#include "matmul_args.cuh"  // matmul_args
+#include "matmul_tile.cuh"  // coded_tile
 
 #include <cuda.h>  // CUtensorMap
 
@@ -117,16 +117,7 @@ struct tile_sums {
   /// Reads this lane's part of a tile in shared memory.
   [[nodiscard]] __device__ coded load(std::uint32_t tile) const {
     coded out;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out.word[0]), "=r"(out.word[1]), "=r"(out.word[2]), "=r"(out.word[3])
-                 : "r"(tile + codes_at));
-    if constexpr (Kind == weight_kind::mx32) {
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(out.scales[0]) : "r"(tile + scales_at));
-    } else {
-      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(out.scales[0]), "=r"(out.scales[1])
-                   : "r"(tile + scales_at));
-    }
+    out.read(tile + codes_at, tile + scales_at);
     return out;
   }
 
@@ -317,6 +308,8 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
     }
     barrier_init_done();
   }
+  start_next_kernel();
+  wait_for_last_kernel();
   if (args.row_offsets != nullptr) {
     count_row_tiles<Shape::rows>(args.row_offsets, args.matrices, tiles_before);
   } else {

@@ -72,6 +72,33 @@ template <activation T>
   return map;
 }
 
+/// Launches a kernel that waits for the one before it by itself, in clusters of `parts` blocks.
+template <class Kernel, class T>
+[[nodiscard]] result<void> launch_overlapping(Kernel* kernel, const char* what, const stream& s, std::size_t blocks,
+                                              int threads, std::uint32_t bytes, std::size_t parts,
+                                              const CUtensorMap& map, const matmul_args<T>& args) {
+  if (auto done =
+          check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                "cudaFuncSetAttribute");
+      !done) {
+    return done;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  config.stream = s.handle;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(parts);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = parts > 1 ? 2 : 1;
+  return check(cudaLaunchKernelEx(&config, kernel, map, args), what);
+}
+
 /// Launches the Hopper kernel of one shape. `row_tiles` is how many tiles of x there can be at most.
 template <activation T, weight_kind Kind, int Macros, int Rows, int Groups, int Tiles, int Stages, int Blocks>
 result<void> launch_hopper(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
@@ -94,69 +121,25 @@ result<void> launch_hopper(const stream& s, const matmul_job<T>& job, matmul_arg
 
   auto map = map_activations(job.x, Rows);
   if (!map) return map.error();
-  if (auto done =
-          check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-                "cudaFuncSetAttribute");
-      !done) {
-    return done;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(shape::threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = s.handle;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(parts);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = parts > 1 ? 1 : 0;
-  return check(cudaLaunchKernelEx(&config, kernel, *map, args), "the launch of hopper_kernel");
+  return launch_overlapping(kernel, "the launch of hopper_kernel", s, blocks, shape::threads, bytes, parts, *map, args);
 }
 
-/// Launches the kernel for few rows of x; false where x would not fit into shared memory.
-template <activation T, weight_kind Kind, int Macros, int Rows>
-result<bool> launch_narrow(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+/// Launches the kernel for few rows of x.
+template <class Shape, activation T, weight_kind Kind, int Macros>
+result<void> launch_narrow(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
                            const device_facts& device) {
-  using shape = narrow_shape<Rows, 2, 8>;
-  auto* const kernel = narrow_kernel<shape, T, Kind, Macros>;
-  args.feature_tiles = (args.row_tiles * 4 + shape::groups - 1) / shape::groups;
-  const std::size_t tiles = row_tiles * args.feature_tiles;
-  const std::size_t room = static_cast<std::size_t>(device.multiprocessors) * 2;
+  auto* const kernel = narrow_kernel<Shape, T, Kind, Macros>;
+  args.feature_tiles = (args.row_tiles + Shape::row_tiles - 1) / Shape::row_tiles;
+  const std::size_t tiles = row_tiles * args.feature_tiles, pairs = args.col_tiles / 2;
+  const std::size_t room = static_cast<std::size_t>(device.multiprocessors) * std::min(Shape::blocks, 2);
   std::size_t parts = 1;
-  auto has_clusters = is_hopper_code(kernel);
-  if (!has_clusters) return has_clusters.error();
-  while (*has_clusters && parts < most_parts && tiles * parts * 2 <= room && args.col_tiles >= parts * 2 * 8)
-    parts *= 2;
-  const std::size_t x_rows = std::min<std::size_t>(Rows, job.row_count);
-  const std::size_t most_tiles = (args.col_tiles + parts - 1) / parts;
-  const std::size_t bytes =
-      shape::shared_bytes(x_rows, most_tiles, job.row_offsets == nullptr ? 0 : std::size_t{args.matrices});
-  if (bytes > std::size_t{100} << 10) return false;
-  if (auto done =
-          check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-                "cudaFuncSetAttribute");
-      !done) {
-    return done.error();
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(tiles * parts));
-  config.blockDim = dim3(shape::threads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = s.handle;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(parts);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = parts > 1 ? 1 : 0;
-  if (auto done = check(cudaLaunchKernelEx(&config, kernel, args, static_cast<std::uint32_t>(x_rows),
-                                           static_cast<std::uint32_t>(most_tiles)),
-                        "the launch of narrow_kernel");
-      !done) {
-    return done.error();
-  }
-  return true;
+  while (parts < most_parts && tiles * parts * 2 <= room && pairs >= parts * 4) parts *= 2;
+  const std::size_t blocks =
+      parts > 1 ? tiles * parts : std::min(tiles, static_cast<std::size_t>(device.multiprocessors) * Shape::blocks);
+  const std::uint32_t bytes = Shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices);
+  auto map = map_activations(job.x, Shape::rows);
+  if (!map) return map.error();
+  return launch_overlapping(kernel, "the launch of narrow_kernel", s, blocks, Shape::threads, bytes, parts, *map, args);
 }
 
 template <activation T, weight_kind Kind, int Macros>
@@ -173,19 +156,20 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
   // About how many rows of x a matrix gets.
   const std::size_t groups = job.row_offsets == nullptr ? 1 : std::min<std::size_t>(args.matrices, job.row_count);
   const std::size_t rows = (job.row_count + groups - 1) / groups;
-  if (is_aligned_x && !job.portable && rows <= 16) {
-    auto done = rows <= 8 ? launch_narrow<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device)
-                          : launch_narrow<T, Kind, Macros, 16>(s, job, args, row_tiles(16), *device);
-    if (!done) return done.error();
-    if (*done) return {};
-  }
   if (device->major == 9 && is_aligned_x && !job.portable) {
     auto has_code = is_hopper_code(hopper_kernel<hopper_shape<T, Kind, 128, 3, 1, 6>, T, Kind, Macros, 1>);
     if (!has_code) return has_code.error();
     if (!*has_code) {
       return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
     }
-    if (rows <= 16) return launch_hopper<T, Kind, Macros, 16, 2, 2, 4, 3>(s, job, args, row_tiles(16), *device);
+    if (rows <= 8) {
+      return launch_narrow<narrow_shape<Kind, Macros, 8, 8, 1, 8, 2>, T, Kind, Macros>(s, job, args, row_tiles(8),
+                                                                                       *device);
+    }
+    if (rows <= 16) {
+      return launch_narrow<narrow_shape<Kind, Macros, 16, 8, 1, 8, 2>, T, Kind, Macros>(s, job, args, row_tiles(16),
+                                                                                        *device);
+    }
     if (rows <= 32) return launch_hopper<T, Kind, Macros, 32, 2, 1, 6, 2>(s, job, args, row_tiles(32), *device);
     if (rows <= 64) return launch_hopper<T, Kind, Macros, 64, 2, 1, 6, 2>(s, job, args, row_tiles(64), *device);
     // Three warpgroups hide one another's decoding best, where their larger tiles do not leave multiprocessors idle.

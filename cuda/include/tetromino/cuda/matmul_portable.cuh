@@ -1,7 +1,7 @@
 #pragma once
 
-#include "matmul_args.cuh"    // matmul_args
-#include "matmul_narrow.cuh"  // multiply_add
+#include "matmul_args.cuh"  // matmul_args
+#include "matmul_tile.cuh"  // multiply_add
 
 #include <cstdint>  // std::uint32_t
 

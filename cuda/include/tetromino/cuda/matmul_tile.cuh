@@ -1,0 +1,99 @@
+#pragma once
+
+#include "matmul_args.cuh"  // matmul_args
+
+#include <cstdint>  // std::uint32_t
+
+/// What the product kernels do with a tile of weights: decode it in registers, multiply by it.
+namespace tetromino::cuda::detail {
+
+/// d[16, 8] += a[16, 16] b[16, 8].
+template <activation T>
+__device__ inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  if constexpr (std::same_as<T, bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+/// Two 16-bit floats times two others.
+template <activation T>
+[[nodiscard]] __device__ inline std::uint32_t multiply_pairs(std::uint32_t x, std::uint32_t y) {
+  if constexpr (std::same_as<T, bfloat16>) {
+    return as_word(__hmul2_rn(as_bfloat16_pair(x), as_bfloat16_pair(y)));
+  } else {
+    return as_word(__hmul2_rn(as_half_pair(x), as_half_pair(y)));
+  }
+}
+
+/// A lane's part of a tile of weights, still coded: a word of codes for each step of 16 columns, and block scales.
+template <weight_kind Kind>
+struct coded_tile {
+  static constexpr int scale_words = Kind == weight_kind::mx32 ? 1 : 2;
+  std::uint32_t word[4];
+  std::uint32_t scales[scale_words];
+
+  /// Reads the lane's codes and scales from shared memory.
+  __device__ void read(std::uint32_t codes_at, std::uint32_t scales_at) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(codes_at));
+    if constexpr (Kind == weight_kind::mx32) {
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scales[0]) : "r"(scales_at));
+    } else {
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(scales[0]), "=r"(scales[1]) : "r"(scales_at));
+    }
+  }
+
+  /// The A operand of step s.
+  template <activation T>
+  __device__ void decode(int s, std::uint32_t (&a)[4]) const {
+    const int block = s * 16 / block_of<Kind>;
+    const std::uint32_t both = scales[block / 2] >> (block % 2 * 16);
+    const std::uint32_t low = scale_pair<T, Kind>(both & 0xFFu), high = scale_pair<T, Kind>(both >> 8 & 0xFFu);
+    gather_codes<T>(word[s], a);
+    a[0] = multiply_pairs<T>(a[0], low), a[1] = multiply_pairs<T>(a[1], high);
+    a[2] = multiply_pairs<T>(a[2], low), a[3] = multiply_pairs<T>(a[3], high);
+  }
+};
+
+/// Hides from the compiler how a value came about, so that it keeps it in registers in place of computing it again.
+template <class Value>
+__device__ inline void keep(Value& value) {
+  if constexpr (sizeof(Value) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+}
+
+/// Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ inline void load_matrices(std::uint32_t from, std::uint32_t (&m)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(from)
+               : "memory");
+}
+
+/// 1 / (1 + m / 256) for a macro byte, to within a unit in the last place.
+[[nodiscard]] __device__ inline float inverse_macro(std::uint32_t m) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(bit_cast<float>(m * 0x8000u + 0x3F800000u)));
+  return inverse;
+}
+
+[[nodiscard]] __device__ inline std::uint32_t load_byte(std::uint32_t shared) {
+  std::uint32_t byte;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(shared));
+  return byte;
+}
+
+}  // namespace tetromino::cuda::detail
