@@ -26,6 +26,7 @@ struct signature_options {
 
 /// What experts a prompt used, by layer (or bucket of layers), as a short list.
 struct request_signature {
+  /// One expert, and how much it was used.
   struct entry {
     std::uint32_t cell;    ///< bucket × experts + expert
     std::uint32_t weight;  ///< uses, the later ones counting more
