@@ -47,9 +47,9 @@ concept can_matmul = activations_like<X> && real<Out> &&
 /// themselves (W4A4), then with a tensor scale for each matrix of their batch. Any K; each side has its own format.
 ///
 /// Sums run in float; those over a block are exact where both sides are integers, and a macro-block factor is one
-/// multiplication of a partial sum. An output depends on its own row of x and of w alone, given a policy and an
-/// instruction set: not on M, on other rows, or on threads, so it does not matter on which rank a row is computed.
-/// A NaN block scale makes the outputs that meet it NaN. Errors: shape_mismatch.
+/// multiplication of a partial sum or of a block's scale. An output depends on its own row of x and of w alone, given a
+/// policy and an instruction set: not on M, on other rows, or on threads, so it does not matter on which rank a row is
+/// computed. A NaN block scale makes the outputs that meet it NaN. Errors: shape_mismatch.
 template <class Policy, activations_like X, packed_like Weights, class Out>
   requires(can_matmul<Policy, X, Out>)
 result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights& w,

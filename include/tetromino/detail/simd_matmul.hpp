@@ -1,6 +1,6 @@
 #pragma once
 
-#include "scalar_matmul.hpp"        // scalar_matmul_kernels
+#include "simd_float_matmul.hpp"    // float_matmul
 #include "simd_integer_matmul.hpp"  // integer_matmul
 #include "simd_lanes.hpp"           // floats
 
@@ -15,20 +15,33 @@ TETROMINO_VECTOR_CODE_BEGIN
 namespace tetromino::detail {
 inline namespace TETROMINO_ISA {
 
-/// Matrix products on vectors whose lanes are 16 outputs side by side: both operands are decoded to float, a piece at a
-/// time, the weights transposed, so that every output adds its products from left to right over a macro block (or over
-/// 256 columns where there is none), however many rows are computed together.
+/// Matrix products on vectors; see float_matmul and integer_matmul.
 struct simd_matmul_kernels {
   static constexpr std::size_t tile_rows = 63, tile_cols = 128;
 
   template <class X, real Out>
   static void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) {
-#if TETROMINO_VECTOR_BITS >= 256
     using activations = std::remove_const_t<X>;
-    if constexpr (std::is_same_v<activations, int8_view<>> || std::is_same_v<activations, packed_view<any_format>>) {
-      return integer_matmul<X, Out>::multiply(job, tile);
-    }
+    constexpr bool are_integers =
+        std::is_same_v<activations, int8_view<>> || std::is_same_v<activations, packed_view<any_format>>;
+    if constexpr (!are_integers) {
+      float_matmul<std::remove_const_t<std::remove_pointer_t<decltype(job.x.data)>>, Out>::multiply(job, tile);
+    } else {
+#if TETROMINO_VECTOR_BITS >= 256
+      integer_matmul<X, Out>::multiply(job, tile);
+#else
+      multiply_decoded(job, tile);
 #endif
+    }
+  }
+
+ private:
+#if TETROMINO_VECTOR_BITS < 256
+  /// Integers without integer products: lanes are 16 outputs side by side, and both operands are decoded to float, a
+  /// piece at a time, the weights transposed, so that every output adds its products from left to right over a macro
+  /// block (or over 256 columns where there is none), however many rows are computed together.
+  template <class X, real Out>
+  static void multiply_decoded(const matmul_job<X, Out>& job, const matmul_tile& tile) {
     const any_format format = job.weights.format, blocks = activation_blocks(job.x);
     const std::size_t cols = job.weights.cols, rows = tile.last_row - tile.first_row;
     const std::size_t common_macro = common_block(format.macro_block, blocks.macro_block);
@@ -76,7 +89,6 @@ struct simd_matmul_kernels {
     }
   }
 
- private:
   static constexpr std::size_t together = registers == 1 ? 9 : 3;  // rows that share a load; divides tile_rows
   static constexpr std::size_t depth = 256;  // columns decoded at a time: a multiple of every macro block
 
@@ -91,10 +103,6 @@ struct simd_matmul_kernels {
   }();
 
   /// Writes elements k … k + n − 1 of a row, without macro factors and tensor scale, `step` floats apart.
-  template <real T>
-  static void decode(const T* row, const any_format&, std::size_t k, std::size_t n, std::size_t step, float* out) {
-    for (std::size_t i = 0; i < n; ++i) out[i * step] = to_float(row[k + i]);
-  }
   static void decode(const int8_row& row, const any_format&, std::size_t k, std::size_t n, std::size_t step,
                      float* out) {
     for (std::size_t i = 0; i < n; ++i) {
@@ -144,6 +152,7 @@ struct simd_matmul_kernels {
       store(total[r], load(total[r]) + sum[r] * (load(weight_factors) * broadcast(factors[r])));
     }
   }
+#endif
 };
 
 }  // namespace TETROMINO_ISA

@@ -1,0 +1,193 @@
+#pragma once
+
+#include "../config.hpp"  // TETROMINO_SIMD
+
+/// Products of packed weights and float, half or bfloat16 activations.
+
+#if TETROMINO_SIMD
+
+#include "../scaling.hpp"   // macro_factor
+#include "cpu_matmul.hpp"   // matmul_job, matmul_tile, activation_row, weight_row
+#include "simd_blocks.hpp"  // e2m1_decoder, multiply_add, sum_each
+#include "simd_scales.hpp"  // decode_e8m0, decode_e4m3
+
+#include <algorithm>  // std::min, std::copy_n, std::fill
+#include <array>      // std::array
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t
+#include <utility>    // std::index_sequence
+
+TETROMINO_VECTOR_CODE_BEGIN
+
+namespace tetromino::detail {
+inline namespace TETROMINO_ISA {
+
+/// Weights are decoded to float with their scales and macro factors, 16 outputs of 512 columns at a time, and
+/// multiplied by all rows of a tile. An output has 16 sums, over every sixteenth column of a chunk of 512 (even columns
+/// of each 32 first, then odd ones), which are then added up by halves, and chunks from left to right: always in this
+/// order.
+template <real T, real Out>
+class float_matmul {
+ public:
+  using job = matmul_job<batch_view<const T>, Out>;
+
+  static void multiply(const job& j, const matmul_tile& tile) {
+    if (j.weights.format.block == 16) return float_matmul(j, tile).template run<16>();
+    return float_matmul(j, tile).template run<32>();
+  }
+
+ private:
+  static constexpr std::size_t most_rows = 64, most_cols = 128, depth = 512;
+  // Rows and outputs whose sums are kept in registers at once, for most rows and for those that are left over.
+  static constexpr std::size_t rows_at_once = registers == 1 ? 4 : 3, outputs_at_once = registers == 1 ? 4 : 2;
+  static constexpr std::size_t outputs_of_one_row = registers == 1 ? 8 : 4;
+
+  float_matmul(const job& j, const matmul_tile& tile) : job_(j), tile_(tile), rows_(tile.last_row - tile.first_row) {}
+
+  template <std::size_t Block>
+  void run() {
+    const std::size_t cols = job_.weights.cols;
+    float totals[most_cols / lane_count][most_rows][lane_count];
+    for (auto& total : totals) std::fill(&total[0][0], &total[0][0] + rows_ * lane_count, 0.0f);
+    for (std::size_t k = 0; k < cols; k += depth) {
+      const std::size_t used = std::min(depth, cols - k);
+      used_ = (used + 31) / 32 * 32;
+      for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used);
+      for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
+        const std::size_t width = std::min(lane_count, tile_.last_col - n);
+        for (std::size_t l = 0; l < width; ++l) load_weights<Block>(n + l, k, used, w_[l]);
+        for (std::size_t l = width; l < lane_count; ++l) std::fill(w_[l], w_[l] + used_, 0.0f);
+        auto* total = totals[(n - tile_.first_col) / lane_count];
+        std::size_t m = 0;
+        for (; m + rows_at_once <= rows_; m += rows_at_once) add<rows_at_once, outputs_at_once>(m, total);
+        for (; m < rows_; ++m) add<1, outputs_of_one_row>(m, total);
+      }
+    }
+    const float scale = job_.weights.tensor_scale(tile_.matrix);
+    for (std::size_t m = 0; m < rows_; ++m) {
+      Out* out = job_.out.row(tile_.first_row + m);
+      for (std::size_t n = tile_.first_col; n < tile_.last_col; ++n) {
+        const std::size_t i = n - tile_.first_col;
+        out[n] = from_float<Out>(totals[i / lane_count][m][i % lane_count] * scale);
+      }
+    }
+  }
+
+  /// Where column i of a chunk goes: even columns of each 32 come first, as codes are decoded.
+  static constexpr std::size_t place(std::size_t i) { return i / 32 * 32 + i % 2 * 16 + i % 32 / 2; }
+
+  void load_activations(std::size_t m, std::size_t k, std::size_t used) {
+    const T* x = activation_row(job_.x, tile_.first_row + m) + k;
+    float* out = x_[m];
+    std::size_t i = 0;
+    for (; i + 32 <= used; i += 32) {
+      for (std::size_t j = 0; j < 16; ++j) {
+        out[i + j] = to_float(x[i + 2 * j]);
+        out[i + 16 + j] = to_float(x[i + 2 * j + 1]);
+      }
+    }
+    for (; i < used_; i += 32) {
+      for (std::size_t j = i; j < i + 32; ++j) out[place(j)] = j < used ? to_float(x[j]) : 0.0f;
+    }
+  }
+
+  static constexpr std::array<float, 256> inverse_factors = [] {
+    std::array<float, 256> out{};
+    for (unsigned byte = 0; byte < 256; ++byte) out[byte] = 1.0f / macro_factor(static_cast<std::uint8_t>(byte));
+    return out;
+  }();
+
+  /// Columns k ... k + used - 1 of output n, without the tensor scale.
+  template <std::size_t Block>
+  void load_weights(std::size_t n, std::size_t k, std::size_t used, float* out) const {
+    const any_format& format = job_.weights.format;
+    const auto row = weight_row(job_.weights, tile_.matrix, n);
+    const std::uint8_t* codes = row.codes + k / 2;
+    const std::size_t blocks = (used + Block - 1) / Block;
+    // The same piece of a row to come: hardware sees too many short runs to look ahead by itself.
+    const packed_shape shape = job_.weights.shape();
+    for (std::size_t i = 0; i < used / 2; i += 64) prefetch(codes + i, lane_count * shape.code_bytes_per_row());
+    prefetch(row.scales + k / Block, lane_count * shape.blocks_per_row());
+    alignas(64) float scales[depth / Block] = {};
+    for (std::size_t b = 0; b < blocks; b += lane_count) {
+      std::uint8_t padded[lane_count] = {};
+      const std::uint8_t* bytes = row.scales + k / Block + b;
+      if (blocks - b < lane_count) {
+        std::copy_n(bytes, blocks - b, padded);
+        bytes = padded;
+      }
+      const words code = load_bytes(bytes);
+      store(scales + b, format.scale == scale_type::e4m3 ? decode_e4m3(code) : decode_e8m0(code));
+    }
+    if (format.macro_block != 0) {
+      const std::size_t each = format.macro_block / Block;
+      const std::uint8_t* macro = row.macros + k / format.macro_block;
+      for (std::size_t b = 0; b < blocks; b += each, ++macro) {
+        for (std::size_t i = b; i < b + each; ++i) scales[i] *= inverse_factors[*macro];
+      }
+    }
+    const e2m1_decoder decode;
+    const auto decode_32 = [&](const std::uint8_t* from, std::size_t i) TETROMINO_INLINE_LAMBDA {
+      const floats_pair q = decode.split(from);
+      const floats scale = Block == 32 ? broadcast(scales[i / Block])
+                                       : broadcast_halves(scales[i / Block], scales[i / Block + 32 / Block - 1]);
+      store(out + i, q.first * scale);
+      store(out + i + lane_count, q.second * scale);
+    };
+    const std::size_t whole = blocks * Block / 32 * 32;
+    for (std::size_t i = 0; i < whole; i += 32) decode_32(codes + i / 2, i);
+    if (whole < blocks * Block) {
+      std::uint8_t padded[16] = {};
+      std::copy_n(codes + whole / 2, Block / 2, padded);
+      scales[whole / Block + 32 / Block - 1] = 0.0f;
+      decode_32(padded, whole);
+    }
+    for (std::size_t i = used; i < used_; ++i) out[place(i)] = 0.0f;  // codes past the last column may be anything
+  }
+
+  static TETROMINO_INLINE floats multiply_and_add(const floats& a, const floats& b, const floats& c) {
+#if TETROMINO_HAS_FMA
+    return multiply_add(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
+
+  /// What the chunk adds to `Rows` rows from m on, `Outputs` outputs at a time.
+  template <std::size_t Rows, std::size_t Outputs>
+  void add(std::size_t m, float (*total)[lane_count]) const {
+    alignas(64) float sums[Rows][lane_count][lane_count];
+    for (std::size_t n = 0; n < lane_count; n += Outputs) {
+      each_sum<Rows, Outputs>(m, n, sums, std::make_index_sequence<Rows * Outputs>{});
+    }
+    for (std::size_t r = 0; r < Rows; ++r) {
+      const floats sum = sum_each([&](std::size_t n) TETROMINO_INLINE_LAMBDA { return load(sums[r][n]); });
+      store(total[m + r], load(total[m + r]) + sum);
+    }
+  }
+  template <std::size_t Rows, std::size_t Outputs, std::size_t... I>
+  TETROMINO_INLINE void each_sum(std::size_t m, std::size_t n, float (*sums)[lane_count][lane_count],
+                                 std::index_sequence<I...>) const {
+    floats sum[Rows * Outputs];
+    ((sum[I] = broadcast(0.0f)), ...);
+    for (std::size_t k = 0; k < used_; k += lane_count) {
+      ((sum[I] = multiply_and_add(load(&x_[m + I / Outputs][k]), load(&w_[n + I % Outputs][k]), sum[I])), ...);
+    }
+    (store(sums[I / Outputs][n + I % Outputs], sum[I]), ...);
+  }
+
+  const job& job_;
+  const matmul_tile& tile_;
+  std::size_t rows_;
+  std::size_t used_ = 0;  // columns of this chunk, rounded up to 32
+
+  alignas(64) float w_[lane_count][depth];
+  alignas(64) float x_[most_rows][depth];
+};
+
+}  // namespace TETROMINO_ISA
+}  // namespace tetromino::detail
+
+TETROMINO_VECTOR_CODE_END
+
+#endif
