@@ -19,3 +19,10 @@ install(FILES ${CMAKE_CURRENT_BINARY_DIR}/tetromino-config.cmake
               ${CMAKE_CURRENT_BINARY_DIR}/tetromino-config-version.cmake DESTINATION ${package_dir})
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/tetromino.pc DESTINATION ${CMAKE_INSTALL_DATADIR}/pkgconfig)
 install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DATADIR}/licenses/tetromino)
+
+# All headers that need no package, as one file in the build folder.
+add_custom_target(
+  tetromino_single_header
+  COMMAND ${CMAKE_COMMAND} -D output=${CMAKE_CURRENT_BINARY_DIR}/single/tetromino.hpp -P
+          ${CMAKE_CURRENT_SOURCE_DIR}/cmake/single_header.cmake
+  BYPRODUCTS ${CMAKE_CURRENT_BINARY_DIR}/single/tetromino.hpp)

@@ -1,13 +1,21 @@
-# Builds and runs the consumer in one way: find_package, add_subdirectory, fetch_content, pkg_config or copy.
+# Builds and runs the consumer in one way: find_package, add_subdirectory, fetch_content, pkg_config, copy (with `flags`)
+# or single_header. It checks the bytes that it packs.
 cmake_minimum_required(VERSION 3.25)
 set(consumer ${CMAKE_CURRENT_LIST_DIR}/consumer)
 file(REMOVE_RECURSE ${work})
 file(MAKE_DIRECTORY ${work})
 set(strict -std=c++20 -Wall -Wextra -Werror)
 
-if(way STREQUAL "copy")
-  file(COPY ${source}/include/tetromino DESTINATION ${work}/include)
-  execute_process(COMMAND ${compiler} ${strict} -I ${work}/include ${consumer}/main.cpp -o ${work}/consumer
+if(way MATCHES "copy|single_header")
+  if(way STREQUAL "single_header")
+    execute_process(
+      COMMAND ${CMAKE_COMMAND} -D output=${work}/include/tetromino/tetromino.hpp -P ${source}/cmake/single_header.cmake
+              COMMAND_ERROR_IS_FATAL ANY)
+  else()
+    file(COPY ${source}/include/tetromino DESTINATION ${work}/include)
+  endif()
+  separate_arguments(flags UNIX_COMMAND "${flags}")
+  execute_process(COMMAND ${compiler} ${strict} ${flags} -I ${work}/include ${consumer}/main.cpp -o ${work}/consumer
                           COMMAND_ERROR_IS_FATAL ANY)
 elseif(way STREQUAL "pkg_config")
   set(ENV{PKG_CONFIG_PATH} ${prefix}/share/pkgconfig)
