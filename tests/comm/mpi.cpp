@@ -118,4 +118,12 @@ TEST_CASE("mpi: an error inside MPI comes back where the communicator returns er
   MPI_Comm_free(&own);
 }
 
+TEST_CASE("mpi: buffers of another size than the plan's are the caller's fault") {
+  const mpi_exchange through(MPI_COMM_WORLD);
+  const moe::dispatch_plan nothing(through.ranks(), 1);
+  std::byte one{};
+  CHECK_THROWS_AS(through.try_send_rows(nothing, {&one, 1}, {}, 1), precondition_failed);
+  CHECK_THROWS_AS(through.try_return_rows(nothing, {}, {&one, 1}, 1), precondition_failed);
+}
+
 }  // namespace
