@@ -1,0 +1,418 @@
+#pragma once
+
+#include <tetromino/cuda/moe.hpp>  // route_job, expert_groups
+
+#include "elements.cuh"  // full_warp, pack_pair, report_rejection
+
+#include <algorithm>  // std::min
+#include <cstdint>    // std::uint32_t
+
+/// Routing, grouping and moving of tokens, one launch each.
+namespace tetromino::cuda::detail {
+
+struct route_args {
+  const float* logits;
+  const float* bias;
+  std::uint16_t* ids;
+  float* weights;
+  std::uint64_t* rejected;
+  std::uint32_t tokens, experts, k, groups, groups_kept, group_size;
+  float scale;
+  moe::gating rule;
+  bool renormalize, is_aligned;
+};
+
+inline constexpr float largest_float = 0x1.FFFFFEp127f;
+
+/// A score as an integer of the same order, above 0 for all that is not NaN; 0 counts as no expert.
+[[nodiscard]] __device__ inline std::uint32_t order_of(float score) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(__fadd_rn(score, 0.0f));  // -0 is 0
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+[[nodiscard]] __device__ inline float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+
+[[nodiscard]] __device__ inline float sum_of_lanes(float x) {
+#pragma unroll
+  for (int n = 16; n > 0; n /= 2) x += __shfl_xor_sync(full_warp, x, n);
+  return x;
+}
+
+/// One bit for each group of experts that a token may choose from, where lanes hold N scores in a row each.
+template <int N>
+[[nodiscard]] __device__ std::uint64_t kept_groups(const route_args& args, const float (&score)[N], float* scores,
+                                                   float* group_scores) {
+  const std::uint32_t lane = threadIdx.x % 32, size = args.group_size, lanes = size / N;
+  const float none = -bit_cast<float>(0x7F800000u);
+  __syncwarp();
+  if (size == lanes * N && lanes <= 32 && (lanes & (lanes - 1)) == 0) {  // groups are aligned runs of lanes
+    float first = none, second = none;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      second = fmaxf(second, fminf(first, score[i]));
+      first = fmaxf(first, score[i]);
+    }
+    for (std::uint32_t n = 1; n < lanes; n *= 2) {
+      const float other_first = __shfl_xor_sync(full_warp, first, static_cast<int>(n));
+      const float other_second = __shfl_xor_sync(full_warp, second, static_cast<int>(n));
+      second = fmaxf(fmaxf(second, other_second), fminf(first, other_first));
+      first = fmaxf(first, other_first);
+    }
+    const std::uint32_t group = lane >> (__ffs(static_cast<int>(lanes)) - 1);
+    if ((lane & (lanes - 1)) == 0 && group < args.groups) group_scores[group] = size == 1 ? first : first + second;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) scores[lane * N + i] = score[i];
+    __syncwarp();
+    for (std::uint32_t g = lane; g < args.groups; g += 32) {
+      float first = none, second = none;
+      for (std::uint32_t e = g * size; e < (g + 1) * size; ++e) {
+        second = fmaxf(second, fminf(first, scores[e]));
+        first = fmaxf(first, scores[e]);
+      }
+      group_scores[g] = size == 1 ? first : first + second;
+    }
+  }
+  __syncwarp();
+  std::uint64_t kept = 0;
+  for (std::uint32_t g = lane; g < lane + args.groups; g += 32) {  // as often in all lanes
+    std::uint32_t better = 0;
+    for (std::uint32_t h = 0; g < args.groups && h < args.groups; ++h) {
+      better += group_scores[h] > group_scores[g] || (group_scores[h] == group_scores[g] && h < g);
+    }
+    const std::uint64_t these = __ballot_sync(full_warp, g < args.groups && better < args.groups_kept);
+    kept |= these << (g - lane);
+  }
+  return kept;
+}
+
+/// A warp routes a token: lane i holds experts N i ... N i + N - 1, and puts them in order. Then k times the best of
+/// the lanes' first experts is chosen, in the lowest lane where several are as good.
+template <int N>
+__global__ void __launch_bounds__(128) route_kernel(const route_args args) {
+  __shared__ float scores[4][32 * N];
+  __shared__ float group_scores[4][moe::router_options::max_groups];
+  const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const std::uint32_t token = blockIdx.x * 4 + warp;
+  if (token >= args.tokens) return;
+  const float* const logits = args.logits + static_cast<std::size_t>(token) * args.experts;
+
+  float logit[N];
+  const std::uint32_t first = lane * N;
+  if (N % 4 == 0 && args.is_aligned) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+      float4 four = make_float4(0, 0, 0, 0);
+      if (first + i < args.experts) four = __ldg(reinterpret_cast<const float4*>(logits + first + i));
+      logit[i] = four.x;
+      if constexpr (N % 4 == 0) logit[i + 1] = four.y, logit[i + 2] = four.z, logit[i + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) logit[i] = first + i < args.experts ? __ldg(logits + first + i) : 0.0f;
+  }
+  bool below_infinity = true, any_finite = false;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (first + i >= args.experts) continue;
+    below_infinity = below_infinity && logit[i] <= largest_float;  // false for NaN too
+    any_finite = any_finite || logit[i] >= -largest_float;
+  }
+  std::uint16_t* const ids = args.ids + static_cast<std::size_t>(token) * args.k;
+  float* const weights = args.weights + static_cast<std::size_t>(token) * args.k;
+  const std::uint32_t refused = __ballot_sync(full_warp, !below_infinity);
+  if (refused != 0 || !__any_sync(full_warp, any_finite)) {
+    if (lane < args.k) ids[lane] = static_cast<std::uint16_t>(lane), weights[lane] = bit_cast<float>(0x7FC00000u);
+    std::uint32_t bad = 0;
+    if (refused != 0 && !below_infinity) {
+#pragma unroll
+      for (int i = N - 1; i >= 0; --i) {
+        if (first + i < args.experts && !(logit[i] <= largest_float)) bad = first + i;
+      }
+    }
+    if (!below_infinity || (refused == 0 && lane == 0)) {
+      report_rejection(args.rejected, static_cast<std::uint64_t>(token) * args.experts + bad);
+    }
+    return;
+  }
+
+  float score[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    score[i] = logit[i];
+    if (args.rule == moe::gating::sigmoid && first + i < args.experts && logit[i] >= -largest_float) {
+      score[i] = sigmoid_of(logit[i]) + (args.bias != nullptr ? __ldg(args.bias + first + i) : 0.0f);
+    }
+  }
+  std::uint64_t kept = ~std::uint64_t{0};
+  std::uint32_t group = 0, group_end = args.experts;  // of the expert that the loop below is at
+  if (args.groups > 1) {
+    kept = kept_groups<N>(args, score, scores[warp], group_scores[warp]);
+    group = first / args.group_size, group_end = (group + 1) * args.group_size;
+  }
+  // the lane's experts, best first; of equal ones the lower first
+  std::uint32_t order[N], expert[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (first + i == group_end) ++group, group_end += args.group_size;
+    const bool offered = first + i < args.experts && (kept >> group & 1) != 0;
+    order[i] = offered ? order_of(score[i]) : 0;
+    expert[i] = first + i;
+  }
+#pragma unroll
+  for (int end = N - 1; end > 0; --end) {
+#pragma unroll
+    for (int i = 0; i < N - 1; ++i) {
+      if (i >= end || order[i] >= order[i + 1]) continue;
+      const std::uint32_t o = order[i], e = expert[i];
+      order[i] = order[i + 1], expert[i] = expert[i + 1];
+      order[i + 1] = o, expert[i + 1] = e;
+    }
+  }
+  std::uint32_t mine = 0, top = 0;
+  for (std::uint32_t r = 0; r < args.k; ++r) {
+    const std::uint32_t best = __reduce_max_sync(full_warp, order[0]);
+    const int winner = __ffs(static_cast<int>(__ballot_sync(full_warp, order[0] == best))) - 1;
+    const std::uint32_t chosen = __shfl_sync(full_warp, expert[0], winner);
+    if (lane == r) mine = chosen;
+    if (r == 0) top = best;
+    if (static_cast<int>(lane) == winner) {
+#pragma unroll
+      for (int i = 0; i + 1 < N; ++i) order[i] = order[i + 1], expert[i] = expert[i + 1];
+      order[N - 1] = 0;
+    }
+  }
+
+  const bool has_one = lane < args.k;
+  float weight = has_one ? logits[mine] : 0.0f;
+  if (args.rule == moe::gating::sigmoid) {
+    weight = has_one ? sigmoid_of(weight) : 0.0f;
+  } else {
+    const float largest = bit_cast<float>((top & 0x80000000u) != 0 ? top & 0x7FFFFFFFu : ~top);
+    weight = has_one ? expf(weight - largest) : 0.0f;
+    float sum = weight;
+    if (args.rule == moe::gating::softmax_topk) {
+      sum = 0;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (first + i < args.experts) sum += expf(logit[i] - largest);
+      }
+    }
+    weight /= sum_of_lanes(sum);
+  }
+  float factor = args.scale;
+  if (args.renormalize && args.rule != moe::gating::topk_softmax) {
+    const float sum = sum_of_lanes(weight);
+    if (sum > 0) factor /= sum;
+  }
+  if (has_one) ids[lane] = static_cast<std::uint16_t>(mine), weights[lane] = weight * factor;
+}
+
+template <int N>
+result<void> launch_route(const stream& s, const route_args& args) {
+  route_kernel<N><<<(args.tokens + 3) / 4, 128, 0, s.handle>>>(args);
+  return check(cudaGetLastError(), "the launch of route_kernel");
+}
+
+inline result<void> route_on_device(const stream& s, const route_job& job) {
+  if (job.tokens == 0) return {};
+  const moe::router_options& o = job.options;
+  route_args args{};
+  args.logits = job.logits, args.ids = job.ids, args.weights = job.weights, args.rejected = s.rejected;
+  args.bias = o.bias.empty() ? nullptr : o.bias.data();
+  args.tokens = job.tokens, args.experts = job.experts, args.k = static_cast<std::uint32_t>(o.experts_per_token);
+  args.groups = static_cast<std::uint32_t>(o.groups), args.groups_kept = static_cast<std::uint32_t>(o.groups_kept);
+  args.group_size = args.experts / args.groups;
+  args.scale = o.scale, args.rule = o.rule, args.renormalize = o.renormalize;
+  args.is_aligned = job.experts % 4 == 0 && is_aligned(job.logits, 16);
+  if (job.experts <= 32) return launch_route<1>(s, args);
+  if (job.experts <= 64) return launch_route<2>(s, args);
+  if (job.experts <= 128) return launch_route<4>(s, args);
+  if (job.experts <= 256) return launch_route<8>(s, args);
+  if (job.experts <= 512) return launch_route<16>(s, args);
+  return launch_route<32>(s, args);
+}
+
+[[nodiscard]] __device__ inline std::uint32_t slot_of(std::uint16_t id) { return id; }
+[[nodiscard]] __device__ inline std::uint32_t slot_of(const moe::expert_call& call) { return call.slot; }
+
+/// One thread block for each slot counts the calls for lower slots and for its own, and numbers the latter in order.
+/// All blocks read all calls, which come from the cache: no block waits for another, and one launch is enough.
+template <class Call>
+__global__ void __launch_bounds__(512)
+    group_kernel(const Call* calls, std::uint32_t n, std::uint32_t k, std::uint32_t first_slot, std::uint32_t slots,
+                 std::uint32_t* offsets, std::uint32_t* rows, std::uint32_t* pairs) {
+  __shared__ std::uint32_t equal_of[16], lower_of[16];
+  const std::uint32_t slot = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const std::uint32_t per_warp = (n + 16 * 32 - 1) / (16 * 32) * 32;  // each warp has a run of calls
+  const std::uint32_t begin = min(warp * per_warp, n), end = min(begin + per_warp, n);
+  std::uint32_t equal = 0, lower = 0;
+  for (std::uint32_t i = begin + lane; i < end; i += 32) {
+    const std::uint32_t s = slot_of(calls[i]) - first_slot;
+    equal += s == slot, lower += s < slot;
+    if (slot == 0 && s >= slots) pairs[i] = moe::no_slot;
+  }
+  equal = __reduce_add_sync(full_warp, equal), lower = __reduce_add_sync(full_warp, lower);
+  if (lane == 0) equal_of[warp] = equal, lower_of[warp] = lower;
+  __syncthreads();
+  std::uint32_t next = 0, all = 0;
+  for (std::uint32_t w = 0; w < 16; ++w) {
+    next += lower_of[w] + (w < warp ? equal_of[w] : 0);
+    all += lower_of[w] + equal_of[w];
+  }
+  if (threadIdx.x == 0) {
+    if (slot == 0) offsets[0] = 0;
+    offsets[slot + 1] = all;
+  }
+  if (equal == 0) return;
+  for (std::uint32_t i = begin; i < end; i += 32) {
+    const bool is_mine = i + lane < end && slot_of(calls[i + lane]) - first_slot == slot;
+    const std::uint32_t mask = __ballot_sync(full_warp, is_mine);
+    if (is_mine) {
+      const std::uint32_t pair = next + static_cast<std::uint32_t>(__popc(mask & ((1u << lane) - 1)));
+      rows[pair] = (i + lane) / k;
+      pairs[i + lane] = pair;
+    }
+    next += static_cast<std::uint32_t>(__popc(mask));
+  }
+}
+
+template <class Call>
+result<void> group(const stream& s, std::span<const Call> calls, std::size_t first_slot, const expert_groups& out) {
+  const std::size_t slots = out.expert_offsets.size() - 1;
+  group_kernel<<<static_cast<unsigned>(slots), 512, 0, s.handle>>>(
+      calls.data(), static_cast<std::uint32_t>(calls.size()), static_cast<std::uint32_t>(out.calls_per_row),
+      static_cast<std::uint32_t>(first_slot), static_cast<std::uint32_t>(slots), out.expert_offsets.data(),
+      out.expert_rows.data(), out.pair_of_call.data());
+  return check(cudaGetLastError(), "the launch of group_kernel");
+}
+
+/// What one thread moves at a time: sixteen bytes, or one element where rows are not made of those.
+template <real T, bool Whole>
+struct piece {
+  static constexpr std::uint32_t elements = Whole ? 16 / sizeof(T) : 1;
+  using word = std::conditional_t<Whole, uint4, T>;
+};
+
+/// Adds weight * value to sums of floats, and stores them as T.
+template <real T>
+__device__ inline void add_weighted(float (&sum)[16 / sizeof(T)], const uint4& from, float weight) {
+  const std::uint32_t word[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      sum[i] = __fadd_rn(sum[i], __fmul_rn(weight, bit_cast<float>(word[i])));
+    } else {
+      float2 two;
+      if constexpr (std::same_as<T, bfloat16>) {
+        two = make_float2(bit_cast<float>(word[i] << 16), bit_cast<float>(word[i] & 0xFFFF0000u));
+      } else {
+        two = __half22float2(as_half_pair(word[i]));
+      }
+      sum[2 * i] = __fadd_rn(sum[2 * i], __fmul_rn(weight, two.x));
+      sum[2 * i + 1] = __fadd_rn(sum[2 * i + 1], __fmul_rn(weight, two.y));
+    }
+  }
+}
+template <real T>
+[[nodiscard]] __device__ inline uint4 stored(const float (&sum)[16 / sizeof(T)]) {
+  if constexpr (sizeof(T) == 4) {
+    return make_uint4(bit_cast<std::uint32_t>(sum[0]), bit_cast<std::uint32_t>(sum[1]), bit_cast<std::uint32_t>(sum[2]),
+                      bit_cast<std::uint32_t>(sum[3]));
+  } else {
+    return make_uint4(pack_pair<T>(sum[0], sum[1]), pack_pair<T>(sum[2], sum[3]), pack_pair<T>(sum[4], sum[5]),
+                      pack_pair<T>(sum[6], sum[7]));
+  }
+}
+
+/// A row for each blockIdx.x; blockIdx.y and its kin share the row's pieces. A row is read once, and written as often
+/// as it is called.
+template <real T, bool Whole>
+__global__ void __launch_bounds__(256) permute_kernel(const move_job<T> job) {
+  using word = typename piece<T, Whole>::word;
+  const std::size_t width = job.width / piece<T, Whole>::elements;
+  const auto* from = reinterpret_cast<const word*>(job.from) + blockIdx.x * width;
+  const std::uint32_t* pairs = job.pair_of_call + blockIdx.x * job.calls_per_row;
+  for (std::size_t c = blockIdx.y * 256 + threadIdx.x; c < width; c += 256 * gridDim.y) {
+    const word x = from[c];
+    for (std::uint32_t i = 0; i < job.calls_per_row; ++i) {
+      const std::uint32_t pair = __ldg(pairs + i);
+      if (pair != moe::no_slot) reinterpret_cast<word*>(job.to)[pair * width + c] = x;
+    }
+  }
+}
+
+template <real T, bool Whole>
+__global__ void __launch_bounds__(256) combine_kernel(const move_job<T> job) {
+  const std::size_t width = job.width / piece<T, Whole>::elements;
+  const std::uint32_t* pairs = job.pair_of_call + blockIdx.x * job.calls_per_row;
+  const float* weights = job.weights + blockIdx.x * job.calls_per_row * job.weight_stride;
+  const auto k = static_cast<std::uint32_t>(job.calls_per_row);
+  for (std::size_t c = blockIdx.y * 256 + threadIdx.x; c < width; c += 256 * gridDim.y) {
+    if constexpr (Whole) {
+      float sum[16 / sizeof(T)] = {};
+      const auto* from = reinterpret_cast<const uint4*>(job.from) + c;
+      for (std::uint32_t first = 0; first < k; first += 8) {  // eight loads on their way at a time
+        uint4 x[8];
+        float weight[8];
+        bool is_there[8];
+#pragma unroll
+        for (std::uint32_t i = 0; i < 8; ++i) {
+          const std::uint32_t pair = first + i < k ? __ldg(pairs + first + i) : moe::no_slot;
+          is_there[i] = pair != moe::no_slot;
+          weight[i] = is_there[i] ? __ldg(weights + (first + i) * job.weight_stride) : 0.0f;
+          if (is_there[i]) x[i] = __ldcs(from + pair * width);
+        }
+#pragma unroll
+        for (std::uint32_t i = 0; i < 8; ++i) {
+          if (is_there[i]) add_weighted<T>(sum, x[i], weight[i]);
+        }
+      }
+      reinterpret_cast<uint4*>(job.to)[blockIdx.x * width + c] = stored<T>(sum);
+    } else {
+      float sum = 0;
+      for (std::uint32_t i = 0; i < k; ++i) {
+        const std::uint32_t pair = __ldg(pairs + i);
+        if (pair == moe::no_slot) continue;
+        const float x = tetromino::detail::to_float(job.from[pair * width + c]);
+        sum = __fadd_rn(sum, __fmul_rn(__ldg(weights + i * job.weight_stride), x));
+      }
+      job.to[blockIdx.x * width + c] = tetromino::detail::from_float<T>(sum);
+    }
+  }
+}
+
+/// Rows by as many thread blocks each as have work, where there are few rows.
+[[nodiscard]] inline dim3 move_grid(std::size_t rows, std::size_t pieces) {
+  const std::size_t shares = std::min<std::size_t>((pieces + 255) / 256, rows < 1024 ? 64 : 4);
+  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(shares));
+}
+
+template <real T>
+[[nodiscard]] bool is_whole(const move_job<T>& job) {
+  return job.width * sizeof(T) % 16 == 0 && is_aligned(job.from, 16) && is_aligned(job.to, 16);
+}
+
+template <real T>
+result<void> permute(const stream& s, const move_job<T>& job) {
+  if (job.rows == 0) return {};
+  if (is_whole(job)) {
+    permute_kernel<T, true><<<move_grid(job.rows, job.width * sizeof(T) / 16), 256, 0, s.handle>>>(job);
+  } else {
+    permute_kernel<T, false><<<move_grid(job.rows, job.width), 256, 0, s.handle>>>(job);
+  }
+  return check(cudaGetLastError(), "the launch of permute_kernel");
+}
+
+template <real T>
+result<void> combine(const stream& s, const move_job<T>& job) {
+  if (job.rows == 0) return {};
+  if (is_whole(job)) {
+    combine_kernel<T, true><<<move_grid(job.rows, job.width * sizeof(T) / 16), 256, 0, s.handle>>>(job);
+  } else {
+    combine_kernel<T, false><<<move_grid(job.rows, job.width), 256, 0, s.handle>>>(job);
+  }
+  return check(cudaGetLastError(), "the launch of combine_kernel");
+}
+
+}  // namespace tetromino::cuda::detail

@@ -1,0 +1,173 @@
+#pragma once
+
+#include "launch.hpp"  // is_aligned
+#include "stream.hpp"  // stream
+
+#include <tetromino/error.hpp>         // error, result
+#include <tetromino/matrix.hpp>        // real
+#include <tetromino/moe/dispatch.hpp>  // expert_call
+#include <tetromino/moe/router.hpp>    // router_options
+
+#include <concepts>  // std::same_as
+#include <cstddef>   // std::size_t
+#include <cstdint>   // std::uint16_t, std::uint32_t
+#include <span>      // std::span
+
+/// Moving tokens to experts and back on the GPU: what moe/router.hpp and moe/dispatch.hpp do on the CPU, one launch a
+/// call. All spans are device memory.
+namespace tetromino::cuda {
+
+/// The most that a device router takes.
+inline constexpr std::size_t max_routed_experts = 1024;
+inline constexpr std::size_t max_experts_per_token = 32;
+
+/// Rows grouped by expert, as moe::dispatch_plan groups them: three spans of device memory that the caller provides.
+/// A call is one of the `calls_per_row` wishes of a row; a pair is a call that is answered here.
+struct expert_groups {
+  std::span<std::uint32_t>
+      expert_offsets{};                     ///< [slots + 1]: the pairs of slot s are offsets[s] ... offsets[s + 1] - 1
+  std::span<std::uint32_t> expert_rows{};   ///< [calls]: the row of each pair; what follows the last pair is untouched
+  std::span<std::uint32_t> pair_of_call{};  ///< [calls]: the pair of each call, or moe::no_slot
+  std::size_t calls_per_row = 1;
+};
+
+namespace detail {
+
+struct route_job {
+  const float* logits;
+  std::uint32_t tokens, experts;
+  moe::router_options options;
+  std::uint16_t* ids;
+  float* weights;
+};
+result<void> route(const stream& s, const route_job& job);
+
+template <class Call>
+result<void> group(const stream& s, std::span<const Call> calls, std::size_t first_slot, const expert_groups& out);
+
+template <real T>
+struct move_job {
+  const T* from;
+  T* to;
+  std::size_t rows, width;
+  const std::uint32_t* pair_of_call;
+  const float* weights;  ///< of the calls, `weight_stride` floats apart
+  std::size_t weight_stride;
+  std::size_t calls_per_row;
+};
+template <real T>
+result<void> permute(const stream& s, const move_job<T>& job);
+template <real T>
+result<void> combine(const stream& s, const move_job<T>& job);
+
+/// What a call's slot is: an expert id as the router gives it, or what an expert_call says.
+template <class Call>
+concept call_like = std::same_as<Call, std::uint16_t> || std::same_as<Call, moe::expert_call>;
+
+[[nodiscard]] inline result<void> check_groups(std::size_t calls, const expert_groups& groups) {
+  using tetromino::detail::text;
+  if (groups.calls_per_row == 0 || calls % groups.calls_per_row != 0 || calls >= std::size_t{1} << 31) {
+    return error(errc::shape_mismatch, text("expert groups: expected fewer than 2^31 calls, ", groups.calls_per_row,
+                                            " for each row, got ", calls));
+  }
+  if (groups.expert_offsets.size() < 2 || groups.expert_offsets.size() > 65'537 || groups.expert_rows.size() != calls ||
+      groups.pair_of_call.size() != calls) {
+    return error(errc::shape_mismatch,
+                 text("expert groups: expected room for 2 to 65537 offsets, and for a row and a pair for each of ",
+                      calls, " calls, got ", groups.expert_offsets.size(), ", ", groups.expert_rows.size(), " and ",
+                      groups.pair_of_call.size()));
+  }
+  return {};
+}
+
+template <real T>
+[[nodiscard]] result<void> check_move(std::size_t rows, std::size_t pairs, std::size_t width,
+                                      const expert_groups& groups) {
+  using tetromino::detail::text;
+  const std::size_t calls = groups.pair_of_call.size();
+  if (groups.calls_per_row == 0 || width == 0 || rows % width != 0 || pairs % width != 0 ||
+      rows / width * groups.calls_per_row != calls || pairs / width > calls) {
+    return error(errc::shape_mismatch,
+                 text("expert groups: expected rows of ", width, " elements, one for each ", groups.calls_per_row,
+                      " of ", calls, " calls, and at most ", calls, " pairs, got ", rows, " and ", pairs, " elements"));
+  }
+  if (rows / width >= std::size_t{1} << 31 || width >= std::size_t{1} << 31) {
+    return error(errc::shape_mismatch, "expert groups: expected fewer than 2^31 rows and columns");
+  }
+  return {};
+}
+
+}  // namespace detail
+
+/// Routes tokens as moe::route does: logits[tokens, experts] to ids[tokens, k], best first and of equal scores the
+/// lower expert, and weights[tokens, k]; options.bias is device memory too. Exponentials are those of the GPU, so that
+/// weights agree with the CPU's to a few units in the last place, and by the sigmoid rule experts whose scores are that
+/// near may swap. A token whose logits the CPU would refuse gets experts 0 ... k - 1 with NaN as weights, and is noted
+/// in the stream's rejections, if it has some. Errors: as moe::try_route for sizes and options; more experts than
+/// max_routed_experts or max_experts_per_token; device.
+[[nodiscard]] inline result<void> try_route(const stream& s, std::span<const float> logits, std::size_t experts,
+                                            const moe::router_options& options, std::span<std::uint16_t> ids,
+                                            std::span<float> weights) {
+  if (auto ok = moe::detail::check_router(logits.size(), experts, options, ids.size(), weights.size()); !ok) return ok;
+  if (experts > max_routed_experts || options.experts_per_token > max_experts_per_token ||
+      logits.size() / experts >= std::size_t{1} << 31) {
+    return error(errc::invalid_argument,
+                 tetromino::detail::text("cuda: route expects at most ", max_routed_experts, " experts, ",
+                                         max_experts_per_token, " of them for each of fewer than 2^31 tokens, got ",
+                                         experts, ", ", options.experts_per_token, " and ", logits.size() / experts));
+  }
+  return detail::route(s, {logits.data(), static_cast<std::uint32_t>(logits.size() / experts),
+                           static_cast<std::uint32_t>(experts), options, ids.data(), weights.data()});
+}
+
+/// Groups calls by expert, for slots first_slot ... first_slot + expert_offsets.size() - 2: within an expert, rows come
+/// in their order, as moe::dispatch_plan::group_by_expert has them. A call is a router's id (its slot), or an
+/// expert_call; those for other slots get no pair. Errors: shape_mismatch; device.
+template <detail::call_like Call>
+[[nodiscard]] result<void> try_group_by_expert(const stream& s, std::span<const Call> calls, std::size_t first_slot,
+                                               const expert_groups& out) {
+  if (auto fits = detail::check_groups(calls.size(), out); !fits) return fits;
+  return detail::group(s, calls, first_slot, out);
+}
+
+/// Copies rows to where their experts read them: to[pair, width] = from[row, width] for each of the row's pairs.
+/// Errors: shape_mismatch; device.
+template <real T>
+[[nodiscard]] result<void> try_permute(const stream& s, std::span<const T> from, std::span<T> to, std::size_t width,
+                                       const expert_groups& groups) {
+  if (auto fits = detail::check_move<T>(from.size(), to.size(), width, groups); !fits) return fits;
+  return detail::permute<T>(s, {from.data(), to.data(), from.size() / width, width, groups.pair_of_call.data(), nullptr,
+                                0, groups.calls_per_row});
+}
+
+/// Adds the outputs of experts up: out[row, width] = Σ weight · y[pair, width] in the order of the row's calls, in
+/// float, each product rounded before it is added, as moe::dispatch_plan::add_expert_outputs does; `weights` has one
+/// for each call. Errors: shape_mismatch; device.
+template <real T>
+[[nodiscard]] result<void> try_combine(const stream& s, std::span<const T> y, std::span<const float> weights,
+                                       std::span<T> out, std::size_t width, const expert_groups& groups) {
+  if (auto fits = detail::check_move<T>(out.size(), y.size(), width, groups); !fits) return fits;
+  if (weights.size() != groups.pair_of_call.size()) {
+    return error(errc::shape_mismatch,
+                 tetromino::detail::text("combine: expected a weight for each of ", groups.pair_of_call.size(),
+                                         " calls, got ", weights.size()));
+  }
+  return detail::combine<T>(s, {y.data(), out.data(), out.size() / width, width, groups.pair_of_call.data(),
+                                weights.data(), 1, groups.calls_per_row});
+}
+
+/// The same with the weights of the calls that were grouped.
+template <real T>
+[[nodiscard]] result<void> try_combine(const stream& s, std::span<const T> y, std::span<const moe::expert_call> calls,
+                                       std::span<T> out, std::size_t width, const expert_groups& groups) {
+  if (auto fits = detail::check_move<T>(out.size(), y.size(), width, groups); !fits) return fits;
+  if (calls.size() != groups.pair_of_call.size()) {
+    return error(errc::shape_mismatch, tetromino::detail::text("combine: expected ", groups.pair_of_call.size(),
+                                                               " calls, got ", calls.size()));
+  }
+  const float* const weights = calls.empty() ? nullptr : &calls.front().weight;
+  return detail::combine<T>(s, {y.data(), out.data(), out.size() / width, width, groups.pair_of_call.data(), weights,
+                                sizeof(moe::expert_call) / sizeof(float), groups.calls_per_row});
+}
+
+}  // namespace tetromino::cuda

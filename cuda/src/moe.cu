@@ -1,0 +1,16 @@
+#include <tetromino/cuda/moe.cuh>
+
+namespace tetromino::cuda::detail {
+
+result<void> route(const stream& s, const route_job& job) { return route_on_device(s, job); }
+
+template result<void> group(const stream&, std::span<const std::uint16_t>, std::size_t, const expert_groups&);
+template result<void> group(const stream&, std::span<const moe::expert_call>, std::size_t, const expert_groups&);
+template result<void> permute(const stream&, const move_job<float>&);
+template result<void> permute(const stream&, const move_job<half>&);
+template result<void> permute(const stream&, const move_job<bfloat16>&);
+template result<void> combine(const stream&, const move_job<float>&);
+template result<void> combine(const stream&, const move_job<half>&);
+template result<void> combine(const stream&, const move_job<bfloat16>&);
+
+}  // namespace tetromino::cuda::detail

@@ -1,0 +1,239 @@
+/// The CUDA backend routes, groups, permutes and combines as moe/router.hpp and moe/dispatch.hpp do on the CPU.
+
+#include "harness.hpp"
+
+#include <tetromino/cuda/moe.hpp>
+
+#include <algorithm>
+
+namespace {
+
+using namespace harness;
+using tetromino::moe::expert_call;
+using tetromino::moe::gating;
+using tetromino::moe::router_options;
+
+const tetromino::cuda::stream plain{};
+
+float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
+
+/// Routes on both and compares: ids must be equal, but where scores are within rounding of each other.
+void check_route(std::size_t tokens, std::size_t experts, const router_options& options, const char* what,
+                 const std::vector<float>& logits) {
+  const std::size_t k = options.experts_per_token;
+  std::vector<std::uint16_t> ids(tokens * k);
+  std::vector<float> weights(tokens * k);
+  tetromino::moe::route(logits, experts, options, ids, weights);
+
+  const device<float> x(logits);
+  const device<float> bias(std::vector<float>(options.bias.begin(), options.bias.end()));
+  router_options on_device = options;
+  if (!options.bias.empty()) on_device.bias = bias.span();
+  const device<std::uint16_t> got_ids(tokens * k);
+  const device<float> got_weights(tokens * k);
+  require(tetromino::cuda::try_route(plain, x.span(), experts, on_device, got_ids.span(), got_weights.span()), what);
+  const auto ids_found = got_ids.values();
+  const auto weights_found = got_weights.values();
+  long wrong_ids = 0, wrong_weights = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const float* const row = logits.data() + i / k * experts;
+    if (ids_found[i] != ids[i]) {
+      if (ids_found[i] >= experts || options.rule != gating::sigmoid) {
+        ++wrong_ids;
+        continue;
+      }
+      const auto score = [&](std::size_t e) { return sigmoid(row[e]) + (options.bias.empty() ? 0 : options.bias[e]); };
+      if (!(std::fabs(score(ids_found[i]) - score(ids[i])) <= 1e-6f)) ++wrong_ids;
+      continue;
+    }
+    // both sum in float, the CPU one expert after another
+    const float tolerance = 2e-6f + static_cast<float>(experts) * 0x1p-24f;
+    if (!(std::fabs(weights_found[i] - weights[i]) <= tolerance * std::fabs(weights[i]) + 1e-30f)) ++wrong_weights;
+  }
+  expect(wrong_ids == 0, "%s, %zu of %zu experts: %ld wrong ids", what, k, experts, wrong_ids);
+  expect(wrong_weights == 0, "%s, %zu of %zu experts: %ld wrong weights", what, k, experts, wrong_weights);
+  expect(got_ids.is_intact() && got_weights.is_intact(), "%s: written past the end", what);
+}
+
+void routes() {
+  const std::size_t tokens = is_short() ? 37 : 3001;
+  std::uint64_t seed = 1;
+  for (const std::size_t experts : {1, 5, 16, 32, 60, 64, 96, 128, 160, 256, 384, 512, 1000}) {
+    const numbers r{seed++};
+    auto logits = generate<float>(tokens * experts, [&](std::size_t i) { return r.normal(i) * 2.0f; });
+    auto ties = generate<float>(tokens * experts, [&](std::size_t i) { return std::round(r.normal(i) * 2.0f) / 2.0f; });
+    for (std::size_t i = 0; i < ties.size(); i += 3) ties[i] = i % 2 == 0 ? 0.0f : -0.0f;
+    auto masked = logits;
+    for (std::size_t i = 0; i < masked.size(); ++i) {
+      if (i % experts != 0 && r.bits(i) % 3 != 0) masked[i] = -INFINITY;
+    }
+    const auto bias = generate<float>(experts, [&](std::size_t i) { return r.normal(i + 99) * 0.1f; });
+    for (const std::size_t wanted : {1, 2, 6, 8, 32}) {
+      router_options options;
+      options.experts_per_token = std::min(wanted, experts);
+      for (const gating rule : {gating::softmax_topk, gating::topk_softmax, gating::sigmoid}) {
+        options.rule = rule;
+        options.renormalize = seed % 2 == 0;
+        options.scale = rule == gating::sigmoid ? 2.5f : 1.0f;
+        check_route(tokens, experts, options, "random", logits);
+        check_route(tokens, experts, options, "ties", ties);
+        check_route(tokens, experts, options, "masked", masked);
+      }
+      options.renormalize = true;
+      options.bias = bias;
+      for (const std::size_t groups : {1, 2, 4, 8, 16, 40}) {
+        if (experts % groups != 0) continue;
+        options.groups = groups, options.groups_kept = std::max<std::size_t>(1, groups / 2);
+        if (options.groups_kept * (experts / groups) < options.experts_per_token) continue;
+        check_route(tokens, experts, options, "groups", logits);
+      }
+    }
+  }
+  // what the CPU refuses
+  const std::size_t experts = 128;
+  std::vector<float> logits(4 * experts, 1.0f);
+  logits[experts + 70] = NAN, logits[experts + 71] = INFINITY;
+  std::fill(logits.begin() + 2 * experts, logits.begin() + 3 * experts, -INFINITY);
+  const device<float> x(logits);
+  const device<std::uint16_t> ids(4 * 8);
+  const device<float> weights(4 * 8);
+  router_options options;
+  options.experts_per_token = 8;
+  auto report = tetromino::cuda::rejections::create();
+  const auto stream = plain.reporting(report);
+  require(tetromino::cuda::try_route(stream, x.span(), experts, options, ids.span(), weights.span()), "route");
+  const auto found = report.try_check(stream, tetromino::batch_view<const float>(x.data(), 1, 4, experts));
+  expect(!found && std::string(found.error().what()).find("row 1, column 70") != std::string::npos,
+         "a refused logit is reported, got %s", found ? "nothing" : found.error().what());
+  const auto w = weights.values();
+  expect(w[0] == 0.125f && std::isnan(w[8]) && std::isnan(w[16]) && w[24] == 0.125f, "refused tokens weigh NaN");
+  options.experts_per_token = 33;
+  const device<std::uint16_t> many(4 * 33);
+  const device<float> many_weights(4 * 33);
+  expect(!tetromino::cuda::try_route(stream, x.span(), experts, options, many.span(), many_weights.span()),
+         "33 experts per token are too many");
+}
+
+template <class T>
+void moves(std::size_t rows, std::size_t k, std::size_t slots, std::size_t width, bool captured) {
+  const numbers r{rows * 31 + width};
+  std::vector<expert_call> calls(rows * k);
+  for (std::size_t i = 0; i < calls.size(); ++i) {
+    const bool is_called = i % k == 0 || r.bits(i) % 5 != 0;
+    const std::size_t slot = r.bits(i + 1000000) % (r.bits(i / k) % 3 == 0 ? std::min<std::size_t>(slots, 3) : slots);
+    calls[i] = {is_called ? static_cast<std::uint32_t>(slot) : tetromino::moe::no_slot, r.uniform(i)};
+  }
+  tetromino::moe::dispatch_plan plan(1, k);
+  plan.plan_send(calls, std::vector<std::uint32_t>(slots, 0));
+  plan.plan_receive(plan.send_counts());
+  std::copy(plan.send_calls().begin(), plan.send_calls().end(), plan.receive_calls().begin());
+  plan.group_by_expert(0, slots);
+  const std::size_t pairs = plan.expert_rows().size();
+
+  const auto values =
+      generate<T>(rows * width, [&](std::size_t i) { return tetromino::detail::from_float<T>(r.normal(i)); });
+  std::vector<T> moved(pairs * width);
+  tetromino::moe::gather_rows<T>(plan.expert_rows(), values, moved, width);
+  std::vector<float> outputs(moved.size()), sums(rows * width);
+  for (std::size_t i = 0; i < moved.size(); ++i) outputs[i] = tetromino::detail::to_float(moved[i]);
+  plan.add_expert_outputs(outputs, sums, width);
+  std::vector<T> combined(sums.size());
+  for (std::size_t i = 0; i < sums.size(); ++i) combined[i] = tetromino::detail::from_float<T>(sums[i]);
+
+  const device<expert_call> on_device(std::span<const expert_call>(plan.receive_calls()));
+  const device<std::uint32_t> offsets(slots + 1), expert_rows(rows * k), pair_of_call(rows * k);
+  const tetromino::cuda::expert_groups groups{offsets, expert_rows, pair_of_call, k};
+  const device<T> x(values), to(moved.size()), out(sums.size());
+  cudaStream_t handle;
+  require(cudaStreamCreate(&handle), "cudaStreamCreate");
+  const tetromino::cuda::stream s(handle);
+  const auto all = [&] {
+    const std::span<const expert_call> device_calls = on_device.span();
+    require(tetromino::cuda::try_group_by_expert(s, device_calls, 0, groups), "group");
+    require(tetromino::cuda::try_permute<T>(s, x.span(), to.span(), width, groups), "permute");
+    require(tetromino::cuda::try_combine<T>(s, to.span(), device_calls, out.span(), width, groups), "combine");
+  };
+  if (captured) {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    require(cudaStreamBeginCapture(handle, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
+    all();
+    require(cudaStreamEndCapture(handle, &graph), "cudaStreamEndCapture");
+    require(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+    require(cudaGraphLaunch(exec, handle), "cudaGraphLaunch");
+    require(cudaStreamSynchronize(handle), "a captured graph");
+    require(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
+    require(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  } else {
+    all();
+    require(cudaStreamSynchronize(handle), "moving rows");
+  }
+  const char* const where = "rows %zu, k %zu, slots %zu, width %zu: %s";
+  auto rows_found = expert_rows.values();
+  rows_found.resize(pairs);
+  expect(first_difference(plan.expert_offsets(), offsets.values()) < 0, where, rows, k, slots, width, "offsets");
+  expect(first_difference(plan.expert_rows(), rows_found) < 0, where, rows, k, slots, width, "expert rows");
+  expect(first_difference(moved, to.values()) < 0, where, rows, k, slots, width, "permuted rows");
+  expect(first_difference(combined, out.values()) < 0, where, rows, k, slots, width, "combined rows");
+  expect(
+      offsets.is_intact() && expert_rows.is_intact() && pair_of_call.is_intact() && to.is_intact() && out.is_intact(),
+      where, rows, k, slots, width, "written past the end");
+  require(cudaStreamDestroy(handle), "cudaStreamDestroy");
+}
+
+template <class T>
+void all_moves() {
+  for (const std::size_t rows : {1, 3, 64, 700}) {
+    if (is_short() && rows > 64) continue;
+    for (const std::size_t width : {64, 7, 136, 2880}) {
+      moves<T>(rows, 8, 128, width, false);
+      moves<T>(rows, 1, 5, width, true);
+      moves<T>(rows, 10, 256, width, true);
+    }
+  }
+  if (!is_short()) moves<T>(5000, 8, 256, 7168, false);
+}
+
+/// Ids of the router are slots, and their weights lie apart.
+void ids_as_calls() {
+  const std::size_t rows = 300, k = 6, slots = 40, width = 72;
+  const numbers r{5};
+  const auto ids = generate<std::uint16_t>(rows * k, [&](std::size_t i) {
+    return static_cast<std::uint16_t>(r.bits(i) % (slots + 3));  // three experts live elsewhere
+  });
+  const auto weights = generate<float>(rows * k, [&](std::size_t i) { return r.uniform(i + 7); });
+  const auto values = generate<float>(rows * width, [&](std::size_t i) { return r.normal(i); });
+  std::vector<float> expected(rows * width, 0.0f);
+  for (std::size_t i = 0; i < rows * k; ++i) {
+    if (ids[i] >= slots) continue;
+    for (std::size_t c = 0; c < width; ++c) {
+      const volatile float product = weights[i] * values[i / k * width + c];
+      expected[i / k * width + c] += product;
+    }
+  }
+  const device<std::uint16_t> calls(ids);
+  const device<float> w(weights), x(values), to(rows * k * width), out(rows * width);
+  const device<std::uint32_t> offsets(slots + 1), expert_rows(rows * k), pair_of_call(rows * k);
+  const tetromino::cuda::expert_groups groups{offsets, expert_rows, pair_of_call, k};
+  const std::span<const std::uint16_t> slot_ids = calls.span();
+  const std::span<const float> call_weights = w.span();
+  require(tetromino::cuda::try_group_by_expert(plain, slot_ids, 0, groups), "group");
+  require(tetromino::cuda::try_permute<float>(plain, x.span(), to.span(), width, groups), "permute");
+  require(tetromino::cuda::try_combine<float>(plain, to.span(), call_weights, out.span(), width, groups), "combine");
+  expect(first_difference(expected, out.values()) < 0, "ids as calls");
+  const tetromino::cuda::expert_groups wrong{offsets, expert_rows, pair_of_call, 7};
+  const auto refused = tetromino::cuda::try_group_by_expert(plain, slot_ids, 0, wrong);
+  expect(!refused && refused.error().code() == tetromino::errc::shape_mismatch, "7 calls per row do not divide 1800");
+}
+
+}  // namespace
+
+int main() {
+  need_device();
+  routes();
+  all_moves<float>();
+  all_moves<bfloat16>();
+  all_moves<half>();
+  ids_as_calls();
+  return finish("moe");
+}
