@@ -89,6 +89,32 @@ void routes() {
       }
     }
   }
+  if (!is_short()) {  // many tokens go to another kernel
+    for (const std::size_t experts : {8, 64, 128, 200, 256, 1000}) {
+      const std::size_t many = 20'001;
+      const numbers r{seed++};
+      auto logits = generate<float>(many * experts, [&](std::size_t i) {
+        const float x = r.normal(i) * 2.0f;
+        return i / experts % 3 == 0 ? std::round(x) / 2.0f : i / experts % 3 == 1 && r.bits(i) % 3 != 0 ? -INFINITY : x;
+      });
+      for (std::size_t i = 0; i < many; ++i) logits[i * experts + i % experts] = 1.0f;
+      const auto bias = generate<float>(experts, [&](std::size_t i) { return r.normal(i + 99) * 0.1f; });
+      for (const std::size_t k : {1, 2, 4, 6, 8}) {
+        for (const bool renormalize : {false, true}) {
+          router_options options;
+          options.experts_per_token = k, options.renormalize = renormalize;
+          for (const gating rule : {gating::softmax_topk, gating::topk_softmax, gating::sigmoid}) {
+            options.rule = rule;
+            check_route(many, experts, options, "many", logits);
+          }
+          options.bias = bias;
+          options.groups = experts == 200 ? 5 : 2, options.groups_kept = experts == 200 ? 3 : 1;
+          if (k <= options.groups_kept * (experts / options.groups))
+            check_route(many, experts, options, "many", logits);
+        }
+      }
+    }
+  }
   // what the CPU refuses
   const std::size_t experts = 128;
   std::vector<float> logits(4 * experts, 1.0f);

@@ -29,6 +29,8 @@ namespace detail {
 template <real T>
 result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>& job, bool swizzled);
 template <real T>
+result<void> quantize_transposed(const stream& s, const tetromino::detail::quantize_job<T>& job);
+template <real T>
 result<void> fake_quantize(const stream& s, const tetromino::detail::fake_quantize_job<T>& job);
 template <real T>
 result<void> dequantize(const stream& s, const tetromino::detail::dequantize_job<T>& job);
@@ -91,6 +93,27 @@ template <matrix_like Input, block_format Format>
     return done;
   }
   return detail::quantize(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked}, true);
+}
+
+/// Packs the transpose of x[matrices, rows, cols] in the same pass: out is [matrices, cols, rows], with blocks down the
+/// columns of x. Column weights belong to the rows of x; a rejected value is reported where it lies in x. The largest
+/// magnitude behind a tensor scale that is not given is that of try_amax_to(x). Errors: as try_quantize_to; also
+/// invalid_argument for searches that round stochastically, weigh errors, or have min_error inside a macro block.
+template <matrix_like Input, block_format Format>
+[[nodiscard]] result<void> try_quantize_transposed_to(const stream& s, const Input& x,
+                                                      packed_view<Format, std::uint8_t> out,
+                                                      const quantize_options& options = {}) {
+  const auto in = tetromino::detail::as_batch(x);
+  const packed_shape shape = out.shape();
+  if (auto fits = tetromino::detail::check_storage(out); !fits) return fits;
+  if (shape.matrices != in.matrices || shape.rows != in.cols || shape.cols != in.rows) {
+    return error(errc::shape_mismatch, tetromino::detail::text("packed storage is [", shape.matrices, ", ", shape.rows,
+                                                               ", ", shape.cols, "], the transpose of the input [",
+                                                               in.matrices, ", ", in.cols, ", ", in.rows, "]"));
+  }
+  auto checked = tetromino::detail::checked(options, shape.format, in.matrices, in.rows, false);
+  if (!checked) return checked.error();
+  return detail::quantize_transposed(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked});
 }
 
 }  // namespace tetromino::cuda

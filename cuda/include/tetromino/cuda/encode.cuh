@@ -107,6 +107,14 @@ template <real T>
   return encode_bits(x, [&](int i) { return by.code_bits(fabsf(x.value(i))); });
 }
 
+/// Eight codes with the signs of x, from the pairs of half h of a chunk with a code in each low byte.
+template <real T>
+[[nodiscard]] __device__ inline std::uint32_t join_pairs(const chunk<T>& x, const std::uint32_t (&pair)[4], int h) {
+  const std::uint32_t first = __byte_perm(pair[0], pair[1], 0x6420), last = __byte_perm(pair[2], pair[3], 0x6420);
+  const std::uint32_t even = __byte_perm(first, last, 0x6420), odd = __byte_perm(first, last, 0x7531);
+  return even | odd << 4 | sign_bits(x, h);
+}
+
 /// The codes of x * multiplier for bfloat16 and a power of two, two elements in each instruction: bfloat16 has just the
 /// bits that the same additions need, with 128 in place of 2^23.
 [[nodiscard]] __device__ inline code_words encode_pairs(const chunk<bfloat16>& x, std::uint32_t multiplier_pair) {
@@ -122,9 +130,45 @@ template <real T>
       const auto c = __hfma2(y, as_bfloat16_pair(0x3F003F00u), as_bfloat16_pair(0x43044304u));  // y/2 + 132
       r[i] = as_word(__hmin2(__hmin2(__hmin2(a, b), c), as_bfloat16_pair(0x43074307u)));
     }
-    const std::uint32_t first = __byte_perm(r[0], r[1], 0x6420), last = __byte_perm(r[2], r[3], 0x6420);
-    const std::uint32_t even = __byte_perm(first, last, 0x6420), odd = __byte_perm(first, last, 0x7531);
-    out[h] = even | odd << 4 | sign_bits(x, h);
+    out[h] = join_pairs(x, r, h);
+  }
+  return {out[0], out[1]};
+}
+
+/// Whether encode_halves can take a block with this E8M0 code: near 1, all its elements are halves, but for those too
+/// small to matter.
+template <real T>
+[[nodiscard]] __device__ inline bool fits_halves(std::uint32_t scale) {
+  return std::same_as<T, bfloat16> ? scale > 15 : scale - 113 < 28;
+}
+
+/// The codes of x * factor / 2^E for 16-bit inputs, E = scale - 127, two elements in each instruction: what bfloat16
+/// does above for powers of two, a half does for a factor 1 + m / 256, with 1024 in place of 2^23.
+template <real T>
+[[nodiscard]] __device__ inline code_words encode_halves(const chunk<T>& x, std::uint32_t scale, std::uint32_t macro) {
+  const std::uint32_t one = (0x3C00u + (macro << 2)) * 0x10001u, twice = one + 0x04000400u, half_ = one - 0x04000400u;
+  std::uint32_t out[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    std::uint32_t r[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t magnitude = x.word[4 * h + i] & 0x7FFF7FFFu;
+      std::uint32_t near_one;
+      if constexpr (std::same_as<T,
+                                 bfloat16>) {  // three more bits of fraction; what is below 2^(E - 14) counts as that
+        const std::uint32_t least = (scale - 14) * 0x00800080u;
+        near_one = __vmaxu2(magnitude, least) * 8 - (scale - 15) * 0x04000400u;
+      } else {
+        near_one = as_word(__hmul2_rn(as_half_pair(magnitude), as_half_pair((142 - scale) * 0x04000400u)));
+      }
+      const auto y = as_half_pair(near_one);
+      const auto a = __hfma2(y, as_half_pair(twice), as_half_pair(0x64006400u));  // 2y + 1024
+      const auto b = __hfma2(y, as_half_pair(one), as_half_pair(0x64026402u));    // y + 1026
+      const auto c = __hfma2(y, as_half_pair(half_), as_half_pair(0x64046404u));  // y/2 + 1028
+      r[i] = as_word(__hmin2(__hmin2(__hmin2(a, b), c), as_half_pair(0x64076407u)));
+    }
+    out[h] = join_pairs(x, r, h);
   }
   return {out[0], out[1]};
 }

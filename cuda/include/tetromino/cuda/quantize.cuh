@@ -165,7 +165,11 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
       } else if constexpr (std::same_as<T, bfloat16> && !has_macro<Rule>) {
         out.codes = encode_pairs(x, __byte_perm(bit_cast<std::uint32_t>(scale.inverse), 0, 0x3232));
       } else {
-        out.codes = encode_times(x, __fmul_rn(factor, scale.inverse));  // exact: the factor has nine bits
+        bool is_done = false;
+        if constexpr (sizeof(T) == 2) {
+          if (fits_halves<T>(scale.code)) out.codes = encode_halves(x, scale.code, out.macro), is_done = true;
+        }
+        if (!is_done) out.codes = encode_times(x, __fmul_rn(factor, scale.inverse));  // exact: the factor has nine bits
       }
     }
     if (poisoned) out.scale = e8m0::nan_bits;
@@ -207,11 +211,64 @@ inline constexpr unsigned blocks_at_once = Rule == pack_rule::mx_min_error || Ru
                                            : !Stochastic && Rule == pack_rule::nv_amax ? (Flat ? 8 : 6)
                                                                                        : 1;
 
+/// The elements of a thread block that packs the transpose: `cols` of the output by 4096 / cols rows, read along the
+/// rows of the input. The output's element [row, col] is the input's [col, row].
+template <real T>
+struct transposed_tile {
+  static constexpr std::uint32_t room = 4096 + 512;
+  T of[room];
+
+  /// Reads the tile at [first_row, first_col] of the output, and gives a thread its chunk, at [row, col] in the tile.
+  __device__ void load(const pack_args<T>& args, std::uint32_t cols, std::uint32_t first_row, std::uint32_t first_col,
+                       std::uint32_t row, std::uint32_t col, chunk<T>& x) {
+    const std::uint32_t rows = 4096 / cols, pitch = rows + 1;
+    const std::uint32_t matrix = args.rows.by_rows.quotient(first_row);
+    const std::uint32_t in_matrix = first_row - matrix * args.rows.by_rows.divisor;
+    const T* from = args.in + matrix * args.rows.matrix_stride + first_col * args.rows.row_stride + in_matrix;
+    constexpr std::uint32_t at_once = 16 / sizeof(T);
+    const bool is_whole = args.is_aligned && in_matrix % at_once == 0;
+    for (std::uint32_t i = threadIdx.x; i < 4096 / at_once; i += 256) {
+      const std::uint32_t c = i / (rows / at_once), r = i % (rows / at_once) * at_once;
+      const bool exists = first_col + c < args.rows.cols;
+      const T* const there = from + c * args.rows.row_stride + r;
+      T* const to = of + c * pitch + r;
+      if (is_whole && exists && in_matrix + r + at_once <= args.rows.by_rows.divisor) {
+        const uint4 four = __ldg(reinterpret_cast<const uint4*>(there));
+        const std::uint32_t word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (std::uint32_t k = 0; k < at_once; ++k) {
+          if constexpr (sizeof(T) == 4) {
+            to[k] = bit_cast<float>(word[k]);
+          } else {
+            to[k] = T{static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2)))};
+          }
+        }
+      } else {
+#pragma unroll
+        for (std::uint32_t k = 0; k < at_once; ++k) {
+          to[k] = exists && in_matrix + r + k < args.rows.by_rows.divisor ? there[k] : T{};
+        }
+      }
+    }
+    __syncthreads();
+    const T* const own = of + col * pitch + row;
+#pragma unroll
+    for (std::uint32_t i = 0; i < chunk_size; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        x.word[i] = bit_cast<std::uint32_t>(own[i * pitch]);
+      } else if (i % 2 == 0) {
+        x.word[i / 2] = own[i * pitch].bits | static_cast<std::uint32_t>(own[(i + 1) * pitch].bits) << 16;
+      }
+    }
+  }
+};
+
 /// Reads and packs sixteen elements a thread. `Flat`: all rows are one, of whole blocks, in whole chunks.
 template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, bool Flat>
 __global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Flat>) pack_kernel(const pack_args<T> args) {
   const std::size_t c = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
   std::uint32_t row = 0, col = 0, used = 0, matrix = 0;
+  bool is_there = false;
   chunk<T> x;
   if constexpr (Flat) {
     if (c < args.chunks) {
@@ -220,8 +277,25 @@ __global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Flat>) p
     } else {
       x.clear();
     }
+  } else if (args.tile_cols != 0) {
+    __shared__ transposed_tile<T> tile;
+    const std::uint32_t rows = 4096 / args.tile_cols, tiles_of_row = args.rows.chunks_per_row * 16 / args.tile_cols;
+    const std::uint32_t tiles_of_matrix = (args.rows.by_rows.divisor + rows - 1) / rows * tiles_of_row;
+    matrix = blockIdx.x / tiles_of_matrix;
+    const std::uint32_t number = blockIdx.x - matrix * tiles_of_matrix, tile_row = number / tiles_of_row;
+    const std::uint32_t in_tile = threadIdx.x / (args.tile_cols / 16);
+    const std::uint32_t first_col = (number - tile_row * tiles_of_row) * args.tile_cols;
+    row = matrix * args.rows.by_rows.divisor + tile_row * rows;
+    col = threadIdx.x % (args.tile_cols / 16) * 16;
+    tile.load(args, args.tile_cols, row, first_col, in_tile, col, x);
+    row += in_tile, col += first_col;
+    if (tile_row * rows + in_tile < args.rows.by_rows.divisor) {
+      is_there = true;
+      if (col < args.rows.cols) used = min(chunk_size, args.rows.cols - col);
+    }
   } else {
     const bool exists = c < args.chunks;
+    is_there = exists;
     const auto number = exists ? static_cast<std::uint32_t>(c) : 0u;
     row = args.rows.by_chunks.quotient(number);
     col = (number - row * args.rows.chunks_per_row) * chunk_size;
@@ -248,8 +322,14 @@ __global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Flat>) p
       x.saturate();
       m = x.largest();
     } else if (args.rules.special == special_values::reject) {
-      const std::size_t first = Flat ? c * chunk_size : static_cast<std::size_t>(row) * args.rows.cols + col;
-      report_rejection(args.rejected, first + x.first_special());
+      std::size_t first = Flat ? c * chunk_size : static_cast<std::size_t>(row) * args.rows.cols + col;
+      first += x.first_special();
+      if (!Flat && args.tile_cols != 0) {  // where it lies in the input
+        const std::size_t in_matrix = row - matrix * args.rows.by_rows.divisor;
+        const std::size_t in_row = first - static_cast<std::size_t>(row) * args.rows.cols;
+        first = (matrix * static_cast<std::size_t>(args.rows.cols) + in_row) * args.rows.by_rows.divisor + in_matrix;
+      }
+      report_rejection(args.rejected, first);
     }
   }
   if constexpr (Block == 32) m = max(m, __shfl_xor_sync(full_warp, m, 1));
@@ -278,7 +358,7 @@ __global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Flat>) p
       if (((c >> shift) << shift) == c) args.macros[c >> shift] = static_cast<std::uint8_t>(out.macro);
     }
   } else {
-    if (c >= args.chunks) return;
+    if (!is_there) return;
     if (args.fake != nullptr) {
       if (used == 0) return;
       constexpr unpack_rule inverse = is_nv<Rule>       ? unpack_rule::nv
@@ -423,7 +503,12 @@ result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, co
 
 template <real T, pack_rule Rule, std::uint32_t Block>
 result<void> launch_pack(const stream& s, const pack_args<T>& args) {
-  const auto blocks = static_cast<unsigned>((args.chunks + 255) / 256);
+  auto blocks = static_cast<unsigned>((args.chunks + 255) / 256);
+  if (args.tile_cols != 0) {
+    const std::uint32_t rows = args.rows.by_rows.divisor, tile_rows = 4096 / args.tile_cols;
+    blocks =
+        args.rows.rows / rows * ((rows + tile_rows - 1) / tile_rows) * (args.rows.chunks_per_row * 16 / args.tile_cols);
+  }
   if (args.rules.stochastic) {
     if constexpr (Rule != pack_rule::mx_min_error && Rule != pack_rule::mx_macro_search) {
       pack_kernel<T, Rule, Block, true, false><<<blocks, 256, 0, s.handle>>>(args);
@@ -536,6 +621,34 @@ result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>&
     args->is_swizzled = true;
     args->swizzled_matrix = layout::swizzled_bytes(1, x.rows, job.out.shape().blocks_per_row());
   }
+  return dispatch_pack(s, *args, *job.options.rule);
+}
+
+/// Packs the transpose of job.in: job.out is [matrices, cols, rows] of it.
+template <real T>
+result<void> quantize_transposed(const stream& s, const tetromino::detail::quantize_job<T>& job) {
+  const auto& x = job.in;
+  if (auto fits = check_options(s, job.options); !fits) return fits;
+  if (auto fits = check_packed_pointers(job.out.codes.data()); !fits) return fits;
+  const bool is_nv = job.out.format.scale == scale_type::e4m3;
+  if (is_nv) {
+    if (auto done = set_tensor_scales(s, x, job.options, job.out.tensor_scales); !done) return done;
+  }
+  if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
+  batch_view<const T> turned(x.data, x.matrices, x.cols, x.rows);
+  turned.row_stride = x.row_stride, turned.matrix_stride = x.matrix_stride;  // still those of the input
+  auto args = make_args(s, turned, job.out.format, job.options, job.out.tensor_scales.size(), false);
+  if (!args) return args.error();
+  if (is_rare(args->rules, is_nv, args->weights != nullptr)) {
+    return error(errc::invalid_argument,
+                 "cuda: the transpose is not packed by searches that round stochastically, weigh errors, or search "
+                 "exponents for each macro-block byte; transpose first");
+  }
+  args->tile_cols = std::max(128u, args->rules.macro_block);
+  const std::size_t tiles = (x.rows + args->tile_cols - 1) / args->tile_cols;
+  args->rows.chunks_per_row = static_cast<std::uint32_t>(tiles) * (args->tile_cols / chunk_size);
+  args->codes = job.out.codes.data(), args->scales = job.out.scales.data(), args->macros = job.out.macros.data();
+  if (is_nv) args->tensor_scales = job.out.tensor_scales.data();
   return dispatch_pack(s, *args, *job.options.rule);
 }
 

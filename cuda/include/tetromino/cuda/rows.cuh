@@ -38,6 +38,7 @@ struct pack_args {
   std::size_t chunks;  ///< pieces of work: 16 elements, or a span in search_kernel
   std::size_t weights_stride, swizzled_matrix;
   std::uint32_t blocks_per_row, macros_per_row;
+  std::uint32_t tile_cols;  ///< columns of the output that a thread block takes from a transposed input, else 0
   pack_rules rules;
   bool scale_per_matrix, is_aligned, is_fake_aligned, is_flat, is_swizzled;
 };
