@@ -3,12 +3,14 @@
 ///   bench_quantize [--mib N] [--repetitions N] [--threads N] [--only TEXT]
 ///
 /// The first tables work on N MiB (256), more than most caches hold, the second on 512 KiB. The instruction set is that
-/// of the build; threads beyond the first have a table of their own.
+/// of the build; threads beyond the first have a table of their own. contender.hpp says how to put another library
+/// beside it.
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>
 
 #include "bench.hpp"
+#include "contender.hpp"
 #include "reference/generators.hpp"
 
 #include <cstddef>      // std::size_t
@@ -16,6 +18,7 @@
 #include <cstdio>       // std::printf
 #include <string>       // std::string
 #include <type_traits>  // std::is_same_v
+#include <utility>      // std::move
 #include <vector>       // std::vector
 
 namespace {
@@ -72,6 +75,13 @@ void bench_type(std::size_t bytes, int repetitions, const char* where) {
   const auto size = [](std::size_t n) { return static_cast<double>(n * sizeof(T)); };
   const auto read = table.add("(read and add up)", type_name<T>, size(x.size()), 0,
                               [&] { bench::read_all(x.data(), x.size() * sizeof(T)); });
+#if defined(TETROMINO_BENCH_CONTENDER)
+  if constexpr (std::is_same_v<T, float>) {
+    for (bench::contender& c : bench::contenders(x)) {
+      table.add(c.work, type_name<T>, size(c.elements), static_cast<double>(c.elements), std::move(c.f), read);
+    }
+  }
+#endif
   std::vector<packed<any_format>> storage;
   storage.reserve(std::size(recipes) + std::size(unpacked_recipes));
   for (const auto& [name, divisor] : recipes) {
