@@ -3,6 +3,7 @@
 #include "cuda_timing.hpp"
 
 #include <tetromino/cuda.hpp>
+#include <tetromino/layout.hpp>
 #include <tetromino/scaling.hpp>
 
 #include <cstdint>
@@ -89,6 +90,20 @@ void run(const char* type, double copy, const buffers& b) {
         cuda::try_amax_to(s, in, std::span<float>(b.tensor_scales, 1), special_values::poison).value();
       });
       row("tensor amax", one, in_bytes);
+    }
+    if (std::string(name) == "mxfp4-32/oas" || std::string(name) == "nvfp4/amax") {
+      auto plan = options;
+      if (is_nv) plan.tensor_scales = {b.tensor_scales + 1, 1};
+      auto tiled = out;
+      tiled.scales = {b.scales, layout::swizzled_bytes(1, rows, out.shape().blocks_per_row())};
+      const auto swizzled =
+          timing::time(s.handle, 20, [&](int) { cuda::try_quantize_swizzled_to(s, in, tiled, plan).value(); });
+      row(std::string("-> ") + name + ", 128x4 scales", swizzled, in_bytes + packed_bytes(r.format));
+      auto turned = out;
+      turned.rows = cols, turned.cols = rows;
+      const auto transposed =
+          timing::time(s.handle, 20, [&](int) { cuda::try_quantize_transposed_to(s, in, turned, plan).value(); });
+      row(std::string("-> ") + name + ", transposed", transposed, in_bytes + packed_bytes(r.format));
     }
     if (std::string(name) == "mxfp4-32/oas") {
       options.rounding = element_rounding::stochastic;

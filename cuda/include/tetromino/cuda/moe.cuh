@@ -62,13 +62,23 @@ __global__ void __launch_bounds__(512)
                  std::uint32_t* offsets, std::uint32_t* rows, std::uint32_t* pairs) {
   __shared__ std::uint32_t equal_of[16], lower_of[16];
   const std::uint32_t slot = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  constexpr std::uint32_t at_once = 8;
   const std::uint32_t per_warp = (n + 16 * 32 - 1) / (16 * 32) * 32;  // each warp has a run of calls
   const std::uint32_t begin = min(warp * per_warp, n), end = min(begin + per_warp, n);
   std::uint32_t equal = 0, lower = 0;
-  for (std::uint32_t i = begin + lane; i < end; i += 32) {
-    const std::uint32_t s = slot_of(calls[i]) - first_slot;
-    equal += s == slot, lower += s < slot;
-    if (slot == 0 && s >= slots) pairs[i] = moe::no_slot;
+  for (std::uint32_t first = begin; first < end; first += 32 * at_once) {
+    std::uint32_t found[at_once];
+#pragma unroll
+    for (std::uint32_t u = 0; u < at_once; ++u) {
+      const std::uint32_t i = first + 32 * u + lane;
+      found[u] = i < end ? slot_of(calls[i]) - first_slot : moe::no_slot;
+    }
+#pragma unroll
+    for (std::uint32_t u = 0; u < at_once; ++u) {
+      equal += found[u] == slot, lower += found[u] < slot;
+      const std::uint32_t i = first + 32 * u + lane;
+      if (slot == 0 && found[u] >= slots && i < end) pairs[i] = moe::no_slot;
+    }
   }
   equal = __reduce_add_sync(full_warp, equal), lower = __reduce_add_sync(full_warp, lower);
   if (lane == 0) equal_of[warp] = equal, lower_of[warp] = lower;
@@ -83,15 +93,24 @@ __global__ void __launch_bounds__(512)
     offsets[slot + 1] = all;
   }
   if (equal == 0) return;
-  for (std::uint32_t i = begin; i < end; i += 32) {
-    const bool is_mine = i + lane < end && slot_of(calls[i + lane]) - first_slot == slot;
-    const std::uint32_t mask = __ballot_sync(full_warp, is_mine);
-    if (is_mine) {
-      const std::uint32_t pair = next + static_cast<std::uint32_t>(__popc(mask & ((1u << lane) - 1)));
-      rows[pair] = (i + lane) / k;
-      pairs[i + lane] = pair;
+  for (std::uint32_t first = begin; first < end; first += 32 * at_once) {
+    bool is_mine[at_once];
+#pragma unroll
+    for (std::uint32_t u = 0; u < at_once; ++u) {
+      const std::uint32_t i = first + 32 * u + lane;
+      is_mine[u] = i < end && slot_of(calls[i]) - first_slot == slot;
     }
-    next += static_cast<std::uint32_t>(__popc(mask));
+#pragma unroll
+    for (std::uint32_t u = 0; u < at_once; ++u) {
+      const std::uint32_t mask = __ballot_sync(full_warp, is_mine[u]);
+      const std::uint32_t i = first + 32 * u + lane;
+      if (is_mine[u]) {
+        const std::uint32_t pair = next + static_cast<std::uint32_t>(__popc(mask & ((1u << lane) - 1)));
+        rows[pair] = i / k;
+        pairs[i] = pair;
+      }
+      next += static_cast<std::uint32_t>(__popc(mask));
+    }
   }
 }
 
