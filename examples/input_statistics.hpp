@@ -19,7 +19,7 @@
 class input_statistics {
  public:
   /// What an expert that few tokens reach borrows: moments of its layer, as of so many more tokens.
-  static constexpr double borrowed_rows = 64;
+  static double borrowed_rows(std::size_t cols) { return 2 * static_cast<double>(cols); }
 
   input_statistics() = default;
 
@@ -56,7 +56,7 @@ class input_statistics {
     if (matrices == 1) return seen.front();
     tetromino::calibration all(cols);
     for (const auto& one : seen) all.merge(one);
-    return seen[which].blended(all, borrowed_rows);
+    return seen[which].blended(all, borrowed_rows(cols));
   }
 
   /// The mean squared activation of each column for one matrix, after the rotation of a recipe: column_weights.

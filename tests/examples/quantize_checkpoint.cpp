@@ -237,7 +237,7 @@ TEST_CASE("statistics of the weights' inputs make products err less") {
   const auto read = input_statistics::load(path("statistics"));
   CHECK(read.column_weights("moe.up.weight", 1, experts, cols, 16) ==
         seen.column_weights("moe.up.weight", 1, experts, cols, 16));
-  CHECK(read.of("moe.up.weight", 0, experts, cols).rows() == input_statistics::borrowed_rows);
+  CHECK(read.of("moe.up.weight", 0, experts, cols).rows() == input_statistics::borrowed_rows(cols));
 
   for (const char* name : {"mxfp4-32/min-error/mbs-search@32/gptq", "nvfp4/min-error/hadamard-16"}) {
     CAPTURE(name);
