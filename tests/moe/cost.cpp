@@ -223,6 +223,30 @@ TEST_CASE("no tokens cost nothing") {
   CHECK(r.dispatch_seconds == 0);
 }
 
+TEST_CASE("with a node limit, pairs leave a busy node for another that the token visits anyway") {
+  const topology t = topology::uniform(2, 1, 2);
+  const placement p = placement::make(1, 3, 4, {0, 1, 0, 2});
+  std::vector<std::uint16_t> ids;
+  for (std::uint16_t token = 0; token < 100; ++token) {
+    ids.push_back(0);
+    ids.push_back(token % 2 == 0 ? 1 : 2);
+  }
+  const trace tr = trace::make({1, 3, 2}, ids, {{0, 100, 0, 0}});
+  const std::vector<std::uint32_t> at_0 = {0};
+  cost_options options;
+  options.choice = replica_choice::fewest_nodes;
+  const cost_report without = evaluate(tr.view(), p, t, at_0, options);
+  options.node_limit = 1.05;
+  const cost_report with = evaluate(tr.view(), p, t, at_0, options);
+  CHECK(without.node_imbalance == Approx(1.5));
+  CHECK(with.node_imbalance < 1.07);
+  CHECK(with.remote_visits == without.remote_visits);
+  CHECK(with.remote_pairs > without.remote_pairs);
+  CHECK(with.pairs_on_gpu[0] + with.pairs_on_gpu[1] == 200);
+  options.node_limit = -1;
+  CHECK(code_of(try_evaluate(tr.view(), p, t, at_0, options)) == errc::invalid_argument);
+}
+
 TEST_CASE("inputs that do not fit together are errors") {
   const topology t = topology::uniform(2, 1, 2);
   const placement p = contiguous(1, 4, t);

@@ -31,6 +31,7 @@ enum class source_kind : std::uint8_t {
 struct cost_options {
   phase tokens = phase::decode;  ///< which tokens are served
   replica_choice choice = replica_choice::nearest;
+  double node_limit = 0;  ///< of `fewest_nodes`: load of a node, over the mean, above which copies elsewhere are used
   dispatch_copies copies = dispatch_copies::per_node;
   source_kind sources = source_kind::node;
   std::size_t hidden = 7168;              ///< values per activation
@@ -147,6 +148,9 @@ struct link_counts {
                    text("cost: expected sources below ", sources, ", got ", source_of_request[r], " for request ", r));
     }
   }
+  if (!std::isfinite(options.node_limit) || options.node_limit < 0) {
+    return error(errc::invalid_argument, text("cost: expected a node limit of 0 or more, got ", options.node_limit));
+  }
   const auto usable = [](double bytes) { return std::isfinite(bytes) && bytes >= 0; };
   if (!usable(options.dispatch_bytes_per_value) || !usable(options.combine_bytes_per_value)) {
     return error(errc::invalid_argument,
@@ -173,7 +177,7 @@ struct link_counts {
   out.nodes = nodes;
   out.gpus = gpus;
   out.copies_between.assign(nodes * nodes, 0);
-  replica_chooser chooser(p, t, options.choice);
+  replica_chooser chooser(p, t, options.choice, options.node_limit);
   std::vector<detail::link_counts> links(layers, detail::link_counts(nodes, gpus));
   std::vector<std::uint64_t> node_seen(nodes, 0), gpu_seen(gpus, 0);
   std::vector<std::uint32_t> chosen(k);

@@ -26,9 +26,10 @@ struct local_options {
   double node_weight = 1;
   double pair_weight = 0;
 
-  /// Limits on max / mean over nodes and over GPUs, in each layer, on the calibration tokens; other requests come out a
-  /// few hundredths above. 0: no limit. A GPU limit is met with spare slots, as far as they go.
-  double node_imbalance = 1.05;
+  /// Limits on max / mean over nodes and over GPUs, in each layer, on the calibration tokens; other requests come out
+  /// up to a tenth above, less where copies are chosen by load (`cost_options::node_limit`). 0: no limit. A GPU limit
+  /// is met with spare slots, as far as they go.
+  double node_imbalance = 1.02;
   double gpu_imbalance = 0;
 
   bool replicas = true;              ///< fill spare slots with copies; else they stay empty

@@ -23,10 +23,11 @@ enum class replica_choice : std::uint8_t {
 /// are what "least loaded" means, so the outcome depends on the order of tokens, and on nothing else.
 class replica_chooser {
  public:
-  /// Precondition: `p` is valid on `t` (two copies on one GPU are fine). Memory: 4 bytes per copy and 8 per layer and
-  /// GPU; nothing is allocated afterwards.
-  replica_chooser(const placement& p, const topology& t, replica_choice choice)
-      : choice_(choice), experts_(p.experts()), gpus_(t.gpus()) {
+  /// With `fewest_nodes`, a pair may leave a node that has served more than node_limit × the mean of its layer so far
+  /// for another copy on a node that the token visits anyway; 0: none does. Precondition: `p` is valid on `t` (two
+  /// copies on one GPU are fine). Memory: 4 bytes per copy and 8 per layer and GPU; nothing is allocated afterwards.
+  replica_chooser(const placement& p, const topology& t, replica_choice choice, double node_limit = 0)
+      : choice_(choice), node_limit_(node_limit), experts_(p.experts()), gpus_(t.gpus()) {
     const replica_index where(p);
     first_.reserve(p.layers() * experts_ + 1);
     for (std::size_t l = 0; l < p.layers(); ++l) {
@@ -44,6 +45,8 @@ class replica_chooser {
     if (choice == replica_choice::fewest_nodes) {
       pairs_on_node_.assign(p.layers() * t.nodes(), 0);
       open_on_node_.assign(t.nodes(), 0);
+      served_.assign(p.layers(), 0);
+      for (std::size_t n = 0; n < t.nodes(); ++n) nodes_with_slots_ += t.slots_on_node(n) > 0 ? 1U : 0U;
     }
     visited_node_.assign(t.nodes(), 0);
     visited_gpu_.assign(gpus_, 0);
@@ -72,6 +75,8 @@ class replica_chooser {
     }
     if (open) choose_copies(layer, experts, home_gpu, gpus, load);
     if (choice_ == replica_choice::fewest_nodes) {
+      served_[layer] += gpus.size();
+      if (open && node_limit_ > 0) relieve(layer, experts, gpus, load);
       for (const std::uint32_t gpu : gpus) ++pairs_on_node_[layer * visited_node_.size() + node_of_gpu_[gpu]];
     }
   }
@@ -165,6 +170,27 @@ class replica_chooser {
     return best;
   }
 
+  // Takes pairs off nodes above the limit, to the visited node that has served least of those that hold a copy.
+  void relieve(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
+               std::uint64_t* load) {
+    const std::uint64_t* const served = pairs_on_node_.data() + layer * visited_node_.size();
+    const double most = node_limit_ * static_cast<double>(served_[layer]) / static_cast<double>(nodes_with_slots_);
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      const std::uint32_t from = node_of_gpu_[gpus[i]];
+      if (static_cast<double>(served[from]) <= most) continue;
+      std::uint32_t best = gpus[i];
+      for (const std::uint32_t gpu : copies(layer, experts[i])) {
+        const std::uint32_t node = node_of_gpu_[gpu], chosen = node_of_gpu_[best];
+        if (visited_node_[node] != now_ || node == from) continue;
+        if (served[node] < served[chosen] || (node == chosen && load[gpu] < load[best])) best = gpu;
+      }
+      if (best == gpus[i]) continue;
+      --load[gpus[i]];
+      visit(best, load);
+      gpus[i] = best;
+    }
+  }
+
   // The home GPU if it is among the accepted, else one the token visits anyway, else the least loaded.
   template <class Accepted>
   [[nodiscard]] std::uint32_t best_of(std::span<const std::uint32_t> from, std::uint32_t home_gpu,
@@ -188,6 +214,7 @@ class replica_chooser {
   }
 
   replica_choice choice_;
+  double node_limit_;
   std::size_t experts_;
   std::size_t gpus_;
   std::vector<std::uint32_t> first_;          // [layers × experts + 1] into gpu_of_copy_
@@ -197,8 +224,10 @@ class replica_chooser {
   std::vector<std::uint32_t> turn_;           // [layers, experts], for `even`
   std::vector<std::uint64_t> pairs_on_node_;  // [layers, nodes], for `fewest_nodes`
   std::vector<std::uint32_t> open_on_node_;   // [nodes], for `fewest_nodes`
-  std::vector<std::uint64_t> visited_node_;   // [nodes] last `now_` at which the token went there
-  std::vector<std::uint64_t> visited_gpu_;    // [gpus]
+  std::vector<std::uint64_t> served_;         // [layers] pairs so far, for `fewest_nodes`
+  std::size_t nodes_with_slots_ = 0;
+  std::vector<std::uint64_t> visited_node_;  // [nodes] last `now_` at which the token went there
+  std::vector<std::uint64_t> visited_gpu_;   // [gpus]
   std::uint64_t now_ = 0;
 };
 

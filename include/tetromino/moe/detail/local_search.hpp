@@ -118,7 +118,7 @@ class local_search {
     const double both = options_.node_weight + options_.pair_weight;
     r.visit_price = std::llround(256.0 * (options_.node_weight / both));
     r.pair_price = 256 - r.visit_price;
-    r.overload_price = 4 * 256;
+    r.overload_price = 256;  // more would freeze the search where limits are tight
     r.move_price = std::llround(options_.price_per_move * static_cast<double>(sample_.tokens()) * 65.536);
     return r;
   }
