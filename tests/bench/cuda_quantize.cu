@@ -42,6 +42,7 @@ template <class T>
 void run(const char* type, double copy, const buffers& b) {
   const std::size_t n = rows * cols;
   auto* x = timing::allocate<T>(n);
+  auto* unpacked = timing::allocate<T>(n);
   {
     std::vector<T> host(std::size_t{1} << 22);
     std::uint64_t state = 1;
@@ -111,11 +112,13 @@ void run(const char* type, double copy, const buffers& b) {
       row("-> mxfp4-32/oas, stochastic", st, in_bytes + packed_bytes(r.format));
     }
     if (slow) continue;
-    const auto back = timing::time(s.handle, 20, [&](int) { dequantize_to(s, out, batch_view<T>(x, 1, rows, cols)); });
+    const auto back =
+        timing::time(s.handle, 20, [&](int) { dequantize_to(s, out, batch_view<T>(unpacked, 1, rows, cols)); });
     row(std::string("   ") + name + " ->", back, in_bytes + packed_bytes(r.format));
   }
   timing::require(cudaStreamDestroy(s.handle), "cudaStreamDestroy");
   cudaFree(x);
+  cudaFree(unpacked);
 }
 
 }  // namespace

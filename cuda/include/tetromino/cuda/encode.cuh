@@ -228,6 +228,12 @@ class divisor {
   bool is_plain_;
 };
 
+/// Divides sixteen magnitudes where no divisor is_plain(): rare, and so kept small and out of the way.
+__device__ __noinline__ inline void divide_slowly(float* magnitude, float d) {
+#pragma unroll 1
+  for (int i = 0; i < 16; ++i) magnitude[i] = __fdiv_rn(magnitude[i], d);
+}
+
 /// e4m3::encode for x >= 0, by the hardware where it has the conversion.
 [[nodiscard]] __device__ inline std::uint8_t encode_e4m3(float x) {
 #if __CUDA_ARCH__ >= 890

@@ -88,17 +88,21 @@ template <real T>
   const float scale = decode_e4m3(code), step = __fmul_rn(tensor_scale, scale);
   const divisor by(step, amax);
   float square[16];
-  const auto fill = [&](const auto& divide) {
+  const auto fill = [&](const auto& quotient) {
 #pragma unroll
     for (std::uint32_t i = 0; i < 16; ++i) {
-      const float difference = difference_to_nearest<true>(divide(fabsf(x.value(i))), 1.0f);
+      const float difference = difference_to_nearest<true>(quotient(i), 1.0f);
       square[i] = __fmul_rn(difference, difference);
     }
   };
   if (by.is_plain()) {
-    fill([&](float v) { return by.template divide<T>(v); });
+    fill([&](std::uint32_t i) { return by.template divide<T>(fabsf(x.value(i))); });
   } else {
-    fill([&](float v) { return __fdiv_rn(v, step); });
+    float magnitude[16];
+#pragma unroll
+    for (std::uint32_t i = 0; i < 16; ++i) magnitude[i] = fabsf(x.value(i));
+    divide_slowly(magnitude, step);
+    fill([&](std::uint32_t i) { return magnitude[i]; });
   }
   if (weights != nullptr) {
 #pragma unroll
@@ -196,7 +200,11 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
         } else if (by.is_plain()) {
           out.codes = encode(x, [&](int i) { return by.template divide<T>(fabsf(x.value(i))); });
         } else {
-          out.codes = encode(x, [&](int i) { return __fdiv_rn(fabsf(x.value(i)), step); });
+          float magnitude[16];
+#pragma unroll
+          for (std::uint32_t i = 0; i < 16; ++i) magnitude[i] = fabsf(x.value(i));
+          divide_slowly(magnitude, step);
+          out.codes = encode(x, [&](int i) { return magnitude[i]; });
         }
       }
     }
