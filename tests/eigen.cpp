@@ -28,4 +28,6 @@ TEST_CASE("a row whose elements are apart is a caller's bug") {
   Eigen::Matrix<float, 4, 4, Eigen::RowMajor> m = Eigen::Matrix<float, 4, 4, Eigen::RowMajor>::Zero();
   const Eigen::Map<Eigen::Matrix<float, 2, 2, Eigen::RowMajor>, 0, Eigen::Stride<8, 2>> apart(m.data());
   CHECK_THROWS_AS(tetromino::view_of(apart), tetromino_test::precondition_failed);
+  auto writable = apart;
+  CHECK_THROWS_AS(tetromino::view_of(writable), tetromino_test::precondition_failed);
 }

@@ -244,5 +244,8 @@ TEST_CASE("bad input is said") {
   CHECK_THAT(std::string(seen.try_add(view(x)).error().what()), tetromino_test::contains("row 1, column 3"));
   CHECK(seen.try_add(view(w)).error().code() == errc::shape_mismatch);
   CHECK_THROWS_AS(seen.merge(calibration(64)), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(seen.blended(calibration(64), 1.0), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(seen.rotated({48}), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(calibration(Eigen::MatrixXd::Zero(2, 3), 1.0), tetromino_test::precondition_failed);
   CHECK(try_quantize(scalar, w, r).error().code() == errc::invalid_argument);
 }

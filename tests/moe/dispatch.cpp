@@ -195,6 +195,20 @@ TEST_CASE("dispatch_plan: what cannot be planned is an error that says why") {
              contains("slots 2 to 5 (excluded), got slot 5"));
   CHECK_THROWS_AS(dispatch_plan(0, 1), precondition_failed);
   CHECK_THROWS_AS(dispatch_plan(1, 0), precondition_failed);
+
+  const moe::topology t = moe::topology::uniform(2, 1, 1);
+  std::vector<std::uint32_t> three(3), two(2);
+  std::vector<float> one(1);
+  const dispatch_plan nothing(2, 1);
+  CHECK_THROWS_AS(moe::ranks_of_slots(t, three), precondition_failed);
+  CHECK_THROWS_AS(moe::entry_ranks(t, 0, entry_rule::leader, three), precondition_failed);
+  CHECK_THROWS_AS(moe::entry_ranks(t, 2, entry_rule::leader, two), precondition_failed);
+  CHECK_THROWS_AS(moe::make_calls(moe::replica_index(moe::placement::make(1, 2, 2, {0, 1})), t, 0, {}, one, {}, {}),
+                  precondition_failed);
+  CHECK_THROWS_AS(nothing.add_expert_outputs(one, {}, 1), precondition_failed);
+  CHECK_THROWS_AS(nothing.add_copies(one, {}, 1), precondition_failed);
+  CHECK_THROWS_AS(moe::gather_rows<float>({}, {}, one, 1), precondition_failed);
+  CHECK_THROWS_AS(moe::rows_carried(nothing, t, 2), precondition_failed);
 }
 
 }  // namespace

@@ -200,4 +200,14 @@ TEST_CASE("bad input to grouping is told apart") {
   const std::vector<request_signature> s(2);
   CHECK(code_of(try_group(affinity, s, std::vector<std::uint64_t>(3, 1))) == errc::shape_mismatch);
   CHECK(group(affinity, {}, {}).empty());
+
+  std::vector<std::int64_t> scores(2), too_many(3);
+  CHECK_THROWS_AS(affinity.score(s[0], too_many), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(affinity.score({{{16, 1}}}, scores),
+                  tetromino_test::precondition_failed);  // cells go up to 2 layers × 8 experts
+  CHECK_THROWS_AS(online_grouper(affinity, {0, -1.0}), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(signature_builder({2, 0, 1}), tetromino_test::precondition_failed);
+  signature_builder builder({1, 8, 1});
+  const std::uint16_t eighth = 8;
+  CHECK_THROWS_AS(builder.add({&eighth, 1}), tetromino_test::precondition_failed);
 }

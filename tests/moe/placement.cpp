@@ -32,6 +32,8 @@ TEST_CASE("a placement starts empty and is filled by layer") {
   p.layer(1)[2] = 0;
   CHECK(p == placement::make(2, 3, 4, {-1, -1, -1, -1, -1, -1, 0, -1}));
   CHECK_THROWS_AS(p.layer(2), tetromino_test::precondition_failed);
+  const placement& reading = p;
+  CHECK_THROWS_AS(reading.layer(2), tetromino_test::precondition_failed);
 }
 
 TEST_CASE("placements with impossible sizes or entries are errors") {

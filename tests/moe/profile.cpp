@@ -46,6 +46,8 @@ TEST_CASE("a token is counted everywhere it belongs") {
   CHECK(p.transitions(0, 3)[1] == 0);
   CHECK_THROWS_AS(p.loads(phase::all), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(p.transitions(1, 0), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(p.co_activation(99, 0, 1), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(p.loads(phase::decode).layer(99), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(p.signature(3, phase::decode), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(p.domain_loads(2, phase::decode), tetromino_test::precondition_failed);
 }
