@@ -214,10 +214,11 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
 
 /// Thread blocks that share a multiprocessor: as many as there can be where memory is the limit.
 template <pack_rule Rule, bool Stochastic, bool Flat>
-inline constexpr unsigned blocks_at_once = Rule == pack_rule::mx_min_error || Rule == pack_rule::mx_macro_search   ? 4
-                                           : !Stochastic && (Rule == pack_rule::mx || Rule == pack_rule::mx_macro) ? 8
-                                           : !Stochastic && Rule == pack_rule::nv_amax ? (Flat ? 8 : 6)
-                                                                                       : 1;
+inline constexpr unsigned blocks_at_once = Stochastic                                                              ? 1
+                                           : Rule == pack_rule::mx || Rule == pack_rule::mx_macro                  ? 8
+                                           : Rule == pack_rule::mx_min_error || Rule == pack_rule::mx_macro_search ? 4
+                                           : Rule == pack_rule::nv_amax ? (Flat ? 8 : 6)
+                                                                        : 3;
 
 /// The elements of a thread block that packs the transpose: `cols` of the output by 4096 / cols rows, read along the
 /// rows of the input. The output's element [row, col] is the input's [col, row].
