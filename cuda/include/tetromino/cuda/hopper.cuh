@@ -19,7 +19,7 @@ namespace tetromino::cuda::detail {
 #endif
 
 /// Blocks of a cluster that share a tile of the output, at most.
-inline constexpr std::uint32_t most_parts = 8;
+inline constexpr std::uint32_t most_parts = 4;
 
 #if TETROMINO_CUDA_HOPPER
 
@@ -157,6 +157,17 @@ __device__ inline void sync_threads(int number, int threads) {
 /// Waits for all threads of a cluster; what they wrote to shared memory is then visible to it.
 __device__ inline void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+/// The two halves of cluster_sync, without the order of memory.
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+/// Stores two floats in the shared memory of another block of the cluster, at an address of this block's.
+__device__ inline void store_to_rank(std::uint32_t shared, std::uint32_t rank, float x, float y) {
+  asm volatile(
+      "{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.v2.f32 [there], {%2, %3};}" ::"r"(
+          shared),
+      "r"(rank), "f"(x), "f"(y)
+      : "memory");
 }
 /// A float in the shared memory of another block of the cluster, at an address of this block's.
 [[nodiscard]] __device__ inline float load_from_rank(std::uint32_t shared, std::uint32_t rank) {

@@ -8,6 +8,12 @@
 /// What the product kernels are told, and how they share out the work.
 namespace tetromino::cuda::detail {
 
+/// How the kernel for few rows shares out a tile: `groups` of 16 rows of weights for a block, `phases` warps for each
+/// of them, which take turns at the columns, and a cluster of `parts` blocks, each of which has a part of the columns.
+struct narrow_split {
+  std::uint32_t groups = 16, phases = 1, parts = 1;
+};
+
 template <activation T>
 struct matmul_args {
   const std::uint8_t* tiles;
@@ -26,6 +32,7 @@ struct matmul_args {
   gating_rows gating;
   bool is_out_aligned;
   bool has_settled_weights;
+  narrow_split split;
 };
 
 /// One tile of the output: some rows of one matrix's part of x, by some tiles of its weights.

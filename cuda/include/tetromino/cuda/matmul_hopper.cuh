@@ -47,13 +47,14 @@ struct hopper_shape {
 
 #if TETROMINO_CUDA_HOPPER
 
-/// Brings all stages of a block's tiles into shared memory.
+/// Brings all stages of a block's tiles into shared memory; a warp does, whose lanes share out the copies.
 template <class Shape, class T>
 __device__ void produce(const CUtensorMap& x_map, const matmul_args<T>& args, std::uint32_t shared,
                         const std::uint32_t* tiles_before, std::uint32_t first_tile, std::uint32_t tile_step,
                         std::uint32_t part, std::uint32_t parts) {
   const std::uint32_t full = shared + Shape::barriers_at, empty = full + 8 * Shape::stages;
   const std::uint32_t all_stages = args.col_tiles / Shape::tiles;
+  const std::uint32_t lane = threadIdx.x % 32;
   std::uint32_t slot = 0, parity = 1;
   for (std::uint32_t number = first_tile;; number += tile_step) {
     const output_tile tile = find_tile<Shape::rows>(args, tiles_before, number);
@@ -67,15 +68,14 @@ __device__ void produce(const CUtensorMap& x_map, const matmul_args<T>& args, st
       barrier_wait(empty + 8 * slot, parity);
       const std::uint32_t stage = shared + slot * Shape::stage_bytes, barrier = full + 8 * slot;
       constexpr std::uint32_t bytes = Shape::tiles * Shape::tile_bytes;
-      barrier_expect(barrier, Shape::tiles * Shape::box_bytes + groups * bytes);
-      for (std::uint32_t g = 0; g < groups; ++g) {
-        copy_bytes(stage + Shape::weights_at + g * bytes,
-                   weights + g * group_stride + static_cast<std::size_t>(k) * bytes, bytes, barrier);
+      if (lane == 0) barrier_expect(barrier, Shape::tiles * Shape::box_bytes + groups * bytes);
+      __syncwarp();
+      if (lane < groups) {
+        copy_bytes(stage + Shape::weights_at + lane * bytes,
+                   weights + lane * group_stride + static_cast<std::size_t>(k) * bytes, bytes, barrier);
       }
-#pragma unroll
-      for (int t = 0; t < Shape::tiles; ++t) {
-        copy_box(stage + static_cast<std::uint32_t>(t) * Shape::box_bytes, &x_map,
-                 static_cast<int>((k * Shape::tiles + static_cast<std::uint32_t>(t)) * 64),
+      if (const std::uint32_t t = 31 - lane; t < Shape::tiles) {
+        copy_box(stage + t * Shape::box_bytes, &x_map, static_cast<int>((k * Shape::tiles + t) * 64),
                  static_cast<int>(tile.first_row), barrier);
       }
       if (++slot == Shape::stages) slot = 0, parity ^= 1;
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
   const std::uint32_t first_tile = blockIdx.x / parts, tile_step = gridDim.x / parts;
   if (threadIdx.x >= Shape::consumers) {
     if constexpr (Shape::is_large) give_registers<40>();
-    if (threadIdx.x == Shape::consumers) {
+    if (threadIdx.x < Shape::consumers + 32) {
       produce<Shape>(x_map, args, shared, tiles_before, first_tile, tile_step, part, parts);
     }
   } else {

@@ -124,22 +124,47 @@ result<void> launch_hopper(const stream& s, const matmul_job<T>& job, matmul_arg
   return launch_overlapping(kernel, "the launch of hopper_kernel", s, blocks, shape::threads, bytes, parts, *map, args);
 }
 
+/// The split with the least time on the busiest multiprocessor, in a model of it that fits what an H200 took: a stage
+/// takes a warp 250 cycles of its quarter of a multiprocessor, and 900 from start to end; adding up costs 1500, and in
+/// a cluster 4000.
+[[nodiscard]] inline narrow_split choose_split(std::size_t row_tiles, std::size_t groups, std::size_t stages,
+                                               std::size_t multiprocessors) {
+  narrow_split best;
+  std::size_t least = ~std::size_t{0};
+  for (const std::uint32_t parts : {1u, 2u}) {
+    for (const std::uint32_t phases : {1u, 2u, 4u}) {
+      for (const std::uint32_t own : {2u, 3u, 4u, 6u, 7u, 8u, 10u, 12u, 14u, 16u}) {  // these lie in four tiles
+        if (own * phases > 16 || stages < std::size_t{parts} * phases) continue;
+        const std::size_t blocks = row_tiles * ((groups + own - 1) / own) * parts;
+        const std::size_t waves = (blocks + multiprocessors - 1) / multiprocessors;
+        const std::size_t mine = (stages + parts * phases - 1) / (parts * phases);
+        const std::size_t stage_time = std::max<std::size_t>(std::size_t{own} * phases * 250 / 4, 900);
+        const std::size_t time = waves * (mine * stage_time + (parts > 1 ? 4000 : phases > 1 ? 1500 : 0));
+        if (time <= least) least = time, best = {own, phases, parts};
+      }
+    }
+  }
+  return best;
+}
+
 /// Launches the kernel for few rows of x.
-template <class Shape, activation T, weight_kind Kind, int Macros>
+template <activation T, weight_kind Kind, int Macros, int Rows>
 result<void> launch_narrow(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
                            const device_facts& device) {
-  auto* const kernel = narrow_kernel<Shape, T, Kind, Macros>;
-  args.feature_tiles = (args.row_tiles + Shape::row_tiles - 1) / Shape::row_tiles;
-  const std::size_t tiles = row_tiles * args.feature_tiles, pairs = args.col_tiles / 2;
-  const std::size_t room = static_cast<std::size_t>(device.multiprocessors) * std::min(Shape::blocks, 2);
-  std::size_t parts = 1;
-  while (parts < most_parts && tiles * parts * 2 <= room && pairs >= parts * 4) parts *= 2;
+  using shape = narrow_shape<Kind, Macros, Rows, 8>;
+  auto* const kernel = narrow_kernel<shape, T, Kind, Macros>;
+  const std::size_t groups = std::size_t{args.row_tiles} * 4;
+  const auto multiprocessors = static_cast<std::size_t>(device.multiprocessors);
+  args.split = choose_split(row_tiles, groups, args.col_tiles / 2, multiprocessors);
+  args.feature_tiles = static_cast<std::uint32_t>((groups + args.split.groups - 1) / args.split.groups);
+  const std::size_t tiles = row_tiles * args.feature_tiles;
   const std::size_t blocks =
-      parts > 1 ? tiles * parts : std::min(tiles, static_cast<std::size_t>(device.multiprocessors) * Shape::blocks);
-  const std::uint32_t bytes = Shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices);
-  auto map = map_activations(job.x, Shape::rows);
+      args.split.parts * args.split.phases > 1 ? tiles * args.split.parts : std::min(tiles, multiprocessors);
+  const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices);
+  auto map = map_activations(job.x, Rows);
   if (!map) return map.error();
-  return launch_overlapping(kernel, "the launch of narrow_kernel", s, blocks, Shape::threads, bytes, parts, *map, args);
+  return launch_overlapping(kernel, "the launch of narrow_kernel", s, blocks, shape::threads, bytes, args.split.parts,
+                            *map, args);
 }
 
 template <activation T, weight_kind Kind, int Macros>
@@ -150,7 +175,7 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
   const auto row_tiles = [&](std::size_t rows) {
     const std::size_t all = job.row_count;
     if (job.row_offsets == nullptr) return (all + rows - 1) / rows;
-    return all / rows + std::min<std::size_t>(args.matrices, all);
+    return std::min(all / rows + std::min<std::size_t>(args.matrices, all), all);
   };
   const bool is_aligned_x = is_aligned(job.x.data, 16) && job.x.row_stride % 8 == 0;
   // About how many rows of x a matrix gets.
@@ -162,15 +187,13 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
     if (!*has_code) {
       return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
     }
-    if (rows <= 8) {
-      return launch_narrow<narrow_shape<Kind, Macros, 8, 8, 1, 8, 2>, T, Kind, Macros>(s, job, args, row_tiles(8),
-                                                                                       *device);
-    }
-    if (rows <= 16) {
-      return launch_narrow<narrow_shape<Kind, Macros, 16, 8, 1, 8, 2>, T, Kind, Macros>(s, job, args, row_tiles(16),
-                                                                                        *device);
-    }
+    if (rows <= 8) return launch_narrow<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device);
+    if (rows <= 16) return launch_narrow<T, Kind, Macros, 16>(s, job, args, row_tiles(16), *device);
     if (rows <= 32) return launch_hopper<T, Kind, Macros, 32, 2, 1, 6, 2>(s, job, args, row_tiles(32), *device);
+    // Tall tiles read x less often, where four blocks for each of them are enough for the multiprocessors.
+    if (rows <= 64 && row_tiles(64) * args.row_tiles * 4 >= static_cast<std::size_t>(device->multiprocessors) * 3) {
+      return launch_hopper<T, Kind, Macros, 64, 4, 1, 8, 1>(s, job, args, row_tiles(64), *device);
+    }
     if (rows <= 64) return launch_hopper<T, Kind, Macros, 64, 2, 1, 6, 2>(s, job, args, row_tiles(64), *device);
     // Three warpgroups hide one another's decoding best, where their larger tiles do not leave multiprocessors idle.
     if (rows <= 128) return launch_hopper<T, Kind, Macros, 128, 3, 1, 6, 1>(s, job, args, row_tiles(128), *device);
