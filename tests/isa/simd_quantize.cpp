@@ -261,6 +261,29 @@ TEST_CASE("the vectors are those that this build asks for") {
 #endif
 }
 
+TEST_CASE("quotients for codes lie on the right side of every midpoint") {
+  constexpr std::size_t lanes = tetromino::detail::lane_count;
+  const std::size_t step = 1 + 2 * (tetromino_test::seed() % 40 + 20);  // a part of all mantissas, another by seed
+  std::size_t wrong = 0;
+  for (std::uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += static_cast<std::uint32_t>(step)) {
+    const float d = std::bit_cast<float>(0x3F800000u | mantissa);
+    for (const float midpoint : {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f}) {
+      float x[lanes], q[lanes];
+      for (std::uint32_t i = 0; i < lanes; ++i) {
+        x[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(midpoint * d) + i - 8);
+      }
+      using tetromino::detail::broadcast;
+      tetromino::detail::store(q, tetromino::detail::quotient_for_code(tetromino::detail::load(x), broadcast(d),
+                                                                       broadcast(1.0f) / broadcast(d)));
+      for (std::size_t i = 0; i < lanes; ++i) {
+        const float exact = x[i] / d;
+        wrong += (exact < midpoint) != (q[i] < midpoint) || (exact > midpoint) != (q[i] > midpoint);
+      }
+    }
+  }
+  CHECK(wrong == 0);
+}
+
 TEST_CASE("simd packs and unpacks as scalar does: every recipe") {
   reference::generator g(tetromino_test::seed());
   for (const recipe& r : all_recipes()) {

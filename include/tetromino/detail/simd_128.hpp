@@ -87,6 +87,11 @@ TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const flo
   return by_register<floats>([&](std::size_t i)
                                  TETROMINO_INLINE_LAMBDA { return float_register(vfmaq_f32(c.r[i], a.r[i], b.r[i])); });
 }
+/// c - a b, rounded once.
+TETROMINO_INLINE floats subtract_product(const floats& c, const floats& a, const floats& b) {
+  return by_register<floats>([&](std::size_t i)
+                                 TETROMINO_INLINE_LAMBDA { return float_register(vfmsq_f32(c.r[i], a.r[i], b.r[i])); });
+}
 
 #else
 

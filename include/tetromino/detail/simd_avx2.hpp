@@ -171,6 +171,11 @@ TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const flo
   return lanes(_mm256_fmadd_ps(raw(a.r[0]), raw(b.r[0]), raw(c.r[0])),
                _mm256_fmadd_ps(raw(a.r[1]), raw(b.r[1]), raw(c.r[1])));
 }
+/// c - a b, rounded once.
+TETROMINO_INLINE floats subtract_product(const floats& c, const floats& a, const floats& b) {
+  return lanes(_mm256_fnmadd_ps(raw(a.r[0]), raw(b.r[0]), raw(c.r[0])),
+               _mm256_fnmadd_ps(raw(a.r[1]), raw(b.r[1]), raw(c.r[1])));
+}
 #endif
 
 /// The codes of y, with the signs of x.

@@ -159,6 +159,10 @@ TETROMINO_INLINE words block_amax(const T* x) {
 TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const floats& c) {
   return lanes(_mm512_fmadd_ps(raw(a), raw(b), raw(c)));
 }
+/// c - a b, rounded once.
+TETROMINO_INLINE floats subtract_product(const floats& c, const floats& a, const floats& b) {
+  return lanes(_mm512_fnmadd_ps(raw(a), raw(b), raw(c)));
+}
 
 /// The codes of y, with the signs of x.
 TETROMINO_INLINE words encode_e2m1(const floats& y, const floats& x) {

@@ -356,7 +356,8 @@ struct simd_kernels {
     } else if (scales.quick) {
       store_nearest<Block>(span, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
         const floats_pair d = spread<T, Block>(scales.divisor + b), i = spread<T, Block>(scales.multiplier + b);
-        return floats_pair{quotient<true>(v.first, d.first, i.first), quotient<true>(v.second, d.second, i.second)};
+        return floats_pair{quotient_for_code(v.first, d.first, i.first),
+                           quotient_for_code(v.second, d.second, i.second)};
       });
     } else {
       store_nearest<Block>(span, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {

@@ -220,13 +220,22 @@ TETROMINO_INLINE floats quotient(const floats& x, const floats& divisor, [[maybe
     // Two corrections by the exact remainder. After the first the quotient is within one unit in the last place, from
     // where the second gives the correctly rounded one. (Markstein: Computation of elementary functions on the IBM RISC
     // System/6000 processor; 1990)
-    const floats minus = floats_of(bits_of(divisor) | broadcast(INT32_MIN));
     const floats q0 = x * inverse;
-    const floats q1 = multiply_add(multiply_add(q0, minus, x), inverse, q0);
-    return multiply_add(multiply_add(q1, minus, x), inverse, q1);
+    const floats q1 = multiply_add(subtract_product(x, q0, divisor), inverse, q0);
+    return multiply_add(subtract_product(x, q1, divisor), inverse, q1);
   }
 #endif
   return x / divisor;
+}
+/// The same for E2M1 codes alone: one correction, after which the outcome lies on the quotient's side of each midpoint
+/// between values of E2M1. (All mantissas of the divisor were tried, with the floats around each midpoint times it.)
+TETROMINO_INLINE floats quotient_for_code(const floats& x, const floats& divisor, const floats& inverse) {
+#if TETROMINO_HAS_FMA
+  const floats q0 = x * inverse;
+  return multiply_add(subtract_product(x, q0, divisor), inverse, q0);
+#else
+  return quotient<true>(x, divisor, inverse);
+#endif
 }
 /// Whether quotients of magnitudes up to amax can be had from inverses: nothing overflows, and elements so small that
 /// their remainder underflows have a quotient whose square is zero.
