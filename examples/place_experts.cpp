@@ -28,7 +28,7 @@ struct settings {
   std::vector<std::size_t> slots_per_node;
   std::size_t splits = 5;
   std::uint64_t seed = 1;
-  double limit = 1.05;
+  double limit = 1.01;
   double expert_megabytes = 44;  // DeepSeek-V3 in FP8: 3 × 7168 × 2048
 };
 
@@ -142,7 +142,7 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
 
 /// Traffic against imbalance: the more load a node may have over the mean, the less needs to travel.
 void trade(const settings& s, const std::vector<split>& splits, const std::vector<measured>& lone, voice& out) {
-  const std::vector<double> limits = {1.02, 1.05, 1.1, 1.2, 1.35, 1.6};
+  const std::vector<double> limits = {1.0, 1.03, 1.06, 1.1, 1.2, 1.4};
   out.section("Traffic against imbalance",
               fmt::format("The solver is allowed more and more load on a node, over the mean; what it then reaches on "
                           "the judged requests, mean of {} halves.",

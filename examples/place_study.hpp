@@ -109,7 +109,7 @@ struct plan {
 /// What a plan is made for.
 struct aim {
   std::uint64_t seed = 1;
-  double limit = 1.05;  ///< most load of a node, over the mean
+  double limit = 1.01;  ///< most load of a node, over the mean
   bool pairs = false;   ///< few remote pairs, instead of few nodes per token
 };
 
@@ -164,9 +164,11 @@ inline std::vector<std::uint32_t> assign(const contender& c, const placement& p,
   return group(affinity, signatures, tokens);
 }
 
-inline cost_report judge(const plan& p, const trace_view& judged, const topology& t) {
+/// Copies on other visited nodes relieve a node above `node_limit` × the mean.
+inline cost_report judge(const plan& p, const trace_view& judged, const topology& t, double node_limit = 1.05) {
   cost_options options;
   options.choice = replica_choice::fewest_nodes;
+  options.node_limit = node_limit;
   return evaluate(judged, p.experts, t, p.sources, options);
 }
 
@@ -196,7 +198,9 @@ inline void run(const contender& c, const half& calibration, const half& judged,
   placement experts = place(c, calibration.view(), t);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   std::vector<std::uint32_t> sources = assign(c, experts, calibration.view(), judged.view(), t);
-  to.add(judge({std::move(experts), std::move(sources)}, judged.view(), t), took.count());
+  // relief costs no visit, but remote pairs: less of it where those are the aim
+  const double node_limit = std::max(c.to.limit, c.to.pairs ? 1.1 : 1.05);
+  to.add(judge({std::move(experts), std::move(sources)}, judged.view(), t, node_limit), took.count());
 }
 
 /// What engines do by default, and today's balancer.

@@ -1,0 +1,243 @@
+/// What `local` reaches on requests it was not made from, beside what was aimed at, and how long it takes:
+///   bench_local [TRACE] [OTHER_TRACE]
+/// TRACE (of 128 experts, 8 per token) is laid out on 8 × 8, 4 × 8, 16 × 4 and 1 × 8 GPUs, OTHER_TRACE (of 16 experts)
+/// on 4 nodes. Plans come from random halves of the requests, and are judged on the decode tokens of the other halves,
+/// which are assigned by their prefill.
+
+#include "../../examples/place_study.hpp"
+#include "reference/synthetic_routing.hpp"
+
+#include <tetromino/moe/cost.hpp>
+#include <tetromino/moe/group.hpp>
+#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/trace_io.hpp>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <ctime>
+#include <filesystem>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+namespace {
+
+using namespace tetromino::moe;
+
+double processor_seconds() { return static_cast<double>(std::clock()) / CLOCKS_PER_SEC; }
+
+std::string spread(const study::statistic& s, int digits) {
+  return fmt::format("{:.{}f} ± {:.{}f}", s.mean(), digits, s.deviation(), digits);
+}
+
+/// Copies leave their home where its node is over this share of the mean: for visits that is free, for pairs it is not.
+double relief(bool pairs) { return pairs ? 1.1 : 1.05; }
+
+struct reached {
+  study::statistic nodes, pairs, imbalance, worst;
+};
+
+void add(const trace_view& judged, const placement& p, const topology& t, const std::vector<std::uint32_t>& sources,
+         bool pairs, reached& to) {
+  cost_options options;
+  options.choice = replica_choice::fewest_nodes;
+  options.node_limit = relief(pairs);
+  const cost_report r = evaluate(judged, p, t, sources, options);
+  to.nodes.add(r.nodes_per_token());
+  to.pairs.add(r.remote_pair_fraction());
+  to.imbalance.add(r.node_imbalance);
+  to.worst.add(r.worst_node_imbalance);
+}
+
+local_options options_for(bool pairs, double limit) {
+  local_options options;
+  options.node_weight = pairs ? 0 : 1;
+  options.pair_weight = pairs ? 1 : 0;
+  options.node_imbalance = limit;
+  return options;
+}
+
+/// A line of the table; `aim` is 0 where there is none. `known` is what a plan made from the judged requests
+/// themselves, with their decode tokens known, reaches: what no plan made from others can be expected to pass.
+void line(const std::string& name, const std::vector<study::split>& splits, const topology& t, bool pairs, double aim,
+          double limit) {
+  reached held_out, known;
+  double seconds = 0;
+  for (const study::split& s : splits) {
+    const trace_view calibration = s.calibration.view(), judged = s.judged.view();
+    const local_options options = options_for(pairs, limit);
+    const double start = processor_seconds();
+    const placement p = local(calibration, t, options).experts;
+    seconds += processor_seconds() - start;
+    const study::contender c{"", study::experts_by::local, study::requests_by::prefill, {1, limit, pairs}};
+    add(judged, p, t, study::assign(c, p, calibration, judged, t), pairs, held_out);
+    const local_plan best = local(judged, t, options_for(pairs, std::max(limit, 1.08)));
+    add(judged, best.experts, t, best.source_of_request, pairs, known);
+  }
+  const study::statistic& value = pairs ? held_out.pairs : held_out.nodes;
+  const study::statistic& bound = pairs ? known.pairs : known.nodes;
+  std::string verdict;
+  if (aim > 0) {
+    verdict = fmt::format("{:.2f} {}", aim,
+                          value.mean() <= aim + 5e-4 && held_out.imbalance.mean() <= 1.1005 ? "met" : "missed");
+  }
+  fmt::print("{:<34} {:<12} {:>15} {:>15} {:>14} {:>8.2f} {:>12} {:>15} ({:.2f}) {:>6.2f}\n", name,
+             pairs ? "remote pairs" : "nodes/token", spread(held_out.nodes, 2), spread(held_out.pairs, 3),
+             spread(held_out.imbalance, 2), held_out.worst.mean(), verdict, spread(bound, pairs ? 3 : 2),
+             known.imbalance.mean(), seconds / static_cast<double>(splits.size()));
+}
+
+void head() {
+  fmt::print("{:<34} {:<12} {:>15} {:>15} {:>14} {:>8} {:>12} {:>22} {:>6}\n", "cluster, slots per node", "objective",
+             "nodes/token", "remote pairs", "node imbalance", "worst", "aim", "judged known (imb.)", "s");
+}
+
+void aims(const trace& recorded, const std::string& name) {
+  const std::vector<study::split> splits = study::random_halves(recorded, 5, 1);
+  fmt::print("\n{}: {} requests, half to plan from, 5 times; imbalance aim 1.10\n", name, recorded.requests().size());
+  head();
+  const double node_aims[] = {3.30, 2.95, 2.35}, pair_aims[] = {0.69, 0.62, 0.50};
+  const std::size_t slots[] = {16, 18, 24};
+  // where there are copies they level the load as tokens are served, so that the plan may be a little less even
+  const auto limit_for = [&](const topology& t) { return t.slots() > recorded.shape().experts ? 1.03 : 1.01; };
+  for (std::size_t i = 0; i < 3; ++i) {
+    const topology t = topology::with_node_slots(8, 8, slots[i]);
+    line(fmt::format("8 nodes x 8 GPUs, {}", slots[i]), splits, t, false, node_aims[i], limit_for(t));
+    line(fmt::format("8 nodes x 8 GPUs, {}", slots[i]), splits, t, true, pair_aims[i], limit_for(t));
+  }
+  const auto both = [&](const std::string& what, const topology& t) {
+    line(what, splits, t, false, 0, limit_for(t));
+    line(what, splits, t, true, 0, limit_for(t));
+  };
+  both("4 nodes x 8 GPUs, 32", topology::with_node_slots(4, 8, 32));
+  both("4 nodes x 8 GPUs, 36", topology::with_node_slots(4, 8, 36));
+  both("16 nodes x 4 GPUs, 8", topology::with_node_slots(16, 4, 8));
+  both("16 nodes x 4 GPUs, 9", topology::with_node_slots(16, 4, 9));
+  both("1 node, its 8 GPUs as nodes, 16", topology::with_node_slots(8, 1, 16));
+
+  fmt::print(
+      "\nTraffic against imbalance, 8 nodes x 8 GPUs, 16 slots per node: the limit on the calibration requests\n");
+  head();
+  const topology t = topology::with_node_slots(8, 8, 16);
+  for (const double limit : {1.0, 1.03, 1.06, 1.1, 1.2, 1.4}) {
+    line(fmt::format("limit {:.2f}", limit), splits, t, false, 0, limit);
+    line(fmt::format("limit {:.2f}", limit), splits, t, true, 0, limit);
+  }
+}
+
+void cut_signatures(const trace& recorded) {
+  fmt::print("\nSignatures cut down (8 nodes x 8 GPUs, 16 slots, nodes/token on the judged requests)\n");
+  const topology t = topology::with_node_slots(8, 8, 16);
+  const std::vector<study::split> splits = study::random_halves(recorded, 5, 1);
+  std::vector<placement> plans;
+  for (const study::split& s : splits)
+    plans.push_back(local(s.calibration.view(), t, options_for(false, 1.01)).experts);
+  const auto run = [&](const std::string& name, const signature_options& cut) {
+    reached r;
+    double entries = 0, count = 0;
+    for (std::size_t i = 0; i < splits.size(); ++i) {
+      const trace_view calibration = splits[i].calibration.view(), judged = splits[i].judged.view();
+      group_options options;
+      options.signature = cut;
+      const node_affinity affinity = node_affinity::make(plans[i], t, calibration, options);
+      signature_builder builder = affinity.builder();
+      std::vector<request_signature> signatures;
+      std::vector<std::uint64_t> tokens;
+      for (const request& q : judged.requests) {
+        signatures.push_back(signature_of(judged, q, builder));
+        tokens.push_back(q.range(phase::decode).size());
+        entries += static_cast<double>(signatures.back().entries.size());
+        ++count;
+      }
+      add(judged, plans[i], t, group(affinity, signatures, tokens), false, r);
+    }
+    fmt::print("{:<34} {:>6.0f} entries {:>15}\n", name, entries / count, spread(r.nodes, 3));
+  };
+  run("whole", {});
+  for (const std::size_t top : std::initializer_list<std::size_t>{32, 16, 8, 4, 2}) {
+    run(fmt::format("the {} most used of each layer", top), {top, 0});
+  }
+  for (const std::size_t buckets : std::initializer_list<std::size_t>{4, 2, 1}) {
+    run(fmt::format("layers hashed into {}", buckets), {0, buckets});
+  }
+  run("the 8 most used, 4 buckets", {8, 4});
+}
+
+trace synthetic(std::size_t layers, std::size_t experts, std::size_t requests, std::uint32_t prefill,
+                std::uint32_t decode) {
+  reference::synthetic_routing made = reference::make_routing(11, layers, experts, 8, requests, prefill, decode);
+  std::vector<request> list;
+  for (std::size_t r = 0; r < requests; ++r) {
+    list.push_back({r * (prefill + decode), prefill + decode, prefill, made.topic[r]});
+  }
+  return trace::make({layers, experts, 8}, std::move(made.ids), std::move(list));
+}
+
+void time_local(const std::string& name, const trace& t, const topology& cluster) {
+  for (const bool pairs : {false, true}) {
+    const double start = processor_seconds();
+    const local_plan plan = local(t.view(), cluster, options_for(pairs, 1.02));
+    fmt::print("{:<66} {:<12} {:>7.2f} s\n", name, pairs ? "remote pairs" : "nodes/token", processor_seconds() - start);
+    (void)plan;
+  }
+}
+
+void speed(const trace& recorded) {
+  fmt::print("\nlocal, processor time (aims: 8 x 128 x 480 requests under 1 s, 58 x 256 x 10,000 under 30 s)\n");
+  for (const std::size_t slots : std::initializer_list<std::size_t>{16, 18, 24}) {
+    time_local(fmt::format("the trace: {} requests, 8 nodes, {} slots", recorded.requests().size(), slots), recorded,
+               topology::with_node_slots(8, 8, slots));
+  }
+  const auto made = [](std::size_t layers, std::size_t experts, std::size_t requests, std::size_t nodes,
+                       std::size_t slots) {
+    time_local(fmt::format("made up: {} layers x {} experts x {} requests, {} nodes, {} slots", layers, experts,
+                           requests, nodes, slots),
+               synthetic(layers, experts, requests, 0, 4), topology::with_node_slots(nodes, 8, slots));
+  };
+  for (const std::size_t layers : std::initializer_list<std::size_t>{4, 8, 16}) made(layers, 128, 2000, 8, 16);
+  for (const std::size_t experts : std::initializer_list<std::size_t>{64, 256}) made(8, experts, 2000, 8, experts / 8);
+  for (const std::size_t requests : std::initializer_list<std::size_t>{500, 8000}) made(8, 128, requests, 8, 16);
+  for (const std::size_t nodes : std::initializer_list<std::size_t>{2, 16}) made(8, 128, 2000, nodes, 128 / nodes);
+  made(58, 256, 10'000, 8, 32);
+
+  fmt::print("\nonline_grouper: one arriving request (aim: under 20 us)\n");
+  const topology t = topology::with_node_slots(8, 8, 16);
+  const placement p = contiguous(recorded.shape().layers, recorded.shape().experts, t);
+  for (const signature_options& cut : {signature_options{}, signature_options{16, 0}}) {
+    group_options options;
+    options.signature = cut;
+    const node_affinity affinity = node_affinity::make(p, t, recorded.view(), options);
+    signature_builder builder = affinity.builder();
+    std::vector<request_signature> signatures;
+    for (const request& r : recorded.requests()) signatures.push_back(signature_of(recorded.view(), r, builder));
+    online_grouper grouper(affinity);
+    const double start = processor_seconds();
+    std::size_t assigned = 0;
+    for (; assigned < 20'000; ++assigned) (void)grouper.assign(signatures[assigned % signatures.size()], 100);
+    fmt::print("{:<66} {:>7.2f} us\n", cut.top_experts == 0 ? "whole signatures" : "the 16 most used of each layer",
+               (processor_seconds() - start) / static_cast<double>(assigned) * 1e6);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::filesystem::path data = std::filesystem::path(__FILE__).parent_path() / "../../examples/data";
+  const std::string path = argc > 1 ? argv[1] : (data / "routing-128x8.safetensors").string();
+  const std::string other_path = argc > 2 ? argv[2] : (data / "routing-16x2.safetensors").string();
+  const trace recorded = read_trace(path);
+  aims(recorded, std::filesystem::path(path).filename().string());
+  const trace other = read_trace(other_path);
+  fmt::print("\n{}: 4 nodes x 1 GPU\n", std::filesystem::path(other_path).filename().string());
+  head();
+  const std::vector<study::split> splits = study::random_halves(other, 5, 1);
+  for (const std::size_t slots : std::initializer_list<std::size_t>{4, 5, 6}) {
+    const topology t = topology::with_node_slots(4, 1, slots);
+    line(fmt::format("4 nodes, {} slots", slots), splits, t, false, 0, 1.01);
+    line(fmt::format("4 nodes, {} slots", slots), splits, t, true, 0, 1.01);
+  }
+  cut_signatures(recorded);
+  speed(recorded);
+}
