@@ -1,0 +1,324 @@
+/// One mixture-of-experts layer on the GPU from float weights: pack, route, group, multiply (gate and up with SwiGLU,
+/// then down), combine. Checks sampled tokens against float64 sums over the unpacked weights, and prints what each step
+/// took beside what moving its bytes at the rate of a device copy would take.
+///   cuda_moe_layer [deepseek | qwen3 | small]...     shapes like DeepSeek-V3's and Qwen3-235B-A22B's; default: both
+
+#include <tetromino/cuda.hpp>
+#include <tetromino/cuda/moe.hpp>
+#include <tetromino/scaling.hpp>
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace {
+
+namespace tt = tetromino;
+using tt::bfloat16;
+
+void check(cudaError_t code, const char* what) {
+  if (code == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(code));
+  std::exit(1);
+}
+
+template <class T>
+struct device_array {
+  explicit device_array(std::size_t n) : size(n) {
+    check(cudaMalloc(reinterpret_cast<void**>(&data), n * sizeof(T) + 16), "cudaMalloc");
+  }
+  device_array(const device_array&) = delete;
+  device_array& operator=(const device_array&) = delete;
+  ~device_array() { cudaFree(data); }
+  [[nodiscard]] std::span<T> span() const { return {data, size}; }
+  [[nodiscard]] std::vector<T> host() const {
+    std::vector<T> out(size);
+    check(cudaMemcpy(out.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return out;
+  }
+  T* data = nullptr;
+  std::size_t size;
+};
+
+/// About N(0, size) from a counter: a sum of four uniform numbers.
+__device__ float normal(std::uint64_t seed, std::uint64_t i, float size) {
+  std::uint64_t z = seed * 0x9E3779B97F4A7C15u + (i + 1) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  z ^= z >> 31;
+  const auto part = [&](int s) { return static_cast<float>(z >> s & 0xFFFF) * 0x1p-16f; };
+  return (part(0) + part(16) + part(32) + part(48) - 2.0f) * 1.7320508f * size;
+}
+
+template <class T>
+__global__ void fill(T* to, std::size_t n, std::uint64_t seed, float size) {
+  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
+       i += std::size_t{gridDim.x} * blockDim.x) {
+    to[i] = tt::detail::from_float<T>(normal(seed, i, size));
+  }
+}
+
+/// out[row, n] = Σ x[row, k] w[n, k], one warp for each sum.
+template <class Sum, class X>
+__global__ void multiply_slowly(const X* x, const float* w, Sum* out, std::size_t outputs, std::size_t cols) {
+  const std::size_t n = blockIdx.x * std::size_t{blockDim.x / 32} + threadIdx.x / 32, row = blockIdx.y;
+  if (n >= outputs) return;
+  Sum sum = 0;
+  for (std::size_t k = threadIdx.x % 32; k < cols; k += 32) {
+    if constexpr (sizeof(X) == 2) {
+      sum += static_cast<Sum>(tt::detail::to_float(x[row * cols + k])) * static_cast<Sum>(w[n * cols + k]);
+    } else {
+      sum += static_cast<Sum>(x[row * cols + k]) * static_cast<Sum>(w[n * cols + k]);
+    }
+  }
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, step);
+  if (threadIdx.x % 32 == 0) out[row * outputs + n] = sum;
+}
+
+template <class Sum, class X>
+void multiply_slowly(const X* x, std::size_t rows, const float* w, Sum* out, std::size_t outputs, std::size_t cols) {
+  const dim3 grid(static_cast<unsigned>((outputs + 7) / 8), static_cast<unsigned>(rows));
+  multiply_slowly<Sum, X><<<grid, 256>>>(x, w, out, outputs, cols);
+  check(cudaGetLastError(), "multiply_slowly");
+}
+
+__global__ void gate_slowly(const double* both, double* out, std::size_t inner) {
+  const std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x;
+  if (i < inner) out[i] = both[i] / (1.0 + exp(-both[i])) * both[inner + i];
+}
+
+struct layer {
+  std::string name;
+  std::size_t hidden, inner, experts;
+  tt::moe::router_options router;
+};
+
+/// The packed and the prepared weights of all experts of one projection.
+struct projection {
+  tt::packed_shape shape;
+  tt::cuda::prepared_shape prepared_shape;
+  device_array<std::uint8_t> codes, scales, macros;
+  device_array<std::byte> prepared;
+
+  projection(const tt::recipe& r, std::size_t experts, std::size_t rows, std::size_t cols, tt::cuda::gating_rows gating)
+      : shape{r.format, experts, rows, cols},
+        prepared_shape{r.format, experts, rows, cols, gating},
+        codes(shape.code_bytes()),
+        scales(shape.scale_bytes()),
+        macros(shape.macro_bytes()),
+        prepared(prepared_shape.bytes()) {}
+
+  /// Experts first ... first + count - 1.
+  [[nodiscard]] tt::packed_view<tt::any_format, std::uint8_t> view(std::size_t first, std::size_t count) const {
+    const auto part = [&](const device_array<std::uint8_t>& all) {
+      const std::size_t each = all.size / shape.matrices;
+      return all.span().subspan(first * each, count * each);
+    };
+    return {shape.format, count, shape.rows, shape.cols, part(codes), part(scales), part(macros), {}};
+  }
+  [[nodiscard]] tt::cuda::prepared_weights<bfloat16> ready() const { return {prepared_shape, prepared.span()}; }
+
+  /// Packs random float weights, expert by expert, and prepares them all.
+  void make(const tt::cuda::stream& s, const tt::recipe& r, std::uint64_t seed, float* room) const {
+    tt::quantize_options options;
+    options.rule = r.rule, options.macro = r.macro, options.special = tt::special_values::poison;
+    for (std::size_t e = 0; e < shape.matrices; ++e) {
+      fill<<<1024, 256, 0, s.handle>>>(room, shape.rows * shape.cols, seed + e,
+                                       1.0f / std::sqrt(static_cast<float>(shape.cols)));
+      tt::quantize_to(s, tt::matrix_view<const float>(room, shape.rows, shape.cols), view(e, 1), options);
+    }
+    tt::cuda::prepare(s, view(0, shape.matrices), ready());
+    check(cudaStreamSynchronize(s.handle), "packing");
+  }
+};
+
+/// Milliseconds of f, the median of nine.
+template <class F>
+double milliseconds(cudaStream_t stream, const F& f) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "cudaEventCreate");
+  check(cudaEventCreate(&end), "cudaEventCreate");
+  std::vector<double> all;
+  for (int i = 0; i < 11; ++i) {
+    check(cudaEventRecord(begin, stream), "cudaEventRecord");
+    f();
+    check(cudaEventRecord(end, stream), "cudaEventRecord");
+    check(cudaEventSynchronize(end), "cudaEventSynchronize");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
+    if (i >= 2) all.push_back(ms);
+  }
+  check(cudaEventDestroy(begin), "cudaEventDestroy");
+  check(cudaEventDestroy(end), "cudaEventDestroy");
+  std::sort(all.begin(), all.end());
+  return all[all.size() / 2];
+}
+
+bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
+  const tt::recipe r = tt::recipe::parse("mxfp4-32/oas/mbs-static");
+  const std::size_t k = l.router.experts_per_token, most_tokens = 4096;
+  std::printf("%s: hidden %zu, inner %zu, %zu experts, top-%zu, %s weights\n", l.name.c_str(), l.hidden, l.inner,
+              l.experts, k, r.name().c_str());
+  const projection both(r, l.experts, 2 * l.inner, l.hidden, tt::cuda::gating_rows::halves);
+  const projection down(r, l.experts, l.hidden, l.inner, tt::cuda::gating_rows::none);
+  const device_array<float> room(2 * l.inner * l.hidden), router(l.experts * l.hidden);
+  both.make(s, r, 1000, room.data);
+  down.make(s, r, 2000, room.data);
+  fill<<<1024, 256, 0, s.handle>>>(router.data, router.size, 3000, 3.0f / std::sqrt(static_cast<float>(l.hidden)));
+
+  bool good = true;
+  for (const std::size_t tokens : {std::size_t{16}, std::size_t{256}, most_tokens}) {
+    const std::size_t calls = tokens * k;
+    const device_array<bfloat16> x(tokens * l.hidden), grouped(calls * l.hidden), h(calls * l.inner),
+        y(calls * l.hidden), out(tokens * l.hidden);
+    const device_array<float> logits(tokens * l.experts), weights(calls);
+    const device_array<std::uint16_t> ids(calls);
+    const device_array<std::uint32_t> offsets(l.experts + 1), rows(calls), pairs(calls);
+    fill<<<1024, 256, 0, s.handle>>>(x.data, x.size, 4000 + tokens, 1.0f);
+    check(cudaStreamSynchronize(s.handle), "fill");
+    multiply_slowly<float>(x.data, tokens, router.data, logits.data, l.experts, l.hidden);
+    check(cudaDeviceSynchronize(), "the router's product");
+
+    tt::cuda::expert_groups groups;
+    groups.expert_offsets = offsets.span(), groups.expert_rows = rows.span(), groups.pair_of_call = pairs.span();
+    groups.calls_per_row = k;
+    const auto matrix = [](const device_array<bfloat16>& a, std::size_t m, std::size_t n) {
+      return tt::matrix_view<const bfloat16>(a.data, m, n);
+    };
+    const auto route = [&] {
+      tt::cuda::try_route(s, logits.span(), l.experts, l.router, ids.span(), weights.span()).value();
+    };
+    const auto group = [&] {
+      tt::cuda::try_group_by_expert(s, std::span<const std::uint16_t>(ids.span()), 0, groups).value();
+    };
+    const auto permute = [&] {
+      tt::cuda::try_permute<bfloat16>(s, x.span(), grouped.span(), l.hidden, groups).value();
+    };
+    const auto multiply_in = [&] {
+      tt::cuda::grouped_matmul(s, matrix(grouped, calls, l.hidden), both.ready(), offsets.span(),
+                               tt::matrix_view<bfloat16>(h.data, calls, l.inner));
+    };
+    const auto multiply_out = [&] {
+      tt::cuda::grouped_matmul(s, matrix(h, calls, l.inner), down.ready(), offsets.span(),
+                               tt::matrix_view<bfloat16>(y.data, calls, l.hidden));
+    };
+    const auto combine = [&] {
+      tt::cuda::try_combine<bfloat16>(s, y.span(), weights.span(), out.span(), l.hidden, groups).value();
+    };
+    check(cudaMemset(out.data, 0xFF, out.size * sizeof(bfloat16)), "cudaMemset");
+    const auto layer_once = [&] { route(), group(), permute(), multiply_in(), multiply_out(), combine(); };
+    layer_once();
+    check(cudaStreamSynchronize(s.handle), "the layer");
+
+    // Sampled tokens in float64, from the unpacked weights and the experts that were chosen.
+    const auto chosen = ids.host();
+    const auto shares = weights.host();
+    const auto got = out.host();
+    const device_array<double> sums(2 * l.inner), gated(l.inner), output(l.hidden);
+    double error = 0, energy = 0;
+    for (const std::size_t t : {std::size_t{0}, tokens / 2, tokens - 1}) {
+      std::vector<double> expected(l.hidden, 0.0);
+      for (std::size_t i = 0; i < k; ++i) {
+        const std::size_t e = chosen[t * k + i];
+        tt::dequantize_to(s, both.view(e, 1), tt::matrix_view<float>(room.data, 2 * l.inner, l.hidden));
+        check(cudaStreamSynchronize(s.handle), "unpacking");
+        multiply_slowly<double>(x.data + t * l.hidden, 1, room.data, sums.data, 2 * l.inner, l.hidden);
+        gate_slowly<<<static_cast<unsigned>((l.inner + 255) / 256), 256>>>(sums.data, gated.data, l.inner);
+        check(cudaDeviceSynchronize(), "the reference");
+        tt::dequantize_to(s, down.view(e, 1), tt::matrix_view<float>(room.data, l.hidden, l.inner));
+        check(cudaStreamSynchronize(s.handle), "unpacking");
+        multiply_slowly<double>(gated.data, 1, room.data, output.data, l.hidden, l.inner);
+        check(cudaDeviceSynchronize(), "the reference");
+        const auto part = output.host();
+        for (std::size_t n = 0; n < l.hidden; ++n) expected[n] += static_cast<double>(shares[t * k + i]) * part[n];
+      }
+      for (std::size_t n = 0; n < l.hidden; ++n) {
+        const double d = static_cast<double>(got[t * l.hidden + n].value()) - expected[n];
+        error += d * d, energy += expected[n] * expected[n];
+      }
+    }
+    const double relative = std::sqrt(error / energy);
+    const bool agrees = relative <= 1e-2;  // three roundings to bfloat16 lie between; NaN does not pass
+    good = good && agrees;
+
+    std::vector<bool> used(l.experts, false);
+    for (const std::uint16_t e : chosen) used[e] = true;
+    const auto active = static_cast<double>(std::count(used.begin(), used.end(), true));
+    const double bits = tt::bits_per_weight(r.format) / 8, d_calls = static_cast<double>(calls);
+    const auto row = [](std::size_t n) { return 2.0 * static_cast<double>(n); };
+    const double in_bytes =
+        active * bits * static_cast<double>(2 * l.inner * l.hidden) + d_calls * row(l.hidden + l.inner);
+    const double out_bytes =
+        active * bits * static_cast<double>(l.inner * l.hidden) + d_calls * row(l.hidden + l.inner);
+    std::printf(" %4zu tokens, %3.0f experts: relative error %.1e %s\n", tokens, active, relative,
+                agrees ? "" : "TOO LARGE");
+    const auto line = [&](const char* step, double ms, double bytes, double flops) {
+      std::printf("   %-14s %9.1f us   ceiling %8.1f us %s", step, 1e3 * ms, bytes / copy_rate * 1e-6,
+                  flops == 0 ? "\n" : "");
+      if (flops != 0) std::printf("  %6.1f TFLOP/s\n", flops / ms * 1e-9);
+    };
+    const double flops = 2 * d_calls * static_cast<double>(l.inner * l.hidden);
+    line("route", milliseconds(s.handle, route), 4.0 * static_cast<double>(tokens * l.experts), 0);
+    line("group", milliseconds(s.handle, group), 10 * d_calls, 0);
+    line("permute", milliseconds(s.handle, permute),
+         d_calls * row(l.hidden) + static_cast<double>(tokens) * row(l.hidden), 0);
+    line("gate, up", milliseconds(s.handle, multiply_in), in_bytes, 2 * flops);
+    line("down", milliseconds(s.handle, multiply_out), out_bytes, flops);
+    line("combine", milliseconds(s.handle, combine),
+         d_calls * row(l.hidden) + static_cast<double>(tokens) * row(l.hidden), 0);
+    line("all", milliseconds(s.handle, layer_once), in_bytes + out_bytes + 2 * d_calls * row(l.hidden), 3 * flops);
+  }
+  return good;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::printf("skipped: no CUDA device\n");
+    return 77;
+  }
+  tt::moe::router_options grouped_sigmoid, softmax;
+  grouped_sigmoid.rule = tt::moe::gating::sigmoid, grouped_sigmoid.experts_per_token = 8;
+  grouped_sigmoid.groups = 8, grouped_sigmoid.groups_kept = 4, grouped_sigmoid.scale = 2.5f;
+  softmax.experts_per_token = 8;
+  const std::vector<layer> layers = {{"deepseek", 7168, 2048, 256, grouped_sigmoid},
+                                     {"qwen3", 4096, 1536, 128, softmax},
+                                     {"small", 1024, 512, 32, softmax}};
+  std::vector<std::string> names(argv + 1, argv + argc);
+  if (names.empty()) names = {"deepseek", "qwen3"};
+
+  tt::cuda::stream s;
+  check(cudaStreamCreate(&s.handle), "cudaStreamCreate");
+  double copy_rate = 0;  // bytes read plus written, in GB/ms
+  {
+    const device_array<std::uint8_t> from(std::size_t{1} << 30), to(std::size_t{1} << 30);
+    check(cudaMemset(from.data, 1, from.size), "cudaMemset");
+    copy_rate = 2.0 * static_cast<double>(from.size) * 1e-9 / milliseconds(s.handle, [&] {
+                  check(cudaMemcpyAsync(to.data, from.data, from.size, cudaMemcpyDeviceToDevice, s.handle), "the copy");
+                });
+  }
+  std::printf("a device copy moves %.2f TB/s; ceilings are bytes at that rate\n", copy_rate);
+  bool good = true;
+  for (const std::string& name : names) {
+    const auto found = std::find_if(layers.begin(), layers.end(), [&](const layer& l) { return l.name == name; });
+    if (found == layers.end()) {
+      std::fprintf(stderr, "no layer '%s': expected deepseek, qwen3 or small\n", name.c_str());
+      return 2;
+    }
+    good = run(*found, s, copy_rate) && good;
+  }
+  return good ? 0 : 1;
+} catch (const std::exception& e) {
+  std::fprintf(stderr, "%s\n", e.what());
+  return 1;
+}
