@@ -2,8 +2,7 @@
 
 namespace tetromino::cuda::detail {
 
-result<void> route(const stream& s, const route_job& job) { return route_on_device(s, job); }
-
+template result<void> route(const stream&, const route_job<float>&);
 template result<void> group(const stream&, std::span<const std::uint16_t>, std::size_t, const expert_groups&);
 template result<void> group(const stream&, std::span<const moe::expert_call>, std::size_t, const expert_groups&);
 template result<void> permute(const stream&, const move_job<float>&);

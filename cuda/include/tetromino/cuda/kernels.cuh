@@ -5,4 +5,5 @@
 #include "dequantize.cuh"     // unpack_kernel
 #include "matmul.cuh"         // prepare_kernel
 #include "matmul_launch.cuh"  // hopper_kernel, portable_kernel
+#include "moe.cuh"            // route_kernel, permute_kernel, combine_kernel
 #include "quantize.cuh"       // pack_kernel

@@ -24,7 +24,8 @@ result<void> launch_route_many(const stream& s, const route_args& args) {
   return check(cudaGetLastError(), "the launch of route_many_kernel");
 }
 
-inline result<void> route_on_device(const stream& s, const route_job& job) {
+template <class Logit>
+result<void> route(const stream& s, const route_job<Logit>& job) {
   if (job.tokens == 0) return {};
   const moe::router_options& o = job.options;
   route_args args{};

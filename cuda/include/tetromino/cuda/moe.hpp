@@ -33,14 +33,16 @@ struct expert_groups {
 
 namespace detail {
 
+template <class Logit>
 struct route_job {
-  const float* logits;
+  const Logit* logits;
   std::uint32_t tokens, experts;
   moe::router_options options;
   std::uint16_t* ids;
   float* weights;
 };
-result<void> route(const stream& s, const route_job& job);
+template <class Logit>
+result<void> route(const stream& s, const route_job<Logit>& job);
 
 template <class Call>
 result<void> group(const stream& s, std::span<const Call> calls, std::size_t first_slot, const expert_groups& out);
@@ -116,8 +118,13 @@ template <real T>
                                          max_experts_per_token, " of them for each of fewer than 2^31 tokens, got ",
                                          experts, ", ", options.experts_per_token, " and ", logits.size() / experts));
   }
-  return detail::route(s, {logits.data(), static_cast<std::uint32_t>(logits.size() / experts),
-                           static_cast<std::uint32_t>(experts), options, ids.data(), weights.data()});
+  const detail::route_job<float> job{logits.data(),
+                                     static_cast<std::uint32_t>(logits.size() / experts),
+                                     static_cast<std::uint32_t>(experts),
+                                     options,
+                                     ids.data(),
+                                     weights.data()};
+  return detail::route(s, job);
 }
 
 /// Groups calls by expert, for slots first_slot ... first_slot + expert_offsets.size() - 2: within an expert, rows come
