@@ -8,9 +8,11 @@
 #include <cstdint>  // std::uint32_t
 
 /// The product on Hopper for few rows of x, as in decoding, where nothing but the reading of weights should take time.
-/// One thread of a block keeps the copy engine busy: it brings stages of 128 columns, weights and x, into a ring in
-/// shared memory. Each warp multiplies its own rows of weights by all rows of x. The blocks of a cluster share a tile:
-/// each takes a part of the columns, and they add up through each other's shared memory.
+/// Four warps of a block keep the copy engine busy (one could not: a stage costs it hundreds of cycles): they bring
+/// stages of 128 columns, weights and x, into a ring in shared memory. Each of the other warps multiplies 16 rows of
+/// weights by all rows of x; where there are fewer rows than warps, several warps take turns at the stages of the same
+/// rows, and where there are fewer tiles than multiprocessors, two blocks share one. They add up in the order of their
+/// numbers, by way of the shared memory of the block that owns an output.
 ///
 /// A kernel starts while the one before it in the stream still runs, and waits for that one before it touches anything
 /// but its own shared memory; with matmul_options::settled_weights it asks for its first weights before it waits.
