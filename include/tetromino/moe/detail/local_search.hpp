@@ -15,7 +15,7 @@
 #include <algorithm>  // std::fill, std::find, std::max, std::min, std::sort
 #include <bit>        // std::countr_zero, std::popcount
 #include <chrono>     // std::chrono::steady_clock
-#include <cmath>      // std::llround
+#include <cmath>      // std::llround, std::sqrt
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int32_t, std::int64_t, std::uint32_t, std::uint64_t
 #include <span>       // std::span
@@ -132,7 +132,9 @@ class local_search {
         --s.steps;
       }
     }
-    const double size = static_cast<double>(rules_.first_slot.back()) / 128.0;
+    double size = static_cast<double>(rules_.first_slot.back()) / 128.0;
+    const double all = size * static_cast<double>(layers_.size());
+    if (all > 16) size *= std::sqrt(16 / all);  // where there is much to place, a little less care for each expert
     s.proposals = static_cast<std::size_t>((rules_.visit_price > 0 ? 40'000.0 : 5'000.0) * size * options_.effort);
     if (options_.max_proposals > 0) {
       s.proposals = std::min(s.proposals, static_cast<std::size_t>(options_.max_proposals / s.steps));
