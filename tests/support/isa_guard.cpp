@@ -8,8 +8,8 @@ namespace {
 
 #if defined(TETROMINO_TEST_ISA_avx512)
 bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
 }
 #elif defined(TETROMINO_TEST_ISA_avx2)
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
