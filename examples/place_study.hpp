@@ -198,8 +198,8 @@ inline void run(const contender& c, const half& calibration, const half& judged,
   placement experts = place(c, calibration.view(), t);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   std::vector<std::uint32_t> sources = assign(c, experts, calibration.view(), judged.view(), t);
-  // relief costs no visit, but remote pairs: less of it where those are the aim
-  const double node_limit = std::max(c.to.limit, c.to.pairs ? 1.1 : 1.05);
+  // relief costs no visit, but remote pairs: none of it where those are the aim
+  const double node_limit = c.to.pairs ? 0 : std::max(c.to.limit, 1.05);
   to.add(judge({std::move(experts), std::move(sources)}, judged.view(), t, node_limit), took.count());
 }
 
