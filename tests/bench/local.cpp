@@ -5,7 +5,7 @@
 /// which are assigned by their prefill.
 
 #include "../../examples/place_study.hpp"
-#include "reference/synthetic_routing.hpp"
+#include "synthetic_trace.hpp"
 
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/group.hpp>
@@ -230,22 +230,11 @@ void cut_signatures(const trace& recorded) {
   run("the 8 most used, 4 buckets", {8, 4});
 }
 
-trace synthetic(std::size_t layers, std::size_t experts, std::size_t requests, std::uint32_t prefill,
-                std::uint32_t decode) {
-  reference::synthetic_routing made = reference::make_routing(11, layers, experts, 8, requests, prefill, decode);
-  std::vector<request> list;
-  for (std::size_t r = 0; r < requests; ++r) {
-    list.push_back({r * (prefill + decode), prefill + decode, prefill, made.topic[r]});
-  }
-  return trace::make({layers, experts, 8}, std::move(made.ids), std::move(list));
-}
-
 void time_local(const std::string& name, const trace& t, const topology& cluster) {
   for (const bool pairs : {false, true}) {
     const double start = processor_seconds();
-    const local_plan plan = local(t.view(), cluster, options_for(pairs, 1.02));
+    static_cast<void>(local(t.view(), cluster, options_for(pairs, 1.02)));
     fmt::print("{:<66} {:<12} {:>7.2f} s\n", name, pairs ? "remote pairs" : "nodes/token", processor_seconds() - start);
-    (void)plan;
   }
 }
 
@@ -259,7 +248,7 @@ void speed(const trace& recorded) {
                        std::size_t slots) {
     time_local(fmt::format("made up: {} layers x {} experts x {} requests, {} nodes, {} slots", layers, experts,
                            requests, nodes, slots),
-               synthetic(layers, experts, requests, 0, 4), topology::with_node_slots(nodes, 8, slots));
+               synthetic_trace(layers, experts, requests, 0, 4), topology::with_node_slots(nodes, 8, slots));
   };
   for (const std::size_t layers : std::initializer_list<std::size_t>{4, 8, 16}) made(layers, 128, 2000, 8, 16);
   for (const std::size_t experts : std::initializer_list<std::size_t>{64, 256}) made(8, experts, 2000, 8, experts / 8);
@@ -280,7 +269,8 @@ void speed(const trace& recorded) {
     online_grouper grouper(affinity);
     const double start = processor_seconds();
     std::size_t assigned = 0;
-    for (; assigned < 20'000; ++assigned) (void)grouper.assign(signatures[assigned % signatures.size()], 100);
+    for (; assigned < 20'000; ++assigned)
+      static_cast<void>(grouper.assign(signatures[assigned % signatures.size()], 100));
     fmt::print("{:<66} {:>7.2f} us\n", cut.top_experts == 0 ? "whole signatures" : "the 16 most used of each layer",
                (processor_seconds() - start) / static_cast<double>(assigned) * 1e6);
   }

@@ -2,7 +2,7 @@
 /// tokens and nodes.
 
 #include "reference/generators.hpp"
-#include "reference/synthetic_routing.hpp"
+#include "synthetic_trace.hpp"
 
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/migrate.hpp>
@@ -46,16 +46,6 @@ std::vector<double> skewed_loads(std::size_t layers, std::size_t experts) {
   std::vector<double> out(layers * experts);
   for (double& x : out) x = std::floor(20000 * g.uniform() * g.uniform() * g.uniform());
   return out;
-}
-
-trace synthetic_trace(std::size_t layers, std::size_t experts, std::size_t requests, std::uint32_t prefill,
-                      std::uint32_t decode) {
-  reference::synthetic_routing made = reference::make_routing(11, layers, experts, 8, requests, prefill, decode);
-  std::vector<request> list;
-  for (std::size_t r = 0; r < requests; ++r) {
-    list.push_back({r * (prefill + decode), prefill + decode, prefill, made.topic[r]});
-  }
-  return trace::make({layers, experts, 8}, std::move(made.ids), std::move(list));
 }
 
 void balance() {
