@@ -6,7 +6,7 @@ command -v valgrind >/dev/null || { echo "skipped: valgrind is not installed"; e
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 [ $# -gt 0 ] || set -- scaling rounding hadamard options layout metrics matmul moe/router moe/dispatch moe/placement \
-  moe/topology moe/migrate moe/place moe/group moe/cost comm/dispatcher io/safetensors
+  moe/topology moe/migrate moe/place moe/group moe/cost comm/dispatcher io/safetensors io/safetensors_writer
 
 compile() { ${CXX:-c++} -std=c++20 -O1 -g -D TETROMINO_SIMD=0 -I "$root/include" -I "$root/tests" "$@"; }
 compile -c "$root/tests/support/main.cpp" -o "$work/main.o"
