@@ -3,6 +3,7 @@
 #include "search_random.hpp"  // search_random
 
 #include <algorithm>  // std::max, std::sort
+#include <cmath>      // std::ceil
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int64_t, std::uint32_t, std::uint64_t
 #include <limits>     // std::numeric_limits
@@ -31,17 +32,17 @@ struct assignment_problem {
                                                            std::span<const std::size_t> gpus, double budget) {
   std::size_t all = 0;
   for (const std::size_t g : gpus) all += g;
-  std::vector<std::uint64_t> out;
+  std::vector<std::uint64_t> out, whole;
   std::uint64_t sum = 0;
   for (const std::size_t g : gpus) {
     const double share = static_cast<double>(tokens) * static_cast<double>(g) / static_cast<double>(all);
     out.push_back(static_cast<std::uint64_t>(share * budget));
-    // what fits in whole requests of the largest size
-    sum += largest == 0 ? out.back() : out.back() / largest * largest;
+    if (largest == 0) continue;
+    sum += out.back() / largest * largest;  // what fits in whole requests of the largest size
+    // from the share itself: one of half a token is rounded up too
+    whole.push_back(static_cast<std::uint64_t>(std::ceil(share * budget / static_cast<double>(largest))) * largest);
   }
-  if (sum >= tokens) return out;
-  for (std::uint64_t& r : out) r = std::max(r, (r + largest - 1) / std::max<std::uint64_t>(largest, 1) * largest);
-  return out;
+  return sum >= tokens ? out : whole;
 }
 
 /// Spreads requests: first those for which the node matters most, each to its best node with room; then exchanges while
