@@ -65,28 +65,38 @@ namespace detail {
   return {};
 }
 
-/// What a plan costs for the weights given, overload included: to compare plans of one problem.
-[[nodiscard]] inline double local_value(const local_plan& plan, const local_options& o, std::size_t experts_per_token) {
-  const auto k = static_cast<double>(experts_per_token);
+/// What a plan costs for the weights given, overload and moves included: to compare plans of one problem.
+[[nodiscard]] inline double local_value(const local_plan& plan, const local_options& o, const routing_shape& shape) {
+  const auto k = static_cast<double>(shape.experts_per_token);
   const double over = o.node_imbalance == 0 ? 0 : std::max(0.0, plan.reached.node_imbalance - o.node_imbalance);
+  const double moves = o.price_per_move / 1000 * static_cast<double>(plan.copies_moved);
   return o.node_weight * plan.reached.nodes_per_token + o.pair_weight * k * plan.reached.remote_pair_fraction +
-         (o.node_weight + o.pair_weight) * k * over;
+         (o.node_weight + o.pair_weight) * (k * over + moves / static_cast<double>(shape.layers));
 }
 
-/// One search, or where a problem is so small that a search may miss what is near, the best of eight.
+/// One search, or where a problem is so small that a search may miss what is near, the best of eight. From a plan in
+/// force: that plan, with requests grouped for it, unless the search has found a better one.
 template <class Mask>
 [[nodiscard]] local_plan search_local(const trace_view& calibration, const topology& t, const local_options& options) {
   local_plan best = local_search<Mask>(calibration, t, options).run();
-  if (calibration.tokens(options.served) * calibration.shape.layers > 256 || t.slots() > 32 ||
-      options.start != nullptr || options.progress || options.time_limit_seconds > 0 || options.max_proposals > 0) {
+  if (options.start != nullptr) {
+    local_options still = options;
+    still.max_proposals = 1;  // less than one per step: only requests move
+    still.progress = nullptr;
+    local_plan kept = local_search<Mask>(calibration, t, still).run();
+    const bool better = local_value(best, options, calibration.shape) < local_value(kept, options, calibration.shape);
+    return better ? best : kept;
+  }
+  if (calibration.tokens(options.served) * calibration.shape.layers > 256 || t.slots() > 32 || options.progress ||
+      options.time_limit_seconds > 0 || options.max_proposals > 0) {
     return best;
   }
-  const std::size_t k = calibration.shape.experts_per_token;
   local_options again = options;
   for (int i = 1; i < 8; ++i) {
     again.seed = again.seed * 6364136223846793005u + 1442695040888963407u;
     local_plan other = local_search<Mask>(calibration, t, again).run();
-    if (local_value(other, options, k) < local_value(best, options, k)) best = std::move(other);
+    if (local_value(other, options, calibration.shape) < local_value(best, options, calibration.shape))
+      best = std::move(other);
   }
   return best;
 }

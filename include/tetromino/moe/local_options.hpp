@@ -35,7 +35,7 @@ struct local_options {
   bool replicas = true;              ///< fill spare slots with copies; else they stay empty
   phase served = phase::decode;      ///< whose traffic and load is counted
   double token_budget = 1.05;        ///< max / mean of tokens over source nodes, by their GPUs
-  const placement* start = nullptr;  ///< plan in force, to start from
+  const placement* start = nullptr;  ///< plan in force, to start from and to keep unless there is a better one
 
   /// What a copy that was not on its node in `start` must save to be worth its move, in visits (or pairs) per 1,000
   /// tokens of its layer.

@@ -139,6 +139,7 @@ class local_search {
     if (options_.max_proposals > 0) {
       s.proposals = std::min(s.proposals, static_cast<std::size_t>(options_.max_proposals / s.steps));
     }
+    for (; s.proposals == 0 && s.steps > 12; s.ratio *= s.ratio) s.steps /= 2;  // where only requests move, few will do
     return s;
   }
   // While it is hot, a part of the tokens tells a good change from a bad one as well as the temperature does.
