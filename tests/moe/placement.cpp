@@ -142,4 +142,8 @@ TEST_CASE("broken JSON is an error") {
     CAPTURE(text);
     CHECK_FALSE(try_placement_from_json(text).has_value());
   }
+  // lists in lists, deeper than a stack
+  const std::string deep = std::string(1'000'000, '[') + std::string(1'000'000, ']');
+  CHECK_THROWS_WITH(placement_from_json(R"({"layers":1,"experts":2,"slots":1,"slot_to_expert":[[)" + deep + "]]}"),
+                    contains("got array"));
 }

@@ -64,7 +64,7 @@ namespace tetromino::moe {
       if (!fits && !empty) {
         return error(errc::malformed_file,
                      detail::text("placement: expected experts from -1 (empty) to ", sizes[1] - 1, " in layer ", l,
-                                  ", got ", e.dump(-1, ' ', true).substr(0, 40)));
+                                  ", got ", e.is_structured() ? e.type_name() : e.dump(-1, ' ', true).substr(0, 40)));
       }
       entries.push_back(e.get<std::int32_t>());
     }
