@@ -133,10 +133,10 @@ TEST_CASE("cpu: every backend multiplies") {
     for (const any_format& format : all_formats()) {
       const std::size_t rows = 1 + random.below(70), outputs = 1 + random.below(40), cols = 1 + random.below(300);
       multiply_every_kind(cpu.with(backend), format, all_formats()[random.below(all_formats().size())], rows, outputs,
-                          cols, random.bits(), [&](double worst, bool pieces_agree, const char* what) {
+                          cols, random.bits(), [&](double worst, bool results_agree, const char* what) {
                             INFO(backend << ", " << what << ", " << rows << " x " << outputs << " x " << cols);
                             CHECK(worst <= static_cast<double>(cols) + 16);
-                            CHECK(pieces_agree);
+                            CHECK(results_agree);
                           });
     }
   }

@@ -22,11 +22,11 @@ TEST_CASE("matmul: every pair of formats and every kind of activation, at ragged
   for (const any_format& weights : all_formats()) {
     for (const any_format& activations : all_formats()) {
       const std::size_t rows = 1 + random.below(4), outputs = 1 + random.below(6), cols = 1 + random.below(300);
-      const auto check = [&](double worst, bool pieces_agree, const char* what) {
+      const auto check = [&](double worst, bool results_agree, const char* what) {
         INFO(what << ", K " << cols << ", weights " << weights.block << '/' << weights.macro_block << ", activations "
                   << activations.block << '/' << activations.macro_block);
         CHECK(worst <= static_cast<double>(cols) / 16 + 40);
-        CHECK(pieces_agree);
+        CHECK(results_agree);
       };
       const std::uint64_t s = random.bits();
       multiply_every_kind(scalar, weights, activations, rows, outputs, cols, s, check);

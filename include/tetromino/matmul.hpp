@@ -33,6 +33,10 @@ result<void> matmul_on(const simd_t& policy, const detail::matmul_job<X, Out>& j
 }
 #endif
 
+/// Anything that matmul takes as weights: packed storage, or the same bytes in the order of repack.
+template <class Weights>
+concept weights_like = packed_like<Weights> || repacked_like<Weights>;
+
 /// A policy whose backend multiplies activations of this kind into elements of type Out.
 template <class Policy, class X, class Out>
 concept can_matmul = activations_like<X> && real<Out> &&
@@ -47,15 +51,17 @@ concept can_matmul = activations_like<X> && real<Out> &&
 /// themselves (W4A4), then with a tensor scale for each matrix of their batch. Any K; each side has its own format.
 ///
 /// Sums run in float; those over a block are exact where both sides are integers, and a macro-block factor is one
-/// multiplication of a partial sum or of a block's scale. An output depends on its own row of x and of w alone, given a
-/// policy and an instruction set: not on M, on other rows, or on threads, so it does not matter on which rank a row is
-/// computed. A NaN block scale makes the outputs that meet it NaN. Errors: shape_mismatch.
-template <class Policy, activations_like X, packed_like Weights, class Out>
+/// multiplication of a partial sum or of a block's scale. An output depends on its own row of x and of w alone: not on
+/// M, on other rows, on threads, or on whether w is repacked, so it does not matter on which rank a row is computed.
+/// With int8 or packed activations all policies of the CPU give the same bits (but for a NaN's); with the others, a
+/// policy gives the same for an instruction set. A NaN block scale makes the outputs that meet it NaN. Errors:
+/// shape_mismatch.
+template <class Policy, activations_like X, weights_like Weights, class Out>
   requires(can_matmul<Policy, X, Out>)
 result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights& w,
                                 std::span<const std::uint32_t> row_offsets, matrix_view<Out> out) {
   const auto in = detail::as_activations(x);
-  const packed_view<any_format> weights = detail::as_packed(w);
+  const detail::weights_view weights = detail::as_weights(w);
   if (auto fits = detail::check_storage(in); !fits) return fits;
   if (auto fits = detail::check_storage(weights); !fits) return fits;
   const std::size_t rows = detail::row_count(in);
@@ -85,10 +91,10 @@ result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights&
 }
 
 /// Multiplies activations [M, K] by packed weights [N, K]: out[m, n] = Σ_k x[m, k] · w[n, k]. See try_grouped_matmul.
-template <class Policy, activations_like X, packed_like Weights, class Out>
+template <class Policy, activations_like X, weights_like Weights, class Out>
   requires(can_matmul<Policy, X, Out>)
 result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out> out) {
-  const std::size_t matrices = detail::as_packed(w).matrices, rows = detail::row_count(detail::as_activations(x));
+  const std::size_t matrices = detail::as_weights(w).matrices, rows = detail::row_count(detail::as_activations(x));
   if (matrices != 1) {
     return error(errc::shape_mismatch,
                  detail::text("matmul: expected one weight matrix, got ", matrices, "; grouped_matmul takes a batch"));
@@ -101,7 +107,7 @@ result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matr
 }
 
 /// try_grouped_matmul, throwing its error.
-template <class Policy, activations_like X, packed_like Weights, class Out>
+template <class Policy, activations_like X, weights_like Weights, class Out>
   requires(can_matmul<Policy, X, Out>)
 void grouped_matmul(const Policy& policy, const X& x, const Weights& w, std::span<const std::uint32_t> row_offsets,
                     matrix_view<Out> out) {
@@ -109,7 +115,7 @@ void grouped_matmul(const Policy& policy, const X& x, const Weights& w, std::spa
 }
 
 /// try_matmul, throwing its error.
-template <class Policy, activations_like X, packed_like Weights, class Out>
+template <class Policy, activations_like X, weights_like Weights, class Out>
   requires(can_matmul<Policy, X, Out>)
 void matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out> out) {
   try_matmul(policy, x, w, out).value();

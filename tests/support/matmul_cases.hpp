@@ -3,6 +3,7 @@
 /// Matrix products against sums in double, for any backend: what tests/matmul.cpp and tests/isa/simd_matmul.cpp share.
 
 #include <tetromino/matmul.hpp>
+#include <tetromino/repacked.hpp>
 
 #include "reference/generators.hpp"
 #include "reference/numbers.hpp"
@@ -163,7 +164,17 @@ bool pieces_are_the_whole(const Policy& policy, const X& x, const packed<any_for
   return true;
 }
 
-/// Runs one shape through every kind of activation; `check(worst error, whether pieces agree, what)` is told.
+/// Whether repacked weights give the bits of packed ones.
+template <class Policy, class X>
+bool repacked_gives(const Policy& policy, const X& x, const packed<any_format>& w, std::size_t rows,
+                    std::span<const float> expected) {
+  std::vector<float> out(rows * w.rows, std::nanf(""));
+  matmul(policy, x, tetromino::repack(tetromino::scalar, w), matrix_view<float>(out.data(), rows, w.rows));
+  return same_bits(out, expected);
+}
+
+/// Runs one shape through every kind of activation; `check(worst error, whether results agree, what)` is told. Those
+/// that must agree bit by bit: pieces of a product, the same with repacked weights, and integers on any other backend.
 template <class Policy, class Check>
 void multiply_every_kind(const Policy& policy, const any_format& weights, const any_format& activations,
                          std::size_t rows, std::size_t outputs, std::size_t cols, std::uint64_t seed,
@@ -172,9 +183,15 @@ void multiply_every_kind(const Policy& policy, const any_format& weights, const 
   const packed<any_format> w = random_packed(random, weights, 1, outputs, cols);
   const std::vector<std::uint32_t> all{0, static_cast<std::uint32_t>(rows)};
   std::vector<float> out;
-  const auto run = [&](const char* what, const auto& x, const std::vector<double>& values) {
+  const auto run = [&]<class X>(const char* what, const X& x, const std::vector<double>& values) {
     const double worst = worst_error(policy, x, values, w, all, out);
-    check(worst, pieces_are_the_whole(policy, x, w, rows, out, random), what);
+    bool agrees = pieces_are_the_whole(policy, x, w, rows, out, random) && repacked_gives(policy, x, w, rows, out);
+    if constexpr (!tetromino::matrix_like<X>) {
+      std::vector<float> reference(out.size());
+      matmul(tetromino::scalar, x, w, matrix_view<float>(reference.data(), rows, outputs));
+      agrees = agrees && same_bits(out, reference);
+    }
+    check(worst, agrees, what);
   };
   const auto real = [&]<class T>(const char* what, T) {
     const std::size_t stride = cols + random.below(5);

@@ -84,7 +84,7 @@ struct dispatched_rows {
   }
 };
 struct dispatched_matmul {
-  static constexpr std::size_t tile_rows = 63, tile_cols = 128;
+  static constexpr std::size_t tile_rows = 64, tile_cols = 128;
   const matmul_table* table;
 
   template <class X, real Out>

@@ -2,6 +2,7 @@
 
 #include "../activations.hpp"  // int8_view
 #include "../execution.hpp"    // executor_ref
+#include "../repacked.hpp"     // repacked_view, place_of
 #include "row.hpp"             // packed_row
 
 #include <algorithm>  // std::min
@@ -11,11 +12,32 @@
 
 namespace tetromino::detail {
 
+/// Packed weights in either order.
+struct weights_view : packed_view<any_format> {
+  bool is_repacked = false;
+
+  [[nodiscard]] constexpr repacked_shape repacked_sizes() const noexcept { return {shape()}; }
+};
+template <packed_like Weights>
+weights_view as_weights(const Weights& weights) noexcept {
+  return {as_packed(weights), false};
+}
+template <repacked_like Weights>
+weights_view as_weights(const Weights& weights) noexcept {
+  const repacked_view w = as_repacked(weights);
+  return {{w.format, w.matrices, w.rows, w.cols, w.codes, w.scales, w.macros, w.tensor_scales}, true};
+}
+inline result<void> check_storage(const weights_view& w) {
+  if (!w.is_repacked) return check_storage(static_cast<const packed_view<any_format>&>(w));
+  return check_storage(
+      repacked_view{w.format, w.matrices, w.rows, w.cols, w.codes, w.scales, w.macros, w.tensor_scales});
+}
+
 /// What a backend is asked to multiply; already checked. X is one of the views of as_activations.
 template <class X, real Out>
 struct matmul_job {
   X x;                                         ///< [rows, K], counted through all matrices of a batch
-  packed_view<any_format> weights;             ///< [E, N, K]
+  weights_view weights;                        ///< [E, N, K]
   std::span<const std::uint32_t> row_offsets;  ///< rows row_offsets[e] … row_offsets[e + 1] − 1 meet matrix e
   matrix_view<Out> out;                        ///< [rows, N]
 };
@@ -46,6 +68,30 @@ TETROMINO_INLINE packed_row<const std::uint8_t> weight_row(const packed_view<any
 TETROMINO_INLINE packed_row<const std::uint8_t> activation_row(const packed_view<any_format>& x,
                                                                std::size_t m) noexcept {
   return weight_row(x, m / x.rows, m % x.rows);
+}
+
+/// Bytes that read_row needs for n columns.
+TETROMINO_INLINE std::size_t row_buffer_size(const weights_view& w, std::size_t n) noexcept {
+  const packed_shape piece{w.format, 1, 1, n};
+  return w.is_repacked ? piece.code_bytes() + piece.scale_bytes() + piece.macro_bytes() : 0;
+}
+/// Columns k ... k + n - 1 of row r of matrix e as they lie in the linear layout, where k is a multiple of every block;
+/// repacked weights are copied into `buffer`.
+TETROMINO_INLINE packed_row<const std::uint8_t> read_row(const weights_view& w, std::size_t e, std::size_t r,
+                                                         std::size_t k, std::size_t n, std::uint8_t* buffer) noexcept {
+  const std::size_t block = k / w.format.block, macro = w.format.macro_block == 0 ? 0 : k / w.format.macro_block;
+  if (!w.is_repacked) {
+    const packed_row<const std::uint8_t> row = weight_row(w, e, r);
+    return {row.codes + k / 2, row.scales + block, row.macros + macro, row.tensor_scale};
+  }
+  constexpr std::size_t group = repacked_shape::group;
+  const packed_shape piece{w.format, 1, 1, n};
+  const repacked_place from = place_of(w.repacked_sizes(), e, r);
+  std::uint8_t *scales = buffer + piece.code_bytes(), *macros = scales + piece.scale_bytes();
+  gather_codes(w.codes.data() + from.codes + k / 2 * group, piece.code_bytes(), buffer);
+  gather_row(w.scales.data() + from.scales + block * group, piece.scale_bytes(), scales);
+  gather_row(w.macros.data() + from.macros + macro * group, piece.macro_bytes(), macros);
+  return {buffer, scales, macros, w.tensor_scale(e)};
 }
 
 /// The block of activations under one scale, and their macro block; 0 where there is none.

@@ -9,25 +9,31 @@
 #include <algorithm>  // std::min
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
+#include <vector>     // std::vector
 
 namespace tetromino::detail {
 
 /// The reference backend: one output at a time, one product at a time.
 ///
-/// The order of its sums: products of one block along K (the smaller block of the two sides) from left to right,
-/// exactly where both sides are integers; the block's sum times both block scales, added up over a macro block (the
-/// smaller of the two sides, or all of K) from left to right; times 1 / f of each side that has a factor, added up from
-/// left to right; times both tensor scales. Other backends may add in another order, as long as it is always the same.
+/// The order of its sums, where both sides are integers: products of one block along K (the smaller block of the two
+/// sides) exactly; times the product of both sides' scales, each of which is rounded after multiplication by 1 / f
+/// where the side has a factor; blocks from left to right; times the product of both tensor scales. All backends do so.
+///
+/// With float, half or bfloat16 activations: products of one block from left to right, times the block's scale, added
+/// up over a macro block or all of K from left to right; times 1 / f, added up from left to right; times the tensor
+/// scale. Other backends may add in another order, as long as it is always the same.
 struct scalar_matmul_kernels {
   static constexpr std::size_t tile_rows = 64, tile_cols = 64;
 
   template <class X, real Out>
   static void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) {
     const any_format blocks = activation_blocks(job.x);
-    for (std::size_t m = tile.first_row; m < tile.last_row; ++m) {
-      const auto x = activation_row(job.x, m);
-      for (std::size_t n = tile.first_col; n < tile.last_col; ++n) {
-        const packed_row<const std::uint8_t> w = weight_row(job.weights, tile.matrix, n);
+    std::vector<std::uint8_t> buffer(row_buffer_size(job.weights, job.weights.cols));
+    for (std::size_t n = tile.first_col; n < tile.last_col; ++n) {
+      const packed_row<const std::uint8_t> w =
+          read_row(job.weights, tile.matrix, n, 0, job.weights.cols, buffer.data());
+      for (std::size_t m = tile.first_row; m < tile.last_row; ++m) {
+        const auto x = activation_row(job.x, m);
         job.out.row(m)[n] = from_float<Out>(dot(x, blocks, w, job.weights.format, job.weights.cols));
       }
     }
@@ -46,59 +52,56 @@ struct scalar_matmul_kernels {
     return format.macro_block == 0 ? 1.0f : 1.0f / macro_factor(row.macros[k / format.macro_block]);
   }
 
-  /// The sum of one block, with all scales except macro factors and tensor scales.
-  template <real T>
-  static float block_sum(const T* x, const any_format&, const packed_row<const std::uint8_t>& w,
-                         const any_format& format, std::size_t first, std::size_t last) {
-    float sum = 0;
-    for (std::size_t k = first; k < last; ++k)
-      sum += to_float(x[k]) * e2m1{static_cast<std::uint8_t>(code(w.codes, k))}.value();
-    return sum * scale(w, format, first);
-  }
-  static float block_sum(const int8_row& x, const any_format&, const packed_row<const std::uint8_t>& w,
-                         const any_format& format, std::size_t first, std::size_t last) {
-    int sum = 0;
-    for (std::size_t k = first; k < last; ++k) sum += x.values[k] * twice(code(w.codes, k));
-    return static_cast<float>(sum) * (x.scales[first / int8_view<>::block] * (0.5f * scale(w, format, first)));
-  }
-  static float block_sum(const packed_row<const std::uint8_t>& x, const any_format& blocks,
-                         const packed_row<const std::uint8_t>& w, const any_format& format, std::size_t first,
-                         std::size_t last) {
-    int sum = 0;
-    for (std::size_t k = first; k < last; ++k) sum += twice(code(x.codes, k)) * twice(code(w.codes, k));
-    return 0.25f * static_cast<float>(sum) * (scale(x, blocks, first) * scale(w, format, first));
+  /// A block's scale with its macro factor.
+  static float whole_scale(const packed_row<const std::uint8_t>& row, const any_format& format, std::size_t k) {
+    return rounded(scale(row, format, k) * inverse_factor(row, format, k));
   }
 
-  /// What stays the same for a whole macro block of the activations, and for the whole row.
-  template <class Row>
-  static float row_factor(const Row&, const any_format&, std::size_t) {
-    return 1.0f;
+  template <real T>
+  static float dot(const T* x, const any_format&, const packed_row<const std::uint8_t>& w, const any_format& format,
+                   std::size_t cols) {
+    const std::size_t macro = format.macro_block == 0 ? cols : format.macro_block;
+    float total = 0;
+    for (std::size_t begin = 0; begin < cols; begin += macro) {
+      const std::size_t end = std::min(cols, begin + macro);
+      float sum = 0;
+      for (std::size_t first = begin; first < end; first += format.block) {
+        float products = 0;
+        for (std::size_t k = first; k < std::min(end, first + format.block); ++k) {
+          products += to_float(x[k]) * e2m1{static_cast<std::uint8_t>(code(w.codes, k))}.value();
+        }
+        sum += products * scale(w, format, first);
+      }
+      total += sum * inverse_factor(w, format, begin);
+    }
+    return total * w.tensor_scale;
   }
-  static float row_factor(const packed_row<const std::uint8_t>& x, const any_format& blocks, std::size_t k) {
-    return inverse_factor(x, blocks, k);
+
+  static int element(const int8_row& x, std::size_t k) { return x.values[k]; }
+  static int element(const packed_row<const std::uint8_t>& x, std::size_t k) { return twice(code(x.codes, k)); }
+  /// With the halves of the values that are summed as their doubles.
+  static float activation_scale(const int8_row& x, const any_format& blocks, std::size_t k) {
+    return 0.5f * x.scales[k / blocks.block];
   }
-  template <class Row>
-  static float row_scale(const Row&) {
-    return 1.0f;
+  static float activation_scale(const packed_row<const std::uint8_t>& x, const any_format& blocks, std::size_t k) {
+    return 0.25f * whole_scale(x, blocks, k);
   }
-  static float row_scale(const packed_row<const std::uint8_t>& x) { return x.tensor_scale; }
+  static float tensor_scale(const int8_row&) { return 1.0f; }
+  static float tensor_scale(const packed_row<const std::uint8_t>& x) { return x.tensor_scale; }
 
   template <class Row>
   static float dot(const Row& x, const any_format& blocks, const packed_row<const std::uint8_t>& w,
                    const any_format& format, std::size_t cols) {
     const std::size_t block = common_block(format.block, blocks.block);
-    const std::size_t common_macro = common_block(format.macro_block, blocks.macro_block);
-    const std::size_t macro = common_macro == 0 ? cols : common_macro;
     float total = 0;
-    for (std::size_t begin = 0; begin < cols; begin += macro) {
-      const std::size_t end = std::min(cols, begin + macro);
-      float sum = 0;
-      for (std::size_t k = begin; k < end; k += block) {
-        sum += block_sum(x, blocks, w, format, k, std::min(end, k + block));
-      }
-      total += sum * (inverse_factor(w, format, begin) * row_factor(x, blocks, begin));
+    for (std::size_t first = 0; first < cols; first += block) {
+      int sum = 0;
+      for (std::size_t k = first; k < std::min(cols, first + block); ++k)
+        sum += element(x, k) * twice(code(w.codes, k));
+      const float scales = whole_scale(w, format, first) * activation_scale(x, blocks, first);
+      total += rounded(static_cast<float>(sum) * scales);
     }
-    return total * (w.tensor_scale * row_scale(x));
+    return total * (w.tensor_scale * tensor_scale(x));
   }
 };
 

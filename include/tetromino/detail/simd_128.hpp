@@ -83,6 +83,55 @@ TETROMINO_INLINE word_register join_four(const Op& op, word_register a, word_reg
   return op(word_register(vreinterpretq_s32_s64(vzip1q_s64(ab64, cd64))),
             word_register(vreinterpretq_s32_s64(vzip2q_s64(ab64, cd64))));
 }
+/// Column j of four rows of words, for j = 0 ... 3.
+TETROMINO_INLINE void transpose_four(word_register a, word_register b, word_register c, word_register d,
+                                     word_register& c0, word_register& c1, word_register& c2, word_register& c3) {
+  const int64x2_t ab_low = vreinterpretq_s64_s32(vzip1q_s32(a, b)), ab_high = vreinterpretq_s64_s32(vzip2q_s32(a, b));
+  const int64x2_t cd_low = vreinterpretq_s64_s32(vzip1q_s32(c, d)), cd_high = vreinterpretq_s64_s32(vzip2q_s32(c, d));
+  c0 = word_register(vreinterpretq_s32_s64(vzip1q_s64(ab_low, cd_low)));
+  c1 = word_register(vreinterpretq_s32_s64(vzip2q_s64(ab_low, cd_low)));
+  c2 = word_register(vreinterpretq_s32_s64(vzip1q_s64(ab_high, cd_high)));
+  c3 = word_register(vreinterpretq_s32_s64(vzip2q_s64(ab_high, cd_high)));
+}
+/// Of each byte's low four bits, a code: twice its value.
+TETROMINO_INLINE word_register twice_values(const word_register& codes) {
+  constexpr std::int8_t twice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+  const uint8x16_t low = vandq_u8(vreinterpretq_u8_s32(codes), vdupq_n_u8(15));
+  return word_register(vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(twice), low)));
+}
+/// 16 signed bytes, made ready to be multiplied four at a time.
+class product_factors {
+ public:
+  TETROMINO_INLINE explicit product_factors(const std::int8_t* x) : x_(vld1q_s8(x)) {}
+  /// sum + Σ of the products in each lane of four bytes of a, b, c and d by the sixteen.
+  TETROMINO_INLINE word_register add_to(const word_register& sum, const word_register& a, const word_register& b,
+                                        const word_register& c, const word_register& d) const {
+#if TETROMINO_HAS_VNNI
+    const int32x4_t two = vdotq_laneq_s32(vdotq_laneq_s32(sum, bytes(a), x_, 0), bytes(b), x_, 1);
+    return word_register(vdotq_laneq_s32(vdotq_laneq_s32(two, bytes(c), x_, 2), bytes(d), x_, 3));
+#else
+    // Products are at most 12 * 128, so that four of them fit 16 bits.
+    const int8x16_t x0 = four(0), x1 = four(1), x2 = four(2), x3 = four(3);
+    int16x8_t low = vmull_s8(vget_low_s8(bytes(a)), vget_low_s8(x0)), high = vmull_high_s8(bytes(a), x0);
+    low = vmlal_s8(low, vget_low_s8(bytes(b)), vget_low_s8(x1)), high = vmlal_high_s8(high, bytes(b), x1);
+    low = vmlal_s8(low, vget_low_s8(bytes(c)), vget_low_s8(x2)), high = vmlal_high_s8(high, bytes(c), x2);
+    low = vmlal_s8(low, vget_low_s8(bytes(d)), vget_low_s8(x3)), high = vmlal_high_s8(high, bytes(d), x3);
+    return word_register(vaddq_s32(sum, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high))));
+#endif
+  }
+
+ private:
+  static TETROMINO_INLINE int8x16_t bytes(const word_register& a) { return vreinterpretq_s8_s32(a); }
+  TETROMINO_INLINE int8x16_t four(int i) const {
+    const int32x4_t all = vreinterpretq_s32_s8(x_);
+    return vreinterpretq_s8_s32(i == 0   ? vdupq_laneq_s32(all, 0)
+                                : i == 1 ? vdupq_laneq_s32(all, 1)
+                                : i == 2 ? vdupq_laneq_s32(all, 2)
+                                         : vdupq_laneq_s32(all, 3));
+  }
+
+  int8x16_t x_;
+};
 TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const floats& c) {
   return by_register<floats>([&](std::size_t i)
                                  TETROMINO_INLINE_LAMBDA { return float_register(vfmaq_f32(c.r[i], a.r[i], b.r[i])); });
@@ -149,6 +198,49 @@ TETROMINO_INLINE word_register join_four(const Op& op, word_register a, word_reg
   const word_register cd = op(word_register(_mm_unpacklo_epi32(c, d)), word_register(_mm_unpackhi_epi32(c, d)));
   return op(word_register(_mm_unpacklo_epi64(ab, cd)), word_register(_mm_unpackhi_epi64(ab, cd)));
 }
+/// Column j of four rows of words, for j = 0 ... 3.
+TETROMINO_INLINE void transpose_four(word_register a, word_register b, word_register c, word_register d,
+                                     word_register& c0, word_register& c1, word_register& c2, word_register& c3) {
+  const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
+  const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
+  c0 = word_register(_mm_unpacklo_epi64(ab_low, cd_low));
+  c1 = word_register(_mm_unpackhi_epi64(ab_low, cd_low));
+  c2 = word_register(_mm_unpacklo_epi64(ab_high, cd_high));
+  c3 = word_register(_mm_unpackhi_epi64(ab_high, cd_high));
+}
+/// Of each byte's low four bits, a code: twice its value. Without a shuffle of bytes: m + max(m - 4, 0) + 2 max(m - 6,
+/// 0) is 0, 1, 2, 3, 4, 6, 8, 12 for m = 0 ... 7.
+TETROMINO_INLINE word_register twice_values(const word_register& codes) {
+  const __m128i m = _mm_and_si128(codes, _mm_set1_epi8(7)), sign = _mm_and_si128(codes, _mm_set1_epi8(8));
+  const __m128i above_6 = _mm_subs_epu8(m, _mm_set1_epi8(6));
+  const __m128i twice =
+      _mm_add_epi8(_mm_add_epi8(m, _mm_subs_epu8(m, _mm_set1_epi8(4))), _mm_add_epi8(above_6, above_6));
+  const __m128i negative = _mm_cmpeq_epi8(sign, _mm_set1_epi8(8));
+  return word_register(_mm_sub_epi8(_mm_xor_si128(twice, negative), negative));
+}
+/// 16 signed bytes, made ready to be multiplied four at a time.
+class product_factors {
+ public:
+  TETROMINO_INLINE explicit product_factors(const std::int8_t* x) : x_(load_register(x)) {}
+  /// sum + Σ of the products in each lane of four bytes of a, b, c and d by the sixteen.
+  TETROMINO_INLINE word_register add_to(const word_register& sum, const word_register& a, const word_register& b,
+                                        const word_register& c, const word_register& d) const {
+    const __m128i ab =
+        _mm_add_epi32(products(a, _mm_shuffle_epi32(x_, 0x00)), products(b, _mm_shuffle_epi32(x_, 0x55)));
+    const __m128i cd =
+        _mm_add_epi32(products(c, _mm_shuffle_epi32(x_, 0xAA)), products(d, _mm_shuffle_epi32(x_, 0xFF)));
+    return word_register(_mm_add_epi32(sum, _mm_add_epi32(ab, cd)));
+  }
+
+ private:
+  static TETROMINO_INLINE __m128i products(__m128i a, __m128i x) {
+    const auto even = [](__m128i bytes) TETROMINO_INLINE_LAMBDA { return _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 8); };
+    const auto odd = [](__m128i bytes) TETROMINO_INLINE_LAMBDA { return _mm_srai_epi16(bytes, 8); };
+    return _mm_add_epi32(_mm_madd_epi16(even(a), even(x)), _mm_madd_epi16(odd(a), odd(x)));
+  }
+
+  __m128i x_;
+};
 
 #endif
 
@@ -354,6 +446,40 @@ class e2m1_decoder {
 
   float factor_ = 1.0f;
 };
+
+// Products of integers ------------------------------------------------------------------------------------------------
+
+/// 16 bytes of each of 16 rows: lane n of part d has bytes 4 d ... 4 d + 3 of row n.
+struct byte_columns {
+  words part[4];
+};
+TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std::size_t offset) {
+  byte_columns out;
+  for (std::size_t i = 0; i < registers; ++i) {
+    const auto row = [&](std::size_t n)
+                         TETROMINO_INLINE_LAMBDA { return as_words(load_register(rows[4 * i + n] + offset)); };
+    transpose_four(row(0), row(1), row(2), row(3), out.part[0].r[i], out.part[1].r[i], out.part[2].r[i],
+                   out.part[3].r[i]);
+  }
+  return out;
+}
+
+/// Integer products take values as twice themselves plus this.
+inline constexpr std::int32_t value_bias = 0;
+/// Of each byte's low four bits, a code: twice its value.
+TETROMINO_INLINE words biased_values(const words& codes) {
+  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA { return twice_values(codes.r[i]); });
+}
+/// sum + Σ of the products in each lane of four bytes of a, b, c and d, by bytes 0 ... 15 of x; all are signed.
+TETROMINO_INLINE words add_products(const words& sum, const words& a, const words& b, const words& c, const words& d,
+                                    const std::int8_t* x) {
+  const product_factors factors(x);
+  return by_register<words>(
+      [&](std::size_t i) TETROMINO_INLINE_LAMBDA { return factors.add_to(sum.r[i], a.r[i], b.r[i], c.r[i], d.r[i]); });
+}
+TETROMINO_INLINE floats to_floats(const words& a) {
+  return by_register<floats>([&](std::size_t i) TETROMINO_INLINE_LAMBDA { return xsimd::to_float(a.r[i]); });
+}
 
 }  // namespace TETROMINO_ISA
 }  // namespace tetromino::detail

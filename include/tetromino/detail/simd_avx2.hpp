@@ -307,7 +307,9 @@ TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std:
   return out;
 }
 
-/// Of each byte's low four bits, a code: 12 + twice its value, from 0 to 24.
+/// Integer products take values as twice themselves plus this.
+inline constexpr std::int32_t value_bias = 12;
+/// Of each byte's low four bits, a code: value_bias + twice its value, from 0 to 24.
 TETROMINO_INLINE words biased_values(const words& codes) {
   const __m256i table =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
@@ -315,14 +317,26 @@ TETROMINO_INLINE words biased_values(const words& codes) {
     return word_register(_mm256_shuffle_epi8(table, _mm256_and_si256(raw(codes.r[i]), _mm256_set1_epi8(15))));
   });
 }
-/// sum + Σ of the four products in each lane: bytes of w in 0 ... 24 by the signed bytes of x.
-TETROMINO_INLINE words add_products(const words& sum, const words& w, std::int32_t x) {
+/// sum + Σ of the products in each lane of four bytes of a, b, c and d, biased values, by bytes 0 ... 15 of x, signed.
+TETROMINO_INLINE words add_products(const words& sum, const words& a, const words& b, const words& c, const words& d,
+                                    const std::int8_t* x) {
+  const auto four = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+    std::int32_t bytes;
+    std::memcpy(&bytes, x + i, sizeof bytes);
+    return _mm256_set1_epi32(bytes);
+  };
+  const __m256i x0 = four(0), x1 = four(4), x2 = four(8), x3 = four(12);
   return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
 #if TETROMINO_HAS_VNNI
-    return word_register(_mm256_dpbusd_avx_epi32(raw(sum.r[i]), raw(w.r[i]), _mm256_set1_epi32(x)));
+    const __m256i two =
+        _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(raw(sum.r[i]), raw(a.r[i]), x0), raw(b.r[i]), x1);
+    return word_register(_mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(two, raw(c.r[i]), x2), raw(d.r[i]), x3));
 #else
-    const __m256i pairs = _mm256_maddubs_epi16(raw(w.r[i]), _mm256_set1_epi32(x));
-    return word_register(_mm256_add_epi32(raw(sum.r[i]), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+    // Pairs of products are at most 2 * 24 * 128, so that four of them fit 16 bits.
+    const __m256i ab = _mm256_add_epi16(_mm256_maddubs_epi16(raw(a.r[i]), x0), _mm256_maddubs_epi16(raw(b.r[i]), x1));
+    const __m256i cd = _mm256_add_epi16(_mm256_maddubs_epi16(raw(c.r[i]), x2), _mm256_maddubs_epi16(raw(d.r[i]), x3));
+    const __m256i all = _mm256_madd_epi16(_mm256_add_epi16(ab, cd), _mm256_set1_epi16(1));
+    return word_register(_mm256_add_epi32(raw(sum.r[i]), all));
 #endif
   });
 }

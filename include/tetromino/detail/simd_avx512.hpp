@@ -13,6 +13,7 @@
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
+#include <cstring>      // std::memcpy
 #include <type_traits>  // std::is_same_v
 
 TETROMINO_VECTOR_CODE_BEGIN
@@ -282,19 +283,34 @@ TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std:
            lanes(_mm512_unpacklo_epi64(ab_high, cd_high)), lanes(_mm512_unpackhi_epi64(ab_high, cd_high))}};
 }
 
-/// Of each byte's low four bits, a code: 12 + twice its value, from 0 to 24.
+/// Integer products take values as twice themselves plus this.
+inline constexpr std::int32_t value_bias = 12;
+/// Of each byte's low four bits, a code: value_bias + twice its value, from 0 to 24.
 TETROMINO_INLINE words biased_values(const words& codes) {
   const __m512i table =
       _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-  return lanes(_mm512_shuffle_epi8(table, _mm512_and_si512(raw(codes), _mm512_set1_epi8(15))));
-}
-/// sum + Σ of the four products in each lane: bytes of w in 0 ... 24 by the signed bytes of x.
-TETROMINO_INLINE words add_products(const words& sum, const words& w, std::int32_t x) {
 #if TETROMINO_HAS_VNNI
-  return lanes(_mm512_dpbusd_epi32(raw(sum), raw(w), _mm512_set1_epi32(x)));
+  return lanes(_mm512_permutexvar_epi8(raw(codes), table));  // heeds six bits, of which the upper two pick a copy
 #else
-  const __m512i pairs = _mm512_maddubs_epi16(raw(w), _mm512_set1_epi32(x));
-  return lanes(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
+  return lanes(_mm512_shuffle_epi8(table, _mm512_and_si512(raw(codes), _mm512_set1_epi8(15))));
+#endif
+}
+/// sum + Σ of the products in each lane of four bytes of a, b, c and d, biased values, by bytes 0 ... 15 of x, signed.
+TETROMINO_INLINE words add_products(const words& sum, const words& a, const words& b, const words& c, const words& d,
+                                    const std::int8_t* x) {
+  const auto four = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+    std::int32_t bytes;
+    std::memcpy(&bytes, x + i, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+  };
+#if TETROMINO_HAS_VNNI
+  const __m512i two = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(raw(sum), raw(a), four(0)), raw(b), four(4));
+  return lanes(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(two, raw(c), four(8)), raw(d), four(12)));
+#else
+  // Pairs of products are at most 2 * 24 * 128, so that four of them fit 16 bits.
+  const __m512i ab = _mm512_add_epi16(_mm512_maddubs_epi16(raw(a), four(0)), _mm512_maddubs_epi16(raw(b), four(4)));
+  const __m512i cd = _mm512_add_epi16(_mm512_maddubs_epi16(raw(c), four(8)), _mm512_maddubs_epi16(raw(d), four(12)));
+  return lanes(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(_mm512_add_epi16(ab, cd), _mm512_set1_epi16(1))));
 #endif
 }
 TETROMINO_INLINE floats to_floats(const words& a) { return lanes(_mm512_cvtepi32_ps(raw(a))); }

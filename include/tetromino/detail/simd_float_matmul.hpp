@@ -7,7 +7,7 @@
 #if TETROMINO_SIMD
 
 #include "../scaling.hpp"   // macro_factor
-#include "cpu_matmul.hpp"   // matmul_job, matmul_tile, activation_row, weight_row
+#include "cpu_matmul.hpp"   // matmul_job, matmul_tile, activation_row, read_row
 #include "simd_blocks.hpp"  // e2m1_decoder, multiply_add, sum_each
 #include "simd_scales.hpp"  // decode_e8m0, decode_e4m3
 
@@ -99,19 +99,19 @@ class float_matmul {
 
   /// Columns k ... k + used - 1 of output n, without the tensor scale.
   template <std::size_t Block>
-  void load_weights(std::size_t n, std::size_t k, std::size_t used, float* out) const {
+  void load_weights(std::size_t n, std::size_t k, std::size_t used, float* out) {
     const any_format& format = job_.weights.format;
-    const auto row = weight_row(job_.weights, tile_.matrix, n);
-    const std::uint8_t* codes = row.codes + k / 2;
+    const auto row = read_row(job_.weights, tile_.matrix, n, k, used, row_);
+    const std::uint8_t* codes = row.codes;
     const std::size_t blocks = (used + Block - 1) / Block;
     // The same piece of a row to come: hardware sees too many short runs to look ahead by itself.
     const packed_shape shape = job_.weights.shape();
     for (std::size_t i = 0; i < used / 2; i += 64) prefetch(codes + i, lane_count * shape.code_bytes_per_row());
-    prefetch(row.scales + k / Block, lane_count * shape.blocks_per_row());
+    prefetch(row.scales, lane_count * shape.blocks_per_row());
     alignas(64) float scales[depth / Block] = {};
     for (std::size_t b = 0; b < blocks; b += lane_count) {
       std::uint8_t padded[lane_count] = {};
-      const std::uint8_t* bytes = row.scales + k / Block + b;
+      const std::uint8_t* bytes = row.scales + b;
       if (blocks - b < lane_count) {
         std::copy_n(bytes, blocks - b, padded);
         bytes = padded;
@@ -121,7 +121,7 @@ class float_matmul {
     }
     if (format.macro_block != 0) {
       const std::size_t each = format.macro_block / Block;
-      const std::uint8_t* macro = row.macros + k / format.macro_block;
+      const std::uint8_t* macro = row.macros;
       for (std::size_t b = 0; b < blocks; b += each, ++macro) {
         for (std::size_t i = b; i < b + each; ++i) scales[i] *= inverse_factors[*macro];
       }
@@ -181,6 +181,7 @@ class float_matmul {
   std::size_t rows_;
   std::size_t used_ = 0;  // columns of this chunk, rounded up to 32
 
+  std::uint8_t row_[depth];  // as linear storage has it: codes, scales and macro-block bytes of up to 512 columns
   alignas(64) float w_[lane_count][depth];
   alignas(64) float x_[most_rows][depth];
 };

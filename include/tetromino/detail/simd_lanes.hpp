@@ -9,9 +9,11 @@
 
 #include <xsimd/xsimd.hpp>  // xsimd::batch
 
-#include <cstddef>  // std::size_t
-#include <cstdint>  // std::int32_t, std::uintptr_t
-#include <cstring>  // std::memcpy
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::int32_t, std::uintptr_t
+#include <cstring>      // std::memcpy
+#include <type_traits>  // std::integral_constant
+#include <utility>      // std::index_sequence
 
 TETROMINO_VECTOR_CODE_BEGIN
 
@@ -43,6 +45,16 @@ TETROMINO_INLINE void copy_registers(const Register* from, Register* to) {
     to[2] = from[2];
     to[3] = from[3];
   }
+}
+
+/// f(0), f(1) ... f(N - 1), with the index as a constant, so that arrays of registers stay in registers.
+template <class F, std::size_t... I>
+TETROMINO_INLINE void repeat(const F& f, std::index_sequence<I...>) {
+  (f(std::integral_constant<std::size_t, I>{}), ...);
+}
+template <std::size_t N, class F>
+TETROMINO_INLINE void repeat(const F& f) {
+  repeat(f, std::make_index_sequence<N>{});
 }
 
 /// Lane i is element i.
