@@ -1,10 +1,13 @@
-# Builds and runs the consumer in one way: find_package, add_subdirectory, fetch_content, pkg_config, copy (with `flags`)
-# or single_header. It checks the bytes that it packs.
+# Builds and runs the consumer in one way: find_package, add_subdirectory, fetch_content, pkg_config, copy or
+# single_header; with `flags`, such as those of a sanitizer that tetromino::cpu was built with. It checks the bytes that
+# it packs.
 cmake_minimum_required(VERSION 3.25)
 set(consumer ${CMAKE_CURRENT_LIST_DIR}/consumer)
 file(REMOVE_RECURSE ${work})
 file(MAKE_DIRECTORY ${work})
 set(strict -std=c++20 -Wall -Wextra -Werror)
+set(cmake_flags "${flags}")
+separate_arguments(flags UNIX_COMMAND "${flags}")
 
 if(way MATCHES "copy|single_header")
   if(way STREQUAL "single_header")
@@ -14,7 +17,6 @@ if(way MATCHES "copy|single_header")
   else()
     file(COPY ${source}/include/tetromino DESTINATION ${work}/include)
   endif()
-  separate_arguments(flags UNIX_COMMAND "${flags}")
   execute_process(COMMAND ${compiler} ${strict} ${flags} -I ${work}/include ${consumer}/main.cpp -o ${work}/consumer
                           COMMAND_ERROR_IS_FATAL ANY)
 elseif(way STREQUAL "pkg_config")
@@ -24,16 +26,16 @@ elseif(way STREQUAL "pkg_config")
   if(NOT found STREQUAL version)
     message(FATAL_ERROR "pkg-config says version ${found}, not ${version}")
   endif()
-  execute_process(COMMAND ${pkg_config} --cflags tetromino OUTPUT_VARIABLE flags OUTPUT_STRIP_TRAILING_WHITESPACE
+  execute_process(COMMAND ${pkg_config} --cflags tetromino OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE
                           COMMAND_ERROR_IS_FATAL ANY)
-  separate_arguments(flags UNIX_COMMAND "${flags}")
-  execute_process(COMMAND ${compiler} ${strict} ${flags} ${consumer}/main.cpp -o ${work}/consumer
+  separate_arguments(found UNIX_COMMAND "${found}")
+  execute_process(COMMAND ${compiler} ${strict} ${flags} ${found} ${consumer}/main.cpp -o ${work}/consumer
                           COMMAND_ERROR_IS_FATAL ANY)
 else()
   string(REPLACE "|" ";" packages_path "${packages_path}")
   execute_process(
-    COMMAND ${CMAKE_COMMAND} -S ${consumer} -B ${work} -G ${generator} -D CMAKE_CXX_COMPILER=${compiler} -D way=${way} -D
-            with_cpu=${with_cpu} -D tetromino_source=${source} -D tetromino_version=${version} -D "CMAKE_PREFIX_PATH=${prefix};${packages_path}"
+    COMMAND ${CMAKE_COMMAND} -S ${consumer} -B ${work} -G ${generator} -D CMAKE_CXX_COMPILER=${compiler} -D
+            CMAKE_CXX_FLAGS=${cmake_flags} -D CMAKE_CXX_SCAN_FOR_MODULES=OFF -D way=${way} -D with_cpu=${with_cpu} -D tetromino_source=${source} -D tetromino_version=${version} -D "CMAKE_PREFIX_PATH=${prefix};${packages_path}"
             COMMAND_ERROR_IS_FATAL ANY)
   execute_process(COMMAND ${CMAKE_COMMAND} --build ${work} COMMAND_ERROR_IS_FATAL ANY)
 endif()
