@@ -7,13 +7,14 @@
 #include "layout.hpp"  // layout::swizzled_bytes, layout::swizzled_offset
 #include "packed.hpp"  // packed_view, packed_like
 
-#include <algorithm>  // std::copy_n, std::fill, std::any_of, std::find_if
-#include <cmath>      // std::ldexp
-#include <cstddef>    // std::size_t
-#include <cstdint>    // std::uint8_t
-#include <optional>   // std::optional
-#include <span>       // std::span
-#include <vector>     // std::vector
+#include <algorithm>    // std::copy_n, std::fill, std::any_of, std::find_if
+#include <cmath>        // std::ldexp
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint8_t
+#include <optional>     // std::optional
+#include <span>         // std::span
+#include <type_traits>  // std::is_const_v
+#include <vector>       // std::vector
 
 /// Operands of the tensor cores that multiply 4-bit blocks by 4-bit blocks (Blackwell), made on the host;
 /// <tetromino/cuda/block_scaled.hpp> makes the same bytes on the GPU, and multiplies them.
@@ -73,7 +74,10 @@ struct block_scaled_view {
             factors.subspan(e * one.factor_count(), one.factor_count())};
   }
 
-  constexpr operator block_scaled_view<const std::uint8_t, const float>() const noexcept {
+  /// A mutable view is also a read-only one.
+  template <class OtherByte, class OtherFloat>
+    requires(std::is_const_v<OtherByte> && !std::is_const_v<Byte>)
+  constexpr operator block_scaled_view<OtherByte, OtherFloat>() const noexcept {
     return {shape, codes, scales, factors};
   }
 };

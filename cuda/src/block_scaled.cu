@@ -1,0 +1,11 @@
+#include <tetromino/cuda/block_scaled.cuh>
+
+namespace tetromino::cuda::detail {
+
+template result<void> to_block_scaled(const stream&, const packed_view<any_format>&,
+                                      const block_scaled_view<std::uint8_t, float>&);
+template result<void> multiply_factors(const stream&, const float*, const float*, float*);
+template result<void> block_scaled_matmul(const stream&, const block_scaled_job&, bfloat16*);
+template result<void> block_scaled_matmul(const stream&, const block_scaled_job&, half*);
+
+}  // namespace tetromino::cuda::detail
