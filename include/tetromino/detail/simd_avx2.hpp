@@ -51,6 +51,20 @@ TETROMINO_INLINE void store(half* out, const floats& a) {
 TETROMINO_INLINE floats load(const half* x) { return widen_half(load_halfwords(x)); }
 TETROMINO_INLINE void store(half* out, const floats& a) { store_halfwords(out, narrow_half(a)); }
 #endif
+#if TETROMINO_HAS_F16C
+/// The values of 16 codes of E4M3.
+TETROMINO_INLINE floats load_e4m3(const std::uint8_t* x) {
+  // As the upper bits of a half, a code stands for 2^-8 of its value, but for NaN, which becomes 480.
+  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xBFFF)));
+  const auto values = [](__m128i eight) TETROMINO_INLINE_LAMBDA {
+    const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(eight), _mm256_set1_ps(256.0f));
+    const __m256 magnitude = _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF)));
+    return _mm256_or_ps(value, _mm256_cmp_ps(magnitude, _mm256_set1_ps(480.0f), _CMP_EQ_OQ));
+  };
+  return lanes(values(_mm256_castsi256_si128(halves)), values(_mm256_extracti128_si256(halves, 1)));
+}
+#endif
 
 /// The low byte of each lane, which is at most 255.
 TETROMINO_INLINE void store_bytes(std::uint8_t* out, const words& a) {
@@ -342,6 +356,55 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
 }
 TETROMINO_INLINE floats to_floats(const words& a) {
   return lanes(_mm256_cvtepi32_ps(raw(a.r[0])), _mm256_cvtepi32_ps(raw(a.r[1])));
+}
+
+/// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as simd_elements.hpp orders
+/// them): lane n of out[b] is the sum over block b of row n, biased.
+template <std::size_t Block>
+TETROMINO_INLINE void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
+                                    words (&out)[128 / Block]) {
+  const __m256i one = _mm256_set1_epi16(1);
+  repeat<2>([&](auto half) TETROMINO_INLINE_LAMBDA {
+    const __m256 low = _mm256_castsi256_ps(load_register(x + 64 * half)),
+                 high = _mm256_castsi256_ps(load_register(x + 64 * half + 32));
+    const __m256i even = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88)), 0xD8);
+    const __m256i odd = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xDD)), 0xD8);
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    // Two sums of 16 bits in each lane, of four products each: at most 4 * 24 * 128, so that two of them fit.
+    const auto row = [&](std::size_t n) TETROMINO_INLINE_LAMBDA {
+      const __m256i codes = load_register(rows[n] + offset + 32 * half), mask = _mm256_set1_epi8(15);
+      const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, mask));
+      const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask));
+      return _mm256_add_epi16(_mm256_maddubs_epi16(first, even), _mm256_maddubs_epi16(second, odd));
+    };
+    // Each half of four[j][h] has one block, or half h of a pair of blocks, of rows 4 j ... 4 j + 3.
+    constexpr std::size_t halves = 32 / Block;
+    __m256i four[halves][4];
+    repeat<4>([&](auto j) TETROMINO_INLINE_LAMBDA {
+      const __m256i a = row(4 * j), b = row(4 * j + 1), c = row(4 * j + 2), d = row(4 * j + 3);
+      const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
+      const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
+      if constexpr (Block == 32) {
+        const __m256i ab = _mm256_madd_epi16(_mm256_add_epi16(ab0, ab1), one);
+        const __m256i cd = _mm256_madd_epi16(_mm256_add_epi16(cd0, cd1), one);
+        four[0][j] = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+      } else {
+        const auto join = [&](__m256i ab, __m256i cd) TETROMINO_INLINE_LAMBDA {
+          return _mm256_madd_epi16(_mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd)), one);
+        };
+        four[0][j] = join(ab0, cd0);
+        four[1][j] = join(ab1, cd1);
+      }
+    });
+    repeat<halves>([&](auto h) TETROMINO_INLINE_LAMBDA {
+      const __m256i* f = four[h];
+      out[2 * halves * half + h] =
+          lanes(_mm256_permute2x128_si256(f[0], f[1], 0x20), _mm256_permute2x128_si256(f[2], f[3], 0x20));
+      out[2 * halves * half + halves + h] =
+          lanes(_mm256_permute2x128_si256(f[0], f[1], 0x31), _mm256_permute2x128_si256(f[2], f[3], 0x31));
+    });
+  });
 }
 
 }  // namespace TETROMINO_ISA

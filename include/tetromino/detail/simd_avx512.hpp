@@ -61,6 +61,17 @@ TETROMINO_INLINE void stream_line(void* to, const void* from) {
 }
 TETROMINO_INLINE void end_streaming() { _mm_sfence(); }
 
+/// The values of 16 codes of E4M3.
+TETROMINO_INLINE floats load_e4m3(const std::uint8_t* x) {
+  // As the upper bits of a half, a code stands for 2^-8 of its value, but for NaN, which becomes 480.
+  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xBFFF)));
+  const __m512 values = _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0f));
+  const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7FFFFFFF));
+  const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_castps_si512(_mm512_set1_ps(480.0f)));
+  return lanes(_mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_castps_si512(values), nan, _mm512_set1_epi32(-1))));
+}
+
 // Across lanes --------------------------------------------------------------------------------------------------------
 
 /// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
@@ -314,6 +325,52 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
 #endif
 }
 TETROMINO_INLINE floats to_floats(const words& a) { return lanes(_mm512_cvtepi32_ps(raw(a))); }
+
+/// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as simd_elements.hpp orders
+/// them): lane n of out[b] is the sum over block b of row n, biased.
+template <std::size_t Block>
+TETROMINO_INLINE void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
+                                    words (&out)[128 / Block]) {
+  const __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 64);
+  const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i even = _mm512_permutex2var_epi32(low, evens, high);
+  const __m512i odd = _mm512_permutex2var_epi32(low, _mm512_or_si512(evens, _mm512_set1_epi32(1)), high);
+  const auto row = [&](std::size_t n) TETROMINO_INLINE_LAMBDA {
+    const words codes = lanes(_mm512_loadu_si512(rows[n] + offset));
+    const __m512i first = raw(biased_values(codes)), second = raw(biased_values(shift_right<4>(codes)));
+#if TETROMINO_HAS_VNNI
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), first, even), second, odd);
+#else
+    const __m512i pairs = _mm512_add_epi16(_mm512_maddubs_epi16(first, even), _mm512_maddubs_epi16(second, odd));
+    return _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#endif
+  };
+  // Quarter q of four[j][h] has one block, or half h of a pair of blocks, of rows 4 j ... 4 j + 3.
+  constexpr std::size_t halves = 32 / Block;
+  __m512i four[halves][4];
+  repeat<4>([&](auto j) TETROMINO_INLINE_LAMBDA {
+    const __m512i a = row(4 * j), b = row(4 * j + 1), c = row(4 * j + 2), d = row(4 * j + 3);
+    if constexpr (Block == 32) {
+      const auto add = [](__m512i p, __m512i q) TETROMINO_INLINE_LAMBDA { return _mm512_add_epi32(p, q); };
+      four[0][j] = join_quarters(add, a, b, c, d);
+    } else {
+      const __m512i ab0 = _mm512_unpacklo_epi32(a, b), cd0 = _mm512_unpacklo_epi32(c, d);
+      const __m512i ab1 = _mm512_unpackhi_epi32(a, b), cd1 = _mm512_unpackhi_epi32(c, d);
+      four[0][j] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab0, cd0), _mm512_unpackhi_epi64(ab0, cd0));
+      four[1][j] = _mm512_add_epi32(_mm512_unpacklo_epi64(ab1, cd1), _mm512_unpackhi_epi64(ab1, cd1));
+    }
+  });
+  repeat<halves>([&](auto h) TETROMINO_INLINE_LAMBDA {
+    const __m512i a = _mm512_shuffle_i32x4(four[h][0], four[h][1], 0x88);
+    const __m512i b = _mm512_shuffle_i32x4(four[h][0], four[h][1], 0xDD);
+    const __m512i c = _mm512_shuffle_i32x4(four[h][2], four[h][3], 0x88);
+    const __m512i d = _mm512_shuffle_i32x4(four[h][2], four[h][3], 0xDD);
+    out[h] = lanes(_mm512_shuffle_i32x4(a, c, 0x88));
+    out[halves + h] = lanes(_mm512_shuffle_i32x4(b, d, 0x88));
+    out[2 * halves + h] = lanes(_mm512_shuffle_i32x4(a, c, 0xDD));
+    out[3 * halves + h] = lanes(_mm512_shuffle_i32x4(b, d, 0xDD));
+  });
+}
 
 }  // namespace TETROMINO_ISA
 }  // namespace tetromino::detail

@@ -11,7 +11,7 @@
 #include "../scaling.hpp"     // macro_factor
 #include "cpu_matmul.hpp"     // matmul_job, matmul_tile, activation_row
 #include "simd_elements.hpp"  // split_elements, split_codes
-#include "simd_panel.hpp"     // element_rows, add_panel, panel_of_rows
+#include "simd_panel.hpp"     // element_rows, add_panel, row_panel
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
@@ -31,6 +31,7 @@ class integer_matmul {
 
  private:
   static constexpr std::size_t most_rows = 64, most_cols = 128;
+  static constexpr std::size_t few_rows = 1;  // for which putting columns of weights side by side does not pay
 
   integer_matmul(const matmul_job<X, Out>& job, const matmul_tile& tile)
       : job_(job),
@@ -44,7 +45,7 @@ class integer_matmul {
     float totals[most_cols / lane_count][most_rows][lane_count];
     for (auto& total : totals) std::fill(&total[0][0], &total[0][0] + rows_ * lane_count, 0.0f);
     // As many columns of all rows as there is room for; with one row that is all of them, nearly always.
-    const std::size_t depth = element_rows::capacity / rows_ / 512 * 512;
+    const std::size_t depth = element_rows::capacity / rows_ / row_panel::most_cols * row_panel::most_cols;
     for (std::size_t k = 0; k < w.cols; k += depth) {
       const std::size_t used = std::min(depth, w.cols - k);
       x_.stride = (used + 31) / 32 * 32;
@@ -55,10 +56,16 @@ class integer_matmul {
           add_panel(panel_of_repacked(w, tile_.matrix, n, k, used), common_, x_, 0, rows_, total);
           continue;
         }
-        const std::size_t piece = lane_count * w.format.block;
-        for (std::size_t i = 0; i < used; i += piece) {
-          const weight_panel panel = panel_of_rows(w, tile_.matrix, n, k + i, std::min(piece, used - i), scratch_);
-          add_panel(panel, common_, x_, i, rows_, total);
+        for (std::size_t i = 0; i < used; i += row_panel::most_cols) {
+          const std::size_t width = std::min(row_panel::most_cols, used - i);
+          row_panel panel(w, tile_.matrix, n, k + i, width);
+#if TETROMINO_VECTOR_BITS >= 256
+          if (rows_ <= few_rows && width % 128 == 0) {
+            for (std::size_t m = 0; m < rows_; ++m) add_row_panel(panel, common_, x_, m * x_.stride + i, total[m]);
+            continue;
+          }
+#endif
+          add_panel(panel.columns(), common_, x_, i, rows_, total);
         }
       }
     }
@@ -108,7 +115,7 @@ class integer_matmul {
     return 0.5f * row.scales[k / int8_view<>::block];
   }
   TETROMINO_INLINE float scale_at(const packed_row<const std::uint8_t>& row, std::size_t k) const {
-    const std::uint8_t byte = row.scales[k / blocks_.block];
+    const std::uint8_t byte = row.scales[k >> (blocks_.block == 32 ? 5 : 4)];
     float scale = blocks_.scale == scale_type::e4m3 ? e4m3{byte}.value() : e8m0{byte}.value();
     if (blocks_.macro_block != 0) scale *= 1.0f / macro_factor(row.macros[k / blocks_.macro_block]);
     return 0.25f * scale;
@@ -121,7 +128,6 @@ class integer_matmul {
   std::size_t common_;  // the smaller block of both sides
 
   element_rows x_;
-  panel_scratch scratch_;
 };
 
 }  // namespace TETROMINO_ISA

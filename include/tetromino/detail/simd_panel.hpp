@@ -52,73 +52,106 @@ inline weight_panel panel_of_repacked(const weights_view& w, std::size_t matrix,
           true};
 }
 
-/// Room for a panel of 16 blocks of 16 rows.
-struct panel_scratch {
-  alignas(64) std::uint8_t codes[lane_count * 32 / 2 * lane_count];
-  std::uint8_t scales[(lane_count + 1) * lane_count];
-  std::uint8_t macros[lane_count * lane_count];
-};
+/// At most 512 columns of 16 rows in the linear layout.
+class row_panel {
+ public:
+  static constexpr std::size_t most_cols = 512;
 
-/// The first n of 16 bytes of each row, the rest zero.
-inline void pad_rows(const std::uint8_t* const* rows, std::size_t offset, std::size_t n, std::uint8_t (*out)[16]) {
-  for (std::size_t l = 0; l < lane_count; ++l) {
-    std::copy_n(rows[l] + offset, n, out[l]);
-    std::fill(out[l] + n, out[l] + 16, std::uint8_t{0});
+  /// Columns k ... k + used - 1 of rows n ... n + 15; rows past the last repeat it.
+  row_panel(const weights_view& w, std::size_t matrix, std::size_t n, std::size_t k, std::size_t used)
+      : format_(w.format), used_(used), blocks_((used + w.format.block - 1) / w.format.block) {
+    const packed_shape shape = w.shape();
+    const std::size_t row_bytes = shape.code_bytes_per_row(), row_scales = shape.blocks_per_row();
+    const std::size_t row_macros = shape.macros_per_row();
+    const std::size_t block = k / format_.block, bytes = code_bytes();
+    const std::size_t macro = format_.macro_block == 0 ? 0 : k / format_.macro_block;
+    const std::size_t macros = format_.macro_block == 0 ? 0 : (used + format_.macro_block - 1) / format_.macro_block;
+    const std::size_t last = w.rows - 1 - std::min(n, w.rows - 1), row = matrix * w.rows + n;
+    for (std::size_t l = 0; l < lane_count; ++l) {
+      const std::size_t r = row + std::min(l, last);
+      codes_[l] = w.codes.data() + r * row_bytes + k / 2;
+      scales_[l] = w.scales.data() + r * row_scales + block;
+      // The next panel's rows: hardware sees too many short runs to look ahead by itself.
+      for (std::size_t i = 0; i < bytes; i += 64) prefetch(codes_[l] + i, lane_count * row_bytes);
+      prefetch(scales_[l], lane_count * row_scales);
+      const std::uint8_t* from = w.macros.data() + r * row_macros + macro;
+      for (std::size_t i = 0; i < macros; ++i) macro_columns_[i * lane_count + l] = from[i];
+    }
+    store_scales();
   }
-}
-/// The same columns, at most 16 blocks, of rows in the linear layout; rows past the last repeat it.
-inline weight_panel panel_of_rows(const weights_view& w, std::size_t matrix, std::size_t n, std::size_t k,
-                                  std::size_t used, panel_scratch& out) {
-  const any_format format = w.format;
-  const packed_shape shape = w.shape();
-  const std::size_t blocks = (used + format.block - 1) / format.block, bytes = blocks * format.block / 2;
-  const std::size_t row_bytes = shape.code_bytes_per_row(), row_scales = shape.blocks_per_row();
-  const std::uint8_t *codes[lane_count], *scales[lane_count];
-  for (std::size_t l = 0; l < lane_count; ++l) {
-    const std::size_t row = matrix * w.rows + std::min(n + l, w.rows - 1);
-    codes[l] = w.codes.data() + row * row_bytes + k / 2;
-    scales[l] = w.scales.data() + row * row_scales + k / format.block;
-    // The next panel's rows: hardware sees too many short runs to look ahead by itself.
-    for (std::size_t i = 0; i < bytes; i += 64) prefetch(codes[l] + i, lane_count * row_bytes);
-    prefetch(scales[l], lane_count * row_scales);
-    for (std::size_t i = 0; format.macro_block != 0 && i < used; i += format.macro_block) {
-      out.macros[i / format.macro_block * lane_count + l] =
-          w.macros[row * shape.macros_per_row() + (k + i) / format.macro_block];
+
+  /// The panel, but for its codes.
+  [[nodiscard]] weight_panel scales() const {
+    return {format_, code_columns_, scale_columns_, macro_columns_, used_, false};
+  }
+  [[nodiscard]] const std::uint8_t* const* rows() const { return codes_; }
+
+  /// The whole panel.
+  weight_panel columns() {
+    const std::size_t bytes = code_bytes(), whole = bytes / 16 * 16;
+    for (std::size_t i = 0; i < whole; i += 16) store_columns(codes_, i, i);
+    if (whole < bytes) {
+      std::uint8_t padded[lane_count][16];
+      const std::uint8_t* ends[lane_count];
+      pad_rows(codes_, whole, bytes - whole, padded, ends);
+      store_columns(ends, 0, whole);
+    }
+    return scales();
+  }
+
+ private:
+  [[nodiscard]] std::size_t code_bytes() const { return blocks_ * format_.block / 2; }
+
+  /// The first n of 16 bytes of each row, the rest zero.
+  static void pad_rows(const std::uint8_t* const* rows, std::size_t offset, std::size_t n, std::uint8_t (*out)[16],
+                       const std::uint8_t** out_rows) {
+    for (std::size_t l = 0; l < lane_count; ++l) {
+      std::copy_n(rows[l] + offset, n, out[l]);
+      std::fill(out[l] + n, out[l] + 16, std::uint8_t{0});
+      out_rows[l] = out[l];
     }
   }
-  const auto store_columns = [&](const std::uint8_t* const* rows, std::size_t offset, std::size_t i)
-                                 TETROMINO_INLINE_LAMBDA {
-                                   const byte_columns columns = load_columns(rows, offset);
-                                   repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA {
-                                     store_words(out.codes + (i + 4 * d) * lane_count, columns.part[d]);
-                                   });
-                                 };
-  std::uint8_t padded[lane_count][16];
-  const std::uint8_t* ends[lane_count];
-  for (std::size_t l = 0; l < lane_count; ++l) ends[l] = padded[l];
-  const std::size_t whole = bytes / 16 * 16;
-  for (std::size_t i = 0; i < whole; i += 16) store_columns(codes, i, i);
-  if (whole < bytes) {
-    pad_rows(codes, whole, bytes - whole, padded);
-    store_columns(ends, 0, whole);
+  TETROMINO_INLINE void store_columns(const std::uint8_t* const* rows, std::size_t offset, std::size_t i) {
+    const byte_columns columns = load_columns(rows, offset);
+    repeat<4>([&](auto d)
+                  TETROMINO_INLINE_LAMBDA { store_words(code_columns_ + (i + 4 * d) * lane_count, columns.part[d]); });
   }
-  if (blocks < lane_count) pad_rows(scales, 0, blocks, padded);
-  const byte_columns columns = load_columns(blocks < lane_count ? ends : scales, 0);
-  repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA {
-    std::uint8_t* to = out.scales + 4 * d * lane_count;
-    const words& all = columns.part[d];
-    store_bytes(to, all & broadcast(0xFF));
-    store_bytes(to + lane_count, shift_right<8>(all) & broadcast(0xFF));
-    store_bytes(to + 2 * lane_count, shift_right<16>(all) & broadcast(0xFF));
-    store_bytes(to + 3 * lane_count, shift_right<24>(all) & broadcast(0xFF));
-  });
-  return {format, out.codes, out.scales, out.macros, used, false};
-}
+  void store_scales() {
+    for (std::size_t b = 0; b < blocks_; b += 16) {
+      std::uint8_t padded[lane_count][16];
+      const std::uint8_t* ends[lane_count];
+      if (blocks_ - b < 16) pad_rows(scales_, b, blocks_ - b, padded, ends);
+      const byte_columns columns = blocks_ - b < 16 ? load_columns(ends, 0) : load_columns(scales_, b);
+      repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA {
+        std::uint8_t* to = scale_columns_ + (b + 4 * d) * lane_count;
+        const words& all = columns.part[d];
+        store_bytes(to, all & broadcast(0xFF));
+        store_bytes(to + lane_count, shift_right<8>(all) & broadcast(0xFF));
+        store_bytes(to + 2 * lane_count, shift_right<16>(all) & broadcast(0xFF));
+        store_bytes(to + 3 * lane_count, shift_right<24>(all) & broadcast(0xFF));
+      });
+    }
+  }
+
+  any_format format_;
+  std::size_t used_, blocks_;
+  const std::uint8_t *codes_[lane_count], *scales_[lane_count];
+  alignas(64) std::uint8_t code_columns_[most_cols / 2 * lane_count];
+  std::uint8_t scale_columns_[most_cols / 16 * lane_count];
+  std::uint8_t macro_columns_[most_cols / 32 * lane_count];
+};
 
 template <scale_type Scale>
 TETROMINO_INLINE floats load_scales(const std::uint8_t* x) {
-  if constexpr (Scale == scale_type::e4m3) return decode_e4m3(load_bytes(x));
-  return decode_e8m0(load_bytes(x));
+  if constexpr (Scale == scale_type::e8m0) {
+    return decode_e8m0(load_bytes(x));
+  } else {
+#if TETROMINO_HAS_F16C
+    return load_e4m3(x);
+#else
+    return decode_e4m3(load_bytes(x));
+#endif
+  }
 }
 
 /// Adds the products of a panel with `Rows` rows of activations to total[row][output].
@@ -129,6 +162,7 @@ void add_rows(const weight_panel& w, const element_rows& x, std::size_t at, floa
   const std::int8_t* values = x.values + at;
   const std::int32_t* offsets = x.offsets + at / 16;
   const float* row_scales = x.scales + at / 16;
+  const std::uint8_t* macros = w.macros;
   floats sum[Rows], factor = broadcast(1.0f);
   repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = load(total[r]); });
   for (std::size_t k = 0; k < w.cols; k += 32) {
@@ -139,8 +173,9 @@ void add_rows(const weight_panel& w, const element_rows& x, std::size_t at, floa
       prefetch(scales, ahead / 16);
     }
     const bool has_factor = w.format.macro_block != 0;
-    if (has_factor && k % w.format.macro_block == 0) {
-      factor = broadcast(1.0f) / macro_factors(load_bytes(w.macros + k / w.format.macro_block * lane_count));
+    if (has_factor && (k & (w.format.macro_block - 1)) == 0) {
+      factor = broadcast(1.0f) / macro_factors(load_bytes(macros));
+      macros += lane_count;
     }
     floats scale;
     repeat<32 / Common>([&](auto part) TETROMINO_INLINE_LAMBDA {
@@ -185,15 +220,63 @@ void add_each(const weight_panel& w, const element_rows& x, std::size_t first, s
   }
 }
 
+/// Calls f<Scale, Block, Common>() for weights of this format, where `common` is the smaller block of both sides.
+template <class F>
+TETROMINO_INLINE void with_blocks(const any_format& format, std::size_t common, const F& f) {
+  if (format.scale == scale_type::e4m3) return f.template operator()<scale_type::e4m3, 16, 16>();
+  if (format.block == 16) return f.template operator()<scale_type::e8m0, 16, 16>();
+  if (common == 16) return f.template operator()<scale_type::e8m0, 32, 16>();
+  f.template operator()<scale_type::e8m0, 32, 32>();
+}
+
 /// Adds the products of a panel with columns first ... of rows of activations to total[row][output]; `common` is the
 /// smaller block of both.
 inline void add_panel(const weight_panel& w, std::size_t common, const element_rows& x, std::size_t first,
                       std::size_t rows, float (*total)[lane_count]) {
-  if (w.format.scale == scale_type::e4m3) return add_each<scale_type::e4m3, 16, 16>(w, x, first, rows, total);
-  if (w.format.block == 16) return add_each<scale_type::e8m0, 16, 16>(w, x, first, rows, total);
-  if (common == 16) return add_each<scale_type::e8m0, 32, 16>(w, x, first, rows, total);
-  add_each<scale_type::e8m0, 32, 32>(w, x, first, rows, total);
+  with_blocks(w.format, common, [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {
+    add_each<Scale, Block, Common>(w, x, first, rows, total);
+  });
 }
+
+#if TETROMINO_VECTOR_BITS >= 256
+
+template <scale_type Scale, std::size_t Block, std::size_t Common>
+void add_row_of_linear(const weight_panel& w, const std::uint8_t* const* rows, const element_rows& x, std::size_t at,
+                       float* total) {
+  floats sum = load(total), factor = broadcast(1.0f), scale;
+  const std::uint8_t* macros = w.macros;
+  for (std::size_t k = 0; k < w.cols; k += 128) {
+    words products[128 / Common];
+    multiply_rows<Common>(rows, k / 2, x.values + at + k, products);
+    repeat<128 / Common>([&](auto i) TETROMINO_INLINE_LAMBDA {
+      const std::size_t column = k + i * Common, position = (at + column) / 16;
+      if constexpr (i * Common % Block == 0) {
+        scale = load_scales<Scale>(w.scales + column / Block * lane_count);
+        if (w.format.macro_block != 0) {
+          if ((column & (w.format.macro_block - 1)) == 0) {
+            factor = broadcast(1.0f) / macro_factors(load_bytes(macros));
+            macros += lane_count;
+          }
+          scale = rounded(scale * factor);
+        }
+      }
+      const words exact = products[i] + broadcast(x.offsets[position]);
+      sum = sum + rounded(to_floats(exact) * (scale * broadcast(x.scales[position])));
+    });
+  }
+  store(total, sum);
+}
+
+/// The same for one row, without putting columns side by side first, of a number of columns that is a multiple of 128.
+inline void add_row_panel(const row_panel& panel, std::size_t common, const element_rows& x, std::size_t at,
+                          float* total) {
+  const weight_panel w = panel.scales();
+  with_blocks(w.format, common, [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {
+    add_row_of_linear<Scale, Block, Common>(w, panel.rows(), x, at, total);
+  });
+}
+
+#endif
 
 }  // namespace TETROMINO_ISA
 }  // namespace tetromino::detail
