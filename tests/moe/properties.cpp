@@ -125,12 +125,13 @@ TEST_CASE("local: valid, full, within the token budget, and never dearer than it
     o.token_budget = 1 + g.uniform();
     o.replicas = g.below(2) == 0;
     o.seed = g.bits();
-    o.effort = 0.05;
+    o.effort = g.below(2) == 0 ? 0.05 : 0.005;  // little: where a search may well end above its start
     const placement before = contiguous(layers, experts, t);
     const bool from_start = g.below(2) == 0;
     if (from_start) {
       o.start = &before;
       o.node_imbalance = 0;
+      o.price_per_move = g.below(2) == 0 ? 0 : 100 * g.uniform();
     } else {
       o.node_imbalance = g.below(2) == 0 ? 0 : 1 + g.uniform();
       o.gpu_imbalance = g.below(2) == 0 ? 0 : 1 + g.uniform();
@@ -153,8 +154,12 @@ TEST_CASE("local: valid, full, within the token budget, and never dearer than it
     local_options still = o;
     still.max_proposals = 1;  // too few for the placement to change: requests alone are grouped
     const local_plan start = local(routing.view(), t, still);
-    const double was = cost_of(routing, start.experts, t, start.source_of_request, o.node_weight, o.pair_weight);
-    const double is = cost_of(routing, plan.experts, t, plan.source_of_request, o.node_weight, o.pair_weight);
+    const auto tokens = static_cast<double>(routing.view().tokens(phase::decode));
+    const auto cost = [&](const local_plan& p) {
+      return cost_of(routing, p.experts, t, p.source_of_request, o.node_weight, o.pair_weight) +
+             (o.node_weight + o.pair_weight) * o.price_per_move / 1000 * tokens * static_cast<double>(p.copies_moved);
+    };
+    const double was = cost(start), is = cost(plan);
     REQUIRE(is <= was + 1e-9);
     better += is < was - 1e-9 ? 1U : 0U;
   }
