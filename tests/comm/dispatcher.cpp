@@ -101,7 +101,7 @@ std::vector<dispatch_outcome> serve_all(const dispatch_world& w, dispatch_route 
 
 TEST_CASE("dispatcher: rows meet their experts and come back added up, by every route") {
   reference::generator random(seed());
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 200; ++round) {
     const std::size_t ranks = 1 + random.below(8);
     const dispatch_world w(ranks, random.bits());
     for (const dispatch_route route :
@@ -131,7 +131,7 @@ TEST_CASE("dispatcher: rows meet their experts and come back added up, by every 
 
 TEST_CASE("dispatcher: with a copy for each call, sums do not depend on where experts are") {
   reference::generator random(seed());
-  for (int round = 0; round < 30; ++round) {
+  for (int round = 0; round < 100; ++round) {
     const std::uint64_t s = random.bits();
     const dispatch_world w(1 + random.below(6), s);
     dispatch_world elsewhere = w;  // the same tokens, experts in other slots

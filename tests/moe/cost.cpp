@@ -109,7 +109,7 @@ TEST_CASE("a node that many send to is the busiest by what comes in") {
 
 TEST_CASE("cost equals the plain count on random clusters, placements and traces") {
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 1500; ++i) {
+  for (int i = 0; i < 2000; ++i) {
     std::vector<std::size_t> gpus(1 + g.below(4)), slots;
     for (auto& n : gpus) n = 1 + g.below(3);
     for (std::size_t j = std::accumulate(gpus.begin(), gpus.end(), std::size_t{0}); j > 0; --j) {

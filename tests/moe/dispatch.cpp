@@ -68,7 +68,7 @@ TEST_CASE("dispatch_plan: an example by hand") {
 
 TEST_CASE("dispatch_plan: send side on random calls") {
   reference::generator random(seed());
-  for (int round = 0; round < 200; ++round) {
+  for (int round = 0; round < 2000; ++round) {
     const std::size_t ranks = 1 + random.below(7), slots = 1 + random.below(20), k = 1 + random.below(5);
     const std::size_t rows = random.below(30);
     std::vector<std::uint32_t> rank_of_slot(slots);

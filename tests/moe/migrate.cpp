@@ -81,7 +81,7 @@ TEST_CASE("a second copy on a GPU comes from the first, and a GPU sends one expe
 
 TEST_CASE("playing back any migration turns one placement into the other") {
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 600; ++i) {
+  for (int i = 0; i < 2000; ++i) {
     std::vector<std::size_t> gpus(1 + g.below(4)), slots;
     for (auto& n : gpus) n = 1 + g.below(4);
     for (const std::size_t n : gpus) {

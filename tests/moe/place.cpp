@@ -83,7 +83,7 @@ TEST_CASE("contiguous puts expert e into slot e") {
 
 TEST_CASE("contiguous and round_robin are valid on any topology with enough slots") {
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 1000; ++i) {
+  for (int i = 0; i < 3000; ++i) {
     const topology t = random_topology(g, 4, 5);
     const std::size_t experts = 1 + g.below(t.slots());
     CAPTURE(i, t.nodes(), t.gpus(), t.slots(), experts);
@@ -115,7 +115,7 @@ TEST_CASE("balanced_eplb gives the index tensors of the README of EPLB") {
 TEST_CASE("balanced_eplb equals the published algorithm on random loads") {
   generator g(tetromino_test::seed());
   std::size_t hierarchical = 0, duplicates = 0;
-  for (int i = 0; i < 600; ++i) {
+  for (int i = 0; i < 2000; ++i) {
     const std::size_t nodes = std::size_t{1} << g.below(4), gpus = nodes << g.below(4);
     const std::size_t groups = g.below(3) == 0 ? 3 + 2 * g.below(3) : nodes << g.below(3);
     const std::size_t experts = groups * (1 + g.below(8)), layers = 1 + g.below(4);
@@ -132,8 +132,8 @@ TEST_CASE("balanced_eplb equals the published algorithm on random loads") {
     REQUIRE(try_validate(to_placement(maps), t, {.one_copy_per_gpu = false}).has_value());
     duplicates += try_validate(to_placement(maps), t).has_value() ? 0U : 1U;
   }
-  CHECK(hierarchical > 100);
-  CHECK(hierarchical < 500);
+  CHECK(hierarchical > 400);
+  CHECK(hierarchical < 1600);
   CHECK(duplicates > 0);  // what the strict mode is for
 }
 
@@ -171,7 +171,7 @@ TEST_CASE("balanced places each expert, at most once per GPU, within capacity, o
 TEST_CASE("balanced keeps groups on one node") {
   generator g(tetromino_test::seed());
   std::size_t solved = 0;
-  for (int i = 0; i < 1000; ++i) {
+  for (int i = 0; i < 3000; ++i) {
     const topology t = random_topology(g, 4, 6);
     const std::size_t groups = 1 + g.below(8), group_size = 1 + g.below(5), experts = groups * group_size;
     CAPTURE(i, t.nodes(), t.gpus(), t.slots(), groups, group_size);
@@ -197,7 +197,7 @@ TEST_CASE("balanced keeps groups on one node") {
     }
     for (const auto& nodes : nodes_of_group) REQUIRE(nodes.size() == 1);
   }
-  CHECK(solved > 200);
+  CHECK(solved > 600);
 }
 
 TEST_CASE("balanced is at least as even as EPLB") {
@@ -276,7 +276,7 @@ TEST_CASE("zero loads, tiny and huge loads give a plan that uses all GPUs alike"
 
 TEST_CASE("balance_gpus moves experts inside nodes only") {
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 500; ++i) {
+  for (int i = 0; i < 2000; ++i) {
     const topology t = random_topology(g, 4, 5);
     const std::size_t experts = 1 + g.below(t.slots());
     CAPTURE(i, t.nodes(), t.gpus(), t.slots(), experts);

@@ -50,7 +50,7 @@ TEST_CASE("placements with impossible sizes or entries are errors") {
 
 TEST_CASE("replica_index is the inverse of the slot map") {
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 300; ++i) {
+  for (int i = 0; i < 1000; ++i) {
     const placement p = random_placement(g);
     const replica_index where(p);
     for (std::size_t l = 0; l < p.layers(); ++l) {
@@ -89,7 +89,7 @@ TEST_CASE("index tensors map both ways") {
   CHECK(maps.count == std::vector<std::int64_t>{2, 1, 1, 1, 1, 1});
 
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 300; ++i) {
+  for (int i = 0; i < 1000; ++i) {
     const placement q = random_placement(g);
     REQUIRE(to_placement(to_index_tensors(q)) == q);
   }
@@ -107,7 +107,7 @@ TEST_CASE("text and JSON forms round-trip") {
   CHECK(to_text(p) == "placement layers 2 experts 3 slots 4\n0 1 2 0\n2 -1 1 0\n");
   CHECK(to_json(p) == "{\"experts\":3,\"layers\":2,\"slot_to_expert\":[[0,1,2,0],[2,-1,1,0]],\"slots\":4}");
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 300; ++i) {
+  for (int i = 0; i < 1000; ++i) {
     const placement q = random_placement(g);
     REQUIRE(placement_from_text(to_text(q)) == q);
     REQUIRE(placement_from_json(to_json(q)) == q);

@@ -46,7 +46,7 @@ TEST_CASE("slots of a node that do not divide go to its first GPUs") {
 
 TEST_CASE("the numbering of any shape is consistent") {
   reference::generator g(tetromino_test::seed());
-  for (int i = 0; i < 500; ++i) {
+  for (int i = 0; i < 2000; ++i) {
     std::vector<std::size_t> gpus, slots;
     for (std::size_t n = 1 + g.below(6); n > 0; --n) {
       gpus.push_back(1 + g.below(5));
