@@ -47,10 +47,10 @@ install_packages() {
   printf 'going on with what is there; parts whose packages are missing are left out\n' >&2
 }
 
-# build FOLDER PRESET TARGETS -- CMAKE-OPTIONS...
-build() {
-  local folder=$1 preset=$2 targets=$3
-  shift 3
+# configure FOLDER PRESET CMAKE-OPTIONS...
+configure() {
+  local folder=$1 preset=$2
+  shift 2
   local options=(-C "$root/cmake/presets/$preset.cmake")
   if ! grep -qsx "CMAKE_HOME_DIRECTORY:INTERNAL=$root" "$folder/CMakeCache.txt"; then
     options+=(--fresh)
@@ -58,6 +58,13 @@ build() {
   fi
   say "configuring in $folder"
   cmake -S "$root" -B "$folder" "${options[@]}" "$@"
+}
+
+# build FOLDER PRESET TARGETS CMAKE-OPTIONS...
+build() {
+  local folder=$1 preset=$2 targets=$3
+  shift 3
+  configure "$folder" "$preset" "$@"
   say "building with $jobs jobs"
   # shellcheck disable=SC2086  # several targets are several words
   cmake --build "$folder" --parallel "$jobs" --target $targets

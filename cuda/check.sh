@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the CUDA backend with nvcc alone (no CMake), then checks and times it on this machine's GPU.
 #   cuda/check.sh BUILD_FOLDER [OUTPUT_FOLDER] STEP...
-# Steps: build, quantize[:MILLIONS], matmul, moe, sanitize[:TEST], bench:NAME[:ARGUMENTS]
+# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, sanitize[:TEST], bench:NAME[:ARGUMENTS]
 set -u
 cd "$(dirname "$0")/.."
 build=$1
@@ -46,7 +46,7 @@ for step in "$@"; do
       ;;
     sanitize)
       for tool in memcheck racecheck initcheck; do
-        for test in ${argument:-quantize matmul moe}; do
+        for test in ${argument:-quantize matmul moe block_scaled}; do
           program=$build/tests_cuda_$test
           [ -e "$program" ] || continue
           echo "== $tool $test"

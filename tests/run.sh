@@ -5,7 +5,9 @@
 #   tests/run.sh --fuzz SECONDS     look for new inputs that break a fuzz target, each for so long (needs clang)
 #   tests/run.sh -R placement       further options go to ctest
 # TETROMINO_PRESET picks a file of cmake/presets (dev, asan, tsan, fuzz), TETROMINO_BUILD_DIR says where to build,
-# TETROMINO_SEED picks the random inputs; CXX and CMAKE_PREFIX_PATH mean what they always do.
+# TETROMINO_SEED picks the random inputs; CXX and CMAKE_PREFIX_PATH mean what they always do. Where there is nvcc, the
+# GPU code is built too: TETROMINO_CUDA=OFF leaves it out, TETROMINO_CUDA_ARCHITECTURES says for which GPUs (by default
+# the one here, or 90a) and TETROMINO_CUDA_SECONDS how long that may take.
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"
 
 select=()
@@ -28,11 +30,33 @@ install_packages g++:c++ cmake:cmake ninja-build:ninja pkg-config:pkg-config cat
 if [ "$preset" != dev ]; then
   install_packages clang:clang++ libclang-rt-dev
 fi
-# The GPU code takes nvcc longer than all the rest takes g++: TETROMINO_CUDA=ON builds it, and tests that skip without a GPU.
-build "$folder" "$preset" "$targets" -D TETROMINO_TESTS=ON -D TETROMINO_CUDA="${TETROMINO_CUDA:-OFF}" "${options[@]}"
+
+# Where there is nvcc, first what it compiles, for one architecture: kernels, tests, benchmarks and examples.
+status=0 cuda=OFF
+options+=(-D TETROMINO_TESTS=ON)
+if [ "$preset" = dev ] && [ "${TETROMINO_CUDA:-ON}" != OFF ]; then
+  if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
+    gpu=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . || true)
+    case $gpu in 8?) ;; 9? | 1??) gpu+=a ;; *) gpu=90a ;; esac
+    seconds=${TETROMINO_CUDA_SECONDS:-600}
+    options+=(-D TETROMINO_CUDA_ARCHITECTURES="${TETROMINO_CUDA_ARCHITECTURES:-$gpu}")
+    configure "$folder" "$preset" "${options[@]}" -D TETROMINO_CUDA=ON
+    say "compiling the GPU code with $jobs jobs, for at most $seconds s"
+    began=$SECONDS
+    if timeout "$seconds" cmake --build "$folder" --parallel "$jobs" --target tetromino_cuda_programs; then
+      say "compiled the GPU code in $((SECONDS - began)) s"
+      cuda=ON
+    else
+      say "FAILED to compile the GPU code in $((SECONDS - began)) s; going on without it"
+      status=1
+    fi
+  else
+    say "there is no nvcc: the GPU code is not compiled"
+  fi
+fi
+build "$folder" "$preset" "$targets" "${options[@]}" -D TETROMINO_CUDA=$cuda
 
 say "testing"
-status=0
-ctest --test-dir "$folder" --parallel "$jobs" --output-on-failure --no-tests=error "${select[@]}" "$@" || status=$?
+ctest --test-dir "$folder" --parallel "$jobs" --output-on-failure --no-tests=error "${select[@]}" "$@" || status=1
 grep -h '^skipped: ' "$folder/Testing/Temporary/LastTest.log" | sort | uniq -c || true
 [ $status -eq 0 ] || fail "some tests failed; a random one repeats with the TETROMINO_SEED that it printed"

@@ -33,9 +33,10 @@ elseif(way STREQUAL "pkg_config")
                           COMMAND_ERROR_IS_FATAL ANY)
 else()
   string(REPLACE "|" ";" packages_path "${packages_path}")
+  string(REPLACE "|" ";" cuda_components "${cuda_components}")
   execute_process(
     COMMAND ${CMAKE_COMMAND} -S ${consumer} -B ${work} -G ${generator} -D CMAKE_CXX_COMPILER=${compiler} -D
-            CMAKE_CXX_FLAGS=${cmake_flags} -D CMAKE_CXX_SCAN_FOR_MODULES=OFF -D way=${way} -D with_cpu=${with_cpu} -D tetromino_source=${source} -D tetromino_version=${version} -D "CMAKE_PREFIX_PATH=${prefix};${packages_path}"
+            CMAKE_CXX_FLAGS=${cmake_flags} -D CMAKE_CXX_SCAN_FOR_MODULES=OFF -D way=${way} -D with_cpu=${with_cpu} -D "cuda_components=${cuda_components}" -D tetromino_source=${source} -D tetromino_version=${version} -D "CMAKE_PREFIX_PATH=${prefix};${packages_path}"
             COMMAND_ERROR_IS_FATAL ANY)
   execute_process(COMMAND ${CMAKE_COMMAND} --build ${work} COMMAND_ERROR_IS_FATAL ANY)
 endif()
@@ -45,6 +46,8 @@ if(EXISTS ${work}/consumer_cpu)
   execute_process(COMMAND ${CMAKE_COMMAND} -E env TETROMINO_FORCE_BACKEND=scalar ${work}/consumer_cpu scalar
                           COMMAND_ERROR_IS_FATAL ANY)
 endif()
-if(EXISTS ${work}/consumer_io)
-  execute_process(COMMAND ${work}/consumer_io COMMAND_ERROR_IS_FATAL ANY)
-endif()
+foreach(name IN ITEMS consumer_io consumer_cuda consumer_cublaslt)
+  if(EXISTS ${work}/${name})
+    execute_process(COMMAND ${work}/${name} COMMAND_ERROR_IS_FATAL ANY)
+  endif()
+endforeach()
