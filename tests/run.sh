@@ -59,4 +59,4 @@ build "$folder" "$preset" "$targets" "${options[@]}" -D TETROMINO_CUDA=$cuda
 say "testing"
 ctest --test-dir "$folder" --parallel "$jobs" --output-on-failure --no-tests=error "${select[@]}" "$@" || status=1
 grep -h '^skipped: ' "$folder/Testing/Temporary/LastTest.log" | sort | uniq -c || true
-[ $status -eq 0 ] || fail "some tests failed; a random one repeats with the TETROMINO_SEED that it printed"
+[ $status -eq 0 ] || fail "something failed, see above; a random test repeats with the TETROMINO_SEED that it printed"
