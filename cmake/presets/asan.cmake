@@ -5,6 +5,4 @@ set(CMAKE_CXX_COMPILER clang++ CACHE STRING "")  # g++ takes several times as lo
 # with wide vectors this compiles many times faster than with SSE2
 set(CMAKE_CXX_FLAGS "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -march=native" CACHE STRING "")
 set(TETROMINO_TEST_INSTRUCTION_SETS native CACHE STRING "")
-set(TETROMINO_EXAMPLES OFF CACHE BOOL "")
-set(TETROMINO_CPU OFF CACHE BOOL "")  # the same kernels, compiled for SSE2 among others
 set(TETROMINO_TEST_TIMEOUT 1800 CACHE STRING "")
