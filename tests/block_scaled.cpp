@@ -4,9 +4,11 @@
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/detail/block_scaled_fragment.hpp>
+#include <tetromino/quantize.hpp>
 
 #include "reference/block_scaled.hpp"
 #include "reference/layouts.hpp"
+#include "reference/safetensors_reader.hpp"
 
 #include <algorithm>  // std::fill, std::max, std::min
 #include <cmath>      // std::fabs, std::ldexp
@@ -14,6 +16,7 @@
 #include <cstdint>    // std::uint8_t
 #include <cstring>    // std::memcpy
 #include <random>     // std::mt19937_64
+#include <string>     // std::string
 #include <vector>     // std::vector
 
 using bytes = std::vector<std::uint8_t>;
@@ -131,6 +134,12 @@ void check_operand(const packed<any_format>& p, block_scaled_kind kind) {
   }
 }
 
+/// Whether a tensor of the bundled model is what packing is for.
+bool is_weight(const std::string& name) {
+  return name.find(".attn.") != std::string::npos ||
+         (name.find(".moe.") != std::string::npos && name.find("router") == std::string::npos);
+}
+
 /// What an operand stands for, [matrices * rows, cols].
 std::vector<double> values(const tetromino::block_scaled& op) {
   const auto& s = op.shape;
@@ -225,6 +234,25 @@ TEST_CASE("block_scaled: scales past the range of E4M3 take low bits from codes,
   CHECK(tetromino::detail::shifted_codes(codes[3], 1) == 0x80);
   CHECK(tetromino::detail::shifted_codes(codes[0], 3) == 0x12);
   for (unsigned shift = 6; shift < 300; ++shift) CHECK(tetromino::detail::shifted_codes(0x7F, shift) == 0x08);
+}
+
+TEST_CASE("block_scaled: a real model's MXFP4 becomes operands of kind e4m3_16 without rounding") {
+  const auto file = reference::read_safetensors(tetromino_test::data_file("moe-16x2.safetensors"));
+  std::size_t matrices = 0;
+  for (const auto& [name, tensor] : file.tensors) {
+    if (!is_weight(name)) continue;
+    const std::size_t rank = tensor.shape.size();
+    tetromino::matrix<tetromino::bfloat16> w(rank == 3 ? tensor.shape[0] : 1, tensor.shape[rank - 2],
+                                             tensor.shape[rank - 1]);
+    REQUIRE(tensor.bytes.size() == w.data.size() * sizeof w.data[0]);
+    std::memcpy(w.data.data(), tensor.bytes.data(), tensor.bytes.size());
+    for (const char* recipe : {"mxfp4-32/oas", "mxfp4-16/oas"}) {
+      const auto p = tetromino::quantize(tetromino::scalar, w, tetromino::recipe::parse(recipe));
+      CHECK(tetromino::to_block_scaled(p, block_scaled_kind::e4m3_16).rounded_blocks == 0);
+    }
+    matrices += w.matrices;
+  }
+  CHECK(matrices > 100);
 }
 
 TEST_CASE("block_scaled: what cannot be an operand is an error that says so") {
