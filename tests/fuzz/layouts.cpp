@@ -3,6 +3,8 @@
 /// Built and run as tests/fuzz/safetensors.cpp.
 
 #include <tetromino/layout.hpp>
+#include <tetromino/quantize.hpp>  // scalar
+#include <tetromino/repacked.hpp>
 
 #include "fuzz/bytes.hpp"
 #include "fuzz/replay.hpp"
@@ -152,11 +154,55 @@ void check_interleaved(fuzz_bytes& in) {
   require(first.codes == even.codes && second.codes == odd.codes && second.scales == odd.scales, "the same rows");
 }
 
+/// Byte by byte against the order that repacked_view states.
+void check_repacked(fuzz_bytes& in) {
+  const std::size_t matrices = in.below(3), rows = in.below(40), cols = in.next<std::uint16_t>() % 300;
+  const any_format format = pick_format(in);
+  packed<any_format> storage(format, matrices, rows, cols, in.below(2) == 0 ? 1 : matrices);
+  storage.scales = in.fill<std::uint8_t>(storage.scales.size());
+  storage.macros = in.fill<std::uint8_t>(storage.macros.size());
+  storage.tensor_scales = in.fill<float>(storage.tensor_scales.size());
+  storage.codes = in.fill<std::uint8_t>(storage.codes.size());
+  const auto order = try_repack(scalar, storage);
+  if (refused(order)) return;
+  const repacked_view got = order->view();
+  const std::size_t groups = (rows + 15) / 16, panels = (cols + 31) / 32, blocks = panels * (32 / format.block);
+  const packed_shape shape = storage.shape();
+  const std::size_t bytes = shape.code_bytes_per_row(), scales = shape.blocks_per_row(),
+                    macros = shape.macros_per_row();
+  for (std::size_t e = 0; e < matrices; ++e) {
+    for (std::size_t r = 0; r < rows; ++r) {
+      const std::size_t row = e * rows + r, group = e * groups + r / 16, lane = r % 16;
+      for (std::size_t b = 0; b < bytes; ++b) {
+        const std::size_t at = (((group * panels + b / 16) * 4 + b / 4 % 4) * 16 + lane) * 4 + b % 4;
+        require(got.codes[at] == storage.codes[row * bytes + b], "repacked: the codes");
+      }
+      for (std::size_t b = 0; b < scales; ++b) {
+        require(got.scales[(group * blocks + b) * 16 + lane] == storage.scales[row * scales + b],
+                "repacked: the scale");
+      }
+      for (std::size_t b = 0; b < macros; ++b) {
+        require(got.macros[(group * macros + b) * 16 + lane] == storage.macros[row * macros + b],
+                "repacked: the macro");
+      }
+    }
+  }
+  const auto back = try_to_packed(scalar, *order);
+  require(back.has_value() && back->codes == storage.codes && back->scales == storage.scales &&
+              back->macros == storage.macros,
+          "repacked: and back");
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   fuzz_bytes in(data, size);
-  switch (in.below(5)) {
+  const auto what = in.next<std::uint8_t>();
+  if (what / 8 == 30) {  // a number that no older input has
+    check_repacked(in);
+    return 0;
+  }
+  switch (what % 5) {
     case 0:
       check_ggml(in);
       break;
