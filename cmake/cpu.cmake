@@ -37,6 +37,7 @@ if((TARGET xsimd OR TARGET xsimd::xsimd) AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     set(tables 2)
     tetromino_cpu_tables(neon "ROWS;MATMUL" -march=armv8-a)
+    tetromino_cpu_tables(neon_dotprod MATMUL -march=armv8.2-a+dotprod)
   endif()
 endif()
 if(tables EQUAL 1)

@@ -80,7 +80,7 @@ TEST_CASE("cpu: each backend was compiled for the instruction set of its name") 
 TEST_CASE("cpu: names that are not known, or not here") {
   CHECK(cpu.try_with("mmx").error().code() == errc::unknown_name);
   CHECK_THAT(cpu.try_with("mmx").error().what(), contains("expected one of scalar"));
-  for (const char* name : {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon"}) {
+  for (const char* name : {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon", "neon_dotprod"}) {
     if (!runs_here(name)) CHECK(cpu.try_with(name).error().code() == errc::invalid_argument);
   }
   CHECK_THROWS_AS(cpu.with("mmx"), tetromino::error);

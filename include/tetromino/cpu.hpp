@@ -47,7 +47,7 @@ struct cpu_t {
 inline constexpr cpu_t cpu{};
 
 /// The backends that run on this CPU, from the slowest to the fastest: scalar, then sse2, avx2, avx2_vnni, avx512 and
-/// avx512_vnni, or neon.
+/// avx512_vnni, or neon and neon_dotprod.
 [[nodiscard]] inline std::vector<std::string_view> cpu_backends() {
   std::vector<std::string_view> out;
   for (const auto& kernels : detail::supported_kernels()) out.push_back(kernels.name);

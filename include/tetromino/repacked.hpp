@@ -59,8 +59,8 @@ struct repacked_view {
 
 /// Packed weights in the order in which products on the CPU read them: the bytes of 16 rows side by side, so that a
 /// vector is loaded as it is used. matmul and grouped_matmul take them in place of packed ones, with the same outcome.
-/// It is the faster order for int8 and packed activations; others gain nothing. It takes as many bytes, but that rows
-/// are rounded up to 16 and columns to 32.
+/// It is the faster order for int8 and packed activations; float, half and bfloat16 ones have to undo it as they go and
+/// are slower. It takes as many bytes, but that rows are rounded up to 16 and columns to 32.
 struct repacked {
   /// Keeps codes where loads of 64 bytes do not straddle cache lines.
   struct alignas(64) line {
@@ -120,10 +120,14 @@ TETROMINO_INLINE void gather_row(const std::uint8_t* in, std::size_t n, std::uin
 }
 /// The same of codes, four bytes at a time; the last four may be short.
 TETROMINO_INLINE void spread_codes(const std::uint8_t* row, std::size_t n, std::uint8_t* out) {
-  for (std::size_t i = 0; i < n; i += 4) std::memcpy(out + i * repacked_shape::group, row + i, n - i < 4 ? n - i : 4);
+  const std::size_t whole = n / 4 * 4;
+  for (std::size_t i = 0; i < whole; i += 4) std::memcpy(out + i * repacked_shape::group, row + i, 4);
+  for (std::size_t i = whole; i < n; ++i) out[whole * repacked_shape::group + i - whole] = row[i];
 }
 TETROMINO_INLINE void gather_codes(const std::uint8_t* in, std::size_t n, std::uint8_t* row) {
-  for (std::size_t i = 0; i < n; i += 4) std::memcpy(row + i, in + i * repacked_shape::group, n - i < 4 ? n - i : 4);
+  const std::size_t whole = n / 4 * 4;
+  for (std::size_t i = 0; i < whole; i += 4) std::memcpy(row + i, in + i * repacked_shape::group, 4);
+  for (std::size_t i = whole; i < n; ++i) row[i] = in[whole * repacked_shape::group + i - whole];
 }
 
 /// Where row r of matrix e begins in each buffer of repacked storage.

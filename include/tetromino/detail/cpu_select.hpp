@@ -17,6 +17,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>  // __get_cpuid_count
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>  // getauxval
 #endif
 
 namespace tetromino::detail {
@@ -34,6 +36,7 @@ TETROMINO_CPU_TABLES(cpu_avx512)
 TETROMINO_CPU_TABLES(cpu_avx512_vnni)
 #elif TETROMINO_CPU_SELECT == 2 && defined(__aarch64__)
 TETROMINO_CPU_TABLES(cpu_neon)
+TETROMINO_CPU_TABLES(cpu_neon_dotprod)
 #endif
 #undef TETROMINO_CPU_TABLES
 
@@ -66,6 +69,19 @@ struct x86_features {
 };
 #endif
 
+#if defined(__aarch64__)
+/// Whether there are instructions for dot products of bytes. (Arm Architecture Reference Manual, FEAT_DotProd)
+bool has_neon_dotprod() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & 1u << 20) != 0;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  return true;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct candidate {
   cpu_kernels kernels;
   bool is_supported;
@@ -82,6 +98,7 @@ std::vector<candidate> all_candidates() {
   out.push_back({{"avx512_vnni", &cpu_avx512::rows_table, &cpu_avx512_vnni::products_table}, has.avx512_vnni});
 #elif TETROMINO_CPU_SELECT == 2 && defined(__aarch64__)
   out.push_back({{"neon", &cpu_neon::rows_table, &cpu_neon::products_table}, true});
+  out.push_back({{"neon_dotprod", &cpu_neon::rows_table, &cpu_neon_dotprod::products_table}, has_neon_dotprod()});
 #endif
   return out;
 }
@@ -107,7 +124,7 @@ result<const cpu_kernels*> choose_kernels(const char* name) {
     if (k.name == name) return &k;
     names += text(names.empty() ? "" : ", ", k.name);
   }
-  for (const std::string_view known : {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon"}) {
+  for (const std::string_view known : {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon", "neon_dotprod"}) {
     if (known == name) {
       return error(errc::invalid_argument,
                    text("backend \"", name, "\" does not run here: this CPU and this build have ", names));

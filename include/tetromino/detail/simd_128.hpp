@@ -433,6 +433,13 @@ class e2m1_decoder {
     const words pairs = load_bytes(codes);
     return {values(pairs & broadcast(15)), values(shift_right<4>(pairs))};
   }
+  /// split, times the scales of their blocks.
+  template <std::size_t Block>
+  TETROMINO_INLINE floats_pair scaled(const std::uint8_t* codes, const float* scales) const {
+    const floats_pair q = split(codes);
+    const floats both = broadcast_halves(scales[0], scales[32 / Block - 1]);
+    return {q.first * both, q.second * both};
+  }
 
  private:
   TETROMINO_INLINE floats values(const words& code) const {

@@ -284,6 +284,20 @@ class e2m1_decoder {
                          TETROMINO_INLINE_LAMBDA { return values(_mm256_srli_epi32(raw(pairs.r[i]), 4)); };
     return {lanes(values(raw(pairs.r[0])), values(raw(pairs.r[1]))), lanes(odd(0), odd(1))};
   }
+  /// split, times the scales of their blocks.
+  template <std::size_t Block>
+  TETROMINO_INLINE floats_pair scaled(const std::uint8_t* codes, const float* scales) const {
+    const words pairs = load_bytes(codes);
+    const __m256 low = _mm256_mul_ps(values_, _mm256_set1_ps(scales[0]));
+    const __m256 high = Block == 32 ? low : _mm256_mul_ps(values_, _mm256_set1_ps(scales[32 / Block - 1]));
+    const auto values = [](__m256 table, __m256i code) TETROMINO_INLINE_LAMBDA {
+      const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(code, 28)), _mm256_set1_ps(-0.0f));
+      return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, code), sign);
+    };
+    const __m256i a = raw(pairs.r[0]), b = raw(pairs.r[1]);
+    return {lanes(values(low, a), values(high, b)),
+            lanes(values(low, _mm256_srli_epi32(a, 4)), values(high, _mm256_srli_epi32(b, 4)))};
+  }
 
  private:
   /// Of the low four bits of each lane.

@@ -266,6 +266,18 @@ class e2m1_decoder {
     return {lanes(_mm512_permutexvar_ps(pairs, values_)),
             lanes(_mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), values_))};
   }
+  /// split, times the scales of their blocks.
+  template <std::size_t Block>
+  TETROMINO_INLINE floats_pair scaled(const std::uint8_t* codes, const float* scales) const {
+    if constexpr (Block == 32) {
+      e2m1_decoder product = *this;
+      product.values_ = _mm512_mul_ps(values_, _mm512_set1_ps(scales[0]));
+      return product.split(codes);
+    }
+    const floats both = lanes(_mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[0]), 0xFF00, _mm_load_ss(scales + 1)));
+    const floats_pair q = split(codes);
+    return {q.first * both, q.second * both};
+  }
 
  private:
   __m512 values_;

@@ -9,7 +9,7 @@
 #include "../scaling.hpp"   // macro_factor
 #include "cpu_matmul.hpp"   // matmul_job, matmul_tile, activation_row, read_row
 #include "simd_blocks.hpp"  // e2m1_decoder, multiply_add, sum_each
-#include "simd_scales.hpp"  // decode_e8m0, decode_e4m3
+#include "simd_panel.hpp"   // load_scales
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <array>      // std::array
@@ -55,6 +55,10 @@ class float_matmul {
       for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used);
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
         const std::size_t width = std::min(lane_count, tile_.last_col - n);
+        if (rows_ == 1 && used % 32 == 0) {
+          add_one_row<Block>(n, width, k, used, totals[(n - tile_.first_col) / lane_count][0]);
+          continue;
+        }
         for (std::size_t l = 0; l < width; ++l) load_weights<Block>(n + l, k, used, w_[l]);
         for (std::size_t l = width; l < lane_count; ++l) std::fill(w_[l], w_[l] + used_, 0.0f);
         auto* total = totals[(n - tile_.first_col) / lane_count];
@@ -80,6 +84,13 @@ class float_matmul {
     const T* x = activation_row(job_.x, tile_.first_row + m) + k;
     float* out = x_[m];
     std::size_t i = 0;
+    if constexpr (is_split<T>) {
+      for (; i + 32 <= used; i += 32) {
+        const floats_pair pair = load_pair(x + i);
+        store(out + i, pair.first);
+        store(out + i + lane_count, pair.second);
+      }
+    }
     for (; i + 32 <= used; i += 32) {
       for (std::size_t j = 0; j < 16; ++j) {
         out[i + j] = to_float(x[i + 2 * j]);
@@ -97,18 +108,10 @@ class float_matmul {
     return out;
   }();
 
-  /// Columns k ... k + used - 1 of output n, without the tensor scale.
+  /// Block scales with their macro factors.
   template <std::size_t Block>
-  void load_weights(std::size_t n, std::size_t k, std::size_t used, float* out) {
+  void load_block_scales(const packed_row<const std::uint8_t>& row, std::size_t blocks, float* scales) const {
     const any_format& format = job_.weights.format;
-    const auto row = read_row(job_.weights, tile_.matrix, n, k, used, row_);
-    const std::uint8_t* codes = row.codes;
-    const std::size_t blocks = (used + Block - 1) / Block;
-    // The same piece of a row to come: hardware sees too many short runs to look ahead by itself.
-    const packed_shape shape = job_.weights.shape();
-    for (std::size_t i = 0; i < used / 2; i += 64) prefetch(codes + i, lane_count * shape.code_bytes_per_row());
-    prefetch(row.scales, lane_count * shape.blocks_per_row());
-    alignas(64) float scales[depth / Block] = {};
     for (std::size_t b = 0; b < blocks; b += lane_count) {
       std::uint8_t padded[lane_count] = {};
       const std::uint8_t* bytes = row.scales + b;
@@ -116,8 +119,8 @@ class float_matmul {
         std::copy_n(bytes, blocks - b, padded);
         bytes = padded;
       }
-      const words code = load_bytes(bytes);
-      store(scales + b, format.scale == scale_type::e4m3 ? decode_e4m3(code) : decode_e8m0(code));
+      store(scales + b, format.scale == scale_type::e4m3 ? load_scales<scale_type::e4m3>(bytes)
+                                                         : load_scales<scale_type::e8m0>(bytes));
     }
     if (format.macro_block != 0) {
       const std::size_t each = format.macro_block / Block;
@@ -126,13 +129,25 @@ class float_matmul {
         for (std::size_t i = b; i < b + each; ++i) scales[i] *= inverse_factors[*macro];
       }
     }
+  }
+
+  /// Columns k ... k + used - 1 of output n, without the tensor scale.
+  template <std::size_t Block>
+  void load_weights(std::size_t n, std::size_t k, std::size_t used, float* out) {
+    const auto row = read_row(job_.weights, tile_.matrix, n, k, used, row_);
+    const std::uint8_t* codes = row.codes;
+    const std::size_t blocks = (used + Block - 1) / Block;
+    // The same piece of a row to come: hardware sees too many short runs to look ahead by itself.
+    const packed_shape shape = job_.weights.shape();
+    for (std::size_t i = 0; i < used / 2; i += 64) prefetch(codes + i, lane_count * shape.code_bytes_per_row());
+    prefetch(row.scales, lane_count * shape.blocks_per_row());
+    alignas(64) float scales[depth / Block] = {};
+    load_block_scales<Block>(row, blocks, scales);
     const e2m1_decoder decode;
     const auto decode_32 = [&](const std::uint8_t* from, std::size_t i) TETROMINO_INLINE_LAMBDA {
-      const floats_pair q = decode.split(from);
-      const floats scale = Block == 32 ? broadcast(scales[i / Block])
-                                       : broadcast_halves(scales[i / Block], scales[i / Block + 32 / Block - 1]);
-      store(out + i, q.first * scale);
-      store(out + i + lane_count, q.second * scale);
+      const floats_pair w = decode.template scaled<Block>(from, scales + i / Block);
+      store(out + i, w.first);
+      store(out + i + lane_count, w.second);
     };
     const std::size_t whole = blocks * Block / 32 * 32;
     for (std::size_t i = 0; i < whole; i += 32) decode_32(codes + i / 2, i);
@@ -143,6 +158,48 @@ class float_matmul {
       decode_32(padded, whole);
     }
     for (std::size_t i = used; i < used_; ++i) out[place(i)] = 0.0f;  // codes past the last column may be anything
+  }
+
+  /// load_weights and add for one row, without storing weights in between.
+  template <std::size_t Block>
+  void add_one_row(std::size_t n, std::size_t width, std::size_t k, std::size_t used, float* total) {
+    constexpr std::size_t together = registers == 1 ? 4 : 2;  // rows of weights whose sums are independent
+    const weights_view& weights = job_.weights;
+    const packed_shape shape = weights.shape();
+    const std::size_t row_bytes = shape.code_bytes_per_row(), row_scales = shape.blocks_per_row();
+    const std::size_t macro = weights.format.macro_block == 0 ? 0 : k / weights.format.macro_block;
+    const auto row_at = [&](std::size_t i, std::uint8_t* buffer)
+                            TETROMINO_INLINE_LAMBDA -> packed_row<const std::uint8_t> {
+      if (weights.is_repacked) return read_row(weights, tile_.matrix, n + i, k, used, buffer);
+      const std::size_t row = tile_.matrix * weights.rows + n + i;
+      return {weights.codes.data() + row * row_bytes + k / 2, weights.scales.data() + row * row_scales + k / Block,
+              weights.macros.data() + row * shape.macros_per_row() + macro, 1.0f};
+    };
+    const e2m1_decoder decode;
+    alignas(64) float sums[lane_count][lane_count];
+    alignas(64) float scales[together][depth / Block];
+    for (std::size_t l = 0; l < lane_count; l += together) {
+      const std::uint8_t* codes[together];
+      floats sum[together];
+      repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {
+        const auto row = row_at(std::min(l + r, width - 1), row_ + r * depth);  // those past the last repeat it
+        codes[r] = row.codes;
+        load_block_scales<Block>(row, used / Block, scales[r]);
+        for (std::size_t j = 0; j < used / 2; j += 64) prefetch(codes[r] + j, lane_count * row_bytes);
+        prefetch(row.scales, lane_count * row_scales);
+        sum[r] = broadcast(0.0f);
+      });
+      for (std::size_t i = 0; i < used; i += 32) {
+        const floats even = load(&x_[0][i]), odd = load(&x_[0][i + lane_count]);
+        repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {
+          const floats_pair w = decode.template scaled<Block>(codes[r] + i / 2, scales[r] + i / Block);
+          sum[r] = multiply_and_add(odd, w.second, multiply_and_add(even, w.first, sum[r]));
+        });
+      }
+      repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { store(sums[l + r], sum[r]); });
+    }
+    const floats sum = sum_each([&](std::size_t l) TETROMINO_INLINE_LAMBDA { return load(sums[l]); });
+    store(total, load(total) + sum);
   }
 
   static TETROMINO_INLINE floats multiply_and_add(const floats& a, const floats& b, const floats& c) {
@@ -181,7 +238,7 @@ class float_matmul {
   std::size_t rows_;
   std::size_t used_ = 0;  // columns of this chunk, rounded up to 32
 
-  std::uint8_t row_[depth];  // as linear storage has it: codes, scales and macro-block bytes of up to 512 columns
+  std::uint8_t row_[4 * depth];  // as linear storage has them: codes, scales and macro-block bytes of 512 columns each
   alignas(64) float w_[lane_count][depth];
   alignas(64) float x_[most_rows][depth];
 };
