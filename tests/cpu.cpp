@@ -55,6 +55,9 @@ TEST_CASE("cpu: the environment decides, and what it cannot decide is an error")
     CHECK(tetromino::try_dequantize<float>(cpu, packed).error().code() == expected);
     CHECK(tetromino::try_matmul(cpu, in, packed, out.view()[0]).error().code() == expected);
     CHECK(tetromino::amax(cpu, in) == 1.0f);
+    matrix<float> rotated(1, 64);
+    rotate(cpu, in, {64, {}}, rotated.view());
+    CHECK(rotated(0, 0) == 8.0f);
   }
 }
 
@@ -108,6 +111,13 @@ void compare(std::string_view backend, const tetromino::recipe& r, reference::ge
   tetromino::fake_quantize(policy, x, r, b.view());
   CHECK(same_bytes(a.data, b.data));
   CHECK(tetromino::amax(scalar, x) == tetromino::amax(policy, x));
+  const tetromino::hadamard rotation{std::size_t{16} << random.below(4), random.bits()};
+  rotate(scalar, x, rotation, a.view());
+  rotate(policy, x, rotation, b.view());
+  CHECK(same_bytes(a.data, b.data));
+  rotate_back(scalar, x, rotation, a.view());
+  rotate_back(policy, x, rotation, b.view());
+  CHECK(same_bytes(a.data, b.data));
 }
 
 TEST_CASE("cpu: every backend packs and unpacks the same bytes") {

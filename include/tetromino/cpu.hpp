@@ -85,6 +85,11 @@ void amax_on(const cpu_t& policy, const batch_view<const T>& in, special_values 
   const auto row_amax = [&](const T* x, std::size_t cols) { return rows.amax(x, cols, special); };
   detail::amax_cpu<T>(policy.executor, in, row_amax, out);
 }
+/// As amax_on.
+inline detail::dispatched_rows rotation_on(const cpu_t& policy) noexcept {
+  const auto kernels = detail::kernels_of(policy);
+  return {kernels ? (*kernels)->quantize : detail::supported_kernels().front().quantize};
+}
 template <real T>
 result<void> dequantize_on(const cpu_t& policy, const detail::dequantize_job<T>& job) {
   const auto kernels = detail::kernels_of(policy);

@@ -1,11 +1,16 @@
 #pragma once
 
-#include "config.hpp"               // bit_cast, round_in_place
-#include "detail/for_each_row.hpp"  // for_each_row
-#include "error.hpp"                // error, result
-#include "float16.hpp"              // to_float, from_float
-#include "matrix.hpp"               // batch_view
-#include "rounding.hpp"             // philox4x32
+#include "config.hpp"                // bit_cast, round_in_place
+#include "detail/for_each_row.hpp"   // for_each_row
+#include "detail/rotation_part.hpp"  // rotation_part
+#include "error.hpp"                 // error, result
+#include "execution.hpp"             // simd_t
+#include "float16.hpp"               // to_float, from_float
+#include "matrix.hpp"                // batch_view
+#include "rounding.hpp"              // philox4x32
+#if TETROMINO_SIMD
+#include "detail/simd_hadamard.hpp"  // simd_rotation
+#endif
 
 #include <algorithm>  // std::min
 #include <cstddef>    // std::size_t
@@ -28,6 +33,63 @@ struct hadamard {
 
 namespace detail {
 
+/// Rotates on the CPU, one element at a time as far as the source goes: the reference.
+struct scalar_rotation {
+  /// Rotates row[n] in place; a tail shorter than a block stays as it is.
+  static void rotate(const rotation_part& part, float* row, std::size_t n) {
+    for (std::size_t k = 0; k + part.size <= n; k += part.size) {
+      flip(part, row, k);
+      butterflies(part, row + k);
+    }
+  }
+  /// The inverse.
+  static void revert(const rotation_part& part, float* row, std::size_t n) {
+    for (std::size_t k = 0; k + part.size <= n; k += part.size) {
+      butterflies(part, row + k);
+      flip(part, row, k);
+    }
+  }
+
+ private:
+  static void flip(const rotation_part& part, float* row, std::size_t k) {
+    if (part.signs == nullptr) return;
+    for (std::size_t i = k; i < k + part.size; ++i) {
+      row[i] = bit_cast<float>(bit_cast<std::uint32_t>(row[i]) ^ part.signs[i]);
+    }
+  }
+
+  /// Sums and differences at distances size/2, size/4 ... 1, then one scaling: the same roundings at any vector width.
+  static void butterflies(const rotation_part& part, float* block) {
+    for (std::size_t half = part.size / 2; half >= 8; half /= 2) {
+      for (std::size_t base = 0; base < part.size; base += 2 * half) {
+        for (std::size_t i = base; i < base + half; ++i) {
+          const float a = block[i], b = block[i + half];
+          block[i] = a + b;
+          block[i + half] = a - b;
+        }
+      }
+    }
+    for (std::size_t base = 0; base < part.size; base += 8) short_butterflies(part.scale, block + base);
+  }
+  static void short_butterflies(float scale, float* to) {
+    float x[8];
+    std::copy(to, to + 8, x);
+    butterfly<4>(x);
+    butterfly<2>(x);
+    butterfly<1>(x);
+    for (float& v : x) v *= scale;
+    round_in_place(x);
+    std::copy(x, x + 8, to);
+  }
+  /// With the distance known at compile time, this is a permutation, a change of signs and a sum of vectors.
+  template <std::size_t Half>
+  static void butterfly(float (&x)[8]) {
+    float y[8];
+    for (std::size_t i = 0; i < 8; ++i) y[i] = (i & Half) == 0 ? x[i] + x[i ^ Half] : x[i ^ Half] - x[i];
+    std::copy(y, y + 8, x);
+  }
+};
+
 /// A rotation made ready for rows of one length.
 class row_rotation {
  public:
@@ -39,24 +101,16 @@ class row_rotation {
     }
   }
 
+  /// What happens to columns from `first` on, a multiple of 128.
+  [[nodiscard]] rotation_part from(std::size_t first) const {
+    return {size_, scale_, signs_.empty() ? nullptr : signs_.data() + first};
+  }
+
   /// Rotates columns [first, first + n) of a row, where first is a multiple of 128, into out[n].
   template <class T>
   void apply(const T* in, std::size_t first, std::size_t n, float* out) const {
-    const std::uint32_t* signs = signs_.empty() ? nullptr : signs_.data() + first;
     for (std::size_t k = 0; k < n; ++k) out[k] = to_float(in[k]);
-    for (std::size_t k = 0; k + size_ <= n; k += size_) {
-      if (signs != nullptr) flip(out + k, signs + k);
-      butterflies(out + k);
-    }
-  }
-
-  /// The inverse of apply, in place.
-  void revert(float* row, std::size_t first, std::size_t n) const {
-    const std::uint32_t* signs = signs_.empty() ? nullptr : signs_.data() + first;
-    for (std::size_t k = 0; k + size_ <= n; k += size_) {
-      butterflies(row + k);
-      if (signs != nullptr) flip(row + k, signs + k);
-    }
+    scalar_rotation::rotate(from(first), out, n);
   }
 
  private:
@@ -64,45 +118,23 @@ class row_rotation {
     return size == 16 ? 0.25f : size == 32 ? 0x1.6a09e6p-3f : size == 64 ? 0.125f : 0x1.6a09e6p-4f;
   }
 
-  void flip(float* block, const std::uint32_t* signs) const {
-    for (std::size_t i = 0; i < size_; ++i) block[i] = bit_cast<float>(bit_cast<std::uint32_t>(block[i]) ^ signs[i]);
-  }
-
-  /// Sums and differences at distances size/2, size/4 ... 1, then one scaling: the same roundings at any vector width.
-  void butterflies(float* block) const {
-    for (std::size_t half = size_ / 2; half >= 8; half /= 2) {
-      for (std::size_t base = 0; base < size_; base += 2 * half) {
-        for (std::size_t i = base; i < base + half; ++i) {
-          const float a = block[i], b = block[i + half];
-          block[i] = a + b;
-          block[i + half] = a - b;
-        }
-      }
-    }
-    for (std::size_t base = 0; base < size_; base += 8) short_butterflies(block + base);
-  }
-  void short_butterflies(float* to) const {
-    float x[8];
-    std::copy(to, to + 8, x);
-    butterfly<4>(x);
-    butterfly<2>(x);
-    butterfly<1>(x);
-    for (float& v : x) v *= scale_;
-    round_in_place(x);
-    std::copy(x, x + 8, to);
-  }
-  /// With the distance known at compile time, this is a permutation, a change of signs and a sum of vectors.
-  template <std::size_t Half>
-  static void butterfly(float (&x)[8]) {
-    float y[8];
-    for (std::size_t i = 0; i < 8; ++i) y[i] = (i & Half) == 0 ? x[i] + x[i ^ Half] : x[i ^ Half] - x[i];
-    std::copy(y, y + 8, x);
-  }
-
   std::size_t size_;
   float scale_;
   std::vector<std::uint32_t> signs_;  // sign bits to flip
 };
+
+}  // namespace detail
+
+/// What rotates the rows of a policy: the reference, unless there is something faster for it.
+template <class Policy>
+detail::scalar_rotation rotation_on(const Policy&) noexcept {
+  return {};
+}
+#if TETROMINO_SIMD
+inline detail::simd_rotation rotation_on(const simd_t&) noexcept { return {}; }
+#endif
+
+namespace detail {
 
 inline result<void> check_rotation(const hadamard& rotation) {
   if (rotation.size == 16 || rotation.size == 32 || rotation.size == 64 || rotation.size == 128) return {};
@@ -120,6 +152,7 @@ result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& ro
                                             "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
   }
   const row_rotation prepared(rotation, in.cols);
+  const auto kernels = rotation_on(policy);
   for_each_row(policy.executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
     constexpr std::size_t piece = 1024;
     float scratch[piece];
@@ -127,11 +160,11 @@ result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& ro
     T* target = to.row(row / in.rows, row % in.rows);
     for (std::size_t k = 0; k < in.cols; k += piece) {
       const std::size_t n = std::min(piece, in.cols - k);
+      for (std::size_t i = 0; i < n; ++i) scratch[i] = to_float(from[k + i]);
       if constexpr (Forward) {
-        prepared.apply(from + k, k, n, scratch);
+        kernels.rotate(prepared.from(k), scratch, n);
       } else {
-        for (std::size_t i = 0; i < n; ++i) scratch[i] = to_float(from[k + i]);
-        prepared.revert(scratch, k, n);
+        kernels.revert(prepared.from(k), scratch, n);
       }
       for (std::size_t i = 0; i < n; ++i) target[k + i] = from_float<T>(scratch[i]);
     }

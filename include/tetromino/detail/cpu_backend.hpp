@@ -97,7 +97,7 @@ class row_packer {
     if (!rotation_) return kernels_.dequantize_row(rules_.format, in, n, out);
     float rotated[piece_of_row];
     kernels_.dequantize_row(rules_.format, in, n, rotated);
-    rotation_->revert(rotated, first, n);
+    kernels_.revert(rotation_->from(first), rotated, n);
     for (std::size_t i = 0; i < n; ++i) out[i] = from_float<Out>(rotated[i]);
   }
 
@@ -115,7 +115,7 @@ class row_packer {
         if (rules_.special == special_values::reject && !is_finite(out[i])) return i;
       }
     }
-    rotation_->apply(out, first, n, out);
+    kernels_.rotate(rotation_->from(first), out, n);
     return n;
   }
 

@@ -6,6 +6,7 @@
 #include "../error.hpp"        // result
 #include "../options.hpp"      // special_values
 #include "cpu_matmul.hpp"      // matmul_job, matmul_tile
+#include "rotation_part.hpp"   // rotation_part
 #include "row.hpp"             // row_rules, input_row, packed_row
 
 #include <cstddef>      // std::size_t
@@ -27,6 +28,8 @@ struct row_kernels {
 struct quantize_table {
   const char* isa;  ///< what the compiler was told to use where this table was made
   std::tuple<row_kernels<float>, row_kernels<half>, row_kernels<bfloat16>> rows;
+  void (*rotate)(const rotation_part&, float*, std::size_t);
+  void (*revert)(const rotation_part&, float*, std::size_t);
 };
 
 template <class X, real Out>
@@ -82,6 +85,8 @@ struct dispatched_rows {
                                   T* out) const {
     of<T>().dequantize_past_caches(format, in, cols, out);
   }
+  void rotate(const rotation_part& part, float* row, std::size_t n) const { table->rotate(part, row, n); }
+  void revert(const rotation_part& part, float* row, std::size_t n) const { table->revert(part, row, n); }
 };
 struct dispatched_matmul {
   static constexpr std::size_t tile_rows = 64, tile_cols = 128;
@@ -111,7 +116,7 @@ struct table_of {
             &table_of::dequantize_past_caches<T>};
   }
   static constexpr quantize_table quantize(const char* isa) {
-    return {isa, {rows<float>(), rows<half>(), rows<bfloat16>()}};
+    return {isa, {rows<float>(), rows<half>(), rows<bfloat16>()}, &Kernels::rotate, &Kernels::revert};
   }
   template <class X>
   static constexpr multiply_kernels<X> multiply() {

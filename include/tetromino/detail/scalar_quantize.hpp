@@ -1,6 +1,7 @@
 #pragma once
 
-#include "row.hpp"  // row_rules, packed_row, input_row
+#include "../hadamard.hpp"  // scalar_rotation
+#include "row.hpp"          // row_rules, packed_row, input_row
 
 #include <algorithm>  // std::min, std::max, std::clamp
 #include <cstddef>    // std::size_t
@@ -10,7 +11,7 @@ namespace tetromino::detail {
 
 /// The reference backend: one block at a time, one element at a time, in the words of the specification. Every other
 /// backend gives the same bytes.
-struct scalar_kernels {
+struct scalar_kernels : scalar_rotation {
   /// The largest magnitude of x[n] after the special-value policy, leaving out blocks of 16 that are not finite.
   template <real T>
   static float amax(const T* x, std::size_t n, special_values special) {

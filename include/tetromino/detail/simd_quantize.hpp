@@ -4,13 +4,14 @@
 
 #if TETROMINO_SIMD
 
-#include "../e2m1.hpp"      // e2m1
-#include "../e4m3.hpp"      // e4m3
-#include "../e8m0.hpp"      // e8m0
-#include "../rounding.hpp"  // round_stochastic, philox4x32
-#include "row.hpp"          // row_rules, packed_row, input_row, admit
-#include "simd_blocks.hpp"  // floats, words, block_amax, encode_e2m1, e2m1_decoder
-#include "simd_scales.hpp"  // closed_form_bytes, searched_macros, nvfp4_codes
+#include "../e2m1.hpp"        // e2m1
+#include "../e4m3.hpp"        // e4m3
+#include "../e8m0.hpp"        // e8m0
+#include "../rounding.hpp"    // round_stochastic, philox4x32
+#include "row.hpp"            // row_rules, packed_row, input_row, admit
+#include "simd_blocks.hpp"    // floats, words, block_amax, encode_e2m1, e2m1_decoder
+#include "simd_hadamard.hpp"  // simd_rotation
+#include "simd_scales.hpp"    // closed_form_bytes, searched_macros, nvfp4_codes
 
 #include <algorithm>  // std::min, std::max, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
@@ -20,7 +21,7 @@ namespace tetromino::detail {
 inline namespace TETROMINO_ISA {
 
 /// Row kernels on vectors, 16 blocks at a time; byte for byte what scalar_kernels give.
-struct simd_kernels {
+struct simd_kernels : simd_rotation {
   /// See scalar_kernels::amax.
   template <real T>
   static float amax(const T* x, std::size_t n, special_values special) {
