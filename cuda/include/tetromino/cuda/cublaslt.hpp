@@ -24,6 +24,12 @@
 /// cuBLASLt multiplies kind e4m3_16 alone, by itself (cuBLAS 13.1, "16/32-Element 1D Block Scaling"): NVFP4, and MXFP4
 /// whose scales to_block_scaled has brought into the range of E4M3. NOT RUN on a GPU that has these tensor cores, for
 /// want of one; elsewhere a plan is refused.
+///
+///     const auto library = cuda::cublaslt::create();                                            // once
+///     cuda::to_block_scaled(stream, packed_weights, weights);                                   // once for each model
+///     const auto plan = cuda::block_scaled_plan<bfloat16>::create(library, tokens, N, K, N);    // once for each shape
+///     cuda::try_quantize_swizzled_to(stream, x, packed, options).value();                       // x is now an operand
+///     plan.multiply(stream.with_workspace(memory), cuda::as_block_scaled(packed), weights.view()[expert], out);
 namespace tetromino::cuda {
 
 namespace detail {
