@@ -130,14 +130,15 @@ TETROMINO_INLINE void gather_codes(const std::uint8_t* in, std::size_t n, std::u
   for (std::size_t i = whole; i < n; ++i) row[i] = in[whole * repacked_shape::group + i - whole];
 }
 
-/// Where row r of matrix e begins in each buffer of repacked storage.
+/// Where row r of matrix e begins in each buffer of repacked storage; 0 in an empty one, which may have no address.
 struct repacked_place {
   std::size_t codes, scales, macros;
 };
 TETROMINO_INLINE repacked_place place_of(const repacked_shape& shape, std::size_t e, std::size_t r) {
+  if (shape.linear.cols == 0) return {0, 0, 0};
   const std::size_t group = e * shape.groups() + r / repacked_shape::group, lane = r % repacked_shape::group;
   return {group * shape.code_bytes_per_group() + 4 * lane, group * shape.scale_bytes_per_group() + lane,
-          group * shape.macro_bytes_per_group() + lane};
+          shape.linear.format.macro_block == 0 ? 0 : group * shape.macro_bytes_per_group() + lane};
 }
 
 }  // namespace detail
