@@ -15,10 +15,13 @@ endfunction()
 
 # Options of the project, such as -march=native, must not reach the tables: the last -march counts. Without optimization
 # inline functions would be shared between them.
+set(TETROMINO_CPU_OPTIONS "" CACHE STRING "Further options of the compiler for the kernels of tetromino::cpu")
+mark_as_advanced(TETROMINO_CPU_OPTIONS)
 function(tetromino_cpu_tables name parts)
   foreach(part IN LISTS parts)
     string(TOLOWER ${part} file)
-    tetromino_cpu_source(${file}_${name} cpu_instance.hpp -O2 ${ARGN} -DTETROMINO_CPU_INSTANCE=cpu_${name}
+    tetromino_cpu_source(${file}_${name} cpu_instance.hpp -O2 ${ARGN} ${TETROMINO_CPU_OPTIONS}
+                         -DTETROMINO_CPU_INSTANCE=cpu_${name}
                          -DTETROMINO_CPU_${part}=1)
   endforeach()
 endfunction()
