@@ -1,12 +1,13 @@
-/// Speed of matmul on the CPU: 8-bit, 4-bit and bfloat16 activations by packed weights.
+/// Speed of matmul on the CPU: 8-bit, 4-bit and bfloat16 activations by packed weights, linear and repacked.
 ///
 ///   bench_matmul [--mib N] [--repetitions N] [--only TEXT]
 ///
 /// Weights of N MiB (128), more than most caches hold, and of 256 KiB. GB/s counts their bytes; cycles are for 32
-/// weights and one row of activations.
+/// weights and one row of activations. The ceiling is to read the same bytes.
 
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
+#include <tetromino/repacked.hpp>
 
 #include "bench.hpp"
 #include "reference/generators.hpp"
@@ -43,8 +44,15 @@ void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_m
   const double size = static_cast<double>(weights.bytes());
   bench::table table(r.name() + ", " + std::to_string(outputs) + " x " + std::to_string(cols) + ", " +
                      (in_memory ? "in memory, " : "in cache, ") + std::string(simd.isa()));
-  const auto read = table.add("(read the codes)", "", static_cast<double>(weights.codes.size()), 0,
-                              [&] { bench::read_all(weights.codes.data(), weights.codes.size()); });
+  const repacked fast = repack(simd, weights);
+  const auto read = table.add("(read the weights)", "", size, 0, [&] {
+    for (const auto* part : {&weights.codes, &weights.scales, &weights.macros}) {
+      bench::read_all(part->data(), part->size());
+    }
+  });
+  table.add(
+      "repack", "", size, static_cast<double>(outputs * cols), [&] { bench::sink = repack(simd, weights).bytes(); },
+      read);
   struct activations {
     matrix<float> x;
     matrix<bfloat16> x16;
@@ -70,9 +78,16 @@ void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_m
     table.add(
         "int8" + suffix, "W4A8", size, products, [&, out] { matmul(simd, stored.x8, weights, out()); }, read);
     table.add(
+        "int8, repacked" + suffix, "W4A8", size, products, [&, out] { matmul(simd, stored.x8, fast, out()); }, read);
+    table.add(
         "packed" + suffix, "W4A4", size, products, [&, out] { matmul(simd, stored.x4, weights, out()); }, read);
     table.add(
+        "packed, repacked" + suffix, "W4A4", size, products, [&, out] { matmul(simd, stored.x4, fast, out()); }, read);
+    table.add(
         "bfloat16" + suffix, "W4A16", size, products, [&, out] { matmul(simd, stored.x16, weights, out()); }, read);
+    table.add(
+        "bfloat16, repacked" + suffix, "W4A16", size, products, [&, out] { matmul(simd, stored.x16, fast, out()); },
+        read);
   }
   table.run(repetitions);
   table.print();

@@ -1,5 +1,5 @@
 /// How cost grows with size and falls with threads, on the CPU: quantize, dequantize and matmul from 1 KiB to whatever
-/// fits, and matmul over the caller's threads.
+/// fits, and all of them over the caller's threads.
 ///
 ///   bench_scaling [--most-mib N] [--threads N] [--repetitions N] [--only TEXT]
 ///
@@ -9,6 +9,7 @@
 #include <tetromino/dequantize.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
+#include <tetromino/repacked.hpp>
 
 #include "bench.hpp"
 #include "reference/generators.hpp"
@@ -61,6 +62,10 @@ void bench_size(std::size_t bytes, int repetitions) {
         [&] { matmul(simd, one, w, matrix_view<float>(out.data(), 1, rows)); }, read_codes);
   };
   multiply("matmul mxfp4-32, M = 1", mx);
+  const repacked fast = repack(simd, mx);
+  table.add(
+      "the same, repacked", "W4A8", static_cast<double>(mx.bytes()), weights,
+      [&] { matmul(simd, one, fast, matrix_view<float>(out.data(), 1, rows)); }, read_codes);
   multiply("matmul nvfp4, M = 1", nv);
   // Last, as it writes over its own input.
   table.add("dequantize mxfp4-32", "float", size, weights, [&] { dequantize_to(simd, mx, all); });
@@ -78,6 +83,10 @@ void bench_threads(std::size_t bytes, unsigned most, int repetitions) {
   const matrix_view<const float> few(sample.data(), 16, cols);
   const int8_matrix x = quantize_int8(few);
   std::vector<float> out(16 * rows);
+  const repacked fast = repack(simd, w);
+  const std::vector<float> x32 = reference::normal_sample(2, std::size_t{1} << 24);
+  const matrix_view<const float> floats(x32.data(), x32.size() / cols, cols);
+  packed<any_format> codes(mxfp4{}, 1, floats.rows, cols);
   bench::table table("threads, weights of " + size_name(bytes) + " before packing, by the wall clock", false);
   for (unsigned threads = 1; threads <= most; threads *= 2) {
     const thread_executor executor(threads);
@@ -88,6 +97,9 @@ void bench_threads(std::size_t bytes, unsigned most, int repetitions) {
         bench::read_all(w.codes.data() + i * part, part);
       });
     });
+    table.add(
+        "mxfp4-32/oas", count, static_cast<double>(x32.size() * sizeof(float)), static_cast<double>(x32.size()),
+        [&, executor] { quantize_to(simd.on(executor), floats, codes.view()); }, read);
     for (const std::size_t m : {1u, 16u}) {
       const int8_view<> part{m, cols, std::span(x.values).first(m * cols), std::span(x.scales).first(m * cols / 32)};
       const std::string suffix = ", M = " + std::to_string(m);
@@ -95,6 +107,10 @@ void bench_threads(std::size_t bytes, unsigned most, int repetitions) {
       table.add(
           "matmul int8" + suffix, count, bytes_read, products,
           [&, executor, part, m] { matmul(simd.on(executor), part, w, matrix_view<float>(out.data(), m, rows)); },
+          read);
+      table.add(
+          "the same, repacked" + suffix, count, bytes_read, products,
+          [&, executor, part, m] { matmul(simd.on(executor), part, fast, matrix_view<float>(out.data(), m, rows)); },
           read);
       table.add(
           "matmul float" + suffix, count, bytes_read, products,

@@ -375,8 +375,8 @@ TETROMINO_INLINE floats to_floats(const words& a) {
 /// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as simd_elements.hpp orders
 /// them): lane n of out[b] is the sum over block b of row n, biased.
 template <std::size_t Block>
-TETROMINO_INLINE void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
-                                    words (&out)[128 / Block]) {
+void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
+                   words (&out)[128 / Block]) {
   const __m256i one = _mm256_set1_epi16(1);
   repeat<2>([&](auto half) TETROMINO_INLINE_LAMBDA {
     const __m256 low = _mm256_castsi256_ps(load_register(x + 64 * half)),

@@ -341,8 +341,8 @@ TETROMINO_INLINE floats to_floats(const words& a) { return lanes(_mm512_cvtepi32
 /// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as simd_elements.hpp orders
 /// them): lane n of out[b] is the sum over block b of row n, biased.
 template <std::size_t Block>
-TETROMINO_INLINE void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
-                                    words (&out)[128 / Block]) {
+void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
+                   words (&out)[128 / Block]) {
   const __m512i low = _mm512_loadu_si512(x), high = _mm512_loadu_si512(x + 64);
   const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i even = _mm512_permutex2var_epi32(low, evens, high);

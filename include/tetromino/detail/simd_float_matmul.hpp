@@ -180,15 +180,15 @@ class float_matmul {
     alignas(64) float scales[together][depth / Block];
     for (std::size_t l = 0; l < lane_count; l += together) {
       const std::uint8_t* codes[together];
-      floats sum[together];
-      repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {
+      for (std::size_t r = 0; r < together; ++r) {
         const auto row = row_at(std::min(l + r, width - 1), row_ + r * depth);  // those past the last repeat it
         codes[r] = row.codes;
         load_block_scales<Block>(row, used / Block, scales[r]);
         for (std::size_t j = 0; j < used / 2; j += 64) prefetch(codes[r] + j, lane_count * row_bytes);
         prefetch(row.scales, lane_count * row_scales);
-        sum[r] = broadcast(0.0f);
-      });
+      }
+      floats sum[together];
+      repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = broadcast(0.0f); });
       for (std::size_t i = 0; i < used; i += 32) {
         const floats even = load(&x_[0][i]), odd = load(&x_[0][i + lane_count]);
         repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {

@@ -209,12 +209,9 @@ void add_rows(const weight_panel& w, const element_rows& x, std::size_t at, floa
 template <scale_type Scale, std::size_t Block, std::size_t Common>
 void add_each(const weight_panel& w, const element_rows& x, std::size_t first, std::size_t rows,
               float (*total)[lane_count]) {
-  constexpr std::size_t many = registers == 1 ? 8 : registers == 2 ? 2 : 1;  // sums that fit the registers
+  constexpr std::size_t many = registers == 1 ? 4 : registers == 2 ? 2 : 1;  // sums that fit the registers
   std::size_t m = 0;
   for (; m + many <= rows; m += many) add_rows<many, Scale, Block, Common>(w, x, m * x.stride + first, total + m);
-  if constexpr (many > 4) {
-    for (; m + 4 <= rows; m += 4) add_rows<4, Scale, Block, Common>(w, x, m * x.stride + first, total + m);
-  }
   if constexpr (many > 1) {
     for (; m < rows; ++m) add_rows<1, Scale, Block, Common>(w, x, m * x.stride + first, total + m);
   }
