@@ -36,7 +36,8 @@ TEST_CASE("simd matmul: all formats, all kinds of activation, sizes around tiles
 
 TEST_CASE("simd matmul: more columns than are taken at once") {
   reference::generator random(seed());
-  for (const auto& [rows, outputs, cols] : {std::array<std::size_t, 3>{64, 5, 1100}, {9, 18, 4000}, {1, 3, 33000}}) {
+  for (const auto& shape : {std::array<std::size_t, 3>{64, 5, 1100}, {9, 18, 4000}, {1, 3, 33000}}) {
+    const std::size_t rows = shape[0], outputs = shape[1], cols = shape[2];
     for (int round = 0; round < 2; ++round) {
       const any_format weights = all_formats()[random.below(all_formats().size())];
       multiply_every_kind(tetromino::simd, weights, all_formats()[random.below(all_formats().size())], rows, outputs,

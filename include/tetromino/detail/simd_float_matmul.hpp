@@ -38,6 +38,7 @@ class float_matmul {
 
  private:
   static constexpr std::size_t most_rows = 64, most_cols = 128, depth = 512;
+  static constexpr std::size_t chunks_at_once = 8;  // of one row
   // Rows and outputs whose sums are kept in registers at once, for most rows and for those that are left over.
   static constexpr std::size_t rows_at_once = registers == 1 ? 4 : 3, outputs_at_once = registers == 1 ? 4 : 2;
   static constexpr std::size_t outputs_of_one_row = registers == 1 ? 8 : 4;
@@ -49,16 +50,12 @@ class float_matmul {
     const std::size_t cols = job_.weights.cols;
     float totals[most_cols / lane_count][most_rows][lane_count];
     for (auto& total : totals) std::fill(&total[0][0], &total[0][0] + rows_ * lane_count, 0.0f);
-    for (std::size_t k = 0; k < cols; k += depth) {
+    for (std::size_t k = rows_ == 1 ? add_one_row<Block>(totals) : 0; k < cols; k += depth) {
       const std::size_t used = std::min(depth, cols - k);
       used_ = (used + 31) / 32 * 32;
-      for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used);
+      for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used, x_[m]);
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
         const std::size_t width = std::min(lane_count, tile_.last_col - n);
-        if (rows_ == 1 && used % 32 == 0) {
-          add_one_row<Block>(n, width, k, used, totals[(n - tile_.first_col) / lane_count][0]);
-          continue;
-        }
         for (std::size_t l = 0; l < width; ++l) load_weights<Block>(n + l, k, used, w_[l]);
         for (std::size_t l = width; l < lane_count; ++l) std::fill(w_[l], w_[l] + used_, 0.0f);
         auto* total = totals[(n - tile_.first_col) / lane_count];
@@ -80,9 +77,8 @@ class float_matmul {
   /// Where column i of a chunk goes: even columns of each 32 come first, as codes are decoded.
   static constexpr std::size_t place(std::size_t i) { return i / 32 * 32 + i % 2 * 16 + i % 32 / 2; }
 
-  void load_activations(std::size_t m, std::size_t k, std::size_t used) {
+  void load_activations(std::size_t m, std::size_t k, std::size_t used, float* out) const {
     const T* x = activation_row(job_.x, tile_.first_row + m) + k;
-    float* out = x_[m];
     std::size_t i = 0;
     if constexpr (is_split<T>) {
       for (; i + 32 <= used; i += 32) {
@@ -97,7 +93,7 @@ class float_matmul {
         out[i + 16 + j] = to_float(x[i + 2 * j + 1]);
       }
     }
-    for (; i < used_; i += 32) {
+    for (; i < used; i += 32) {
       for (std::size_t j = i; j < i + 32; ++j) out[place(j)] = j < used ? to_float(x[j]) : 0.0f;
     }
   }
@@ -160,46 +156,64 @@ class float_matmul {
     for (std::size_t i = used; i < used_; ++i) out[place(i)] = 0.0f;  // codes past the last column may be anything
   }
 
-  /// load_weights and add for one row, without storing weights in between.
+  /// load_weights and add for one row, without storing weights in between. Returns how many columns it took: all of
+  /// them, or all chunks but the last, if that ends with less than 32.
   template <std::size_t Block>
-  void add_one_row(std::size_t n, std::size_t width, std::size_t k, std::size_t used, float* total) {
+  std::size_t add_one_row(float (*totals)[most_rows][lane_count]) {
+    const std::size_t cols = job_.weights.cols, whole = cols % 32 == 0 ? cols : cols / depth * depth;
+    for (std::size_t k = 0; k < whole; k += chunks_at_once * depth) {
+      const std::size_t used = std::min(chunks_at_once * depth, whole - k);
+      for (std::size_t i = 0; i < used; i += depth) {
+        load_activations(0, k + i, std::min(depth, used - i), x_[i / depth]);
+      }
+      for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
+        add_chunks<Block>(n, std::min(lane_count, tile_.last_col - n), k, used,
+                          totals[(n - tile_.first_col) / lane_count][0]);
+      }
+    }
+    return whole;
+  }
+  template <std::size_t Block>
+  void add_chunks(std::size_t n, std::size_t width, std::size_t k, std::size_t used, float* total) {
     constexpr std::size_t together = registers == 1 ? 4 : 2;  // rows of weights whose sums are independent
+    constexpr std::size_t most = chunks_at_once * depth;
     const weights_view& weights = job_.weights;
     const packed_shape shape = weights.shape();
-    const std::size_t row_bytes = shape.code_bytes_per_row(), row_scales = shape.blocks_per_row();
-    const std::size_t macro = weights.format.macro_block == 0 ? 0 : k / weights.format.macro_block;
-    const auto row_at = [&](std::size_t i, std::uint8_t* buffer)
-                            TETROMINO_INLINE_LAMBDA -> packed_row<const std::uint8_t> {
-      if (weights.is_repacked) return read_row(weights, tile_.matrix, n + i, k, used, buffer);
-      const std::size_t row = tile_.matrix * weights.rows + n + i;
-      return {weights.codes.data() + row * row_bytes + k / 2, weights.scales.data() + row * row_scales + k / Block,
-              weights.macros.data() + row * shape.macros_per_row() + macro, 1.0f};
-    };
+    const std::size_t row_bytes = shape.code_bytes_per_row();
     const e2m1_decoder decode;
-    alignas(64) float sums[lane_count][lane_count];
-    alignas(64) float scales[together][depth / Block];
+    std::uint8_t rows[together][most];  // of repacked weights: codes, scales and macro-block bytes
+    alignas(64) float scales[together][most / Block];
+    alignas(64) float sums[chunks_at_once][lane_count][lane_count];
     for (std::size_t l = 0; l < lane_count; l += together) {
       const std::uint8_t* codes[together];
       for (std::size_t r = 0; r < together; ++r) {
-        const auto row = row_at(std::min(l + r, width - 1), row_ + r * depth);  // those past the last repeat it
+        const std::size_t output = n + std::min(l + r, width - 1);  // those past the last repeat it
+        const auto row = read_row(weights, tile_.matrix, output, k, used, rows[r]);
         codes[r] = row.codes;
         load_block_scales<Block>(row, used / Block, scales[r]);
-        for (std::size_t j = 0; j < used / 2; j += 64) prefetch(codes[r] + j, lane_count * row_bytes);
-        prefetch(row.scales, lane_count * row_scales);
+        prefetch(row.scales, together * shape.blocks_per_row());
       }
-      floats sum[together];
-      repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = broadcast(0.0f); });
-      for (std::size_t i = 0; i < used; i += 32) {
-        const floats even = load(&x_[0][i]), odd = load(&x_[0][i + lane_count]);
-        repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {
-          const floats_pair w = decode.template scaled<Block>(codes[r] + i / 2, scales[r] + i / Block);
-          sum[r] = multiply_and_add(odd, w.second, multiply_and_add(even, w.first, sum[r]));
-        });
+      for (std::size_t first = 0; first < used; first += depth) {
+        const std::size_t last = std::min(used, first + depth);
+        for (std::size_t r = 0; r < together; ++r) {
+          for (std::size_t i = first / 2; i < last / 2; i += 64) prefetch(codes[r] + i, together * row_bytes);
+        }
+        floats sum[together];
+        repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = broadcast(0.0f); });
+        for (std::size_t i = first; i < last; i += 32) {
+          const floats even = load(&x_[0][0] + i), odd = load(&x_[0][0] + i + lane_count);
+          repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {
+            const floats_pair w = decode.template scaled<Block>(codes[r] + i / 2, scales[r] + i / Block);
+            sum[r] = multiply_and_add(odd, w.second, multiply_and_add(even, w.first, sum[r]));
+          });
+        }
+        repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { store(sums[first / depth][l + r], sum[r]); });
       }
-      repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { store(sums[l + r], sum[r]); });
     }
-    const floats sum = sum_each([&](std::size_t l) TETROMINO_INLINE_LAMBDA { return load(sums[l]); });
-    store(total, load(total) + sum);
+    for (std::size_t c = 0; c * depth < used; ++c) {
+      const floats sum = sum_each([&](std::size_t l) TETROMINO_INLINE_LAMBDA { return load(sums[c][l]); });
+      store(total, load(total) + sum);
+    }
   }
 
   static TETROMINO_INLINE floats multiply_and_add(const floats& a, const floats& b, const floats& c) {
@@ -238,7 +252,7 @@ class float_matmul {
   std::size_t rows_;
   std::size_t used_ = 0;  // columns of this chunk, rounded up to 32
 
-  std::uint8_t row_[4 * depth];  // as linear storage has them: codes, scales and macro-block bytes of 512 columns each
+  std::uint8_t row_[depth];  // of repacked weights: codes, scales and macro-block bytes of a chunk
   alignas(64) float w_[lane_count][depth];
   alignas(64) float x_[most_rows][depth];
 };
