@@ -93,6 +93,7 @@ struct scalar_rotation {
 /// A rotation made ready for rows of one length.
 class row_rotation {
  public:
+  row_rotation() = default;  // none
   row_rotation(const hadamard& rotation, std::size_t cols) : size_(rotation.size), scale_(inverse_root(rotation.size)) {
     if (!rotation.sign_seed) return;
     signs_.resize(cols);
@@ -100,6 +101,8 @@ class row_rotation {
       signs_[k] = philox4x32(k / 4, *rotation.sign_seed).word[k % 4] << 31;
     }
   }
+
+  explicit operator bool() const noexcept { return size_ != 0; }
 
   /// What happens to columns from `first` on, a multiple of 128.
   [[nodiscard]] rotation_part from(std::size_t first) const {
@@ -118,8 +121,8 @@ class row_rotation {
     return size == 16 ? 0.25f : size == 32 ? 0x1.6a09e6p-3f : size == 64 ? 0.125f : 0x1.6a09e6p-4f;
   }
 
-  std::size_t size_;
-  float scale_;
+  std::size_t size_ = 0;
+  float scale_ = 1;
   std::vector<std::uint32_t> signs_;  // sign bits to flip
 };
 

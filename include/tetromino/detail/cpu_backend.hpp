@@ -11,7 +11,6 @@
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 #include <limits>     // std::numeric_limits
-#include <optional>   // std::optional
 #include <span>       // std::span
 #include <vector>     // std::vector
 
@@ -55,7 +54,7 @@ class row_packer {
   row_packer(const any_format& format, const quantize_options& options, std::size_t cols, const Kernels& kernels)
       : kernels_(kernels), rules_{format,           *options.rule,   options.macro,
                                   options.rounding, options.special, options.seed} {
-    if (options.rotation) rotation_.emplace(*options.rotation, cols);
+    if (options.rotation) rotation_ = row_rotation(*options.rotation, cols);
   }
 
   /// Packs one row, or a piece of it that starts at column `first`, a multiple of piece_of_row; returns the column in
@@ -97,7 +96,7 @@ class row_packer {
     if (!rotation_) return kernels_.dequantize_row(rules_.format, in, n, out);
     float rotated[piece_of_row];
     kernels_.dequantize_row(rules_.format, in, n, rotated);
-    kernels_.revert(rotation_->from(first), rotated, n);
+    kernels_.revert(rotation_.from(first), rotated, n);
     for (std::size_t i = 0; i < n; ++i) out[i] = from_float<Out>(rotated[i]);
   }
 
@@ -115,13 +114,13 @@ class row_packer {
         if (rules_.special == special_values::reject && !is_finite(out[i])) return i;
       }
     }
-    kernels_.rotate(rotation_->from(first), out, n);
+    kernels_.rotate(rotation_.from(first), out, n);
     return n;
   }
 
   [[no_unique_address]] Kernels kernels_;
   row_rules rules_;
-  std::optional<row_rotation> rotation_;
+  row_rotation rotation_;
 };
 
 /// The largest magnitude of the whole batch (one entry) or of each matrix; `row_amax(row, cols)` gives a row's.
