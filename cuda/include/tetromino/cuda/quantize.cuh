@@ -7,6 +7,7 @@
 #include "least_error.cuh"  // search_macro, search_scale
 #include "rows.cuh"         // row_map
 #include "search.cuh"       // launch_search
+#include "turned.cuh"       // transposed_tile
 
 #include <tetromino/layout.hpp>   // swizzled_bytes
 #include <tetromino/options.hpp>  // quantize_job
@@ -113,6 +114,13 @@ template <real T>
   return __fmul_rn(__fmul_rn(scale, scale), sum_halves(square));
 }
 
+/// What an element of magnitude amax alone has of that error, in the same steps.
+[[nodiscard]] __device__ inline float nv_clamped_error(float amax, float tensor_scale, std::uint32_t code) {
+  const float scale = decode_e4m3(code);
+  const float difference = difference_to_nearest<true>(__fdiv_rn(amax, __fmul_rn(tensor_scale, scale)), 1.0f);
+  return __fmul_rn(__fmul_rn(scale, scale), __fmul_rn(difference, difference));
+}
+
 /// The E4M3 scale of a block with amax > 0.
 template <real T, pack_rule Rule>
 [[nodiscard]] __device__ std::uint32_t nv_scale(const chunk<T>& x, float amax, float tensor_scale, const float* weights,
@@ -128,12 +136,21 @@ template <real T, pack_rule Rule>
     return nv_error(x, amax, tensor_scale, from_four, weights, used) < six ? from_four : from_six;
   } else {
     if (from_six == 0) return 0;
-    std::uint32_t best = 0;
-    float least = 0;
+    // Upwards from the scale that takes the largest magnitude to 6, then downwards: there that element is clamped, and
+    // mostly its error alone is more than the least sum so far. Rounding is monotone, so that no sum of squares is
+    // below what one of them gives.
+    std::uint32_t best = from_six;
+    float least = nv_error(x, amax, tensor_scale, from_six, weights, used);
     const std::uint32_t last = min(from_six + 8, std::uint32_t{e4m3::max_finite_bits});
-    for (std::uint32_t code = from_six > 9 ? from_six - 8 : 1; code <= last; ++code) {
+    for (std::uint32_t code = from_six + 1; code <= last; ++code) {
       const float total = nv_error(x, amax, tensor_scale, code, weights, used);
-      if (best == 0 || total <= least) best = code, least = total;  // the larger scale wins ties
+      if (total <= least) best = code, least = total;  // the larger scale wins ties
+    }
+    const std::uint32_t first = from_six > 9 ? from_six - 8 : 1;
+    for (std::uint32_t code = from_six - 1; code >= first; --code) {
+      if (weights == nullptr && nv_clamped_error(amax, tensor_scale, code) > least) continue;
+      const float total = nv_error(x, amax, tensor_scale, code, weights, used);
+      if (total < least) best = code, least = total;
     }
     return best;
   }
@@ -212,69 +229,21 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
   return out;
 }
 
+/// How a kernel finds its elements: as one row of whole blocks in whole chunks, row by row, or along the columns.
+enum class pack_source : std::uint8_t { flat, rows, turned };
+
 /// Thread blocks that share a multiprocessor: as many as there can be where memory is the limit.
-template <pack_rule Rule, bool Stochastic, bool Flat>
+template <pack_rule Rule, bool Stochastic, pack_source Source>
 inline constexpr unsigned blocks_at_once = Stochastic                                                              ? 1
                                            : Rule == pack_rule::mx || Rule == pack_rule::mx_macro                  ? 8
                                            : Rule == pack_rule::mx_min_error || Rule == pack_rule::mx_macro_search ? 4
-                                           : Rule == pack_rule::nv_amax ? (Flat ? 8 : 6)
+                                           : Rule == pack_rule::nv_amax ? (Source == pack_source::flat ? 8 : 6)
                                                                         : 3;
 
-/// The elements of a thread block that packs the transpose: `cols` of the output by 4096 / cols rows, read along the
-/// rows of the input. The output's element [row, col] is the input's [col, row].
-template <real T>
-struct transposed_tile {
-  static constexpr std::uint32_t room = 4096 + 512;
-  T of[room];
-
-  /// Reads the tile at [first_row, first_col] of the output, and gives a thread its chunk, at [row, col] in the tile.
-  __device__ void load(const pack_args<T>& args, std::uint32_t cols, std::uint32_t first_row, std::uint32_t first_col,
-                       std::uint32_t row, std::uint32_t col, chunk<T>& x) {
-    const std::uint32_t rows = 4096 / cols, pitch = rows + 1;
-    const std::uint32_t matrix = args.rows.by_rows.quotient(first_row);
-    const std::uint32_t in_matrix = first_row - matrix * args.rows.by_rows.divisor;
-    const T* from = args.in + matrix * args.rows.matrix_stride + first_col * args.rows.row_stride + in_matrix;
-    constexpr std::uint32_t at_once = 16 / sizeof(T);
-    const bool is_whole = args.is_aligned && in_matrix % at_once == 0;
-    for (std::uint32_t i = threadIdx.x; i < 4096 / at_once; i += 256) {
-      const std::uint32_t c = i / (rows / at_once), r = i % (rows / at_once) * at_once;
-      const bool exists = first_col + c < args.rows.cols;
-      const T* const there = from + c * args.rows.row_stride + r;
-      T* const to = of + c * pitch + r;
-      if (is_whole && exists && in_matrix + r + at_once <= args.rows.by_rows.divisor) {
-        const uint4 four = __ldg(reinterpret_cast<const uint4*>(there));
-        const std::uint32_t word[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (std::uint32_t k = 0; k < at_once; ++k) {
-          if constexpr (sizeof(T) == 4) {
-            to[k] = bit_cast<float>(word[k]);
-          } else {
-            to[k] = T{static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2)))};
-          }
-        }
-      } else {
-#pragma unroll
-        for (std::uint32_t k = 0; k < at_once; ++k) {
-          to[k] = exists && in_matrix + r + k < args.rows.by_rows.divisor ? there[k] : T{};
-        }
-      }
-    }
-    __syncthreads();
-    const T* const own = of + col * pitch + row;
-#pragma unroll
-    for (std::uint32_t i = 0; i < chunk_size; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        x.word[i] = bit_cast<std::uint32_t>(own[i * pitch]);
-      } else if (i % 2 == 0) {
-        x.word[i / 2] = own[i * pitch].bits | static_cast<std::uint32_t>(own[(i + 1) * pitch].bits) << 16;
-      }
-    }
-  }
-};
-
-/// Reads and packs sixteen elements a thread. `Flat`: all rows are one, of whole blocks, in whole chunks.
-template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, bool Flat>
-__global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Flat>) pack_kernel(const pack_args<T> args) {
+/// Reads and packs sixteen elements a thread.
+template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, pack_source Source>
+__global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Source>) pack_kernel(const pack_args<T> args) {
+  constexpr bool Flat = Source == pack_source::flat, Turned = Source == pack_source::turned;
   const std::size_t c = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
   std::uint32_t row = 0, col = 0, used = 0, matrix = 0;
   bool is_there = false;
@@ -286,7 +255,7 @@ __global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Flat>) p
     } else {
       x.clear();
     }
-  } else if (args.tile_cols != 0) {
+  } else if constexpr (Turned) {
     __shared__ transposed_tile<T> tile;
     const std::uint32_t rows = 4096 / args.tile_cols, tiles_of_row = args.rows.chunks_per_row * 16 / args.tile_cols;
     const std::uint32_t tiles_of_matrix = (args.rows.by_rows.divisor + rows - 1) / rows * tiles_of_row;
@@ -333,7 +302,7 @@ __global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Flat>) p
     } else if (args.rules.special == special_values::reject) {
       std::size_t first = Flat ? c * chunk_size : static_cast<std::size_t>(row) * args.rows.cols + col;
       first += x.first_special();
-      if (!Flat && args.tile_cols != 0) {  // where it lies in the input
+      if constexpr (Turned) {  // where it lies in the input
         const std::size_t in_matrix = row - matrix * args.rows.by_rows.divisor;
         const std::size_t in_row = first - static_cast<std::size_t>(row) * args.rows.cols;
         first = (matrix * static_cast<std::size_t>(args.rows.cols) + in_row) * args.rows.by_rows.divisor + in_matrix;
@@ -514,20 +483,28 @@ template <real T, pack_rule Rule, std::uint32_t Block>
 result<void> launch_pack(const stream& s, const pack_args<T>& args) {
   auto blocks = static_cast<unsigned>((args.chunks + 255) / 256);
   if (args.tile_cols != 0) {
-    const std::uint32_t rows = args.rows.by_rows.divisor, tile_rows = 4096 / args.tile_cols;
-    blocks =
-        args.rows.rows / rows * ((rows + tile_rows - 1) / tile_rows) * (args.rows.chunks_per_row * 16 / args.tile_cols);
+    const std::uint32_t of_matrix = args.rows.by_rows.divisor, tile_rows = 4096 / args.tile_cols;
+    blocks = args.rows.rows / of_matrix * ((of_matrix + tile_rows - 1) / tile_rows) *
+             (args.rows.chunks_per_row * 16 / args.tile_cols);
   }
+  using enum pack_source;
+  const bool is_turned = args.tile_cols != 0;
   if (args.rules.stochastic) {
     if constexpr (Rule != pack_rule::mx_min_error && Rule != pack_rule::mx_macro_search) {
-      pack_kernel<T, Rule, Block, true, false><<<blocks, 256, 0, s.handle>>>(args);
+      if (is_turned) {
+        pack_kernel<T, Rule, Block, true, turned><<<blocks, 256, 0, s.handle>>>(args);
+      } else {
+        pack_kernel<T, Rule, Block, true, rows><<<blocks, 256, 0, s.handle>>>(args);
+      }
     }
   } else if (args.is_flat) {
     if constexpr (Rule != pack_rule::nv_four_over_six && Rule != pack_rule::nv_min_error) {
-      pack_kernel<T, Rule, Block, false, true><<<blocks, 256, 0, s.handle>>>(args);
+      pack_kernel<T, Rule, Block, false, flat><<<blocks, 256, 0, s.handle>>>(args);
     }
+  } else if (is_turned) {
+    pack_kernel<T, Rule, Block, false, turned><<<blocks, 256, 0, s.handle>>>(args);
   } else {
-    pack_kernel<T, Rule, Block, false, false><<<blocks, 256, 0, s.handle>>>(args);
+    pack_kernel<T, Rule, Block, false, rows><<<blocks, 256, 0, s.handle>>>(args);
   }
   return check(cudaGetLastError(), "the launch of pack_kernel");
 }
