@@ -43,9 +43,7 @@ void run(const model& m, std::size_t tokens, double copy) {
   cuda::stream s;
   timing::require(cudaStreamCreate(&s.handle), "cudaStreamCreate");
   const auto row = [&](const char* what, std::size_t n, const timing::measured& t, double bytes) {
-    const double rate = bytes / t.median_us * 1e-6;
-    std::printf("%-12s %7zu tokens  %-8s %9.1f us  ±%4.1f %%  %6.3f TB/s  %5.1f %% of the copy rate\n", m.name, n, what,
-                t.median_us, 50 * t.spread, rate, 100 * rate / copy);
+    timing::print_row(std::string(m.name) + ", " + std::to_string(n) + " tokens, " + what, t, bytes, copy);
   };
 
   const auto routed = timing::time_graph(s.handle, 20, 4, [&](int) {
@@ -90,13 +88,7 @@ void run(const model& m, std::size_t tokens, double copy) {
 }  // namespace
 
 int main() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-    std::printf("skipped: no CUDA device\n");
-    return 77;
-  }
-  const double copy = timing::copy_rate(nullptr, std::size_t{1} << 30);
-  std::printf("device copy: %.3f TB/s, bytes read plus written\n", copy);
+  const double copy = timing::start();
   moe::router_options deepseek;
   deepseek.rule = moe::gating::sigmoid, deepseek.groups = 8, deepseek.groups_kept = 4, deepseek.scale = 2.5f;
   moe::router_options gpt_oss;

@@ -64,9 +64,7 @@ void run(const char* type, double copy, const buffers& b) {
   timing::require(cudaStreamCreate(&s.handle), "cudaStreamCreate");
 
   const auto row = [&](const std::string& what, const timing::measured& t, double bytes) {
-    const double rate = bytes / t.median_us * 1e-6;
-    std::printf("%-9s %-42s %10.1f us  ±%4.1f %%  %6.3f TB/s  %5.1f %% of the copy rate\n", type, what.c_str(),
-                t.median_us, 50 * t.spread, rate, 100 * rate / copy);
+    timing::print_row(std::string(type) + " " + what, t, bytes, copy);
   };
   const double in_bytes = static_cast<double>(n * sizeof(T));
   const batch_view<const T> in(x, 1, rows, cols);
@@ -124,13 +122,7 @@ void run(const char* type, double copy, const buffers& b) {
 }  // namespace
 
 int main() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-    std::printf("skipped: no CUDA device\n");
-    return 77;
-  }
-  const double copy = timing::copy_rate(nullptr, std::size_t{1} << 30);
-  std::printf("device copy: %.3f TB/s, bytes read plus written\n", copy);
+  const double copy = timing::start();
   const buffers b;
   run<bfloat16>("bfloat16", copy, b);
   run<half>("half", copy, b);

@@ -91,4 +91,23 @@ inline double copy_rate(cudaStream_t stream, std::size_t bytes) {
   return 2.0 * static_cast<double>(bytes) / t.median_us * 1e-6;
 }
 
+/// Ends the program with 77 where there is no device; else prints what a device copy moves, and returns it.
+inline double start() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::printf("skipped: no CUDA device\n");
+    std::exit(77);
+  }
+  const double copy = copy_rate(nullptr, std::size_t{1} << 30);
+  std::printf("device copy: %.3f TB/s, bytes read plus written\n", copy);
+  return copy;
+}
+
+/// One line of a table: the time, and its rate in `bytes` as a share of the copy's.
+inline void print_row(const std::string& what, const measured& t, double bytes, double copy) {
+  const double rate = bytes / t.median_us * 1e-6;
+  std::printf("%-52s %10.1f us  ±%4.1f %%  %6.3f TB/s  %5.1f %% of the copy rate\n", what.c_str(), t.median_us,
+              50 * t.spread, rate, 100 * rate / copy);
+}
+
 }  // namespace timing

@@ -140,6 +140,45 @@ void routes() {
          "33 experts per token are too many");
 }
 
+/// A captured call of each router kernel gives what a plain call gives, each time it is replayed.
+void captured_routes() {
+  for (const std::size_t tokens : {std::size_t{50}, std::size_t{20'000}}) {
+    if (is_short() && tokens > 50) continue;
+    const std::size_t experts = 64, k = 4;
+    const numbers r{tokens};
+    const device<float> logits(generate<float>(tokens * experts, [&](std::size_t i) { return r.normal(i); }));
+    const device<std::uint16_t> ids(tokens * k), captured_ids(tokens * k);
+    const device<float> weights(tokens * k), captured_weights(tokens * k);
+    router_options options;
+    options.experts_per_token = k;
+    require(tetromino::cuda::try_route(plain, logits.span(), experts, options, ids.span(), weights.span()), "route");
+    require(cudaDeviceSynchronize(), "routing");
+    cudaStream_t handle;
+    require(cudaStreamCreate(&handle), "cudaStreamCreate");
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    require(cudaStreamBeginCapture(handle, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
+    require(tetromino::cuda::try_route(tetromino::cuda::stream(handle), logits.span(), experts, options,
+                                       captured_ids.span(), captured_weights.span()),
+            "captured route");
+    require(cudaStreamEndCapture(handle, &graph), "cudaStreamEndCapture");
+    require(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+    for (int replay = 0; replay < 2; ++replay) {
+      require(cudaMemsetAsync(captured_ids.data(), 0xA5, tokens * k * sizeof(std::uint16_t), handle),
+              "cudaMemsetAsync");
+      require(cudaMemsetAsync(captured_weights.data(), 0xA5, tokens * k * sizeof(float), handle), "cudaMemsetAsync");
+      require(cudaGraphLaunch(exec, handle), "cudaGraphLaunch");
+      require(cudaStreamSynchronize(handle), "a captured router");
+      expect(first_difference(ids.values(), captured_ids.values()) < 0, "captured ids of %zu tokens", tokens);
+      expect(first_difference(weights.values(), captured_weights.values()) < 0, "captured weights of %zu tokens",
+             tokens);
+    }
+    require(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
+    require(cudaGraphDestroy(graph), "cudaGraphDestroy");
+    require(cudaStreamDestroy(handle), "cudaStreamDestroy");
+  }
+}
+
 template <class T>
 void moves(std::size_t rows, std::size_t k, std::size_t slots, std::size_t width, bool captured) {
   const numbers r{rows * 31 + width};
@@ -257,6 +296,7 @@ void ids_as_calls() {
 int main() {
   need_device();
   routes();
+  captured_routes();
   all_moves<float>();
   all_moves<bfloat16>();
   all_moves<half>();

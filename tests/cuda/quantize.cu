@@ -451,6 +451,27 @@ void magnitudes() {
   }
 }
 
+/// Rotations run on the CPU only, and are refused before anything is launched.
+void rotations() {
+  const device<float> x(std::vector<float>(64 * 64, 1e38f)), to(64 * 64);
+  const batch_view<const float> in(x.data(), 1, 64, 64);
+  const device_packed out({any_format(tetromino::mxfp4{}), 1, 64, 64}, 0);
+  auto report = tetromino::cuda::rejections::create();
+  const auto stream = tetromino::cuda::stream{}.reporting(report);
+  const recipe r = recipe::parse("mxfp4-32/oas");
+  quantize_options options;
+  options.rule = r.rule, options.rotation = tetromino::hadamard{32};
+  const auto refuses = [](const auto& done) {
+    return !done && done.error().code() == tetromino::errc::invalid_argument;
+  };
+  expect(refuses(tetromino::try_quantize_to(stream, in, out.view(), options)), "a rotation is refused");
+  expect(refuses(tetromino::cuda::try_quantize_transposed_to(stream, in, out.view(), options)),
+         "a rotation of a transpose is refused");
+  expect(refuses(tetromino::try_fake_quantize(stream, in, r, batch_view<float>(to.data(), 1, 64, 64), options)),
+         "a rotation round trip is refused");
+  expect(report.try_check(stream, in).has_value(), "nothing is reported where nothing ran");
+}
+
 template <class T>
 void all(std::size_t millions) {
   magnitudes<T>();
@@ -472,5 +493,6 @@ int main(int argc, char** argv) {
   all<half>(millions);
   all<bfloat16>(millions);
   swizzled();
+  rotations();
   return finish("quantize");
 }
