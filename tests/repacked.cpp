@@ -106,6 +106,26 @@ TEST_CASE("integer products are the same bits on scalar and vectors, NaN scales 
   }
 }
 
+TEST_CASE("integer products of blocks of zeros, which have the least scale, and of other blocks that have it") {
+  reference::generator random(seed());
+  for (const std::size_t block : {16u, 32u}) {
+    const any_format format{scale_type::e8m0, block, block == 16 ? 64u : 0u};
+    auto x = random_packed(random, format, 5, 1, 200), w = random_packed(random, all_formats()[3], 1, 20, 200);
+    for (std::size_t b = 0; b < x.scales.size(); ++b) {
+      if (random.below(2) == 0) continue;
+      x.scales[b] = 0;
+      for (std::size_t i = 0; i < block / 2; ++i) x.codes[b * block / 2 + i] = static_cast<std::uint8_t>(b % 3 << 3);
+    }
+    for (auto& scale : w.scales) scale = static_cast<std::uint8_t>(random.below(256));
+    std::vector<float> expected(5 * 20), got(5 * 20);
+    matmul(scalar, x, w, matrix_view<float>(expected.data(), 5, 20));
+    matmul(automatic, x, w, matrix_view<float>(got.data(), 5, 20));
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      CHECK((std::isnan(got[i]) ? std::isnan(expected[i]) : got[i] == expected[i]));
+    }
+  }
+}
+
 TEST_CASE("repacked storage that does not have its size is an error that says so") {
   reference::generator random(seed());
   auto broken = random_packed(random, tetromino::mxfp4{}, 1, 3, 64);

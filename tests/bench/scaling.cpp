@@ -62,6 +62,7 @@ void bench_size(std::size_t bytes, int repetitions) {
         [&] { matmul(simd, one, w, matrix_view<float>(out.data(), 1, rows)); }, read_codes);
   };
   multiply("matmul mxfp4-32, M = 1", mx);
+  quantize_to(simd, all, mx.view());
   const repacked fast = repack(simd, mx);
   table.add(
       "the same, repacked", "W4A8", static_cast<double>(mx.bytes()), weights,

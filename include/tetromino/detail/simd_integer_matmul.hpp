@@ -13,7 +13,7 @@
 #include "simd_elements.hpp"  // split_elements, split_codes
 #include "simd_panel.hpp"     // element_rows, add_panel, row_panel
 
-#include <algorithm>  // std::min, std::copy_n, std::fill
+#include <algorithm>  // std::all_of, std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int8_t
 
@@ -93,7 +93,18 @@ class integer_matmul {
       if (common_ == 32) offsets[0] += offsets[1];
       scales[0] = scale_at(row, k + i);
       scales[1] = blocks_.block == 32 ? scales[0] : i + 16 < used ? scale_at(row, k + i + 16) : 0.0f;
+      if (scales[0] < least_scale || scales[1] < least_scale) drop_scales_of_zeros(values, scales);
     }
+  }
+  static constexpr float least_scale = 0x1p-100f;
+  /// Blocks of zeros have the least scale there is, which is no normal float and slow to multiply with; 0 does as well.
+  void drop_scales_of_zeros(const std::int8_t* values, float* scales) const {
+    const auto are_zero = [](const std::int8_t* first, const std::int8_t* last) {
+      return std::all_of(first, last, [](std::int8_t v) { return v == 0; });
+    };
+    const std::size_t block = blocks_.block;
+    if (scales[0] < least_scale && are_zero(values, values + block)) scales[0] = 0.0f;
+    if (scales[1] < least_scale && are_zero(values + 32 - block, values + 32)) scales[1] = 0.0f;
   }
   /// Up to 32 elements, the rest zero.
   static TETROMINO_INLINE void split(const int8_row& row, std::size_t k, std::size_t n, std::int8_t* values,
