@@ -141,7 +141,7 @@ result<void> to_block_scaled(const stream& s, const packed_view<any_format, Byte
   if (auto fits = check_packed_pointers(from.codes.data()); !fits) return fits;
   if (auto fits = check_packed_pointers(to.codes.data()); !fits) return fits;
   if (auto fits = check_pieces(shape.matrices, shape.rows, to.shape.padded_cols() / 16); !fits) return fits;
-  if (to.scales.empty()) return {};
+  if (shape.matrices == 0) return {};
   if (auto done = check(cudaMemsetAsync(to.scales.data(), 0, to.scales.size(), s.handle), "cudaMemsetAsync"); !done) {
     return done;
   }
@@ -157,7 +157,9 @@ result<void> to_block_scaled(const stream& s, const packed_view<any_format, Byte
   args.out_blocks_per_row = static_cast<std::uint32_t>(to.shape.scales_per_row());
   args.scale_bytes_per_matrix = to.shape.scale_bytes_per_matrix();
   const auto grid = [&](std::size_t threads) {
-    return dim3(static_cast<unsigned>(threads < 1u << 20 ? (threads + 255) / 256 : 4096),
+    return dim3(static_cast<unsigned>(threads == 0         ? 1
+                                      : threads < 1u << 20 ? (threads + 255) / 256
+                                                           : 4096),
                 args.matrices < 65535 ? args.matrices : 65535);
   };
   const dim3 pieces = grid(shape.rows * to.shape.scales_per_row());

@@ -202,7 +202,8 @@ result<void> launch_block_scaled(const stream& s, const block_scaled_job& job, T
   block_scaled_args args{};
   args.x = job.x.codes.data(), args.x_scales = job.x.scales.data();
   args.w = job.w.codes.data(), args.w_scales = job.w.scales.data();
-  args.x_factor = job.x.factors.data(), args.w_factor = job.w.factors.data();
+  args.x_factor = job.x.factors.empty() ? nullptr : job.x.factors.data();
+  args.w_factor = job.w.factors.empty() ? nullptr : job.w.factors.data();
   args.out = out, args.out_stride = job.out_stride;
   args.rows = static_cast<std::uint32_t>(x.rows), args.outputs = static_cast<std::uint32_t>(job.w.shape.rows);
   args.row_bytes = static_cast<std::uint32_t>(x.code_bytes_per_row());
