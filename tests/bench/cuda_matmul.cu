@@ -47,89 +47,98 @@ void fill(bfloat16* to, std::size_t n, float size) {
   }
 }
 
-struct layer {
-  std::size_t n, k;
-};
-
 constexpr std::size_t most_rows = 4096;
 const char* const recipes[] = {"mxfp4-32/oas", "mxfp4-16/oas", "nvfp4/amax", "mxfp4-32/oas/mbs-static",
                                "mxfp4-16/oas/mbs-static"};
 
-void run(const layer& l, const std::vector<std::size_t>& row_counts, double copy, const cuda::stream& s,
-         cublasHandle_t handle, bfloat16* x, bfloat16* out) {
-  const std::size_t size = l.n * l.k;
-  const std::size_t copies = std::max<std::size_t>(3, (std::size_t{400} << 20) / (size * 2));
-  auto* dense = timing::allocate<bfloat16>(size * copies);
-  fill(dense, size * copies, 0.02f);
+/// One layer's weights [n, k]: copies in bfloat16, and copies prepared under each recipe, to take turns.
+struct layer {
+  std::size_t n, k, copies = 0;
+  bfloat16* dense = nullptr;
+  struct packed {
+    recipe rule;
+    cuda::prepared_shape shape;
+    std::size_t copies, step;
+    std::byte* data;
+    [[nodiscard]] cuda::prepared_weights<bfloat16> weights(std::size_t i) const {
+      return {shape, {data + i % copies * step, shape.bytes()}};
+    }
+  };
+  std::vector<packed> of_recipes{};
 
-  std::vector<double> dense_us;
-  for (const std::size_t m : row_counts) {
-    const float one = 1, zero = 0;
-    const auto call = [&](int i) {
-      require(cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(l.n), static_cast<int>(m),
-                           static_cast<int>(l.k), &one, dense + static_cast<std::size_t>(i) % copies * size,
-                           CUDA_R_16BF, static_cast<int>(l.k), x, CUDA_R_16BF, static_cast<int>(l.k), &zero, out,
-                           CUDA_R_16BF, static_cast<int>(l.n), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-              "cublasGemmEx");
-    };
-    const auto t = timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(copies) * (m > 1024 ? 2 : 6), call);
-    dense_us.push_back(t.median_us);
-    const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(size);
-    std::printf("%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s\n", m, l.n, l.k, "cuBLAS bfloat16",
-                t.median_us, 50 * t.spread, flops / t.median_us * 1e-6);
-  }
-  for (const char* name : recipes) {
-    const recipe r = recipe::parse(name);
-    const packed_shape shape{r.format, 1, l.n, l.k};
-    const cuda::prepared_shape prepared_shape{r.format, 1, l.n, l.k};
-    const std::size_t packed_copies = std::max<std::size_t>(3, (std::size_t{300} << 20) / prepared_shape.bytes());
-    auto* codes = timing::allocate<std::uint8_t>(shape.code_bytes());
-    auto* scales = timing::allocate<std::uint8_t>(shape.scale_bytes());
-    auto* macros = timing::allocate<std::uint8_t>(shape.macro_bytes() + 1);
-    auto* tensor_scales = timing::allocate<float>(1);
-    auto* prepared =
-        timing::allocate<std::byte>(prepared_shape.bytes() / 128 * 128 * packed_copies + packed_copies * 128);
-    const std::size_t step = (prepared_shape.bytes() + 127) / 128 * 128;
-    const packed_view<any_format, std::uint8_t> view{r.format,
-                                                     1,
-                                                     l.n,
-                                                     l.k,
-                                                     {codes, shape.code_bytes()},
-                                                     {scales, shape.scale_bytes()},
-                                                     {macros, shape.macro_bytes()},
-                                                     {tensor_scales, r.format.scale == scale_type::e4m3 ? 1u : 0u}};
-    quantize_options options;
-    options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
-    const auto weights = [&](std::size_t i) {
-      return cuda::prepared_weights<bfloat16>{prepared_shape, {prepared + i * step, prepared_shape.bytes()}};
-    };
-    for (std::size_t i = 0; i < packed_copies; ++i) {
-      quantize_to(s, matrix_view<const bfloat16>(dense + i % copies * size, l.n, l.k), view, options);
-      cuda::prepare(s, view, weights(i));
-    }
-    timing::require(cudaStreamSynchronize(s.handle), "prepare");
-    for (std::size_t i = 0; i < row_counts.size(); ++i) {
-      const std::size_t m = row_counts[i];
-      const auto call = [&](int c) {
-        cuda::matmul(s, matrix_view<const bfloat16>(x, m, l.k), weights(static_cast<std::size_t>(c) % packed_copies),
-                     matrix_view<bfloat16>(out, m, l.n));
-      };
-      const auto t =
-          timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(packed_copies) * (m > 1024 ? 1 : 4), call);
-      const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(size);
-      const double rate = bits_per_weight(r.format) / 8.0 * static_cast<double>(size) / t.median_us * 1e-6;
-      std::printf(
-          "%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s  %5.2f x cuBLAS  weights %5.3f TB/s, "
-          "%4.1f %% of the copy rate\n",
-          m, l.n, l.k, name, t.median_us, 50 * t.spread, flops / t.median_us * 1e-6, dense_us[i] / t.median_us, rate,
-          100 * rate / copy);
-    }
-    for (void* p : {static_cast<void*>(codes), static_cast<void*>(scales), static_cast<void*>(macros),
-                    static_cast<void*>(tensor_scales), static_cast<void*>(prepared)}) {
-      cudaFree(p);
+  void make(const cuda::stream& s) {
+    copies = std::max<std::size_t>(3, (std::size_t{400} << 20) / (n * k * 2));
+    dense = timing::allocate<bfloat16>(n * k * copies);
+    fill(dense, n * k * copies, 0.02f);
+    for (const char* name : recipes) {
+      const recipe r = recipe::parse(name);
+      const packed_shape shape{r.format, 1, n, k};
+      const cuda::prepared_shape prepared{r.format, 1, n, k};
+      const std::size_t step = (prepared.bytes() + 127) / 128 * 128;
+      const std::size_t count = std::max<std::size_t>(3, (std::size_t{300} << 20) / step);
+      packed out{r, prepared, count, step, timing::allocate<std::byte>(step * count)};
+      auto* codes = timing::allocate<std::uint8_t>(shape.code_bytes());
+      auto* scales = timing::allocate<std::uint8_t>(shape.scale_bytes());
+      auto* macros = timing::allocate<std::uint8_t>(shape.macro_bytes() + 1);
+      auto* tensor_scales = timing::allocate<float>(1);
+      const packed_view<any_format, std::uint8_t> view{r.format,
+                                                       1,
+                                                       n,
+                                                       k,
+                                                       {codes, shape.code_bytes()},
+                                                       {scales, shape.scale_bytes()},
+                                                       {macros, shape.macro_bytes()},
+                                                       {tensor_scales, r.format.scale == scale_type::e4m3 ? 1u : 0u}};
+      quantize_options options;
+      options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
+      for (std::size_t i = 0; i < count; ++i) {
+        quantize_to(s, matrix_view<const bfloat16>(dense + i % copies * n * k, n, k), view, options);
+        cuda::prepare(s, view, out.weights(i));
+      }
+      timing::require(cudaStreamSynchronize(s.handle), "prepare");
+      for (void* p : {static_cast<void*>(codes), static_cast<void*>(scales), static_cast<void*>(macros),
+                      static_cast<void*>(tensor_scales)}) {
+        cudaFree(p);
+      }
+      of_recipes.push_back(out);
     }
   }
-  cudaFree(dense);
+};
+
+/// Times the products of m rows, cuBLAS and ours in turn. Weights are settled, as they are in decoding; products with
+/// large m come last, since they slow the clock for what follows them.
+void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cublasHandle_t handle, bfloat16* x,
+         bfloat16* out) {
+  const std::size_t size = l.n * l.k;
+  const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(size);
+  const float one = 1, zero = 0;
+  const auto dense =
+      timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(l.copies) * (m > 1024 ? 2 : 6), [&](int i) {
+        const bfloat16* w = l.dense + static_cast<std::size_t>(i) % l.copies * size;
+        require(cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(l.n), static_cast<int>(m),
+                             static_cast<int>(l.k), &one, w, CUDA_R_16BF, static_cast<int>(l.k), x, CUDA_R_16BF,
+                             static_cast<int>(l.k), &zero, out, CUDA_R_16BF, static_cast<int>(l.n), CUBLAS_COMPUTE_32F,
+                             CUBLAS_GEMM_DEFAULT),
+                "cublasGemmEx");
+      });
+  std::printf("%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s\n", m, l.n, l.k, "cuBLAS bfloat16",
+              dense.median_us, 50 * dense.spread, flops / dense.median_us * 1e-6);
+  for (const auto& p : l.of_recipes) {
+    cuda::matmul_options options;
+    options.settled_weights = true;
+    const auto t =
+        timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(p.copies) * (m > 1024 ? 1 : 4), [&](int i) {
+          cuda::matmul(s, matrix_view<const bfloat16>(x, m, l.k), p.weights(static_cast<std::size_t>(i)),
+                       matrix_view<bfloat16>(out, m, l.n), options);
+        });
+    const double rate = bits_per_weight(p.rule.format) / 8.0 * static_cast<double>(size) / t.median_us * 1e-6;
+    std::printf(
+        "%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s  %5.2f x cuBLAS  weights %5.3f TB/s, "
+        "%4.1f %% of the copy rate\n",
+        m, l.n, l.k, p.rule.name().c_str(), t.median_us, 50 * t.spread, flops / t.median_us * 1e-6,
+        dense.median_us / t.median_us, rate, 100 * rate / copy);
+  }
+  std::fflush(stdout);
 }
 
 }  // namespace
@@ -156,7 +165,10 @@ int main(int argc, char** argv) {
   const std::vector<std::size_t> rows =
       quick ? std::vector<std::size_t>{1, 8, 16, 32, 64, 128, 512, 4096}
             : std::vector<std::size_t>{1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048, 4096};
-  for (const layer& l : {layer{7168, 7168}, layer{4096, 7168}, layer{7168, 2048}})
-    run(l, rows, copy, s, handle, x, out);
+  layer layers[] = {{7168, 7168}, {4096, 7168}, {7168, 2048}};
+  for (layer& l : layers) l.make(s);
+  for (const std::size_t m : rows) {
+    for (const layer& l : layers) run(l, m, copy, s, handle, x, out);
+  }
   return 0;
 }

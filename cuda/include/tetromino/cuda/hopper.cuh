@@ -132,6 +132,25 @@ __device__ inline void copy_bytes(std::uint32_t to, const void* from, std::uint3
 }
 __device__ inline void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
+/// Copies 16 bytes into shared memory.
+__device__ inline void copy_16(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+/// Copies 16 bytes into shared memory, of which only the first `bytes` are read and the others become zero.
+__device__ inline void copy_16(std::uint32_t to, const void* from, std::uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+/// Copies 4 or 8 bytes into shared memory.
+template <std::uint32_t Bytes>
+__device__ inline void copy_small(std::uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(Bytes) : "memory");
+}
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Waits until at most `Pending` groups of this thread's copies are not done.
+template <int Pending>
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
 /// Stores four 8x8 matrices of 16-bit values, each transposed; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ inline void store_transposed(std::uint32_t to, const std::uint32_t (&m)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(m[0]),
@@ -169,35 +188,6 @@ __device__ inline void store_to_rank(std::uint32_t shared, std::uint32_t rank, f
       "r"(rank), "f"(x), "f"(y)
       : "memory");
 }
-/// A float in the shared memory of another block of the cluster, at an address of this block's.
-[[nodiscard]] __device__ inline float load_from_rank(std::uint32_t shared, std::uint32_t rank) {
-  float value;
-  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
-               : "=f"(value)
-               : "r"(shared), "r"(rank)
-               : "memory");
-  return value;
-}
-
-struct pair_sum {
-  float low, high;
-};
-
-/// The sums over all blocks of a cluster of what lies at two addresses, in the order of the blocks. All loads are on
-/// their way before the first addition.
-[[nodiscard]] __device__ inline pair_sum sum_of_ranks(std::uint32_t low, std::uint32_t high, std::uint32_t parts) {
-  float lows[most_parts], highs[most_parts];
-#pragma unroll
-  for (std::uint32_t r = 0; r < most_parts; ++r) {
-    lows[r] = r < parts ? load_from_rank(low, r) : 0.0f;
-    highs[r] = r < parts ? load_from_rank(high, r) : 0.0f;
-  }
-  pair_sum out{0.0f, 0.0f};
-#pragma unroll
-  for (std::uint32_t r = 0; r < most_parts; ++r) out.low += lows[r], out.high += highs[r];
-  return out;
-}
-
 /// Lets the next kernel of the stream start, if it was launched so that it may, where there is room.
 __device__ inline void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 /// Waits until the kernel before this one in the stream has ended and what it wrote can be read.

@@ -33,6 +33,7 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
   args.col_tiles = static_cast<std::uint32_t>(shape.col_tiles());
   args.tile_bytes = static_cast<std::uint32_t>(shape.tile_bytes());
   args.macro_block = static_cast<std::uint32_t>(shape.format.macro_block);
+  args.macro_shift = args.macro_block == 256 ? 2 : args.macro_block == 128 ? 1 : 0;
   args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
   args.gating = shape.gating;
   args.has_settled_weights = job.options.settled_weights;

@@ -8,12 +8,6 @@
 /// What the product kernels are told, and how they share out the work.
 namespace tetromino::cuda::detail {
 
-/// How the kernel for few rows shares out a tile: `groups` of 16 rows of weights for a block, `phases` warps for each
-/// of them, which take turns at the columns, and a cluster of `parts` blocks, each of which has a part of the columns.
-struct narrow_split {
-  std::uint32_t groups = 16, phases = 1, parts = 1;
-};
-
 template <activation T>
 struct matmul_args {
   const std::uint8_t* tiles;
@@ -32,7 +26,8 @@ struct matmul_args {
   gating_rows gating;
   bool is_out_aligned;
   bool has_settled_weights;
-  narrow_split split;
+  std::uint32_t parts;        ///< blocks that share the columns of a tile
+  std::uint32_t macro_shift;  ///< a macro block has 64 << macro_shift columns, if it has that many
 };
 
 /// One tile of the output: some rows of one matrix's part of x, by some tiles of its weights.
@@ -169,9 +164,13 @@ __device__ inline void write_loaded(const matmul_args<T>& args, const float2* lo
 struct macro_pair {
   float low, high;
 };
-[[nodiscard]] __device__ inline macro_pair load_macros(const std::uint8_t* at) {
-  return {bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(__ldg(at)) << 15),
-          bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(__ldg(at + 8)) << 15)};
+/// Their bytes. Kept as they are until they are needed, so that nobody waits for them before.
+[[nodiscard]] __device__ inline std::uint32_t load_macro_bytes(const std::uint8_t* at) {
+  return __ldg(reinterpret_cast<const std::uint16_t*>(at));
+}
+[[nodiscard]] __device__ inline macro_pair macro_factors(std::uint32_t both) {
+  return {bit_cast<float>(0x3F800000u + (both & 0xFFu) * 0x8000u),
+          bit_cast<float>(0x3F800000u + (both >> 8) * 0x8000u)};
 }
 
 }  // namespace tetromino::cuda::detail

@@ -8,19 +8,20 @@
 
 #include <cstdint>  // std::uint32_t
 
-/// The product on Hopper. One warp keeps the copy engine busy: it brings tiles of prepared weights and boxes of
-/// activations into a ring of stages in shared memory. The other warps are warpgroups of 64 weight rows each: a lane
-/// reads its codes, decodes them in registers, and those are the A operand of the warpgroup's matrix products; the
-/// activations are the B operand. So a tile of the output is [weight rows, x rows], with sums in registers.
+/// The product on Hopper. One warp keeps the copy engine busy: it brings boxes of activations, and tiles of prepared
+/// weights where many rows of x make use of them, into a ring of stages in shared memory. The other warps are
+/// warpgroups of 64 weight rows each: a lane reads its codes, decodes them in registers, and those are the A operand of
+/// the warpgroup's matrix products; the activations are the B operand. So a tile of the output is [weight rows, x
+/// rows], with sums in registers.
 ///
 /// Where x has few rows, there are fewer tiles than multiprocessors: then the blocks of a cluster share a tile, each
-/// takes a part of the columns, and they add up through each other's shared memory.
+/// takes a part of the columns and sends its sums to the block that adds them up.
 namespace tetromino::cuda::detail {
 
-/// The shape of a kernel: `Rows` of x and Groups * 64 rows of weights in a tile; stages of `Tiles` tiles of 64 columns.
-template <activation T, weight_kind Kind, int Rows, int Groups, int Tiles, int Stages>
+/// The shape of a kernel: `Rows` of x and Groups * 64 rows of weights in a tile; stages of 64 columns.
+template <activation T, weight_kind Kind, int Rows, int Groups, int Stages>
 struct hopper_shape {
-  static constexpr int rows = Rows, groups = Groups, tiles = Tiles, stages = Stages;
+  static constexpr int rows = Rows, groups = Groups, stages = Stages;
   static constexpr bool is_large = Rows >= 128;
   static constexpr int consumers = Groups * 128;
   static constexpr int threads = consumers + (is_large ? 128 : 32);
@@ -28,17 +29,24 @@ struct hopper_shape {
   static constexpr int sums = Rows / 2;  ///< of a lane
   static constexpr std::uint32_t tile_bytes = 2048 + 4096 / block_of<Kind>;
   static constexpr std::uint32_t box_bytes = Rows * 128;
-  static constexpr std::uint32_t weights_at = Tiles * box_bytes;
-  static constexpr std::uint32_t stage_bytes = (weights_at + Groups * Tiles * tile_bytes + 1023) / 1024 * 1024;
-  static constexpr std::uint32_t barriers_at = Stages * stage_bytes;
+  static constexpr std::uint32_t weights_at = box_bytes;
+  /// Where tiles are large, the copy engine brings weights too; else each warp asks for its own.
+  static constexpr std::uint32_t stage_bytes = (weights_at + (is_large ? Groups * tile_bytes : 0) + 1023) / 1024 * 1024;
+  static constexpr std::uint32_t lane_scales = 4 * coded_tile<Kind>::scale_words;
+  static constexpr std::uint32_t slot_bytes = 32 * (16 + lane_scales);  ///< of a warp's own ring
+  static constexpr std::uint32_t own_at = Stages * stage_bytes;
+  static constexpr std::uint32_t barriers_at = own_at + (is_large ? 0 : Groups * 4 * Stages * slot_bytes);
   static constexpr std::uint32_t output_at = barriers_at + 256;
   /// What a warpgroup's outputs take on their way to memory: 64 rows of x at a time, padded against bank conflicts.
   static constexpr std::uint32_t staged_row_bytes = 64 * 2 + 16;
   static constexpr std::uint32_t staged_bytes = is_large ? Groups * 64 * staged_row_bytes : 0;
-  /// Sums of all lanes, where a cluster shares a tile: they take the place of the stages, which are then done with.
-  static constexpr std::uint32_t partial_bytes = consumers * sums * 4;
-  static_assert(Rows == 256 || partial_bytes <= Stages * stage_bytes);
-  static constexpr std::uint32_t tiles_before_at = output_at + staged_bytes;
+  /// What the blocks of a cluster that share a tile send each other. It takes the place of the stages, which are then
+  /// done with, where there is no room for both.
+  static constexpr bool can_share = Rows <= 128, shares_in_stages = is_large;
+  static constexpr std::uint32_t inbox_bytes = consumers * sums * 4;
+  static_assert(!can_share || !shares_in_stages || inbox_bytes <= Stages * stage_bytes);
+  static constexpr std::uint32_t inbox_at = shares_in_stages ? 0 : output_at + staged_bytes;
+  static constexpr std::uint32_t tiles_before_at = output_at + staged_bytes + (shares_in_stages ? 0 : inbox_bytes);
   /// Shared memory for `matrices` matrices.
   static constexpr std::uint32_t shared_bytes(std::uint32_t matrices) {
     return 1024 + tiles_before_at + (matrices + 1) * 4;
@@ -47,48 +55,127 @@ struct hopper_shape {
 
 #if TETROMINO_CUDA_HOPPER
 
-/// Brings all stages of a block's tiles into shared memory; a warp does, whose lanes share out the copies.
+/// What the copies of a tile of the output are made of.
 template <class Shape, class T>
-__device__ void produce(const CUtensorMap& x_map, const matmul_args<T>& args, std::uint32_t shared,
-                        const std::uint32_t* tiles_before, std::uint32_t first_tile, std::uint32_t tile_step,
-                        std::uint32_t part, std::uint32_t parts) {
-  const std::uint32_t full = shared + Shape::barriers_at, empty = full + 8 * Shape::stages;
-  const std::uint32_t all_stages = args.col_tiles / Shape::tiles;
-  const std::uint32_t lane = threadIdx.x % 32;
-  std::uint32_t slot = 0, parity = 1;
-  for (std::uint32_t number = first_tile;; number += tile_step) {
-    const output_tile tile = find_tile<Shape::rows>(args, tiles_before, number);
-    if (tile.rows == 0) break;
-    const std::uint32_t row_tile = tile.feature_tile * Shape::groups;
-    const std::uint32_t groups = min(static_cast<std::uint32_t>(Shape::groups), args.row_tiles - row_tile);
-    const std::uint8_t* weights = args.tiles + (static_cast<std::size_t>(tile.matrix) * args.row_tiles + row_tile) *
-                                                   args.col_tiles * args.tile_bytes;
-    const std::size_t group_stride = static_cast<std::size_t>(args.col_tiles) * args.tile_bytes;
-    for (std::uint32_t k = all_stages * part / parts; k < all_stages * (part + 1) / parts; ++k) {
-      barrier_wait(empty + 8 * slot, parity);
-      const std::uint32_t stage = shared + slot * Shape::stage_bytes, barrier = full + 8 * slot;
-      constexpr std::uint32_t bytes = Shape::tiles * Shape::tile_bytes;
-      if (lane == 0) barrier_expect(barrier, Shape::tiles * Shape::box_bytes + groups * bytes);
-      __syncwarp();
-      if (lane < groups) {
-        copy_bytes(stage + Shape::weights_at + lane * bytes,
-                   weights + lane * group_stride + static_cast<std::size_t>(k) * bytes, bytes, barrier);
+struct stage_source {
+  std::uint32_t groups;  ///< tiles of weights in a stage
+  const std::uint8_t* weights;
+  std::size_t group_stride;
+  int first_row;
+
+  __device__ stage_source(const matmul_args<T>& args, const output_tile& tile) {
+    const std::uint32_t row_tile = tile.feature_tile * Shape::groups, lane = threadIdx.x % 32;
+    groups = min(static_cast<std::uint32_t>(Shape::groups), args.row_tiles - row_tile);
+    weights = args.tiles + (static_cast<std::size_t>(tile.matrix) * args.row_tiles + row_tile + min(lane, groups - 1)) *
+                               args.col_tiles * Shape::tile_bytes;
+    first_row = static_cast<int>(tile.first_row);
+  }
+  /// A lane for each tile of weights. Its barrier also expects x.
+  __device__ void copy_weights(std::uint32_t stage, std::uint32_t k, std::uint32_t barrier) const {
+    const std::uint32_t lane = threadIdx.x % 32;
+    if (lane == 0) barrier_expect(barrier, Shape::box_bytes + (Shape::is_large ? groups * Shape::tile_bytes : 0));
+    __syncwarp();
+    if (Shape::is_large && lane < groups) {
+      copy_bytes(stage + Shape::weights_at + lane * Shape::tile_bytes,
+                 weights + static_cast<std::size_t>(k) * Shape::tile_bytes, Shape::tile_bytes, barrier);
+    }
+  }
+  __device__ void copy_x(const CUtensorMap& x_map, std::uint32_t stage, std::uint32_t k, std::uint32_t barrier) const {
+    if (threadIdx.x % 32 == 31) copy_box(stage, &x_map, static_cast<int>(k * 64), first_row, barrier);
+  }
+};
+
+/// The warp that brings the stages of a block's tiles. Stages are numbered through, and number n lies in slot
+/// n % stages.
+template <class Shape, class T>
+struct stage_producer {
+  const matmul_args<T>& args;
+  std::uint32_t shared, first, count;
+  std::uint32_t early = 0;  ///< stages whose weights were asked for at once
+  std::uint32_t slot = 0, parity = 1, number = 0;
+
+  __device__ stage_producer(const matmul_args<T>& args_, std::uint32_t shared_, std::uint32_t part, std::uint32_t parts)
+      : args(args_), shared(shared_) {
+    first = args.col_tiles * part / parts, count = args.col_tiles * (part + 1) / parts - first;
+  }
+  [[nodiscard]] __device__ std::uint32_t full(std::uint32_t of_slot) const {
+    return shared + Shape::barriers_at + 8 * of_slot;
+  }
+  /// Asks for the first weights of a tile, as far as the ring has room.
+  __device__ void start(const output_tile& tile) {
+    const stage_source<Shape, T> source(args, tile);
+    early = min(count, static_cast<std::uint32_t>(Shape::stages));
+    for (std::uint32_t i = 0; i < early; ++i) {
+      source.copy_weights(shared + i * Shape::stage_bytes, first + i, full(i));
+    }
+  }
+  /// Brings the stages of one tile.
+  __device__ void run(const CUtensorMap& x_map, const output_tile& tile) {
+    const stage_source<Shape, T> source(args, tile);
+    for (std::uint32_t i = 0; i < count; ++i, ++number) {
+      const std::uint32_t stage = shared + slot * Shape::stage_bytes;
+      if (number >= early) {
+        barrier_wait(full(slot) + 8 * Shape::stages, parity);
+        source.copy_weights(stage, first + i, full(slot));
       }
-      if (const std::uint32_t t = 31 - lane; t < Shape::tiles) {
-        copy_box(stage + t * Shape::box_bytes, &x_map, static_cast<int>((k * Shape::tiles + t) * 64),
-                 static_cast<int>(tile.first_row), barrier);
-      }
+      source.copy_x(x_map, stage, first + i, full(slot));
       if (++slot == Shape::stages) slot = 0, parity ^= 1;
     }
-    if (parts > 1) break;
   }
-}
+};
+
+/// The weights that a lane asks for itself, some tiles before it needs them: a ring of its warp's.
+template <class Shape, weight_kind Kind>
+struct own_weights {
+  const std::uint8_t *codes_from, *scales_from;
+  std::uint32_t codes_to, scales_to, left, slot;
+
+  /// Asks for the first tiles of `count`.
+  template <class T>
+  __device__ void start(const matmul_args<T>& args, std::uint32_t shared, const output_tile& tile, std::uint32_t first,
+                        std::uint32_t count) {
+    const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const std::uint32_t row_tile = min(tile.feature_tile * Shape::groups + warp / 4, args.row_tiles - 1);
+    const std::uint8_t* const at =
+        args.tiles + ((static_cast<std::size_t>(tile.matrix) * args.row_tiles + row_tile) * args.col_tiles + first) *
+                         Shape::tile_bytes;
+    codes_from = at + warp % 4 * 512 + lane * 16;
+    scales_from = at + 2048 + (lane / 4 * 4 + warp % 4) * Shape::lane_scales;
+    codes_to = shared + Shape::own_at + warp * (Shape::stages * Shape::slot_bytes) + lane * 16;
+    scales_to = codes_to + 512 + lane * Shape::lane_scales - lane * 16;
+    left = count, slot = 0;
+#pragma unroll
+    for (std::uint32_t i = 0; i < Shape::stages; ++i) ask(i);
+  }
+  /// Asks for the next tile, if there is one.
+  __device__ void ask(std::uint32_t to_slot) {
+    if (left != 0) {
+      --left;
+      copy_16(codes_to + to_slot * Shape::slot_bytes, codes_from);
+      copy_small<Shape::lane_scales>(scales_to + to_slot * Shape::slot_bytes, scales_from);
+      codes_from += Shape::tile_bytes, scales_from += Shape::tile_bytes;
+    }
+    copies_commit();
+  }
+  [[nodiscard]] __device__ coded_tile<Kind> read() const {
+    coded_tile<Kind> out;
+    copies_wait<Shape::stages - 1>();
+    out.read(codes_to + slot * Shape::slot_bytes, scales_to + slot * Shape::slot_bytes);
+    return out;
+  }
+  /// Asks for another tile in place of the one that was read.
+  __device__ void advance() {
+    ask(slot);
+    if (++slot == Shape::stages) slot = 0;
+  }
+};
 
 /// The sums of one warpgroup for one tile of the output. `Macros`: macro blocks that a tile of 64 columns touches; 0
 /// for none, 1 where a macro block is 64 columns or more.
 template <class Shape, class T, weight_kind Kind, int Macros>
 struct tile_sums {
   static constexpr int sums = Shape::sums;
+  own_weights<Shape, Kind> own;
   float d[sums];
   std::uint32_t a[2][4][4];  ///< A operands of two tiles of weights: one multiplies while the other is decoded
 
@@ -97,7 +184,7 @@ struct tile_sums {
   __device__ tile_sums() {
     const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
     codes_at = warp * 512 + lane * 16;
-    scales_at = 2048 + (warp * 8 + lane / 4) * (2 * 64 / block_of<Kind>);
+    scales_at = 2048 + (lane / 4 * 4 + warp) * (2 * 64 / block_of<Kind>);
     keep(codes_at), keep(scales_at);
   }
 
@@ -121,36 +208,80 @@ struct tile_sums {
     return out;
   }
 
-  /// The macro-block factors of the lane's two rows, now and for the next macro block.
+  /// The macro-block factors of the lane's two rows now, and their bytes in the next macro block.
   struct macro_walk {
     const std::uint8_t* at;
     std::uint32_t left;  ///< macro blocks after the current one
-    macro_pair now{1.0f, 1.0f}, next{1.0f, 1.0f};
+    macro_pair now{1.0f, 1.0f};
+    std::uint32_t next = 0;
 
     __device__ void start(const std::uint8_t* first, std::uint32_t after) {
       at = first, left = after;
-      now = load_macros(at);
-      if (left != 0) next = load_macros(at + 64);
+      now = macro_factors(load_macro_bytes(at));
+      if (left != 0) next = load_macro_bytes(at + 64);
     }
-    __device__ void advance() {
-      now = next;
+    /// Goes to the next macro block; gives what the factors grow by.
+    [[nodiscard]] __device__ macro_pair advance() {
+      const macro_pair before = now;
+      now = macro_factors(next);
       at += 64;
-      if (--left != 0) next = load_macros(at + 64);
+      if (--left != 0) next = load_macro_bytes(at + 64);
+      return {__fdividef(now.low, before.low), __fdividef(now.high, before.high)};
     }
   };
 
   /// Brings the sums, which are in units of 1 / now, to units of the next macro block.
   __device__ void enter_next(macro_walk& macros) {
-    scale(__fdividef(macros.next.low, macros.now.low), __fdividef(macros.next.high, macros.now.high));
-    macros.advance();
+    const macro_pair growth = macros.advance();
+    wgmma_wait<0>();
+    hold();
+    scale(growth.low, growth.high);
   }
 
-  /// Multiplies through the stages of columns [first, last), in units of stages.
+  /// Stage by stage: decodes it, and sends its products on their way. While they go on, other warpgroups decode.
+  template <class Tell>
+  __device__ void run_plainly(macro_walk& macros, std::uint32_t macro_tiles, std::uint32_t until_next,
+                              std::uint32_t full, std::uint32_t shared, std::uint32_t tiles, std::uint32_t& slot,
+                              std::uint32_t& parity, std::uint32_t& last_empty, const Tell& tell) {
+    for (std::uint32_t i = 0; i < tiles; ++i) {
+      const std::uint32_t at = slot * Shape::stage_bytes;
+      const coded tile = own.read();
+      wgmma_wait<0>();
+      tell();
+      last_empty = full + 8 * (Shape::stages + slot);
+      if constexpr (Macros != 0) {
+        if (i != 0 && --until_next == 0) {
+          until_next = macro_tiles;
+          enter_next(macros);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < 4; ++s) tile.template decode<T>(s, a[0][s]);
+      own.advance();
+      barrier_wait(full + 8 * slot, parity);
+      wgmma_fence();
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        if (Macros == 2 && s == 2) {
+          wgmma_commit();
+          enter_next(macros);
+          wgmma_fence();
+        }
+        wgmma<T>(d, a[0][s], swizzled_tile(shared + at, 2u * static_cast<std::uint32_t>(s)));
+      }
+      wgmma_commit();
+      if (++slot == Shape::stages) slot = 0, parity ^= 1;
+    }
+  }
+
+  /// Multiplies through the stages of columns [first, last), in units of stages. Stage by stage:
+  /// its products, and beside them the decoding of the next one. The first product of a stage is on its way before the
+  /// wait for those of the stage before.
   __device__ void run(const matmul_args<T>& args, std::uint32_t shared, std::uint32_t group, std::uint32_t first,
                       std::uint32_t last, const std::uint8_t* macro_bytes, std::uint32_t& slot, std::uint32_t& parity) {
     const std::uint32_t full = shared + Shape::barriers_at, empty = full + 8 * Shape::stages;
-    const std::uint32_t mine = shared + Shape::weights_at + group * (Shape::tiles * Shape::tile_bytes);
-    const std::uint32_t tiles = (last - first) * Shape::tiles;
+    const std::uint32_t mine = shared + Shape::weights_at + group * Shape::tile_bytes;
+    const std::uint32_t tiles = last - first;
 #pragma unroll
     for (int i = 0; i < sums; ++i) d[i] = 0.0f;
     if (tiles == 0) return;
@@ -158,71 +289,77 @@ struct tile_sums {
     macro_walk macros;
     std::uint32_t macro_tiles = 1, until_next = 1;  // tiles of a macro block; those before the next one starts
     if constexpr (Macros != 0) {
-      const std::uint32_t tile = first * Shape::tiles;
       macro_tiles = max(args.macro_block / 64, 1u);
-      until_next = macro_tiles - tile % macro_tiles;
-      const std::uint32_t macro = tile / macro_tiles * Macros;
+      until_next = macro_tiles - first % macro_tiles;
+      const std::uint32_t macro = first / macro_tiles * Macros;
       macros.start(macro_bytes + macro * 64, args.macros_per_row - 1 - macro);
     }
 
-    barrier_wait(full + 8 * slot, parity);
-    {
-      const coded first_tile = load(mine + slot * Shape::stage_bytes);
-#pragma unroll
-      for (int s = 0; s < 4; ++s) first_tile.template decode<T>(s, a[0][s]);
-    }
-    // One tile: its products, and meanwhile the decoding of the next one, if there is one.
-    const auto step = [&]<int Buffer, bool HasNext>() {
-      constexpr int b = Buffer;
-      constexpr bool ends_stage = Shape::tiles == 1 || b == 1;
-      const std::uint32_t this_slot = slot;
-      const std::uint32_t box = shared + slot * Shape::stage_bytes + (Shape::tiles == 1 ? 0 : b * Shape::box_bytes);
-      if (ends_stage && ++slot == Shape::stages) slot = 0, parity ^= 1;
-      coded next;
-      if constexpr (HasNext) {
-        if constexpr (ends_stage) barrier_wait(full + 8 * slot, parity);
-        next = load(mine + slot * Shape::stage_bytes + (ends_stage ? 0 : Shape::tile_bytes));
-      }
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        if (Macros == 2 && s == 2) {
-          wgmma_commit();
-          wgmma_wait<0>();
-          hold();
-          enter_next(macros);
-        }
-        wgmma_fence();
-        wgmma<T>(d, a[b][s], swizzled_tile(box, 2u * s));
-        if (s == 3) wgmma_commit();
-        if constexpr (HasNext) {
-          // The tensor cores read operands in registers one product at a time, so that decoding must lie between the
-          // products to go on beside them. A branch that the compiler cannot see through keeps it there.
-          std::uint32_t yes;
-          asm volatile("mov.u32 %0, %1;" : "=r"(yes) : "r"(tiles));
-          if (yes != 0) next.template decode<T>(s, a[b ^ 1][s]);
-        }
-      }
-      wgmma_wait<0>();
-      hold();
-      if constexpr (ends_stage) barrier_arrive(empty + 8 * this_slot);  // each lane, for its own reads
-      if constexpr (Macros != 0 && HasNext) {
-        if (--until_next == 0) {
-          until_next = macro_tiles;
-          enter_next(macros);
-        }
-      }
+    std::uint32_t last_empty = 0;  // the barrier of the stage before, until it is told
+    // Each lane tells for its own reads: racecheck knows what comes before a thread's arrival at an mbarrier, but not
+    // that a __syncwarp puts the other lanes' reads there too (seen on a kernel of nothing but such a ring).
+    const auto tell = [&] {
+      if (last_empty != 0) barrier_arrive(last_empty);
     };
-    std::uint32_t left = tiles;
-    for (; left > 2; left -= 2) {
-      step.template operator()<0, true>();
-      step.template operator()<1, true>();
-    }
-    if (left == 2) {
-      step.template operator()<0, true>();
-      step.template operator()<1, false>();
+    if constexpr (!Shape::is_large) {
+      run_plainly(macros, macro_tiles, until_next, full, shared, tiles, slot, parity, last_empty, tell);
     } else {
-      step.template operator()<0, false>();
+      barrier_wait(full + 8 * slot, parity);
+      {
+        const coded first_tile = load(mine + slot * Shape::stage_bytes);
+#pragma unroll
+        for (int s = 0; s < 4; ++s) first_tile.template decode<T>(s, a[0][s]);
+      }
+      const auto step = [&]<int Buffer, bool HasNext>() {
+        constexpr int b = Buffer;
+        const std::uint32_t box = shared + slot * Shape::stage_bytes, this_empty = empty + 8 * slot;
+        if (++slot == Shape::stages) slot = 0, parity ^= 1;
+        coded next;
+        if constexpr (HasNext) {
+          barrier_wait(full + 8 * slot, parity);
+          next = load(mine + slot * Shape::stage_bytes);
+        }
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          if (Macros == 2 && s == 2) enter_next(macros);
+          wgmma_fence();
+          wgmma<T>(d, a[b][s], swizzled_tile(box, 2u * s));
+          wgmma_commit();
+          if (s == 0) {
+            wgmma_wait<1>();
+            tell();
+            last_empty = this_empty;
+          }
+          if constexpr (HasNext) {
+            // The tensor cores read operands in registers one product at a time, so that decoding must lie between the
+            // products to go on beside them. A branch that the compiler cannot see through keeps it there.
+            std::uint32_t yes;
+            asm volatile("mov.u32 %0, %1;" : "=r"(yes) : "r"(tiles));
+            if (yes != 0) next.template decode<T>(s, a[b ^ 1][s]);
+          }
+        }
+        if constexpr (Macros != 0) {
+          if (HasNext && --until_next == 0) {
+            until_next = macro_tiles;
+            enter_next(macros);
+          }
+        }
+      };
+      std::uint32_t left = tiles;
+      for (; left > 2; left -= 2) {
+        step.template operator()<0, true>();
+        step.template operator()<1, true>();
+      }
+      if (left == 2) {
+        step.template operator()<0, true>();
+        step.template operator()<1, false>();
+      } else {
+        step.template operator()<0, false>();
+      }
     }
+    wgmma_wait<0>();
+    hold();
+    tell();
     constexpr float missing = scale_decoding<T, Kind>::missing;
     if constexpr (Macros != 0) {
       scale(__fdividef(missing, macros.now.low), __fdividef(missing, macros.now.high));
@@ -298,7 +435,6 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
   const std::uint32_t parts = cluster_size(), part = cluster_rank();
   unsigned char* const output = memory + Shape::output_at;
   auto* const tiles_before = reinterpret_cast<std::uint32_t*>(memory + Shape::tiles_before_at);
-  constexpr int all_groups = 7;  // the barrier of all consumers
 
   if (threadIdx.x == 0) {
     prefetch_map(&x_map);
@@ -309,26 +445,51 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
     barrier_init_done();
   }
   start_next_kernel();
+  __syncthreads();
+  const std::uint32_t first_tile = blockIdx.x / parts, tile_step = gridDim.x / parts;
+  const bool is_consumer = threadIdx.x < Shape::consumers;
+  const bool is_producer = !is_consumer && threadIdx.x < Shape::consumers + 32;
+  stage_producer<Shape, T> producer(args, shared, part, parts);
+  tile_sums<Shape, T, Kind, Macros> sums;
+  const bool starts_early = args.has_settled_weights && args.row_offsets == nullptr;
+  const auto start = [&] {
+    const output_tile tile = find_tile<Shape::rows>(args, tiles_before, first_tile);
+    if (Shape::is_large) {
+      if (is_producer) producer.start(tile);
+    } else if (is_consumer && tile.rows != 0) {
+      sums.own.start(args, shared, tile, producer.first, producer.count);
+    }
+  };
+  if (starts_early) start();
   wait_for_last_kernel();
-  if (args.row_offsets != nullptr) {
-    count_row_tiles<Shape::rows>(args.row_offsets, args.matrices, tiles_before);
-  } else {
-    __syncthreads();
+  if (args.row_offsets != nullptr) count_row_tiles<Shape::rows>(args.row_offsets, args.matrices, tiles_before);
+  if (!starts_early && !Shape::is_large) start();
+  // Until the other blocks of a cluster have started, or, where sums take the place of stages, are done with those.
+  const auto wait_for_others = [] {
+    if constexpr (Shape::shares_in_stages) {
+      cluster_sync();
+    } else {
+      cluster_wait();
+    }
+  };
+  if (parts > 1) {
+    if (find_tile<Shape::rows>(args, tiles_before, first_tile).rows == 0) return;  // all blocks of a cluster do
+    if constexpr (!Shape::shares_in_stages) cluster_arrive();
   }
 
-  const std::uint32_t first_tile = blockIdx.x / parts, tile_step = gridDim.x / parts;
-  if (threadIdx.x >= Shape::consumers) {
+  if (!is_consumer) {
     if constexpr (Shape::is_large) give_registers<40>();
-    if (threadIdx.x < Shape::consumers + 32) {
-      produce<Shape>(x_map, args, shared, tiles_before, first_tile, tile_step, part, parts);
+    for (std::uint32_t number = first_tile; is_producer; number += tile_step) {
+      const output_tile tile = find_tile<Shape::rows>(args, tiles_before, number);
+      if (tile.rows == 0) break;
+      producer.run(x_map, tile);
+      if (parts > 1) break;
     }
   } else {
     if constexpr (Shape::is_large) take_registers<Shape::groups == 2 ? 232 : 152>();
     const std::uint32_t group = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const std::uint32_t all_stages = args.col_tiles / Shape::tiles;
-    const std::uint32_t first = all_stages * part / parts, last = all_stages * (part + 1) / parts;
+    const std::uint32_t first = args.col_tiles * part / parts, last = args.col_tiles * (part + 1) / parts;
     std::uint32_t slot = 0, parity = 0;
-    tile_sums<Shape, T, Kind, Macros> sums;
     for (std::uint32_t number = first_tile;; number += tile_step) {
       const output_tile tile = find_tile<Shape::rows>(args, tiles_before, number);
       if (tile.rows == 0) break;
@@ -338,17 +499,26 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
       if constexpr (Macros != 0) {
         macros = args.macros + (static_cast<std::size_t>(tile.matrix) * args.row_tiles + (is_idle ? 0 : row_tile)) *
                                    args.macros_per_row * 64;
-        macros += warp * 16 + lane / 4;
+        macros += lane / 4 * 8 + warp * 2;
       }
       const std::uint32_t in_matrix = (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4;
       const row_pair rows = find_rows(args, tile.matrix, in_matrix);
       sums.run(args, shared, group, first, last, macros, slot, parity);
       if (parts > 1) {
-        sync_threads(all_groups, Shape::consumers);
-        auto* const mine = reinterpret_cast<float*>(memory) + threadIdx.x;
+        // Pairs of sums (rows g and g + 8 of the weights, one row of x) are dealt out among the blocks; each sends them
+        // to the one that adds them up.
+        wait_for_others();
 #pragma unroll
-        for (int i = 0; i < Shape::sums; ++i) mine[i * Shape::consumers] = sums.d[i];
+        for (std::uint32_t i = 0; i < Shape::sums / 2; ++i) {
+          const std::uint32_t at = (part * (Shape::sums / 2 / parts) + i / parts) * Shape::consumers + threadIdx.x;
+          store_to_rank(shared + Shape::inbox_at + at * 8, i % parts, sums.d[i / 2 * 4 + i % 2],
+                        sums.d[i / 2 * 4 + i % 2 + 2]);
+        }
         break;
+      }
+      if constexpr (!Shape::is_large) {
+        const output_tile next = find_tile<Shape::rows>(args, tiles_before, number + tile_step);
+        if (next.rows != 0) sums.own.start(args, shared, next, first, last - first);
       }
       if (is_idle) continue;
       if (Shape::is_large && args.is_out_aligned) {
@@ -363,25 +533,25 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
 
   if (parts > 1) {  // one tile for each cluster
     __syncwarp();
+    if (!is_consumer) wait_for_others();
     cluster_sync();
     const output_tile tile = find_tile<Shape::rows>(args, tiles_before, first_tile);
-    if (threadIdx.x < Shape::consumers && tile.rows != 0) {
-      // Lanes' pairs of sums (rows g and g + 8 of the weights, one row of x) are dealt out among the blocks.
-      constexpr std::uint32_t pairs = Shape::consumers * Shape::sums / 2;
-      const std::uint32_t end = pairs * (part + 1) / parts;
-      for (std::uint32_t p = pairs * part / parts + threadIdx.x; p < end; p += Shape::consumers) {
-        const std::uint32_t thread = p % Shape::consumers, i = p / Shape::consumers, index = i / 2 * 4 + i % 2;
-        const std::uint32_t m = index / 4 * 8 + thread % 4 * 2 + index % 2;
-        const std::uint32_t row_tile = tile.feature_tile * Shape::groups + thread / 128;
-        if (m >= tile.rows || row_tile >= args.row_tiles) continue;
-        const std::uint32_t at = shared + (index * Shape::consumers + thread) * 4;
-        const std::uint32_t row = row_tile * 64 + thread / 32 % 4 * 16 + thread % 32 / 4;
-        const row_pair rows = find_rows(args, tile.matrix, row);
-        const pair_sum sum = sum_of_ranks(at, at + 2 * Shape::consumers * 4, parts);
-        write_pair(args, rows, tile.first_row + m, sum.low, sum.high);
+    const std::uint32_t row_tile = tile.feature_tile * Shape::groups + threadIdx.x / 128;
+    if (!is_consumer || row_tile >= args.row_tiles) return;
+    const auto* const inbox = reinterpret_cast<const float2*>(memory + Shape::inbox_at) + threadIdx.x;
+    const std::uint32_t row = row_tile * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const row_pair rows = find_rows(args, tile.matrix, row);
+    const std::uint32_t share = Shape::sums / 2 / parts;
+    for (std::uint32_t j = 0; j < share; ++j) {
+      const std::uint32_t i = j * parts + part, m = i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+      if (m >= tile.rows) continue;
+      float low = 0.0f, high = 0.0f;
+      for (std::uint32_t from = 0; from < parts; ++from) {
+        const float2 sum = inbox[(from * share + j) * Shape::consumers];
+        low += sum.x, high += sum.y;
       }
+      write_pair(args, rows, tile.first_row + m, low, high);
     }
-    cluster_sync();  // nobody leaves while another reads
   }
 #endif
 }

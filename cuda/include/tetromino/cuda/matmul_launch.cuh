@@ -73,10 +73,10 @@ template <activation T>
 }
 
 /// Launches a kernel that waits for the one before it by itself, in clusters of `parts` blocks.
-template <class Kernel, class T>
+template <class Kernel, class... Args>
 [[nodiscard]] result<void> launch_overlapping(Kernel* kernel, const char* what, const stream& s, std::size_t blocks,
                                               int threads, std::uint32_t bytes, std::size_t parts,
-                                              const CUtensorMap& map, const matmul_args<T>& args) {
+                                              const Args&... args) {
   if (auto done =
           check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                 "cudaFuncSetAttribute");
@@ -96,25 +96,23 @@ template <class Kernel, class T>
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
   config.numAttrs = parts > 1 ? 2 : 1;
-  return check(cudaLaunchKernelEx(&config, kernel, map, args), what);
+  return check(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
 /// Launches the Hopper kernel of one shape. `row_tiles` is how many tiles of x there can be at most.
-template <activation T, weight_kind Kind, int Macros, int Rows, int Groups, int Tiles, int Stages, int Blocks>
+template <activation T, weight_kind Kind, int Macros, int Rows, int Groups, int Stages, int Blocks>
 result<void> launch_hopper(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
                            const device_facts& device) {
-  using shape = hopper_shape<T, Kind, Rows, Groups, Tiles, Stages>;
+  using shape = hopper_shape<T, Kind, Rows, Groups, Stages>;
   auto* const kernel = hopper_kernel<shape, T, Kind, Macros, Blocks>;
   args.feature_tiles = (args.row_tiles + Groups - 1) / Groups;
   const std::size_t tiles = row_tiles * args.feature_tiles;
   const std::size_t room = static_cast<std::size_t>(device.multiprocessors) * Blocks;
-  const std::size_t stages = args.col_tiles / Tiles;
+  const std::size_t stages = args.col_tiles;
   // Where not even half the room is taken, clusters share tiles, if each block still gets a few stages.
   std::size_t parts = 1;
-  if constexpr (Rows < 256) {
-    parts = std::min(
-        {room / std::max<std::size_t>(tiles, 1), std::size_t{most_parts}, std::max<std::size_t>(stages / 2, 1)});
-    parts = std::max<std::size_t>(parts, 1);
+  if constexpr (shape::can_share) {
+    while (parts < most_parts && tiles * parts * 2 <= room && stages >= parts * 4) parts *= 2;
   }
   const std::size_t blocks = parts > 1 ? tiles * parts : std::min(tiles, room);
   const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices);
@@ -124,47 +122,22 @@ result<void> launch_hopper(const stream& s, const matmul_job<T>& job, matmul_arg
   return launch_overlapping(kernel, "the launch of hopper_kernel", s, blocks, shape::threads, bytes, parts, *map, args);
 }
 
-/// The split with the least time on the busiest multiprocessor, in a model of it that fits what an H200 took: a stage
-/// takes a warp 250 cycles of its quarter of a multiprocessor, and 900 from start to end; adding up costs 1500, and in
-/// a cluster 4000.
-[[nodiscard]] inline narrow_split choose_split(std::size_t row_tiles, std::size_t groups, std::size_t stages,
-                                               std::size_t multiprocessors) {
-  narrow_split best;
-  std::size_t least = ~std::size_t{0};
-  for (const std::uint32_t parts : {1u, 2u}) {
-    for (const std::uint32_t phases : {1u, 2u, 4u}) {
-      for (const std::uint32_t own : {2u, 3u, 4u, 6u, 7u, 8u, 10u, 12u, 14u, 16u}) {  // these lie in four tiles
-        if (own * phases > 16 || stages < std::size_t{parts} * phases) continue;
-        const std::size_t blocks = row_tiles * ((groups + own - 1) / own) * parts;
-        const std::size_t waves = (blocks + multiprocessors - 1) / multiprocessors;
-        const std::size_t mine = (stages + parts * phases - 1) / (parts * phases);
-        const std::size_t stage_time = std::max<std::size_t>(std::size_t{own} * phases * 250 / 4, 900);
-        const std::size_t time = waves * (mine * stage_time + (parts > 1 ? 4000 : phases > 1 ? 1500 : 0));
-        if (time <= least) least = time, best = {own, phases, parts};
-      }
-    }
-  }
-  return best;
-}
-
 /// Launches the kernel for few rows of x.
 template <activation T, weight_kind Kind, int Macros, int Rows>
 result<void> launch_narrow(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
                            const device_facts& device) {
-  using shape = narrow_shape<Kind, Macros, Rows, 8>;
-  auto* const kernel = narrow_kernel<shape, T, Kind, Macros>;
-  const std::size_t groups = std::size_t{args.row_tiles} * 4;
-  const auto multiprocessors = static_cast<std::size_t>(device.multiprocessors);
-  args.split = choose_split(row_tiles, groups, args.col_tiles / 2, multiprocessors);
-  args.feature_tiles = static_cast<std::uint32_t>((groups + args.split.groups - 1) / args.split.groups);
+  using shape = narrow_shape<Kind, Macros, Rows>;
+  const auto room = static_cast<std::size_t>(device.multiprocessors);
+  args.feature_tiles = args.row_tiles;
   const std::size_t tiles = row_tiles * args.feature_tiles;
-  const std::size_t blocks =
-      args.split.parts * args.split.phases > 1 ? tiles * args.split.parts : std::min(tiles, multiprocessors);
+  // Where not even half the room is taken, clusters share tiles, if each warp still has something to do.
+  std::size_t parts = 1;
+  while (parts < most_parts && tiles * parts * 2 <= room && args.col_tiles >= parts * 2 * 8) parts *= 2;
+  args.parts = static_cast<std::uint32_t>(parts);
+  const std::size_t blocks = parts > 1 ? tiles * parts : std::min(tiles, room);
   const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices);
-  auto map = map_activations(job.x, Rows);
-  if (!map) return map.error();
-  return launch_overlapping(kernel, "the launch of narrow_kernel", s, blocks, shape::threads, bytes, args.split.parts,
-                            *map, args);
+  return launch_overlapping(narrow_kernel<shape, T, Kind, Macros>, "the launch of narrow_kernel", s, blocks,
+                            static_cast<int>(shape::threads), bytes, parts, args);
 }
 
 template <activation T, weight_kind Kind, int Macros>
@@ -182,26 +155,28 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
   const std::size_t groups = job.row_offsets == nullptr ? 1 : std::min<std::size_t>(args.matrices, job.row_count);
   const std::size_t rows = (job.row_count + groups - 1) / groups;
   if (device->major == 9 && is_aligned_x && !job.portable) {
-    auto has_code = is_hopper_code(hopper_kernel<hopper_shape<T, Kind, 128, 3, 1, 6>, T, Kind, Macros, 1>);
+    auto has_code = is_hopper_code(hopper_kernel<hopper_shape<T, Kind, 128, 3, 6>, T, Kind, Macros, 1>);
     if (!has_code) return has_code.error();
     if (!*has_code) {
       return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
     }
     if (rows <= 8) return launch_narrow<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device);
     if (rows <= 16) return launch_narrow<T, Kind, Macros, 16>(s, job, args, row_tiles(16), *device);
-    if (rows <= 32) return launch_hopper<T, Kind, Macros, 32, 2, 1, 6, 2>(s, job, args, row_tiles(32), *device);
-    // Tall tiles read x less often, where four blocks for each of them are enough for the multiprocessors.
-    if (rows <= 64 && row_tiles(64) * args.row_tiles * 4 >= static_cast<std::size_t>(device->multiprocessors) * 3) {
-      return launch_hopper<T, Kind, Macros, 64, 4, 1, 8, 1>(s, job, args, row_tiles(64), *device);
+    if (rows <= 32) return launch_hopper<T, Kind, Macros, 32, 2, 6, 2>(s, job, args, row_tiles(32), *device);
+    // Tall tiles read x less often, where clusters of them are enough for the multiprocessors.
+    const bool is_tall = row_tiles(64) * ((args.row_tiles + 3) / 4) * most_parts * 4 >=
+                         static_cast<std::size_t>(device->multiprocessors) * 3;
+    if (rows <= 64 && is_tall) {
+      return launch_hopper<T, Kind, Macros, 64, 4, 6, 1>(s, job, args, row_tiles(64), *device);
     }
-    if (rows <= 64) return launch_hopper<T, Kind, Macros, 64, 2, 1, 6, 2>(s, job, args, row_tiles(64), *device);
+    if (rows <= 64) return launch_hopper<T, Kind, Macros, 64, 2, 5, 2>(s, job, args, row_tiles(64), *device);
     // Three warpgroups hide one another's decoding best, where their larger tiles do not leave multiprocessors idle.
-    if (rows <= 128) return launch_hopper<T, Kind, Macros, 128, 3, 1, 6, 1>(s, job, args, row_tiles(128), *device);
+    if (rows <= 128) return launch_hopper<T, Kind, Macros, 128, 3, 6, 1>(s, job, args, row_tiles(128), *device);
     const std::size_t large_tiles = row_tiles(256) * ((args.row_tiles + 1) / 2);
     if (rows <= 384 || large_tiles < 2 * static_cast<std::size_t>(device->multiprocessors)) {
-      return launch_hopper<T, Kind, Macros, 128, 2, 1, 6, 1>(s, job, args, row_tiles(128), *device);
+      return launch_hopper<T, Kind, Macros, 128, 2, 6, 1>(s, job, args, row_tiles(128), *device);
     }
-    return launch_hopper<T, Kind, Macros, 256, 2, 1, 5, 1>(s, job, args, row_tiles(256), *device);
+    return launch_hopper<T, Kind, Macros, 256, 2, 5, 1>(s, job, args, row_tiles(256), *device);
   }
   matmul_args<T> plain = args;
   plain.feature_tiles = args.row_tiles;

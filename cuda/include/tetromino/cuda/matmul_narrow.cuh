@@ -1,161 +1,214 @@
 #pragma once
 
-#include "hopper.cuh"       // barrier_wait, copy_box
+#include "hopper.cuh"       // copy_16
 #include "matmul_tile.cuh"  // coded_tile
-
-#include <cuda.h>  // CUtensorMap
 
 #include <cstdint>  // std::uint32_t
 
 /// The product on Hopper for few rows of x, as in decoding, where nothing but the reading of weights should take time.
-/// Four warps of a block keep the copy engine busy (one could not: a stage costs it hundreds of cycles): they bring
-/// stages of 128 columns, weights and x, into a ring in shared memory. Each of the other warps multiplies 16 rows of
-/// weights by all rows of x; where there are fewer rows than warps, several warps take turns at the stages of the same
-/// rows, and where there are fewer tiles than multiprocessors, two blocks share one. They add up in the order of their
-/// numbers, by way of the shared memory of the block that owns an output.
+/// The sixteen warps of a block take turns at the columns of the same 64 rows of weights. Each works alone: it asks for
+/// tiles of weights, and for the columns of x that belong to them, before it needs them, and they come into shared
+/// memory of its own. At the end the block adds up what its warps have; where there are fewer tiles than
+/// multiprocessors, the blocks of a cluster share the columns, and add up by way of the shared memory of the block that
+/// owns an output.
 ///
-/// A kernel starts while the one before it in the stream still runs, and waits for that one before it touches anything
-/// but its own shared memory; with matmul_options::settled_weights it asks for its first weights before it waits.
+/// A kernel may start while the one before it in the stream still runs. It waits for that one before it touches
+/// anything but its own shared memory; with matmul_options::settled_weights it asks for its first weights before it
+/// waits.
 namespace tetromino::cuda::detail {
 
-/// `Rows` of x; `Stages` in the ring. How 16 warps share out a tile is chosen at launch: narrow_split.
-template <weight_kind Kind, int Macros, int Rows, int Stages>
+/// `Rows` of x by 64 rows of weights.
+template <weight_kind Kind, int Macros, int Rows>
 struct narrow_shape {
-  static constexpr int rows = Rows, stages = Stages;
-  static constexpr int warps = 16, consumers = 32 * warps, producers = 4, threads = consumers + 32 * producers;
-  static constexpr std::uint32_t row_tiles = 4;  ///< of weights in a stage, at most
+  static constexpr std::uint32_t rows = Rows, warps = 16, threads = 32 * warps;
+  static constexpr int eights = Rows / 8;
+  static constexpr std::uint32_t ahead = 2;  ///< tiles that a warp has asked for
   static constexpr std::uint32_t tile_bytes = 2048 + 4096 / block_of<Kind>;
-  static constexpr std::uint32_t box_bytes = Rows * 128;
-  static constexpr std::uint32_t weights_at = 2 * box_bytes;
-  static constexpr std::uint32_t macros_at = weights_at + row_tiles * 2 * tile_bytes;
-  static constexpr std::uint32_t most_macros = 2 * Macros;  ///< of a row in a stage
-  static constexpr std::uint32_t stage_bytes = (macros_at + row_tiles * 64 * most_macros + 1023) / 1024 * 1024;
-  static constexpr std::uint32_t barriers_at = Stages * stage_bytes;
-  static constexpr std::uint32_t factors_at = barriers_at + 256;
-  static constexpr std::uint32_t sums_at = factors_at + warps * 16 * 8;
-  static constexpr std::uint32_t tiles_before_at = sums_at + warps * 16 * Rows * 4 + 256;
-  static constexpr std::uint32_t shared_bytes(std::uint32_t matrices) {
-    return 1024 + tiles_before_at + (matrices + 1) * 4;
-  }
+  static constexpr std::uint32_t macros_at = tile_bytes;
+  static constexpr std::uint32_t x_at = (macros_at + 64 * Macros + 127) / 128 * 128;
+  static constexpr std::uint32_t stage_bytes = x_at + Rows * 128;
+  static constexpr std::uint32_t ring_bytes = ahead * stage_bytes;  ///< of a warp
+  static constexpr std::uint32_t sums_at = warps * ring_bytes;
+  static constexpr std::uint32_t sums_stride = 64 + 4;  ///< floats of a row of x, against bank conflicts
+  static constexpr std::uint32_t loaded_at = sums_at + warps * Rows * sums_stride * 4;
+  static constexpr std::uint32_t parts_at = loaded_at + 64 * 8;
+  static constexpr std::uint32_t tiles_before_at = parts_at + (32 * Rows + most_parts) * 8;
+  static constexpr std::uint32_t shared_bytes(std::uint32_t matrices) { return tiles_before_at + (matrices + 1) * 4; }
 };
 
 #if TETROMINO_CUDA_HOPPER
 
-/// What one block's copies of a tile of the output are made of.
-template <class Shape, class T>
-struct narrow_source {
-  const matmul_args<T>& args;
-  output_tile tile;
-  std::uint32_t row_tile, row_tiles;  ///< the first, and how many
-  std::uint32_t macros;               ///< of a row in a stage
-
-  __device__ narrow_source(const matmul_args<T>& args_, const output_tile& tile_) : args(args_), tile(tile_) {
-    const std::uint32_t group = tile.feature_tile * args.split.groups;
-    row_tile = group / 4;
-    row_tiles = min((group + args.split.groups - 1) / 4 + 1, args.row_tiles) - row_tile;
-    macros = args.macro_block == 0 ? 0 : max(128 / args.macro_block, 1u);
-  }
-  [[nodiscard]] __device__ std::uint32_t bytes() const {
-    return 2 * Shape::box_bytes + row_tiles * (2 * Shape::tile_bytes + 64 * macros);
-  }
-  /// Lane r of a warp copies what row tile r has.
-  __device__ void copy_weights(std::uint32_t stage, std::uint32_t pair, std::uint32_t barrier) const {
-    const std::uint32_t r = threadIdx.x % 32;
-    if (r >= row_tiles) return;
-    const std::size_t row = static_cast<std::size_t>(tile.matrix) * args.row_tiles + row_tile + r;
-    copy_bytes(stage + Shape::weights_at + r * 2 * Shape::tile_bytes,
-               args.tiles + (row * args.col_tiles + pair * 2) * Shape::tile_bytes, 2 * Shape::tile_bytes, barrier);
-    if (macros != 0) {
-      copy_bytes(stage + Shape::macros_at + r * 64 * macros,
-                 args.macros + (row * args.macros_per_row + pair * 128 / args.macro_block) * 64, 64 * macros, barrier);
-    }
-  }
-  /// The last two lanes copy x.
-  __device__ void copy_x(const CUtensorMap& x_map, std::uint32_t stage, std::uint32_t pair,
-                         std::uint32_t barrier) const {
-    const std::uint32_t t = 31 - threadIdx.x % 32;
-    if (t > 1) return;
-    copy_box(stage + t * Shape::box_bytes, &x_map, static_cast<int>(pair * 128 + t * 64),
-             static_cast<int>(tile.first_row), barrier);
-  }
-};
-
-/// The sums of a warp: d[eight rows of x], rows g and g + 8 of a group of 16 rows of weights.
+/// One warp's way through the columns of a tile of the output.
 template <class Shape, class T, weight_kind Kind, int Macros>
-struct narrow_sums {
-  static constexpr int eights = Shape::rows / 8;
-  static constexpr int chains = eights > 1 ? 1 : 2;  ///< of products that do not wait for each other
-  float d[eights][4];
-  float part[chains][eights][4];  ///< within a macro block; without those, all
+struct narrow_walk {
+  static constexpr int eights = Shape::eights;
+  static constexpr std::uint32_t scale_bytes = 4096 / block_of<Kind>, per_lane = scale_bytes / 8;
+  static constexpr std::uint32_t scale_lanes = scale_bytes / 16;
+  const matmul_args<T>& args;
+  std::uint32_t ring;          ///< the warp's part of shared memory
+  std::uint32_t first, count;  ///< tiles of 64 columns: the first, and how many; every eighth is the warp's
+  std::uint32_t full;          ///< how many of them lie before the last column of x altogether
+  std::uint32_t lane, x_to;
+  // What the lane copies next: codes, and scales, which the first lanes copy; macro bytes, which the next ones do; and
+  // x.
+  const std::uint8_t *codes_from, *macros_from;
+  int rows_lanes;  ///< eight for each row of x
+  const T* x_from;
+  float d[4][eights][4];
 
-  __device__ void start() {
-#pragma unroll
-    for (int i = 0; i < eights * 4; ++i) d[i / 4][i % 4] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < chains * eights * 4; ++i) part[i / 4 / eights][i / 4 % eights][i % 4] = 0.0f;
+  __device__ narrow_walk(const matmul_args<T>& args_, std::uint32_t part, std::uint32_t shared) : args(args_) {
+    const std::uint32_t begin = args.col_tiles * part / args.parts, end = args.col_tiles * (part + 1) / args.parts;
+    ring = shared + threadIdx.x / 32 * Shape::ring_bytes;
+    first = begin + threadIdx.x / 32;
+    count = first < end ? (end - first + Shape::warps - 1) / Shape::warps : 0;
+    lane = threadIdx.x % 32;
+    x_to = Shape::x_at + lane / 8 * 128 + (lane % 8 ^ lane / 8) * 16;
+    const std::uint32_t whole = args.cols / 64;
+    full = first < whole ? (whole - first + Shape::warps - 1) / Shape::warps : 0;
+    keep(lane), keep(x_to), keep(full), keep(count);
   }
-  __device__ void finish() {
-    if constexpr (Macros == 0) {
+
+  /// Goes to an output tile.
+  __device__ void enter(const output_tile& tile) {
+    rows_lanes = static_cast<int>(tile.rows) * 8;
+    const std::size_t row_tile = static_cast<std::size_t>(tile.matrix) * args.row_tiles + tile.feature_tile;
+    codes_from = args.tiles + (row_tile * args.col_tiles + first) * Shape::tile_bytes + lane * 16;
+    if constexpr (Macros != 0) {
+      const std::uint32_t macro = Macros == 2 ? first * 2 : first >> args.macro_shift;
+      macros_from = args.macros + (row_tile * args.macros_per_row + macro) * 64 + (lane - scale_lanes) * 16;
+    }
+  }
+  /// Asks for the weights of the warp's next tile.
+  __device__ void ask_weights(std::uint32_t stage) {
+    const std::uint32_t to = stage + lane * 16;
 #pragma unroll
-      for (int i = 0; i < chains * eights * 4; ++i) {
-        d[i / 4 % eights][i % 4] += part[i / 4 / eights][i / 4 % eights][i % 4];
+    for (std::uint32_t g = 0; g < 4; ++g) copy_16(to + g * 512, codes_from + g * 512);
+    if (lane < scale_lanes) copy_16(to + 2048, codes_from + 2048);
+    codes_from += Shape::warps * Shape::tile_bytes;
+    if constexpr (Macros != 0) {
+      if (lane >= scale_lanes && lane < scale_lanes + 4 * Macros) copy_16(to + 2048, macros_from);
+      macros_from += Macros == 2 ? Shape::warps * 128 : Shape::warps * 64 >> args.macro_shift;
+    }
+  }
+  /// Asks for the columns of x of the warp's tile i, the next one.
+  __device__ void ask_x(std::uint32_t stage, std::uint32_t i) {
+    const std::uint32_t to = stage + x_to;
+    const T* from = x_from;
+    x_from += Shape::warps * 64;
+    if (i < full) {
+#pragma unroll
+      for (std::uint32_t q = 0; q < Shape::rows / 4; ++q) {
+        if (static_cast<int>(lane) < rows_lanes - static_cast<int>(q) * 32)
+          copy_16((to ^ q % 2 * 64) + q * 512, from + q * 4 * args.x_stride);
       }
+      return;
+    }
+    const std::uint32_t column = (first + i * Shape::warps) * 64 + lane % 8 * 8;
+    const std::uint32_t bytes = column < args.cols ? min((args.cols - column) * 2, 16u) : 0;
+    if (bytes == 0) from = args.x;
+    for (std::uint32_t q = 0; q < Shape::rows / 4; ++q) {  // past the last column x is zero
+      if (static_cast<int>(lane) >= rows_lanes - static_cast<int>(q) * 32) break;
+      copy_16((to ^ q % 2 * 64) + q * 512, from, bytes);
+      if (bytes != 0) from += 4 * args.x_stride;
+    }
+  }
+  __device__ void start_weights() {
+#pragma unroll
+    for (std::uint32_t i = 0; i < Shape::ahead; ++i) {
+      if (i < count) ask_weights(ring + i * Shape::stage_bytes);
+    }
+  }
+  __device__ void start_x(const output_tile& tile) {
+    x_from = args.x + static_cast<std::size_t>(tile.first_row + lane / 8) * args.x_stride + first * 64 + lane % 8 * 8;
+#pragma unroll
+    for (std::uint32_t i = 0; i < Shape::ahead; ++i) {
+      if (i < count) ask_x(ring + i * Shape::stage_bytes, i);
+      copies_commit();
     }
   }
 
-  /// Adds the products of a stage, 128 columns; `group` of the stage's 16.
-  __device__ void add_stage(std::uint32_t stage, std::uint32_t group, std::uint32_t macro_block) {
-    const std::uint32_t lane = threadIdx.x % 32, g = lane / 4;
-    const std::uint32_t x_at = stage + lane % 8 * 128 + ((lane / 8) ^ (lane % 8)) * 16;
-    const std::uint32_t tiles = stage + Shape::weights_at + group / 4 * 2 * Shape::tile_bytes;
-    const std::uint32_t codes_at = tiles + group % 4 * 512 + lane * 16;
-    const std::uint32_t scales_at = tiles + 2048 + (group % 4 * 8 + g) * (128 / block_of<Kind>);
+  /// Multiplies through all columns.
+  __device__ void run() {
 #pragma unroll
-    for (std::uint32_t t = 0; t < 2; ++t) {
+    for (int i = 0; i < 16 * eights; ++i) d[i / 4 / eights][i / 4 % eights][i % 4] = 0.0f;
+    std::uint32_t stage = ring;
+    for (std::uint32_t i = 0; i < count; ++i) {
+      copies_wait<Shape::ahead - 1>();
+      __syncwarp();
+      add(stage);
+      __syncwarp();
+      if (i + Shape::ahead < count) {
+        ask_weights(stage);
+        ask_x(stage, i + Shape::ahead);
+      }
+      copies_commit();
+      stage = stage == ring + (Shape::ahead - 1) * Shape::stage_bytes ? ring : stage + Shape::stage_bytes;
+    }
+  }
+
+  __device__ void add(std::uint32_t stage) {
+    const std::uint32_t g = lane / 4;
+    const std::uint32_t x_at = stage + Shape::x_at + lane % 8 * 128 + ((lane / 8) ^ (lane % 8)) * 16;
+    std::uint32_t b[eights][2][4];
+#pragma unroll
+    for (std::uint32_t e = 0; e < eights; ++e) {
+      load_matrices(x_at + e * 1024, b[e][0]);
+      load_matrices((x_at ^ 64) + e * 1024, b[e][1]);
+    }
+    std::uint32_t scales[per_lane / 4];
+#pragma unroll
+    for (std::uint32_t i = 0; i < per_lane / 16; ++i) {
+      load_shared(stage + 2048 + g * per_lane + i * 16, scales[4 * i], scales[4 * i + 1], scales[4 * i + 2],
+                  scales[4 * i + 3]);
+    }
+    std::uint32_t macros[Macros == 0 ? 1 : 2 * Macros];
+#pragma unroll
+    for (int m = 0; m < Macros; ++m)
+      load_shared(stage + Shape::macros_at + static_cast<std::uint32_t>(m) * 64 + g * 8, macros[2 * m],
+                  macros[2 * m + 1]);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {  // of the four groups of 16 rows
       coded_tile<Kind> coded;
-      coded.read(codes_at + t * Shape::tile_bytes, scales_at + t * Shape::tile_bytes);
+      load_shared(stage + lane * 16 + static_cast<std::uint32_t>(w) * 512, coded.word[0], coded.word[1], coded.word[2],
+                  coded.word[3]);
 #pragma unroll
-      for (std::uint32_t half = 0; half < 2; ++half) {
-        std::uint32_t b[eights][4];
+      for (int i = 0; i < coded.scale_words; ++i) coded.scales[i] = scales[w * coded.scale_words + i];
+      float part[eights][4];
 #pragma unroll
-        for (std::uint32_t e = 0; e < eights; ++e) {
-          load_matrices((x_at ^ (half * 64)) + t * Shape::box_bytes + e * 1024, b[e]);
-        }
+      for (int s = 0; s < 4; ++s) {
+        std::uint32_t a[4];
+        coded.template decode<T>(s, a);
+        const bool starts = s == 0 || (Macros == 2 && s == 2), ends = s == 3 || (Macros == 2 && s == 1);
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          std::uint32_t a[4];
-          coded.template decode<T>(static_cast<int>(half) * 2 + s, a);
-#pragma unroll
-          for (int e = 0; e < eights; ++e) {
-            multiply_add<T>(part[s % chains][e], a, b[e][2 * s], b[e][2 * s + 1]);
+        for (int e = 0; e < eights; ++e) {
+          if (Macros == 0) {
+            multiply_add<T>(d[w][e], a, b[e][s / 2][s % 2 * 2], b[e][s / 2][s % 2 * 2 + 1]);
+          } else if (starts) {
+            multiply<T>(part[e], a, b[e][s / 2][s % 2 * 2], b[e][s / 2][s % 2 * 2 + 1]);
+          } else {
+            multiply_add<T>(part[e], a, b[e][s / 2][s % 2 * 2], b[e][s / 2][s % 2 * 2 + 1]);
           }
         }
-        if constexpr (Macros == 2) fold(stage, group, t * 2 + half, 4);
-      }
-      if (Macros == 1 && (t == 1 || macro_block == 64)) {
-        if (macro_block == 64) {
-          fold(stage, group, t, 2);
-        } else {
-          fold(stage, group, 0, 1);
+        if (Macros != 0 && ends) {
+          const std::uint32_t both = macros[(Macros == 2 ? s / 2 * 2 : 0) + w / 2] >> (w % 2 * 16);
+          const float low = inverse_macro(both & 0xFFu), high = inverse_macro(both >> 8 & 0xFFu);
+#pragma unroll
+          for (int e = 0; e < eights; ++e) {
+            d[w][e][0] += part[e][0] * low, d[w][e][1] += part[e][1] * low;
+            d[w][e][2] += part[e][2] * high, d[w][e][3] += part[e][3] * high;
+          }
         }
       }
     }
   }
 
-  /// d += part / (the factors of macro block `index` of the stage's `count`).
-  __device__ void fold(std::uint32_t stage, std::uint32_t group, std::uint32_t index, std::uint32_t count) {
-    const std::uint32_t g = threadIdx.x % 32 / 4;
-    const std::uint32_t at = stage + Shape::macros_at + (group / 4 * count + index) * 64 + group % 4 * 16 + g;
-    const float low = inverse_macro(load_byte(at)), high = inverse_macro(load_byte(at + 8));
+  /// Leaves the warp's sums where the block adds them up.
+  __device__ void leave(float* sums) const {
+    float* const mine = sums + (threadIdx.x / 32 * Shape::rows + lane % 4 * 2) * Shape::sums_stride + lane / 4;
 #pragma unroll
-    for (int c = 0; c < chains; ++c) {
-#pragma unroll
-      for (int e = 0; e < eights; ++e) {
-        float(&from)[4] = part[c][e];
-        d[e][0] += from[0] * low, d[e][1] += from[1] * low;
-        d[e][2] += from[2] * high, d[e][3] += from[3] * high;
-        from[0] = from[1] = from[2] = from[3] = 0.0f;
-      }
+    for (int i = 0; i < 16 * eights; ++i) {
+      const int w = i / 4 / eights, e = i / 4 % eights, j = i % 4;
+      mine[static_cast<std::uint32_t>(e * 8 + j % 2) * Shape::sums_stride + w * 16 + j / 2 * 8] = d[w][e][j];
     }
   }
 };
@@ -163,137 +216,87 @@ struct narrow_sums {
 #endif
 
 template <class Shape, class T, weight_kind Kind, int Macros>
-__global__ void __launch_bounds__(Shape::threads, 1)
-    narrow_kernel(const __grid_constant__ CUtensorMap x_map, const matmul_args<T> args) {
+__global__ void __launch_bounds__(Shape::threads, 1) narrow_kernel(const matmul_args<T> args) {
 #if TETROMINO_CUDA_HOPPER
-  extern __shared__ unsigned char unaligned[];
-  // The same offset in all blocks of a cluster, since they have the same shared memory.
-  unsigned char* const memory = unaligned + (1024 - shared_address(unaligned) % 1024) % 1024;
-  const std::uint32_t shared = shared_address(memory);
-  const std::uint32_t full = shared + Shape::barriers_at, empty = full + 8 * Shape::stages;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const std::uint32_t shared = shared_address(memory), parts = args.parts, part = cluster_rank();
+  auto* const sums = reinterpret_cast<float*>(memory + Shape::sums_at);
+  auto* const loaded = reinterpret_cast<float2*>(memory + Shape::loaded_at);  // factors and biases
   auto* const tiles_before = reinterpret_cast<std::uint32_t*>(memory + Shape::tiles_before_at);
-  auto* const factors = reinterpret_cast<float2*>(memory + Shape::factors_at);  // and biases
-  const std::uint32_t sums_at = shared + Shape::sums_at;
-  const auto* const sums = reinterpret_cast<const float2*>(memory + Shape::sums_at);
+  const std::uint32_t tile_step = gridDim.x / parts;
+  std::uint32_t number = blockIdx.x / parts;
   constexpr float missing = scale_decoding<T, Kind>::missing;
-  const std::uint32_t parts = args.split.parts, phases = args.split.phases, groups = args.split.groups;
-  const std::uint32_t part = cluster_rank();
-  const std::uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
-  const std::uint32_t first_tile = blockIdx.x / parts, tile_step = gridDim.x / parts;
-  const std::uint32_t all_stages = args.col_tiles / 2;
-  const std::uint32_t first = all_stages * part / parts, count = all_stages * (part + 1) / parts - first;
-  const bool is_producer = warp >= Shape::warps, adds_up = parts * phases > 1;
 
-  if (threadIdx.x == Shape::consumers) {
-    prefetch_map(&x_map);
-    for (std::uint32_t i = 0; i < Shape::stages; ++i) {
-      barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, groups);
-    }
-    barrier_init_done();
-  }
   start_next_kernel();
-  __syncthreads();
-  // Weights of the first tile, as far as the ring has room, before the kernel before this one has ended.
-  const std::uint32_t producer = warp - Shape::warps;  // each takes its turn at the stages
-  std::uint32_t early = 0;
-  if (is_producer && args.has_settled_weights && args.row_offsets == nullptr) {
-    const narrow_source<Shape, T> source(args, find_tile<Shape::rows>(args, tiles_before, first_tile));
-    early = min(count, static_cast<std::uint32_t>(Shape::stages));
-    for (std::uint32_t i = producer; i < early; i += Shape::producers) {
-      if (lane == 0) barrier_expect(full + 8 * i, source.bytes());
-      __syncwarp();
-      source.copy_weights(shared + i * Shape::stage_bytes, first + i, full + 8 * i);
-    }
+  narrow_walk<Shape, T, Kind, Macros> walk(args, part, shared);
+  const bool starts_early = args.has_settled_weights && args.row_offsets == nullptr;
+  output_tile tile{};
+  if (starts_early) {
+    tile = find_tile<Shape::rows>(args, tiles_before, number);
+    walk.enter(tile);
+    walk.start_weights();
   }
   wait_for_last_kernel();
   if (args.row_offsets != nullptr) count_row_tiles<Shape::rows>(args.row_offsets, args.matrices, tiles_before);
-  if (adds_up) {
-    if (find_tile<Shape::rows>(args, tiles_before, first_tile).rows == 0) return;  // all blocks of a cluster do
-    cluster_arrive();
+  if (!starts_early) {
+    tile = find_tile<Shape::rows>(args, tiles_before, number);
+    if (tile.rows == 0) return;  // all blocks of a cluster do
+    walk.enter(tile);
+    walk.start_weights();
   }
-
-  // Stages are numbered through; number n lies in slot n % stages.
-  std::uint32_t base = 0;
-  if (is_producer) {
-    for (std::uint32_t number = first_tile;; number += tile_step, base += count) {
-      const output_tile tile = find_tile<Shape::rows>(args, tiles_before, number);
-      if (tile.rows == 0) break;
-      const narrow_source<Shape, T> source(args, tile);
-      for (std::uint32_t i = producer; i < count; i += Shape::producers) {
-        const std::uint32_t slot = (base + i) % Shape::stages, parity = (base + i) / Shape::stages % 2 ^ 1;
-        const std::uint32_t stage = shared + slot * Shape::stage_bytes, barrier = full + 8 * slot;
-        if (base + i >= early) {
-          barrier_wait(empty + 8 * slot, parity);
-          if (lane == 0) barrier_expect(barrier, source.bytes());
-          __syncwarp();
-          source.copy_weights(stage, first + i, barrier);
-        }
-        source.copy_x(x_map, stage, first + i, barrier);
-      }
-      if (adds_up) break;
+  if (parts > 1) cluster_arrive();
+  walk.start_x(tile);
+  for (;;) {
+    const std::uint32_t row = tile.feature_tile * 64;
+    float2 factor{};
+    if (threadIdx.x < 64) factor = load_row(args, tile.matrix, row + threadIdx.x);
+    walk.run();
+    walk.leave(sums);
+    if (threadIdx.x < 64) loaded[threadIdx.x] = factor;
+    number += tile_step;
+    output_tile next{};
+    if (parts == 1) next = find_tile<Shape::rows>(args, tiles_before, number);
+    if (next.rows != 0) {
+      walk.enter(next);
+      walk.start_weights();
+      walk.start_x(next);
     }
-    __syncwarp();
-    if (adds_up) cluster_wait();
-  } else {
-    const std::uint32_t phase = warp / groups, mine = warp - phase * groups;  // of the tile's groups of 16 rows
-    narrow_sums<Shape, T, Kind, Macros> own;
-    for (std::uint32_t number = first_tile; phase < phases; number += tile_step, base += count) {
-      const output_tile tile = find_tile<Shape::rows>(args, tiles_before, number);
-      if (tile.rows == 0) break;
-      const std::uint32_t first_group = tile.feature_tile * groups, row = (first_group + mine) * 16;
-      if (phase == 0 && lane < 16) factors[mine * 16 + lane] = load_row(args, tile.matrix, row + lane);
-      own.start();
-      for (std::uint32_t i = phase; i < count; i += phases) {
-        const std::uint32_t slot = (base + i) % Shape::stages;
-        barrier_wait(full + 8 * slot, (base + i) / Shape::stages % 2);
-        own.add_stage(shared + slot * Shape::stage_bytes, first_group % 4 + mine, args.macro_block);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(empty + 8 * slot);
-      }
-      own.finish();
-      __syncwarp();
-      if (adds_up) break;
-#pragma unroll
-      for (std::uint32_t i = 0; i < Shape::rows / 4; ++i) {
-        const std::uint32_t m = i / 2 * 8 + lane % 4 * 2 + i % 2;
-        if (m < tile.rows) {
-          write_loaded(args, factors + mine * 16 + g, row + g, tile.first_row + m, own.d[i / 2][i % 2] * missing,
-                       own.d[i / 2][i % 2 + 2] * missing);
-        }
-      }
-      __syncwarp();
-    }
-    if (adds_up) cluster_wait();  // until the others have started
-    if (adds_up && phase < phases) {
-      // Pairs of sums are dealt out among the blocks: each sends those of its parts to the block that adds them up.
-      const std::uint32_t share = (groups * 8 * Shape::rows + parts - 1) / parts;
-#pragma unroll
-      for (std::uint32_t i = 0; i < Shape::rows / 4; ++i) {
-        const std::uint32_t m = i / 2 * 8 + lane % 4 * 2 + i % 2;
-        const std::uint32_t index = (mine * 8 + g) * Shape::rows + m, owner = index / share;
-        store_to_rank(sums_at + ((part * phases + phase) * share + index - owner * share) * 8, owner,
-                      own.d[i / 2][i % 2], own.d[i / 2][i % 2 + 2]);
-      }
-    }
-  }
-  if (adds_up) {  // one tile for each cluster
-    __syncwarp();
-    cluster_sync();
-    const output_tile tile = find_tile<Shape::rows>(args, tiles_before, first_tile);
-    const std::uint32_t all = groups * 8 * Shape::rows, share = (all + parts - 1) / parts;
-    for (std::uint32_t i = threadIdx.x; i < share && part * share + i < all; i += Shape::threads) {
-      const std::uint32_t p = part * share + i, m = p % Shape::rows;
-      const std::uint32_t row = p / Shape::rows / 8 * 16 + p / Shape::rows % 8;
-      if (m >= tile.rows) continue;
+    __syncthreads();
+    // Pairs of sums, which a gated output needs both of: rows r and r + 8 of 16, for one row of x.
+    const std::uint32_t count = 32 * tile.rows, share = (count + parts - 1) / parts;
+    if (parts > 1) cluster_wait();  // until the others have started
+    for (std::uint32_t p = threadIdx.x; p < count; p += Shape::threads) {
+      const std::uint32_t m = p / 32, r = p % 32 / 8 * 16 + p % 8;
+      const float* const from = sums + m * Shape::sums_stride + r;
       float low = 0.0f, high = 0.0f;
-      for (std::uint32_t r = 0; r < parts * phases; ++r) {
-        const float2 sum = sums[r * share + i];
-        low += sum.x, high += sum.y;
+#pragma unroll
+      for (std::uint32_t w = 0; w < Shape::warps; ++w) {
+        low += from[w * Shape::rows * Shape::sums_stride], high += from[w * Shape::rows * Shape::sums_stride + 8];
       }
-      write_loaded(args, factors + row, tile.feature_tile * groups * 16 + row, tile.first_row + m, low * missing,
-                   high * missing);
+      if (parts > 1) {
+        const std::uint32_t owner = p / share;
+        store_to_rank(shared + Shape::parts_at + (part * share + p - owner * share) * 8, owner, low, high);
+      } else {
+        write_loaded(args, loaded + r, row + r, tile.first_row + m, low * missing, high * missing);
+      }
     }
+    if (parts > 1) {
+      __syncwarp();
+      cluster_sync();
+      const auto* const all = reinterpret_cast<const float2*>(memory + Shape::parts_at);
+      for (std::uint32_t i = threadIdx.x; i < share && part * share + i < count; i += Shape::threads) {
+        const std::uint32_t p = part * share + i, m = p / 32, r = p % 32 / 8 * 16 + p % 8;
+        float low = 0.0f, high = 0.0f;
+        for (std::uint32_t from = 0; from < parts; ++from) {
+          low += all[from * share + i].x, high += all[from * share + i].y;
+        }
+        write_loaded(args, loaded + r, row + r, tile.first_row + m, low * missing, high * missing);
+      }
+      break;
+    }
+    if (next.rows == 0) break;
+    __syncthreads();  // nobody needs the sums any more
+    tile = next;
   }
 #endif
 }

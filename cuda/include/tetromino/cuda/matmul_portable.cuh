@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(128) portable_kernel(const matmul_args<T> args
       args.tiles + (static_cast<std::size_t>(tile.matrix) * args.row_tiles + row_tile) * args.col_tiles * tile_bytes;
   const std::uint8_t* macros =
       args.macros + (static_cast<std::size_t>(tile.matrix) * args.row_tiles + row_tile) * args.macros_per_row * 64 +
-      warp * 16 + g;
+      g * 8 + warp * 2;
   macro_pair factor{1.0f, 1.0f};
-  if constexpr (HasMacros) factor = load_macros(macros);
+  if constexpr (HasMacros) factor = macro_factors(load_macro_bytes(macros));
   float d[4][4] = {};
   for (std::uint32_t k = 0; k < args.col_tiles; ++k, tile_at += tile_bytes) {
     __syncthreads();
@@ -39,14 +39,14 @@ __global__ void __launch_bounds__(128) portable_kernel(const matmul_args<T> args
       x[m * stride + i % 64] = exists ? args.x[(tile.first_row + m) * args.x_stride + column].bits : std::uint16_t{0};
     }
     __syncthreads();
-    const auto* const words = reinterpret_cast<const std::uint32_t*>(tile_at) + (warp * 32 + lane) * 4;
-    const std::uint8_t* const scales = tile_at + 2048 + (warp * 8 + g) * (2 * 64 / block);
+    coded_tile<Kind> coded;
+    coded.read_global(tile_at + (warp * 32 + lane) * 16, tile_at + 2048 + (g * 4 + warp) * (2 * 64 / block));
 #pragma unroll
     for (std::uint32_t s = 0; s < 4; ++s) {
       if constexpr (HasMacros) {
         const std::uint32_t column = k * 64 + s * 16;
         if (column != 0 && column % args.macro_block == 0) {
-          const macro_pair next = load_macros(macros + column / args.macro_block * 64);
+          const macro_pair next = macro_factors(load_macro_bytes(macros + column / args.macro_block * 64));
           const float low = __fdividef(next.low, factor.low), high = __fdividef(next.high, factor.high);
 #pragma unroll
           for (int n = 0; n < 4; ++n) d[n][0] *= low, d[n][1] *= low, d[n][2] *= high, d[n][3] *= high;
@@ -54,11 +54,7 @@ __global__ void __launch_bounds__(128) portable_kernel(const matmul_args<T> args
         }
       }
       std::uint32_t a[4];
-      gather_codes<T>(words[s], a);
-      const std::uint32_t b = s * 16 / block * 2;
-      const std::uint32_t low = scale_pair<T, Kind>(scales[b]), high = scale_pair<T, Kind>(scales[b + 1]);
-      a[0] = multiply_pairs<T>(a[0], low), a[1] = multiply_pairs<T>(a[1], high);
-      a[2] = multiply_pairs<T>(a[2], low), a[3] = multiply_pairs<T>(a[3], high);
+      coded.template decode<T>(static_cast<int>(s), a);
 #pragma unroll
       for (std::uint32_t n = 0; n < 4; ++n) {
         const auto* const at = reinterpret_cast<const std::uint32_t*>(x + (n * 8 + g) * stride + s * 16 + t * 2);

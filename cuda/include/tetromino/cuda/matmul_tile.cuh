@@ -24,13 +24,31 @@ __device__ inline void multiply_add(float (&d)[4], const std::uint32_t (&a)[4], 
   }
 }
 
-/// Two 16-bit floats times two others.
+/// d[16, 8] = a[16, 16] b[16, 8].
 template <activation T>
-[[nodiscard]] __device__ inline std::uint32_t multiply_pairs(std::uint32_t x, std::uint32_t y) {
+__device__ inline void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   if constexpr (std::same_as<T, bfloat16>) {
-    return as_word(__hmul2_rn(as_bfloat16_pair(x), as_bfloat16_pair(y)));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+        "%10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
   } else {
-    return as_word(__hmul2_rn(as_half_pair(x), as_half_pair(y)));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+        "%10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  }
+}
+
+/// Two 16-bit floats times one half of another pair.
+template <activation T>
+[[nodiscard]] __device__ inline std::uint32_t multiply_by(std::uint32_t x, std::uint32_t pair, int half_of_pair) {
+  if constexpr (std::same_as<T, bfloat16>) {
+    const auto y = as_bfloat16_pair(pair);
+    return as_word(__hmul2_rn(as_bfloat16_pair(x), half_of_pair == 0 ? __low2bfloat162(y) : __high2bfloat162(y)));
+  } else {
+    const auto y = as_half_pair(pair);
+    return as_word(__hmul2_rn(as_half_pair(x), half_of_pair == 0 ? __low2half2(y) : __high2half2(y)));
   }
 }
 
@@ -53,15 +71,22 @@ struct coded_tile {
     }
   }
 
+  /// The same from global memory.
+  __device__ void read_global(const std::uint8_t* codes, const std::uint8_t* scales_from) {
+    const uint4 words = *reinterpret_cast<const uint4*>(codes);
+    word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
+#pragma unroll
+    for (int i = 0; i < scale_words; ++i) scales[i] = reinterpret_cast<const std::uint32_t*>(scales_from)[i];
+  }
+
   /// The A operand of step s.
   template <activation T>
   __device__ void decode(int s, std::uint32_t (&a)[4]) const {
     const int block = s * 16 / block_of<Kind>;
-    const std::uint32_t both = scales[block / 2] >> (block % 2 * 16);
-    const std::uint32_t low = scale_pair<T, Kind>(both & 0xFFu), high = scale_pair<T, Kind>(both >> 8 & 0xFFu);
+    const scale_pairs<T, Kind> scale(scales[block / 2]);
     gather_codes<T>(word[s], a);
-    a[0] = multiply_pairs<T>(a[0], low), a[1] = multiply_pairs<T>(a[1], high);
-    a[2] = multiply_pairs<T>(a[2], low), a[3] = multiply_pairs<T>(a[3], high);
+    a[0] = multiply_by<T>(a[0], scale.low, block % 2), a[1] = multiply_by<T>(a[1], scale.high, block % 2);
+    a[2] = multiply_by<T>(a[2], scale.low, block % 2), a[3] = multiply_by<T>(a[3], scale.high, block % 2);
   }
 };
 
@@ -83,17 +108,20 @@ __device__ inline void load_matrices(std::uint32_t from, std::uint32_t (&m)[4]) 
                : "memory");
 }
 
+/// Words of shared memory, at a multiple of their size together.
+__device__ inline void load_shared(std::uint32_t from, std::uint32_t& a, std::uint32_t& b) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(from) : "memory");
+}
+__device__ inline void load_shared(std::uint32_t from, std::uint32_t& a, std::uint32_t& b, std::uint32_t& c,
+                                   std::uint32_t& d) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(from) : "memory");
+}
+
 /// 1 / (1 + m / 256) for a macro byte, to within a unit in the last place.
 [[nodiscard]] __device__ inline float inverse_macro(std::uint32_t m) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(bit_cast<float>(m * 0x8000u + 0x3F800000u)));
   return inverse;
-}
-
-[[nodiscard]] __device__ inline std::uint32_t load_byte(std::uint32_t shared) {
-  std::uint32_t byte;
-  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(shared));
-  return byte;
 }
 
 }  // namespace tetromino::cuda::detail

@@ -12,7 +12,8 @@
 /// each step of 16 columns, the columns 2t, 2t + 1, 2t + 8 and 2t + 9, which is what the tensor cores' A operand wants
 /// of it. These eight codes are one word, whose bits are spread so that few instructions bring each to where a 16-bit
 /// float keeps its sign, the end of its exponent and the start of its fraction.
-///   tile    codes [warp 4][lane 32][step 4] words, then scales [warp 4][g 8][block][row g, row g + 8] bytes
+///   tile    codes [warp 4][lane 32][step 4] words, then scales [g 8][warp 4][block][row g, row g + 8] bytes
+///   macros  [macro block][g 8][warp 4][row g, row g + 8] bytes
 namespace tetromino::cuda::detail {
 
 enum class weight_kind : std::uint8_t { mx32, mx16, nv };
@@ -58,31 +59,48 @@ __device__ inline void gather_codes(std::uint32_t word, std::uint32_t (&pair)[4]
   }
 }
 
-/// How a stored scale byte becomes a pair of multipliers for gathered codes, byte * factor + offset; and the power of
-/// two that is then missing from all products.
+/// How two of the four scale bytes of a word become multipliers for gathered codes: the even ones shifted up by
+/// `even_up`, the odd ones by 8 less, then `mask` and `base`. And the power of two that is then missing from all
+/// products.
 template <activation T, weight_kind Kind>
 struct scale_decoding {
   static constexpr bool is_half = std::same_as<T, half>;
   static constexpr bool is_nv = Kind == weight_kind::nv;
-  static constexpr std::uint32_t factor =
-      is_nv ? (is_half ? 0x00800080u : 0x00100010u) : (is_half ? 0x04000400u : 0x00800080u);
-  static constexpr std::uint32_t offset = is_nv ? (is_half ? 0x2C002C00u : 0x75007500u) : 0;
+  static constexpr int even_up = is_nv ? (is_half ? 7 : 4) : (is_half ? 10 : 7);
+  static constexpr std::uint32_t mask =
+      is_nv ? (is_half ? 0x7F807F80u : 0x0FF00FF0u) : (is_half ? 0x7C007C00u : 0x7F807F80u);
+  static constexpr std::uint32_t base = is_nv && !is_half ? 0x70007000u : 0;
   static constexpr float missing = is_nv ? (is_half ? 0x1p8f : 0x1p9f) : 1.0f;
+  /// Stored bytes are one larger than this for an E4M3 exponent of -9, the least.
+  static constexpr std::uint32_t e4m3_bias = is_half ? 11 : 10;
 };
 
+/// The multipliers of a word of scale bytes (block 0 of row g, of row g + 8, block 1 of row g, of row g + 8): those of
+/// a row as a pair of T, block 0 below.
 template <activation T, weight_kind Kind>
-[[nodiscard]] __device__ inline std::uint32_t scale_pair(std::uint32_t byte) {
-  return byte * scale_decoding<T, Kind>::factor + scale_decoding<T, Kind>::offset;
-}
+struct scale_pairs {
+  std::uint32_t low, high;  ///< of rows g and g + 8
 
-/// The stored byte of an E4M3 scale below NaN, without its sign: five exponent bits (bias 10) and three of fraction, so
-/// that no scale is subnormal. Zero scales have zero codes.
-[[nodiscard]] __device__ inline std::uint32_t stored_e4m3(std::uint32_t bits) {
+  __device__ explicit scale_pairs(std::uint32_t word) {
+    using rule = scale_decoding<T, Kind>;
+    constexpr int odd_up = rule::even_up - 8;
+    low = (word << rule::even_up & rule::mask) | rule::base;
+    if constexpr (odd_up > 0) {
+      high = (word << odd_up & rule::mask) | rule::base;
+    } else {
+      high = (word >> -odd_up & rule::mask) | rule::base;
+    }
+  }
+};
+
+/// The stored byte of an E4M3 scale below NaN, without its sign: five exponent bits and three of fraction, so that no
+/// scale is subnormal. Zero scales have zero codes.
+[[nodiscard]] __device__ inline std::uint32_t stored_e4m3(std::uint32_t bits, std::uint32_t bias) {
   const std::uint32_t exponent = bits >> 3 & 15u, fraction = bits & 7u;
-  if (exponent != 0) return (exponent + 3) << 3 | fraction;
+  if (exponent != 0) return (exponent + 3 + bias) << 3 | fraction;
   if (fraction == 0) return 0;
   const std::uint32_t power = 31 - static_cast<std::uint32_t>(__clz(static_cast<int>(fraction)));
-  return (power + 1) << 3 | (fraction << (3 - power) & 7u);
+  return (power + 1 + bias) << 3 | (fraction << (3 - power) & 7u);
 }
 
 struct prepare_args {
@@ -110,8 +128,8 @@ struct prepare_args {
 template <activation T, weight_kind Kind>
 __global__ void __launch_bounds__(256) prepare_kernel(const prepare_args args) {
   constexpr std::uint32_t block = block_of<Kind>, tile_bytes = 2048 + 4096 / block;
-  constexpr std::uint32_t nan_byte =
-      Kind == weight_kind::nv ? (std::same_as<T, half> ? 160u : 168u) : (std::same_as<T, half> ? 31u : 255u);
+  constexpr std::uint32_t nan_byte =  // decodes to infinity, which times zero codes is NaN
+      Kind == weight_kind::nv ? 248u : (std::same_as<T, half> ? 31u : 255u);
   __shared__ int top[64];  // the largest exponent of a row's scales
   const std::uint32_t matrix = blockIdx.y, first = blockIdx.x * 64;
   const std::size_t matrix_row = static_cast<std::size_t>(matrix) * args.rows;
@@ -167,14 +185,14 @@ __global__ void __launch_bounds__(256) prepare_kernel(const prepare_args args) {
     }
     if (threadIdx.x < 4096 / block) {
       constexpr std::uint32_t per_lane = 2 * 64 / block;
-      const std::uint32_t i = threadIdx.x, g = i / per_lane % 8, warp = i / (8 * per_lane);
+      const std::uint32_t i = threadIdx.x, warp = i / per_lane % 4, g = i / (4 * per_lane);
       const std::uint32_t in_tile = warp * 16 + g + i % 2 * 8, b = t * (64 / block) + i % per_lane / 2;
       const std::uint32_t row = source_row(first + in_tile, args.rows, args.gating);
       std::uint32_t stored = 0;
       if (row < args.rows && b < args.blocks_per_row) {
         const std::uint32_t scale = scale_of(row, b);
         if constexpr (Kind == weight_kind::nv) {
-          stored = (scale & 0x7Fu) == 0x7Fu ? nan_byte : stored_e4m3(scale & 0x7Fu);
+          stored = (scale & 0x7Fu) == 0x7Fu ? nan_byte : stored_e4m3(scale & 0x7Fu, scale_decoding<T, Kind>::e4m3_bias);
         } else {
           constexpr int top_field = std::same_as<T, half> ? 30 : 254;
           stored = scale == 0xFFu
@@ -188,7 +206,8 @@ __global__ void __launch_bounds__(256) prepare_kernel(const prepare_args args) {
   std::uint8_t* macros =
       args.macros_out + (static_cast<std::size_t>(matrix) * args.row_tiles + blockIdx.x) * args.macros_per_row * 64;
   for (std::uint32_t i = threadIdx.x; i < args.macros_per_row * 64; i += 256) {
-    const std::uint32_t row = source_row(first + i % 64, args.rows, args.gating), m = i / 64;
+    const std::uint32_t in_tile = i / 2 % 4 * 16 + i % 2 * 8 + i / 8 % 8;
+    const std::uint32_t row = source_row(first + in_tile, args.rows, args.gating), m = i / 64;
     macros[i] = row < args.rows && m < args.macros_in ? args.macros[(matrix_row + row) * args.macros_in + m] : 0;
   }
 }
