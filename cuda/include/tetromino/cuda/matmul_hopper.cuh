@@ -274,9 +274,16 @@ struct tile_sums {
     }
   }
 
-  /// Multiplies through the stages of columns [first, last), in units of stages. Stage by stage:
+  /// d += a b for the first N rows of x of the tile.
+  template <int N>
+  __device__ void multiply(const std::uint32_t (&by)[4], std::uint64_t box) {
+    wgmma<T>(reinterpret_cast<float(&)[N / 2]>(d), by, box);
+  }
+
+  /// Multiplies the first N rows of x through the stages of columns [first, last), in units of stages. Stage by stage:
   /// its products, and beside them the decoding of the next one. The first product of a stage is on its way before the
   /// wait for those of the stage before.
+  template <int N>
   __device__ void run(const matmul_args<T>& args, std::uint32_t shared, std::uint32_t group, std::uint32_t first,
                       std::uint32_t last, const std::uint8_t* macro_bytes, std::uint32_t& slot, std::uint32_t& parity) {
     const std::uint32_t full = shared + Shape::barriers_at, empty = full + 8 * Shape::stages;
@@ -323,7 +330,7 @@ struct tile_sums {
         for (int s = 0; s < 4; ++s) {
           if (Macros == 2 && s == 2) enter_next(macros);
           wgmma_fence();
-          wgmma<T>(d, a[b][s], swizzled_tile(box, 2u * s));
+          multiply<N>(a[b][s], swizzled_tile(box, 2u * s));
           wgmma_commit();
           if (s == 0) {
             wgmma_wait<1>();
@@ -503,7 +510,13 @@ __global__ void __launch_bounds__(Shape::threads, BlocksPerMultiprocessor)
       }
       const std::uint32_t in_matrix = (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4;
       const row_pair rows = find_rows(args, tile.matrix, in_matrix);
-      sums.run(args, shared, group, first, last, macros, slot, parity);
+      // A tile that is not half full takes products of half the width.
+      if (Shape::is_large && tile.rows * 2 <= Shape::rows) {
+        sums.template run<Shape::is_large ? Shape::rows / 2 : Shape::rows>(args, shared, group, first, last, macros,
+                                                                           slot, parity);
+      } else {
+        sums.template run<Shape::rows>(args, shared, group, first, last, macros, slot, parity);
+      }
       if (parts > 1) {
         // Pairs of sums (rows g and g + 8 of the weights, one row of x) are dealt out among the blocks; each sends them
         // to the one that adds them up.
