@@ -237,7 +237,7 @@ template <pack_rule Rule, bool Stochastic, pack_source Source>
 inline constexpr unsigned blocks_at_once = Stochastic ? 1
                                            : Rule == pack_rule::mx || Rule == pack_rule::mx_macro
                                                ? (Source == pack_source::turned ? 6 : 8)
-                                           : Rule == pack_rule::mx_min_error || Rule == pack_rule::mx_macro_search ? 4
+                                           : Rule == pack_rule::mx_min_error || Rule == pack_rule::mx_macro_search ? 5
                                            : Rule == pack_rule::nv_amax ? (Source == pack_source::flat ? 8 : 6)
                                                                         : 3;
 

@@ -12,9 +12,9 @@ namespace tetromino::cuda::detail {
 struct route_room {
   static constexpr std::uint32_t pitch = 36, waiting = 16, groups = 16;
   float tile[32 * pitch];
-  float score[waiting * 32];
+  float score[waiting * 32];  ///< and before any is found, those of groups
   std::uint16_t expert[waiting * 32];
-  float group_score[groups * 32];
+  static_assert(groups <= waiting);
 };
 
 /// The best K experts that a lane has seen, best first. What is free holds NaN, which nothing is below.
@@ -110,17 +110,17 @@ __device__ inline std::uint32_t kept_by_lane(const route_args& args, std::uint32
       first = fmaxf(first, score[i]);
     }
     if (e + 4 == group_end) {  // groups are whole fours
-      room.group_score[group++ * 32 + lane] = first + second;
+      room.score[group++ * 32 + lane] = first + second;
       group_end += args.group_size;
       first = none, second = none;
     }
   });
   std::uint32_t kept = 0;
   for (std::uint32_t g = 0; g < args.groups; ++g) {
-    const float own = room.group_score[g * 32 + lane];
+    const float own = room.score[g * 32 + lane];
     std::uint32_t better = 0;
     for (std::uint32_t h = 0; h < args.groups; ++h) {
-      const float other = room.group_score[h * 32 + lane];
+      const float other = room.score[h * 32 + lane];
       better += other > own || (other == own && h < g);
     }
     kept |= better < args.groups_kept ? 1u << g : 0;
@@ -130,7 +130,7 @@ __device__ inline std::uint32_t kept_by_lane(const route_args& args, std::uint32
 
 /// Routes a token a lane, for k <= K, experts and the size of groups in fours, and up to 16 groups.
 template <int K, bool Sigmoid>
-__global__ void __launch_bounds__(128) route_many_kernel(const route_args args) {
+__global__ void __launch_bounds__(128, Sigmoid ? 5 : 7) route_many_kernel(const route_args args) {
   __shared__ route_room rooms[4];
   route_room& room = rooms[threadIdx.x / 32];
   const std::uint32_t lane = threadIdx.x % 32, first_token = (blockIdx.x * 4 + threadIdx.x / 32) * 32;
