@@ -74,7 +74,7 @@ struct prepared_weights {
 struct matmul_options {
   /// Added to each output before anything else, in device memory: [matrices, rows] of the weights. Empty: nothing.
   std::span<const float> bias{};
-  /// Whether nothing that may still run in the stream writes the weights: then a product of few rows starts to read
+  /// Whether nothing that may still run in the stream writes the weights: then a product of one matrix starts to read
   /// them while the kernel before it ends. (CUDA Programming Guide, "Programmatic Dependent Launch")
   bool settled_weights = false;
 };
