@@ -136,21 +136,22 @@ template <real T, pack_rule Rule>
     return nv_error(x, amax, tensor_scale, from_four, weights, used) < six ? from_four : from_six;
   } else {
     if (from_six == 0) return 0;
-    // Upwards from the scale that takes the largest magnitude to 6, then downwards: there that element is clamped, and
-    // mostly its error alone is more than the least sum so far. Rounding is monotone, so that no sum of squares is
-    // below what one of them gives.
-    std::uint32_t best = from_six;
-    float least = nv_error(x, amax, tensor_scale, from_six, weights, used);
-    const std::uint32_t last = min(from_six + 8, std::uint32_t{e4m3::max_finite_bits});
-    for (std::uint32_t code = from_six + 1; code <= last; ++code) {
-      const float total = nv_error(x, amax, tensor_scale, code, weights, used);
-      if (total <= least) best = code, least = total;  // the larger scale wins ties
-    }
     const std::uint32_t first = from_six > 9 ? from_six - 8 : 1;
-    for (std::uint32_t code = from_six - 1; code >= first; --code) {
-      if (weights == nullptr && nv_clamped_error(amax, tensor_scale, code) > least) continue;
+    const std::uint32_t last = min(from_six + 8, std::uint32_t{e4m3::max_finite_bits});
+    // Rounding is monotone, so that no sum of squares is below what the largest element alone adds to it: under small
+    // scales, which clamp that element, mostly more than the whole error of the scale that takes it to 6. Where
+    // quotients could be NaN, every scale is looked at.
+    float bound = bit_cast<float>(0x7F800000u);
+    if (weights == nullptr && __fmul_rn(tensor_scale, decode_e4m3(first)) >= 0x1p-27f &&
+        __fmul_rn(tensor_scale, decode_e4m3(last)) <= 0x1p60f && amax < 0x1p100f) {
+      bound = nv_error(x, amax, tensor_scale, from_six, nullptr, used);
+    }
+    std::uint32_t best = 0;
+    float least = 0;
+    for (std::uint32_t code = first; code <= last; ++code) {
+      if (nv_clamped_error(amax, tensor_scale, code) > bound) continue;
       const float total = nv_error(x, amax, tensor_scale, code, weights, used);
-      if (total < least) best = code, least = total;
+      if (best == 0 || total <= least) best = code, least = total;  // the larger scale wins ties
     }
     return best;
   }
