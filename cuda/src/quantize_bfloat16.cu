@@ -5,6 +5,7 @@ namespace tetromino::cuda::detail {
 template result<void> quantize(const stream&, const tetromino::detail::quantize_job<bfloat16>&, bool);
 template result<void> quantize_transposed(const stream&, const tetromino::detail::quantize_job<bfloat16>&);
 template result<void> fake_quantize(const stream&, const tetromino::detail::fake_quantize_job<bfloat16>&);
+template result<void> rotate(const stream&, const tetromino::detail::rotate_job<bfloat16>&);
 template result<void> amax(const stream&, const batch_view<const bfloat16>&, special_values, std::span<float>);
 
 }  // namespace tetromino::cuda::detail

@@ -5,6 +5,7 @@ namespace tetromino::cuda::detail {
 template result<void> quantize(const stream&, const tetromino::detail::quantize_job<float>&, bool);
 template result<void> quantize_transposed(const stream&, const tetromino::detail::quantize_job<float>&);
 template result<void> fake_quantize(const stream&, const tetromino::detail::fake_quantize_job<float>&);
+template result<void> rotate(const stream&, const tetromino::detail::rotate_job<float>&);
 template result<void> amax(const stream&, const batch_view<const float>&, special_values, std::span<float>);
 
 }  // namespace tetromino::cuda::detail

@@ -90,6 +90,11 @@ struct scalar_rotation {
   }
 };
 
+/// 1 / sqrt(size), rounded to float.
+[[nodiscard]] constexpr float inverse_root(std::size_t size) noexcept {
+  return size == 16 ? 0.25f : size == 32 ? 0x1.6a09e6p-3f : size == 64 ? 0.125f : 0x1.6a09e6p-4f;
+}
+
 /// A rotation made ready for rows of one length.
 class row_rotation {
  public:
@@ -117,10 +122,6 @@ class row_rotation {
   }
 
  private:
-  static constexpr float inverse_root(std::size_t size) {
-    return size == 16 ? 0.25f : size == 32 ? 0x1.6a09e6p-3f : size == 64 ? 0.125f : 0x1.6a09e6p-4f;
-  }
-
   std::size_t size_ = 0;
   float scale_ = 1;
   std::vector<std::uint32_t> signs_;  // sign bits to flip
@@ -139,22 +140,24 @@ inline detail::simd_rotation rotation_on(const simd_t&) noexcept { return {}; }
 
 namespace detail {
 
+/// What a backend with memory of its own is asked to rotate; already checked.
+template <real T>
+struct rotate_job {
+  batch_view<const T> in;
+  batch_view<T> out;
+  hadamard rotation;
+  bool forward;
+};
+
 inline result<void> check_rotation(const hadamard& rotation) {
   if (rotation.size == 16 || rotation.size == 32 || rotation.size == 64 || rotation.size == 128) return {};
   return error(errc::invalid_argument, text("expected a Hadamard rotation of 16, 32, 64 or 128, got ", rotation.size));
 }
 
-template <bool Forward, class Policy, matrix_like Input, class Output>
-result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
-  using T = element_of<Input>;
-  const auto in = as_batch(x);
-  const batch_view<T> to(out);
-  if (auto valid = check_rotation(rotation); !valid) return valid;
-  if (in.matrices != to.matrices || in.rows != to.rows || in.cols != to.cols) {
-    return error(errc::shape_mismatch, text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
-                                            "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
-  }
-  const row_rotation prepared(rotation, in.cols);
+/// Rotates rows on the CPU.
+template <bool Forward, class Policy, real T>
+void rotate_rows(const Policy& policy, const batch_view<const T>& in, const row_rotation& prepared,
+                 const batch_view<T>& to) {
   const auto kernels = rotation_on(policy);
   for_each_row(policy.executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
     constexpr std::size_t piece = 1024;
@@ -172,7 +175,24 @@ result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& ro
       for (std::size_t i = 0; i < n; ++i) target[k + i] = from_float<T>(scratch[i]);
     }
   });
-  return {};
+}
+
+template <bool Forward, class Policy, matrix_like Input, class Output>
+result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
+  using T = element_of<Input>;
+  const auto in = as_batch(x);
+  const batch_view<T> to(out);
+  if (auto valid = check_rotation(rotation); !valid) return valid;
+  if (in.matrices != to.matrices || in.rows != to.rows || in.cols != to.cols) {
+    return error(errc::shape_mismatch, text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
+                                            "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
+  }
+  if constexpr (requires(const rotate_job<T>& job) { rotate_on(policy, job); }) {
+    return rotate_on(policy, rotate_job<T>{in, to, rotation, Forward});
+  } else {
+    rotate_rows<Forward>(policy, in, row_rotation(rotation, in.cols), to);
+    return {};
+  }
 }
 
 }  // namespace detail

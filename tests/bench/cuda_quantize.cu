@@ -71,13 +71,15 @@ void run(const char* type, double copy, const buffers& b) {
   for (const char* name :
        {"mxfp4-32/floor", "mxfp4-32/ceil", "mxfp4-32/round-up", "mxfp4-32/even", "mxfp4-32/oas", "mxfp4-16/oas",
         "mxfp4-32/oas/mbs-static", "mxfp4-16/oas/mbs-static", "nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error",
-        "mxfp4-32/min-error", "mxfp4-32/oas/mbs-search", "mxfp4-16/oas/mbs-search"}) {
+        "mxfp4-32/min-error", "mxfp4-32/oas/mbs-search", "mxfp4-16/oas/mbs-search", "mxfp4-32/oas/hadamard-32",
+        "mxfp4-32/oas/hadamard-128", "nvfp4/amax/hadamard-16"}) {
     const recipe r = recipe::parse(name);
     const auto out = view_of(b, r.format);
     quantize_options options;
     options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
     const bool is_nv = r.format.scale == scale_type::e4m3;
     if (is_nv) options.tensor_scales = {b.tensor_scales + 1, 1};
+    if (r.rotation != 0) options.rotation = hadamard{r.rotation};
     const bool slow = r.rule == scale_rule::min_error || (r.format.macro_block != 0 && r.macro == macro_rule::search);
     const auto t = timing::time(s.handle, slow ? 5 : 20, [&](int) { quantize_to(s, in, out, options); });
     row(std::string("-> ") + name + (is_nv ? ", tensor scale given" : ""), t, in_bytes + packed_bytes(r.format));
@@ -103,6 +105,15 @@ void run(const char* type, double copy, const buffers& b) {
       const auto transposed =
           timing::time(s.handle, 20, [&](int) { cuda::try_quantize_transposed_to(s, in, turned, plan).value(); });
       row(std::string("-> ") + name + ", transposed", transposed, in_bytes + packed_bytes(r.format));
+    }
+    if (r.rotation != 0) {
+      options.rotation->sign_seed = 1;
+      const auto with_signs = timing::time(s.handle, 20, [&](int) { quantize_to(s, in, out, options); });
+      row(std::string("-> ") + name + ", signs", with_signs, in_bytes + packed_bytes(r.format));
+      const auto alone = timing::time(
+          s.handle, 20, [&](int) { rotate(s, in, hadamard{r.rotation}, batch_view<T>(unpacked, 1, rows, cols)); });
+      row("rotated by " + std::to_string(r.rotation), alone, 2 * in_bytes);
+      continue;
     }
     if (std::string(name) == "mxfp4-32/oas") {
       options.rounding = element_rounding::stochastic;

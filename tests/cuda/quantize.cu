@@ -101,6 +101,18 @@ void compare(const std::string& what, const packed<any_format>& expected, const 
   expect(got.is_intact(), "%s: written past the end", what.c_str());
 }
 
+/// first_difference, where all NaN are alike.
+template <class T>
+long first_difference_of_numbers(std::vector<T> a, std::vector<T> b) {
+  const auto name_nan = [](std::vector<T>& values) {
+    for (T& v : values) {
+      if (std::isnan(tetromino::detail::to_float(v))) v = make<T>(NAN);
+    }
+  };
+  name_nan(a), name_nan(b);
+  return first_difference(a, b);
+}
+
 /// Packs on both backends; then unpacks and round-trips on both.
 template <class T>
 void check_case(const case_of& c, const std::vector<T>& values, const recipe& r, const quantize_options& options,
@@ -146,7 +158,13 @@ void check_case(const case_of& c, const std::vector<T>& values, const recipe& r,
   require(tetromino::try_fake_quantize(with_memory, on_device, r,
                                        batch_view<T>(fake.data(), c.matrices, c.rows, c.cols), settings),
           what.c_str());
-  const long fake_at = first_difference(values_expected.data, fake.values());
+  long fake_at = first_difference(values_expected.data, fake.values());
+  if (options.rotation) {
+    tetromino::matrix<T> turned_back(c.matrices * c.rows, c.cols);
+    tetromino::fake_quantize(policy, host, r, batch_view<T>(turned_back.data.data(), c.matrices, c.rows, c.cols),
+                             options);
+    fake_at = first_difference_of_numbers(turned_back.data, fake.values());
+  }
   expect(fake_at < 0, "%s: fake_quantize differs first at %ld", what.c_str(), fake_at);
 }
 
@@ -386,6 +404,7 @@ template <class T>
 void transposed() {
   std::vector<std::string> names(std::begin(closed_recipes), std::end(closed_recipes));
   names.insert(names.end(), std::begin(searched_recipes), std::end(searched_recipes));
+  names.insert(names.end(), std::begin(slow_recipes), std::end(slow_recipes));
   std::uint64_t seed = 7000;
   for (const auto& [matrices, rows, cols] :
        {std::array<std::size_t, 3>{1, 128, 32}, {2, 300, 72}, {3, 16, 5}, {1, 1000, 130}}) {
@@ -400,11 +419,19 @@ void transposed() {
           turned[e * rows * cols + i % cols * rows + i / cols] = values[e * rows * cols + i];
         }
       }
+      const numbers n{seed};
+      std::vector<float> weights(rows);
+      for (std::size_t i = 0; i < rows; ++i) weights[i] = n.uniform(i) * 3.0f;
+      const device<float> device_weights(weights);
       quantize_options options;
       options.scope = tetromino::tensor_scale_scope::per_matrix;
+      if (seed % 3 == 0) options.column_weights = weights;
+      if (seed % 4 == 0) options.rounding = tetromino::element_rounding::stochastic;
+      if (seed % 5 < 2) options.rotation = tetromino::hadamard{std::size_t{16} << seed % 4, seed};
       const auto expected =
           tetromino::quantize(tetromino::scalar, batch_view<const T>(turned.data(), matrices, cols, rows), r, options);
       options.rule = r.rule, options.macro = r.macro;
+      if (!options.column_weights.empty()) options.column_weights = device_weights.span();
       const device<T> x(values);
       auto report = tetromino::cuda::rejections::create();
       const auto stream = tetromino::cuda::stream{}.reporting(report);
@@ -451,25 +478,92 @@ void magnitudes() {
   }
 }
 
-/// Rotations run on the CPU only, and are refused before anything is launched.
+/// Rotations before packing, of the transpose too, and by themselves.
+template <class T>
 void rotations() {
-  const device<float> x(std::vector<float>(64 * 64, 1e38f)), to(64 * 64);
-  const batch_view<const float> in(x.data(), 1, 64, 64);
-  const device_packed out({any_format(tetromino::mxfp4{}), 1, 64, 64}, 0);
-  auto report = tetromino::cuda::rejections::create();
-  const auto stream = tetromino::cuda::stream{}.reporting(report);
-  const recipe r = recipe::parse("mxfp4-32/oas");
-  quantize_options options;
-  options.rule = r.rule, options.rotation = tetromino::hadamard{32};
-  const auto refuses = [](const auto& done) {
-    return !done && done.error().code() == tetromino::errc::invalid_argument;
+  std::vector<std::string> names(std::begin(closed_recipes), std::end(closed_recipes));
+  names.insert(names.end(), std::begin(searched_recipes), std::end(searched_recipes));
+  names.insert(names.end(), std::begin(slow_recipes), std::end(slow_recipes));
+  const case_of cases[] = {
+      {"rotated", 1, 40, 512, 512, 20480},
+      {"rotated, ragged", 2, 7, 333, 340, 2400},
+      {"rotated, short rows", 3, 9, 48, 48, 432},
+      {"rotated, shorter than its blocks", 1, 5, 13, 16, 80},
   };
-  expect(refuses(tetromino::try_quantize_to(stream, in, out.view(), options)), "a rotation is refused");
-  expect(refuses(tetromino::cuda::try_quantize_transposed_to(stream, in, out.view(), options)),
-         "a rotation of a transpose is refused");
-  expect(refuses(tetromino::try_fake_quantize(stream, in, r, batch_view<float>(to.data(), 1, 64, 64), options)),
-         "a rotation round trip is refused");
-  expect(report.try_check(stream, in).has_value(), "nothing is reported where nothing ran");
+  std::uint64_t seed = 9000;
+  for (const case_of& c : cases) {
+    const auto values = varied<T>(c.matrices * c.matrix_stride, ++seed);
+    auto wild = values;  // what is not finite spreads over its block; large values overflow when they are added up
+    const numbers r{seed};
+    for (std::size_t i = 0; i < wild.size(); ++i) {
+      if (r.bits(i) % 50 == 0) wild[i] = make<T>(r.bits(i) / 50 % 3 == 0 ? NAN : INFINITY);
+      if (r.bits(i / 32) % 5 == 0) wild[i] = make<T>(tetromino::detail::largest<T>);
+    }
+    std::vector<float> weights(c.cols);
+    for (std::size_t i = 0; i < weights.size(); ++i) weights[i] = r.uniform(i) * 3.0f;
+    for (const std::string& name : names) {
+      ++seed;
+      if (is_short() && seed % 7 != 0) continue;
+      const recipe rule = recipe::parse(name);
+      quantize_options options;
+      options.rotation = tetromino::hadamard{std::size_t{16} << seed % 4};
+      if (seed / 4 % 2 == 0) options.rotation->sign_seed = seed;
+      options.scope = tetromino::tensor_scale_scope::per_matrix;
+      check_case(c, values, rule, options, true);
+      quantize_options weighted = options;
+      weighted.column_weights = weights;
+      check_case(c, values, rule, weighted, true);
+      options.rounding = tetromino::element_rounding::stochastic;
+      options.scope = tetromino::tensor_scale_scope::batch;
+      check_case(c, values, rule, options, true);
+      for (const auto policy : {special_values::poison, special_values::saturate}) {
+        options.special = policy;
+        check_case(c, wild, rule, options, true);
+      }
+    }
+    for (const std::size_t size : {16u, 32u, 64u, 128u}) {
+      const tetromino::hadamard rotation{size, size % 64 == 0 ? std::optional<std::uint64_t>(seed) : std::nullopt};
+      const device<T> x(values), out(c.matrices * c.rows * c.cols);
+      const batch_view<const T> host(values.data(), c.matrices, c.rows, c.cols, c.row_stride, c.matrix_stride);
+      const batch_view<const T> in(x.data(), c.matrices, c.rows, c.cols, c.row_stride, c.matrix_stride);
+      const batch_view<T> to(out.data(), c.matrices, c.rows, c.cols);
+      tetromino::matrix<T> expected(c.matrices * c.rows, c.cols);
+      const batch_view<T> view(expected.data.data(), c.matrices, c.rows, c.cols);
+      tetromino::rotate(tetromino::scalar, host, rotation, view);
+      require(tetromino::try_rotate(tetromino::cuda::stream{}, in, rotation, to), "rotate");
+      expect(first_difference(expected.data, out.values()) < 0, "%s: rotate by %zu", c.name.c_str(), size);
+      tetromino::rotate_back(tetromino::scalar, batch_view<const T>(view), rotation, view);
+      require(tetromino::try_rotate_back(tetromino::cuda::stream{}, batch_view<const T>(to), rotation, to),
+              "rotate_back");
+      expect(first_difference(expected.data, out.values()) < 0, "%s: rotate back by %zu", c.name.c_str(), size);
+      expect(out.is_intact(), "%s: rotated past the end", c.name.c_str());
+    }
+  }
+}
+
+/// What rotations refuse: values that are not finite where they lie, and sums that overflow.
+void rotated_rejects() {
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-32/min-error/mbs-search", "nvfp4/amax"}) {
+    std::vector<float> values(64 * 256, 1.0f);
+    for (std::size_t k = 0; k < 32; ++k) values[11 * 256 + 96 + k] = 3e38f;
+    const recipe r = recipe::parse(name);
+    quantize_options options;
+    options.rule = r.rule, options.macro = r.macro, options.rotation = tetromino::hadamard{32};
+    const auto says = [&](const char* place) {
+      const device<float> x(values);
+      const batch_view<const float> in(x.data(), 1, 64, 256);
+      device_packed out({r.format, 1, 64, 256}, r.format.scale == tetromino::scale_type::e4m3 ? 1 : 0);
+      auto report = tetromino::cuda::rejections::create();
+      const auto stream = tetromino::cuda::stream{}.reporting(report);
+      require(tetromino::try_quantize_to(stream, in, out.view(), options), name);
+      const auto found = report.try_check(stream, in);
+      expect(!found && std::string(found.error().what()).find(place) != std::string::npos,
+             "%s rotated: expected %s, got %s", name, place, found ? "nothing" : found.error().what());
+    };
+    says("row 11, column 96");
+    values[7 * 256 + 50] = NAN;
+    says("row 7, column 50");
+  }
 }
 
 template <class T>
@@ -478,6 +572,7 @@ void all(std::size_t millions) {
   rejects<T>();
   shapes<T>();
   transposed<T>();
+  rotations<T>();
   if (is_short()) return;
   every_code<T>();
   specials<T>();
@@ -493,6 +588,6 @@ int main(int argc, char** argv) {
   all<half>(millions);
   all<bfloat16>(millions);
   swizzled();
-  rotations();
+  rotated_rejects();
   return finish("quantize");
 }

@@ -8,6 +8,7 @@
 #include "cuda/stream.hpp"  // stream, rejections
 
 #include <tetromino/dequantize.hpp>  // dequantize_to
+#include <tetromino/hadamard.hpp>    // rotate_job
 #include <tetromino/layout.hpp>      // swizzled_bytes
 #include <tetromino/quantize.hpp>    // quantize_to
 
@@ -35,13 +36,15 @@ result<void> fake_quantize(const stream& s, const tetromino::detail::fake_quanti
 template <real T>
 result<void> dequantize(const stream& s, const tetromino::detail::dequantize_job<T>& job);
 template <real T>
+result<void> rotate(const stream& s, const tetromino::detail::rotate_job<T>& job);
+template <real T>
 result<void> amax(const stream& s, const batch_view<const T>& x, special_values special, std::span<float> out);
 
 }  // namespace detail
 
-/// The hooks that tetromino::quantize_to, fake_quantize and dequantize_to find. All of them give the bytes that the
-/// scalar backend gives. Column weights and tensor scales among the options are device memory, and not looked at before
-/// the launch. Rotations are not offered.
+/// The hooks that tetromino::quantize_to, fake_quantize, dequantize_to, rotate and rotate_back find. All of them give
+/// the bytes that the scalar backend gives. Column weights and tensor scales among the options are device memory, and
+/// not looked at before the launch.
 template <real T>
 result<void> quantize_on(const stream& s, const tetromino::detail::quantize_job<T>& job) {
   return detail::quantize(s, job, false);
@@ -49,6 +52,10 @@ result<void> quantize_on(const stream& s, const tetromino::detail::quantize_job<
 template <real T>
 result<void> fake_quantize_on(const stream& s, const tetromino::detail::fake_quantize_job<T>& job) {
   return detail::fake_quantize(s, job);
+}
+template <real T>
+result<void> rotate_on(const stream& s, const tetromino::detail::rotate_job<T>& job) {
+  return detail::rotate(s, job);
 }
 template <real T>
 result<void> dequantize_on(const stream& s, const tetromino::detail::dequantize_job<T>& job) {
@@ -96,9 +103,8 @@ template <matrix_like Input, block_format Format>
 }
 
 /// Packs the transpose of x[matrices, rows, cols] in the same pass: out is [matrices, cols, rows], with blocks down the
-/// columns of x. Column weights belong to the rows of x; a rejected value is reported where it lies in x. The largest
-/// magnitude behind a tensor scale that is not given is that of try_amax_to(x). Errors: as try_quantize_to; also
-/// invalid_argument for searches that round stochastically, weigh errors, or have min_error inside a macro block.
+/// columns of x, which a rotation runs down too. Column weights belong to the rows of x; a rejected value is reported
+/// where it lies in x. Errors: as try_quantize_to.
 template <matrix_like Input, block_format Format>
 [[nodiscard]] result<void> try_quantize_transposed_to(const stream& s, const Input& x,
                                                       packed_view<Format, std::uint8_t> out,

@@ -211,6 +211,18 @@ template <real T>
   }
 }
 
+/// A float rounded to nearest even.
+template <real T>
+[[nodiscard]] __device__ inline T round_to(float x) {
+  if constexpr (sizeof(T) == 4) {
+    return x;
+  } else if constexpr (std::same_as<T, bfloat16>) {
+    return T{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+  } else {
+    return T{__half_as_ushort(__float2half_rn(x))};
+  }
+}
+
 /// Notes the position of a refused value, keeping the first.
 __device__ inline void report_rejection(std::uint64_t* rejected, std::uint64_t position) {
   if (rejected != nullptr) atomicMin(reinterpret_cast<unsigned long long*>(rejected), position);

@@ -85,15 +85,6 @@ template <std::uint32_t Rows, class T>
 /// x * sigmoid(x).
 [[nodiscard]] __device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
 
-template <activation T>
-[[nodiscard]] __device__ inline T round_to(float x) {
-  if constexpr (std::same_as<T, bfloat16>) {
-    return T{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
-  } else {
-    return T{__half_as_ushort(__float2half_rn(x))};
-  }
-}
-
 /// What turns the sums of a lane's two rows of a tile, g and g + 8, into outputs.
 struct row_pair {
   float factor[2];

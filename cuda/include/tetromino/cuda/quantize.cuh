@@ -2,12 +2,14 @@
 
 #include <tetromino/cuda.hpp>  // stream
 
+#include "amax.cuh"         // set_tensor_scales
 #include "decode.cuh"       // unpack
 #include "encode.cuh"       // encode
 #include "least_error.cuh"  // search_macro, search_scale
+#include "rotate.cuh"       // rotated_chunk, make_rotation
 #include "rows.cuh"         // row_map
 #include "search.cuh"       // launch_search
-#include "turned.cuh"       // transposed_tile
+#include "source.cuh"       // load_chunk
 
 #include <tetromino/layout.hpp>   // swizzled_bytes
 #include <tetromino/options.hpp>  // quantize_job
@@ -230,248 +232,100 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
   return out;
 }
 
-/// How a kernel finds its elements: as one row of whole blocks in whole chunks, row by row, or along the columns.
-enum class pack_source : std::uint8_t { flat, rows, turned };
-
 /// Thread blocks that share a multiprocessor: as many as there can be where memory is the limit.
-template <pack_rule Rule, bool Stochastic, pack_source Source>
+template <pack_rule Rule, bool Stochastic, pack_source Source, bool Rotated>
 inline constexpr unsigned blocks_at_once = Stochastic ? 1
+                                           : Rotated  ? 3
                                            : Rule == pack_rule::mx || Rule == pack_rule::mx_macro
                                                ? (Source == pack_source::turned ? 6 : 8)
                                            : Rule == pack_rule::mx_min_error || Rule == pack_rule::mx_macro_search ? 5
                                            : Rule == pack_rule::nv_amax ? (Source == pack_source::flat ? 8 : 6)
                                                                         : 3;
 
-/// Reads and packs sixteen elements a thread.
-template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, pack_source Source>
-__global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Source>) pack_kernel(const pack_args<T> args) {
-  constexpr bool Flat = Source == pack_source::flat, Turned = Source == pack_source::turned;
-  const std::size_t c = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
-  std::uint32_t row = 0, col = 0, used = 0, matrix = 0;
-  bool is_there = false;
+/// Reads and packs sixteen elements a thread, which are floats once they are rotated.
+template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, pack_source Source, bool Rotated>
+__global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Source, Rotated>)
+    pack_kernel(const pack_args<T> args) {
   chunk<T> x;
-  if constexpr (Flat) {
-    if (c < args.chunks) {
-      used = chunk_size;
-      x.load(args.in + c * chunk_size);
-    } else {
-      x.clear();
-    }
-  } else if constexpr (Turned) {
-    __shared__ transposed_tile<T> tile;
-    const std::uint32_t rows = 4096 / args.tile_cols, tiles_of_row = args.rows.chunks_per_row * 16 / args.tile_cols;
-    const std::uint32_t tiles_of_matrix = (args.rows.by_rows.divisor + rows - 1) / rows * tiles_of_row;
-    matrix = blockIdx.x / tiles_of_matrix;
-    const std::uint32_t number = blockIdx.x - matrix * tiles_of_matrix, tile_row = number / tiles_of_row;
-    const std::uint32_t in_tile = threadIdx.x / (args.tile_cols / 16);
-    const std::uint32_t first_col = (number - tile_row * tiles_of_row) * args.tile_cols;
-    row = matrix * args.rows.by_rows.divisor + tile_row * rows;
-    col = threadIdx.x % (args.tile_cols / 16) * 16;
-    tile.load(args, args.tile_cols, row, first_col, in_tile, col, x);
-    row += in_tile, col += first_col;
-    if (tile_row * rows + in_tile < args.rows.by_rows.divisor) {
-      is_there = true;
-      if (col < args.rows.cols) used = min(chunk_size, args.rows.cols - col);
-    }
-  } else {
-    const bool exists = c < args.chunks;
-    is_there = exists;
-    const auto number = exists ? static_cast<std::uint32_t>(c) : 0u;
-    row = args.rows.by_chunks.quotient(number);
-    col = (number - row * args.rows.chunks_per_row) * chunk_size;
-    if (exists && col < args.rows.cols) used = min(chunk_size, args.rows.cols - col);
-    matrix = args.rows.by_rows.quotient(row);
-    const T* from = args.in + args.rows.offset(row) + col;
-    if (used == chunk_size && args.is_aligned) {
-      x.load(from);
-    } else {
-      x.load_some(from, used);
-    }
-  }
-
+  const chunk_place at = load_chunk<T, Source>(args, x);
   float tensor_scale = 1.0f;
   if constexpr (is_nv<Rule>) {  // volatile: on its way before the elements have come
     asm volatile("ld.global.nc.f32 %0, [%1];"
                  : "=f"(tensor_scale)
-                 : "l"(args.tensor_scales + (args.scale_per_matrix ? matrix : 0)));
+                 : "l"(args.tensor_scales + (args.scale_per_matrix ? at.matrix : 0)));
   }
-
-  std::uint32_t m = x.largest();
-  if (m >= infinity_bits<T>) {
-    if (args.rules.special == special_values::saturate) {
-      x.saturate();
-      m = x.largest();
-    } else if (args.rules.special == special_values::reject) {
-      std::size_t first = Flat ? c * chunk_size : static_cast<std::size_t>(row) * args.rows.cols + col;
-      first += x.first_special();
-      if constexpr (Turned) {  // where it lies in the input
-        const std::size_t in_matrix = row - matrix * args.rows.by_rows.divisor;
-        const std::size_t in_row = first - static_cast<std::size_t>(row) * args.rows.cols;
-        first = (matrix * static_cast<std::size_t>(args.rows.cols) + in_row) * args.rows.by_rows.divisor + in_matrix;
-      }
-      report_rejection(args.rejected, first);
-    }
-  }
+  using element = element_to_pack<T, Rotated>;
+  std::uint32_t m = 0;
+  chunk<element> y = admit_chunk<Source, Rotated>(args, at, x, m);
   if constexpr (Block == 32) m = max(m, __shfl_xor_sync(full_warp, m, 1));
-  const bool poisoned = m >= infinity_bits<T>;
+  const bool poisoned = m >= infinity_bits<element>;
   if (poisoned) {
-    x.clear();
+    y.clear();
     m = 0;
   }
 
   const float* weights = nullptr;
   if constexpr (Rule == pack_rule::nv_four_over_six || Rule == pack_rule::nv_min_error) {
-    if (args.weights != nullptr) weights = args.weights + matrix * args.weights_stride + col;
+    if (args.weights != nullptr) weights = args.weights + at.matrix * args.weights_stride + at.col;
   }
-  const std::uint64_t position = static_cast<std::uint64_t>(row) * args.rows.cols + col;
+  const std::uint64_t position = static_cast<std::uint64_t>(at.row) * args.rows.cols + at.col;
   __shared__ search_room rooms[Rule == pack_rule::mx_macro_search ? 8 : 1];
-  const packed_chunk out = pack<T, Rule, Block, Stochastic>(
-      args.rules, x, m, poisoned, tensor_scale, weights, uniform_numbers{args.rules.seed, args.first_index + position},
-      used, rooms[Rule == pack_rule::mx_macro_search ? threadIdx.x / 32 : 0]);
+  const packed_chunk out = pack<element, Rule, Block, Stochastic>(
+      args.rules, y, m, poisoned, tensor_scale, weights, uniform_numbers{args.rules.seed, args.first_index + position},
+      at.used, rooms[Rule == pack_rule::mx_macro_search ? threadIdx.x / 32 : 0]);
 
-  if constexpr (Flat) {
-    if (used == 0) return;
-    reinterpret_cast<uint2*>(args.codes)[c] = make_uint2(out.codes.low, out.codes.high);
-    if (Block == 16 || c % 2 == 0) args.scales[Block == 16 ? c : c / 2] = static_cast<std::uint8_t>(out.scale);
+  if constexpr (Source == pack_source::flat) {
+    if (at.used == 0) return;
+    reinterpret_cast<uint2*>(args.codes)[at.chunk] = make_uint2(out.codes.low, out.codes.high);
+    if (Block == 16 || at.chunk % 2 == 0)
+      args.scales[Block == 16 ? at.chunk : at.chunk / 2] = static_cast<std::uint8_t>(out.scale);
     if constexpr (has_macro<Rule>) {
       const std::uint32_t shift = args.rules.macro_shift - 4;
-      if (((c >> shift) << shift) == c) args.macros[c >> shift] = static_cast<std::uint8_t>(out.macro);
+      if (((at.chunk >> shift) << shift) == at.chunk)
+        args.macros[at.chunk >> shift] = static_cast<std::uint8_t>(out.macro);
     }
   } else {
-    if (!is_there) return;
     if (args.fake != nullptr) {
-      if (used == 0) return;
       constexpr unpack_rule inverse = is_nv<Rule>       ? unpack_rule::nv
                                       : has_macro<Rule> ? unpack_rule::mx_macro
                                                         : unpack_rule::mx;
-      const chunk<T> y = unpack<T, inverse>(out.codes, out.scale, out.macro, tensor_scale);
-      T* to = args.fake + args.fake_rows.offset(row) + col;
-      if (used == chunk_size && args.is_fake_aligned) {
-        y.store(to);
+      const chunk<element> back = unpack<element, inverse>(out.codes, out.scale, out.macro, tensor_scale);
+      if constexpr (Rotated) {
+        rotated_chunk turned = as_floats(back);
+        turned.revert(args.rotation, at.col, args.rows.cols);
+        x = as_chunk<T>(turned);
       } else {
-        y.store_some(to, used);
+        x = back;
+      }
+      if (at.used == 0) return;
+      T* to = args.fake + args.fake_rows.offset(at.row) + at.col;
+      if (at.used == chunk_size && args.is_fake_aligned) {
+        x.store(to);
+      } else {
+        x.store_some(to, at.used);
       }
       return;
     }
-    if (col >= args.blocks_per_row * Block) return;
-    const std::size_t first_block = static_cast<std::size_t>(row) * args.blocks_per_row;
-    *reinterpret_cast<uint2*>(args.codes + first_block * (Block / 2) + col / 2) =
+    if (!at.is_there || at.col >= args.blocks_per_row * Block) return;
+    const std::size_t first_block = static_cast<std::size_t>(at.row) * args.blocks_per_row;
+    *reinterpret_cast<uint2*>(args.codes + first_block * (Block / 2) + at.col / 2) =
         make_uint2(out.codes.low, out.codes.high);
-    if (col % Block == 0) {
-      const std::uint32_t block = col / Block;
-      std::size_t at = first_block + block;
+    if (at.col % Block == 0) {
+      const std::uint32_t block = at.col / Block;
+      std::size_t to = first_block + block;
       if (args.is_swizzled) {
-        const std::uint32_t r = row - matrix * args.rows.by_rows.divisor;
-        at = matrix * args.swizzled_matrix + swizzled_at(r, block, args.blocks_per_row);
+        const std::uint32_t r = at.row - at.matrix * args.rows.by_rows.divisor;
+        to = at.matrix * args.swizzled_matrix + swizzled_at(r, block, args.blocks_per_row);
       }
-      args.scales[at] = static_cast<std::uint8_t>(out.scale);
+      args.scales[to] = static_cast<std::uint8_t>(out.scale);
     }
     if constexpr (has_macro<Rule>) {
-      if (col % args.rules.macro_block == 0) {
-        args.macros[static_cast<std::size_t>(row) * args.macros_per_row + (col >> args.rules.macro_shift)] =
+      if (at.col % args.rules.macro_block == 0) {
+        args.macros[static_cast<std::size_t>(at.row) * args.macros_per_row + (at.col >> args.rules.macro_shift)] =
             static_cast<std::uint8_t>(out.macro);
       }
     }
   }
-}
-
-/// The largest magnitude of each matrix (blockIdx.y), or of the whole batch as one, into float bits that start at 0.
-template <real T>
-__global__ void __launch_bounds__(256) amax_kernel(const pack_args<T> args, std::uint32_t* out) {
-  constexpr std::uint32_t at_once = sizeof(T) == 4 ? 2 : 4;
-  const std::size_t stride = static_cast<std::size_t>(gridDim.x) * 256;
-  std::uint32_t most = 0;
-  for (std::size_t first = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x; first < args.chunks;
-       first += stride * at_once) {
-    chunk<T> x[at_once];
-#pragma unroll
-    for (std::uint32_t u = 0; u < at_once; ++u) {
-      const std::size_t c = first + u * stride;
-      if (c >= args.chunks) {
-        x[u].clear();
-      } else if (args.is_flat) {
-        x[u].load(args.in + blockIdx.y * args.rows.matrix_stride + c * chunk_size);
-      } else {
-        const auto number = static_cast<std::uint32_t>(c);
-        const std::uint32_t row = args.rows.by_chunks.quotient(number);
-        const std::uint32_t col = (number - row * args.rows.chunks_per_row) * chunk_size;
-        const std::uint32_t used = min(chunk_size, args.rows.cols - col);
-        const T* from = args.in + blockIdx.y * args.rows.matrix_stride + args.rows.offset(row) + col;
-        if (used == chunk_size && args.is_aligned) {
-          x[u].load(from);
-        } else {
-          x[u].load_some(from, used);
-        }
-      }
-    }
-#pragma unroll
-    for (std::uint32_t u = 0; u < at_once; ++u) {
-      std::uint32_t m = x[u].largest();
-      if (m >= infinity_bits<T> && args.rules.special == special_values::saturate) {
-        x[u].saturate();
-        m = x[u].largest();
-      }
-      if (m < infinity_bits<T>) most = max(most, m);  // others are poisoned blocks of 16
-    }
-  }
-  most = __reduce_max_sync(full_warp, most);
-  if (threadIdx.x % 32 == 0 && most != 0) {
-    atomicMax(out + blockIdx.y, bit_cast<std::uint32_t>(magnitude_value<T>(most)));
-  }
-}
-
-/// Tensor scales from those given, or in place from the largest magnitudes.
-template <class Count>
-__global__ void tensor_scales_kernel(float* scales, Count n, const float* given, bool one_given, scale_rule rule) {
-  for (Count i = threadIdx.x; i < n; i += blockDim.x) {
-    scales[i] = given != nullptr ? given[one_given ? 0 : i]
-                                 : __fdiv_rn(scales[i], 6.0f * (rule == scale_rule::four_over_six ? 256.0f : 448.0f));
-  }
-}
-
-/// Launches the reduction of x to one largest magnitude, or one for each matrix, in device memory.
-template <real T>
-result<void> amax(const stream& s, const batch_view<const T>& x, special_values special, std::span<float> out) {
-  if (auto done = check(cudaMemsetAsync(out.data(), 0, out.size_bytes(), s.handle), "cudaMemsetAsync"); !done) {
-    return done;
-  }
-  if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
-  const bool per_matrix = out.size() > 1;
-  pack_args<T> args{};
-  args.in = x.data;
-  args.rules.special = special;
-  args.is_aligned = has_aligned_rows(x);
-  args.is_flat = args.is_aligned && x.cols % chunk_size == 0 && (x.rows == 1 || x.row_stride == x.cols) &&
-                 (per_matrix || is_dense(x));
-  auto rows = map_rows(x, (x.cols + chunk_size - 1) / chunk_size);
-  if (!rows && !args.is_flat) return rows.error();
-  if (rows) args.rows = *rows;
-  args.rows.matrix_stride = x.matrix_stride;
-  const std::size_t chunks_of_matrix = x.rows * ((x.cols + chunk_size - 1) / chunk_size);
-  args.chunks = per_matrix ? chunks_of_matrix : x.matrices * chunks_of_matrix;
-  constexpr std::size_t most_blocks = 132 * 16;
-  const auto blocks = static_cast<unsigned>(std::min((args.chunks + 1023) / 1024, most_blocks));
-  const dim3 grid(blocks, per_matrix ? static_cast<unsigned>(x.matrices) : 1u);
-  if (grid.y > 65535) {
-    return error(
-        errc::shape_mismatch,
-        tetromino::detail::text("cuda: expected at most 65535 matrices with a tensor scale each, got ", grid.y));
-  }
-  amax_kernel<T><<<grid, 256, 0, s.handle>>>(args, reinterpret_cast<std::uint32_t*>(out.data()));
-  return check(cudaGetLastError(), "the launch of amax_kernel");
-}
-
-/// The tensor scales of NVFP4 on the device: those given, or from the largest magnitudes.
-template <real T>
-result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, const quantize_options& options,
-                               std::span<float> scales) {
-  if (options.tensor_scales.empty()) {
-    if (auto done = amax(s, x, options.special, scales); !done) return done;
-  }
-  tensor_scales_kernel<<<1, 256, 0, s.handle>>>(scales.data(), static_cast<std::uint32_t>(scales.size()),
-                                                options.tensor_scales.data(), options.tensor_scales.size() == 1,
-                                                *options.rule);
-  return check(cudaGetLastError(), "the launch of tensor_scales_kernel");
 }
 
 /// Whether the rules are among the rare ones that only search_kernel has: searches that round stochastically, that
@@ -481,32 +335,37 @@ result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, co
   return !is_nv && is_searched && (rules.stochastic || weighted || (rules.min_error && rules.macro_block != 0));
 }
 
+template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, bool Rotated>
+void launch_pack_from(const stream& s, const pack_args<T>& args) {
+  if (args.tile_cols != 0) {
+    pack_kernel<T, Rule, Block, Stochastic, pack_source::turned, Rotated>
+        <<<turned_blocks(args), 256, 0, s.handle>>>(args);
+  } else {
+    pack_kernel<T, Rule, Block, Stochastic, pack_source::rows, Rotated>
+        <<<static_cast<unsigned>((args.chunks + 255) / 256), 256, 0, s.handle>>>(args);
+  }
+}
+
 template <real T, pack_rule Rule, std::uint32_t Block>
 result<void> launch_pack(const stream& s, const pack_args<T>& args) {
-  auto blocks = static_cast<unsigned>((args.chunks + 255) / 256);
-  if (args.tile_cols != 0) {
-    const std::uint32_t of_matrix = args.rows.by_rows.divisor, tile_rows = 4096 / args.tile_cols;
-    blocks = args.rows.rows / of_matrix * ((of_matrix + tile_rows - 1) / tile_rows) *
-             (args.rows.chunks_per_row * 16 / args.tile_cols);
-  }
-  using enum pack_source;
-  const bool is_turned = args.tile_cols != 0;
+  const bool is_rotated = args.rotation.size != 0;
   if (args.rules.stochastic) {
     if constexpr (Rule != pack_rule::mx_min_error && Rule != pack_rule::mx_macro_search) {
-      if (is_turned) {
-        pack_kernel<T, Rule, Block, true, turned><<<blocks, 256, 0, s.handle>>>(args);
+      if (is_rotated) {
+        launch_pack_from<T, Rule, Block, true, true>(s, args);
       } else {
-        pack_kernel<T, Rule, Block, true, rows><<<blocks, 256, 0, s.handle>>>(args);
+        launch_pack_from<T, Rule, Block, true, false>(s, args);
       }
     }
+  } else if (is_rotated) {
+    launch_pack_from<T, Rule, Block, false, true>(s, args);
   } else if (args.is_flat) {
     if constexpr (Rule != pack_rule::nv_four_over_six && Rule != pack_rule::nv_min_error) {
-      pack_kernel<T, Rule, Block, false, flat><<<blocks, 256, 0, s.handle>>>(args);
+      pack_kernel<T, Rule, Block, false, pack_source::flat, false>
+          <<<static_cast<unsigned>((args.chunks + 255) / 256), 256, 0, s.handle>>>(args);
     }
-  } else if (is_turned) {
-    pack_kernel<T, Rule, Block, false, turned><<<blocks, 256, 0, s.handle>>>(args);
   } else {
-    pack_kernel<T, Rule, Block, false, rows><<<blocks, 256, 0, s.handle>>>(args);
+    launch_pack_from<T, Rule, Block, false, false>(s, args);
   }
   return check(cudaGetLastError(), "the launch of pack_kernel");
 }
@@ -534,9 +393,6 @@ result<void> dispatch_pack(const stream& s, const pack_args<T>& args, scale_rule
 
 /// Checks what the CUDA backend alone asks of options.
 [[nodiscard]] inline result<void> check_options(const stream& s, const quantize_options& options) {
-  if (options.rotation) {
-    return error(errc::invalid_argument, "cuda: rotations run on the CPU backends only; rotate the tensor first");
-  }
   if (options.special == special_values::reject && s.rejected == nullptr) {
     return error(errc::invalid_argument,
                  "cuda: special_values::reject needs stream::reporting(), since a launch cannot wait for what the data "
@@ -545,11 +401,11 @@ result<void> dispatch_pack(const stream& s, const pack_args<T>& args, scale_rule
   return {};
 }
 
-/// What all packing kernels are told about a batch; `flat_input` says whether nothing but the input's own layout stands
-/// in the way of taking all rows as one.
+/// What all packing kernels are told about a batch: `source` flat if nothing but the input's own layout stands in the
+/// way of taking all rows as one; turned if x is a transposed() input.
 template <real T>
 result<pack_args<T>> make_args(const stream& s, const batch_view<const T>& x, const any_format& format,
-                               const quantize_options& options, std::size_t tensor_scale_count, bool may_be_flat) {
+                               const quantize_options& options, std::size_t tensor_scale_count, pack_source source) {
   pack_args<T> args{};
   pack_rules& rules = args.rules;
   rules.block = static_cast<std::uint32_t>(format.block);
@@ -577,14 +433,17 @@ result<pack_args<T>> make_args(const stream& s, const batch_view<const T>& x, co
   args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
   args.scale_per_matrix = tensor_scale_count > 1;
   args.is_aligned = has_aligned_rows(x);
-  args.is_flat = may_be_flat && !is_whole && !rules.stochastic && (!is_nv || *options.rule == scale_rule::amax) &&
-                 args.is_aligned && is_dense(x) && x.cols % span == 0 && !args.scale_per_matrix;
+  args.rotation = make_rotation(options.rotation);
+  args.is_flat = source == pack_source::flat && !is_whole && !rules.stochastic && !options.rotation &&
+                 (!is_nv || *options.rule == scale_rule::amax) && args.is_aligned && is_dense(x) &&
+                 x.cols % span == 0 && !args.scale_per_matrix;
   if (args.is_flat) {
     args.chunks = x.matrices * x.rows * x.cols / chunk_size;
     return args;
   }
-  const std::size_t spans = (x.cols + span - 1) / span;
-  auto rows = map_rows(x, is_whole ? spans : spans * (span / chunk_size));
+  if (source == pack_source::turned) args.tile_cols = static_cast<std::uint32_t>(std::max<std::size_t>(128, span));
+  const std::size_t together = std::max({span, std::size_t{args.rotation.size}, std::size_t{args.tile_cols}});
+  auto rows = map_rows(x, pieces_per_row(x.cols, is_whole ? span : chunk_size, together));
   if (!rows) return rows.error();
   args.rows = *rows;
   args.chunks = static_cast<std::size_t>(rows->rows) * rows->chunks_per_row;
@@ -598,10 +457,11 @@ result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>&
   if (auto fits = check_packed_pointers(job.out.codes.data()); !fits) return fits;
   const bool is_nv = job.out.format.scale == scale_type::e4m3;
   if (is_nv) {
-    if (auto done = set_tensor_scales(s, x, job.options, job.out.tensor_scales); !done) return done;
+    if (auto done = set_tensor_scales(s, x, false, job.options, job.out.tensor_scales); !done) return done;
   }
   if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
-  auto args = make_args(s, x, job.out.format, job.options, job.out.tensor_scales.size(), !swizzled);
+  auto args = make_args(s, x, job.out.format, job.options, job.out.tensor_scales.size(),
+                        swizzled ? pack_source::rows : pack_source::flat);
   if (!args) return args.error();
   args->codes = job.out.codes.data(), args->scales = job.out.scales.data(), args->macros = job.out.macros.data();
   if (is_nv) args->tensor_scales = job.out.tensor_scales.data();
@@ -620,21 +480,12 @@ result<void> quantize_transposed(const stream& s, const tetromino::detail::quant
   if (auto fits = check_packed_pointers(job.out.codes.data()); !fits) return fits;
   const bool is_nv = job.out.format.scale == scale_type::e4m3;
   if (is_nv) {
-    if (auto done = set_tensor_scales(s, x, job.options, job.out.tensor_scales); !done) return done;
+    if (auto done = set_tensor_scales(s, x, true, job.options, job.out.tensor_scales); !done) return done;
   }
   if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
-  batch_view<const T> turned(x.data, x.matrices, x.cols, x.rows);
-  turned.row_stride = x.row_stride, turned.matrix_stride = x.matrix_stride;  // still those of the input
-  auto args = make_args(s, turned, job.out.format, job.options, job.out.tensor_scales.size(), false);
+  auto args =
+      make_args(s, transposed(x), job.out.format, job.options, job.out.tensor_scales.size(), pack_source::turned);
   if (!args) return args.error();
-  if (is_rare(args->rules, is_nv, args->weights != nullptr)) {
-    return error(errc::invalid_argument,
-                 "cuda: the transpose is not packed by searches that round stochastically, weigh errors, or search "
-                 "exponents for each macro-block byte; transpose first");
-  }
-  args->tile_cols = std::max(128u, args->rules.macro_block);
-  const std::size_t tiles = (x.rows + args->tile_cols - 1) / args->tile_cols;
-  args->rows.chunks_per_row = static_cast<std::uint32_t>(tiles) * (args->tile_cols / chunk_size);
   args->codes = job.out.codes.data(), args->scales = job.out.scales.data(), args->macros = job.out.macros.data();
   if (is_nv) args->tensor_scales = job.out.tensor_scales.data();
   return dispatch_pack(s, *args, *job.options.rule);
@@ -653,10 +504,10 @@ result<void> fake_quantize(const stream& s, const tetromino::detail::fake_quanti
                                            " aligned bytes of stream::with_workspace(), got ", s.workspace.size()));
     }
     tensor_scales = {reinterpret_cast<float*>(s.workspace.data()), bytes / sizeof(float)};
-    if (auto done = set_tensor_scales(s, x, job.options, tensor_scales); !done) return done;
+    if (auto done = set_tensor_scales(s, x, false, job.options, tensor_scales); !done) return done;
   }
   if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
-  auto args = make_args(s, x, job.format, job.options, tensor_scales.size(), false);
+  auto args = make_args(s, x, job.format, job.options, tensor_scales.size(), pack_source::rows);
   if (!args) return args.error();
   auto fake_rows = map_rows(job.out, args->rows.chunks_per_row);
   if (!fake_rows) return fake_rows.error();

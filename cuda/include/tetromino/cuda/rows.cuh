@@ -23,6 +23,14 @@ struct pack_rules {
   std::uint64_t seed;
 };
 
+/// A block-Hadamard rotation; size 0 for none.
+struct rotation_args {
+  std::uint32_t size;
+  float scale;
+  bool has_signs;
+  std::uint64_t seed;
+};
+
 template <real T>
 struct pack_args {
   const T* in;
@@ -40,6 +48,7 @@ struct pack_args {
   std::uint32_t blocks_per_row, macros_per_row;
   std::uint32_t tile_cols;  ///< columns of the output that a thread block takes from a transposed input, else 0
   pack_rules rules;
+  rotation_args rotation;
   bool scale_per_matrix, is_aligned, is_fake_aligned, is_flat, is_swizzled;
 };
 

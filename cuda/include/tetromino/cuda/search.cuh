@@ -2,7 +2,9 @@
 
 #include "decode.cuh"  // unpack
 #include "encode.cuh"  // difference_to_nearest
+#include "rotate.cuh"  // rotated_chunk
 #include "rows.cuh"    // pack_args
+#include "source.cuh"  // chunk_place
 
 #include <tetromino/scaling.hpp>  // mx_exponent, macro_factor
 
@@ -87,39 +89,91 @@ struct lane_span {
   }
 };
 
+/// Rotates the spans of a thread block in shared memory, or takes them back. All its threads call it together.
+template <int N, bool Forward>
+__device__ void rotate_spans(const rotation_args& rotation, const row_map& rows, float* shared) {
+  __syncthreads();
+  const std::uint32_t t = threadIdx.x;
+  if (t / 32 * 32 < 16 * N) {  // a chunk for each thread
+    float* const own = shared + t % (16 * N) * chunk_size;
+    const std::uint32_t piece = blockIdx.x * 16 + t % (16 * N) / N, row = rows.by_chunks.quotient(piece);
+    const std::uint32_t col = ((piece - row * rows.chunks_per_row) * N + t % N) * chunk_size;
+    rotated_chunk x;
+#pragma unroll
+    for (std::uint32_t i = 0; i < chunk_size; ++i) x.x[i] = own[i];
+    if constexpr (Forward) {
+      x.rotate(rotation, col, rows.cols);
+    } else {
+      x.revert(rotation, col, rows.cols);
+    }
+    __syncwarp();
+    if (t < 16 * N) {
+#pragma unroll
+      for (std::uint32_t i = 0; i < chunk_size; ++i) own[i] = x.x[i];
+    }
+  }
+  __syncthreads();
+}
+
 /// Packs one span for every sixteen lanes.
 template <real T, int N, int PerBlock>
 __global__ void __launch_bounds__(256) search_kernel(const pack_args<T> args) {
   constexpr std::uint32_t block = PerBlock * 16;
   using span = lane_span<N, PerBlock>;
+  __shared__ float shared[256 * N];
   const std::size_t number = static_cast<std::size_t>(blockIdx.x) * 16 + threadIdx.x / 16;
   const std::uint32_t lane = threadIdx.x % 16;
-  const bool exists = number < args.chunks;
+  const bool exists = number < args.chunks, is_rotated = args.rotation.size != 0, is_turned = args.tile_cols != 0;
   const std::uint32_t piece = exists ? static_cast<std::uint32_t>(number) : 0;
-  const std::uint32_t row = args.rows.by_chunks.quotient(piece);
-  const std::uint32_t col = (piece - row * args.rows.chunks_per_row) * (N * 16);
-  const std::uint32_t matrix = args.rows.by_rows.quotient(row);
-  const T* from = args.in + args.rows.offset(row) + col;
+  chunk_place at;
+  at.row = args.rows.by_chunks.quotient(piece);
+  at.col = (piece - at.row * args.rows.chunks_per_row) * (N * 16);
+  at.matrix = args.rows.by_rows.quotient(at.row);
+  const std::uint32_t row = at.row, col = at.col, matrix = at.matrix;
+  const std::uint32_t in_matrix = row - matrix * args.rows.by_rows.divisor;
+  const std::size_t row_step = is_turned ? 1 : args.rows.row_stride, col_step = is_turned ? args.rows.row_stride : 1;
+  const T* const from = args.in + matrix * args.rows.matrix_stride + in_matrix * row_step + col * col_step;
+  float* const own = shared + threadIdx.x / 16 * (16 * N) + lane;  // elements lie 16 apart
 
   span x;
   std::uint32_t negative = 0, poisoned = 0;  // a bit for each element, for each block
   float value[N];
+  // What the special-value policy makes of element i, from a type with this largest value.
+  const auto admit = [&](int i, float largest) {
+    if ((bit_cast<std::uint32_t>(value[i]) & 0x7F800000u) != 0x7F800000u) return true;
+    if (args.rules.special == special_values::saturate) {
+      const bool is_nan = (bit_cast<std::uint32_t>(value[i]) & 0x7FFFFFu) != 0;
+      value[i] = is_nan ? 0.0f : copysignf(largest, value[i]);
+    }
+    return args.rules.special != special_values::reject;
+  };
+  const auto refuse = [&](int i) {
+    const std::uint32_t k = static_cast<std::uint32_t>(16 * i) + lane;
+    report_rejection(args.rejected,
+                     is_turned ? at.position<pack_source::turned>(args, k) : at.position<pack_source::rows>(args, k));
+  };
+  bool is_refused = false;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const std::uint32_t k = col + 16 * i + lane;
-    const bool here = exists && k < args.rows.cols;
-    value[i] = here ? tetromino::detail::to_float(from[16 * i + lane]) : 0.0f;
-    x.weight[i] = here && args.weights != nullptr ? args.weights[matrix * args.weights_stride + k] : 1.0f;
-    if ((bit_cast<std::uint32_t>(value[i]) & 0x7F800000u) == 0x7F800000u) {
-      if (args.rules.special == special_values::saturate) {
-        const bool is_nan = (bit_cast<std::uint32_t>(value[i]) & 0x7FFFFFu) != 0;
-        value[i] = is_nan ? 0.0f : copysignf(tetromino::detail::largest<T>, value[i]);
-      } else if (args.rules.special == special_values::reject) {
-        report_rejection(args.rejected, static_cast<std::uint64_t>(row) * args.rows.cols + k);
-      }
-    }
-    negative |= (bit_cast<std::uint32_t>(value[i]) >> 31) << i;
+    const std::uint32_t k = 16 * i + lane;
+    const bool here = exists && col + k < args.rows.cols;
+    value[i] = here ? tetromino::detail::to_float(from[k * col_step]) : 0.0f;
+    x.weight[i] = here && args.weights != nullptr ? args.weights[matrix * args.weights_stride + col + k] : 1.0f;
+    if (!admit(i, tetromino::detail::largest<T>)) refuse(i), is_refused = true;
   }
+  if (is_rotated) {
+    const bool is_spread = __syncthreads_or(is_refused) != 0;  // a refused value is in all of its block
+#pragma unroll
+    for (int i = 0; i < N; ++i) own[16 * i] = value[i];
+    rotate_spans<N, true>(args.rotation, args.rows, shared);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      value[i] = own[16 * i];
+      if (!admit(i, tetromino::detail::largest<float>) && !is_spread) refuse(i);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) negative |= (bit_cast<std::uint32_t>(value[i]) >> 31) << i;
   x.weighted = args.weights != nullptr;
   std::uint32_t most = 0;
 #pragma unroll
@@ -147,6 +201,7 @@ __global__ void __launch_bounds__(256) search_kernel(const pack_args<T> args) {
   }
   const float factor = bit_cast<float>(0x3F800000u | macro << 15);
   const std::size_t first_block = static_cast<std::size_t>(row) * args.blocks_per_row;
+  T* const to_fake = args.fake == nullptr ? nullptr : args.fake + args.fake_rows.offset(row) + col;
   const uniform_numbers u{args.rules.seed, args.first_index + static_cast<std::uint64_t>(row) * args.rows.cols};
 
 #pragma unroll
@@ -173,11 +228,16 @@ __global__ void __launch_bounds__(256) search_kernel(const pack_args<T> args) {
       if (args.rules.stochastic) code = round_stochastic(sign != 0 ? -y : y, uniform(u.seed, u.first + k)).bits;
       if (x.amax[b] == 0 || k >= args.rows.cols) code = 0;
       if (args.fake != nullptr) {
-        if (!exists || k >= args.rows.cols) continue;
-        const chunk<T> one = args.rules.macro_block != 0
-                                 ? unpack<T, unpack_rule::mx_macro>({code, 0}, scale, macro, 1.0f)
-                                 : unpack<T, unpack_rule::mx>({code, 0}, scale, 0, 1.0f);
-        args.fake[args.fake_rows.offset(row) + k] = one.element(0);
+        const auto unpack_as = [&]<class To>(To) {
+          return args.rules.macro_block != 0
+                     ? unpack<To, unpack_rule::mx_macro>({code, 0}, scale, macro, 1.0f).element(0)
+                     : unpack<To, unpack_rule::mx>({code, 0}, scale, 0, 1.0f).element(0);
+        };
+        if (is_rotated) {
+          own[16 * i] = unpack_as(float{});
+        } else if (exists && k < args.rows.cols) {
+          to_fake[16 * i + lane] = unpack_as(T{});
+        }
         continue;
       }
       const std::uint32_t pair = code | __shfl_xor_sync(full_warp, code, 1) << 4;
@@ -186,7 +246,14 @@ __global__ void __launch_bounds__(256) search_kernel(const pack_args<T> args) {
       }
     }
   }
-  if (exists && lane == 0 && args.rules.macro_block != 0 && args.fake == nullptr) {
+  if (args.fake != nullptr) {
+    if (!is_rotated) return;
+    rotate_spans<N, false>(args.rotation, args.rows, shared);
+#pragma unroll
+    for (std::uint32_t k = 0; k < 16 * N; k += 16) {
+      if (exists && col + k + lane < args.rows.cols) to_fake[k + lane] = round_to<T>(own[k]);
+    }
+  } else if (exists && lane == 0 && args.rules.macro_block != 0 && col < args.rows.cols) {
     args.macros[static_cast<std::size_t>(row) * args.macros_per_row + col / args.rules.macro_block] =
         static_cast<std::uint8_t>(macro);
   }

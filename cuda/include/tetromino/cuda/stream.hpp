@@ -101,9 +101,10 @@ class rejections {
     if (auto done = detail::check(cudaStreamSynchronize(s.handle), "cudaStreamSynchronize"); !done) return done;
     if (position == detail::none_rejected) return {};
     return error(errc::non_finite,
-                 tetromino::detail::text("expected finite values, got NaN or an infinity at matrix ",
-                                         position / x.cols / x.rows, ", row ", position / x.cols % x.rows, ", column ",
-                                         position % x.cols, "; special_values::poison or saturate would accept it"));
+                 tetromino::detail::text(
+                     "expected finite values, got NaN, an infinity or one that overflows when rotated at matrix ",
+                     position / x.cols / x.rows, ", row ", position / x.cols % x.rows, ", column ", position % x.cols,
+                     "; special_values::poison or saturate would accept it"));
   }
   template <class T>
   void check(const stream& s, const batch_view<T>& x) const {

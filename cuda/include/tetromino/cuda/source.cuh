@@ -1,0 +1,182 @@
+#pragma once
+
+#include "elements.cuh"  // chunk
+#include "rotate.cuh"    // rotated_chunk
+#include "rows.cuh"      // pack_args
+
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint32_t
+#include <type_traits>  // std::conditional_t
+
+/// How kernels that pack find and read their elements.
+namespace tetromino::cuda::detail {
+
+/// The elements of a thread block that packs the transpose in the same pass: `cols` of the output by 4096 / cols rows,
+/// read along the rows of the input. The output's element [row, col] is the input's [col, row].
+template <real T>
+struct transposed_tile {
+  static constexpr std::uint32_t room = 4096 + 512;
+  T of[room];
+
+  /// Reads the tile at [first_row, first_col] of the output, and gives a thread its chunk, at [row, col] in the tile.
+  __device__ void load(const pack_args<T>& args, std::uint32_t cols, std::uint32_t first_row, std::uint32_t first_col,
+                       std::uint32_t row, std::uint32_t col, chunk<T>& x) {
+    const std::uint32_t rows = 4096 / cols, pitch = rows + 1;
+    const std::uint32_t matrix = args.rows.by_rows.quotient(first_row);
+    const std::uint32_t in_matrix = first_row - matrix * args.rows.by_rows.divisor;
+    const T* from = args.in + matrix * args.rows.matrix_stride + first_col * args.rows.row_stride + in_matrix;
+    constexpr std::uint32_t at_once = 16 / sizeof(T);
+    const bool is_whole = args.is_aligned && in_matrix % at_once == 0;
+    for (std::uint32_t i = threadIdx.x; i < 4096 / at_once; i += 256) {
+      const std::uint32_t c = i / (rows / at_once), r = i % (rows / at_once) * at_once;
+      const bool exists = first_col + c < args.rows.cols;
+      const T* const there = from + c * args.rows.row_stride + r;
+      T* const to = of + c * pitch + r;
+      if (is_whole && exists && in_matrix + r + at_once <= args.rows.by_rows.divisor) {
+        const uint4 four = __ldg(reinterpret_cast<const uint4*>(there));
+        const std::uint32_t word[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (std::uint32_t k = 0; k < at_once; ++k) {
+          if constexpr (sizeof(T) == 4) {
+            to[k] = bit_cast<float>(word[k]);
+          } else {
+            to[k] = T{static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2)))};
+          }
+        }
+      } else {
+#pragma unroll
+        for (std::uint32_t k = 0; k < at_once; ++k) {
+          to[k] = exists && in_matrix + r + k < args.rows.by_rows.divisor ? there[k] : T{};
+        }
+      }
+    }
+    __syncthreads();
+    const T* const own = of + col * pitch + row;
+#pragma unroll
+    for (std::uint32_t i = 0; i < chunk_size; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        x.word[i] = bit_cast<std::uint32_t>(own[i * pitch]);
+      } else if (i % 2 == 0) {
+        x.word[i / 2] = own[i * pitch].bits | static_cast<std::uint32_t>(own[(i + 1) * pitch].bits) << 16;
+      }
+    }
+  }
+};
+
+/// How a kernel finds its elements: as one row of whole blocks in whole chunks, row by row, or along the columns.
+enum class pack_source : std::uint8_t { flat, rows, turned };
+
+/// Which elements a thread has: `used` of them, from column `col` on, `row` counted through all matrices.
+struct chunk_place {
+  std::size_t chunk = 0;
+  std::uint32_t row = 0, col = 0, used = 0, matrix = 0;
+  bool is_there = false;  ///< in a row that exists
+
+  /// Where element i lies in the input, in reading order.
+  template <pack_source Source, real T>
+  [[nodiscard]] __device__ std::size_t position(const pack_args<T>& args, std::uint32_t i) const {
+    if constexpr (Source == pack_source::flat) return chunk * chunk_size + i;
+    const std::size_t cols = args.rows.cols;
+    if constexpr (Source == pack_source::rows) return row * cols + col + i;
+    const std::uint32_t in_matrix = row - matrix * args.rows.by_rows.divisor;
+    return (matrix * cols + col + i) * args.rows.by_rows.divisor + in_matrix;
+  }
+};
+
+/// Finds and reads a thread's sixteen elements; those that do not exist are zero.
+template <real T, pack_source Source>
+[[nodiscard]] __device__ chunk_place load_chunk(const pack_args<T>& args, chunk<T>& x) {
+  chunk_place at;
+  at.chunk = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
+  if constexpr (Source == pack_source::flat) {
+    if (at.chunk < args.chunks) {
+      at.used = chunk_size;
+      x.load(args.in + at.chunk * chunk_size);
+    } else {
+      x.clear();
+    }
+  } else if constexpr (Source == pack_source::turned) {
+    __shared__ transposed_tile<T> tile;
+    const std::uint32_t rows = 4096 / args.tile_cols, tiles_of_row = args.rows.chunks_per_row * 16 / args.tile_cols;
+    const std::uint32_t tiles_of_matrix = (args.rows.by_rows.divisor + rows - 1) / rows * tiles_of_row;
+    at.matrix = blockIdx.x / tiles_of_matrix;
+    const std::uint32_t number = blockIdx.x - at.matrix * tiles_of_matrix, tile_row = number / tiles_of_row;
+    const std::uint32_t in_tile = threadIdx.x / (args.tile_cols / 16);
+    const std::uint32_t first_col = (number - tile_row * tiles_of_row) * args.tile_cols;
+    at.row = at.matrix * args.rows.by_rows.divisor + tile_row * rows;
+    at.col = threadIdx.x % (args.tile_cols / 16) * 16;
+    tile.load(args, args.tile_cols, at.row, first_col, in_tile, at.col, x);
+    at.row += in_tile, at.col += first_col;
+    if (tile_row * rows + in_tile < args.rows.by_rows.divisor) {
+      at.is_there = true;
+      if (at.col < args.rows.cols) at.used = min(chunk_size, args.rows.cols - at.col);
+    }
+  } else {
+    const bool exists = at.chunk < args.chunks;
+    at.is_there = exists;
+    const auto number = exists ? static_cast<std::uint32_t>(at.chunk) : 0u;
+    at.row = args.rows.by_chunks.quotient(number);
+    at.col = (number - at.row * args.rows.chunks_per_row) * chunk_size;
+    if (exists && at.col < args.rows.cols) at.used = min(chunk_size, args.rows.cols - at.col);
+    at.matrix = args.rows.by_rows.quotient(at.row);
+    const T* from = args.in + args.rows.offset(at.row) + at.col;
+    if (at.used == chunk_size && args.is_aligned) {
+      x.load(from);
+    } else {
+      x.load_some(from, at.used);
+    }
+  }
+  return at;
+}
+
+/// What a thread packs of elements of type T.
+template <real T, bool Rotated>
+using element_to_pack = std::conditional_t<Rotated, float, T>;
+
+/// The elements to pack, rotated if that is asked for, as the special-value policy admits them; their largest magnitude
+/// goes to `largest`, and the first refused value is reported. All lanes of a warp call it together.
+template <pack_source Source, bool Rotated, real T>
+[[nodiscard]] __device__ chunk<element_to_pack<T, Rotated>> admit_chunk(const pack_args<T>& args, const chunk_place& at,
+                                                                        chunk<T>& x, std::uint32_t& largest) {
+  const auto admit = [&](auto& y, std::uint32_t infinity) {  // false if it refuses
+    largest = y.largest();
+    if (largest < infinity) return true;
+    if (args.rules.special == special_values::saturate) {
+      y.saturate();
+      largest = y.largest();
+    }
+    return args.rules.special != special_values::reject;
+  };
+  const bool is_admitted = admit(x, infinity_bits<T>);
+  if (!is_admitted) report_rejection(args.rejected, at.position<Source>(args, x.first_special()));
+  if constexpr (Rotated) {
+    const bool is_spread = any_in_block(args.rotation, !is_admitted);  // a refused value is in all of its block now
+    rotated_chunk turned = as_floats(x);
+    turned.rotate(args.rotation, at.col, args.rows.cols);
+    auto y = as_chunk<float>(turned);
+    if (!admit(y, infinity_bits<float>) && !is_spread) {
+      report_rejection(args.rejected, at.position<Source>(args, y.first_special()));
+    }
+    return y;
+  } else {
+    return x;
+  }
+}
+
+/// A batch whose rows are the columns of x; the strides are still those of x.
+template <class T>
+[[nodiscard]] batch_view<T> transposed(const batch_view<T>& x) {
+  batch_view<T> out(x.data, x.matrices, x.cols, x.rows);
+  out.row_stride = x.row_stride, out.matrix_stride = x.matrix_stride;
+  return out;
+}
+
+/// Thread blocks for a transposed input.
+template <real T>
+[[nodiscard]] unsigned turned_blocks(const pack_args<T>& args) {
+  const std::uint32_t of_matrix = args.rows.by_rows.divisor, tile_rows = 4096 / args.tile_cols;
+  return args.rows.rows / of_matrix * ((of_matrix + tile_rows - 1) / tile_rows) *
+         (args.rows.chunks_per_row * 16 / args.tile_cols);
+}
+
+}  // namespace tetromino::cuda::detail
