@@ -411,7 +411,7 @@ void transposed() {
     for (const std::string& name : names) {
       ++seed;
       if (is_short() && seed % 5 != 0) continue;
-      const recipe r = recipe::parse(name);
+      recipe r = recipe::parse(name);
       auto values = varied<T>(matrices * rows * cols, seed);
       std::vector<T> turned(values.size());
       for (std::size_t e = 0; e < matrices; ++e) {
@@ -427,7 +427,10 @@ void transposed() {
       options.scope = tetromino::tensor_scale_scope::per_matrix;
       if (seed % 3 == 0) options.column_weights = weights;
       if (seed % 4 == 0) options.rounding = tetromino::element_rounding::stochastic;
-      if (seed % 5 < 2) options.rotation = tetromino::hadamard{std::size_t{16} << seed % 4, seed};
+      if (seed % 5 < 2) {
+        r.rotation = std::size_t{16} << seed % 4;
+        options.rotation = tetromino::hadamard{r.rotation, seed};
+      }
       const auto expected =
           tetromino::quantize(tetromino::scalar, batch_view<const T>(turned.data(), matrices, cols, rows), r, options);
       options.rule = r.rule, options.macro = r.macro;
@@ -504,9 +507,10 @@ void rotations() {
     for (const std::string& name : names) {
       ++seed;
       if (is_short() && seed % 7 != 0) continue;
-      const recipe rule = recipe::parse(name);
+      recipe rule = recipe::parse(name);
+      rule.rotation = std::size_t{16} << seed % 4;
       quantize_options options;
-      options.rotation = tetromino::hadamard{std::size_t{16} << seed % 4};
+      options.rotation = tetromino::hadamard{rule.rotation};
       if (seed / 4 % 2 == 0) options.rotation->sign_seed = seed;
       options.scope = tetromino::tensor_scale_scope::per_matrix;
       check_case(c, values, rule, options, true);

@@ -234,17 +234,25 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
 
 /// Thread blocks that share a multiprocessor: as many as there can be where memory is the limit.
 template <pack_rule Rule, bool Stochastic, pack_source Source, bool Rotated>
-inline constexpr unsigned blocks_at_once = Stochastic ? 1
-                                           : Rotated  ? 3
-                                           : Rule == pack_rule::mx || Rule == pack_rule::mx_macro
-                                               ? (Source == pack_source::turned ? 6 : 8)
-                                           : Rule == pack_rule::mx_min_error || Rule == pack_rule::mx_macro_search ? 5
-                                           : Rule == pack_rule::nv_amax ? (Source == pack_source::flat ? 8 : 6)
-                                                                        : 3;
+[[nodiscard]] constexpr unsigned blocks_at_once() {
+  if (Stochastic) return 1;
+  switch (Rule) {
+    case pack_rule::mx:
+    case pack_rule::mx_macro:
+      return Rotated ? 5 : Source == pack_source::turned ? 6 : 8;
+    case pack_rule::nv_amax:
+      return Rotated ? 5 : Source == pack_source::flat ? 8 : 6;
+    case pack_rule::mx_min_error:
+    case pack_rule::mx_macro_search:
+      return Rotated ? 4 : 5;
+    default:
+      return 3;
+  }
+}
 
 /// Reads and packs sixteen elements a thread, which are floats once they are rotated.
 template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, pack_source Source, bool Rotated>
-__global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Source, Rotated>)
+__global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Source, Rotated>())
     pack_kernel(const pack_args<T> args) {
   chunk<T> x;
   const chunk_place at = load_chunk<T, Source>(args, x);

@@ -12,54 +12,67 @@
 namespace tetromino::cuda::detail {
 
 /// The elements of a thread block that packs the transpose in the same pass: `cols` of the output by 4096 / cols rows,
-/// read along the rows of the input. The output's element [row, col] is the input's [col, row].
+/// read along the rows of the input. The output's element [row, col] is the input's [col, row]. They wait in shared
+/// memory as a chunk has them, in words of one or two columns.
 template <real T>
 struct transposed_tile {
-  static constexpr std::uint32_t room = 4096 + 512;
-  T of[room];
+  static constexpr std::uint32_t in_word = 4 / sizeof(T), at_once = 16 / sizeof(T);
+  std::uint32_t word[4096 / in_word + 512];
 
   /// Reads the tile at [first_row, first_col] of the output, and gives a thread its chunk, at [row, col] in the tile.
   __device__ void load(const pack_args<T>& args, std::uint32_t cols, std::uint32_t first_row, std::uint32_t first_col,
                        std::uint32_t row, std::uint32_t col, chunk<T>& x) {
-    const std::uint32_t rows = 4096 / cols, pitch = rows + 1;
+    const std::uint32_t rows = 4096 / cols;
     const std::uint32_t matrix = args.rows.by_rows.quotient(first_row);
     const std::uint32_t in_matrix = first_row - matrix * args.rows.by_rows.divisor;
-    const T* from = args.in + matrix * args.rows.matrix_stride + first_col * args.rows.row_stride + in_matrix;
-    constexpr std::uint32_t at_once = 16 / sizeof(T);
+    const T* const from = args.in + matrix * args.rows.matrix_stride + in_matrix;
     const bool is_whole = args.is_aligned && in_matrix % at_once == 0;
-    for (std::uint32_t i = threadIdx.x; i < 4096 / at_once; i += 256) {
-      const std::uint32_t c = i / (rows / at_once), r = i % (rows / at_once) * at_once;
-      const bool exists = first_col + c < args.rows.cols;
-      const T* const there = from + c * args.rows.row_stride + r;
-      T* const to = of + c * pitch + r;
-      if (is_whole && exists && in_matrix + r + at_once <= args.rows.by_rows.divisor) {
-        const uint4 four = __ldg(reinterpret_cast<const uint4*>(there));
-        const std::uint32_t word[4] = {four.x, four.y, four.z, four.w};
+    for (std::uint32_t i = threadIdx.x; i < 4096 / (in_word * at_once); i += 256) {
+      const std::uint32_t u = i / (rows / at_once), r = i % (rows / at_once) * at_once;
+      std::uint32_t of[in_word][4];  // sixteen bytes of each input row
 #pragma unroll
-        for (std::uint32_t k = 0; k < at_once; ++k) {
-          if constexpr (sizeof(T) == 4) {
-            to[k] = bit_cast<float>(word[k]);
-          } else {
-            to[k] = T{static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2)))};
+      for (std::uint32_t k = 0; k < in_word; ++k) {
+        const std::uint32_t c = first_col + u * in_word + k;
+        const T* const there = from + c * args.rows.row_stride + r;
+        const std::uint32_t left = c < args.rows.cols && in_matrix + r < args.rows.by_rows.divisor
+                                       ? args.rows.by_rows.divisor - in_matrix - r
+                                       : 0;
+        if (is_whole && left >= at_once) {
+          const uint4 four = __ldg(reinterpret_cast<const uint4*>(there));
+          of[k][0] = four.x, of[k][1] = four.y, of[k][2] = four.z, of[k][3] = four.w;
+        } else {
+#pragma unroll
+          for (std::uint32_t w = 0; w < 4; ++w) {
+            if constexpr (sizeof(T) == 4) {
+              of[k][w] = w < left ? bit_cast<std::uint32_t>(there[w]) : 0;
+            } else {
+              const std::uint32_t low = 2 * w < left ? there[2 * w].bits : 0;
+              of[k][w] = low | (2 * w + 1 < left ? std::uint32_t{there[2 * w + 1].bits} << 16 : 0);
+            }
           }
         }
-      } else {
+      }
+      std::uint32_t* const to = word + place(u, rows) + r;
 #pragma unroll
-        for (std::uint32_t k = 0; k < at_once; ++k) {
-          to[k] = exists && in_matrix + r + k < args.rows.by_rows.divisor ? there[k] : T{};
+      for (std::uint32_t w = 0; w < 4; ++w) {
+        if constexpr (sizeof(T) == 4) {
+          to[w] = of[0][w];
+        } else {
+          to[2 * w] = __byte_perm(of[0][w], of[1][w], 0x5410);
+          to[2 * w + 1] = __byte_perm(of[0][w], of[1][w], 0x7632);
         }
       }
     }
     __syncthreads();
-    const T* const own = of + col * pitch + row;
+    const std::uint32_t* const own = word + place(col / in_word, rows) + row;
 #pragma unroll
-    for (std::uint32_t i = 0; i < chunk_size; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        x.word[i] = bit_cast<std::uint32_t>(own[i * pitch]);
-      } else if (i % 2 == 0) {
-        x.word[i / 2] = own[i * pitch].bits | static_cast<std::uint32_t>(own[(i + 1) * pitch].bits) << 16;
-      }
-    }
+    for (std::uint32_t i = 0; i < chunk_words<T>; ++i) x.word[i] = own[i * (rows + 1)];
+  }
+
+ private:
+  /// Where column u of words starts, with gaps that spread what a warp reads, or writes, over the banks.
+  [[nodiscard]] static __device__ std::uint32_t place(std::uint32_t u, std::uint32_t rows) {
+    return u * (rows + 1) + u / 32 * 4;
   }
 };
 
