@@ -110,12 +110,13 @@ template <real T, pack_source Source>
     }
   } else if constexpr (Source == pack_source::turned) {
     __shared__ transposed_tile<T> tile;
-    const std::uint32_t rows = 4096 / args.tile_cols, tiles_of_row = args.rows.chunks_per_row * 16 / args.tile_cols;
-    const std::uint32_t tiles_of_matrix = (args.rows.by_rows.divisor + rows - 1) / rows * tiles_of_row;
+    // Neighbouring blocks read neighbouring parts of the same rows of the input.
+    const std::uint32_t rows = 4096 / args.tile_cols, row_tiles = (args.rows.by_rows.divisor + rows - 1) / rows;
+    const std::uint32_t tiles_of_matrix = args.rows.chunks_per_row * 16 / args.tile_cols * row_tiles;
     at.matrix = blockIdx.x / tiles_of_matrix;
-    const std::uint32_t number = blockIdx.x - at.matrix * tiles_of_matrix, tile_row = number / tiles_of_row;
+    const std::uint32_t number = blockIdx.x - at.matrix * tiles_of_matrix, tile_row = number % row_tiles;
     const std::uint32_t in_tile = threadIdx.x / (args.tile_cols / 16);
-    const std::uint32_t first_col = (number - tile_row * tiles_of_row) * args.tile_cols;
+    const std::uint32_t first_col = number / row_tiles * args.tile_cols;
     at.row = at.matrix * args.rows.by_rows.divisor + tile_row * rows;
     at.col = threadIdx.x % (args.tile_cols / 16) * 16;
     tile.load(args, args.tile_cols, at.row, first_col, in_tile, at.col, x);
