@@ -67,14 +67,23 @@ class row_panel {
     const std::size_t macro = format_.macro_block == 0 ? 0 : k / format_.macro_block;
     const std::size_t macros = format_.macro_block == 0 ? 0 : (used + format_.macro_block - 1) / format_.macro_block;
     const std::size_t last = w.rows - 1 - std::min(n, w.rows - 1), row = matrix * w.rows + n;
+    const std::uint8_t* codes = w.codes.data() + row * row_bytes + k / 2;
+    const std::uint8_t* scales = w.scales.data() + row * row_scales + block;
     for (std::size_t l = 0; l < lane_count; ++l) {
-      const std::size_t r = row + std::min(l, last);
-      codes_[l] = w.codes.data() + r * row_bytes + k / 2;
-      scales_[l] = w.scales.data() + r * row_scales + block;
+      codes_[l] = codes;
+      scales_[l] = scales;
       // The next panel's rows: hardware sees too many short runs to look ahead by itself.
-      for (std::size_t i = 0; i < bytes; i += 64) prefetch(codes_[l] + i, lane_count * row_bytes);
-      prefetch(scales_[l], lane_count * row_scales);
-      const std::uint8_t* from = w.macros.data() + r * row_macros + macro;
+      if (used == most_cols) {
+        repeat<most_cols / 128>([&](auto i)
+                                    TETROMINO_INLINE_LAMBDA { prefetch(codes + 64 * i, lane_count * row_bytes); });
+      } else {
+        for (std::size_t i = 0; i < bytes; i += 64) prefetch(codes + i, lane_count * row_bytes);
+      }
+      prefetch(scales, lane_count * row_scales);
+      if (l < last) codes += row_bytes, scales += row_scales;
+    }
+    for (std::size_t l = 0; l < lane_count && macros != 0; ++l) {
+      const std::uint8_t* from = w.macros.data() + (row + std::min(l, last)) * row_macros + macro;
       for (std::size_t i = 0; i < macros; ++i) macro_columns_[i * lane_count + l] = from[i];
     }
     store_scales();
