@@ -6,7 +6,12 @@
 
 #include "support/matmul_cases.hpp"
 
-#include <array>  // std::array
+#include <algorithm>  // std::fill_n
+#include <array>      // std::array
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t
+#include <span>       // std::span
+#include <vector>     // std::vector
 
 #if !TETROMINO_SIMD
 TEST_CASE("the simd backend exists") { WARN("xsimd was not found: there is nothing to test"); }
@@ -48,6 +53,37 @@ TEST_CASE("simd matmul: more columns than are taken at once") {
                             CHECK(worst <= static_cast<double>(cols) + 16);
                             CHECK(results_agree);
                           });
+    }
+  }
+}
+
+TEST_CASE("simd matmul: scales at the ends of their range give one row what they give many") {
+  reference::generator random(seed());
+  for (const std::size_t block : {16u, 32u}) {
+    const std::array<unsigned, 10> bytes{0, 1, 2, 3, 127, 251, 252, 253, 254, 255};
+    auto w = random_packed(random, {tetromino::scale_type::e8m0, block, 0}, 1, bytes.size() * 16, 96);
+    const std::size_t blocks = w.shape().blocks_per_row();
+    for (std::size_t n = 0; n < w.rows; ++n) {  // one block of each row, and all of them in the last
+      const auto byte = static_cast<std::uint8_t>(bytes[n / 16]);
+      std::fill_n(w.scales.begin() + static_cast<std::ptrdiff_t>(n * blocks), blocks, byte);
+      for (std::size_t b = 0; b < blocks && n % 16 != 15; ++b) {
+        if (b != n % blocks) w.scales[n * blocks + b] = 127;
+      }
+    }
+    std::vector<float> x(2 * 96), one(w.rows), two(2 * w.rows);
+    for (float& v : x) v = static_cast<float>(random.normal()) * 0x1p-6f;
+    matmul(tetromino::simd, matrix_view<const float>(x.data(), 1, 96), w, matrix_view<float>(one.data(), 1, w.rows));
+    matmul(tetromino::simd, matrix_view<const float>(x.data(), 2, 96), w, matrix_view<float>(two.data(), 2, w.rows));
+    const std::vector<double> x_values(x.begin(), x.begin() + 96), w_values = meaning(w);
+    for (std::size_t n = 0; n < w.rows; ++n) {
+      INFO("block " << block << ", row " << n << ", scale " << bytes[n / 16]);
+      CHECK((same_bits(std::span(one).subspan(n, 1), std::span(two).subspan(n, 1)) ||
+             (one[n] != one[n] && two[n] != two[n])));
+      if (bytes[n / 16] == 255) {
+        CHECK(one[n] != one[n]);
+      } else if (bytes[n / 16] < 253) {  // greater ones can be infinite
+        CHECK(error_of(one[n], x_values, std::span(w_values).subspan(n * 96, 96)) <= 96 + 16);
+      }
     }
   }
 }

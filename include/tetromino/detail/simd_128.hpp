@@ -440,6 +440,8 @@ class e2m1_decoder {
     const floats both = broadcast_halves(scales[0], scales[32 / Block - 1]);
     return {q.first * both, q.second * both};
   }
+  /// Where `scaled` puts code i of 32.
+  static constexpr std::size_t place(std::size_t i) { return i % 2 * 16 + i / 2; }
 
  private:
   TETROMINO_INLINE floats values(const words& code) const {

@@ -11,6 +11,7 @@
 
 #include <immintrin.h>
 
+#include <array>        // std::array
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
 #include <cstring>      // std::memcpy
@@ -284,22 +285,73 @@ class e2m1_decoder {
                          TETROMINO_INLINE_LAMBDA { return values(_mm256_srli_epi32(raw(pairs.r[i]), 4)); };
     return {lanes(values(raw(pairs.r[0])), values(raw(pairs.r[1]))), lanes(odd(0), odd(1))};
   }
-  /// split, times the scales of their blocks.
+  /// 32 codes, times the scales of their blocks, in the order of `place`.
   template <std::size_t Block>
-  TETROMINO_INLINE floats_pair scaled(const std::uint8_t* codes, const float* scales) const {
-    const words pairs = load_bytes(codes);
-    const __m256 low = _mm256_mul_ps(values_, _mm256_set1_ps(scales[0]));
-    const __m256 high = Block == 32 ? low : _mm256_mul_ps(values_, _mm256_set1_ps(scales[32 / Block - 1]));
-    const auto values = [](__m256 table, __m256i code) TETROMINO_INLINE_LAMBDA {
-      const __m256 sign = _mm256_and_ps(_mm256_castsi256_ps(_mm256_slli_epi32(code, 28)), _mm256_set1_ps(-0.0f));
-      return _mm256_xor_ps(_mm256_permutevar8x32_ps(table, code), sign);
+  static TETROMINO_INLINE floats_pair scaled(const std::uint8_t* codes, const float* scales) {
+    const floats both = broadcast_halves(scales[0], scales[32 / Block - 1]);
+    const floats_pair q = part_halves(look_up<0>(codes));
+    return {q.first * both, q.second * both};
+  }
+  /// The same bits for scales that are powers of two, from 2^-125 to 2^125, by their `scale_shifts`.
+  template <std::size_t Block>
+  static TETROMINO_INLINE floats_pair shifted(const std::uint8_t* codes, const std::int32_t* shifts) {
+    const words q = look_up<largest_scale - 127>(codes);
+    // Shifts are taken off the exponents of two numbers at a time; zeros stay zeros.
+    const __m256i a = _mm256_subs_epu16(raw(q.r[0]), _mm256_set1_epi32(shifts[0]));
+    const __m256i b = _mm256_subs_epu16(raw(q.r[1]), _mm256_set1_epi32(shifts[32 / Block - 1]));
+    return part_halves(lanes(a, b));
+  }
+  /// Stores what `shifted` takes for 16 codes of E8M0; their signs are set in `misfits` where a scale is out of range.
+  static TETROMINO_INLINE void scale_shifts(const std::uint8_t* scales, std::int32_t* out, words& misfits) {
+    const words scale = load_bytes(scales), less = broadcast(largest_scale) - scale, shift = shift_left<7>(less);
+    misfits = misfits | less | (scale - broadcast(2));
+    store(out, shift | shift_left<16>(shift));
+  }
+  /// Where `scaled` puts code i of 32.
+  static constexpr std::size_t place(std::size_t i) { return i / 2 % 2 * 16 + i / 16 * 8 + i % 2 * 4 + i % 16 / 4; }
+  /// 32 numbers in that order.
+  static TETROMINO_INLINE floats_pair in_place(const floats& a, const floats& b) {
+    const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
+    const auto joined = [&](const floats& x, auto pick) TETROMINO_INLINE_LAMBDA {
+      const __m256 low = _mm256_permute2f128_ps(raw(x.r[0]), raw(x.r[1]), 0x20);
+      const __m256 high = _mm256_permute2f128_ps(raw(x.r[0]), raw(x.r[1]), 0x31);
+      return _mm256_permutevar8x32_ps(pick(low, high), order);
     };
-    const __m256i a = raw(pairs.r[0]), b = raw(pairs.r[1]);
-    return {lanes(values(low, a), values(high, b)),
-            lanes(values(low, _mm256_srli_epi32(a, 4)), values(high, _mm256_srli_epi32(b, 4)))};
+    const auto first = [](__m256 x, __m256 y) TETROMINO_INLINE_LAMBDA { return _mm256_unpacklo_ps(x, y); };
+    const auto second = [](__m256 x, __m256 y) TETROMINO_INLINE_LAMBDA { return _mm256_unpackhi_ps(x, y); };
+    return {lanes(joined(a, first), joined(b, first)), lanes(joined(a, second), joined(b, second))};
   }
 
  private:
+  static constexpr int largest_scale = 252;  // for which 6 times the scale is finite
+
+  /// Values times a power of two as bfloat16: those of even bytes of codes in the lower halves of lanes, of odd bytes
+  /// in the upper ones; in each register even codes first. Both zeros become 0.
+  template <int Exponent>
+  static TETROMINO_INLINE words look_up(const std::uint8_t* codes) {
+    constexpr auto table = [](int shift) {
+      std::array<std::uint8_t, 16> bytes{};
+      constexpr int values[] = {0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0};
+      for (int i = 1; i < 8; ++i) {
+        bytes[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>((values[i] + Exponent * 128) >> shift);
+        bytes[static_cast<std::size_t>(i) + 8] =
+            static_cast<std::uint8_t>((values[i] + Exponent * 128 + 0x8000) >> shift);
+      }
+      return bytes;
+    };
+    static constexpr std::array<std::uint8_t, 16> lower = table(0), upper = table(8);
+    const auto load_twice = [](const std::uint8_t* x) TETROMINO_INLINE_LAMBDA {
+      return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+    };
+    const __m256i pairs = _mm256_srlv_epi32(load_twice(codes), _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+    const __m256i code = _mm256_and_si256(pairs, _mm256_set1_epi8(15));
+    const __m256i low = _mm256_shuffle_epi8(load_twice(lower.data()), code);
+    const __m256i high = _mm256_shuffle_epi8(load_twice(upper.data()), code);
+    return lanes(_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+  }
+  static TETROMINO_INLINE floats_pair part_halves(const words& x) {
+    return {floats_of(shift_left<16>(x)), floats_of(x & broadcast(static_cast<std::int32_t>(0xFFFF0000u)))};
+  }
   /// Of the low four bits of each lane.
   TETROMINO_INLINE __m256 values(__m256i code) const {
     const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_srli_epi32(code, 3), 31));

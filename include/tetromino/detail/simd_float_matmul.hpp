@@ -7,9 +7,10 @@
 #if TETROMINO_SIMD
 
 #include "../scaling.hpp"   // macro_factor
-#include "cpu_matmul.hpp"   // matmul_job, matmul_tile, activation_row, read_row
+#include "cpu_matmul.hpp"   // matmul_job, matmul_tile, activation_row
 #include "simd_blocks.hpp"  // e2m1_decoder, multiply_add, sum_each
 #include "simd_panel.hpp"   // load_scales
+#include "simd_rows.hpp"    // linear_rows
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <array>      // std::array
@@ -23,9 +24,8 @@ namespace tetromino::detail {
 inline namespace TETROMINO_ISA {
 
 /// Weights are decoded to float with their scales and macro factors, 16 outputs of 512 columns at a time, and
-/// multiplied by all rows of a tile. An output has 16 sums, over every sixteenth column of a chunk of 512 (even columns
-/// of each 32 first, then odd ones), which are then added up by halves, and chunks from left to right: always in this
-/// order.
+/// multiplied by all rows of a tile. An output has 16 sums, over two of every 32 columns of a chunk of 512, which are
+/// then added up by halves, and chunks from left to right: always in this order.
 template <real T, real Out>
 class float_matmul {
  public:
@@ -56,7 +56,9 @@ class float_matmul {
       for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used, x_[m]);
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
         const std::size_t width = std::min(lane_count, tile_.last_col - n);
-        for (std::size_t l = 0; l < width; ++l) load_weights<Block>(n + l, k, used, w_[l]);
+        rows_of_weights_.read(job_.weights, tile_.matrix, n, k, used);
+        rows_of_weights_.prefetch_after<lane_count>(0, 0, used);
+        for (std::size_t l = 0; l < width; ++l) load_weights<Block>(rows_of_weights_[l], used, w_[l]);
         for (std::size_t l = width; l < lane_count; ++l) std::fill(w_[l], w_[l] + used_, 0.0f);
         auto* total = totals[(n - tile_.first_col) / lane_count];
         std::size_t m = 0;
@@ -74,12 +76,19 @@ class float_matmul {
     }
   }
 
-  /// Where column i of a chunk goes: even columns of each 32 come first, as codes are decoded.
-  static constexpr std::size_t place(std::size_t i) { return i / 32 * 32 + i % 2 * 16 + i % 32 / 2; }
+  /// Where column i of a chunk goes: the order in which codes are decoded.
+  static constexpr std::size_t place(std::size_t i) { return i / 32 * 32 + e2m1_decoder::place(i % 32); }
 
   void load_activations(std::size_t m, std::size_t k, std::size_t used, float* out) const {
     const T* x = activation_row(job_.x, tile_.first_row + m) + k;
     std::size_t i = 0;
+#if TETROMINO_VECTOR_BITS == 256
+    for (; i + 32 <= used; i += 32) {
+      const floats_pair pair = e2m1_decoder::in_place(load(x + i), load(x + i + lane_count));
+      store(out + i, pair.first);
+      store(out + i + lane_count, pair.second);
+    }
+#else
     if constexpr (is_split<T>) {
       for (; i + 32 <= used; i += 32) {
         const floats_pair pair = load_pair(x + i);
@@ -93,6 +102,7 @@ class float_matmul {
         out[i + 16 + j] = to_float(x[i + 2 * j + 1]);
       }
     }
+#endif
     for (; i < used; i += 32) {
       for (std::size_t j = i; j < i + 32; ++j) out[place(j)] = j < used ? to_float(x[j]) : 0.0f;
     }
@@ -121,22 +131,24 @@ class float_matmul {
     if (format.macro_block != 0) {
       const std::size_t each = format.macro_block / Block;
       const std::uint8_t* macro = row.macros;
+      if (each == lane_count / 2) {
+        for (std::size_t b = 0; b < blocks; b += lane_count, macro += 2) {
+          const float last = b + each < blocks ? inverse_factors[macro[1]] : 1.0f;
+          store(scales + b, load(scales + b) * broadcast_halves(inverse_factors[macro[0]], last));
+        }
+        return;
+      }
       for (std::size_t b = 0; b < blocks; b += each, ++macro) {
         for (std::size_t i = b; i < b + each; ++i) scales[i] *= inverse_factors[*macro];
       }
     }
   }
 
-  /// Columns k ... k + used - 1 of output n, without the tensor scale.
+  /// The first columns of a row of weights, without the tensor scale.
   template <std::size_t Block>
-  void load_weights(std::size_t n, std::size_t k, std::size_t used, float* out) {
-    const auto row = read_row(job_.weights, tile_.matrix, n, k, used, row_);
+  void load_weights(const packed_row<const std::uint8_t>& row, std::size_t used, float* out) {
     const std::uint8_t* codes = row.codes;
     const std::size_t blocks = (used + Block - 1) / Block;
-    // The same piece of a row to come: hardware sees too many short runs to look ahead by itself.
-    const packed_shape shape = job_.weights.shape();
-    for (std::size_t i = 0; i < used / 2; i += 64) prefetch(codes + i, lane_count * shape.code_bytes_per_row());
-    prefetch(row.scales, lane_count * shape.blocks_per_row());
     alignas(64) float scales[depth / Block] = {};
     load_block_scales<Block>(row, blocks, scales);
     const e2m1_decoder decode;
@@ -161,60 +173,89 @@ class float_matmul {
   template <std::size_t Block>
   std::size_t add_one_row(float (*totals)[most_rows][lane_count]) {
     const std::size_t cols = job_.weights.cols, whole = cols % 32 == 0 ? cols : cols / depth * depth;
-    for (std::size_t k = 0; k < whole; k += chunks_at_once * depth) {
-      const std::size_t used = std::min(chunks_at_once * depth, whole - k);
+    const std::size_t step = job_.weights.is_repacked ? linear_rows::most_cols : chunks_at_once * depth;
+    for (std::size_t k = 0; k < whole; k += step) {
+      const std::size_t used = std::min(step, whole - k);
       for (std::size_t i = 0; i < used; i += depth) {
         load_activations(0, k + i, std::min(depth, used - i), x_[i / depth]);
       }
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
-        add_chunks<Block>(n, std::min(lane_count, tile_.last_col - n), k, used,
-                          totals[(n - tile_.first_col) / lane_count][0]);
+        rows_of_weights_.read(job_.weights, tile_.matrix, n, k, used);
+        add_chunks<Block>(used, totals[(n - tile_.first_col) / lane_count][0]);
       }
     }
     return whole;
   }
   template <std::size_t Block>
-  void add_chunks(std::size_t n, std::size_t width, std::size_t k, std::size_t used, float* total) {
-    constexpr std::size_t together = registers == 1 ? 4 : 2;  // rows of weights whose sums are independent
+  void add_chunks(std::size_t used, float* total) {
+    constexpr std::size_t together = registers == 4 ? 2 : 4;  // rows of weights whose sums are independent
     constexpr std::size_t most = chunks_at_once * depth;
-    const weights_view& weights = job_.weights;
-    const packed_shape shape = weights.shape();
-    const std::size_t row_bytes = shape.code_bytes_per_row();
     const e2m1_decoder decode;
-    std::uint8_t rows[together][most];  // of repacked weights: codes, scales and macro-block bytes
     alignas(64) float scales[together][most / Block];
     alignas(64) float sums[chunks_at_once][lane_count][lane_count];
     for (std::size_t l = 0; l < lane_count; l += together) {
       const std::uint8_t* codes[together];
+      for (std::size_t r = 0; r < together; ++r) codes[r] = rows_of_weights_[l + r].codes;
+      const auto add_all = [&](const auto& decode_32) TETROMINO_INLINE_LAMBDA {
+        for (std::size_t first = 0; first < used; first += depth) {
+          const std::size_t last = std::min(used, first + depth);
+          rows_of_weights_.prefetch_after<together>(l, first, last);
+          floats sum[together];
+          repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = broadcast(0.0f); });
+          for (std::size_t i = first; i < last; i += 32) {
+            const floats even = load(&x_[0][0] + i), odd = load(&x_[0][0] + i + lane_count);
+            repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {
+              const floats_pair w = decode_32(r, i);
+              sum[r] = multiply_and_add(odd, w.second, multiply_and_add(even, w.first, sum[r]));
+            });
+          }
+          repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { store(sums[first / depth][l + r], sum[r]); });
+        }
+      };
+#if TETROMINO_VECTOR_BITS == 256
+      alignas(64) std::int32_t shifts[together][most / Block];
+      if (load_shifts<Block, together>(l, used, shifts)) {
+        add_all([&](auto r, std::size_t i) TETROMINO_INLINE_LAMBDA {
+          return decode.template shifted<Block>(codes[r] + i / 2, shifts[r] + i / Block);
+        });
+        continue;
+      }
+#endif
       for (std::size_t r = 0; r < together; ++r) {
-        const std::size_t output = n + std::min(l + r, width - 1);  // those past the last repeat it
-        const auto row = read_row(weights, tile_.matrix, output, k, used, rows[r]);
-        codes[r] = row.codes;
-        load_block_scales<Block>(row, used / Block, scales[r]);
-        prefetch(row.scales, together * shape.blocks_per_row());
+        load_block_scales<Block>(rows_of_weights_[l + r], used / Block, scales[r]);
       }
-      for (std::size_t first = 0; first < used; first += depth) {
-        const std::size_t last = std::min(used, first + depth);
-        for (std::size_t r = 0; r < together; ++r) {
-          for (std::size_t i = first / 2; i < last / 2; i += 64) prefetch(codes[r] + i, together * row_bytes);
-        }
-        floats sum[together];
-        repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = broadcast(0.0f); });
-        for (std::size_t i = first; i < last; i += 32) {
-          const floats even = load(&x_[0][0] + i), odd = load(&x_[0][0] + i + lane_count);
-          repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {
-            const floats_pair w = decode.template scaled<Block>(codes[r] + i / 2, scales[r] + i / Block);
-            sum[r] = multiply_and_add(odd, w.second, multiply_and_add(even, w.first, sum[r]));
-          });
-        }
-        repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { store(sums[first / depth][l + r], sum[r]); });
-      }
+      add_all([&](auto r, std::size_t i) TETROMINO_INLINE_LAMBDA {
+        return decode.template scaled<Block>(codes[r] + i / 2, scales[r] + i / Block);
+      });
     }
     for (std::size_t c = 0; c * depth < used; ++c) {
       const floats sum = sum_each([&](std::size_t l) TETROMINO_INLINE_LAMBDA { return load(sums[c][l]); });
       store(total, load(total) + sum);
     }
   }
+
+#if TETROMINO_VECTOR_BITS == 256
+  /// Scales as e2m1_decoder::shifted takes them; says whether all of them can be.
+  template <std::size_t Block, std::size_t Rows>
+  bool load_shifts(std::size_t l, std::size_t used, std::int32_t (*shifts)[chunks_at_once * depth / Block]) const {
+    const any_format& format = job_.weights.format;
+    if (format.scale != scale_type::e8m0 || format.macro_block != 0) return false;
+    words misfits = broadcast(0);
+    const std::size_t blocks = used / Block;
+    for (std::size_t r = 0; r < Rows; ++r) {
+      const std::uint8_t* bytes = rows_of_weights_[l + r].scales;
+      std::size_t b = 0;
+      for (; b + lane_count <= blocks; b += lane_count) e2m1_decoder::scale_shifts(bytes + b, shifts[r] + b, misfits);
+      if (b < blocks) {
+        std::uint8_t padded[lane_count];
+        std::fill(padded, padded + lane_count, std::uint8_t{127});
+        std::copy_n(bytes + b, blocks - b, padded);
+        e2m1_decoder::scale_shifts(padded, shifts[r] + b, misfits);
+      }
+    }
+    return !any_at_least(shift_right<31>(misfits) & broadcast(1), 1);
+  }
+#endif
 
   static TETROMINO_INLINE floats multiply_and_add(const floats& a, const floats& b, const floats& c) {
 #if TETROMINO_HAS_FMA
@@ -252,7 +293,7 @@ class float_matmul {
   std::size_t rows_;
   std::size_t used_ = 0;  // columns of this chunk, rounded up to 32
 
-  std::uint8_t row_[depth];  // of repacked weights: codes, scales and macro-block bytes of a chunk
+  linear_rows rows_of_weights_;
   alignas(64) float w_[lane_count][depth];
   alignas(64) float x_[most_rows][depth];
 };
