@@ -2,8 +2,9 @@
 ///
 ///   bench_matmul [--mib N] [--repetitions N] [--only TEXT]
 ///
-/// Weights of N MiB (128), more than most caches hold, and of 256 KiB. GB/s counts their bytes; cycles are for 32
-/// weights and one row of activations. The ceiling is to read the same bytes.
+/// Weights of N MiB (128), more than most caches hold, and of 256 KiB; and grouped_matmul over as many experts of 1024
+/// outputs as fit N MiB. GB/s counts the weights' bytes; cycles are for 32 weights and one row of activations. The
+/// ceiling is to read the same bytes.
 
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
@@ -13,8 +14,9 @@
 #include "reference/generators.hpp"
 
 #include <cstddef>  // std::size_t
-#include <cstdio>   // std::printf
+#include <cstdint>  // std::uint32_t
 #include <string>   // std::string
+#include <utility>  // std::move
 #include <vector>   // std::vector
 
 namespace {
@@ -30,26 +32,35 @@ matrix<float> normal_matrix(std::size_t rows) {
   return out;
 }
 
+packed<any_format> normal_weights(const recipe& r, std::size_t experts, std::size_t outputs) {
+  packed<any_format> out(r.format, experts, outputs, cols);
+  const matrix<float> rows = normal_matrix(16);
+  const auto some = quantize(simd, rows.view(), r);
+  for (std::size_t i = 0; i < out.codes.size(); ++i) out.codes[i] = some.codes[i % some.codes.size()];
+  for (std::size_t i = 0; i < out.scales.size(); ++i) out.scales[i] = some.scales[i % some.scales.size()];
+  for (std::size_t i = 0; i < out.macros.size(); ++i) out.macros[i] = some.macros[i % some.macros.size()];
+  for (float& scale : out.tensor_scales) scale = some.tensor_scales[0];
+  return out;
+}
+
+void read_weights(const packed<any_format>& w) {
+  for (const auto* part : {&w.codes, &w.scales, &w.macros}) bench::read_all(part->data(), part->size());
+}
+
+matrix<bfloat16> as_bfloat16(const matrix<float>& x) {
+  matrix<bfloat16> out(x.rows, x.cols);
+  for (std::size_t i = 0; i < x.data.size(); ++i) out.data[i] = bfloat16::encode(x.data[i]);
+  return out;
+}
+
 void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_memory) {
   const std::size_t outputs = bytes / (cols / 2);
-  packed<any_format> weights(r.format, 1, outputs, cols);
-  {
-    const matrix<float> rows = normal_matrix(16);
-    const auto some = quantize(simd, rows.view(), r);
-    for (std::size_t i = 0; i < weights.codes.size(); ++i) weights.codes[i] = some.codes[i % some.codes.size()];
-    for (std::size_t i = 0; i < weights.scales.size(); ++i) weights.scales[i] = some.scales[i % some.scales.size()];
-    for (std::size_t i = 0; i < weights.macros.size(); ++i) weights.macros[i] = some.macros[i % some.macros.size()];
-    weights.tensor_scales = some.tensor_scales;
-  }
+  const packed<any_format> weights = normal_weights(r, 1, outputs);
   const double size = static_cast<double>(weights.bytes());
   bench::table table(r.name() + ", " + std::to_string(outputs) + " x " + std::to_string(cols) + ", " +
                      (in_memory ? "in memory, " : "in cache, ") + std::string(simd.isa()));
   const repacked fast = repack(simd, weights);
-  const auto read = table.add("(read the weights)", "", size, 0, [&] {
-    for (const auto* part : {&weights.codes, &weights.scales, &weights.macros}) {
-      bench::read_all(part->data(), part->size());
-    }
-  });
+  const auto read = table.add("(read the weights)", "", size, 0, [&] { read_weights(weights); });
   table.add(
       "repack", "", size, static_cast<double>(outputs * cols), [&] { bench::sink = repack(simd, weights).bytes(); },
       read);
@@ -66,8 +77,7 @@ void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_m
     if (in_memory && rows > 1) break;
     activations a;
     a.x = normal_matrix(rows);
-    a.x16 = matrix<bfloat16>(rows, cols);
-    for (std::size_t i = 0; i < a.x.data.size(); ++i) a.x16.data[i] = bfloat16::encode(a.x.data[i]);
+    a.x16 = as_bfloat16(a.x);
     a.x8 = quantize_int8(a.x);
     a.x4 = quantize(simd, a.x, r);
     a.out = matrix<float>(rows, outputs);
@@ -93,6 +103,44 @@ void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_m
   table.print();
 }
 
+/// As many rows of activations for each expert.
+void bench_experts(const recipe& r, std::size_t bytes, int repetitions) {
+  constexpr std::size_t outputs = 1024;
+  const std::size_t experts = bytes / (outputs * cols / 2);
+  const packed<any_format> weights = normal_weights(r, experts, outputs);
+  const repacked fast = repack(simd, weights);
+  const auto size = static_cast<double>(weights.bytes());
+  bench::table table(r.name() + ", " + std::to_string(experts) + " experts of " + std::to_string(outputs) + " x " +
+                     std::to_string(cols) + ", " + std::string(simd.isa()));
+  const auto read = table.add("(read the weights)", "", size, 0, [&] { read_weights(weights); });
+  struct tokens {
+    std::vector<std::uint32_t> offsets;
+    matrix<bfloat16> x16;
+    int8_matrix x8;
+    matrix<float> out;
+  };
+  std::vector<tokens> all;
+  all.reserve(3);
+  for (const std::size_t each : {1u, 4u, 16u}) {
+    std::vector<std::uint32_t> offsets;
+    for (std::size_t e = 0; e <= experts; ++e) offsets.push_back(static_cast<std::uint32_t>(e * each));
+    const matrix<float> x = normal_matrix(experts * each);
+    tokens& t =
+        all.emplace_back(tokens{std::move(offsets), as_bfloat16(x), quantize_int8(x), matrix<float>(x.rows, outputs)});
+    const double products = static_cast<double>(outputs * cols) * static_cast<double>(x.rows);
+    const auto add = [&](const char* name, const auto& activations, const auto& w) {
+      table.add(
+          name + (", M = " + std::to_string(each)) + " each", "", size, products,
+          [&t, &activations, &w] { grouped_matmul(simd, activations, w, t.offsets, t.out.view()[0]); }, read);
+    };
+    add("int8", t.x8, weights);
+    add("int8, repacked", t.x8, fast);
+    add("bfloat16", t.x16, weights);
+  }
+  table.run(repetitions);
+  table.print();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -103,5 +151,6 @@ int main(int argc, char** argv) {
   for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static", "nvfp4/amax"}) {
     bench_format(recipe::parse(name), std::size_t{256} << 10, repetitions, false);
     bench_format(recipe::parse(name), bytes, repetitions, true);
+    bench_experts(recipe::parse(name), bytes, repetitions);
   }
 }
