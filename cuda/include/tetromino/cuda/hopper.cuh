@@ -188,6 +188,16 @@ __device__ inline void store_to_rank(std::uint32_t shared, std::uint32_t rank, f
       "r"(rank), "f"(x), "f"(y)
       : "memory");
 }
+/// Sends four floats to the shared memory of another block of the cluster, and tells a barrier there that 16 bytes have
+/// come; both at addresses of this block's.
+__device__ inline void send_to_rank(std::uint32_t shared, std::uint32_t barrier, std::uint32_t rank, float a, float b,
+                                    float c, float d) {
+  asm volatile(
+      "{.reg .u32 there, told; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 told, %1, %2; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [told];}" ::"r"(shared),
+      "r"(barrier), "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+}
 /// Lets the next kernel of the stream start, if it was launched so that it may, where there is room.
 __device__ inline void start_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 /// Waits until the kernel before this one in the stream has ended and what it wrote can be read.

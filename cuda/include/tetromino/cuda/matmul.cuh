@@ -32,8 +32,8 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
   args.row_tiles = static_cast<std::uint32_t>(shape.row_tiles());
   args.col_tiles = static_cast<std::uint32_t>(shape.col_tiles());
   args.tile_bytes = static_cast<std::uint32_t>(shape.tile_bytes());
-  args.macro_block = static_cast<std::uint32_t>(shape.format.macro_block);
-  args.macro_shift = args.macro_block == 256 ? 2 : args.macro_block == 128 ? 1 : 0;
+  args.macro_block = static_cast<std::uint32_t>(shape.stored_macro_block());
+  args.macro_shift = args.macro_block == 256 ? 2 : 1;
   args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
   args.gating = shape.gating;
   args.has_settled_weights = job.options.settled_weights;
@@ -43,7 +43,7 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
     if (shape.format.block == 16) return matmul_of_kind<T, weight_kind::mx16, 0>(s, job, args);
     return matmul_of_kind<T, weight_kind::mx32, 0>(s, job, args);
   }
-  if (shape.format.macro_block == 32) {
+  if (shape.stored_macro_block() == 32) {
     if (shape.format.block == 16) return matmul_of_kind<T, weight_kind::mx16, 2>(s, job, args);
     return matmul_of_kind<T, weight_kind::mx32, 2>(s, job, args);
   }

@@ -43,8 +43,13 @@ struct prepared_shape {
   /// An even number, so that a product can take two tiles at a time.
   [[nodiscard]] constexpr std::size_t col_tiles() const noexcept { return (cols + 127) / 128 * 2; }
   [[nodiscard]] constexpr std::size_t tile_bytes() const noexcept { return 64 * 64 / 2 + 64 * 64 / format.block; }
+  /// Columns of a macro block as it is stored: one of 64 columns is two of 32, which spares the products a case.
+  [[nodiscard]] constexpr std::size_t stored_macro_block() const noexcept {
+    return format.macro_block == 64 ? 32 : static_cast<std::size_t>(format.macro_block);
+  }
   [[nodiscard]] constexpr std::size_t macros_per_row() const noexcept {
-    return format.macro_block == 0 ? 0 : (col_tiles() * 64 + format.macro_block - 1) / format.macro_block;
+    const std::size_t macro_block = stored_macro_block();
+    return macro_block == 0 ? 0 : (col_tiles() * 64 + macro_block - 1) / macro_block;
   }
   /// Where the row factors and the macro bytes start.
   [[nodiscard]] constexpr std::size_t factors_at() const noexcept {

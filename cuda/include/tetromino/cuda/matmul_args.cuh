@@ -27,7 +27,7 @@ struct matmul_args {
   bool is_out_aligned;
   bool has_settled_weights;
   std::uint32_t parts;        ///< blocks that share the columns of a tile
-  std::uint32_t macro_shift;  ///< a macro block has 64 << macro_shift columns, if it has that many
+  std::uint32_t macro_shift;  ///< a macro block has 64 << macro_shift columns, if it has more than 32
 };
 
 /// One tile of the output: some rows of one matrix's part of x, by some tiles of its weights.

@@ -1,10 +1,12 @@
 #pragma once
 
 #include "matmul_hopper.cuh"    // hopper_kernel
+#include "matmul_medium.cuh"    // medium_kernel
 #include "matmul_narrow.cuh"    // narrow_kernel
 #include "matmul_portable.cuh"  // portable_kernel
 
-#include <algorithm>  // std::min, std::max
+#include <algorithm>  // std::min
+#include <array>      // std::array
 #include <cstdint>    // std::uint32_t
 
 /// Choosing and launching a product kernel for one kind of weights.
@@ -99,30 +101,81 @@ template <class Kernel, class... Args>
   return check(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
-/// Launches the Hopper kernel of one shape. `row_tiles` is how many tiles of x there can be at most.
-template <activation T, weight_kind Kind, int Macros, int Rows, int Groups, int Stages, int Blocks>
+/// Launches the kernel for many rows of x. `row_tiles` is how many tiles of x there can be at most.
+template <activation T, weight_kind Kind, int Macros, int Rows, int Groups, int Stages>
 result<void> launch_hopper(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
                            const device_facts& device) {
   using shape = hopper_shape<T, Kind, Rows, Groups, Stages>;
-  auto* const kernel = hopper_kernel<shape, T, Kind, Macros, Blocks>;
   args.feature_tiles = (args.row_tiles + Groups - 1) / Groups;
   const std::size_t tiles = row_tiles * args.feature_tiles;
-  const std::size_t room = static_cast<std::size_t>(device.multiprocessors) * Blocks;
-  const std::size_t stages = args.col_tiles;
-  // Where not even half the room is taken, clusters share tiles, if each block still gets a few stages.
-  std::size_t parts = 1;
-  if constexpr (shape::can_share) {
-    while (parts < most_parts && tiles * parts * 2 <= room && stages >= parts * 4) parts *= 2;
-  }
-  const std::size_t blocks = parts > 1 ? tiles * parts : std::min(tiles, room);
+  const std::size_t blocks = std::min(tiles, static_cast<std::size_t>(device.multiprocessors));
   const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.matrices);
-
   auto map = map_activations(job.x, Rows);
   if (!map) return map.error();
-  return launch_overlapping(kernel, "the launch of hopper_kernel", s, blocks, shape::threads, bytes, parts, *map, args);
+  return launch_overlapping(hopper_kernel<shape, T, Kind, Macros>, "the launch of hopper_kernel", s, blocks,
+                            shape::threads, bytes, 1, *map, args);
 }
 
-/// Launches the kernel for few rows of x.
+/// How many clusters of `parts` blocks run at a time; 0 where that cannot be found out.
+template <class Kernel>
+[[nodiscard]] std::size_t clusters_at_once(Kernel* kernel, int threads, std::uint32_t bytes, std::size_t parts) {
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) !=
+      cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(parts));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(parts);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return static_cast<std::size_t>(clusters);
+}
+
+/// Launches the kernel for a middling number of rows of x.
+template <activation T, weight_kind Kind, int Macros, int Rows, int Groups>
+result<void> launch_medium(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+                           const device_facts& device) {
+  using shape = medium_shape<T, Kind, Rows, Groups, 4>;
+  constexpr std::size_t most = 6;  // parts
+  constexpr std::uint32_t most_bytes = 227 * 1024;
+  auto* const kernel = medium_kernel<shape, T, Kind, Macros>;
+  args.feature_tiles = (args.row_tiles + Groups - 1) / Groups;
+  const std::size_t tiles = row_tiles * args.feature_tiles;
+  const std::uint32_t matrices = job.row_offsets == nullptr ? 0 : args.matrices;
+  // Clusters share tiles, if each block still gets a few stages and all of them run at once. What a device has room for
+  // depends on how its multiprocessors are grouped, and is asked once: all of them are taken to be alike.
+  static const std::array<std::size_t, most + 1> room = [&] {
+    std::array<std::size_t, most + 1> out{};
+    for (std::size_t parts = 2; parts <= most; ++parts) {
+      const std::uint32_t bytes = shape::shared_bytes(0, static_cast<std::uint32_t>(parts));
+      if (bytes <= most_bytes) out[parts] = clusters_at_once(kernel, shape::threads, bytes, parts);
+    }
+    return out;
+  }();
+  std::size_t parts = most;
+  while (parts > 1 && (tiles > room[parts] || args.col_tiles < parts * 4 ||
+                       shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts)) > most_bytes)) {
+    --parts;
+  }
+  const std::size_t blocks =
+      parts > 1 ? tiles * parts : std::min(tiles, static_cast<std::size_t>(device.multiprocessors));
+  auto map = map_activations(job.x, Rows);
+  if (!map) return map.error();
+  return launch_overlapping(kernel, "the launch of medium_kernel", s, blocks, shape::threads,
+                            shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts)), parts, *map, args);
+}
+
+/// Launches the kernel for a few rows of x.
 template <activation T, weight_kind Kind, int Macros, int Rows>
 result<void> launch_narrow(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
                            const device_facts& device) {
@@ -155,28 +208,25 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
   const std::size_t groups = job.row_offsets == nullptr ? 1 : std::min<std::size_t>(args.matrices, job.row_count);
   const std::size_t rows = (job.row_count + groups - 1) / groups;
   if (device->major == 9 && is_aligned_x && !job.portable) {
-    auto has_code = is_hopper_code(hopper_kernel<hopper_shape<T, Kind, 128, 3, 6>, T, Kind, Macros, 1>);
+    auto has_code = is_hopper_code(hopper_kernel<hopper_shape<T, Kind, 256, 2, 5>, T, Kind, Macros>);
     if (!has_code) return has_code.error();
     if (!*has_code) {
       return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
     }
     if (rows <= 8) return launch_narrow<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device);
-    if (rows <= 16) return launch_narrow<T, Kind, Macros, 16>(s, job, args, row_tiles(16), *device);
-    if (rows <= 32) return launch_hopper<T, Kind, Macros, 32, 2, 6, 2>(s, job, args, row_tiles(32), *device);
-    // Tall tiles read x less often, where clusters of them are enough for the multiprocessors.
-    const bool is_tall = row_tiles(64) * ((args.row_tiles + 3) / 4) * most_parts * 4 >=
-                         static_cast<std::size_t>(device->multiprocessors) * 3;
-    if (rows <= 64 && is_tall) {
-      return launch_hopper<T, Kind, Macros, 64, 4, 6, 1>(s, job, args, row_tiles(64), *device);
+    if (rows <= 16) return launch_medium<T, Kind, Macros, 16, 3>(s, job, args, row_tiles(16), *device);
+    if (rows <= 32) return launch_medium<T, Kind, Macros, 32, 3>(s, job, args, row_tiles(32), *device);
+    if (rows <= 64) return launch_medium<T, Kind, Macros, 64, 3>(s, job, args, row_tiles(64), *device);
+    // Tiles of 256 rows take 15/8 of the time of tiles of 128.
+    const auto rounds = [&](std::size_t of_rows) {
+      const auto room = static_cast<std::size_t>(device->multiprocessors);
+      return (row_tiles(of_rows) * ((args.row_tiles + 1) / 2) + room - 1) / room;
+    };
+    const bool is_uneven = job.row_offsets != nullptr && rows <= 384;  // tiles of 256 would often be half empty
+    if (is_uneven || rounds(128) * 8 <= rounds(256) * 15) {
+      return launch_medium<T, Kind, Macros, 128, 2>(s, job, args, row_tiles(128), *device);
     }
-    if (rows <= 64) return launch_hopper<T, Kind, Macros, 64, 2, 5, 2>(s, job, args, row_tiles(64), *device);
-    // Three warpgroups hide one another's decoding best, where their larger tiles do not leave multiprocessors idle.
-    if (rows <= 128) return launch_hopper<T, Kind, Macros, 128, 3, 6, 1>(s, job, args, row_tiles(128), *device);
-    const std::size_t large_tiles = row_tiles(256) * ((args.row_tiles + 1) / 2);
-    if (rows <= 384 || large_tiles < 2 * static_cast<std::size_t>(device->multiprocessors)) {
-      return launch_hopper<T, Kind, Macros, 128, 2, 6, 1>(s, job, args, row_tiles(128), *device);
-    }
-    return launch_hopper<T, Kind, Macros, 256, 2, 5, 1>(s, job, args, row_tiles(256), *device);
+    return launch_hopper<T, Kind, Macros, 256, 2, 5>(s, job, args, row_tiles(256), *device);
   }
   matmul_args<T> plain = args;
   plain.feature_tiles = args.row_tiles;

@@ -112,6 +112,7 @@ struct prepare_args {
   float* factors;
   std::uint8_t* macros_out;
   std::uint32_t rows, blocks_per_row, block, row_tiles, col_tiles, macros_in, macros_per_row;
+  std::uint32_t macro_repeats;  ///< how often a macro byte is stored
   gating_rows gating;
   bool scale_per_matrix;
 };
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const prepare_args args) {
       args.macros_out + (static_cast<std::size_t>(matrix) * args.row_tiles + blockIdx.x) * args.macros_per_row * 64;
   for (std::uint32_t i = threadIdx.x; i < args.macros_per_row * 64; i += 256) {
     const std::uint32_t in_tile = i / 2 % 4 * 16 + i % 2 * 8 + i / 8 % 8;
-    const std::uint32_t row = source_row(first + in_tile, args.rows, args.gating), m = i / 64;
+    const std::uint32_t row = source_row(first + in_tile, args.rows, args.gating), m = i / 64 / args.macro_repeats;
     macros[i] = row < args.rows && m < args.macros_in ? args.macros[(matrix_row + row) * args.macros_in + m] : 0;
   }
 }
@@ -229,6 +230,7 @@ result<void> prepare(const stream& s, const packed_view<any_format>& w, const pr
   args.col_tiles = static_cast<std::uint32_t>(shape.col_tiles());
   args.macros_in = static_cast<std::uint32_t>(from.macros_per_row());
   args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
+  args.macro_repeats = shape.format.macro_block == 64 ? 2 : 1;
   args.gating = shape.gating;
   args.scale_per_matrix = w.tensor_scales.size() > 1;
   if (shape.matrices > 65535) {
