@@ -207,7 +207,14 @@ void shapes() {
       ++seed;
     }
   }
-  if (is_short()) {  // every kernel, with more columns than its stages hold
+  // tiles of 256 rows, which a product gets where they take fewer rounds; the last rows fill less than half of one
+  for (const char* name : {"mxfp4-32/oas", "nvfp4/amax", "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-static@32"}) {
+    const shape s = is_short() ? shape{512, 7168, 128} : shape{2100, 3072, 320};
+    check_product<T>("tall", s, recipe::parse(name), {}, normals(s.n * s.k, seed, 0.02f),
+                     normals(s.m * s.k, seed + 1, 1.0f));
+    ++seed;
+  }
+  if (is_short()) {  // every other kernel, with more columns than its stages hold
     for (const std::size_t m : {4, 12, 32, 64, 128, 300}) {
       for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-static@32", "nvfp4/amax"}) {
         const shape s{m, 192, 3072};
@@ -244,6 +251,16 @@ void experts() {
         ++seed;
       }
     }
+  }
+  // tiles of 256 rows
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static"}) {
+    if (is_short()) break;
+    const shape s{3900, 3328, 128};
+    setting how;
+    how.offsets = {0, 1700, 1750, 3900};
+    check_product<T>("large experts", s, recipe::parse(name), how, normals(3 * s.n * s.k, seed, 0.1f),
+                     normals(s.m * s.k, seed + 1, 1.0f));
+    ++seed;
   }
   // more experts than a warp has lanes, most of them idle
   std::vector<std::uint32_t> offsets(141, 0);
