@@ -83,7 +83,7 @@ template <std::uint32_t Rows, class T>
 }
 
 /// x * sigmoid(x).
-[[nodiscard]] __device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
+[[nodiscard]] __device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 /// What turns the sums of a lane's two rows of a tile, g and g + 8, into outputs.
 struct row_pair {
@@ -122,19 +122,28 @@ template <class T>
       args.bias == nullptr ? 0.0f : args.bias[static_cast<std::size_t>(matrix) * args.weight_rows + source]);
 }
 
-/// Finishes the sums of rows g and g + 8 for one row of x, and writes them.
-template <activation T>
-__device__ inline void write_pair(const matmul_args<T>& args, const row_pair& rows, std::size_t out_row, float low,
-                                  float high) {
+/// Finishes the sums of rows g and g + 8 for one row of x, and writes them; the caller says whether rows are gated.
+template <bool IsGated, activation T>
+__device__ inline void write_pair_as(const matmul_args<T>& args, const row_pair& rows, std::size_t out_row, float low,
+                                     float high) {
   low = low * rows.factor[0] + rows.bias[0];
   high = high * rows.factor[1] + rows.bias[1];
   T* const to = args.out + out_row * args.out_stride;
-  if (args.gating != gating_rows::none) {
+  if constexpr (IsGated) {
     if (rows.exists[0]) to[rows.output[0]] = round_to<T>(silu(low) * high);
-    return;
+  } else {
+    if (rows.exists[0]) to[rows.output[0]] = round_to<T>(low);
+    if (rows.exists[1]) to[rows.output[1]] = round_to<T>(high);
   }
-  if (rows.exists[0]) to[rows.output[0]] = round_to<T>(low);
-  if (rows.exists[1]) to[rows.output[1]] = round_to<T>(high);
+}
+template <activation T>
+__device__ inline void write_pair(const matmul_args<T>& args, const row_pair& rows, std::size_t out_row, float low,
+                                  float high) {
+  if (args.gating != gating_rows::none) {
+    write_pair_as<true>(args, rows, out_row, low, high);
+  } else {
+    write_pair_as<false>(args, rows, out_row, low, high);
+  }
 }
 
 /// The same for row `row` of the tiles, with row % 16 < 8, and row + 8; `loaded` is what load_row gave for them.

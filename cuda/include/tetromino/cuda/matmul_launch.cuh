@@ -146,7 +146,7 @@ template <activation T, weight_kind Kind, int Macros, int Rows, int Groups>
 result<void> launch_medium(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
                            const device_facts& device) {
   using shape = medium_shape<T, Kind, Rows, Groups, 4>;
-  constexpr std::size_t most = 6;  // parts
+  constexpr std::size_t most = shape::most_parts;
   constexpr std::uint32_t most_bytes = 227 * 1024;
   auto* const kernel = medium_kernel<shape, T, Kind, Macros>;
   args.feature_tiles = (args.row_tiles + Groups - 1) / Groups;

@@ -18,6 +18,7 @@
 /// of the columns and sends its sums to the block that adds them up.
 namespace tetromino::cuda::detail {
 
+/// The shape of a kernel: `Rows` of x and Groups * 64 rows of weights in a tile of the output; stages of 128 columns.
 template <activation T, weight_kind Kind, int Rows, int Groups, int Stages>
 struct medium_shape {
   static constexpr int rows = Rows, groups = Groups, stages = Stages;
@@ -32,6 +33,7 @@ struct medium_shape {
   static constexpr std::uint32_t inbox_at = barriers_at + 128;
   /// Quads of a lane's sums, which are dealt out among the blocks of a cluster, and how many a block gets at most.
   static constexpr int quads = sums / 4;
+  static constexpr std::uint32_t most_parts = 6;  ///< blocks of a cluster
   __host__ __device__ static constexpr std::uint32_t share_of(std::uint32_t parts) {
     return (quads + parts - 1) / parts;
   }
@@ -45,6 +47,8 @@ struct medium_shape {
 
 #if TETROMINO_CUDA_HOPPER
 
+/// A lane's way through the columns of a tile of the output, with its sums. `Macros`: macro blocks that a tile of 64
+/// columns touches; 0 for none, 1 where a macro block is a stage or more.
 template <class Shape, class T, weight_kind Kind, int Macros>
 struct medium_walk {
   static constexpr int sums = Shape::sums, stages = Shape::stages;
@@ -151,7 +155,8 @@ struct medium_walk {
     wgmma_commit();
   }
 
-  /// Sums through `count` stages, from stage `first` on.
+  /// Sums through `count` stages, from stage `first` on. At a wait for all products but the last group, those of the
+  /// tile before are done, and its operands can be overwritten.
   __device__ void run(const matmul_args<T>& args, std::uint32_t shared, std::uint32_t first, std::uint32_t count,
                       const std::uint8_t* macro_bytes) {
     const std::uint32_t full = shared + Shape::barriers_at, empty = full + 8 * stages;
@@ -193,6 +198,7 @@ struct medium_walk {
         const std::uint32_t box = shared + static_cast<std::uint32_t>(s) * Shape::stage_bytes;
         multiply(a[0], box);
         wgmma_wait<1>();
+        // Nobody but the tensor cores reads x, so that one lane can tell for its warp.
         if (!is_first && threadIdx.x % 32 == 0) barrier_arrive(empty + 8u * ((s + stages - 1) % stages));
 #pragma unroll
         for (int i = 0; i < 4; ++i) keep(tile[1].word[i]);
@@ -246,7 +252,6 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     }
   }
   start_next_kernel();
-  const std::uint32_t tile_step = gridDim.x / parts;
   std::uint32_t number = blockIdx.x / parts;
   const std::uint32_t stages = args.col_tiles / 2;
   const std::uint32_t first = stages * part / parts, count = stages * (part + 1) / parts - first;
@@ -285,7 +290,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
         if (++slot == Shape::stages) slot = 0;
       }
       if (parts > 1) break;
-      number += tile_step;
+      number += gridDim.x;
       tile = find_tile<Shape::rows>(args, tiles_before, number);
     }
     if (parts > 1) cluster_wait();
@@ -302,10 +307,10 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       macros += lane / 4 * 8 + warp * 2;
     }
     walk.run(args, shared, first, count, macros);
-    const row_pair rows = find_rows(args, tile.matrix, (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4);
     output_tile next{};
+    const row_pair rows = find_rows(args, tile.matrix, (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4);
     if (parts == 1) {
-      number += tile_step;
+      number += gridDim.x;
       next = find_tile<Shape::rows>(args, tiles_before, number);
       if (next.rows != 0) walk.start(args, shared, next, first, count);
     } else {
@@ -313,6 +318,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       // to the one that adds them up.
       cluster_wait();  // until the others have started
       std::uint32_t owner = 0, at = shared + Shape::inbox_at + threadIdx.x * 16;
+      keep(owner), keep(at);
       const std::uint32_t sender = Shape::share_of(parts) * (Shape::consumers * 16);
 #pragma unroll
       for (int q = 0; q < Shape::quads; ++q) {
@@ -325,31 +331,42 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       }
       barrier_wait(arrived, 0);
       owner = 0, at = shared + Shape::inbox_at + threadIdx.x * 16;
+      keep(owner), keep(at);
 #pragma unroll
       for (int q = 0; q < Shape::quads; ++q) {
         float* const sum = walk.d + 4 * q;
         if (owner == part) {
-          for (std::uint32_t place = 0; place < parts - 1; ++place) {
-            float4 other;
-            asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(other.x), "=f"(other.y), "=f"(other.z), "=f"(other.w)
-                         : "r"(at + place * sender));
-            sum[0] += other.x, sum[1] += other.y, sum[2] += other.z, sum[3] += other.w;
+#pragma unroll
+          for (std::uint32_t place = 0; place < Shape::most_parts - 1; ++place) {
+            if (place < parts - 1) {
+              const float4 other = *reinterpret_cast<const float4*>(memory + (at - shared) + place * sender);
+              sum[0] += other.x, sum[1] += other.y, sum[2] += other.z, sum[3] += other.w;
+            }
           }
         }
         if (++owner == parts) owner = 0, at += Shape::consumers * 16;
       }
     }
-    std::uint32_t owner = 0;
+    const auto write = [&]<bool IsGated>() {
+      std::uint32_t owner = 0;
+      keep(owner);
 #pragma unroll
-    for (int q = 0; q < Shape::quads; ++q) {
-      if (owner == part && !is_idle) {
-        const std::uint32_t m = static_cast<std::uint32_t>(8 * q) + lane % 4 * 2;
-        const float* const sum = walk.d + 4 * q;
-        if (m < tile.rows) write_pair(args, rows, tile.first_row + m, sum[0], sum[2]);
-        if (m + 1 < tile.rows) write_pair(args, rows, tile.first_row + m + 1, sum[1], sum[3]);
+      for (int q = 0; q < Shape::quads; ++q) {
+        if (owner == part) {
+          const std::uint32_t m = static_cast<std::uint32_t>(8 * q) + lane % 4 * 2;
+          const float* const sum = walk.d + 4 * q;
+          if (m < tile.rows) write_pair_as<IsGated>(args, rows, tile.first_row + m, sum[0], sum[2]);
+          if (m + 1 < tile.rows) write_pair_as<IsGated>(args, rows, tile.first_row + m + 1, sum[1], sum[3]);
+        }
+        if (++owner == parts) owner = 0;
       }
-      if (++owner == parts) owner = 0;
+    };
+    if (!is_idle) {  // one branch around all of it, since code that runs once must be short
+      if (args.gating != gating_rows::none) {
+        write.template operator()<true>();
+      } else {
+        write.template operator()<false>();
+      }
     }
     if (next.rows == 0) return;
     tile = next;
