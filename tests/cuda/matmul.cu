@@ -121,7 +121,7 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
     const auto got = out.values();
     expect(out.is_intact(), "%s: written past the end", what.c_str());
 
-    double error = 0, energy = 0;
+    double error = 0, energy = 0, least_error = 0;  // the last: of exact outputs, rounded
     std::size_t bad = 0;
     std::string first_bad;
     for (std::size_t i = 0; i < s.m; ++i) {
@@ -160,13 +160,17 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
         }
         if (std::isnan(value) || overflows) continue;
         error += (y - value) * (y - value), energy += value * value;
+        const double rounded = tetromino::detail::to_float(tetromino::detail::from_float<T>(static_cast<float>(value)));
+        least_error += (rounded - value) * (rounded - value);
       }
     }
     expect(bad == 0, "%s%s: %zu outputs off; %s", what.c_str(), portable ? " (portable)" : "", bad, first_bad.c_str());
+    // Few outputs, of which one or two are large, can be rounded worse than that all by themselves.
     const double relative = energy == 0 ? 0 : std::sqrt(error / energy);
+    const double allowed = energy == 0 ? 0 : std::max(2e-3, 1.01 * std::sqrt(least_error / energy));
     if (name != "cancelling") worst_error = std::max(worst_error, relative);
-    expect(name == "cancelling" || relative <= 2e-3, "%s%s: relative error %g", what.c_str(),
-           portable ? " (portable)" : "", relative);
+    expect(name == "cancelling" || relative <= allowed, "%s%s: relative error %g, allowed %g", what.c_str(),
+           portable ? " (portable)" : "", relative, allowed);
   }
 }
 
