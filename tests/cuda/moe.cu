@@ -5,6 +5,7 @@
 #include <tetromino/cuda/moe.hpp>
 
 #include <algorithm>
+#include <utility>
 
 namespace {
 
@@ -55,6 +56,56 @@ void check_route(std::size_t tokens, std::size_t experts, const router_options& 
   expect(got_ids.is_intact() && got_weights.is_intact(), "%s: written past the end", what);
 }
 
+/// Many tokens go to other kernels.
+void many_routes() {
+  std::uint64_t seed = 100;
+  for (const std::size_t experts : {8, 60, 64, 128, 160, 200, 256, 384, 1000}) {
+    const std::size_t tokens = experts <= 64 ? 20'001 : 5'001;
+    const numbers r{seed++};
+    auto logits = generate<float>(tokens * experts, [&](std::size_t i) {
+      const float x = r.normal(i) * 2.0f;
+      switch (i / experts % 8) {
+        case 0:
+          return std::round(x) / 2 + 0.25f;  // equal scores, in groups too
+        case 1:
+          return r.bits(i) % 3 != 0 ? -INFINITY : x;  // masked
+        case 2:
+          return r.bits(i) % experts < 3 ? x : -INFINITY;  // fewer than are chosen
+        case 3:
+          return r.bits(i) % 2 == 0 ? 0.0f : -0.0f;  // all equal
+        case 4:
+          return std::round(x * 16) / 16 - 10;  // negative
+        case 5:
+          return i % experts / 4 % 8 == 0 ? x + 8 : x;  // the best in few lanes
+        default:
+          return x;
+      }
+    });
+    for (std::size_t i = 0; i < tokens; ++i) {
+      if (i % 8 == 1 || i % 8 == 2) logits[i * experts + i % experts] = 1.0f;
+    }
+    const auto bias = generate<float>(experts, [&](std::size_t i) { return r.normal(i + 99) * 0.1f; });
+    for (const std::size_t k : {1, 2, 4, 6, 8, 10}) {
+      if (k > experts) continue;
+      router_options options;
+      options.experts_per_token = k;
+      for (const gating rule : {gating::softmax_topk, gating::topk_softmax, gating::sigmoid}) {
+        options.rule = rule, options.renormalize = k % 4 == 0;
+        check_route(tokens, experts, options, "many", logits);
+      }
+      for (const std::size_t groups : {1, 2, 3, 5, 8, 16}) {
+        if (experts % (4 * groups) != 0) continue;
+        options.groups = groups, options.groups_kept = (groups + 1) / 2;
+        if (options.groups_kept * (experts / groups) < k) continue;
+        options.bias = bias, options.renormalize = true;
+        check_route(tokens, experts, options, "many with a bias", logits);
+        options.bias = {}, options.renormalize = false;
+        if (groups > 1) check_route(tokens, experts, options, "many in groups", logits);
+      }
+    }
+  }
+}
+
 void routes() {
   const std::size_t tokens = is_short() ? 37 : 3001;
   std::uint64_t seed = 1;
@@ -89,62 +140,50 @@ void routes() {
       }
     }
   }
-  if (!is_short()) {  // many tokens go to another kernel
-    for (const std::size_t experts : {8, 64, 128, 200, 256, 1000}) {
-      const std::size_t many = 20'001;
-      const numbers r{seed++};
-      auto logits = generate<float>(many * experts, [&](std::size_t i) {
-        const float x = r.normal(i) * 2.0f;
-        return i / experts % 3 == 0 ? std::round(x) / 2.0f : i / experts % 3 == 1 && r.bits(i) % 3 != 0 ? -INFINITY : x;
-      });
-      for (std::size_t i = 0; i < many; ++i) logits[i * experts + i % experts] = 1.0f;
-      const auto bias = generate<float>(experts, [&](std::size_t i) { return r.normal(i + 99) * 0.1f; });
-      for (const std::size_t k : {1, 2, 4, 6, 8}) {
-        for (const bool renormalize : {false, true}) {
-          router_options options;
-          options.experts_per_token = k, options.renormalize = renormalize;
-          for (const gating rule : {gating::softmax_topk, gating::topk_softmax, gating::sigmoid}) {
-            options.rule = rule;
-            check_route(many, experts, options, "many", logits);
-          }
-          options.bias = bias;
-          options.groups = experts == 200 ? 5 : 2, options.groups_kept = experts == 200 ? 3 : 1;
-          if (k <= options.groups_kept * (experts / options.groups))
-            check_route(many, experts, options, "many", logits);
-        }
-      }
-    }
-  }
+  if (!is_short()) many_routes();
   // what the CPU refuses
-  const std::size_t experts = 128;
-  std::vector<float> logits(4 * experts, 1.0f);
-  logits[experts + 70] = NAN, logits[experts + 71] = INFINITY;
-  std::fill(logits.begin() + 2 * experts, logits.begin() + 3 * experts, -INFINITY);
-  const device<float> x(logits);
-  const device<std::uint16_t> ids(4 * 8);
-  const device<float> weights(4 * 8);
+  const std::size_t experts = 128, k = 8;
   router_options options;
-  options.experts_per_token = 8;
-  auto report = tetromino::cuda::rejections::create();
-  const auto stream = plain.reporting(report);
-  require(tetromino::cuda::try_route(stream, x.span(), experts, options, ids.span(), weights.span()), "route");
-  const auto found = report.try_check(stream, tetromino::batch_view<const float>(x.data(), 1, 4, experts));
-  expect(!found && std::string(found.error().what()).find("row 1, column 70") != std::string::npos,
-         "a refused logit is reported, got %s", found ? "nothing" : found.error().what());
-  const auto w = weights.values();
-  expect(w[0] == 0.125f && std::isnan(w[8]) && std::isnan(w[16]) && w[24] == 0.125f, "refused tokens weigh NaN");
+  options.experts_per_token = k;
+  for (const std::size_t rows : {std::size_t{4}, std::size_t{20'001}}) {
+    if (is_short() && rows > 4) continue;
+    auto report = tetromino::cuda::rejections::create();
+    const auto stream = plain.reporting(report);
+    std::vector<float> logits(rows * experts, 1.0f);
+    for (std::size_t row = 0; row < rows; ++row) {
+      float* const x = logits.data() + row * experts;
+      if (row % 4 == 1) x[70] = row % 8 == 1 ? NAN : -NAN, x[71] = INFINITY;
+      if (row % 4 == 2) std::fill(x, x + experts, -INFINITY);
+    }
+    const device<float> x(logits);
+    const device<std::uint16_t> ids(rows * k);
+    const device<float> weights(rows * k);
+    require(tetromino::cuda::try_route(stream, x.span(), experts, options, ids.span(), weights.span()), "route");
+    const auto found = report.try_check(stream, tetromino::batch_view<const float>(x.data(), 1, rows, experts));
+    expect(!found && std::string(found.error().what()).find("row 1, column 70") != std::string::npos,
+           "a refused logit is reported, got %s", found ? "nothing" : found.error().what());
+    const auto id = ids.values();
+    const auto w = weights.values();
+    long wrong = 0;
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      const bool is_refused = i / k % 4 == 1 || i / k % 4 == 2;
+      wrong += id[i] != i % k || (is_refused ? !std::isnan(w[i]) : w[i] != 0.125f);
+    }
+    expect(wrong == 0, "refused tokens of %zu weigh NaN: %ld are wrong", rows, wrong);
+  }
+  const device<float> x(std::vector<float>(4 * experts, 1.0f));
   options.experts_per_token = 33;
   const device<std::uint16_t> many(4 * 33);
   const device<float> many_weights(4 * 33);
-  expect(!tetromino::cuda::try_route(stream, x.span(), experts, options, many.span(), many_weights.span()),
+  expect(!tetromino::cuda::try_route(plain, x.span(), experts, options, many.span(), many_weights.span()),
          "33 experts per token are too many");
 }
 
 /// A captured call of each router kernel gives what a plain call gives, each time it is replayed.
 void captured_routes() {
-  for (const std::size_t tokens : {std::size_t{50}, std::size_t{20'000}}) {
+  for (const auto& [tokens, experts] : {std::pair<std::size_t, std::size_t>{50, 64}, {20'000, 64}, {5'000, 128}}) {
     if (is_short() && tokens > 50) continue;
-    const std::size_t experts = 64, k = 4;
+    const std::size_t k = 4;
     const numbers r{tokens};
     const device<float> logits(generate<float>(tokens * experts, [&](std::size_t i) { return r.normal(i); }));
     const device<std::uint16_t> ids(tokens * k), captured_ids(tokens * k);

@@ -4,6 +4,7 @@
 
 #include "elements.cuh"    // full_warp, pack_pair
 #include "route.cuh"       // route_kernel
+#include "route_few.cuh"   // route_few_kernel
 #include "route_many.cuh"  // route_many_kernel
 
 #include <algorithm>  // std::min
@@ -18,9 +19,20 @@ result<void> launch_route(const stream& s, const route_args& args) {
   return check(cudaGetLastError(), "the launch of route_kernel");
 }
 
+/// For tokens of up to K experts each.
 template <int K, bool Sigmoid>
+result<void> launch_route_few(const stream& s, const route_args& args) {
+  route_few_kernel<K, Sigmoid><<<(args.tokens + 127) / 128, 128, 0, s.handle>>>(args);
+  return check(cudaGetLastError(), "the launch of route_few_kernel");
+}
+
+/// Lanes to a token, and fours of experts to a lane.
+template <int Lanes, int Fours>
 result<void> launch_route_many(const stream& s, const route_args& args) {
-  route_many_kernel<K, Sigmoid><<<(args.tokens + 127) / 128, 128, 0, s.handle>>>(args);
+  const auto kernel = args.rule == moe::gating::sigmoid ? route_many_kernel<Lanes, Fours, true>
+                                                        : route_many_kernel<Lanes, Fours, false>;
+  constexpr std::uint32_t tokens = 4 * 32 / Lanes;
+  kernel<<<(args.tokens + tokens - 1) / tokens, 128, 0, s.handle>>>(args);
   return check(cudaGetLastError(), "the launch of route_many_kernel");
 }
 
@@ -37,12 +49,22 @@ result<void> route(const stream& s, const route_job<Logit>& job) {
   args.scale = o.scale, args.rule = o.rule, args.renormalize = o.renormalize;
   args.is_aligned = job.experts % 4 == 0 && is_aligned(job.logits, 16);
   args.is_output_aligned = is_aligned(job.ids, 8) && is_aligned(job.weights, 16);
-  constexpr std::uint32_t many = 132 * 128;
-  if (args.tokens >= many && args.is_aligned && args.k <= 8 &&
-      (args.groups == 1 || (args.groups <= route_room::groups && args.group_size % 4 == 0))) {
-    const bool is_sigmoid = args.rule == moe::gating::sigmoid;
-    if (args.k <= 4) return is_sigmoid ? launch_route_many<4, true>(s, args) : launch_route_many<4, false>(s, args);
-    return is_sigmoid ? launch_route_many<8, true>(s, args) : launch_route_many<8, false>(s, args);
+  const bool is_sigmoid = args.rule == moe::gating::sigmoid;
+  if (job.experts <= 64 && args.groups == 1) {
+    if (args.tokens >= 132 * 128 && args.is_aligned && args.k <= 8) {
+      if (args.k <= 4) return is_sigmoid ? launch_route_few<4, true>(s, args) : launch_route_few<4, false>(s, args);
+      return is_sigmoid ? launch_route_few<8, true>(s, args) : launch_route_few<8, false>(s, args);
+    }
+  } else if (args.tokens >= 4096 && args.is_aligned && is_aligned(args.bias, 16) && args.k <= most_chosen &&
+             (args.groups == 1 || (args.groups <= most_groups && args.group_size % 4 == 0))) {
+    if (args.groups > 1) args.group_reciprocal = (65535 + args.group_size / 4) / (args.group_size / 4);
+    if (job.experts <= 64) return launch_route_many<4, 4>(s, args);
+    if (job.experts <= 128) return launch_route_many<4, 8>(s, args);
+    if (job.experts <= 160) return launch_route_many<8, 5>(s, args);
+    if (job.experts <= 256) return launch_route_many<8, 8>(s, args);
+    if (job.experts <= 384) return launch_route_many<16, 6>(s, args);
+    if (job.experts <= 512) return launch_route_many<16, 8>(s, args);
+    return launch_route_many<32, 8>(s, args);
   }
   if (job.experts <= 32) return launch_route<1>(s, args);
   if (job.experts <= 64) return launch_route<2>(s, args);

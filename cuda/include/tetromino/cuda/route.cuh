@@ -16,6 +16,7 @@ struct route_args {
   float* weights;
   std::uint64_t* rejected;
   std::uint32_t tokens, experts, k, groups, groups_kept, group_size;
+  std::uint32_t group_reciprocal;  ///< four experts n are in group n * this / 65536
   float scale;
   moe::gating rule;
   bool renormalize, is_aligned, is_output_aligned;
@@ -27,6 +28,10 @@ inline constexpr float largest_float = 0x1.FFFFFEp127f;
 [[nodiscard]] __device__ inline std::uint32_t order_of(float score) {
   const std::uint32_t bits = bit_cast<std::uint32_t>(__fadd_rn(score, 0.0f));  // -0 is 0
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+[[nodiscard]] __device__ inline float score_of(std::uint32_t order) {
+  return bit_cast<float>((order & 0x80000000u) != 0 ? order & 0x7FFFFFFFu : ~order);
 }
 
 [[nodiscard]] __device__ inline float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
@@ -187,7 +192,7 @@ __global__ void __launch_bounds__(128) route_kernel(const route_args args) {
   if (args.rule == moe::gating::sigmoid) {
     weight = has_one ? sigmoid_of(weight) : 0.0f;
   } else {
-    const float largest = bit_cast<float>((top & 0x80000000u) != 0 ? top & 0x7FFFFFFFu : ~top);
+    const float largest = score_of(top);
     weight = has_one ? expf(weight - largest) : 0.0f;
     float sum = weight;
     if (args.rule == moe::gating::softmax_topk) {
