@@ -54,12 +54,15 @@ void check_route(std::size_t tokens, std::size_t experts, const router_options& 
   const auto ids_found = got_ids.values();
   const auto weights_found = got_weights.values();
   long wrong_ids = 0, wrong_weights = 0;
+  bool is_same = true;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     const float* const row = logits.data() + i / k * experts;
-    if (i % k == 0 && options.groups > 1 && !std::equal(&ids[i], &ids[i] + k, &ids_found[i]) &&
-        groups_are_close(options, row, experts)) {
-      i += k - 1;
-      continue;
+    if (i % k == 0) {
+      is_same = std::equal(&ids[i], &ids[i] + k, &ids_found[i]);
+      if (!is_same && options.groups > 1 && groups_are_close(options, row, experts)) {
+        i += k - 1;
+        continue;
+      }
     }
     if (ids_found[i] != ids[i]) {
       if (ids_found[i] >= experts || options.rule != gating::sigmoid) {
@@ -70,6 +73,7 @@ void check_route(std::size_t tokens, std::size_t experts, const router_options& 
       if (!(std::fabs(score(ids_found[i]) - score(ids[i])) <= 1e-6f)) ++wrong_ids;
       continue;
     }
+    if (!is_same) continue;  // another expert's weight is part of the sum
     // both sum in float, the CPU one expert after another
     const float tolerance = 2e-6f + static_cast<float>(experts) * 0x1p-24f;
     if (!(std::fabs(weights_found[i] - weights[i]) <= tolerance * std::fabs(weights[i]) + 1e-30f)) ++wrong_weights;
@@ -82,8 +86,8 @@ void check_route(std::size_t tokens, std::size_t experts, const router_options& 
 /// Many tokens go to other kernels.
 void many_routes() {
   std::uint64_t seed = 100;
-  for (const std::size_t experts : {8, 60, 64, 128, 160, 200, 256, 384, 1000}) {
-    const std::size_t tokens = experts <= 64 ? 20'001 : 5'001;
+  for (const std::size_t experts : {8, 32, 60, 128, 160, 200, 256, 384, 1000}) {
+    const std::size_t tokens = experts <= 64 ? 17'001 : 4'099;
     const numbers r{seed++};
     auto logits = generate<float>(tokens * experts, [&](std::size_t i) {
       const float x = r.normal(i) * 2.0f;
@@ -99,7 +103,7 @@ void many_routes() {
         case 4:
           return std::round(x * 16) / 16 - 10;  // negative
         case 5:
-          return i % experts / 4 % 8 == 0 ? x + 8 : x;  // the best in few lanes
+          return i % experts / 4 % 8 == 0 ? x : x - 8;  // the best in few lanes
         default:
           return x;
       }
@@ -108,7 +112,7 @@ void many_routes() {
       if (i % 8 == 1 || i % 8 == 2) logits[i * experts + i % experts] = 1.0f;
     }
     const auto bias = generate<float>(experts, [&](std::size_t i) { return r.normal(i + 99) * 0.1f; });
-    for (const std::size_t k : {1, 2, 4, 6, 8, 10}) {
+    for (const std::size_t k : {1, 4, 8, 10}) {
       if (k > experts) continue;
       router_options options;
       options.experts_per_token = k;

@@ -50,14 +50,16 @@ result<void> route(const stream& s, const route_job<Logit>& job) {
   args.is_aligned = job.experts % 4 == 0 && is_aligned(job.logits, 16);
   args.is_output_aligned = is_aligned(job.ids, 8) && is_aligned(job.weights, 16);
   const bool is_sigmoid = args.rule == moe::gating::sigmoid;
-  if (job.experts <= 64 && args.groups == 1) {
-    if (args.tokens >= 132 * 128 && args.is_aligned && args.k <= 8) {
+  const std::uint32_t many = job.experts <= 64 ? 132 * 128 : 4096;  // tokens fill the GPU
+  if (job.experts <= 16 && args.groups == 1) {
+    if (args.tokens >= many && args.is_aligned && args.k <= 8) {
       if (args.k <= 4) return is_sigmoid ? launch_route_few<4, true>(s, args) : launch_route_few<4, false>(s, args);
       return is_sigmoid ? launch_route_few<8, true>(s, args) : launch_route_few<8, false>(s, args);
     }
-  } else if (args.tokens >= 4096 && args.is_aligned && is_aligned(args.bias, 16) && args.k <= most_chosen &&
+  } else if (args.tokens >= many && args.is_aligned && is_aligned(args.bias, 16) && args.k <= most_chosen &&
              (args.groups == 1 || (args.groups <= most_groups && args.group_size % 4 == 0))) {
     if (args.groups > 1) args.group_reciprocal = (65535 + args.group_size / 4) / (args.group_size / 4);
+    if (job.experts <= 32) return launch_route_many<2, 4>(s, args);
     if (job.experts <= 64) return launch_route_many<4, 4>(s, args);
     if (job.experts <= 128) return launch_route_many<4, 8>(s, args);
     if (job.experts <= 160) return launch_route_many<8, 5>(s, args);

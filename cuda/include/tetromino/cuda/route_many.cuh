@@ -294,7 +294,7 @@ __device__ inline void choose_one_by_one(const float (&score)[Held], std::uint32
 /// Lanes lanes route a token: of every 4 * Lanes experts in a row, each lane holds four in a row. For k <= most_chosen,
 /// up to 4 * Lanes * Fours experts, their number and the size of groups in fours, and up to most_groups groups.
 template <int Lanes, int Fours, bool Sigmoid>
-__global__ void __launch_bounds__(128, 8) route_many_kernel(const route_args args) {
+__global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) route_many_kernel(const route_args args) {
   constexpr std::uint32_t lanes = Lanes;
   constexpr int held = 4 * Fours;
   using room_type = route_room<Sigmoid ? Lanes * Fours : 4>;
