@@ -240,30 +240,38 @@ template <int Lanes, class Room>
 __device__ inline void choose_among(std::uint32_t found, std::uint32_t most_found, std::uint32_t k, std::uint32_t own,
                                     Room& room) {
   constexpr std::uint32_t lanes = Lanes, at_once = lanes < 16 ? 16 / lanes : 1;
-  const auto choose = [&](auto by_expert) {
+  constexpr std::uint32_t rounds = most_candidates / (lanes * at_once);
+  float mine[rounds][at_once];
+  std::uint32_t expert[rounds][at_once], before[rounds][at_once];
+  const auto at = [&](std::uint32_t round, std::uint32_t n) { return (round * at_once + n) * lanes + own; };
+  const auto count = [&](auto by_expert) {
     std::uint32_t missing = own == 0 ? found * (found - 1) / 2 : 0;
-#pragma unroll 1
-    for (std::uint32_t first = own; first < most_found + own; first += lanes * at_once) {
-      float mine[at_once];
-      std::uint32_t before[at_once] = {}, expert[at_once];
+#pragma unroll
+    for (std::uint32_t round = 0; round < rounds; ++round) {
+      if (at(round, 0) - own >= most_found) break;
 #pragma unroll
       for (std::uint32_t n = 0; n < at_once; ++n) {
-        mine[n] = room.scores()[first + n * lanes] + 0.0f;  // -0 is 0
-        expert[n] = room.expert[first + n * lanes];
+        mine[round][n] = room.scores()[at(round, n)] + 0.0f;  // -0 is 0
+        expert[round][n] = room.expert[at(round, n)];
+        before[round][n] = 0;
       }
-      count_before<decltype(by_expert)::value>(room.score, room.numbers(), most_found, mine, expert, before);
+      count_before<decltype(by_expert)::value>(room.score, room.numbers(), most_found, mine[round], expert[round],
+                                               before[round]);
 #pragma unroll
-      for (std::uint32_t n = 0; n < at_once; ++n) {
-        if (first + n * lanes >= found) continue;
-        missing -= before[n];
-        if (before[n] < k) room.choose(before[n], expert[n], mine[n]);
-      }
+      for (std::uint32_t n = 0; n < at_once; ++n) missing -= at(round, n) < found ? before[round][n] : 0;
     }
     return __reduce_add_sync(full_warp, missing);  // how many pairs are as good as each other
   };
-  if (choose(std::false_type{}) != 0) {
-    __syncwarp();
-    choose(std::true_type{});
+  if (count(std::false_type{}) != 0) count(std::true_type{});
+#pragma unroll
+  for (std::uint32_t round = 0; round < rounds; ++round) {
+    if (at(round, 0) - own >= most_found) break;
+#pragma unroll
+    for (std::uint32_t n = 0; n < at_once; ++n) {
+      if (at(round, n) < found && before[round][n] < k) {
+        room.choose(before[round][n], expert[round][n], mine[round][n]);
+      }
+    }
   }
 }
 
