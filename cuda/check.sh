@@ -32,7 +32,7 @@ for step in "$@"; do
   case $name in
     build)
       start=$SECONDS
-      ls cuda/src/*.cu tests/cuda/*.c* tests/bench/cuda_*.c* examples/cuda_*.c* 2>/dev/null |
+      ls cuda/src/*.cu tests/cuda/*.cu tests/bench/cuda_*.cu examples/cuda_*.cu |
         xargs -P "$(nproc)" -I{} bash -c 'compile {}' || exit 1
       objects=$(ls "$build"/cuda_src_*.o)
       for program in "$build"/tests_cuda_*.o "$build"/tests_bench_cuda_*.o "$build"/examples_cuda_*.o; do
