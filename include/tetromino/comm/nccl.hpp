@@ -49,7 +49,7 @@ namespace tetromino::comm {
 /// outlive it. Rows move by one group of ncclSend and ncclRecv, which is enqueued on the stream; nothing waits but
 /// try_exchange_counts. The plan's counts are read at the call, on the host.
 ///
-/// What was run: one rank on an H200, which sends to itself. With several GPUs it has been compiled only.
+/// What was run: one rank, and two on the two H200s of one host. More GPUs, and several hosts, have not been.
 class nccl_exchange {
  public:
   /// `counts`: device memory of 2 × ranks integers for try_exchange_counts, which the caller owns too.
