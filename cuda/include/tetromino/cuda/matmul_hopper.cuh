@@ -160,7 +160,7 @@ struct tile_sums {
       now = macro_factors(next);
       at += 64;
       if (--left != 0) next = load_macro_bytes(at + 64);
-      return {now.low * reciprocal(before.low), now.high * reciprocal(before.high)};
+      return {now.low * quick_reciprocal(before.low), now.high * quick_reciprocal(before.high)};
     }
   };
 
@@ -256,7 +256,7 @@ struct tile_sums {
     tell();
     constexpr float missing = scale_decoding<T, Kind>::missing;
     if constexpr (Macros != 0) {
-      scale(missing * reciprocal(macros.now.low), missing * reciprocal(macros.now.high));
+      scale(missing * quick_reciprocal(macros.now.low), missing * quick_reciprocal(macros.now.high));
     } else if constexpr (missing != 1.0f) {
       scale(missing, missing);
     }

@@ -124,7 +124,7 @@ struct medium_walk {
   /// What the sums, which are in units of 1 / now, grow by in units of the next macro block.
   [[nodiscard]] __device__ macro_pair growth() const {
     const macro_pair then = macro_factors(next);
-    return {then.low * reciprocal(now.low), then.high * reciprocal(now.high)};
+    return {then.low * quick_reciprocal(now.low), then.high * quick_reciprocal(now.high)};
   }
   /// Goes to the next macro block. All products are done.
   __device__ void enter_next(const macro_pair& grown) {
@@ -219,7 +219,7 @@ struct medium_walk {
     if (threadIdx.x % 32 == 0) barrier_arrive(empty + 8 * last);
     constexpr float missing = scale_decoding<T, Kind>::missing;
     if constexpr (Macros != 0) {
-      scale(missing * reciprocal(now.low), missing * reciprocal(now.high));
+      scale(missing * quick_reciprocal(now.low), missing * quick_reciprocal(now.high));
     } else if constexpr (missing != 1.0f) {
       scale(missing, missing);
     }

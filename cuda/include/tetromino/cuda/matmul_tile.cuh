@@ -118,7 +118,7 @@ __device__ inline void load_shared(std::uint32_t from, std::uint32_t& a, std::ui
 }
 
 /// 1 / x to within a unit in the last place.
-[[nodiscard]] __device__ inline float reciprocal(float x) {
+[[nodiscard]] __device__ inline float quick_reciprocal(float x) {
   float inverse;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
   return inverse;
@@ -126,7 +126,7 @@ __device__ inline void load_shared(std::uint32_t from, std::uint32_t& a, std::ui
 
 /// 1 / (1 + m / 256) for a macro byte.
 [[nodiscard]] __device__ inline float inverse_macro(std::uint32_t m) {
-  return reciprocal(bit_cast<float>(m * 0x8000u + 0x3F800000u));
+  return quick_reciprocal(bit_cast<float>(m * 0x8000u + 0x3F800000u));
 }
 
 }  // namespace tetromino::cuda::detail
