@@ -5,6 +5,7 @@
 
 #include "input_statistics.hpp"
 
+#include <tetromino/cpu.hpp>
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/tetromino.hpp>
 
@@ -85,7 +86,7 @@ void for_each_slice(const io::safetensors_file& file, const weights& w, const F&
 }
 
 /// The largest magnitude of a tensor, after a Hadamard rotation unless its size is 0.
-inline float amax_of(const io::safetensors_file& file, const weights& w, const tetromino::automatic_t& policy,
+inline float amax_of(const io::safetensors_file& file, const weights& w, const tetromino::cpu_t& policy,
                      std::size_t rotation) {
   float largest = 0;
   for_each_slice(file, w, [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t) {
@@ -106,7 +107,7 @@ inline float amax_of(const io::safetensors_file& file, const weights& w, const t
 /// Packs a slice that begins at `row`: where there are statistics, it is a whole matrix, whose errors they weigh or
 /// feed back.
 template <class T>
-tetromino::result<tetromino::packed<>> pack_slice(const tetromino::automatic_t& policy,
+tetromino::result<tetromino::packed<>> pack_slice(const tetromino::cpu_t& policy,
                                                   const tetromino::batch_view<const T>& slice, std::size_t row,
                                                   const weights& w, const tetromino::recipe& r,
                                                   std::span<const float> tensor_scales, const input_statistics* seen) {
@@ -124,7 +125,7 @@ tetromino::result<tetromino::packed<>> pack_slice(const tetromino::automatic_t& 
 
 /// Unpacked values in the columns of the original: a rotation is taken back.
 template <class Packed>
-tetromino::matrix<float> unpacked(const tetromino::automatic_t& policy, const Packed& packed,
+tetromino::matrix<float> unpacked(const tetromino::cpu_t& policy, const Packed& packed,
                                   const tetromino::recipe& r) {
   auto values = tetromino::dequantize<float>(policy, packed);
   if (r.rotation != 0) tetromino::rotate_back(policy, values, {r.rotation}, values.view());

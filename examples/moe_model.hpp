@@ -7,6 +7,7 @@
 #include "dense.hpp"
 #include "input_statistics.hpp"
 
+#include <tetromino/cpu.hpp>
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/moe/router.hpp>
@@ -101,7 +102,7 @@ class rounded_rows {
     if (p.rotation() != 0) {
       rotated_.assign(x.begin(), x.end());
       const tetromino::matrix_view<float> view(rotated_.data(), rows(), cols);
-      tetromino::rotate(tetromino::automatic, view, {p.rotation()}, view);
+      tetromino::rotate(tetromino::cpu, view, {p.rotation()}, view);
       plain_ = rotated_;
     }
     kind_ = p.int8_activations ? kind::int8 : p.activations ? kind::packed : kind::plain;
@@ -116,7 +117,7 @@ class rounded_rows {
         options.tensor_scales = tensor_scales_;
       }
       packed_ = {};
-      if (rows() > 0) packed_ = tetromino::quantize(tetromino::automatic, each_row, *p.activations, options);
+      if (rows() > 0) packed_ = tetromino::quantize(tetromino::cpu, each_row, *p.activations, options);
     }
   }
 
@@ -127,7 +128,7 @@ class rounded_rows {
                 std::span<float> y) const {
     if (rows() == 0) return;
     const tetromino::matrix_view<float> out(y.data(), rows(), w.rows);
-    const auto& policy = tetromino::automatic;
+    const auto& policy = tetromino::cpu;
     switch (kind_) {
       case kind::plain:
         return grouped_matmul(policy, tetromino::matrix_view<const float>(plain_.data(), rows(), cols_), w, row_offsets,
@@ -183,7 +184,7 @@ class linear {
       if (p.weights->error_feedback) {
         if (p.seen == nullptr) throw error(errc::invalid_argument, "error feedback needs calibration");
         const auto seen = [&](std::size_t i) { return p.seen->of(name, which(i), all_matrices, inputs); };
-        packed_ = tetromino::gptq(tetromino::automatic, batch, *p.weights, seen, options, p.feedback);
+        packed_ = tetromino::gptq(tetromino::cpu, batch, *p.weights, seen, options, p.feedback);
         return;
       }
       std::vector<float> mean_squares;
@@ -192,7 +193,7 @@ class linear {
         mean_squares.insert(mean_squares.end(), more.begin(), more.end());
       }
       options.column_weights = mean_squares;
-      packed_ = tetromino::quantize(tetromino::automatic, batch, *p.weights, options);
+      packed_ = tetromino::quantize(tetromino::cpu, batch, *p.weights, options);
       return;
     }
     for (std::size_t e = 0; e < matrices; ++e) {

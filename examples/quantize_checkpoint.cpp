@@ -84,7 +84,7 @@ struct product_report {
 };
 
 int compare(const settings& s, const io::safetensors_file& file, std::span<const weights> all,
-            const input_statistics* seen, const tetromino::automatic_t& policy) {
+            const input_statistics* seen, const tetromino::cpu_t& policy) {
   std::vector<recipe> recipes;
   for (const auto& name : s.recipes.empty() ? compared_recipes : s.recipes) recipes.push_back(recipe::parse(name));
   for (const auto& name : compared_with_statistics) {
@@ -147,7 +147,7 @@ int compare(const settings& s, const io::safetensors_file& file, std::span<const
 
 /// Packs one tensor into the file being written; returns what that did to its values.
 tetromino::error_report pack(const io::safetensors_file& file, const weights& w, const recipe& r, layout where,
-                             const stored& parts, const input_statistics* seen, const tetromino::automatic_t& policy,
+                             const stored& parts, const input_statistics* seen, const tetromino::cpu_t& policy,
                              io::safetensors_writer& writer, ui::progress& progress) {
   tetromino::error_report report;
   std::vector<float> tensor_scales;
@@ -171,7 +171,7 @@ tetromino::error_report pack(const io::safetensors_file& file, const weights& w,
 }
 
 int write(const settings& s, const io::safetensors_file& file, std::span<const weights> all,
-          const input_statistics* seen, const tetromino::automatic_t& policy) {
+          const input_statistics* seen, const tetromino::cpu_t& policy) {
   if (s.output.empty()) throw error(errc::invalid_argument, "expected OUT.safetensors, or --compare");
   if (s.recipes.size() > 1) throw error(errc::invalid_argument, "expected one --recipe; --compare takes several");
   const recipe r = recipe::parse(s.recipes.empty() ? "mxfp4-16/oas/mbs-search" : s.recipes.front());
@@ -280,7 +280,7 @@ int main(int argc, char** argv) {
     const auto file = io::safetensors_file::open(s.input);
     const std::vector<weights> all = find_weights(file, s.keep);
     const tetromino::thread_executor threads(s.threads);
-    const auto policy = tetromino::automatic.on(threads);
+    const auto policy = tetromino::cpu.on(threads);
     std::optional<input_statistics> read;
     if (!s.statistics.empty()) read = input_statistics::load(s.statistics);
     const input_statistics* const seen = read ? &*read : nullptr;

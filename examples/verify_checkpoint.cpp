@@ -39,7 +39,7 @@ std::span<const std::uint8_t> bytes_of(const io::safetensors_file& file, const i
 /// Compares one packed tensor with its original, slice by slice; throws where packing again gives other bytes.
 tetromino::error_report verify(const io::safetensors_file& original, const io::safetensors_file& packed,
                                const weights& w, const tetromino::recipe& r, layout where, bool pack_again,
-                               const input_statistics* seen, const tetromino::automatic_t& policy) {
+                               const input_statistics* seen, const tetromino::cpu_t& policy) {
   const stored parts = store_as(where, r.format, w);
   const auto codes = bytes_of(packed, parts.codes), scales = bytes_of(packed, parts.scales);
   const auto macros = parts.macros.name.empty() ? std::span<const std::uint8_t>{} : bytes_of(packed, parts.macros);
@@ -96,7 +96,7 @@ int verify_all(const std::string& original_path, const std::string& packed_path,
   for (const auto& w : find_weights(original, {})) candidates.emplace(w.tensor->name(), w);
 
   const tetromino::thread_executor executor(threads);
-  const auto policy = tetromino::automatic.on(executor);
+  const auto policy = tetromino::cpu.on(executor);
   tetromino::error_report total;
   std::size_t kept = 0;
   ui::progress progress("verifying", original.size());

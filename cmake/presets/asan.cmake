@@ -1,10 +1,4 @@
-# AddressSanitizer and UndefinedBehaviorSanitizer: cmake -C cmake/presets/asan.cmake -B build
-set(CMAKE_BUILD_TYPE Debug CACHE STRING "")
-set(CMAKE_CXX_FLAGS_DEBUG "-O1 -g1" CACHE STRING "")
-set(CMAKE_CXX_COMPILER clang++ CACHE STRING "")  # g++ takes several times as long and as much memory for this
-# with wide vectors this compiles many times faster than with SSE2
-set(CMAKE_CXX_FLAGS "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -march=native" CACHE STRING "")
-set(TETROMINO_TEST_INSTRUCTION_SETS native CACHE STRING "")
-set(TETROMINO_TEST_TIMEOUT 1800 CACHE STRING "")
-# for the same reason; the tests in isa/ look at the same kernels for this machine
-set(TETROMINO_CPU_OPTIONS -fno-sanitize=undefined CACHE STRING "")
+# AddressSanitizer: cmake -C cmake/presets/asan.cmake -B build
+# Without use after scope, whose checks of every temporary make the vector code several times as long.
+set(sanitizer "-fsanitize=address -fno-sanitize-address-use-after-scope")
+include(${CMAKE_CURRENT_LIST_DIR}/sanitized.cmake)

@@ -1,8 +1,3 @@
 # ThreadSanitizer: cmake -C cmake/presets/tsan.cmake -B build
-set(CMAKE_BUILD_TYPE Debug CACHE STRING "")
-set(CMAKE_CXX_FLAGS_DEBUG "-O1 -g1" CACHE STRING "")
-set(CMAKE_CXX_COMPILER clang++ CACHE STRING "")  # g++ takes several times as long and as much memory for this
-# with wide vectors this compiles many times faster than with SSE2
-set(CMAKE_CXX_FLAGS "-fsanitize=thread -fno-omit-frame-pointer -march=native" CACHE STRING "")
-set(TETROMINO_TEST_INSTRUCTION_SETS native CACHE STRING "")
-set(TETROMINO_TEST_TIMEOUT 1800 CACHE STRING "")
+set(sanitizer "-fsanitize=thread")
+include(${CMAKE_CURRENT_LIST_DIR}/sanitized.cmake)

@@ -174,18 +174,18 @@ void show_costs() {
         "mxfp4-32/min-error/mbs-search256@32", "mxfp4-16/min-error/mbs-search256", "nvfp4/amax", "nvfp4/four-over-six",
         "nvfp4/min-error", "mxfp4-32/oas/hadamard-32", "mxfp4-32/oas/hadamard-128"}) {
     const recipe r = recipe::parse(name);
-    timed(name, millions, [&] { static_cast<void>(quantize(automatic, w, r)); });
+    timed(name, millions, [&] { static_cast<void>(quantize(cpu, w, r)); });
     const std::string weighted = std::string(name) + ", weighted";
     if (r.rule != scale_rule::min_error) continue;
     timed(weighted.c_str(), millions,
-          [&] { static_cast<void>(quantize(automatic, w, r, {.column_weights = mean_squares})); });
+          [&] { static_cast<void>(quantize(cpu, w, r, {.column_weights = mean_squares})); });
   }
   for (const char* name : {"mxfp4-32/oas/gptq", "mxfp4-32/oas/mbs-search/gptq", "mxfp4-32/min-error/mbs-search@32/gptq",
                            "mxfp4-32/min-error/mbs-search256/gptq", "mxfp4-32/min-error/mbs-search256@32/gptq",
                            "mxfp4-16/min-error/mbs-search256/gptq", "nvfp4/amax/gptq", "nvfp4/min-error/gptq",
                            "nvfp4/min-error/hadamard-16/gptq"}) {
     const matrix_view<const float> view(w.data.data(), n, n);
-    timed(name, millions, [&] { static_cast<void>(gptq(automatic, view, recipe::parse(name), seen)); });
+    timed(name, millions, [&] { static_cast<void>(gptq(cpu, view, recipe::parse(name), seen)); });
   }
 }
 

@@ -4,6 +4,7 @@
 ///
 ///   bench_recipes [MODEL.safetensors]
 
+#include <tetromino/cpu.hpp>
 #include <tetromino/dequantize.hpp>
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/metrics.hpp>
@@ -103,7 +104,7 @@ matrix<float> sample(std::vector<float> numbers) {
 template <class T>
 error_report measure(const recipe& r, const matrix<T>& x) {
   const thread_executor threads(std::thread::hardware_concurrency());
-  const auto policy = automatic.on(threads);
+  const auto policy = cpu.on(threads);
   matrix<float> unpacked = dequantize<float>(policy, quantize(policy, x, r));
   if (r.rotation != 0) rotate_back(policy, unpacked, {r.rotation}, unpacked.view());
   return compare(x, unpacked);

@@ -430,21 +430,21 @@ template <std::size_t Block>
 void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
                    words (&out)[128 / Block]) {
   const __m256i one = _mm256_set1_epi16(1);
-  repeat<2>([&](auto half) TETROMINO_INLINE_LAMBDA {
-    const __m256 low = _mm256_castsi256_ps(load_register(x + 64 * half)),
-                 high = _mm256_castsi256_ps(load_register(x + 64 * half + 32));
+  repeat<2>([&](auto part) TETROMINO_INLINE_LAMBDA {
+    const __m256 low = _mm256_castsi256_ps(load_register(x + 64 * part)),
+                 high = _mm256_castsi256_ps(load_register(x + 64 * part + 32));
     const __m256i even = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88)), 0xD8);
     const __m256i odd = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xDD)), 0xD8);
     const __m256i table =
         _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     // Two sums of 16 bits in each lane, of four products each: at most 4 * 24 * 128, so that two of them fit.
     const auto row = [&](std::size_t n) TETROMINO_INLINE_LAMBDA {
-      const __m256i codes = load_register(rows[n] + offset + 32 * half), mask = _mm256_set1_epi8(15);
+      const __m256i codes = load_register(rows[n] + offset + 32 * part), mask = _mm256_set1_epi8(15);
       const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, mask));
       const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask));
       return _mm256_add_epi16(_mm256_maddubs_epi16(first, even), _mm256_maddubs_epi16(second, odd));
     };
-    // Each half of four[j][h] has one block, or half h of a pair of blocks, of rows 4 j ... 4 j + 3.
+    // Each part of four[j][h] has one block, or part h of a pair of blocks, of rows 4 j ... 4 j + 3.
     constexpr std::size_t halves = 32 / Block;
     __m256i four[halves][4];
     repeat<4>([&](auto j) TETROMINO_INLINE_LAMBDA {
@@ -465,9 +465,9 @@ void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const st
     });
     repeat<halves>([&](auto h) TETROMINO_INLINE_LAMBDA {
       const __m256i* f = four[h];
-      out[2 * halves * half + h] =
+      out[2 * halves * part + h] =
           lanes(_mm256_permute2x128_si256(f[0], f[1], 0x20), _mm256_permute2x128_si256(f[2], f[3], 0x20));
-      out[2 * halves * half + halves + h] =
+      out[2 * halves * part + halves + h] =
           lanes(_mm256_permute2x128_si256(f[0], f[1], 0x31), _mm256_permute2x128_si256(f[2], f[3], 0x31));
     });
   });
