@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Builds and runs the tests; what is missing is installed first.
 #   tests/run.sh                    the default tests
-#   tests/run.sh --slow             the slow ones only
+#   tests/run.sh --slow             the slow ones only; compiles the benchmarks too
 #   tests/run.sh --fuzz SECONDS     look for new inputs that break a fuzz target, each for so long (needs clang)
 #   tests/run.sh -R placement       further options go to ctest
-# TETROMINO_PRESET picks a file of cmake/presets (dev, fuzz; asan, ubsan and tsan, under which the tests of packaging are
-# left out), TETROMINO_BUILD_DIR says where to build, TETROMINO_SEED picks the random inputs; CXX and CMAKE_PREFIX_PATH
-# mean what they always do. Where there is nvcc, the GPU code is built too: TETROMINO_CUDA=OFF leaves it out,
+# TETROMINO_PRESET picks a file of cmake/presets (dev, fuzz; asan and tsan, under which the tests of packaging are left
+# out), TETROMINO_BUILD_DIR says where to build, TETROMINO_SEED picks the random inputs; CXX and CMAKE_PREFIX_PATH mean
+# what they always do. Where there is nvcc, the GPU code is built too: TETROMINO_CUDA=OFF leaves it out,
 # TETROMINO_CUDA_ARCHITECTURES says for which GPUs (by default the one here, or 90a) and TETROMINO_CUDA_SECONDS how long
 # that may take.
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"
@@ -15,6 +15,7 @@ select=()
 targets="all all_verify_interface_header_sets" options=()
 if [ "${1:-}" = --slow ]; then
   select=(-C slow -L slow)
+  options=(-D TETROMINO_BENCHMARKS=ON)
   shift
 elif [ "${1:-}" = --fuzz ]; then
   TETROMINO_PRESET=fuzz
@@ -31,7 +32,7 @@ install_packages g++:c++ cmake:cmake ninja-build:ninja pkg-config:pkg-config cat
 if [ "$preset" != dev ]; then
   install_packages clang:clang++ libclang-rt-dev
 fi
-case $preset in asan | ubsan | tsan) targets=all select+=(-LE package) ;; esac
+case $preset in asan | tsan) targets=all select+=(-LE package) ;; esac
 
 # Where there is nvcc, first what it compiles, for one architecture: kernels, tests, benchmarks and examples.
 status=0 cuda=OFF late=

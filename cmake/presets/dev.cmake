@@ -1,7 +1,6 @@
-# Everything that a developer builds: cmake -C cmake/presets/dev.cmake -B build
+# Tests and examples, for one who changes things: cmake -C cmake/presets/dev.cmake -B build
 set(CMAKE_BUILD_TYPE Release CACHE STRING "")
 set(CMAKE_CXX_FLAGS_RELEASE "-O1" CACHE STRING "")
 # with wide vectors this compiles several times faster than with SSE2, which the tests in isa/ look at
 set(CMAKE_CXX_FLAGS "-march=native" CACHE STRING "")
 set(CMAKE_EXPORT_COMPILE_COMMANDS ON CACHE BOOL "")
-set(TETROMINO_BENCHMARKS ON CACHE BOOL "")

@@ -1,4 +1,4 @@
-# What asan.cmake, ubsan.cmake and tsan.cmake share.
+# What asan.cmake and tsan.cmake share.
 set(CMAKE_BUILD_TYPE Debug CACHE STRING "")
 set(CMAKE_CXX_FLAGS_DEBUG "-O1 -g1" CACHE STRING "")
 set(CMAKE_CXX_COMPILER clang++ CACHE STRING "")  # g++ takes several times as long and as much memory for this
