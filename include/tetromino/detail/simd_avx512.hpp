@@ -196,13 +196,7 @@ TETROMINO_INLINE floats snap(const floats& y, const floats& s) {
   return lanes(_mm512_fnmadd_ps(step, many, _mm512_fmadd_ps(step, many, raw(y))));
 }
 
-/// Two registers' worth of elements: x[0, 32), even ones first for bfloat16 (whose halves of a word are taken apart at
-/// no cost), else in order.
-template <class T>
-inline constexpr bool is_split = std::is_same_v<T, bfloat16>;
-struct floats_pair {
-  floats first, second;
-};
+/// Reads 32 elements.
 template <class T>
 TETROMINO_INLINE floats_pair load_pair(const T* x) {
   if constexpr (is_split<T>) {

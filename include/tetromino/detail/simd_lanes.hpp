@@ -1,6 +1,7 @@
 #pragma once
 
-#include "../config.hpp"  // TETROMINO_ISA, TETROMINO_VECTOR_BITS, TETROMINO_INLINE, bit_cast
+#include "../config.hpp"   // TETROMINO_ISA, TETROMINO_VECTOR_BITS, TETROMINO_INLINE, bit_cast
+#include "../float16.hpp"  // bfloat16
 
 /// Sixteen numbers side by side, in as many registers as the instruction set needs for them: one source for all widths,
 /// and one order of every sum. The only header that names xsimd (8.1 to 14).
@@ -12,7 +13,7 @@
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::int32_t, std::uintptr_t
 #include <cstring>      // std::memcpy
-#include <type_traits>  // std::integral_constant
+#include <type_traits>  // std::integral_constant, std::is_same_v
 #include <utility>      // std::index_sequence
 
 TETROMINO_VECTOR_CODE_BEGIN
@@ -80,6 +81,14 @@ struct words {
 /// The outcome of a comparison, lane by lane.
 struct flags {
   float_register::batch_bool_type r[registers];
+};
+
+/// Two registers' worth of elements x[0, 32): even ones first for bfloat16 (whose halves of a word are taken apart at
+/// no cost), else in order.
+template <class T>
+inline constexpr bool is_split = std::is_same_v<T, bfloat16>;
+struct floats_pair {
+  floats first, second;
 };
 
 /// Out with register i = f(i).
