@@ -2,6 +2,7 @@
 
 namespace tetromino::cuda::detail {
 
+extern template result<void> dispatch_pack<void>(const stream&, const pack_args&, scale_rule);  // quantize_rotated.cu
 template result<void> quantize(const stream&, const tetromino::detail::quantize_job<half>&, bool);
 template result<void> quantize_transposed(const stream&, const tetromino::detail::quantize_job<half>&);
 template result<void> fake_quantize(const stream&, const tetromino::detail::fake_quantize_job<half>&);

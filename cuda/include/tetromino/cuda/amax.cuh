@@ -17,9 +17,10 @@ namespace tetromino::cuda::detail {
 
 /// The largest magnitude of each matrix (blockIdx.y), or of the whole batch as one, into float bits that start at 0.
 template <real T>
-__global__ void __launch_bounds__(256) amax_kernel(const pack_args<T> args, std::uint32_t* out) {
+__global__ void __launch_bounds__(256) amax_kernel(const pack_args args, std::uint32_t* out) {
   constexpr std::uint32_t at_once = sizeof(T) == 4 ? 2 : 4;
   const std::size_t stride = static_cast<std::size_t>(gridDim.x) * 256;
+  const T* const in = static_cast<const T*>(args.in) + blockIdx.y * args.rows.matrix_stride;
   std::uint32_t most = 0;
   for (std::size_t first = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x; first < args.chunks;
        first += stride * at_once) {
@@ -30,13 +31,13 @@ __global__ void __launch_bounds__(256) amax_kernel(const pack_args<T> args, std:
       if (c >= args.chunks) {
         x[u].clear();
       } else if (args.is_flat) {
-        x[u].load(args.in + blockIdx.y * args.rows.matrix_stride + c * chunk_size);
+        x[u].load(in + c * chunk_size);
       } else {
         const auto number = static_cast<std::uint32_t>(c);
         const std::uint32_t row = args.rows.by_chunks.quotient(number);
         const std::uint32_t col = (number - row * args.rows.chunks_per_row) * chunk_size;
         const std::uint32_t used = min(chunk_size, args.rows.cols - col);
-        const T* from = args.in + blockIdx.y * args.rows.matrix_stride + args.rows.offset(row) + col;
+        const T* from = in + args.rows.offset(row) + col;
         if (used == chunk_size && args.is_aligned) {
           x[u].load(from);
         } else {
@@ -77,7 +78,7 @@ result<void> amax(const stream& s, const batch_view<const T>& x, special_values 
   }
   if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
   const bool per_matrix = out.size() > 1;
-  pack_args<T> args{};
+  pack_args args{};
   args.in = x.data;
   args.rules.special = special;
   args.is_aligned = has_aligned_rows(x);
@@ -103,9 +104,9 @@ result<void> amax(const stream& s, const batch_view<const T>& x, special_values 
 
 /// The largest magnitude of each matrix once it is rotated, or of all, into float bits that start at 0.
 template <real T, pack_source Source>
-__global__ void __launch_bounds__(256) rotated_amax_kernel(const pack_args<T> args, std::uint32_t* out) {
+__global__ void __launch_bounds__(256) rotated_amax_kernel(const pack_args args, std::uint32_t* out) {
   chunk<T> x;
-  const chunk_place at = load_chunk<T, Source>(args, x);
+  const chunk_place at = load_chunk<Source>(args, x);
   std::uint32_t m = 0;
   static_cast<void>(admit_chunk<Source, true>(args, at, x, m));
   if (m >= infinity_bits<float>) m = 0;  // of a poisoned block of 16
@@ -126,7 +127,7 @@ result<void> rotated_amax(const stream& s, const batch_view<const T>& x, bool is
   }
   if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
   const batch_view<const T> rows_of = is_turned ? transposed(x) : x;
-  pack_args<T> args{};
+  pack_args args{};
   args.in = x.data;
   args.rules.special = options.special;
   args.rotation = make_rotation(options.rotation);

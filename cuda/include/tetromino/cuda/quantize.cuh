@@ -15,9 +15,10 @@
 #include <tetromino/options.hpp>  // quantize_job
 #include <tetromino/scaling.hpp>  // mx_exponent
 
-#include <algorithm>  // std::max
-#include <bit>        // std::bit_width
-#include <cstdint>    // std::uint32_t
+#include <algorithm>    // std::max
+#include <bit>          // std::bit_width
+#include <cstdint>      // std::uint32_t
+#include <type_traits>  // std::is_void_v
 
 /// Packing in one pass over memory: all rules but the rare ones that search.cuh has.
 namespace tetromino::cuda::detail {
@@ -233,38 +234,59 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
 }
 
 /// Thread blocks that share a multiprocessor: as many as there can be where memory is the limit.
-template <pack_rule Rule, bool Stochastic, pack_source Source, bool Rotated>
+template <class T, pack_rule Rule, bool Stochastic, pack_source Source>
 [[nodiscard]] constexpr unsigned blocks_at_once() {
+  constexpr bool is_rotated = std::is_void_v<T>;
   if (Stochastic) return 1;
   switch (Rule) {
     case pack_rule::mx:
     case pack_rule::mx_macro:
-      return Rotated ? 5 : Source == pack_source::turned ? 6 : 8;
+      return is_rotated ? 5 : Source == pack_source::turned ? 6 : 8;
     case pack_rule::nv_amax:
-      return Rotated ? 5 : Source == pack_source::flat ? 8 : 6;
+      return is_rotated ? 5 : Source == pack_source::flat ? 8 : 6;
     case pack_rule::mx_min_error:
     case pack_rule::mx_macro_search:
-      return Rotated ? 4 : 5;
+      return is_rotated ? 4 : 5;
     default:
       return 3;
   }
 }
 
-/// Reads and packs sixteen elements a thread, which are floats once they are rotated.
-template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, pack_source Source, bool Rotated>
-__global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Source, Rotated>())
-    pack_kernel(const pack_args<T> args) {
-  chunk<T> x;
-  const chunk_place at = load_chunk<T, Source>(args, x);
-  float tensor_scale = 1.0f;
-  if constexpr (is_nv<Rule>) {  // volatile: on its way before the elements have come
-    asm volatile("ld.global.nc.f32 %0, [%1];"
-                 : "=f"(tensor_scale)
-                 : "l"(args.tensor_scales + (args.scale_per_matrix ? at.matrix : 0)));
+/// f.operator()<In>() for the type In of the input: T, or what args.type says.
+template <class T, class F>
+__device__ void with_input_type(const pack_args& args, const F& f) {
+  if constexpr (!std::is_void_v<T>) {
+    f.template operator()<T>();
+  } else if (args.type == input_type::float32) {
+    f.template operator()<float>();
+  } else if (args.type == input_type::float16) {
+    f.template operator()<half>();
+  } else {
+    f.template operator()<bfloat16>();
   }
-  using element = element_to_pack<T, Rotated>;
+}
+
+/// Reads and packs sixteen elements a thread. T is void if they are to be rotated: they are floats then, whatever the
+/// input is.
+template <class T, pack_rule Rule, std::uint32_t Block, bool Stochastic, pack_source Source>
+__global__ void __launch_bounds__(256, blocks_at_once<T, Rule, Stochastic, Source>())
+    pack_kernel(const pack_args args) {
+  constexpr bool is_rotated = std::is_void_v<T>;
+  using element = std::conditional_t<is_rotated, float, T>;
+  chunk_place at;
+  chunk<element> y;
+  float tensor_scale = 1.0f;
   std::uint32_t m = 0;
-  chunk<element> y = admit_chunk<Source, Rotated>(args, at, x, m);
+  with_input_type<T>(args, [&]<real In>() {
+    chunk<In> x;
+    at = load_chunk<Source>(args, x);
+    if constexpr (is_nv<Rule>) {  // volatile: on its way before the elements have come
+      asm volatile("ld.global.nc.f32 %0, [%1];"
+                   : "=f"(tensor_scale)
+                   : "l"(args.tensor_scales + (args.scale_per_matrix ? at.matrix : 0)));
+    }
+    y = admit_chunk<Source, is_rotated>(args, at, x, m);
+  });
   if constexpr (Block == 32) m = max(m, __shfl_xor_sync(full_warp, m, 1));
   const bool poisoned = m >= infinity_bits<element>;
   if (poisoned) {
@@ -298,20 +320,26 @@ __global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Source, 
                                       : has_macro<Rule> ? unpack_rule::mx_macro
                                                         : unpack_rule::mx;
       const chunk<element> back = unpack<element, inverse>(out.codes, out.scale, out.macro, tensor_scale);
-      if constexpr (Rotated) {
-        rotated_chunk turned = as_floats(back);
+      rotated_chunk turned;
+      if constexpr (is_rotated) {
+        turned = as_floats(back);
         turned.revert(args.rotation, at.col, args.rows.cols);
-        x = as_chunk<T>(turned);
-      } else {
-        x = back;
       }
       if (at.used == 0) return;
-      T* to = args.fake + args.fake_rows.offset(at.row) + at.col;
-      if (at.used == chunk_size && args.is_fake_aligned) {
-        x.store(to);
-      } else {
-        x.store_some(to, at.used);
-      }
+      with_input_type<T>(args, [&]<real In>() {
+        chunk<In> x;
+        if constexpr (is_rotated) {
+          x = as_chunk<In>(turned);
+        } else {
+          x = back;
+        }
+        In* const to = static_cast<In*>(args.fake) + args.fake_rows.offset(at.row) + at.col;
+        if (at.used == chunk_size && args.is_fake_aligned) {
+          x.store(to);
+        } else {
+          x.store_some(to, at.used);
+        }
+      });
       return;
     }
     if (!at.is_there || at.col >= args.blocks_per_row * Block) return;
@@ -343,60 +371,60 @@ __global__ void __launch_bounds__(256, blocks_at_once<Rule, Stochastic, Source, 
   return !is_nv && is_searched && (rules.stochastic || weighted || (rules.min_error && rules.macro_block != 0));
 }
 
-template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic, bool Rotated>
-void launch_pack_from(const stream& s, const pack_args<T>& args) {
+template <class T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
+void launch_pack_from(const stream& s, const pack_args& args) {
   if (args.tile_cols != 0) {
-    pack_kernel<T, Rule, Block, Stochastic, pack_source::turned, Rotated>
-        <<<turned_blocks(args), 256, 0, s.handle>>>(args);
+    pack_kernel<T, Rule, Block, Stochastic, pack_source::turned><<<turned_blocks(args), 256, 0, s.handle>>>(args);
   } else {
-    pack_kernel<T, Rule, Block, Stochastic, pack_source::rows, Rotated>
+    pack_kernel<T, Rule, Block, Stochastic, pack_source::rows>
         <<<static_cast<unsigned>((args.chunks + 255) / 256), 256, 0, s.handle>>>(args);
   }
 }
 
-template <real T, pack_rule Rule, std::uint32_t Block>
-result<void> launch_pack(const stream& s, const pack_args<T>& args) {
-  const bool is_rotated = args.rotation.size != 0;
+template <class T, pack_rule Rule, std::uint32_t Block>
+result<void> launch_pack(const stream& s, const pack_args& args) {
+  constexpr bool can_be_flat =
+      !std::is_void_v<T> && Rule != pack_rule::nv_four_over_six && Rule != pack_rule::nv_min_error;
   if (args.rules.stochastic) {
     if constexpr (Rule != pack_rule::mx_min_error && Rule != pack_rule::mx_macro_search) {
-      if (is_rotated) {
-        launch_pack_from<T, Rule, Block, true, true>(s, args);
-      } else {
-        launch_pack_from<T, Rule, Block, true, false>(s, args);
-      }
+      launch_pack_from<T, Rule, Block, true>(s, args);
     }
-  } else if (is_rotated) {
-    launch_pack_from<T, Rule, Block, false, true>(s, args);
   } else if (args.is_flat) {
-    if constexpr (Rule != pack_rule::nv_four_over_six && Rule != pack_rule::nv_min_error) {
-      pack_kernel<T, Rule, Block, false, pack_source::flat, false>
+    if constexpr (can_be_flat) {
+      pack_kernel<T, Rule, Block, false, pack_source::flat>
           <<<static_cast<unsigned>((args.chunks + 255) / 256), 256, 0, s.handle>>>(args);
     }
   } else {
-    launch_pack_from<T, Rule, Block, false, false>(s, args);
+    launch_pack_from<T, Rule, Block, false>(s, args);
   }
   return check(cudaGetLastError(), "the launch of pack_kernel");
 }
 
-template <real T, std::uint32_t Block>
-result<void> dispatch_mx(const stream& s, const pack_args<T>& args) {
+template <class T, std::uint32_t Block>
+result<void> dispatch_mx(const stream& s, const pack_args& args) {
   if (args.rules.macro_step != 0) return launch_pack<T, pack_rule::mx_macro_search, Block>(s, args);
   if (args.rules.min_error) return launch_pack<T, pack_rule::mx_min_error, Block>(s, args);
   if (args.rules.macro_block != 0) return launch_pack<T, pack_rule::mx_macro, Block>(s, args);
   return launch_pack<T, pack_rule::mx, Block>(s, args);
 }
 
-template <real T>
-result<void> dispatch_pack(const stream& s, const pack_args<T>& args, scale_rule rule) {
+/// Launches the kernel for a rule. T is the type of the input, or void if it is to be rotated.
+template <class T>
+result<void> dispatch_pack(const stream& s, const pack_args& args, scale_rule rule) {
   if (args.tensor_scales != nullptr) {
     if (rule == scale_rule::four_over_six) return launch_pack<T, pack_rule::nv_four_over_six, 16>(s, args);
     if (rule == scale_rule::min_error) return launch_pack<T, pack_rule::nv_min_error, 16>(s, args);
     return launch_pack<T, pack_rule::nv_amax, 16>(s, args);
   }
-  if (is_rare(args.rules, false, args.weights != nullptr)) {
-    return launch_search(s, args, std::max(args.rules.macro_block, args.rules.block));
-  }
   return args.rules.block == 16 ? dispatch_mx<T, 16>(s, args) : dispatch_mx<T, 32>(s, args);
+}
+
+template <real T>
+result<void> launch_packing(const stream& s, const pack_args& args, scale_rule rule) {
+  if (is_rare(args.rules, args.tensor_scales != nullptr, args.weights != nullptr)) {
+    return launch_search<T>(s, args, std::max(args.rules.macro_block, args.rules.block));
+  }
+  return args.rotation.size != 0 ? dispatch_pack<void>(s, args, rule) : dispatch_pack<T>(s, args, rule);
 }
 
 /// Checks what the CUDA backend alone asks of options.
@@ -412,9 +440,9 @@ result<void> dispatch_pack(const stream& s, const pack_args<T>& args, scale_rule
 /// What all packing kernels are told about a batch: `source` flat if nothing but the input's own layout stands in the
 /// way of taking all rows as one; turned if x is a transposed() input.
 template <real T>
-result<pack_args<T>> make_args(const stream& s, const batch_view<const T>& x, const any_format& format,
-                               const quantize_options& options, std::size_t tensor_scale_count, pack_source source) {
-  pack_args<T> args{};
+result<pack_args> make_args(const stream& s, const batch_view<const T>& x, const any_format& format,
+                            const quantize_options& options, std::size_t tensor_scale_count, pack_source source) {
+  pack_args args{};
   pack_rules& rules = args.rules;
   rules.block = static_cast<std::uint32_t>(format.block);
   rules.macro_block = static_cast<std::uint32_t>(format.macro_block);
@@ -433,6 +461,7 @@ result<pack_args<T>> make_args(const stream& s, const batch_view<const T>& x, co
   const bool is_nv = format.scale == scale_type::e4m3;
   const bool is_whole = is_rare(rules, is_nv, !options.column_weights.empty());  // spans are not cut into chunks
   args.in = x.data;
+  args.type = input_type_of<T>;
   args.weights = options.column_weights.empty() ? nullptr : options.column_weights.data();
   args.weights_stride = options.column_weights.size() > x.cols ? x.cols : 0;
   args.rejected = s.rejected;
@@ -477,7 +506,7 @@ result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>&
     args->is_swizzled = true;
     args->swizzled_matrix = layout::swizzled_bytes(1, x.rows, job.out.shape().blocks_per_row());
   }
-  return dispatch_pack(s, *args, *job.options.rule);
+  return launch_packing<T>(s, *args, *job.options.rule);
 }
 
 /// Packs the transpose of job.in: job.out is [matrices, cols, rows] of it.
@@ -496,7 +525,7 @@ result<void> quantize_transposed(const stream& s, const tetromino::detail::quant
   if (!args) return args.error();
   args->codes = job.out.codes.data(), args->scales = job.out.scales.data(), args->macros = job.out.macros.data();
   if (is_nv) args->tensor_scales = job.out.tensor_scales.data();
-  return dispatch_pack(s, *args, *job.options.rule);
+  return launch_packing<T>(s, *args, *job.options.rule);
 }
 
 template <real T>
@@ -523,7 +552,7 @@ result<void> fake_quantize(const stream& s, const tetromino::detail::fake_quanti
   args->fake_rows = *fake_rows;
   args->is_fake_aligned = has_aligned_rows(job.out);
   if (!tensor_scales.empty()) args->tensor_scales = tensor_scales.data();
-  return dispatch_pack(s, *args, *job.options.rule);
+  return launch_packing<T>(s, *args, *job.options.rule);
 }
 
 }  // namespace tetromino::cuda::detail

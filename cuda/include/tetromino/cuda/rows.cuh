@@ -3,6 +3,7 @@
 #include "elements.cuh"  // row_map
 #include "launch.hpp"    // check_pieces
 
+#include <tetromino/float16.hpp>  // half, bfloat16
 #include <tetromino/options.hpp>  // quantize_options
 #include <tetromino/scaling.hpp>  // scale_rule, carry_of
 
@@ -31,14 +32,22 @@ struct rotation_args {
   std::uint64_t seed;
 };
 
+/// What the elements of the input are, and of `pack_args::fake`.
+enum class input_type : std::uint8_t { float32, float16, bfloat16 };
 template <real T>
+inline constexpr input_type input_type_of = input_type::float32;
+template <>
+inline constexpr input_type input_type_of<half> = input_type::float16;
+template <>
+inline constexpr input_type input_type_of<bfloat16> = input_type::bfloat16;
+
 struct pack_args {
-  const T* in;
+  const void* in;
   std::uint8_t* codes;
   std::uint8_t* scales;
   std::uint8_t* macros;
   const float* tensor_scales;
-  T* fake;  ///< where unpacked elements go, in place of packed ones, or null
+  void* fake;  ///< where unpacked elements go, in place of packed ones, or null
   const float* weights;
   std::uint64_t* rejected;
   std::uint64_t first_index;
@@ -49,6 +58,7 @@ struct pack_args {
   std::uint32_t tile_cols;  ///< columns of the output that a thread block takes from a transposed input, else 0
   pack_rules rules;
   rotation_args rotation;
+  input_type type;
   bool scale_per_matrix, is_aligned, is_fake_aligned, is_flat, is_swizzled;
 };
 

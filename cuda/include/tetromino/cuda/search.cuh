@@ -117,7 +117,7 @@ __device__ void rotate_spans(const rotation_args& rotation, const row_map& rows,
 
 /// Packs one span for every sixteen lanes.
 template <real T, int N, int PerBlock>
-__global__ void __launch_bounds__(256) search_kernel(const pack_args<T> args) {
+__global__ void __launch_bounds__(256) search_kernel(const pack_args args) {
   constexpr std::uint32_t block = PerBlock * 16;
   using span = lane_span<N, PerBlock>;
   __shared__ float shared[256 * N];
@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(256) search_kernel(const pack_args<T> args) {
   const std::uint32_t row = at.row, col = at.col, matrix = at.matrix;
   const std::uint32_t in_matrix = row - matrix * args.rows.by_rows.divisor;
   const std::size_t row_step = is_turned ? 1 : args.rows.row_stride, col_step = is_turned ? args.rows.row_stride : 1;
-  const T* const from = args.in + matrix * args.rows.matrix_stride + in_matrix * row_step + col * col_step;
+  const T* const from =
+      static_cast<const T*>(args.in) + matrix * args.rows.matrix_stride + in_matrix * row_step + col * col_step;
   float* const own = shared + threadIdx.x / 16 * (16 * N) + lane;  // elements lie 16 apart
 
   span x;
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(256) search_kernel(const pack_args<T> args) {
   }
   const float factor = bit_cast<float>(0x3F800000u | macro << 15);
   const std::size_t first_block = static_cast<std::size_t>(row) * args.blocks_per_row;
-  T* const to_fake = args.fake == nullptr ? nullptr : args.fake + args.fake_rows.offset(row) + col;
+  T* const to_fake = args.fake == nullptr ? nullptr : static_cast<T*>(args.fake) + args.fake_rows.offset(row) + col;
   const uniform_numbers u{args.rules.seed, args.first_index + static_cast<std::uint64_t>(row) * args.rows.cols};
 
 #pragma unroll
@@ -260,14 +261,14 @@ __global__ void __launch_bounds__(256) search_kernel(const pack_args<T> args) {
 }
 
 template <real T, int N, int PerBlock>
-result<void> launch_search_span(const stream& s, const pack_args<T>& args) {
+result<void> launch_search_span(const stream& s, const pack_args& args) {
   search_kernel<T, N, PerBlock><<<static_cast<unsigned>((args.chunks + 15) / 16), 256, 0, s.handle>>>(args);
   return check(cudaGetLastError(), "the launch of search_kernel");
 }
 
 /// Launches the search for spans of `span` elements.
 template <real T>
-result<void> launch_search(const stream& s, const pack_args<T>& args, std::size_t span) {
+result<void> launch_search(const stream& s, const pack_args& args, std::size_t span) {
   if (args.rules.block == 16) {
     switch (span) {
       case 16:

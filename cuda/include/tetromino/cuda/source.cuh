@@ -20,12 +20,12 @@ struct transposed_tile {
   std::uint32_t word[4096 / in_word + 512];
 
   /// Reads the tile at [first_row, first_col] of the output, and gives a thread its chunk, at [row, col] in the tile.
-  __device__ void load(const pack_args<T>& args, std::uint32_t cols, std::uint32_t first_row, std::uint32_t first_col,
+  __device__ void load(const pack_args& args, std::uint32_t cols, std::uint32_t first_row, std::uint32_t first_col,
                        std::uint32_t row, std::uint32_t col, chunk<T>& x) {
     const std::uint32_t rows = 4096 / cols;
     const std::uint32_t matrix = args.rows.by_rows.quotient(first_row);
     const std::uint32_t in_matrix = first_row - matrix * args.rows.by_rows.divisor;
-    const T* const from = args.in + matrix * args.rows.matrix_stride + in_matrix;
+    const T* const from = static_cast<const T*>(args.in) + matrix * args.rows.matrix_stride + in_matrix;
     const bool is_whole = args.is_aligned && in_matrix % at_once == 0;
     for (std::uint32_t i = threadIdx.x; i < 4096 / (in_word * at_once); i += 256) {
       const std::uint32_t u = i / (rows / at_once), r = i % (rows / at_once) * at_once;
@@ -86,8 +86,8 @@ struct chunk_place {
   bool is_there = false;  ///< in a row that exists
 
   /// Where element i lies in the input, in reading order.
-  template <pack_source Source, real T>
-  [[nodiscard]] __device__ std::size_t position(const pack_args<T>& args, std::uint32_t i) const {
+  template <pack_source Source>
+  [[nodiscard]] __device__ std::size_t position(const pack_args& args, std::uint32_t i) const {
     if constexpr (Source == pack_source::flat) return chunk * chunk_size + i;
     const std::size_t cols = args.rows.cols;
     if constexpr (Source == pack_source::rows) return row * cols + col + i;
@@ -97,14 +97,15 @@ struct chunk_place {
 };
 
 /// Finds and reads a thread's sixteen elements; those that do not exist are zero.
-template <real T, pack_source Source>
-[[nodiscard]] __device__ chunk_place load_chunk(const pack_args<T>& args, chunk<T>& x) {
+template <pack_source Source, real T>
+[[nodiscard]] __device__ chunk_place load_chunk(const pack_args& args, chunk<T>& x) {
+  const T* const in = static_cast<const T*>(args.in);
   chunk_place at;
   at.chunk = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
   if constexpr (Source == pack_source::flat) {
     if (at.chunk < args.chunks) {
       at.used = chunk_size;
-      x.load(args.in + at.chunk * chunk_size);
+      x.load(in + at.chunk * chunk_size);
     } else {
       x.clear();
     }
@@ -133,7 +134,7 @@ template <real T, pack_source Source>
     at.col = (number - at.row * args.rows.chunks_per_row) * chunk_size;
     if (exists && at.col < args.rows.cols) at.used = min(chunk_size, args.rows.cols - at.col);
     at.matrix = args.rows.by_rows.quotient(at.row);
-    const T* from = args.in + args.rows.offset(at.row) + at.col;
+    const T* from = in + args.rows.offset(at.row) + at.col;
     if (at.used == chunk_size && args.is_aligned) {
       x.load(from);
     } else {
@@ -143,15 +144,12 @@ template <real T, pack_source Source>
   return at;
 }
 
-/// What a thread packs of elements of type T.
-template <real T, bool Rotated>
-using element_to_pack = std::conditional_t<Rotated, float, T>;
-
 /// The elements to pack, rotated if that is asked for, as the special-value policy admits them; their largest magnitude
 /// goes to `largest`, and the first refused value is reported. All lanes of a warp call it together.
 template <pack_source Source, bool Rotated, real T>
-[[nodiscard]] __device__ chunk<element_to_pack<T, Rotated>> admit_chunk(const pack_args<T>& args, const chunk_place& at,
-                                                                        chunk<T>& x, std::uint32_t& largest) {
+[[nodiscard]] __device__ chunk<std::conditional_t<Rotated, float, T>> admit_chunk(const pack_args& args,
+                                                                                  const chunk_place& at, chunk<T>& x,
+                                                                                  std::uint32_t& largest) {
   const auto admit = [&](auto& y, std::uint32_t infinity) {  // false if it refuses
     largest = y.largest();
     if (largest < infinity) return true;
@@ -186,8 +184,7 @@ template <class T>
 }
 
 /// Thread blocks for a transposed input.
-template <real T>
-[[nodiscard]] unsigned turned_blocks(const pack_args<T>& args) {
+[[nodiscard]] inline unsigned turned_blocks(const pack_args& args) {
   const std::uint32_t of_matrix = args.rows.by_rows.divisor, tile_rows = 4096 / args.tile_cols;
   return args.rows.rows / of_matrix * ((of_matrix + tile_rows - 1) / tile_rows) *
          (args.rows.chunks_per_row * 16 / args.tile_cols);

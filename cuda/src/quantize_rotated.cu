@@ -1,0 +1,7 @@
+#include <tetromino/cuda/quantize.cuh>
+
+namespace tetromino::cuda::detail {
+
+template result<void> dispatch_pack<void>(const stream&, const pack_args&, scale_rule);
+
+}  // namespace tetromino::cuda::detail
