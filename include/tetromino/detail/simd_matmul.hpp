@@ -1,5 +1,9 @@
 #pragma once
 
+#include "../config.hpp"  // TETROMINO_SIMD
+
+#if TETROMINO_SIMD
+
 #include "simd_float_matmul.hpp"    // float_matmul
 #include "simd_integer_matmul.hpp"  // integer_matmul
 
@@ -32,3 +36,5 @@ struct simd_matmul_kernels {
 }  // namespace tetromino::detail
 
 TETROMINO_VECTOR_CODE_END
+
+#endif
