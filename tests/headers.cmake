@@ -1,5 +1,5 @@
 # Every header compiles alone, with our warnings, next to the packages that it names; and two translation units that
-# include all of them link, in either order, also where exceptions are off.
+# include all of them link, in either order; they compile without exceptions and without vectors too.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
 set(usable "")
 set(packages_of_all "")
@@ -46,6 +46,6 @@ add_executable(test_odr ${forward} ${CMAKE_CURRENT_BINARY_DIR}/odr/backward.cpp)
 target_link_libraries(test_odr PRIVATE tetromino ${packages_of_all} tetromino_warnings)
 tetromino_register(headers.two_units_link package test_odr)
 
-add_library(test_no_exceptions OBJECT ${forward})
-target_compile_options(test_no_exceptions PRIVATE -fno-exceptions)
-target_link_libraries(test_no_exceptions PRIVATE tetromino ${packages_of_all} tetromino_warnings)
+add_library(test_bare OBJECT ${forward})
+target_compile_options(test_bare PRIVATE -fno-exceptions -DTETROMINO_SIMD=0)
+target_link_libraries(test_bare PRIVATE tetromino ${packages_of_all} tetromino_warnings)
