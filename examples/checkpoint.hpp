@@ -125,8 +125,7 @@ tetromino::result<tetromino::packed<>> pack_slice(const tetromino::cpu_t& policy
 
 /// Unpacked values in the columns of the original: a rotation is taken back.
 template <class Packed>
-tetromino::matrix<float> unpacked(const tetromino::cpu_t& policy, const Packed& packed,
-                                  const tetromino::recipe& r) {
+tetromino::matrix<float> unpacked(const tetromino::cpu_t& policy, const Packed& packed, const tetromino::recipe& r) {
   auto values = tetromino::dequantize<float>(policy, packed);
   if (r.rotation != 0) tetromino::rotate_back(policy, values, {r.rotation}, values.view());
   return values;

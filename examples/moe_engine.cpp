@@ -356,8 +356,7 @@ void compare(const workplace& w) {
         const auto values = moe_lm::read(w.model_file, tensor.name(), shape);
         const tetromino::batch_view<const float> x(values.data(), shape.size() == 3 ? shape[0] : 1,
                                                    shape[shape.size() - 2], shape.back());
-        const auto packed =
-            quantize(tetromino::cpu, x, *recipe, {.scope = tetromino::tensor_scale_scope::per_matrix});
+        const auto packed = quantize(tetromino::cpu, x, *recipe, {.scope = tetromino::tensor_scale_scope::per_matrix});
         report.add(compare(x, tetromino::dequantize<float>(tetromino::cpu, packed)));
       }
       line[3] = fmt::format("{:.2f}", report.qsnr());
