@@ -34,7 +34,7 @@ if [ "$preset" != dev ]; then
 fi
 case $preset in asan | tsan) targets=all select+=(-LE package) ;; esac
 
-# Where there is nvcc, first what it compiles, for one architecture: kernels, tests, benchmarks and examples.
+# Where there is nvcc, first what it compiles, for one architecture: kernels, tests and examples.
 status=0 cuda=OFF late=
 options+=(-D TETROMINO_TESTS=ON)
 if [ "$preset" = dev ] && [ "${TETROMINO_CUDA:-ON}" != OFF ]; then

@@ -419,6 +419,7 @@ result<void> dispatch_pack(const stream& s, const pack_args& args, scale_rule ru
   return args.rules.block == 16 ? dispatch_mx<T, 16>(s, args) : dispatch_mx<T, 32>(s, args);
 }
 
+/// Launches what packs a batch of T: the search for the rare rules, else the kernel for the rule.
 template <real T>
 result<void> launch_packing(const stream& s, const pack_args& args, scale_rule rule) {
   if (is_rare(args.rules, args.tensor_scales != nullptr, args.weights != nullptr)) {
