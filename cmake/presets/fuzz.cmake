@@ -3,7 +3,7 @@
 set(CMAKE_CXX_COMPILER clang++ CACHE STRING "")
 set(CMAKE_BUILD_TYPE Debug CACHE STRING "")
 set(CMAKE_CXX_FLAGS_DEBUG "-O1 -g1" CACHE STRING "")
-set(CMAKE_CXX_FLAGS "-march=native" CACHE STRING "")  # the widest vectors against the scalar reference
+set(CMAKE_CXX_FLAGS "-march=x86-64-v3" CACHE STRING "")  # the widest vectors against the scalar reference
 set(TETROMINO_EXAMPLES OFF CACHE BOOL "")
 set(TETROMINO_FUZZ_SECONDS 60 CACHE STRING "")
 set(TETROMINO_TEST_TIMEOUT 86400 CACHE STRING "")

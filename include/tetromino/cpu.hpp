@@ -3,10 +3,10 @@
 /// The same kernels as the `simd` policy, compiled for several instruction sets, with the best one chosen when the
 /// program runs: for programs that are built for plain x86-64. Link the target tetromino::cpu.
 
-#include "dequantize.hpp"          // dequantize_on
-#include "detail/cpu_kernels.hpp"  // default_kernels
-#include "matmul.hpp"              // matmul_on
-#include "quantize.hpp"            // quantize_on
+#include "dequantize.hpp"               // dequantize_on
+#include "detail/dispatch/kernels.hpp"  // default_kernels
+#include "matmul.hpp"                   // matmul_on
+#include "quantize.hpp"                 // quantize_on
 
 #include <span>         // std::span
 #include <string>       // std::string

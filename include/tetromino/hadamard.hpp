@@ -9,7 +9,7 @@
 #include "matrix.hpp"                // batch_view
 #include "rounding.hpp"              // philox4x32
 #if TETROMINO_SIMD
-#include "detail/simd_hadamard.hpp"  // simd_rotation
+#include "detail/simd/hadamard.hpp"  // simd_rotation
 #endif
 
 #include <algorithm>  // std::min

@@ -5,7 +5,7 @@
 #include "detail/scalar_matmul.hpp"  // scalar_matmul_kernels
 #include "execution.hpp"             // scalar_t, simd_t
 #if TETROMINO_SIMD
-#include "detail/simd_matmul.hpp"  // simd_matmul_kernels
+#include "detail/simd/matmul.hpp"  // simd_matmul_kernels
 #endif
 
 #include <array>        // std::array

@@ -5,7 +5,7 @@
 #include "execution.hpp"               // scalar_t, simd_t
 #include "options.hpp"                 // quantize_options
 #if TETROMINO_SIMD
-#include "detail/simd_quantize.hpp"  // simd_kernels
+#include "detail/simd/quantize.hpp"  // simd_kernels
 #endif
 
 #include <span>         // std::span

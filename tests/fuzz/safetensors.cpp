@@ -6,7 +6,7 @@
 ///                 tests/fuzz/safetensors.cpp && ./a.out tests/fuzz/corpus/safetensors
 /// Without it, this is a program that replays the files and directories named on its command line.
 
-#include <tetromino/detail/safetensors_header.hpp>
+#include <tetromino/io/detail/safetensors_header.hpp>
 
 #include "fuzz/replay.hpp"
 #include "reference/safetensors_reader.hpp"

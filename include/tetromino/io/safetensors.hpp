@@ -3,8 +3,8 @@
 /// Reading and writing safetensors files. Opt-in: needs nlohmann-json and a POSIX system.
 
 #include "../config.hpp"                     // TETROMINO_EXPECTS
-#include "../detail/posix_file.hpp"          // file_mapping, pending_file
-#include "../detail/safetensors_header.hpp"  // parse_safetensors, write_safetensors_header
+#include "detail/posix_file.hpp"          // file_mapping, pending_file
+#include "detail/safetensors_header.hpp"  // parse_safetensors, write_safetensors_header
 #include "../error.hpp"                      // error, result
 #include "dtype.hpp"                         // dtype, dtype_of
 

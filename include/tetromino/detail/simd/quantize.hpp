@@ -1,17 +1,17 @@
 #pragma once
 
-#include "../config.hpp"  // TETROMINO_SIMD
+#include "../../config.hpp"  // TETROMINO_SIMD
 
 #if TETROMINO_SIMD
 
-#include "../e2m1.hpp"        // e2m1
-#include "../e4m3.hpp"        // e4m3
-#include "../e8m0.hpp"        // e8m0
-#include "../rounding.hpp"    // round_stochastic, philox4x32
-#include "row.hpp"            // row_rules, packed_row, input_row, admit
-#include "simd_blocks.hpp"    // floats, words, block_amax, encode_e2m1, e2m1_decoder
-#include "simd_hadamard.hpp"  // simd_rotation
-#include "simd_scales.hpp"    // closed_form_bytes, searched_macros, nvfp4_codes
+#include "../../e2m1.hpp"      // e2m1
+#include "../../e4m3.hpp"      // e4m3
+#include "../../e8m0.hpp"      // e8m0
+#include "../../rounding.hpp"  // round_stochastic, philox4x32
+#include "../row.hpp"          // row_rules, packed_row, input_row, admit
+#include "blocks.hpp"          // floats, words, block_amax, encode_e2m1, e2m1_decoder
+#include "hadamard.hpp"        // simd_rotation
+#include "scales.hpp"          // closed_form_bytes, searched_macros, nvfp4_codes
 
 #include <algorithm>  // std::min, std::max, std::copy_n, std::fill
 #include <cstddef>    // std::size_t

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "../error.hpp"     // error, result
-#include "../io/dtype.hpp"  // io::dtype
+#include "../../error.hpp"  // error, result
+#include "../dtype.hpp"     // io::dtype
 
 #include <nlohmann/json.hpp>  // nlohmann::json::sax_parse
 

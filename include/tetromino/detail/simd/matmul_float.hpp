@@ -1,16 +1,16 @@
 #pragma once
 
-#include "../config.hpp"  // TETROMINO_SIMD
+#include "../../config.hpp"  // TETROMINO_SIMD
 
 /// Products of packed weights and float, half or bfloat16 activations.
 
 #if TETROMINO_SIMD
 
-#include "../scaling.hpp"   // macro_factor
-#include "cpu_matmul.hpp"   // matmul_job, matmul_tile, activation_row
-#include "simd_blocks.hpp"  // e2m1_decoder, multiply_add, sum_each
-#include "simd_panel.hpp"   // load_scales
-#include "simd_rows.hpp"    // linear_rows
+#include "../../scaling.hpp"  // macro_factor
+#include "../cpu_matmul.hpp"  // matmul_job, matmul_tile, activation_row
+#include "blocks.hpp"         // e2m1_decoder, multiply_add, sum_each
+#include "panel.hpp"          // load_scales
+#include "rows.hpp"           // linear_rows
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <array>      // std::array

@@ -2,6 +2,6 @@
 
 /// What blocks of numbers need beyond lanewise arithmetic, from the header of the instruction set.
 
-#include "simd_128.hpp"
-#include "simd_avx2.hpp"
-#include "simd_avx512.hpp"
+#include "isa_128.hpp"
+#include "isa_avx2.hpp"
+#include "isa_avx512.hpp"

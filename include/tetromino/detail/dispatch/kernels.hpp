@@ -2,12 +2,12 @@
 
 /// What tetromino::cpu is made of: tables of kernels, one for each instruction set, and the choice between them.
 
-#include "../activations.hpp"  // int8_view
-#include "../error.hpp"        // result
-#include "../options.hpp"      // special_values
-#include "cpu_matmul.hpp"      // matmul_job, matmul_tile
-#include "rotation_part.hpp"   // rotation_part
-#include "row.hpp"             // row_rules, input_row, packed_row
+#include "../../activations.hpp"  // int8_view
+#include "../../error.hpp"        // result
+#include "../../options.hpp"      // special_values
+#include "../cpu_matmul.hpp"      // matmul_job, matmul_tile
+#include "../rotation_part.hpp"   // rotation_part
+#include "../row.hpp"             // row_rules, input_row, packed_row
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t

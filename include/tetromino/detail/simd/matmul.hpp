@@ -1,11 +1,11 @@
 #pragma once
 
-#include "../config.hpp"  // TETROMINO_SIMD
+#include "../../config.hpp"  // TETROMINO_SIMD
 
 #if TETROMINO_SIMD
 
-#include "simd_float_matmul.hpp"    // float_matmul
-#include "simd_integer_matmul.hpp"  // integer_matmul
+#include "matmul_float.hpp"    // float_matmul
+#include "matmul_integer.hpp"  // integer_matmul
 
 #include <cstddef>      // std::size_t
 #include <type_traits>  // std::is_same_v, std::remove_const_t, std::remove_pointer_t

@@ -1,13 +1,13 @@
 #pragma once
 
-#include "../config.hpp"  // TETROMINO_SIMD
+#include "../../config.hpp"  // TETROMINO_SIMD
 
 /// Block-Hadamard rotations on vectors, with the sums of scalar_rotation.
 
 #if TETROMINO_SIMD
 
-#include "rotation_part.hpp"  // rotation_part
-#include "simd_blocks.hpp"    // floats, words, exchange
+#include "../rotation_part.hpp"  // rotation_part
+#include "blocks.hpp"            // floats, words, exchange
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int32_t

@@ -1,14 +1,14 @@
 #pragma once
 
-#include "../config.hpp"  // TETROMINO_SIMD
+#include "../../config.hpp"  // TETROMINO_SIMD
 
 /// How 16 blocks side by side get their scales: lane b belongs to block b.
 
 #if TETROMINO_SIMD
 
-#include "../scaling.hpp"   // carry_of, macro_factor
-#include "row.hpp"          // row_rules
-#include "simd_blocks.hpp"  // floats, words, snap, sum_each
+#include "../../scaling.hpp"  // carry_of, macro_factor
+#include "../row.hpp"         // row_rules
+#include "blocks.hpp"         // floats, words, snap, sum_each
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int32_t

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../error.hpp"  // error, result
+#include "../../error.hpp"  // error, result
 
 #include <fcntl.h>     // ::open
 #include <sys/mman.h>  // ::mmap, ::madvise

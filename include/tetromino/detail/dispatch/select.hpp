@@ -4,9 +4,9 @@
 /// TETROMINO_CPU_SELECT defined: as 2 where tables for instruction sets were compiled, as 1 where there is scalar code
 /// alone.
 
-#include "cpu_kernels.hpp"      // cpu_kernels, choose_kernels
-#include "scalar_matmul.hpp"    // scalar_matmul_kernels
-#include "scalar_quantize.hpp"  // scalar_kernels
+#include "kernels.hpp"             // cpu_kernels, choose_kernels
+#include "../scalar_matmul.hpp"    // scalar_matmul_kernels
+#include "../scalar_quantize.hpp"  // scalar_kernels
 
 #if defined(TETROMINO_CPU_SELECT)
 

@@ -7,17 +7,17 @@
 /// Code outside that namespace must not be compiled into it: linkers keep one copy of an inline function, and it could
 /// be one that the CPU at hand cannot run. Compile with optimization; tests/cpu_symbols.cmake looks at the outcome.
 
-#include "../config.hpp"  // TETROMINO_ISA
+#include "../../config.hpp"  // TETROMINO_ISA
 
 #if defined(TETROMINO_CPU_INSTANCE)
 #undef TETROMINO_ISA
 #define TETROMINO_ISA TETROMINO_CPU_INSTANCE
 
-#include "cpu_kernels.hpp"  // quantize_table, matmul_table
+#include "kernels.hpp"  // quantize_table, matmul_table
 #if TETROMINO_CPU_ROWS
-#include "simd_quantize.hpp"  // simd_kernels
+#include "../simd/quantize.hpp"  // simd_kernels
 #else
-#include "simd_matmul.hpp"  // simd_matmul_kernels
+#include "../simd/matmul.hpp"  // simd_matmul_kernels
 #endif
 
 namespace tetromino::detail {
