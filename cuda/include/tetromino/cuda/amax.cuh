@@ -106,7 +106,8 @@ result<void> amax(const stream& s, const batch_view<const T>& x, special_values 
 template <real T, pack_source Source>
 __global__ void __launch_bounds__(256) rotated_amax_kernel(const pack_args args, std::uint32_t* out) {
   chunk<T> x;
-  const chunk_place at = load_chunk<Source>(args, x);
+  __shared__ std::uint32_t load_room[load_words<Source, T>];
+  const chunk_place at = load_chunk<Source>(args, load_room, x);
   std::uint32_t m = 0;
   static_cast<void>(admit_chunk<Source, true>(args, at, x, m));
   if (m >= infinity_bits<float>) m = 0;  // of a poisoned block of 16

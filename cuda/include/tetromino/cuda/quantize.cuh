@@ -277,9 +277,10 @@ __global__ void __launch_bounds__(256, blocks_at_once<T, Rule, Stochastic, Sourc
   chunk<element> y;
   float tensor_scale = 1.0f;
   std::uint32_t m = 0;
+  __shared__ std::uint32_t load_room[load_words<Source, T>];
   with_input_type<T>(args, [&]<real In>() {
     chunk<In> x;
-    at = load_chunk<Source>(args, x);
+    at = load_chunk<Source>(args, load_room, x);
     if constexpr (is_nv<Rule>) {  // volatile: on its way before the elements have come
       asm volatile("ld.global.nc.f32 %0, [%1];"
                    : "=f"(tensor_scale)

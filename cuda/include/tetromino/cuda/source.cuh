@@ -17,11 +17,12 @@ namespace tetromino::cuda::detail {
 template <real T>
 struct transposed_tile {
   static constexpr std::uint32_t in_word = 4 / sizeof(T), at_once = 16 / sizeof(T);
-  std::uint32_t word[4096 / in_word + 512];
+  static constexpr std::uint32_t words = 4096 / in_word + 512;
+  std::uint32_t* word;  ///< [words], shared memory
 
   /// Reads the tile at [first_row, first_col] of the output, and gives a thread its chunk, at [row, col] in the tile.
   __device__ void load(const pack_args& args, std::uint32_t cols, std::uint32_t first_row, std::uint32_t first_col,
-                       std::uint32_t row, std::uint32_t col, chunk<T>& x) {
+                       std::uint32_t row, std::uint32_t col, chunk<T>& x) const {
     const std::uint32_t rows = 4096 / cols;
     const std::uint32_t matrix = args.rows.by_rows.quotient(first_row);
     const std::uint32_t in_matrix = first_row - matrix * args.rows.by_rows.divisor;
@@ -79,6 +80,12 @@ struct transposed_tile {
 /// How a kernel finds its elements: as one row of whole blocks in whole chunks, row by row, or along the columns.
 enum class pack_source : std::uint8_t { flat, rows, turned };
 
+/// Words of shared memory that load_chunk needs for elements of type T; void: of any type, since one block has them.
+template <pack_source Source, class T>
+inline constexpr std::uint32_t load_words = Source == pack_source::turned ? transposed_tile<T>::words : 1;
+template <pack_source Source>
+inline constexpr std::uint32_t load_words<Source, void> = load_words<Source, float>;
+
 /// Which elements a thread has: `used` of them, from column `col` on, `row` counted through all matrices.
 struct chunk_place {
   std::size_t chunk = 0;
@@ -96,9 +103,9 @@ struct chunk_place {
   }
 };
 
-/// Finds and reads a thread's sixteen elements; those that do not exist are zero.
+/// Finds and reads a thread's sixteen elements; those that do not exist are zero. `room` has load_words.
 template <pack_source Source, real T>
-[[nodiscard]] __device__ chunk_place load_chunk(const pack_args& args, chunk<T>& x) {
+[[nodiscard]] __device__ chunk_place load_chunk(const pack_args& args, std::uint32_t* room, chunk<T>& x) {
   const T* const in = static_cast<const T*>(args.in);
   chunk_place at;
   at.chunk = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
@@ -110,7 +117,7 @@ template <pack_source Source, real T>
       x.clear();
     }
   } else if constexpr (Source == pack_source::turned) {
-    __shared__ transposed_tile<T> tile;
+    const transposed_tile<T> tile{room};
     // Neighbouring blocks read neighbouring parts of the same rows of the input.
     const std::uint32_t rows = 4096 / args.tile_cols, row_tiles = (args.rows.by_rows.divisor + rows - 1) / rows;
     const std::uint32_t tiles_of_matrix = args.rows.chunks_per_row * 16 / args.tile_cols * row_tiles;
