@@ -1,0 +1,124 @@
+#pragma once
+
+#include "../../error.hpp"  // error, result
+#include "../dtype.hpp"     // io::dtype_of
+#include "file_text.hpp"    // printable, nearest_names
+#include "posix_file.hpp"   // pending_file
+
+#include <algorithm>    // std::sort, std::lower_bound
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint8_t
+#include <filesystem>   // std::filesystem::path
+#include <span>         // std::span
+#include <string>       // std::string
+#include <string_view>  // std::string_view
+#include <utility>      // std::move
+#include <vector>       // std::vector
+
+namespace tetromino::detail {
+
+/// Where a tensor's bytes go in a file under construction.
+struct pending_tensor {
+  std::string name;
+  std::string_view type_name;  ///< what an io::dtype of the same elements is called, if any is
+  std::size_t begin = 0;       ///< byte of the file
+  std::size_t size = 0;        ///< bytes
+  std::size_t written = 0;
+};
+
+/// A file that is written piece by piece, whatever its format: the header is there, then bytes of any tensor may come
+/// at any time, each tensor from its first byte to its last. Nothing is buffered. The file has a temporary name in the
+/// same directory until `finish`; without it, or after a write that fails, nothing appears under the final name.
+class pending_tensors {
+ public:
+  /// Adds the next bytes of a tensor. Fails if it does not exist, if there are more bytes than it has left, or if the
+  /// file cannot be written; the file is then gone.
+  void append(std::string_view name, std::span<const std::uint8_t> bytes) { try_append(name, bytes).value(); }
+  [[nodiscard]] result<void> try_append(std::string_view name, std::span<const std::uint8_t> bytes) {
+    const auto found = find(name);
+    if (!found) return found.error();
+    return append_to(**found, bytes);
+  }
+
+  /// Adds the next elements of a tensor. Fails as `append` does, and if the tensor was declared with another type.
+  template <io::tensor_element T>
+  void append_values(std::string_view name, std::span<const T> values) {
+    try_append_values<T>(name, values).value();
+  }
+  template <io::tensor_element T>
+  [[nodiscard]] result<void> try_append_values(std::string_view name, std::span<const T> values) {
+    const auto found = find(name);
+    if (!found) return found.error();
+    constexpr std::string_view got = io::name(io::dtype_of<T>::value);
+    if ((**found).type_name != got) {
+      return error(errc::invalid_argument,
+                   text(subject(**found), ": expected elements of type ", (**found).type_name, ", got ", got));
+    }
+    return append_to(**found, {reinterpret_cast<const std::uint8_t*>(values.data()), values.size_bytes()});
+  }
+
+  /// Makes the file durable and gives it its final name, replacing what was there. Fails if bytes are missing (then
+  /// they can still be added), or if the system refuses.
+  void finish() { try_finish().value(); }
+  [[nodiscard]] result<void> try_finish() {
+    for (const pending_tensor& tensor : tensors_) {
+      if (file_.is_open() && tensor.written != tensor.size) {
+        return error(errc::shape_mismatch, text(subject(tensor), ": expected ", tensor.size,
+                                                " bytes before the file is finished, got ", tensor.written));
+      }
+    }
+    return file_.try_commit();
+  }
+
+ protected:
+  pending_tensors(pending_file&& file, std::vector<pending_tensor>&& tensors)
+      : file_(std::move(file)), tensors_(std::move(tensors)) {
+    std::sort(tensors_.begin(), tensors_.end(),
+              [](const pending_tensor& a, const pending_tensor& b) { return a.name < b.name; });
+  }
+
+  /// Starts a file with its header, unless the path leads to the file that `source` (optional) is reading.
+  template <class Source>
+  [[nodiscard]] static result<pending_file> try_begin(const std::filesystem::path& path, std::string_view header,
+                                                      const Source* source) {
+    if (source != nullptr && identity_of(path) == source->identity()) {
+      return error(errc::invalid_argument,
+                   text(path.string(), ": expected another file than the one being read, ", source->path()));
+    }
+    auto file = pending_file::try_create(path);
+    if (!file) return file;
+    const auto* const bytes = reinterpret_cast<const std::uint8_t*>(header.data());
+    if (auto written = file->try_write_at(0, {bytes, header.size()}); !written) return written.error();
+    return file;
+  }
+
+ private:
+  [[nodiscard]] std::string subject(const pending_tensor& tensor) const {
+    return text(file_.path().string(), ": tensor ", printable(tensor.name));
+  }
+
+  [[nodiscard]] result<pending_tensor*> find(std::string_view name) {
+    const auto found =
+        std::lower_bound(tensors_.begin(), tensors_.end(), name,
+                         [](const pending_tensor& tensor, std::string_view n) { return tensor.name < n; });
+    if (found != tensors_.end() && found->name == name) return &*found;
+    const auto name_of = [](const pending_tensor& tensor) -> std::string_view { return tensor.name; };
+    return error(errc::unknown_name, text(file_.path().string(), ": expected a declared tensor, got ", printable(name),
+                                          "; ", nearest_names(name, tensors_, name_of)));
+  }
+
+  [[nodiscard]] result<void> append_to(pending_tensor& tensor, std::span<const std::uint8_t> bytes) {
+    if (bytes.size() > tensor.size - tensor.written) {
+      return error(errc::shape_mismatch, text(subject(tensor), ": expected at most ", tensor.size - tensor.written,
+                                              " more bytes of ", tensor.size, ", got ", bytes.size()));
+    }
+    auto written = file_.try_write_at(tensor.begin + tensor.written, bytes);
+    if (written) tensor.written += bytes.size();
+    return written;
+  }
+
+  pending_file file_;
+  std::vector<pending_tensor> tensors_;  // by name
+};
+
+}  // namespace tetromino::detail
