@@ -1,13 +1,26 @@
 # Sourced by tests/run.sh and examples/quickstart.sh: installs packages, configures and builds. Needs bash.
 set -euo pipefail
+export LC_ALL=C  # compilers and awk speak English here
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-jobs=$(nproc 2>/dev/null || echo 2)
 
 say() { printf '\n== %s\n' "$*"; }
 fail() {
   printf '\nerror: %s\n' "$*" >&2
   exit 1
 }
+
+# As many as there are cores, each of which needs 2 GB of what this machine or container has.
+job_count() {
+  local cores memory limit
+  cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+  memory=$(awk '/^MemTotal:/ { printf "%d", $2 / 1024 }' /proc/meminfo 2>/dev/null || true)
+  limit=$(awk '/^[0-9]+$/ { printf "%d", $1 / 1048576 }' /sys/fs/cgroup/memory.max 2>/dev/null || true)
+  [ -z "$limit" ] || [ "$limit" -ge "${memory:-0}" ] || memory=$limit
+  [ -z "$memory" ] || [ $((memory / 2000)) -ge "$cores" ] || cores=$((memory / 2000))
+  echo $((cores > 1 ? cores : 1))
+}
+jobs=$(job_count)
 
 # A package counts as installed if apt says so, or if the command after the colon is there: g++:c++
 is_installed() {
@@ -47,17 +60,25 @@ install_packages() {
   printf 'going on with what is there; parts whose packages are missing are left out\n' >&2
 }
 
+# What CMake keeps from the first time that a folder is configured, although the environment or a preset has changed.
+lasting_settings() {
+  echo "$root $1 ${CXX:-} ${CXXFLAGS:-} ${LDFLAGS:-} ${CUDACXX:-} ${CUDAFLAGS:-} ${CUDAHOSTCXX:-} ${CMAKE_PREFIX_PATH:-}"
+  cat "$root"/cmake/presets/*.cmake
+}
+
 # configure FOLDER PRESET CMAKE-OPTIONS...
 configure() {
   local folder=$1 preset=$2
   shift 2
   local options=(-C "$root/cmake/presets/$preset.cmake")
-  if ! grep -qsx "CMAKE_HOME_DIRECTORY:INTERNAL=$root" "$folder/CMakeCache.txt"; then
+  mkdir -p "$folder"
+  if [ ! -e "$folder/CMakeCache.txt" ] || ! lasting_settings "$preset" | cmp -s - "$folder/settings"; then
     options+=(--fresh)
     command -v ninja >/dev/null && options+=(-G Ninja)
+    lasting_settings "$preset" >"$folder/settings"
   fi
   say "configuring in $folder"
-  cmake -S "$root" -B "$folder" "${options[@]}" "$@"
+  cmake -S "$root" -B "$folder" "${options[@]}" -D TETROMINO_WARNINGS_AS_ERRORS="${TETROMINO_WARNINGS_AS_ERRORS:-OFF}" "$@"
 }
 
 # build FOLDER PRESET TARGETS CMAKE-OPTIONS...

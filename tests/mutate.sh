@@ -6,6 +6,8 @@
 #   tests/mutate.sh --check         only whether each fault still applies
 # CXX and TETROMINO_JOBS pick the compiler and how many run at once.
 set -euo pipefail
+export LC_ALL=C
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 list=$root/tests/mutations.txt
 work=$(mktemp -d)

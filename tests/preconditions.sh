@@ -4,6 +4,7 @@
 # Headers are names below include/tetromino that are left out, because their tests could not run here. The log is used
 # up: the next run of all tests writes its own.
 set -euo pipefail
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 log=$1
 shift

@@ -5,8 +5,9 @@
 #   tests/run.sh --fuzz SECONDS     look for new inputs that break a fuzz target, each for so long (needs clang)
 #   tests/run.sh -R placement       further options go to ctest
 # TETROMINO_PRESET picks a file of cmake/presets (dev, fuzz; asan and tsan, under which the tests of packaging are left
-# out), TETROMINO_BUILD_DIR says where to build, TETROMINO_SEED picks the random inputs; CXX and CMAKE_PREFIX_PATH mean
-# what they always do. Where there is nvcc, the GPU code is built too: TETROMINO_CUDA=OFF leaves it out,
+# out), TETROMINO_BUILD_DIR says where to build, TETROMINO_SEED picks the random inputs,
+# TETROMINO_WARNINGS_AS_ERRORS=ON lets no warning pass; CXX, CXXFLAGS, LDFLAGS and CMAKE_PREFIX_PATH mean what they always
+# do. Where there is nvcc, the GPU code is built too: TETROMINO_CUDA=OFF leaves it out,
 # TETROMINO_CUDA_ARCHITECTURES says for which GPUs (by default the one here, or 90a) and TETROMINO_CUDA_SECONDS how long
 # that may take.
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs tests of the scalar path under valgrind: tests/valgrind.sh [TEST...], names below tests/ without .cpp.
 set -euo pipefail
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 command -v valgrind >/dev/null || { echo "skipped: valgrind is not installed"; exit 77; }
 work=$(mktemp -d)

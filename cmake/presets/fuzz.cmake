@@ -3,7 +3,8 @@
 set(CMAKE_CXX_COMPILER clang++ CACHE STRING "")
 set(CMAKE_BUILD_TYPE Debug CACHE STRING "")
 set(CMAKE_CXX_FLAGS_DEBUG "-O1 -g1" CACHE STRING "")
-set(CMAKE_CXX_FLAGS "-march=x86-64-v3" CACHE STRING "")  # the widest vectors against the scalar reference
+include(${CMAKE_CURRENT_LIST_DIR}/instruction_set.cmake)
+set(CMAKE_CXX_FLAGS "${instruction_set}$ENV{CXXFLAGS}" CACHE STRING "")
 set(TETROMINO_EXAMPLES OFF CACHE BOOL "")
 set(TETROMINO_FUZZ_SECONDS 60 CACHE STRING "")
 set(TETROMINO_TEST_TIMEOUT 86400 CACHE STRING "")

@@ -10,8 +10,9 @@ if(text MATCHES "// with: ([^\n]+)")
   separate_arguments(breaking_flags UNIX_COMMAND "${CMAKE_MATCH_1}")
 endif()
 
+set(ENV{LC_ALL} C)  # messages in English
 list(TRANSFORM includes PREPEND -I)
-set(command ${compiler} -std=c++20 -fsyntax-only -Wall -Wextra -Werror ${includes} ${source})
+set(command ${compiler} -std=c++20 -fsyntax-only -Werror=unused-result ${includes} ${source})
 
 execute_process(COMMAND ${command} RESULT_VARIABLE status ERROR_VARIABLE message)
 if(NOT status EQUAL 0)

@@ -1,12 +1,12 @@
 # Builds and runs the consumer in one way: find_package, add_subdirectory, fetch_content, pkg_config, copy or
-# single_header; with `flags`, such as those of a sanitizer that tetromino::cpu was built with. It checks the bytes that
-# it packs.
+# single_header; with `flags`, such as those of a sanitizer that tetromino::cpu was built with, and `warnings`, a list with
+# | between its words. It checks the bytes that it packs.
 cmake_minimum_required(VERSION 3.25)
 set(consumer ${CMAKE_CURRENT_LIST_DIR}/consumer)
 file(REMOVE_RECURSE ${work})
 file(MAKE_DIRECTORY ${work})
-set(strict -std=c++20 -Wall -Wextra -Werror)
-set(cmake_flags "${flags}")
+string(REPLACE "|" ";" strict "-std=c++20|${warnings}")
+string(REPLACE "|" " " cmake_flags "${flags} ${warnings}")
 separate_arguments(flags UNIX_COMMAND "${flags}")
 
 if(way MATCHES "copy|single_header")
