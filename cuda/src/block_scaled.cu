@@ -1,6 +1,6 @@
 #include <tetromino/cuda/block_scaled.cuh>
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template result<void> to_block_scaled(const stream&, const packed_view<any_format>&,
                                       const block_scaled_view<std::uint8_t, float>&);

@@ -1,6 +1,6 @@
 #include <tetromino/cuda/dequantize.cuh>
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template result<void> dequantize(const stream&, const tetromino::detail::dequantize_job<float>&);
 template result<void> dequantize(const stream&, const tetromino::detail::dequantize_job<half>&);

@@ -1,6 +1,6 @@
 #include <tetromino/cuda/matmul.cuh>
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template result<void> prepare<bfloat16>(const stream&, const packed_view<any_format>&, const prepared_shape&,
                                         std::byte*);

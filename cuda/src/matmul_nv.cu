@@ -1,6 +1,6 @@
 #include <tetromino/cuda/matmul_launch.cuh>
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template result<void> matmul_of_kind<bfloat16, weight_kind::nv, 0>(const stream&, const matmul_job<bfloat16>&,
                                                                    const matmul_args<bfloat16>&);

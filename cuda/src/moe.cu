@@ -1,6 +1,6 @@
 #include <tetromino/cuda/moe.cuh>
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template result<void> route(const stream&, const route_job<float>&);
 template result<void> group(const stream&, std::span<const std::uint16_t>, std::size_t, const expert_groups&);

@@ -1,6 +1,6 @@
 #include <tetromino/cuda/quantize.cuh>
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 extern template result<void> dispatch_pack<void>(const stream&, const pack_args&, scale_rule);  // quantize_rotated.cu
 template result<void> quantize(const stream&, const tetromino::detail::quantize_job<float>&, bool);

@@ -1,6 +1,6 @@
 #include <tetromino/cuda/quantize.cuh>
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template result<void> dispatch_pack<void>(const stream&, const pack_args&, scale_rule);
 

@@ -12,7 +12,7 @@
 #include <type_traits>  // std::is_const_v
 #include <vector>       // std::vector
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// 8-bit activations [rows, cols] that somebody else owns: values[rows, cols] and one float scale for every 32 of them
 /// along K, scales[rows, blocks_per_row]; the last block of a row may be short. Element [r, k] is

@@ -18,7 +18,7 @@
 
 /// Operands of the tensor cores that multiply 4-bit blocks by 4-bit blocks (Blackwell), made on the host;
 /// <tetromino/cuda/block_scaled.hpp> makes the same bytes on the GPU, and multiplies them.
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// What the tensor cores take as an operand, both of a product alike: E2M1 codes, and scales for blocks along K.
 enum class block_scaled_kind : std::uint8_t {

@@ -12,6 +12,8 @@
     "tetromino gives the same bytes everywhere, which -ffast-math breaks: compile what includes it with -fno-fast-math"
 #endif
 
+#include "version.hpp"  // TETROMINO_NAMESPACE
+
 #include <cstddef>      // std::size_t
 #include <cstdio>       // std::fputs
 #include <cstdlib>      // std::abort
@@ -145,7 +147,7 @@
 #define TETROMINO_EXPECTS(condition, message) static_cast<void>(0)
 #endif
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 #define TETROMINO_TEXT(x) #x
 #define TETROMINO_TEXT_OF(x) TETROMINO_TEXT(x)

@@ -13,7 +13,7 @@
 #include <string_view>  // std::string_view
 #include <vector>       // std::vector
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// Runs on the CPU with the widest vectors that it has, or as the environment variable TETROMINO_FORCE_BACKEND says:
 /// one of the names that cpu_backends() gives, read once. With any other name, calls report an error.

@@ -10,7 +10,7 @@
 
 #include <type_traits>  // std::is_const_v
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The hooks of the CPU backends; see quantize.hpp.
 template <real T>

@@ -4,7 +4,7 @@
 
 #include <cstdint>  // std::uint8_t
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The 4-bit element: codes 0..7 stand for 0, 0.5, 1, 1.5, 2, 3, 4, 6; bit 3 is the sign. (OCP MX v1.0, sec. 5.3.3)
 struct e2m1 {

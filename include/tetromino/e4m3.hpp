@@ -4,7 +4,7 @@
 
 #include <cstdint>  // std::uint8_t, std::uint32_t
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The block scale of NVFP4: 4 exponent bits (bias 7), 3 mantissa bits, subnormals, no infinity, largest value 448.
 /// Scales are never negative (UE4M3), but the type carries a sign as the hardware's does. (OCP FP8 v1.0)

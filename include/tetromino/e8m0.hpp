@@ -4,7 +4,7 @@
 
 #include <cstdint>  // std::uint8_t
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The block scale of MX formats: a power of two, 2^(bits - 127); 255 is NaN. (OCP MX v1.0, sec. 5.4.1)
 struct e8m0 {

@@ -9,7 +9,7 @@
 #include <cstddef>      // std::size_t
 #include <type_traits>  // std::is_const_v
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// Eigen's row-major matrix of T, the order in which packing reads: K is contiguous.
 template <class T>

@@ -11,7 +11,7 @@
 #include <utility>      // std::move
 #include <variant>      // std::variant
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// What kind of bad data a tetromino::error reports.
 enum class errc {

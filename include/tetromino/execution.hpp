@@ -13,7 +13,7 @@
 #include <utility>      // std::forward
 #include <vector>       // std::vector
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// One numbered piece of work, `task(index)`; refers to a callable that outlives it.
 class task_ref {

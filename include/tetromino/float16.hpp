@@ -4,7 +4,7 @@
 
 #include <cstdint>  // std::uint16_t, std::uint32_t
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// IEEE 754 binary16, laid out as `_Float16` and CUDA's `__half`: storage and conversion only.
 struct half {

@@ -8,7 +8,7 @@
 #include <cstddef>   // std::size_t
 #include <cstdint>   // std::uint8_t
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The number format of a block's scale.
 enum class scale_type : std::uint8_t {

@@ -17,7 +17,7 @@
 #include <utility>      // std::move, std::pair
 #include <vector>       // std::vector
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The second moments of a layer's input, gathered from calibration activations as they stream by: sum of x^T x over
 /// rows x [cols]. Takes cols^2 doubles, whatever the number of rows.

@@ -18,7 +18,7 @@
 #include <optional>   // std::optional
 #include <vector>     // std::vector
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// A block-Hadamard rotation along K: every `size` consecutive columns are multiplied by the orthonormal Hadamard
 /// matrix H / sqrt(size), after random signs where a seed is given. It spreads outliers over their block before

@@ -25,7 +25,7 @@
 ///   - block scales that its readers take for another value: NaN (made by the `poison` policy), negative ones
 ///   - tensor scales without an exact inverse, for compressed-tensors alone: see `invertible`
 /// After an error, what the output holds is unspecified.
-namespace tetromino::layout {
+namespace TETROMINO_NAMESPACE::layout {
 
 /// A gpt-oss checkpoint's tensors, MXFP4 with block 32: `*_blocks` u8 [matrices, rows, K / 32, 16] and `*_scales` u8
 /// [matrices, rows, K / 32].
@@ -67,7 +67,7 @@ struct modelopt_view {
 
 }  // namespace tetromino::layout
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 inline constexpr std::size_t ggml_mxfp4_block_bytes = 17;  // scale, 16 bytes of elements
 inline constexpr std::size_t ggml_nvfp4_block_bytes = 36;  // 4 scales, 32 bytes of elements
@@ -355,7 +355,7 @@ constexpr bool is_positive_finite(float x) noexcept { return x > 0.0f && x <= st
 
 }  // namespace tetromino::detail
 
-namespace tetromino::layout {
+namespace TETROMINO_NAMESPACE::layout {
 
 /// Linear storage as the tensors of a gpt-oss checkpoint, without a copy. Fails with errc::invalid_argument for another
 /// format than mxfp4, errc::shape_mismatch for K that is no multiple of 32, errc::non_finite for a NaN block scale.

@@ -15,7 +15,7 @@
 #include <span>         // std::span
 #include <type_traits>  // std::remove_const_t
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The hooks of the CPU backends. A backend attaches by declaring matmul_on for its policy in the policy's namespace;
 /// the calls below check sizes first. X is batch_view<const T> of float, half or bfloat16, int8_view<>, or

@@ -8,7 +8,7 @@
 #include <type_traits>  // std::remove_const_t
 #include <vector>       // std::vector
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The number types that can be packed and unpacked into.
 template <class T>

@@ -7,7 +7,7 @@
 #include <cstddef>  // std::size_t
 #include <limits>   // std::numeric_limits
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// What packing did to values x that came back as y. Sums run in double, row after row; add() reports to join them.
 struct error_report {

@@ -10,7 +10,7 @@
 #include <optional>  // std::optional
 #include <span>      // std::span
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// What happens to NaN and infinities in the input.
 enum class special_values : std::uint8_t {

@@ -9,7 +9,7 @@
 #include <type_traits>  // std::conditional_t
 #include <vector>       // std::vector
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// Sizes of a packed batch [matrices, rows, cols] in the linear layout.
 /// - codes [matrices, rows, blocks_per_row * block / 2]: low nibble = even k; the last block is padded with zero codes

@@ -11,7 +11,7 @@
 #include <span>         // std::span
 #include <type_traits>  // std::is_const_v
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// The hooks of the CPU backends. A backend attaches by declaring quantize_on, amax_on, dequantize_on and
 /// fake_quantize_on for its policy in the policy's namespace; the calls below check sizes and options first.

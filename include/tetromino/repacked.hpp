@@ -13,7 +13,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// Sizes of repacked weights: rows go in groups of 16, columns in panels of 32, both rounded up.
 struct repacked_shape {

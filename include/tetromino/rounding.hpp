@@ -6,7 +6,7 @@
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::uint32_t, std::uint64_t
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// How an element is rounded to E2M1. Scales are chosen as for nearest_even in either case.
 enum class element_rounding : std::uint8_t {

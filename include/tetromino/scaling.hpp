@@ -9,7 +9,7 @@
 #include <string>       // std::string
 #include <string_view>  // std::string_view
 
-namespace tetromino {
+namespace TETROMINO_NAMESPACE {
 
 /// How the scale of a block is chosen from its elements; a is the largest magnitude in the block.
 enum class scale_rule : std::uint8_t {

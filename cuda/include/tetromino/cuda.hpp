@@ -15,7 +15,7 @@
 #include <cstddef>  // std::size_t
 #include <span>     // std::span
 
-namespace tetromino::cuda {
+namespace TETROMINO_NAMESPACE::cuda {
 
 /// Bytes of workspace that fake_quantize needs on a stream: the tensor scales of NVFP4, none for other formats.
 [[nodiscard]] inline std::size_t fake_quantize_workspace_bytes(const any_format& format, std::size_t matrices,

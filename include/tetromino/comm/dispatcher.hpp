@@ -10,7 +10,7 @@
 #include <span>      // std::span
 #include <vector>    // std::vector
 
-namespace tetromino::comm {
+namespace TETROMINO_NAMESPACE::comm {
 
 /// Moves the rows of a plan between ranks, in host memory: comm::mpi_exchange, or local_exchange for one rank.
 template <class E>

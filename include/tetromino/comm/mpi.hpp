@@ -14,7 +14,7 @@
 #include <string>   // std::string
 #include <vector>   // std::vector
 
-namespace tetromino::comm {
+namespace TETROMINO_NAMESPACE::comm {
 
 /// Success, or an error that names the call and says what MPI says.
 [[nodiscard]] inline result<void> check_mpi(int code, const char* call) {

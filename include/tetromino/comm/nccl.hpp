@@ -12,7 +12,7 @@
 #include <span>     // std::span
 #include <vector>   // std::vector
 
-namespace tetromino::comm {
+namespace TETROMINO_NAMESPACE::comm {
 
 /// The name of a NCCL result, such as "ncclSystemError".
 [[nodiscard]] constexpr const char* name_of(ncclResult_t code) noexcept {

@@ -14,7 +14,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// The least of the values that several threads offer.
 class shared_minimum {

@@ -10,7 +10,7 @@
 #include <cstdint>    // std::uint32_t
 #include <span>       // std::span
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// Packed weights in either order.
 struct weights_view : packed_view<any_format> {

@@ -5,7 +5,7 @@
 #include <algorithm>  // std::min, std::max
 #include <cstddef>    // std::size_t
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// Rows of a batch, counted through all its matrices, in pieces that are worth a task.
 template <class F>

@@ -5,7 +5,7 @@
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::uint8_t
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// How every row of a job is packed.
 struct row_rules {

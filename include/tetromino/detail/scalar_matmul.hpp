@@ -11,7 +11,7 @@
 #include <cstdint>    // std::uint8_t
 #include <vector>     // std::vector
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// The reference backend: one output at a time, one product at a time.
 ///

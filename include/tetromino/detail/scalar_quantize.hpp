@@ -7,7 +7,7 @@
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// The reference backend: one block at a time, one element at a time, in the words of the specification. Every other
 /// backend gives the same bytes.

@@ -10,7 +10,7 @@
 #include <string_view>  // std::string_view
 #include <type_traits>  // std::is_signed_v
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// The number type of a stored tensor, by its name in safetensors files. A type never needs less alignment than the
 /// types listed before it. (safetensors 0.8)
@@ -41,7 +41,7 @@ enum class dtype : std::uint8_t {
 
 }  // namespace tetromino::io
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 struct dtype_fact {
   io::dtype type;
@@ -107,7 +107,7 @@ constexpr io::dtype integer_dtype() noexcept {
 
 }  // namespace tetromino::detail
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// The type's name in safetensors headers, such as "BF16".
 [[nodiscard]] constexpr std::string_view name(dtype type) noexcept {

@@ -18,7 +18,7 @@
 #include <utility>     // std::move
 #include <vector>      // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// A tensor of an open safetensors_file. It refers to the file: it must not outlive it.
 class safetensors_tensor : public detail::stored_tensor {

@@ -13,7 +13,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// How activations travel to other nodes.
 enum class dispatch_copies : std::uint8_t {

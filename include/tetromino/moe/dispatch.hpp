@@ -12,7 +12,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// What an expert_call holds when it calls nobody.
 inline constexpr std::uint32_t no_slot = 0xFFFF'FFFF;

@@ -15,7 +15,7 @@
 #include <limits>     // std::numeric_limits
 #include <vector>     // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// What `exact` looks for: the objective and the limits of `local`, one copy of each expert.
 struct exact_options {

@@ -14,7 +14,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// What a signature keeps of the experts that a prompt used. Less is smaller and faster, and tells nodes apart less.
 struct signature_options {

@@ -7,7 +7,7 @@
 #include <cstddef>  // std::size_t
 #include <span>     // std::span
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// How much each expert is used: values[layers, experts], pairs counted or any measure in proportion to them.
 struct load_view {

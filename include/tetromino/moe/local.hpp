@@ -14,7 +14,7 @@
 #include <cstdint>    // std::uint8_t, std::uint16_t, std::uint32_t, std::uint64_t
 #include <utility>    // std::move
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 namespace detail {
 

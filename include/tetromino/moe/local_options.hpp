@@ -8,7 +8,7 @@
 #include <functional>  // std::function
 #include <vector>      // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// Where a running search stands.
 struct local_progress {

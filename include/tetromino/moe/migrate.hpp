@@ -12,7 +12,7 @@
 #include <utility>    // std::move, std::swap
 #include <vector>     // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// One expert's weights on their way to a GPU that lacks them.
 struct expert_move {

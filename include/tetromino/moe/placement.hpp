@@ -14,7 +14,7 @@
 #include <utility>       // std::move
 #include <vector>        // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// What a slot holds when it holds no expert.
 inline constexpr std::int32_t empty_slot = -1;

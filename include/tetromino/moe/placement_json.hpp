@@ -14,7 +14,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// A placement as one line of JSON: `{"experts":E,"layers":L,"slot_to_expert":[[…],…],"slots":S}`, −1 for empty slots.
 [[nodiscard]] inline std::string to_json(const placement& p) {

@@ -13,7 +13,7 @@
 #include <utility>    // std::swap
 #include <vector>     // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// What a profile keeps. Memory in bytes, with C = layers × experts:
 /// 16·C for loads, 16·C per domain, 8·C per request, 4·C·(experts − 1) for co-activation, 8·C·experts for transitions.

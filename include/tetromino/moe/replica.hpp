@@ -9,7 +9,7 @@
 #include <span>     // std::span
 #include <vector>   // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// Which copy of a replicated expert serves a token.
 enum class replica_choice : std::uint8_t {

@@ -11,7 +11,7 @@
 #include <limits>     // std::numeric_limits
 #include <span>       // std::span
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// How a token's router logits become experts and their weights.
 enum class gating : std::uint8_t {

@@ -8,7 +8,7 @@
 #include <span>     // std::span
 #include <vector>   // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 namespace detail {
 using tetromino::detail::text;

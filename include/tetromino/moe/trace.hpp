@@ -9,7 +9,7 @@
 #include <utility>  // std::move
 #include <vector>   // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 namespace detail {
 using tetromino::detail::text;

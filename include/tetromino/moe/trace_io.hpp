@@ -23,7 +23,7 @@
 #include <utility>       // std::move
 #include <vector>        // std::vector
 
-namespace tetromino::moe {
+namespace TETROMINO_NAMESPACE::moe {
 
 /// What a file does not say about itself.
 struct trace_read_options {

@@ -13,7 +13,7 @@
 #include <span>       // std::span
 
 /// Largest magnitudes, and the tensor scales of NVFP4 that come from them.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// The largest magnitude of each matrix (blockIdx.y), or of the whole batch as one, into float bits that start at 0.
 template <real T>

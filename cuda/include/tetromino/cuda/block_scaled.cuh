@@ -8,7 +8,7 @@
 #include <cstdint>  // std::uint8_t, std::uint32_t
 
 /// Operands of block-scaled tensor cores, made on the GPU: once for weights, so that simple kernels do.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 struct operand_args {
   const std::uint8_t* codes;

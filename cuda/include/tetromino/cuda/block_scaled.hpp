@@ -19,7 +19,7 @@
 ///
 /// Compiled for sm_100a and sm_120a, and NOT RUN on such a GPU, for want of one. What has been run: making operands, on
 /// the host and on an H200; the product's kernel on an H200, with a model of the one instruction that only sm_120a has.
-namespace tetromino::cuda {
+namespace TETROMINO_NAMESPACE::cuda {
 
 namespace detail {
 

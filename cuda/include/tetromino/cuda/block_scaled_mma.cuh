@@ -12,7 +12,7 @@
 /// The product of block-scaled operands for compute capability 12.x: right and plain. A block of eight warps computes
 /// 128 x 128 sums, which needs whole tiles of the 128x4 swizzle; their bytes go to shared memory as they are, and a
 /// lane's scales for an instruction are one word of them.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// Adds a 16 x 8 x 64 product to a warp's sums. `Byte`: where in the words of E8M0 scales the two of these columns are.
 struct native_mma {

@@ -30,7 +30,7 @@
 ///     const auto plan = cuda::block_scaled_plan<bfloat16>::create(library, tokens, N, K, N);    // once for each shape
 ///     cuda::try_quantize_swizzled_to(stream, x, packed, options).value();                       // x is now an operand
 ///     plan.multiply(stream.with_workspace(memory), cuda::as_block_scaled(packed), weights[expert], out);
-namespace tetromino::cuda {
+namespace TETROMINO_NAMESPACE::cuda {
 
 namespace detail {
 

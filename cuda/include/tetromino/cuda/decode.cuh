@@ -8,7 +8,7 @@
 /// From E2M1 codes to values. A code's three low bits, put where the exponent of a small float type ends and its
 /// fraction begins, are the code's value times a power of two, subnormals included: 2^-14 for half, 2^-126 for
 /// bfloat16.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 enum class unpack_rule : std::uint8_t { mx, mx_macro, nv };
 

@@ -10,7 +10,7 @@
 #include <bit>      // std::bit_width
 #include <cstdint>  // std::uint32_t
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template <real T>
 struct unpack_args {

@@ -4,7 +4,7 @@
 
 #include <cstdint>  // std::uint32_t, std::uint64_t
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// Division of numbers below 2^31 by a divisor known before the launch: a multiplication and a shift.
 /// (Granlund and Montgomery: "Division by invariant integers using multiplication", PLDI 1994)

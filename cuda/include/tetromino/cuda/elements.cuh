@@ -13,7 +13,7 @@
 #include <cstdint>  // std::uint32_t
 
 /// What all kernels that read or write elements share: sixteen of them at a time, as raw 32-bit words in registers.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 using tetromino::detail::bit_cast;
 

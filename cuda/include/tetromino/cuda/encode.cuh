@@ -13,7 +13,7 @@
 /// Rounding to E2M1, sixteen elements at a time. Over the values 0, 0.5 ... 6 the code is a concave function of the
 /// magnitude y, made of three straight pieces, so code = min(2y, y + 2, y/2 + 4, 7) rounded to an integer, ties to
 /// even. Adding a float whose last bit counts ones does that rounding, and a fused multiply-add does it exactly once.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// Sixteen E2M1 codes, element i in nibble i.
 struct code_words {

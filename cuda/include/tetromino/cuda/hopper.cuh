@@ -7,7 +7,7 @@
 
 /// Hopper's own instructions, as functions: warpgroup matrix products, the bulk copy engine, and its barriers. (PTX
 /// ISA, "Asynchronous Warpgroup Level Matrix Instructions", "Data Movement and Conversion Instructions")
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// Whether this translation unit's device code may use what only sm_90a has.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)

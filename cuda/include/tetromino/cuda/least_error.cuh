@@ -9,7 +9,7 @@
 
 /// MX scales and macro-block bytes of least squared error, for warps that hold sixteen elements in each lane. What all
 /// backends share is the order of each sum: sixteen strided partial sums, then halves onto halves.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// What search_macro shares among the lanes of a warp: for each chunk sixteen magnitudes, the largest magnitude of its
 /// block, and a gap that spreads chunks over the banks.

@@ -5,7 +5,7 @@
 
 #include <cstdint>  // std::uint32_t
 
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// The kernels of one kind of weights; see matmul_launch.cuh. `Macros`: macro blocks that a tile of 64 columns touches.
 template <activation T, weight_kind Kind, int Macros>

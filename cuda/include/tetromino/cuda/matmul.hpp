@@ -15,7 +15,7 @@
 
 /// Activations of 16 bits times packed 4-bit weights (W4A16): weights are decoded in registers on their way into the
 /// tensor cores, so that a product reads 4-bit weights from memory and nothing else of their size.
-namespace tetromino::cuda {
+namespace TETROMINO_NAMESPACE::cuda {
 
 /// The activation types of the products.
 template <class T>

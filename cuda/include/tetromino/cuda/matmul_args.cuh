@@ -6,7 +6,7 @@
 #include <cstdint>  // std::uint32_t
 
 /// What the product kernels are told, and how they share out the work.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template <activation T>
 struct matmul_args {

@@ -13,7 +13,7 @@
 /// each: a lane reads its codes, decodes them in registers, and those are the A operand of the warpgroup's matrix
 /// products; the activations are the B operand. So a tile of the output is [weight rows, x rows], with sums in
 /// registers.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// The shape of a kernel: `Rows` of x and Groups * 64 rows of weights in a tile; stages of 64 columns.
 template <activation T, weight_kind Kind, int Rows, int Groups, int Stages>

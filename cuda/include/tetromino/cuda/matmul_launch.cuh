@@ -10,7 +10,7 @@
 #include <cstdint>    // std::uint32_t
 
 /// Choosing and launching a product kernel for one kind of weights.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// What the choice of a kernel rests on.
 struct device_facts {

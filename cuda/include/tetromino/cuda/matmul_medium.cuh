@@ -16,7 +16,7 @@
 ///
 /// Where there are fewer tiles of the output than multiprocessors, the blocks of a cluster share one: each takes a part
 /// of the columns and sends its sums to the block that adds them up.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// The shape of a kernel: `Rows` of x and Groups * 64 rows of weights in a tile of the output; stages of 128 columns.
 template <activation T, weight_kind Kind, int Rows, int Groups, int Stages>

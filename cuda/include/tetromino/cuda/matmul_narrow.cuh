@@ -15,7 +15,7 @@
 /// A kernel may start while the one before it in the stream still runs. It waits for that one before it touches
 /// anything but its own shared memory; with matmul_options::settled_weights it asks for its first weights before it
 /// waits.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// `Rows` of x by 64 rows of weights.
 template <weight_kind Kind, int Macros, int Rows>

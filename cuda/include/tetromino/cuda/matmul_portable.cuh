@@ -6,7 +6,7 @@
 #include <cstdint>  // std::uint32_t
 
 /// The product on every GPU from compute capability 8.0 on, for any alignment of x: right, and simple rather than fast.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// Rows of x in a tile of the portable kernel.
 inline constexpr std::uint32_t portable_rows = 32;

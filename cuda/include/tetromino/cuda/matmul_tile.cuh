@@ -5,7 +5,7 @@
 #include <cstdint>  // std::uint32_t
 
 /// What the product kernels do with a tile of weights: decode it in registers, multiply by it.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// d[16, 8] += a[16, 16] b[16, 8].
 template <activation T>

@@ -11,7 +11,7 @@
 #include <cstdint>    // std::uint32_t
 
 /// Routing, grouping and moving of tokens, one launch each.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template <int N>
 result<void> launch_route(const stream& s, const route_args& args) {

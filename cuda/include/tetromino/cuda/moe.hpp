@@ -15,7 +15,7 @@
 
 /// Moving tokens to experts and back on the GPU: what moe/router.hpp and moe/dispatch.hpp do on the CPU, one launch a
 /// call. All spans are device memory.
-namespace tetromino::cuda {
+namespace TETROMINO_NAMESPACE::cuda {
 
 /// The most that a device router takes.
 inline constexpr std::size_t max_routed_experts = 1024;

@@ -14,7 +14,7 @@
 /// float keeps its sign, the end of its exponent and the start of its fraction.
 ///   tile    codes [warp 4][lane 32][step 4] words, then scales [g 8][warp 4][block][row g, row g + 8] bytes
 ///   macros  [macro block][g 8][warp 4][row g, row g + 8] bytes
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 enum class weight_kind : std::uint8_t { mx32, mx16, nv };
 

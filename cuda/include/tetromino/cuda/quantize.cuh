@@ -21,7 +21,7 @@
 #include <type_traits>  // std::is_void_v
 
 /// Packing in one pass over memory: all rules but the rare ones that search.cuh has.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 enum class pack_rule : std::uint8_t {
   mx,

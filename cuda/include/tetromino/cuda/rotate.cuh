@@ -15,7 +15,7 @@
 
 /// Block-Hadamard rotations, in the very additions of detail::scalar_rotation: sums and differences at falling
 /// distances, between lanes where blocks are longer than a chunk, then one scaling.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 [[nodiscard]] inline rotation_args make_rotation(const std::optional<hadamard>& rotation) {
   if (!rotation) return {};

@@ -7,7 +7,7 @@
 #include <cstdint>  // std::uint32_t
 
 /// Routing where there are fewer tokens than lanes: a warp routes a token.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 struct route_args {
   const float* logits;

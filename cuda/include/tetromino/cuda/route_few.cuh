@@ -6,7 +6,7 @@
 #include <cstdint>  // std::uint32_t
 
 /// Routing many tokens among few experts: a lane routes a token, so that nothing crosses lanes.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// What a warp keeps beside its registers: 32 experts of its tokens, and what each token has found worth a second look
 /// since its list was last brought up to date.

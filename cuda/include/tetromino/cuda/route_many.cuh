@@ -8,7 +8,7 @@
 /// Routing where there are many tokens: a few lanes share a token, whose scores stay in their registers. The k-th best
 /// of the bests of 16 sets of experts is no better than the k-th best expert; the dozen experts that are not below it
 /// are compared with each other.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// The most that these kernels take.
 inline constexpr std::uint32_t most_candidates = 32, most_chosen = 10, most_groups = 16;

@@ -11,7 +11,7 @@
 #include <cstdint>  // std::uint32_t
 
 /// What the packing kernels are told.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 struct pack_rules {
   std::uint32_t block, macro_block;

@@ -13,7 +13,7 @@
 /// Packing MX blocks by least squared error: scale_rule::min_error, and searched macro-block bytes. Sixteen lanes share
 /// a span (a macro block, or a block): lane j holds the elements j, j + 16, j + 32 ..., which are those that meet in
 /// partial sum j of the specified order, so that its additions are a lane's own followed by a butterfly.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// Adds the partial sums of sixteen lanes, halves onto halves; every lane gets the sum.
 [[nodiscard]] __device__ inline float sum_lanes(float partial) {

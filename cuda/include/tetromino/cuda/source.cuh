@@ -9,7 +9,7 @@
 #include <type_traits>  // std::conditional_t
 
 /// How kernels that pack find and read their elements.
-namespace tetromino::cuda::detail {
+namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// The elements of a thread block that packs the transpose in the same pass: `cols` of the output by 4096 / cols rows,
 /// read along the rows of the input. The output's element [row, col] is the input's [col, row]. They wait in shared

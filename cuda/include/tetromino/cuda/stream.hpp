@@ -10,7 +10,7 @@
 #include <span>     // std::span
 #include <utility>  // std::exchange, std::move, std::swap
 
-namespace tetromino::cuda {
+namespace TETROMINO_NAMESPACE::cuda {
 
 class rejections;
 

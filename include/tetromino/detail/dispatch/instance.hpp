@@ -20,7 +20,7 @@
 #include "../simd/matmul.hpp"  // simd_matmul_kernels
 #endif
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 #if TETROMINO_CPU_ROWS

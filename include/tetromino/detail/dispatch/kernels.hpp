@@ -15,7 +15,7 @@
 #include <string_view>  // std::string_view
 #include <tuple>        // std::tuple, std::get
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// The kernels for rows of one element type; see scalar_kernels.
 template <real T>

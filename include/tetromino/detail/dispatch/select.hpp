@@ -21,7 +21,7 @@
 #include <sys/auxv.h>  // getauxval
 #endif
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 #define TETROMINO_CPU_TABLES(name)          \
   namespace name {                          \

@@ -14,7 +14,7 @@
 
 TETROMINO_VECTOR_CODE_BEGIN
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 // 32 elements, stored even ones first within each eight, as the codes of a word come; and what takes the bias of the

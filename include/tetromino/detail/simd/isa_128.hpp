@@ -20,7 +20,7 @@
 #include <cstring>      // std::memcpy
 #include <type_traits>  // std::is_same_v
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 // What SSE2 and NEON spell differently --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@
 #include <cstring>      // std::memcpy
 #include <type_traits>  // std::is_same_v
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 TETROMINO_INLINE __m256 raw(const float_register& a) { return a; }

@@ -18,7 +18,7 @@
 
 TETROMINO_VECTOR_CODE_BEGIN
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 TETROMINO_INLINE __m512 raw(const floats& a) { return a.r[0]; }

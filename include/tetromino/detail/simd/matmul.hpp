@@ -12,7 +12,7 @@
 
 TETROMINO_VECTOR_CODE_BEGIN
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 /// Matrix products on vectors; see float_matmul and integer_matmul.

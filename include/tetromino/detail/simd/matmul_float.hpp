@@ -20,7 +20,7 @@
 
 TETROMINO_VECTOR_CODE_BEGIN
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 /// Weights are decoded to float with their scales and macro factors, 16 outputs of 512 columns at a time, and

@@ -19,7 +19,7 @@
 
 TETROMINO_VECTOR_CODE_BEGIN
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 /// Lanes are 16 outputs side by side, so that repacked weights are multiplied as they lie; others are put into that

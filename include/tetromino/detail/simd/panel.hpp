@@ -16,7 +16,7 @@
 
 TETROMINO_VECTOR_CODE_BEGIN
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 /// Columns of 16 rows of weights, as repacked_view has them.

@@ -17,7 +17,7 @@
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 /// Row kernels on vectors, 16 blocks at a time; byte for byte what scalar_kernels give.

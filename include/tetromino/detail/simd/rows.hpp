@@ -22,7 +22,7 @@
 
 TETROMINO_VECTOR_CODE_BEGIN
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 // What SSE2 and NEON spell differently: registers of 16 bytes, and two of them joined in turns, byte by byte, word by

@@ -13,7 +13,7 @@
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int32_t
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 inline constexpr std::size_t blocks_at_once = lane_count;

@@ -13,7 +13,7 @@
 #include <utility>      // std::pair
 #include <vector>       // std::vector
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// Text out of a file, fit for a message: in quotes, control characters escaped, long text cut.
 inline std::string printable(std::string_view raw, std::size_t longest = 100) {

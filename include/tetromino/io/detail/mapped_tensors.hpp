@@ -20,7 +20,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 static_assert(std::endian::native == std::endian::little, "the files are little-endian, and read in place");
 

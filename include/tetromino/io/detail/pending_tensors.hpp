@@ -15,7 +15,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// Where a tensor's bytes go in a file under construction.
 struct pending_tensor {

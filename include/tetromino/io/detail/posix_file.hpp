@@ -21,7 +21,7 @@
 #include <system_error>  // std::generic_category
 #include <utility>       // std::exchange, std::move, std::swap
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// "path: could not do it: No space left on device", from errno unless a reason is given.
 inline error io_error(const std::filesystem::path& path, std::string_view what, int reason = errno) {

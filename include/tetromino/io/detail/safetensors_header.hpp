@@ -19,14 +19,14 @@
 #include <utility>      // std::exchange, std::move
 #include <vector>       // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// Free text that travels with a file: `__metadata__` of its header.
 using safetensors_metadata = std::map<std::string, std::string, std::less<>>;
 
 }  // namespace tetromino::io
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// The largest header that the format allows.
 inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;

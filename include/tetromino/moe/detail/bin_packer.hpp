@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../version.hpp"  // TETROMINO_NAMESPACE
+
 #include <algorithm>  // std::fill, std::max, std::sort
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint32_t
@@ -7,7 +9,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// A copy of an expert and the load it carries.
 struct pack_item {

@@ -2,13 +2,15 @@
 
 /// The algorithm of DeepSeek EPLB (github.com/deepseek-ai/EPLB), one layer at a time, on float32 as published.
 
+#include "../../version.hpp"  // TETROMINO_NAMESPACE
+
 #include <algorithm>  // std::sort, std::pop_heap, std::push_heap, std::make_heap
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint32_t
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 struct eplb_shape {
   std::size_t experts, replicas, groups, nodes, gpus;

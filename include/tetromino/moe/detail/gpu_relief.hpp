@@ -8,7 +8,7 @@
 #include <span>     // std::span
 #include <vector>   // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// Gives experts that overload their GPU a second slot on the same node, so that no token travels further: an empty
 /// slot, or the slot of a copy that is served elsewhere too and carries least.

@@ -9,7 +9,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// What it is worth to run requests on each node, given who holds the experts of one layer.
 template <class Mask>

@@ -10,7 +10,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// What a search may do and what it pays. Costs are whole numbers: 65,536 is one visit (or pair) at full price.
 struct search_rules {

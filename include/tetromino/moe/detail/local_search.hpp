@@ -22,7 +22,7 @@
 #include <utility>    // std::move
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// One run of `local`; a Mask has a bit per node.
 template <class Mask>

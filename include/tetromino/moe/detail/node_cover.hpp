@@ -1,10 +1,12 @@
 #pragma once
 
+#include "../../version.hpp"  // TETROMINO_NAMESPACE
+
 #include <bit>      // std::popcount
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int64_t
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// Tokens that are looked at together; one lane each. A Mask has a bit per node.
 inline constexpr std::size_t cover_lanes = 64;

@@ -11,7 +11,7 @@
 #include <utility>    // std::swap
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// Requests to be spread over nodes: scores[requests, nodes] (more is better), tokens[requests], and the tokens that
 /// each node may take.

@@ -9,7 +9,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 [[nodiscard]] constexpr std::uint64_t integer_root(std::uint64_t x) {
   std::uint64_t root = 0;

@@ -1,10 +1,12 @@
 #pragma once
 
+#include "../../version.hpp"  // TETROMINO_NAMESPACE
+
 #include <array>    // std::array
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int64_t, std::uint32_t, std::uint64_t
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 // −ln((i + ½) / 1024) in units of 2⁻¹⁶, by repeated squaring in whole numbers, so that it is the same everywhere.
 [[nodiscard]] constexpr std::array<std::uint32_t, 1024> make_exponential_table() {

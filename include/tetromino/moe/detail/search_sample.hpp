@@ -10,7 +10,7 @@
 #include <utility>    // std::swap
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// Tokens that stand for a trace: of at most so many requests, evenly spaced within each, in random order.
 struct search_sample {

@@ -10,7 +10,7 @@
 #include <utility>    // std::swap
 #include <vector>     // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// Spreads experts with copies over neighbouring GPUs of any sizes, none twice on one GPU.
 class strict_balancer {

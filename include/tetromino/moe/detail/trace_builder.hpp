@@ -12,7 +12,7 @@
 #include <utility>        // std::move
 #include <vector>         // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// One line of a routing log: the experts of one token in one layer.
 struct routing_record {
