@@ -50,14 +50,7 @@ struct precondition_failed : std::logic_error {
 }
 
 /// The path of a bundled input, `examples/data/name`.
-[[nodiscard]] inline std::filesystem::path data_file(const std::string& name) {
-#if defined(TETROMINO_TEST_DATA)
-  const std::filesystem::path folder = TETROMINO_TEST_DATA;
-#else
-  const std::filesystem::path folder = std::filesystem::path(__FILE__).parent_path().parent_path() / "examples/data";
-#endif
-  return folder / name;
-}
+[[nodiscard]] std::filesystem::path data_file(const std::string& name);
 
 /// A fresh directory that goes away, with its contents, at the end of its scope.
 class temporary_directory {

@@ -27,8 +27,8 @@ fi
 build() {
   local flags=(-D TETROMINO_SIMD=0)
   [[ $1 == isa/* ]] && flags=(-mavx2 -mfma -mf16c)
-  $launcher "$CXX" -std=c++20 -O1 -D TETROMINO_TEST_DATA="\"$root/examples/data\"" "${flags[@]}" -I "$2" -I "$root/tests" \
-    -c "$root/tests/$1.cpp" -o "$3.o" && "$CXX" "$3.o" "$work/main.o" $libraries -pthread -o "$3"
+  $launcher "$CXX" -std=c++20 -O1 "${flags[@]}" -I "$2" -I "$root/tests" \
+    -c "$root/tests/$1.cpp" -o "$3.o" && "$CXX" "$3.o" "$work/main.o" "$work/places.o" $libraries -pthread -o "$3"
 }
 
 # plant NAME FILE TEST SCRIPT: 0 caught, 1 survived, 2 neither
@@ -72,7 +72,10 @@ done <"$list"
 [ ${#names[@]} -gt 0 ] || { echo "no fault of that name" >&2; exit 2; }
 
 if [ "$check_only" = no ]; then
-  "$CXX" -std=c++20 -O1 -I "$root/include" -I "$root/tests" -c "$root/tests/support/main.cpp" -o "$work/main.o"
+  for part in main places; do
+    $launcher "$CXX" -std=c++20 -O1 -D TETROMINO_TEST_DATA="\"$root/examples/data\"" -I "$root/include" -I "$root/tests" \
+      -c "$root/tests/support/$part.cpp" -o "$work/$part.o"
+  done
   for test in $(printf '%s\n' "${tests[@]}" | sort -u); do  # each must pass without a fault
     if ! build "$test" "$root/include" "$work/whole" || ! "$work/whole" >/dev/null 2>&1; then
       echo "error: $test fails without any fault" >&2

@@ -11,8 +11,9 @@ trap 'rm -rf "$work"' EXIT
 
 compile() { ${CXX:-c++} -std=c++20 -O1 -g -D TETROMINO_SIMD=0 -I "$root/include" -I "$root/tests" "$@"; }
 compile -c "$root/tests/support/main.cpp" -o "$work/main.o"
+compile -c "$root/tests/support/places.cpp" -o "$work/places.o" -D TETROMINO_TEST_DATA="\"$root/examples/data\""
 for test in "$@"; do
-  compile "$root/tests/$test.cpp" "$work/main.o" -pthread -o "$work/test" -D TETROMINO_TEST_DATA="\"$root/examples/data\""
+  compile "$root/tests/$test.cpp" "$work/main.o" "$work/places.o" -pthread -o "$work/test"
   if ! valgrind --quiet --error-exitcode=9 --leak-check=full --soname-synonyms=somalloc=nouserintercepts "$work/test" >"$work/said" 2>&1; then
     echo "$test: errors"
     cat "$work/said"
