@@ -101,20 +101,20 @@ struct layer {
   tt::moe::router_options router;
 };
 
-/// The packed and the prepared weights of all experts of one projection.
+/// The packed and the repacked weights of all experts of one projection.
 struct projection {
   tt::packed_shape shape;
-  tt::cuda::prepared_shape prepared_shape;
+  tt::cuda::repacked_shape repacked_shape;
   device_array<std::uint8_t> codes, scales, macros;
-  device_array<std::byte> prepared;
+  device_array<std::byte> repacked;
 
   projection(const tt::recipe& r, std::size_t experts, std::size_t rows, std::size_t cols, tt::cuda::gating_rows gating)
       : shape{r.format, experts, rows, cols},
-        prepared_shape{r.format, experts, rows, cols, gating},
+        repacked_shape{r.format, experts, rows, cols, gating},
         codes(shape.code_bytes()),
         scales(shape.scale_bytes()),
         macros(shape.macro_bytes()),
-        prepared(prepared_shape.bytes()) {}
+        repacked(repacked_shape.bytes()) {}
 
   /// Experts first ... first + count - 1.
   [[nodiscard]] tt::packed_view<tt::any_format, std::uint8_t> view(std::size_t first, std::size_t count) const {
@@ -124,9 +124,9 @@ struct projection {
     };
     return {shape.format, count, shape.rows, shape.cols, part(codes), part(scales), part(macros), {}};
   }
-  [[nodiscard]] tt::cuda::prepared_weights<bfloat16> ready() const { return {prepared_shape, prepared.span()}; }
+  [[nodiscard]] tt::cuda::repacked_view<bfloat16, std::byte> ready() const { return {repacked_shape, repacked.span()}; }
 
-  /// Packs random float weights, expert by expert, and prepares them all.
+  /// Packs random float weights, expert by expert, and repacks them all.
   void make(const tt::cuda::stream& s, const tt::recipe& r, std::uint64_t seed, float* room) const {
     tt::quantize_options options;
     options.rule = r.rule, options.macro = r.macro, options.special = tt::special_values::poison;
@@ -135,7 +135,7 @@ struct projection {
                                        1.0f / std::sqrt(static_cast<float>(shape.cols)));
       tt::quantize_to(s, tt::matrix_view<const float>(room, shape.rows, shape.cols), view(e, 1), options);
     }
-    tt::cuda::prepare(s, view(0, shape.matrices), ready());
+    tt::repack_to(s, view(0, shape.matrices), ready());
     check(cudaStreamSynchronize(s.handle), "packing");
   }
 };
@@ -203,12 +203,12 @@ bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
       tt::cuda::try_permute<bfloat16>(s, x.span(), grouped.span(), l.hidden, groups).value();
     };
     const auto multiply_in = [&] {
-      tt::cuda::grouped_matmul(s, matrix(grouped, calls, l.hidden), both.ready(), offsets.span(),
-                               tt::matrix_view<bfloat16>(h.data, calls, l.inner));
+      tt::grouped_matmul(s, matrix(grouped, calls, l.hidden), both.ready(), offsets.span(),
+                         tt::matrix_view<bfloat16>(h.data, calls, l.inner));
     };
     const auto multiply_out = [&] {
-      tt::cuda::grouped_matmul(s, matrix(h, calls, l.inner), down.ready(), offsets.span(),
-                               tt::matrix_view<bfloat16>(y.data, calls, l.hidden));
+      tt::grouped_matmul(s, matrix(h, calls, l.inner), down.ready(), offsets.span(),
+                         tt::matrix_view<bfloat16>(y.data, calls, l.hidden));
     };
     const auto combine = [&] {
       tt::cuda::try_combine<bfloat16>(s, y.span(), weights.span(), out.span(), l.hidden, groups).value();

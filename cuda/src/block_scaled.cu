@@ -1,4 +1,4 @@
-#include <tetromino/cuda/block_scaled.cuh>
+#include <tetromino/cuda/gemm/block_scaled_operand.cuh>
 
 namespace TETROMINO_NAMESPACE::cuda::detail {
 

@@ -1,4 +1,4 @@
-#include <tetromino/cuda/dequantize.cuh>
+#include <tetromino/cuda/pack/dequantize.cuh>
 
 namespace TETROMINO_NAMESPACE::cuda::detail {
 

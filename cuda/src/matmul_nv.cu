@@ -1,4 +1,4 @@
-#include <tetromino/cuda/matmul_launch.cuh>
+#include <tetromino/cuda/gemm/launch.cuh>
 
 namespace TETROMINO_NAMESPACE::cuda::detail {
 

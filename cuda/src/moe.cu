@@ -1,4 +1,6 @@
-#include <tetromino/cuda/moe.cuh>
+#include <tetromino/cuda/route/group.cuh>
+#include <tetromino/cuda/route/move.cuh>
+#include <tetromino/cuda/route/route.cuh>
 
 namespace TETROMINO_NAMESPACE::cuda::detail {
 

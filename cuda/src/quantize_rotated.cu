@@ -1,4 +1,4 @@
-#include <tetromino/cuda/quantize.cuh>
+#include <tetromino/cuda/pack/quantize.cuh>
 
 namespace TETROMINO_NAMESPACE::cuda::detail {
 

@@ -30,7 +30,9 @@ struct int8_view {
   [[nodiscard]] constexpr std::size_t blocks_per_row() const noexcept { return cols / block + (cols % block != 0); }
 
   /// A mutable view is also a read-only one.
-  constexpr operator int8_view<const Value>() const noexcept requires(!std::is_const_v<Value>) {
+  template <class Other>
+    requires(std::is_const_v<Other> && !std::is_const_v<Value>)
+  constexpr operator int8_view<Other>() const noexcept {
     return {rows, cols, values, scales};
   }
 };

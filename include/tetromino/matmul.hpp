@@ -4,6 +4,7 @@
 #include "detail/cpu_matmul.hpp"     // matmul_job, matmul_cpu
 #include "detail/scalar_matmul.hpp"  // scalar_matmul_kernels
 #include "execution.hpp"             // scalar_t, simd_t
+#include "options.hpp"               // device_policy
 #if TETROMINO_SIMD
 #include "detail/simd/matmul.hpp"  // simd_matmul_kernels
 #endif
@@ -104,6 +105,34 @@ result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matr
   }
   const std::array<std::uint32_t, 2> all{0, static_cast<std::uint32_t>(rows)};
   return try_grouped_matmul(policy, x, w, all, out);
+}
+
+/// The same two on a device: operands and row offsets are memory of the device, w is what repack_to has put in order,
+/// and `options` are those of the policy's backend, such as cuda::matmul_options. A backend attaches by declaring
+/// matmul_on and grouped_matmul_on. Errors: shape_mismatch; those of the backend.
+template <class Policy, class X, class Weights, class Out, class... Options>
+  requires(device_policy<Policy>)
+[[nodiscard]] result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights& w,
+                                              std::span<const std::uint32_t> row_offsets, matrix_view<Out> out,
+                                              const Options&... options) {
+  return grouped_matmul_on(policy, x, w, row_offsets, out, options...);
+}
+template <class Policy, class X, class Weights, class Out, class... Options>
+  requires(device_policy<Policy>)
+[[nodiscard]] result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out> out,
+                                      const Options&... options) {
+  return matmul_on(policy, x, w, out, options...);
+}
+template <class Policy, class X, class Weights, class Out, class... Options>
+  requires(device_policy<Policy>)
+void grouped_matmul(const Policy& policy, const X& x, const Weights& w, std::span<const std::uint32_t> row_offsets,
+                    matrix_view<Out> out, const Options&... options) {
+  try_grouped_matmul(policy, x, w, row_offsets, out, options...).value();
+}
+template <class Policy, class X, class Weights, class Out, class... Options>
+  requires(device_policy<Policy>)
+void matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out> out, const Options&... options) {
+  try_matmul(policy, x, w, out, options...).value();
 }
 
 /// try_grouped_matmul, throwing its error.

@@ -184,6 +184,23 @@ template <class Policy, packed_like Weights>
   return try_repack(policy, weights).value();
 }
 
+/// Orders packed weights for the products of a device, in storage that the caller provides: `out` is what the policy's
+/// backend reads, such as a cuda::repacked_view, and says the order. A backend attaches by declaring repack_on for its
+/// policy and storage in the policy's namespace. Errors: shape_mismatch; those of the backend.
+template <class Policy, packed_like Weights, class Out>
+  requires(device_policy<Policy>)
+[[nodiscard]] result<void> try_repack_to(const Policy& policy, const Weights& weights, const Out& out) {
+  const packed_view<any_format> w = detail::as_packed(weights);
+  if (auto fits = detail::check_storage(w); !fits) return fits;
+  return repack_on(policy, w, out);
+}
+/// try_repack_to, throwing its error.
+template <class Policy, packed_like Weights, class Out>
+  requires(device_policy<Policy>)
+void repack_to(const Policy& policy, const Weights& weights, const Out& out) {
+  try_repack_to(policy, weights, out).value();
+}
+
 /// The inverse of repack: the same bytes in the linear layout. Errors: shape_mismatch.
 template <class Policy, repacked_like Weights>
   requires(!device_policy<Policy>)

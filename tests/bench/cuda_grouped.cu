@@ -105,12 +105,12 @@ void run(const layer& l, const std::string& folder, const cuda::stream& s, cubla
   for (const char* name : {"mxfp4-32/oas", "mxfp4-32/oas/mbs-static", "nvfp4/amax"}) {
     const recipe r = recipe::parse(name);
     const packed_shape shape{r.format, l.experts, l.n, l.k};
-    const cuda::prepared_shape prepared_shape{r.format, l.experts, l.n, l.k};
+    const cuda::repacked_shape repacked_shape{r.format, l.experts, l.n, l.k};
     auto* codes = timing::allocate<std::uint8_t>(shape.code_bytes());
     auto* scales = timing::allocate<std::uint8_t>(shape.scale_bytes());
     auto* macros = timing::allocate<std::uint8_t>(shape.macro_bytes() + 1);
     auto* tensor_scales = timing::allocate<float>(1);
-    auto* prepared = timing::allocate<std::byte>(prepared_shape.bytes());
+    auto* repacked = timing::allocate<std::byte>(repacked_shape.bytes());
     const packed_view<any_format, std::uint8_t> view{r.format,
                                                      l.experts,
                                                      l.n,
@@ -122,9 +122,9 @@ void run(const layer& l, const std::string& folder, const cuda::stream& s, cubla
     quantize_options options;
     options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
     quantize_to(s, batch_view<const bfloat16>(dense, l.experts, l.n, l.k), view, options);
-    const cuda::prepared_weights<bfloat16> weights{prepared_shape, {prepared, prepared_shape.bytes()}};
-    cuda::prepare(s, view, weights);
-    timing::require(cudaStreamSynchronize(s.handle), "prepare");
+    const cuda::repacked_view<bfloat16, std::byte> weights{repacked_shape, {repacked, repacked_shape.bytes()}};
+    repack_to(s, view, weights);
+    timing::require(cudaStreamSynchronize(s.handle), "repacking");
     for (const std::size_t tokens : {1, 8, 16, 64, 256, 1024, 4096}) {
       for (const char* routing : {"even", "skewed", "recorded"}) {
         const auto counts = routing[0] == 'r'
@@ -155,8 +155,8 @@ void run(const layer& l, const std::string& folder, const cuda::stream& s, cubla
         });
         const auto one_product = timing::time_graph(s.handle, 3, 1, [&](int) { gemm(dense, 0, rows); });
         const auto t = timing::time_graph(s.handle, 5, 2, [&](int) {
-          cuda::grouped_matmul(s, matrix_view<const bfloat16>(x, rows, l.k), weights, {offsets, l.experts + 1},
-                               matrix_view<bfloat16>(out, rows, l.n));
+          grouped_matmul(s, matrix_view<const bfloat16>(x, rows, l.k), weights, {offsets, l.experts + 1},
+                         matrix_view<bfloat16>(out, rows, l.n));
         });
         const double bytes = bits_per_weight(r.format) / 8.0 * static_cast<double>(size * active);
         const double flops = 2.0 * static_cast<double>(rows * size);
@@ -170,7 +170,7 @@ void run(const layer& l, const std::string& folder, const cuda::stream& s, cubla
       }
     }
     for (void* p : {static_cast<void*>(codes), static_cast<void*>(scales), static_cast<void*>(macros),
-                    static_cast<void*>(tensor_scales), static_cast<void*>(prepared)}) {
+                    static_cast<void*>(tensor_scales), static_cast<void*>(repacked)}) {
       cudaFree(p);
     }
   }

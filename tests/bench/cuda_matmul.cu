@@ -51,16 +51,16 @@ constexpr std::size_t most_rows = 4096;
 const char* const recipes[] = {"mxfp4-32/oas", "mxfp4-16/oas", "nvfp4/amax", "mxfp4-32/oas/mbs-static",
                                "mxfp4-16/oas/mbs-static"};
 
-/// One layer's weights [n, k]: copies in bfloat16, and copies prepared under each recipe, to take turns.
+/// One layer's weights [n, k]: copies in bfloat16, and copies repacked under each recipe, to take turns.
 struct layer {
   std::size_t n, k, copies = 0;
   bfloat16* dense = nullptr;
   struct packed {
     recipe rule;
-    cuda::prepared_shape shape;
+    cuda::repacked_shape shape;
     std::size_t copies, step;
     std::byte* data;
-    [[nodiscard]] cuda::prepared_weights<bfloat16> weights(std::size_t i) const {
+    [[nodiscard]] cuda::repacked_view<bfloat16, std::byte> weights(std::size_t i) const {
       return {shape, {data + i % copies * step, shape.bytes()}};
     }
   };
@@ -73,10 +73,10 @@ struct layer {
     for (const char* name : recipes) {
       const recipe r = recipe::parse(name);
       const packed_shape shape{r.format, 1, n, k};
-      const cuda::prepared_shape prepared{r.format, 1, n, k};
-      const std::size_t step = (prepared.bytes() + 127) / 128 * 128;
+      const cuda::repacked_shape repacked{r.format, 1, n, k};
+      const std::size_t step = (repacked.bytes() + 127) / 128 * 128;
       const std::size_t count = std::max<std::size_t>(3, (std::size_t{300} << 20) / step);
-      packed out{r, prepared, count, step, timing::allocate<std::byte>(step * count)};
+      packed out{r, repacked, count, step, timing::allocate<std::byte>(step * count)};
       auto* codes = timing::allocate<std::uint8_t>(shape.code_bytes());
       auto* scales = timing::allocate<std::uint8_t>(shape.scale_bytes());
       auto* macros = timing::allocate<std::uint8_t>(shape.macro_bytes() + 1);
@@ -93,9 +93,9 @@ struct layer {
       options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
       for (std::size_t i = 0; i < count; ++i) {
         quantize_to(s, matrix_view<const bfloat16>(dense + i % copies * n * k, n, k), view, options);
-        cuda::prepare(s, view, out.weights(i));
+        repack_to(s, view, out.weights(i));
       }
-      timing::require(cudaStreamSynchronize(s.handle), "prepare");
+      timing::require(cudaStreamSynchronize(s.handle), "repacking");
       for (void* p : {static_cast<void*>(codes), static_cast<void*>(scales), static_cast<void*>(macros),
                       static_cast<void*>(tensor_scales)}) {
         cudaFree(p);
@@ -128,8 +128,8 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
     options.settled_weights = true;
     const auto t =
         timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(p.copies) * (m > 1024 ? 1 : 4), [&](int i) {
-          cuda::matmul(s, matrix_view<const bfloat16>(x, m, l.k), p.weights(static_cast<std::size_t>(i)),
-                       matrix_view<bfloat16>(out, m, l.n), options);
+          matmul(s, matrix_view<const bfloat16>(x, m, l.k), p.weights(static_cast<std::size_t>(i)),
+                 matrix_view<bfloat16>(out, m, l.n), options);
         });
     const double rate = bits_per_weight(p.rule.format) / 8.0 * static_cast<double>(size) / t.median_us * 1e-6;
     std::printf(

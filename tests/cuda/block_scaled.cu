@@ -3,7 +3,7 @@
 
 #include "block_scaled.hpp"
 
-#include <tetromino/cuda/block_scaled.cuh>
+#include <tetromino/cuda/gemm/block_scaled_operand.cuh>
 #include <tetromino/quantize.hpp>
 
 namespace {

@@ -61,7 +61,7 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
                            " [" + std::to_string(s.m) + ", " + std::to_string(s.n) + ", " + std::to_string(s.k) +
                            "] × " + std::to_string(matrices);
 
-  // pack on the device, prepare, and unpack for the reference
+  // pack on the device, repack, and unpack for the reference
   const tetromino::cuda::stream stream;
   const device<float> w(weights);
   const tetromino::packed_shape packed_shape{r.format, matrices, s.n, s.k};
@@ -74,11 +74,11 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
   const device<float> unpacked(weights.size());
   require(tetromino::try_dequantize_to(stream, packed.view(), batch_view<float>(unpacked.data(), matrices, s.n, s.k)),
           what.c_str());
-  const tetromino::cuda::prepared_shape shape{r.format, matrices, s.n, s.k, how.gating};
-  const device<std::byte> prepared(shape.bytes());
-  const tetromino::cuda::prepared_weights<T> ready{shape, prepared.span()};
-  require(tetromino::cuda::try_prepare<T>(stream, packed.view(), ready), what.c_str());
-  expect(prepared.is_intact(), "%s: prepared past the end", what.c_str());
+  const tetromino::cuda::repacked_shape shape{r.format, matrices, s.n, s.k, how.gating};
+  const device<std::byte> repacked(shape.bytes());
+  const tetromino::cuda::repacked_view<T, std::byte> ready{shape, repacked.span()};
+  require(tetromino::try_repack_to(stream, packed.view(), ready), what.c_str());
+  expect(repacked.is_intact(), "%s: repacked past the end", what.c_str());
 
   const std::size_t x_stride = s.k + how.x_gap, out_stride = outputs + how.out_gap;
   std::vector<T> x(s.m * x_stride);
@@ -108,7 +108,7 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
   for (const bool portable : {false, true}) {
     const device<T> out(s.m * out_stride);
     tetromino::cuda::detail::matmul_job<T> job{};
-    job.shape = shape, job.weights = prepared.data(), job.row_count = s.m;
+    job.shape = shape, job.weights = repacked.data(), job.row_count = s.m;
     job.row_offsets = how.offsets.empty() ? nullptr : offsets.data();
     job.options.bias = bias_device.span();
     if (!how.bias) job.options = {};

@@ -3,8 +3,7 @@
 /// The CUDA backend: include this header and pass tetromino::cuda::stream as the policy. It needs no CUDA compiler: the
 /// kernels are linked from the target tetromino::cuda, or compiled into a .cu file that includes cuda/kernels.cuh.
 
-#include "cuda/launch.hpp"  // is_aligned
-#include "cuda/matmul.hpp"  // matmul
+#include "cuda/matmul.hpp"  // matmul_on
 #include "cuda/stream.hpp"  // stream, rejections
 
 #include <tetromino/dequantize.hpp>  // dequantize_to
@@ -13,6 +12,7 @@
 #include <tetromino/quantize.hpp>    // quantize_to
 
 #include <cstddef>  // std::size_t
+#include <cstdint>  // std::uint8_t
 #include <span>     // std::span
 
 namespace TETROMINO_NAMESPACE::cuda {
@@ -27,8 +27,11 @@ namespace TETROMINO_NAMESPACE::cuda {
 
 namespace detail {
 
+/// How block scales lie: a row of them for each row, or in the 128x4 swizzle.
+enum class scale_order : std::uint8_t { rows, swizzled };
+
 template <real T>
-result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>& job, bool swizzled);
+result<void> quantize(const stream& s, const tetromino::detail::quantize_job<T>& job, scale_order order);
 template <real T>
 result<void> quantize_transposed(const stream& s, const tetromino::detail::quantize_job<T>& job);
 template <real T>
@@ -47,7 +50,7 @@ result<void> amax(const stream& s, const batch_view<const T>& x, special_values 
 /// not looked at before the launch.
 template <real T>
 result<void> quantize_on(const stream& s, const tetromino::detail::quantize_job<T>& job) {
-  return detail::quantize(s, job, false);
+  return detail::quantize(s, job, detail::scale_order::rows);
 }
 template <real T>
 result<void> fake_quantize_on(const stream& s, const tetromino::detail::fake_quantize_job<T>& job) {
@@ -99,7 +102,8 @@ template <matrix_like Input, block_format Format>
   if (auto done = detail::check(cudaMemsetAsync(out.scales.data(), 0, bytes, s.handle), "cudaMemsetAsync"); !done) {
     return done;
   }
-  return detail::quantize(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked}, true);
+  return detail::quantize(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked},
+                          detail::scale_order::swizzled);
 }
 
 /// Packs the transpose of x[matrices, rows, cols] in the same pass: out is [matrices, cols, rows], with blocks down the

@@ -1,8 +1,8 @@
 #pragma once
 
-#include "launch.hpp"  // is_aligned
-#include "matmul.hpp"  // activation
-#include "stream.hpp"  // stream
+#include "detail/checks.hpp"  // is_aligned
+#include "matmul.hpp"         // activation
+#include "stream.hpp"         // stream
 
 #include <tetromino/block_scaled.hpp>  // block_scaled_view
 #include <tetromino/error.hpp>         // error, result

@@ -2,9 +2,12 @@
 
 /// All kernels as templates, for those who compile CUDA themselves. Without it, link the target tetromino::cuda.
 
-#include "block_scaled.cuh"   // operand_kernel, block_scaled_kernel
-#include "dequantize.cuh"     // unpack_kernel
-#include "matmul.cuh"         // prepare_kernel
-#include "matmul_launch.cuh"  // hopper_kernel, portable_kernel
-#include "moe.cuh"            // route_kernel, permute_kernel, combine_kernel
-#include "quantize.cuh"       // pack_kernel
+#include "gemm/block_scaled_operand.cuh"  // operand_kernel
+#include "gemm/launch.cuh"                // many_rows_kernel ...
+#include "gemm/matmul.cuh"                // repack_kernel
+#include "gemm/sm120a_block_scaled.cuh"   // block_scaled_kernel
+#include "pack/dequantize.cuh"            // unpack_kernel
+#include "pack/quantize.cuh"              // pack_kernel
+#include "route/group.cuh"                // group_kernel
+#include "route/move.cuh"                 // permute_kernel, combine_kernel
+#include "route/route.cuh"                // token_per_warp_kernel ...

@@ -1,81 +1,26 @@
 #pragma once
 
-#include "launch.hpp"  // is_aligned
-#include "stream.hpp"  // stream
+#include "repacked.hpp"  // repacked_view
+#include "stream.hpp"    // stream
 
-#include <tetromino/error.hpp>    // error, result
-#include <tetromino/float16.hpp>  // half, bfloat16
-#include <tetromino/matrix.hpp>   // matrix_view
-#include <tetromino/packed.hpp>   // packed_view
+#include <tetromino/activations.hpp>  // as_activations
+#include <tetromino/error.hpp>        // error, result
+#include <tetromino/float16.hpp>      // half, bfloat16
+#include <tetromino/matmul.hpp>       // matmul, grouped_matmul
+#include <tetromino/matrix.hpp>       // matrix_view
 
-#include <concepts>  // std::same_as
-#include <cstddef>   // std::size_t, std::byte
-#include <cstdint>   // std::uint32_t
-#include <span>      // std::span
+#include <concepts>     // std::same_as
+#include <cstddef>      // std::size_t, std::byte
+#include <cstdint>      // std::uint32_t
+#include <span>         // std::span
+#include <type_traits>  // std::remove_cvref_t
 
-/// Activations of 16 bits times packed 4-bit weights (W4A16): weights are decoded in registers on their way into the
-/// tensor cores, so that a product reads 4-bit weights from memory and nothing else of their size.
+/// Activations of 16 bits times packed 4-bit weights (W4A16) through tetromino::matmul and grouped_matmul: weights are
+/// decoded in registers on their way into the tensor cores, so that a product reads 4-bit weights from memory and
+/// nothing else of their size.
 namespace TETROMINO_NAMESPACE::cuda {
 
-/// The activation types of the products.
-template <class T>
-concept activation = std::same_as<T, half> || std::same_as<T, bfloat16>;
-
-/// How the rows of a gated layer's two projections lie in its weights [2 n, K], where they do: a product with such
-/// weights gives silu(gate) * up, [M, n].
-enum class gating_rows : std::uint8_t {
-  none,         ///< one projection
-  halves,       ///< all gate rows, then all up rows
-  interleaved,  ///< gate and up rows in turn (gpt-oss)
-};
-
-/// Sizes of weights [matrices, rows, cols] in the order in which the products read them: tiles of 64 rows by 64 columns
-/// whose codes lie as the tensor cores' lanes want them, each with its block scales; a float for each row; and the
-/// macro-block bytes.
-struct prepared_shape {
-  any_format format{};
-  std::size_t matrices = 0;
-  std::size_t rows = 0;
-  std::size_t cols = 0;
-  gating_rows gating = gating_rows::none;
-
-  [[nodiscard]] constexpr std::size_t row_tiles() const noexcept { return (rows + 63) / 64; }
-  /// An even number, so that a product can take two tiles at a time.
-  [[nodiscard]] constexpr std::size_t col_tiles() const noexcept { return (cols + 127) / 128 * 2; }
-  [[nodiscard]] constexpr std::size_t tile_bytes() const noexcept { return 64 * 64 / 2 + 64 * 64 / format.block; }
-  /// Columns of a macro block as it is stored: one of 64 columns is two of 32, which spares the products a case.
-  [[nodiscard]] constexpr std::size_t stored_macro_block() const noexcept {
-    return format.macro_block == 64 ? 32 : static_cast<std::size_t>(format.macro_block);
-  }
-  [[nodiscard]] constexpr std::size_t macros_per_row() const noexcept {
-    const std::size_t macro_block = stored_macro_block();
-    return macro_block == 0 ? 0 : (col_tiles() * 64 + macro_block - 1) / macro_block;
-  }
-  /// Where the row factors and the macro bytes start.
-  [[nodiscard]] constexpr std::size_t factors_at() const noexcept {
-    return (matrices * row_tiles() * col_tiles() * tile_bytes() + 127) / 128 * 128;
-  }
-  [[nodiscard]] constexpr std::size_t macros_at() const noexcept {
-    return factors_at() + matrices * row_tiles() * 64 * sizeof(float);
-  }
-  /// Bytes of prepared weights.
-  [[nodiscard]] constexpr std::size_t bytes() const noexcept {
-    return macros_at() + matrices * row_tiles() * macros_per_row() * 64;
-  }
-  /// Columns of a product.
-  [[nodiscard]] constexpr std::size_t outputs() const noexcept { return gating == gating_rows::none ? rows : rows / 2; }
-
-  friend constexpr bool operator==(const prepared_shape&, const prepared_shape&) = default;
-};
-
-/// Weights in that order, for activations of type T, in device memory that somebody else owns.
-template <activation T>
-struct prepared_weights {
-  prepared_shape shape{};
-  std::span<std::byte> data{};
-};
-
-/// What a product does with its sums.
+/// What a product on the GPU can be told beside its operands.
 struct matmul_options {
   /// Added to each output before anything else, in device memory: [matrices, rows] of the weights. Empty: nothing.
   std::span<const float> bias{};
@@ -87,7 +32,7 @@ struct matmul_options {
 namespace detail {
 
 struct matmul_job_base {
-  prepared_shape shape;
+  repacked_shape shape;
   const std::byte* weights;
   const std::uint32_t* row_offsets;  ///< device memory [matrices + 1], or null for one matrix
   std::size_t row_count;
@@ -102,12 +47,10 @@ struct matmul_job : matmul_job_base {
 };
 
 template <activation T>
-result<void> prepare(const stream& s, const packed_view<any_format>& w, const prepared_shape& shape, std::byte* out);
-template <activation T>
 result<void> matmul(const stream& s, const matmul_job<T>& job);
 
 template <activation T>
-[[nodiscard]] result<void> check_product(const prepared_weights<T>& w, const matrix_view<const T>& x,
+[[nodiscard]] result<void> check_product(const repacked_view<T>& w, const matrix_view<const T>& x,
                                          const matrix_view<T>& out, const matmul_options& options) {
   using tetromino::detail::text;
   if (x.cols != w.shape.cols) {
@@ -118,10 +61,7 @@ template <activation T>
     return error(errc::shape_mismatch, text("matmul: the product is [", x.rows, ", ", w.shape.outputs(),
                                             "], the output [", out.rows, ", ", out.cols, "]"));
   }
-  if (w.data.size() != w.shape.bytes() || !is_aligned(w.data.data(), 128)) {
-    return error(errc::shape_mismatch, text("matmul: prepared weights need ", w.shape.bytes(),
-                                            " bytes at a multiple of 128, got ", w.data.size()));
-  }
+  if (auto fits = check_repacked(w); !fits) return fits;
   if (const std::size_t n = options.bias.size(); n != 0 && n != w.shape.matrices * w.shape.rows) {
     return error(errc::shape_mismatch, text("matmul: the bias needs ", w.shape.matrices * w.shape.rows,
                                             " entries, one for each row of the weights, got ", n));
@@ -132,82 +72,81 @@ template <activation T>
   return {};
 }
 
+/// Activations as one matrix. Errors: shape_mismatch where the rows of a batch are not evenly apart.
+template <class X>
+[[nodiscard]] auto as_rows(const X& x) {
+  const auto in = tetromino::detail::as_activations(x);
+  using view = std::remove_const_t<decltype(in)>;
+  static_assert(std::same_as<view, batch_view<const half>> || std::same_as<view, batch_view<const bfloat16>>,
+                "on a cuda::stream the activations of matmul are half or bfloat16");
+  using T = std::remove_cvref_t<decltype(*in.data)>;
+  if (in.matrices > 1 && in.matrix_stride != in.rows * in.row_stride) {
+    return result<matrix_view<const T>>(
+        error(errc::shape_mismatch,
+              tetromino::detail::text("matmul: expected rows that are evenly apart, got matrices ", in.matrix_stride,
+                                      " elements apart with ", in.rows, " rows ", in.row_stride, " apart")));
+  }
+  return result<matrix_view<const T>>(matrix_view<const T>(in.data, in.matrices * in.rows, in.cols, in.row_stride));
+}
+
+template <class Weights>
+inline constexpr bool is_repacked = false;
+template <class T, class Byte>
+inline constexpr bool is_repacked<repacked_view<T, Byte>> = true;
+
+/// Weights as products that write `Out` read them.
+template <class Out, class Weights>
+[[nodiscard]] repacked_view<Out> as_weights(const Weights& w) {
+  static_assert(
+      is_repacked<Weights>,
+      "on a cuda::stream the weights of matmul are a cuda::repacked_view that tetromino::repack_to has filled");
+  static_assert(std::same_as<Weights, repacked_view<Out>> || std::same_as<Weights, repacked_view<Out, std::byte>>,
+                "on a cuda::stream the output of matmul has the type that the weights were repacked for");
+  return w;
+}
+
+/// One product, for both hooks; `row_offsets` is null for one matrix.
+template <class X, class Out>
+[[nodiscard]] result<void> multiply(const stream& s, const X& x, const repacked_view<Out>& w,
+                                    const std::uint32_t* row_offsets, const matrix_view<Out>& out,
+                                    const matmul_options& options) {
+  const auto rows = as_rows(x);
+  static_assert(std::same_as<decltype(rows), const result<matrix_view<const Out>>>,
+                "on a cuda::stream the activations and the output of matmul have one type");
+  if (!rows) return rows.error();
+  if (auto fits = check_product(w, *rows, out, options); !fits) return fits;
+  return detail::matmul(s,
+                        matmul_job<Out>{{w.shape, w.data.data(), row_offsets, rows->rows, options, false}, *rows, out});
+}
+
 }  // namespace detail
 
-/// Puts packed weights [matrices, rows, cols] of any format into the order that products with activations of type T
-/// read; once, when a model is loaded. out.shape says the gating, and has the format and the sizes of `w`.
-///
-/// With bfloat16 activations nothing is rounded. With half, a block whose scale is more than 2^24 below the largest of
-/// its row loses low bits, which are below 2^-24 of the row's largest weight. Errors: shape_mismatch; device.
-template <activation T, packed_like Packed>
-[[nodiscard]] result<void> try_prepare(const stream& s, const Packed& w, const prepared_weights<T>& out) {
-  using tetromino::detail::text;
-  const packed_view<any_format> from = tetromino::detail::as_packed(w);
-  if (auto fits = tetromino::detail::check_storage(from); !fits) return fits;
-  const prepared_shape& shape = out.shape;
-  if (!(shape.format == from.format) || shape.matrices != from.matrices || shape.rows != from.rows ||
-      shape.cols != from.cols) {
-    return error(errc::shape_mismatch, text("prepare: the weights are [", from.matrices, ", ", from.rows, ", ",
-                                            from.cols, "], the prepared shape says [", shape.matrices, ", ", shape.rows,
-                                            ", ", shape.cols, "], or another format"));
+/// The hooks that tetromino::matmul and grouped_matmul find, with what the GPU alone has as a last argument: half or
+/// bfloat16 activations by weights that were repacked for them. The outputs of gated weights are silu(gate) · up, [M,
+/// n]. Sums run in float, in an order that depends on the shapes and the GPU alone, so that results repeat; a
+/// macro-block factor multiplies partial sums. `row_offsets` is device memory, and not looked at before the launch.
+/// Errors: shape_mismatch; device.
+template <class X, class Weights, class Out>
+[[nodiscard]] result<void> matmul_on(const stream& s, const X& x, const Weights& w, const matrix_view<Out>& out,
+                                     const matmul_options& options = {}) {
+  const auto weights = detail::as_weights<Out>(w);
+  if (weights.shape.matrices != 1) {
+    return error(errc::shape_mismatch,
+                 tetromino::detail::text("matmul: expected one weight matrix, got ", weights.shape.matrices,
+                                         "; grouped_matmul takes a batch"));
   }
-  if (shape.gating != gating_rows::none && shape.rows % 2 != 0) {
-    return error(errc::shape_mismatch, text("prepare: gate and up rows come in pairs, got ", shape.rows, " rows"));
-  }
-  if (out.data.size() != shape.bytes() || !detail::is_aligned(out.data.data(), 128)) {
-    return error(errc::shape_mismatch, text("prepare: the prepared weights need ", shape.bytes(),
-                                            " bytes at a multiple of 128, got ", out.data.size()));
-  }
-  return detail::prepare<T>(s, from, shape, out.data.data());
+  return detail::multiply(s, x, weights, nullptr, out, options);
 }
-
-/// out[m, n] = Σ_k x[m, k] · w[n, k], for one matrix of weights; or silu(gate) · up, as the weights were prepared. Sums
-/// run in float, in an order that depends on the shapes and the GPU alone, so that results repeat; a macro-block factor
-/// multiplies partial sums. Errors: shape_mismatch; device.
-template <activation T>
-[[nodiscard]] result<void> try_matmul(const stream& s, matrix_view<const T> x, const prepared_weights<T>& w,
-                                      matrix_view<T> out, const matmul_options& options = {}) {
-  if (auto fits = detail::check_product(w, x, out, options); !fits) return fits;
-  if (w.shape.matrices != 1) {
-    return error(errc::shape_mismatch, tetromino::detail::text("matmul: expected one weight matrix, got ",
-                                                               w.shape.matrices, "; grouped_matmul takes a batch"));
-  }
-  return detail::matmul(s, detail::matmul_job<T>{{w.shape, w.data.data(), nullptr, x.rows, options, false}, x, out});
-}
-
-/// The same for the rows of experts: row m of x belongs to the expert e with row_offsets[e] <= m < row_offsets[e + 1].
-/// `row_offsets` is device memory, matrices + 1 entries that ascend from 0 to x.rows, and is not looked at before the
-/// launch. Errors: shape_mismatch; device.
-template <activation T>
-[[nodiscard]] result<void> try_grouped_matmul(const stream& s, matrix_view<const T> x, const prepared_weights<T>& w,
-                                              std::span<const std::uint32_t> row_offsets, matrix_view<T> out,
-                                              const matmul_options& options = {}) {
-  if (auto fits = detail::check_product(w, x, out, options); !fits) return fits;
-  if (row_offsets.size() != w.shape.matrices + 1) {
-    return error(errc::shape_mismatch, tetromino::detail::text("matmul: expected ", w.shape.matrices + 1,
+template <class X, class Weights, class Out>
+[[nodiscard]] result<void> grouped_matmul_on(const stream& s, const X& x, const Weights& w,
+                                             std::span<const std::uint32_t> row_offsets, const matrix_view<Out>& out,
+                                             const matmul_options& options = {}) {
+  const auto weights = detail::as_weights<Out>(w);
+  if (row_offsets.size() != weights.shape.matrices + 1) {
+    return error(errc::shape_mismatch, tetromino::detail::text("matmul: expected ", weights.shape.matrices + 1,
                                                                " row offsets, got ", row_offsets.size()));
   }
-  return detail::matmul(
-      s, detail::matmul_job<T>{{w.shape, w.data.data(), row_offsets.data(), x.rows, options, false}, x, out});
-}
-
-/// try_prepare, throwing its error.
-template <activation T, packed_like Packed>
-void prepare(const stream& s, const Packed& w, const prepared_weights<T>& out) {
-  try_prepare(s, w, out).value();
-}
-/// try_matmul, throwing its error.
-template <activation T>
-void matmul(const stream& s, matrix_view<const T> x, const prepared_weights<T>& w, matrix_view<T> out,
-            const matmul_options& options = {}) {
-  try_matmul(s, x, w, out, options).value();
-}
-/// try_grouped_matmul, throwing its error.
-template <activation T>
-void grouped_matmul(const stream& s, matrix_view<const T> x, const prepared_weights<T>& w,
-                    std::span<const std::uint32_t> row_offsets, matrix_view<T> out,
-                    const matmul_options& options = {}) {
-  try_grouped_matmul(s, x, w, row_offsets, out, options).value();
+  return detail::multiply(s, x, weights, row_offsets.data(), out, options);
 }
 
 }  // namespace tetromino::cuda

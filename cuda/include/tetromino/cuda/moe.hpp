@@ -1,7 +1,7 @@
 #pragma once
 
-#include "launch.hpp"  // is_aligned
-#include "stream.hpp"  // stream
+#include "detail/checks.hpp"  // is_aligned
+#include "stream.hpp"         // stream
 
 #include <tetromino/error.hpp>         // error, result
 #include <tetromino/matrix.hpp>        // real

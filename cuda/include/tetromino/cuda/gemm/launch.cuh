@@ -1,0 +1,246 @@
+#pragma once
+
+#include "../detail/checks.hpp"   // is_aligned
+#include "sm80_any_rows.cuh"      // any_rows_kernel
+#include "sm90a_few_rows.cuh"     // few_rows_kernel
+#include "sm90a_many_rows.cuh"    // many_rows_kernel
+#include "sm90a_medium_rows.cuh"  // medium_rows_kernel
+
+#include <algorithm>  // std::min
+#include <array>      // std::array
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint32_t
+
+/// Choosing and launching a product kernel for one kind of weights.
+namespace TETROMINO_NAMESPACE::cuda::detail {
+
+/// What the choice of a kernel rests on.
+struct device_facts {
+  int major = 0;
+  int multiprocessors = 0;
+};
+
+[[nodiscard]] inline result<device_facts> find_device() {
+  device_facts out;
+  int device = 0;
+  if (auto done = check(cudaGetDevice(&device), "cudaGetDevice"); !done) return done.error();
+  if (auto done = check(cudaDeviceGetAttribute(&out.major, cudaDevAttrComputeCapabilityMajor, device),
+                        "cudaDeviceGetAttribute");
+      !done) {
+    return done.error();
+  }
+  if (auto done = check(cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                        "cudaDeviceGetAttribute");
+      !done) {
+    return done.error();
+  }
+  return out;
+}
+
+/// Whether a kernel's code for this device is the one compiled for Hopper, not PTX of an older architecture.
+template <class Kernel>
+[[nodiscard]] result<bool> is_hopper_code(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  if (auto done = check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !done)
+    return done.error();
+  return attributes.binaryVersion == 90;
+}
+
+/// How the copy engine finds boxes of `box_rows` rows by 64 columns of x.
+template <activation T>
+[[nodiscard]] result<CUtensorMap> map_activations(const matrix_view<const T>& x, std::uint32_t box_rows) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t code =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return code == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
+               : nullptr;
+  }();
+  if (encode == nullptr) return error(errc::device, "CUDA: the driver has no cuTensorMapEncodeTiled");
+  CUtensorMap map{};
+  const cuuint64_t sizes[2] = {x.cols, x.rows};
+  const cuuint64_t strides[1] = {x.row_stride * sizeof(T)};
+  const cuuint32_t box[2] = {64, box_rows};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUresult code =
+      encode(&map, std::same_as<T, half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+             const_cast<T*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (code != CUDA_SUCCESS) {
+    return error(errc::device, tetromino::detail::text("CUDA: error ", static_cast<int>(code),
+                                                       " from cuTensorMapEncodeTiled for activations [", x.rows, ", ",
+                                                       x.cols, "], row stride ", x.row_stride));
+  }
+  return map;
+}
+
+/// Launches a kernel that waits for the one before it by itself, in clusters of `parts` blocks.
+template <class Kernel, class... Args>
+[[nodiscard]] result<void> launch_overlapping(Kernel* kernel, const char* what, const stream& s, std::size_t blocks,
+                                              int threads, std::uint32_t bytes, std::size_t parts,
+                                              const Args&... args) {
+  if (auto done =
+          check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                "cudaFuncSetAttribute");
+      !done) {
+    return done;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  config.stream = s.handle;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(parts);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = parts > 1 ? 2 : 1;
+  return check(cudaLaunchKernelEx(&config, kernel, args...), what);
+}
+
+/// Launches the kernel for many rows of x. `row_tiles` is how many tiles of x there can be at most.
+template <activation T, weight_kind Kind, int Macros, int Rows, int Groups, int Stages>
+result<void> launch_many_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+                              const device_facts& device) {
+  using shape = many_rows_shape<T, Kind, Rows, Groups, Stages>;
+  args.feature_tiles = (args.weights.row_tiles + Groups - 1) / Groups;
+  const std::size_t tiles = row_tiles * args.feature_tiles;
+  const std::size_t blocks = std::min(tiles, static_cast<std::size_t>(device.multiprocessors));
+  const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.weights.matrices);
+  auto map = map_activations(job.x, Rows);
+  if (!map) return map.error();
+  return launch_overlapping(many_rows_kernel<shape, T, Kind, Macros>, "the launch of many_rows_kernel", s, blocks,
+                            shape::threads, bytes, 1, *map, args);
+}
+
+/// How many clusters of `parts` blocks run at a time; 0 where that cannot be found out.
+template <class Kernel>
+[[nodiscard]] std::size_t clusters_at_once(Kernel* kernel, int threads, std::uint32_t bytes, std::size_t parts) {
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) !=
+      cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(parts));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = bytes;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(parts);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute, config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return static_cast<std::size_t>(clusters);
+}
+
+/// Launches the kernel for a middling number of rows of x.
+template <activation T, weight_kind Kind, int Macros, int Rows, int Groups>
+result<void> launch_medium_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+                                const device_facts& device) {
+  using shape = medium_rows_shape<T, Kind, Rows, Groups, 4>;
+  constexpr std::size_t most = shape::most_parts;
+  constexpr std::uint32_t most_bytes = 227 * 1024;
+  auto* const kernel = medium_rows_kernel<shape, T, Kind, Macros>;
+  args.feature_tiles = (args.weights.row_tiles + Groups - 1) / Groups;
+  const std::size_t tiles = row_tiles * args.feature_tiles;
+  const std::uint32_t matrices = job.row_offsets == nullptr ? 0 : args.weights.matrices;
+  // Clusters share tiles, if each block still gets a few stages and all of them run at once. What a device has room for
+  // depends on how its multiprocessors are grouped, and is asked once: all of them are taken to be alike.
+  static const std::array<std::size_t, most + 1> room = [&] {
+    std::array<std::size_t, most + 1> out{};
+    for (std::size_t parts = 2; parts <= most; ++parts) {
+      const std::uint32_t bytes = shape::shared_bytes(0, static_cast<std::uint32_t>(parts));
+      if (bytes <= most_bytes) out[parts] = clusters_at_once(kernel, shape::threads, bytes, parts);
+    }
+    return out;
+  }();
+  std::size_t parts = most;
+  while (parts > 1 && (tiles > room[parts] || args.weights.col_tiles < parts * 4 ||
+                       shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts)) > most_bytes)) {
+    --parts;
+  }
+  const std::size_t blocks =
+      parts > 1 ? tiles * parts : std::min(tiles, static_cast<std::size_t>(device.multiprocessors));
+  auto map = map_activations(job.x, Rows);
+  if (!map) return map.error();
+  return launch_overlapping(kernel, "the launch of medium_rows_kernel", s, blocks, shape::threads,
+                            shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts)), parts, *map, args);
+}
+
+/// Launches the kernel for a few rows of x.
+template <activation T, weight_kind Kind, int Macros, int Rows>
+result<void> launch_few_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+                             const device_facts& device) {
+  using shape = few_rows_shape<Kind, Macros, Rows>;
+  const auto room = static_cast<std::size_t>(device.multiprocessors);
+  args.feature_tiles = args.weights.row_tiles;
+  const std::size_t tiles = row_tiles * args.feature_tiles;
+  // Where not even half the room is taken, clusters share tiles, if each warp still has something to do.
+  std::size_t parts = 1;
+  while (parts < shape::most_parts && tiles * parts * 2 <= room && args.weights.col_tiles >= parts * 2 * 8) parts *= 2;
+  args.parts = static_cast<std::uint32_t>(parts);
+  const std::size_t blocks = parts > 1 ? tiles * parts : std::min(tiles, room);
+  const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.weights.matrices);
+  return launch_overlapping(few_rows_kernel<shape, T, Kind, Macros>, "the launch of few_rows_kernel", s, blocks,
+                            static_cast<int>(shape::threads), bytes, parts, args);
+}
+
+template <activation T, weight_kind Kind, int Macros>
+result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const matmul_args<T>& args) {
+  auto device = find_device();
+  if (!device) return device.error();
+  // Each matrix but the first can add one tile that is not full.
+  const auto row_tiles = [&](std::size_t rows) {
+    const std::size_t all = job.row_count;
+    if (job.row_offsets == nullptr) return (all + rows - 1) / rows;
+    return std::min(all / rows + std::min<std::size_t>(args.weights.matrices, all), all);
+  };
+  const bool is_aligned_x = is_aligned(job.x.data, 16) && job.x.row_stride % 8 == 0;
+  // About how many rows of x a matrix gets.
+  const std::size_t groups =
+      job.row_offsets == nullptr ? 1 : std::min<std::size_t>(args.weights.matrices, job.row_count);
+  const std::size_t rows = (job.row_count + groups - 1) / groups;
+  if (device->major == 9 && is_aligned_x && !job.portable) {
+    auto has_code = is_hopper_code(many_rows_kernel<many_rows_shape<T, Kind, 256, 2, 5>, T, Kind, Macros>);
+    if (!has_code) return has_code.error();
+    if (!*has_code) {
+      return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
+    }
+    if (rows <= 8) return launch_few_rows<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device);
+    if (rows <= 16) return launch_medium_rows<T, Kind, Macros, 16, 3>(s, job, args, row_tiles(16), *device);
+    if (rows <= 32) return launch_medium_rows<T, Kind, Macros, 32, 3>(s, job, args, row_tiles(32), *device);
+    if (rows <= 64) return launch_medium_rows<T, Kind, Macros, 64, 3>(s, job, args, row_tiles(64), *device);
+    // Tiles of 256 rows take at least 7/4 of the time of tiles of 128.
+    const auto rounds = [&](std::size_t of_rows) {
+      const auto room = static_cast<std::size_t>(device->multiprocessors);
+      return (row_tiles(of_rows) * ((args.weights.row_tiles + 1) / 2) + room - 1) / room;
+    };
+    const bool is_uneven = job.row_offsets != nullptr && rows <= 384;  // tiles of 256 would often be half empty
+    if (is_uneven || rounds(128) * 4 < rounds(256) * 7) {
+      return launch_medium_rows<T, Kind, Macros, 128, 2>(s, job, args, row_tiles(128), *device);
+    }
+    return launch_many_rows<T, Kind, Macros, 256, 2, 5>(s, job, args, row_tiles(256), *device);
+  }
+  matmul_args<T> plain = args;
+  plain.feature_tiles = args.weights.row_tiles;
+  const std::size_t blocks = row_tiles(any_rows_tile) * plain.feature_tiles;
+  if (blocks >= std::size_t{1} << 31) {
+    return error(errc::shape_mismatch,
+                 tetromino::detail::text("matmul: ", blocks, " tiles are too many for one launch"));
+  }
+  const std::size_t bytes = (args.weights.matrices + 1) * sizeof(std::uint32_t);
+  any_rows_kernel<T, Kind, Macros != 0><<<static_cast<unsigned>(blocks), 128, bytes, s.handle>>>(plain);
+  return check(cudaGetLastError(), "the launch of any_rows_kernel");
+}
+
+}  // namespace tetromino::cuda::detail

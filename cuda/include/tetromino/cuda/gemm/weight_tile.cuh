@@ -1,0 +1,171 @@
+#pragma once
+
+#include <tetromino/cuda/repacked.hpp>  // activation, gating_rows
+
+#include "../arch/sm80.cuh"  // multiply_by
+
+#include <concepts>  // std::same_as
+#include <cstdint>   // std::uint32_t
+
+/// The order of repacked weights, and its decoding.
+///
+/// A tile is 64 rows by 64 columns: four warps of 16 rows; in a warp, lane l = 4 g + t holds of rows g and g + 8, for
+/// each step of 16 columns, the columns 2t, 2t + 1, 2t + 8 and 2t + 9, which is what the tensor cores' A operand wants
+/// of it. These eight codes are one word, whose bits are spread so that few instructions bring each to where a 16-bit
+/// float keeps its sign, the end of its exponent and the start of its fraction.
+///   tile    codes [warp 4][lane 32][step 4] words, then scales [g 8][warp 4][block][row g, row g + 8] bytes
+///   macros  [macro block][g 8][warp 4][row g, row g + 8] bytes
+namespace TETROMINO_NAMESPACE::cuda::detail {
+
+enum class weight_kind : std::uint8_t { mx32, mx16, nv };
+
+/// Sizes of a tile: its codes, then its block scales.
+template <weight_kind Kind>
+struct weight_tile {
+  static constexpr std::uint32_t block = Kind == weight_kind::mx32 ? 32 : 16;
+  static constexpr std::uint32_t scales_at = 64 * 64 / 2;
+  static constexpr std::uint32_t scale_bytes = 64 * 64 / block;
+  static constexpr std::uint32_t bytes = scales_at + scale_bytes;
+  /// What a lane needs of each: the codes of its warp's 16 rows, and the scales of its two rows.
+  static constexpr std::uint32_t warp_codes = scales_at / 4;
+  static constexpr std::uint32_t lane_codes = warp_codes / 32;
+  static constexpr std::uint32_t lane_scales = scale_bytes / 32;
+
+  /// Where they start for lane `lane` of the `warp`th 16 rows.
+  [[nodiscard]] __device__ static std::uint32_t codes_of(std::uint32_t warp, std::uint32_t lane) {
+    return warp * warp_codes + lane * lane_codes;
+  }
+  [[nodiscard]] __device__ static std::uint32_t scales_of(std::uint32_t warp, std::uint32_t lane) {
+    return scales_at + (lane / 4 * 4 + warp) * lane_scales;
+  }
+};
+
+/// The word of four pairs of codes: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each as a byte.
+template <activation T>
+[[nodiscard]] __device__ inline std::uint32_t spread_codes(const std::uint32_t (&pair)[4]) {
+  // Bits of the word that hold (fraction, low exponent, high exponent, sign) of the first code of each pair; the second
+  // code lies 16 bits higher, around the end.
+  constexpr int place_for_bfloat16[4][4] = {{0, 1, 2, 9}, {4, 5, 6, 13}, {10, 11, 12, 19}, {14, 7, 8, 15}};
+  constexpr int place_for_half[4][4] = {{0, 1, 2, 6}, {7, 8, 9, 13}, {10, 11, 12, 15}, {3, 4, 5, 14}};
+  std::uint32_t word = 0;
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+#pragma unroll
+    for (int bit = 0; bit < 4; ++bit) {
+      const int at = std::same_as<T, half> ? place_for_half[p][bit] : place_for_bfloat16[p][bit];
+      word |= (pair[p] >> bit & 1u) << at % 32;
+      word |= (pair[p] >> (4 + bit) & 1u) << (at + 16) % 32;
+    }
+  }
+  return word;
+}
+
+/// The four pairs of a word as pairs of T, times 2^-126 for bfloat16 and 2^-14 for half.
+template <activation T>
+__device__ inline void gather_codes(std::uint32_t word, std::uint32_t (&pair)[4]) {
+  if constexpr (std::same_as<T, bfloat16>) {
+    constexpr std::uint32_t mask = 0x81C081C0u;
+    pair[0] = word << 6 & mask;
+    pair[1] = word << 2 & mask;
+    pair[2] = __funnelshift_r(word, word, 4) & mask;
+    pair[3] = (word & 0x81808180u) | (word >> 8 & 0x00400040u);
+  } else {
+    constexpr std::uint32_t mask = 0x8E008E00u;
+    pair[0] = word << 9 & mask;
+    pair[1] = word << 2 & mask;
+    pair[2] = (word & 0x80008000u) | (word >> 1 & 0x0E000E00u);
+    pair[3] = (word << 6 & 0x0E000E00u) | (word << 1 & 0x80008000u);
+  }
+}
+
+/// How two of the four scale bytes of a word become multipliers for gathered codes: the even ones shifted up by
+/// `even_up`, the odd ones by 8 less, then `mask` and `base`. And the power of two that is then missing from all
+/// products.
+template <activation T, weight_kind Kind>
+struct scale_decoding {
+  static constexpr bool is_half = std::same_as<T, half>;
+  static constexpr bool is_nv = Kind == weight_kind::nv;
+  static constexpr int even_up = is_nv ? (is_half ? 7 : 4) : (is_half ? 10 : 7);
+  static constexpr std::uint32_t mask =
+      is_nv ? (is_half ? 0x7F807F80u : 0x0FF00FF0u) : (is_half ? 0x7C007C00u : 0x7F807F80u);
+  static constexpr std::uint32_t base = is_nv && !is_half ? 0x70007000u : 0;
+  static constexpr float missing = is_nv ? (is_half ? 0x1p8f : 0x1p9f) : 1.0f;
+  /// Stored bytes are one larger than this for an E4M3 exponent of -9, the least.
+  static constexpr std::uint32_t e4m3_bias = is_half ? 11 : 10;
+};
+
+/// The multipliers of a word of scale bytes (block 0 of row g, of row g + 8, block 1 of row g, of row g + 8): those of
+/// a row as a pair of T, block 0 below.
+template <activation T, weight_kind Kind>
+struct scale_pairs {
+  std::uint32_t low, high;  ///< of rows g and g + 8
+
+  __device__ explicit scale_pairs(std::uint32_t word) {
+    using rule = scale_decoding<T, Kind>;
+    constexpr int odd_up = rule::even_up - 8;
+    low = (word << rule::even_up & rule::mask) | rule::base;
+    if constexpr (odd_up > 0) {
+      high = (word << odd_up & rule::mask) | rule::base;
+    } else {
+      high = (word >> -odd_up & rule::mask) | rule::base;
+    }
+  }
+};
+
+/// The stored byte of an E4M3 scale below NaN, without its sign: five exponent bits and three of fraction, so that no
+/// scale is subnormal. Zero scales have zero codes.
+[[nodiscard]] __device__ inline std::uint32_t stored_e4m3(std::uint32_t bits, std::uint32_t bias) {
+  const std::uint32_t exponent = bits >> 3 & 15u, fraction = bits & 7u;
+  if (exponent != 0) return (exponent + 3 + bias) << 3 | fraction;
+  if (fraction == 0) return 0;
+  const std::uint32_t power = 31 - static_cast<std::uint32_t>(__clz(static_cast<int>(fraction)));
+  return (power + 1 + bias) << 3 | (fraction << (3 - power) & 7u);
+}
+
+/// Which row of the weights a row of the tiles is.
+[[nodiscard]] __device__ inline std::uint32_t source_row(std::uint32_t row, std::uint32_t rows, gating_rows gating) {
+  if (gating == gating_rows::none) return row;
+  const std::uint32_t output = row / 16 * 8 + row % 8, is_up = row / 8 % 2;
+  if (output >= rows / 2) return rows;
+  return gating == gating_rows::halves ? is_up * (rows / 2) + output : 2 * output + is_up;
+}
+
+/// A lane's part of a tile of weights, still coded: a word of codes for each step of 16 columns, and block scales.
+template <weight_kind Kind>
+struct coded_tile {
+  static constexpr int scale_words = weight_tile<Kind>::lane_scales / 4;
+  std::uint32_t word[4];
+  std::uint32_t scales[scale_words];
+
+  /// Reads the lane's codes and scales from shared memory.
+  __device__ void read(std::uint32_t codes_at, std::uint32_t scales_at) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                 : "r"(codes_at));
+    if constexpr (Kind == weight_kind::mx32) {
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(scales[0]) : "r"(scales_at));
+    } else {
+      asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(scales[0]), "=r"(scales[1]) : "r"(scales_at));
+    }
+  }
+
+  /// The same from global memory.
+  __device__ void read_global(const std::uint8_t* codes, const std::uint8_t* scales_from) {
+    const uint4 words = *reinterpret_cast<const uint4*>(codes);
+    word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
+#pragma unroll
+    for (int i = 0; i < scale_words; ++i) scales[i] = reinterpret_cast<const std::uint32_t*>(scales_from)[i];
+  }
+
+  /// The A operand of step s.
+  template <activation T>
+  __device__ void decode(int s, std::uint32_t (&a)[4]) const {
+    const int block = s * 16 / static_cast<int>(weight_tile<Kind>::block);
+    const scale_pairs<T, Kind> scale(scales[block / 2]);
+    gather_codes<T>(word[s], a);
+    a[0] = multiply_by<T>(a[0], scale.low, block % 2), a[1] = multiply_by<T>(a[1], scale.high, block % 2);
+    a[2] = multiply_by<T>(a[2], scale.low, block % 2), a[3] = multiply_by<T>(a[3], scale.high, block % 2);
+  }
+};
+
+}  // namespace tetromino::cuda::detail

@@ -1,0 +1,120 @@
+#pragma once
+
+#include "detail/checks.hpp"  // is_aligned
+#include "stream.hpp"         // stream
+
+#include <tetromino/error.hpp>     // error, result
+#include <tetromino/float16.hpp>   // half, bfloat16
+#include <tetromino/packed.hpp>    // packed_view
+#include <tetromino/repacked.hpp>  // repack_to
+
+#include <concepts>     // std::same_as
+#include <cstddef>      // std::size_t, std::byte
+#include <cstdint>      // std::uint8_t
+#include <span>         // std::span
+#include <type_traits>  // std::is_const_v
+
+/// Packed weights in the order in which products on the GPU read them; tetromino::repack_to puts them there.
+namespace TETROMINO_NAMESPACE::cuda {
+
+/// The activation types of the products.
+template <class T>
+concept activation = std::same_as<T, half> || std::same_as<T, bfloat16>;
+
+/// How the rows of a gated layer's two projections lie in its weights [2 n, K], where they do: a product with such
+/// weights gives silu(gate) * up, [M, n].
+enum class gating_rows : std::uint8_t {
+  none,         ///< one projection
+  halves,       ///< all gate rows, then all up rows
+  interleaved,  ///< gate and up rows in turn (gpt-oss)
+};
+
+/// Sizes of weights [matrices, rows, cols] in the order in which the products of the GPU read them: tiles of 64 rows by
+/// 64 columns whose codes lie as the tensor cores' lanes want them, each with its block scales; a float for each row;
+/// and the macro-block bytes.
+struct repacked_shape {
+  any_format format{};
+  std::size_t matrices = 0;
+  std::size_t rows = 0;
+  std::size_t cols = 0;
+  gating_rows gating = gating_rows::none;
+
+  [[nodiscard]] constexpr std::size_t row_tiles() const noexcept { return (rows + 63) / 64; }
+  /// An even number, so that a product can take two tiles at a time.
+  [[nodiscard]] constexpr std::size_t col_tiles() const noexcept { return (cols + 127) / 128 * 2; }
+  [[nodiscard]] constexpr std::size_t tile_bytes() const noexcept { return 64 * 64 / 2 + 64 * 64 / format.block; }
+  /// Columns of a macro block as it is stored: one of 64 columns is two of 32, which spares the products a case.
+  [[nodiscard]] constexpr std::size_t stored_macro_block() const noexcept {
+    return format.macro_block == 64 ? 32 : static_cast<std::size_t>(format.macro_block);
+  }
+  [[nodiscard]] constexpr std::size_t macros_per_row() const noexcept {
+    const std::size_t macro_block = stored_macro_block();
+    return macro_block == 0 ? 0 : (col_tiles() * 64 + macro_block - 1) / macro_block;
+  }
+  /// Where the row factors and the macro bytes start.
+  [[nodiscard]] constexpr std::size_t factors_at() const noexcept {
+    return (matrices * row_tiles() * col_tiles() * tile_bytes() + 127) / 128 * 128;
+  }
+  [[nodiscard]] constexpr std::size_t macros_at() const noexcept {
+    return factors_at() + matrices * row_tiles() * 64 * sizeof(float);
+  }
+  /// Bytes of repacked weights.
+  [[nodiscard]] constexpr std::size_t bytes() const noexcept {
+    return macros_at() + matrices * row_tiles() * macros_per_row() * 64;
+  }
+  /// Columns of a product.
+  [[nodiscard]] constexpr std::size_t outputs() const noexcept { return gating == gating_rows::none ? rows : rows / 2; }
+
+  friend constexpr bool operator==(const repacked_shape&, const repacked_shape&) = default;
+};
+
+/// Weights in that order, for activations of type T, in device memory that somebody else owns, at a multiple of 128
+/// bytes. `Byte` is const for a read-only view.
+template <activation T, class Byte = const std::byte>
+struct repacked_view {
+  repacked_shape shape{};
+  std::span<Byte> data{};
+
+  /// A mutable view is also a read-only one.
+  template <class Other>
+    requires(std::is_const_v<Other> && !std::is_const_v<Byte>)
+  constexpr operator repacked_view<T, Other>() const noexcept { return {shape, data}; }
+};
+
+namespace detail {
+
+template <activation T>
+result<void> repack(const stream& s, const packed_view<any_format>& w, const repacked_shape& shape, std::byte* out);
+
+/// Says why a view has no room for what its shape says, if it has none.
+template <activation T, class Byte>
+[[nodiscard]] result<void> check_repacked(const repacked_view<T, Byte>& w) {
+  if (w.data.size() == w.shape.bytes() && is_aligned(w.data.data(), 128)) return {};
+  return error(errc::shape_mismatch, tetromino::detail::text("repacked weights need ", w.shape.bytes(),
+                                                             " bytes at a multiple of 128, got ", w.data.size()));
+}
+
+}  // namespace detail
+
+/// The hook that tetromino::repack_to finds. out.shape says the gating, and has the format and the sizes of `w`.
+///
+/// For bfloat16 activations nothing is rounded. For half, a block whose scale is more than 2^24 below the largest of
+/// its row loses low bits, which are below 2^-24 of the row's largest weight. Errors: shape_mismatch; device.
+template <activation T>
+[[nodiscard]] result<void> repack_on(const stream& s, const packed_view<any_format>& w,
+                                     const repacked_view<T, std::byte>& out) {
+  using tetromino::detail::text;
+  const repacked_shape& shape = out.shape;
+  if (!(shape.format == w.format) || shape.matrices != w.matrices || shape.rows != w.rows || shape.cols != w.cols) {
+    return error(errc::shape_mismatch, text("repack: the weights are ", name_of(w.format), " [", w.matrices, ", ",
+                                            w.rows, ", ", w.cols, "], the repacked shape says ", name_of(shape.format),
+                                            " [", shape.matrices, ", ", shape.rows, ", ", shape.cols, "]"));
+  }
+  if (shape.gating != gating_rows::none && shape.rows % 2 != 0) {
+    return error(errc::shape_mismatch, text("repack: gate and up rows come in pairs, got ", shape.rows, " rows"));
+  }
+  if (auto fits = detail::check_repacked(out); !fits) return fits;
+  return detail::repack<T>(s, w, shape, out.data.data());
+}
+
+}  // namespace tetromino::cuda
