@@ -1,8 +1,11 @@
 /// How fast the GPU multiplies by the packed weights of a layer's experts, against cuBLAS on bfloat16 weights: a loop
 /// of calls, one for each expert that got rows, whose sizes the host knows; and one dense product of the same work.
-/// Calls are captured in graphs; the weights of all experts together exceed the cache.
-///   cuda_grouped [DATA_FOLDER]
+/// Calls are captured in graphs. A routing is drawn once, but call i of eight gives the rows of expert e to expert
+/// (e + i E / 8) mod E: otherwise the cache would hold the few experts that a few tokens choose.
+///   cuda_grouped [--contender COMMAND] [--tokens N,N...] [DATA_FOLDER [LAYER...]]
+/// Layers: qwen3, deepseek, gpt-oss-20b, gpt-oss-20b-down, gpt-oss-120b, gpt-oss-120b-down; without names, all.
 
+#include "cuda_contender.hpp"
 #include "cuda_timing.hpp"
 
 #include <tetromino/cuda.hpp>
@@ -14,6 +17,8 @@
 #include <cmath>
 #include <cstdint>
 #include <fstream>
+#include <memory>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -77,130 +82,198 @@ std::vector<std::uint32_t> recorded_rows(const std::string& folder, std::size_t 
 
 struct layer {
   const char* name;
-  std::size_t experts, n, k;
+  std::size_t experts, top_k, n, k;
 };
 
-void run(const layer& l, const std::string& folder, const cuda::stream& s, cublasHandle_t handle, double copy) {
-  const std::size_t size = l.n * l.k, most = 4096 * 8;
-  auto* dense = timing::allocate<bfloat16>(size * l.experts);
-  auto* x = timing::allocate<bfloat16>(most * l.k);
-  auto* out = timing::allocate<bfloat16>(most * l.n);
-  {
-    std::vector<bfloat16> host(std::size_t{1} << 22);
+/// The first projections (gate and up) of an expert layer of Qwen3-235B-A22B and of DeepSeek-V3, and both of gpt-oss.
+constexpr layer layers[] = {
+    {"qwen3", 128, 8, 3072, 4096},        {"deepseek", 256, 8, 4096, 7168},
+    {"gpt-oss-20b", 32, 4, 5760, 2880},   {"gpt-oss-20b-down", 32, 4, 2880, 2880},
+    {"gpt-oss-120b", 128, 4, 5760, 2880}, {"gpt-oss-120b-down", 128, 4, 2880, 2880},
+};
+
+constexpr std::size_t turns = 8;  ///< calls that give the rows to other experts each
+
+/// Device memory that ends with its scope.
+template <class T>
+struct device_array {
+  T* data;
+  std::size_t size;
+  explicit device_array(std::size_t n) : data(timing::allocate<T>(n)), size(n) {}
+  device_array(const device_array&) = delete;
+  ~device_array() { cudaFree(data); }
+  [[nodiscard]] std::span<T> span() const { return {data, size}; }
+};
+
+/// Random values of about N(0, 0.5), the same four million over and over.
+void fill(const device_array<bfloat16>& to) {
+  static const std::vector<bfloat16> values = [] {
+    std::vector<bfloat16> out(std::size_t{1} << 22);
     std::uint64_t state = 1;
-    for (auto& v : host) {
+    for (auto& v : out) {
       float sum = -3;
       for (int i = 0; i < 6; ++i) sum += static_cast<float>(next_random(state)) * 0x1p-31f;
       v = bfloat16::encode(sum);
     }
-    for (bfloat16* to : {dense, x}) {
-      const std::size_t n = to == dense ? size * l.experts : most * l.k;
-      for (std::size_t i = 0; i < n; i += host.size()) {
-        timing::require(cudaMemcpy(to + i, host.data(), std::min(host.size(), n - i) * 2, cudaMemcpyHostToDevice),
-                        "cudaMemcpy");
-      }
-    }
+    return out;
+  }();
+  for (std::size_t i = 0; i < to.size; i += values.size()) {
+    timing::require(cudaMemcpy(to.data + i, values.data(), std::min(values.size(), to.size - i) * sizeof(bfloat16),
+                               cudaMemcpyHostToDevice),
+                    "cudaMemcpy");
   }
-  auto* offsets = timing::allocate<std::uint32_t>(l.experts + 1);
-  for (const char* name : {"mxfp4-32/oas", "mxfp4-32/oas/mbs-static", "nvfp4/amax"}) {
-    const recipe r = recipe::parse(name);
-    const packed_shape shape{r.format, l.experts, l.n, l.k};
-    const cuda::repacked_shape repacked_shape{r.format, l.experts, l.n, l.k};
-    auto* codes = timing::allocate<std::uint8_t>(shape.code_bytes());
-    auto* scales = timing::allocate<std::uint8_t>(shape.scale_bytes());
-    auto* macros = timing::allocate<std::uint8_t>(shape.macro_bytes() + 1);
-    auto* tensor_scales = timing::allocate<float>(1);
-    auto* repacked = timing::allocate<std::byte>(repacked_shape.bytes());
-    const packed_view<any_format, std::uint8_t> view{r.format,
-                                                     l.experts,
-                                                     l.n,
-                                                     l.k,
-                                                     {codes, shape.code_bytes()},
-                                                     {scales, shape.scale_bytes()},
-                                                     {macros, shape.macro_bytes()},
-                                                     {tensor_scales, r.format.scale == scale_type::e4m3 ? 1u : 0u}};
+}
+
+/// A layer's experts under one recipe, repacked.
+struct packed_experts {
+  recipe rule;
+  cuda::repacked_shape shape;
+  device_array<std::byte> bytes;
+
+  packed_experts(const char* name, const layer& l, const device_array<bfloat16>& dense, const cuda::stream& s)
+      : rule(recipe::parse(name)), shape{rule.format, l.experts, l.n, l.k}, bytes(shape.bytes()) {
+    const packed_shape linear{rule.format, l.experts, l.n, l.k};
+    const device_array<std::uint8_t> codes(linear.code_bytes()), scales(linear.scale_bytes());
+    const device_array<std::uint8_t> macros(linear.macro_bytes());
+    const device_array<float> tensor_scales(rule.format.scale == scale_type::e4m3 ? 1 : 0);
+    const packed_view<any_format, std::uint8_t> view{rule.format,  l.experts,     l.n,           l.k,
+                                                     codes.span(), scales.span(), macros.span(), tensor_scales.span()};
     quantize_options options;
-    options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
-    quantize_to(s, batch_view<const bfloat16>(dense, l.experts, l.n, l.k), view, options);
-    const cuda::repacked_view<bfloat16, std::byte> weights{repacked_shape, {repacked, repacked_shape.bytes()}};
-    repack_to(s, view, weights);
+    options.rule = rule.rule, options.macro = rule.macro, options.special = special_values::poison;
+    quantize_to(s, batch_view<const bfloat16>(dense.data, l.experts, l.n, l.k), view, options);
+    repack_to(s, view, weights());
     timing::require(cudaStreamSynchronize(s.handle), "repacking");
-    for (const std::size_t tokens : {1, 8, 16, 64, 256, 1024, 4096}) {
-      for (const char* routing : {"even", "skewed", "recorded"}) {
-        const auto counts = routing[0] == 'r'
-                                ? (l.experts == 128 ? recorded_rows(folder, tokens) : std::vector<std::uint32_t>{})
-                                : rows_of_experts(tokens, l.experts, 8, routing[0] == 's' ? 1.0 : 0.0);
-        if (counts.empty()) continue;
-        std::vector<std::uint32_t> host_offsets(l.experts + 1, 0);
-        std::size_t active = 0;
-        for (std::size_t e = 0; e < l.experts; ++e) {
-          host_offsets[e + 1] = host_offsets[e] + counts[e];
-          active += counts[e] != 0;
-        }
-        timing::require(cudaMemcpy(offsets, host_offsets.data(), host_offsets.size() * 4, cudaMemcpyHostToDevice),
-                        "cudaMemcpy");
-        const std::size_t rows = tokens * 8;
-        const float one = 1, zero = 0;
-        const auto gemm = [&](const bfloat16* w, std::size_t first, std::size_t m) {
-          require(cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(l.n), static_cast<int>(m),
-                               static_cast<int>(l.k), &one, w, CUDA_R_16BF, static_cast<int>(l.k), x + first * l.k,
-                               CUDA_R_16BF, static_cast<int>(l.k), &zero, out + first * l.n, CUDA_R_16BF,
-                               static_cast<int>(l.n), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-                  "cublasGemmEx");
-        };
-        const auto loop = timing::time_graph(s.handle, 3, 1, [&](int) {
-          for (std::size_t e = 0; e < l.experts; ++e) {
-            if (counts[e] != 0) gemm(dense + e * size, host_offsets[e], counts[e]);
-          }
-        });
-        const auto one_product = timing::time_graph(s.handle, 3, 1, [&](int) { gemm(dense, 0, rows); });
-        const auto t = timing::time_graph(s.handle, 5, 2, [&](int) {
-          grouped_matmul(s, matrix_view<const bfloat16>(x, rows, l.k), weights, {offsets, l.experts + 1},
-                         matrix_view<bfloat16>(out, rows, l.n));
-        });
-        const double bytes = bits_per_weight(r.format) / 8.0 * static_cast<double>(size * active);
-        const double flops = 2.0 * static_cast<double>(rows * size);
-        std::printf(
-            "%-14s %4zu tokens, %-8s %3zu experts  %-24s %9.1f us ±%4.1f %%  loop %9.1f us = %5.2f x  dense %8.1f us = "
-            "%4.2f x  %6.1f TFLOP/s  %4.1f %% of the copy rate\n",
-            l.name, tokens, routing, active, name, t.median_us, 50 * t.spread, loop.median_us,
-            loop.median_us / t.median_us, one_product.median_us, one_product.median_us / t.median_us,
-            flops / t.median_us * 1e-6, 100 * bytes / t.median_us * 1e-6 / copy);
-        std::fflush(stdout);
+  }
+  [[nodiscard]] cuda::repacked_view<bfloat16, std::byte> weights() const { return {shape, bytes.span()}; }
+};
+
+/// The rows of each expert in each of the turns, as offsets.
+struct routing {
+  const char* name;
+  std::vector<std::vector<std::uint32_t>> offsets{};
+  std::size_t active = 0;  ///< experts that get rows
+
+  routing(const char* name_, const std::vector<std::uint32_t>& counts) : name(name_) {
+    const std::size_t experts = counts.size();
+    for (const std::uint32_t n : counts) active += n != 0;
+    for (std::size_t i = 0; i < turns; ++i) {
+      std::vector<std::uint32_t> of_turn(experts + 1, 0);
+      for (std::size_t e = 0; e < experts; ++e) {
+        of_turn[e + 1] = of_turn[e] + counts[(e + experts - i * experts / turns) % experts];
       }
-    }
-    for (void* p : {static_cast<void*>(codes), static_cast<void*>(scales), static_cast<void*>(macros),
-                    static_cast<void*>(tensor_scales), static_cast<void*>(repacked)}) {
-      cudaFree(p);
+      offsets.push_back(std::move(of_turn));
     }
   }
-  for (void* p :
-       {static_cast<void*>(dense), static_cast<void*>(x), static_cast<void*>(out), static_cast<void*>(offsets)}) {
-    cudaFree(p);
+};
+
+struct setting {
+  cuda::stream stream;
+  cublasHandle_t blas;
+  double copy;
+  timing::contender* contender;
+};
+
+/// Times one routing: cuBLAS once, then ours under each recipe, then the contender.
+void run(const layer& l, const routing& r, const setting& s, const device_array<bfloat16>& dense,
+         const std::vector<std::unique_ptr<packed_experts>>& ours, const bfloat16* x, bfloat16* out) {
+  const std::size_t rows = r.offsets[0].back(), size = l.n * l.k;
+  const device_array<std::uint32_t> offsets(turns * (l.experts + 1));
+  for (std::size_t i = 0; i < turns; ++i) {
+    timing::require(cudaMemcpy(offsets.data + i * (l.experts + 1), r.offsets[i].data(), (l.experts + 1) * 4,
+                               cudaMemcpyHostToDevice),
+                    "cudaMemcpy");
+  }
+  const float one = 1, zero = 0;
+  const auto gemm = [&](const bfloat16* w, std::size_t first, std::size_t m) {
+    require(cublasGemmEx(s.blas, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(l.n), static_cast<int>(m),
+                         static_cast<int>(l.k), &one, w, CUDA_R_16BF, static_cast<int>(l.k), x + first * l.k,
+                         CUDA_R_16BF, static_cast<int>(l.k), &zero, out + first * l.n, CUDA_R_16BF,
+                         static_cast<int>(l.n), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+            "cublasGemmEx");
+  };
+  const auto loop = timing::time_graph(s.stream.handle, 3, 2, [&](int i) {
+    const auto& of_turn = r.offsets[static_cast<std::size_t>(i) * turns / 2 % turns];
+    for (std::size_t e = 0; e < l.experts; ++e) {
+      if (of_turn[e + 1] != of_turn[e]) gemm(dense.data + e * size, of_turn[e], of_turn[e + 1] - of_turn[e]);
+    }
+  });
+  const auto one_product = timing::time_graph(s.stream.handle, 3, 1, [&](int) { gemm(dense.data, 0, rows); });
+  double first_us = 0;
+  for (const auto& w : ours) {
+    const auto t = timing::time_graph(s.stream.handle, 5, turns, [&](int i) {
+      const std::size_t turn = static_cast<std::size_t>(i) % turns;
+      grouped_matmul(s.stream, matrix_view<const bfloat16>(x, rows, l.k), w->weights(),
+                     offsets.span().subspan(turn * (l.experts + 1), l.experts + 1),
+                     matrix_view<bfloat16>(out, rows, l.n));
+    });
+    if (first_us == 0) first_us = t.median_us;
+    const double bytes = bits_per_weight(w->rule.format) / 8.0 * static_cast<double>(size * r.active);
+    const double flops = 2.0 * static_cast<double>(rows * size);
+    std::printf(
+        "%-18s %4zu tokens, %-8s %3zu experts  %-24s %9.1f us ±%4.1f %%  loop %9.1f us = %5.2f x  dense %8.1f us = "
+        "%4.2f x  %6.1f TFLOP/s  %4.1f %% of the copy rate\n",
+        l.name, rows / l.top_k, r.name, r.active, w->rule.name().c_str(), t.median_us, 50 * t.spread, loop.median_us,
+        loop.median_us / t.median_us, one_product.median_us, one_product.median_us / t.median_us,
+        flops / t.median_us * 1e-6, 100 * bytes / t.median_us * 1e-6 / s.copy);
+  }
+  std::ostringstream question;
+  question << "grouped " << l.experts << ' ' << l.n << ' ' << l.k;
+  for (const std::uint32_t offset : r.offsets[0]) question << ' ' << offset;
+  timing::print_contenders(s.contender->ask(question.str()), first_us);
+  std::fflush(stdout);
+}
+
+void run(const layer& l, const std::vector<std::size_t>& tokens, const std::string& folder, const setting& s) {
+  const std::size_t most = *std::max_element(tokens.begin(), tokens.end()) * l.top_k;
+  const device_array<bfloat16> dense(l.n * l.k * l.experts), x(most * l.k), out(most * l.n);
+  fill(dense), fill(x);
+  std::vector<std::unique_ptr<packed_experts>> ours;
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-32/oas/mbs-static", "nvfp4/amax"}) {
+    ours.push_back(std::make_unique<packed_experts>(name, l, dense, s.stream));
+  }
+  for (const std::size_t n : tokens) {
+    run(l, routing("even", rows_of_experts(n, l.experts, l.top_k, 0.0)), s, dense, ours, x.data, out.data);
+    run(l, routing("skewed", rows_of_experts(n, l.experts, l.top_k, 1.0)), s, dense, ours, x.data, out.data);
+    if (l.experts != 128 || l.top_k != 8) continue;
+    const auto recorded = recorded_rows(folder, n);
+    if (!recorded.empty()) run(l, routing("recorded", recorded), s, dense, ours, x.data, out.data);
   }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-    std::printf("skipped: no CUDA device\n");
-    return 77;
+  std::string command;
+  std::vector<std::size_t> tokens{1, 8, 16, 64, 256, 1024, 4096};
+  std::vector<std::string> words;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--contender" && i + 1 < argc) {
+      command = argv[++i];
+    } else if (word == "--tokens" && i + 1 < argc) {
+      tokens.clear();
+      std::istringstream list(argv[++i]);
+      for (std::string n; std::getline(list, n, ',');) tokens.push_back(std::stoul(n));
+    } else {
+      words.push_back(word);
+    }
   }
-  cuda::stream s;
-  timing::require(cudaStreamCreate(&s.handle), "cudaStreamCreate");
-  const double copy = timing::copy_rate(s.handle, std::size_t{1} << 30);
-  std::printf("device copy: %.3f TB/s, bytes read plus written\n", copy);
-  cublasHandle_t handle;
-  require(cublasCreate(&handle), "cublasCreate");
-  require(cublasSetStream(handle, s.handle), "cublasSetStream");
+  const std::string folder = words.empty() ? "examples/data" : words[0];
+  timing::contender contender(command);  // before this process has a CUDA context, which must not be forked
+  setting s{};
+  s.contender = &contender;
+  s.copy = timing::start();
+  timing::require(cudaStreamCreate(&s.stream.handle), "cudaStreamCreate");
+  require(cublasCreate(&s.blas), "cublasCreate");
+  require(cublasSetStream(s.blas, s.stream.handle), "cublasSetStream");
   void* workspace = timing::allocate<std::uint8_t>(std::size_t{64} << 20);
-  require(cublasSetWorkspace(handle, workspace, std::size_t{64} << 20), "cublasSetWorkspace");
-  const std::string folder = argc > 1 ? argv[1] : "examples/data";
-  // The first projections (gate and up) of one expert layer of Qwen3-235B-A22B, and of DeepSeek-V3.
-  for (const layer& l : {layer{"3072 x 4096", 128, 3072, 4096}, layer{"4096 x 7168", 256, 4096, 7168}}) {
-    run(l, folder, s, handle, copy);
+  require(cublasSetWorkspace(s.blas, workspace, std::size_t{64} << 20), "cublasSetWorkspace");
+  bool is_known = words.size() < 2;
+  for (const layer& l : layers) {
+    const bool is_wanted = words.size() < 2 || std::find(words.begin() + 1, words.end(), l.name) != words.end();
+    is_known = is_known || is_wanted;
+    if (is_wanted) run(l, tokens, folder, s);
   }
-  return 0;
+  if (!is_known) std::fprintf(stderr, "no such layer; see the head of cuda_grouped.cu\n");
+  return is_known ? 0 : 2;
 }

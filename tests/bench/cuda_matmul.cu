@@ -1,7 +1,8 @@
 /// How fast the GPU multiplies by packed weights, against cuBLAS on bfloat16 weights and a device copy. Weights take
 /// turns among copies that together exceed the cache, calls are captured in a graph.
-///   cuda_matmul [quick]
+///   cuda_matmul [quick] [--contender COMMAND]
 
+#include "cuda_contender.hpp"
 #include "cuda_timing.hpp"
 
 #include <tetromino/cuda.hpp>
@@ -11,6 +12,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -108,7 +110,8 @@ struct layer {
 /// Times the products of m rows, cuBLAS and ours in turn. Weights are settled, as they are in decoding; products with
 /// large m come last, since they slow the clock for what follows them.
 void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cublasHandle_t handle, bfloat16* x,
-         bfloat16* out) {
+         bfloat16* out, timing::contender& contender) {
+  double first_us = 0;
   const std::size_t size = l.n * l.k;
   const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(size);
   const float one = 1, zero = 0;
@@ -131,6 +134,7 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
           matmul(s, matrix_view<const bfloat16>(x, m, l.k), p.weights(static_cast<std::size_t>(i)),
                  matrix_view<bfloat16>(out, m, l.n), options);
         });
+    if (first_us == 0) first_us = t.median_us;
     const double rate = bits_per_weight(p.rule.format) / 8.0 * static_cast<double>(size) / t.median_us * 1e-6;
     std::printf(
         "%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s  %5.2f x cuBLAS  weights %5.3f TB/s, "
@@ -138,22 +142,25 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
         m, l.n, l.k, p.rule.name().c_str(), t.median_us, 50 * t.spread, flops / t.median_us * 1e-6,
         dense.median_us / t.median_us, rate, 100 * rate / copy);
   }
+  std::ostringstream question;
+  question << "dense " << m << ' ' << l.n << ' ' << l.k;
+  timing::print_contenders(contender.ask(question.str()), first_us);
   std::fflush(stdout);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-    std::printf("skipped: no CUDA device\n");
-    return 77;
+  bool quick = false;
+  std::string command;
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "quick") == 0) quick = true;
+    if (std::strcmp(argv[i], "--contender") == 0 && i + 1 < argc) command = argv[++i];
   }
-  const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
+  timing::contender contender(command);  // before this process has a CUDA context, which must not be forked
+  const double copy = timing::start();
   cuda::stream s;
   timing::require(cudaStreamCreate(&s.handle), "cudaStreamCreate");
-  const double copy = timing::copy_rate(s.handle, std::size_t{1} << 30);
-  std::printf("device copy: %.3f TB/s, bytes read plus written\n", copy);
   cublasHandle_t handle;
   require(cublasCreate(&handle), "cublasCreate");
   require(cublasSetStream(handle, s.handle), "cublasSetStream");
@@ -168,7 +175,7 @@ int main(int argc, char** argv) {
   layer layers[] = {{7168, 7168}, {4096, 7168}, {7168, 2048}};
   for (layer& l : layers) l.make(s);
   for (const std::size_t m : rows) {
-    for (const layer& l : layers) run(l, m, copy, s, handle, x, out);
+    for (const layer& l : layers) run(l, m, copy, s, handle, x, out, contender);
   }
   return 0;
 }
