@@ -193,15 +193,9 @@ bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
     const auto matrix = [](const device_array<bfloat16>& a, std::size_t m, std::size_t n) {
       return tt::matrix_view<const bfloat16>(a.data, m, n);
     };
-    const auto route = [&] {
-      tt::cuda::try_route(s, logits.span(), l.experts, l.router, ids.span(), weights.span()).value();
-    };
-    const auto group = [&] {
-      tt::cuda::try_group_by_expert(s, std::span<const std::uint16_t>(ids.span()), 0, groups).value();
-    };
-    const auto permute = [&] {
-      tt::cuda::try_permute<bfloat16>(s, x.span(), grouped.span(), l.hidden, groups).value();
-    };
+    const auto route = [&] { tt::cuda::route(s, logits.span(), l.experts, l.router, ids.span(), weights.span()); };
+    const auto group = [&] { tt::cuda::group_by_expert(s, std::span<const std::uint16_t>(ids.span()), 0, groups); };
+    const auto permute = [&] { tt::cuda::permute<bfloat16>(s, x.span(), grouped.span(), l.hidden, groups); };
     const auto multiply_in = [&] {
       tt::grouped_matmul(s, matrix(grouped, calls, l.hidden), both.ready(), offsets.span(),
                          tt::matrix_view<bfloat16>(h.data, calls, l.inner));
@@ -211,7 +205,7 @@ bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
                          tt::matrix_view<bfloat16>(y.data, calls, l.hidden));
     };
     const auto combine = [&] {
-      tt::cuda::try_combine<bfloat16>(s, y.span(), weights.span(), out.span(), l.hidden, groups).value();
+      tt::cuda::combine<bfloat16>(s, y.span(), weights.span(), out.span(), l.hidden, groups);
     };
     check(cudaMemset(out.data, 0xFF, out.size * sizeof(bfloat16)), "cudaMemset");
     const auto layer_once = [&] { route(), group(), permute(), multiply_in(), multiply_out(), combine(); };

@@ -126,4 +126,22 @@ template <matrix_like Input, block_format Format>
   return detail::quantize_transposed(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked});
 }
 
-}  // namespace tetromino::cuda
+/// try_amax_to, throwing its error.
+template <matrix_like Input>
+void amax_to(const stream& s, const Input& x, std::span<float> out, special_values special = special_values::poison) {
+  try_amax_to(s, x, out, special).value();
+}
+/// try_quantize_swizzled_to, throwing its error.
+template <matrix_like Input, block_format Format>
+void quantize_swizzled_to(const stream& s, const Input& x, packed_view<Format, std::uint8_t> out,
+                          const quantize_options& options = {}) {
+  try_quantize_swizzled_to(s, x, out, options).value();
+}
+/// try_quantize_transposed_to, throwing its error.
+template <matrix_like Input, block_format Format>
+void quantize_transposed_to(const stream& s, const Input& x, packed_view<Format, std::uint8_t> out,
+                            const quantize_options& options = {}) {
+  try_quantize_transposed_to(s, x, out, options).value();
+}
+
+}  // namespace TETROMINO_NAMESPACE::cuda

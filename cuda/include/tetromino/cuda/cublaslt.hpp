@@ -28,7 +28,7 @@
 ///     const auto library = cuda::cublaslt::create();                                            // once
 ///     cuda::to_block_scaled(stream, packed_weights, weights);                                   // once for each model
 ///     const auto plan = cuda::block_scaled_plan<bfloat16>::create(library, tokens, N, K, N);    // once for each shape
-///     cuda::try_quantize_swizzled_to(stream, x, packed, options).value();                       // x is now an operand
+///     cuda::quantize_swizzled_to(stream, x, packed, options);                                   // x is now an operand
 ///     plan.multiply(stream.with_workspace(memory), cuda::as_block_scaled(packed), weights[expert], out);
 namespace TETROMINO_NAMESPACE::cuda {
 

@@ -177,4 +177,32 @@ template <real T>
                                 sizeof(moe::expert_call) / sizeof(float), groups.calls_per_row});
 }
 
-}  // namespace tetromino::cuda
+/// try_route, throwing its error.
+inline void route(const stream& s, std::span<const float> logits, std::size_t experts,
+                  const moe::router_options& options, std::span<std::uint16_t> ids, std::span<float> weights) {
+  try_route(s, logits, experts, options, ids, weights).value();
+}
+/// try_group_by_expert, throwing its error.
+template <detail::call_like Call>
+void group_by_expert(const stream& s, std::span<const Call> calls, std::size_t first_slot, const expert_groups& out) {
+  try_group_by_expert(s, calls, first_slot, out).value();
+}
+/// try_permute, throwing its error.
+template <real T>
+void permute(const stream& s, std::span<const T> from, std::span<T> to, std::size_t width,
+             const expert_groups& groups) {
+  try_permute(s, from, to, width, groups).value();
+}
+/// try_combine, throwing its error.
+template <real T>
+void combine(const stream& s, std::span<const T> y, std::span<const float> weights, std::span<T> out, std::size_t width,
+             const expert_groups& groups) {
+  try_combine(s, y, weights, out, width, groups).value();
+}
+template <real T>
+void combine(const stream& s, std::span<const T> y, std::span<const moe::expert_call> calls, std::span<T> out,
+             std::size_t width, const expert_groups& groups) {
+  try_combine(s, y, calls, out, width, groups).value();
+}
+
+}  // namespace TETROMINO_NAMESPACE::cuda

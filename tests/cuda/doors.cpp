@@ -1,0 +1,157 @@
+/// What repack_to, matmul and grouped_matmul check on a cuda::stream, and what they hand to the kernels: this program
+/// defines the kernels itself, so that it needs no GPU; host memory stands for the device's.
+
+#include "check.hpp"
+
+#include <tetromino/cuda/matmul.hpp>
+
+#include <array>   // std::array
+#include <memory>  // std::align
+#include <string>  // std::string
+#include <vector>  // std::vector
+
+namespace {
+
+namespace cuda = tetromino::cuda;
+using tetromino::batch_view;
+using tetromino::bfloat16;
+using tetromino::errc;
+using tetromino::matrix_view;
+using tetromino_test::contains;
+
+/// The last calls of the kernels.
+cuda::detail::matmul_job<bfloat16> multiplied{};
+std::byte* repacked_to = nullptr;
+int calls = 0;
+
+}  // namespace
+
+namespace TETROMINO_NAMESPACE::cuda::detail {
+template <>
+result<void> repack<bfloat16>(const stream&, const packed_view<any_format>&, const repacked_shape&, std::byte* out) {
+  repacked_to = out, ++calls;
+  return {};
+}
+template <>
+result<void> matmul<bfloat16>(const stream&, const matmul_job<bfloat16>& job) {
+  multiplied = job, ++calls;
+  return {};
+}
+}  // namespace TETROMINO_NAMESPACE::cuda::detail
+
+namespace {
+
+const cuda::stream the_stream(nullptr);
+
+/// Weights [2, 96, 160] and room for them in the kernels' order, at a multiple of 128 bytes.
+struct fixture {
+  tetromino::packed<tetromino::mxfp4> packed{tetromino::mxfp4{}, 2, 96, 160};
+  cuda::repacked_shape shape{tetromino::mxfp4{}, 2, 96, 160};
+  std::vector<std::byte> memory = std::vector<std::byte>(shape.bytes() + 256);
+  std::vector<bfloat16> x = std::vector<bfloat16>(8 * 160), out = std::vector<bfloat16>(8 * 96);
+  std::array<std::uint32_t, 3> offsets{0, 5, 8};
+
+  [[nodiscard]] std::span<std::byte> room(std::size_t bytes) {
+    void* at = memory.data();
+    std::size_t left = memory.size();
+    return {static_cast<std::byte*>(std::align(128, bytes, at, left)), bytes};
+  }
+  [[nodiscard]] cuda::repacked_view<bfloat16, std::byte> weights() { return {shape, room(shape.bytes())}; }
+};
+
+std::string message(const tetromino::result<void>& done, errc expected = errc::shape_mismatch) {
+  REQUIRE_FALSE(done);
+  CHECK(done.error().code() == expected);
+  return done.error().what();
+}
+
+}  // namespace
+
+TEST_CASE("cuda: repack_to says what does not fit") {
+  fixture f;
+  calls = 0;
+  tetromino::repack_to(the_stream, f.packed, f.weights());
+  CHECK(calls == 1);
+  CHECK(repacked_to == f.weights().data.data());
+
+  auto out = f.weights();
+  out.shape.rows = 97;
+  CHECK_THAT(message(tetromino::try_repack_to(the_stream, f.packed, out)),
+             contains("mxfp4-32 [2, 96, 160]") && contains("mxfp4-32 [2, 97, 160]"));
+  out = f.weights(), out.shape.format = tetromino::nvfp4{};
+  CHECK_THAT(message(tetromino::try_repack_to(the_stream, f.packed, out)), contains("nvfp4"));
+  out = f.weights(), out.data = out.data.first(out.data.size() - 1);
+  CHECK_THAT(message(tetromino::try_repack_to(the_stream, f.packed, out)),
+             contains("need " + std::to_string(f.shape.bytes()) + " bytes at a multiple of 128"));
+  out = f.weights(), out.data = {out.data.data() + 1, out.data.size()};
+  CHECK_THAT(message(tetromino::try_repack_to(the_stream, f.packed, out)), contains("multiple of 128"));
+  tetromino::packed<tetromino::mxfp4> odd(tetromino::mxfp4{}, 1, 95, 160);
+  const cuda::repacked_shape gated{tetromino::mxfp4{}, 1, 95, 160, cuda::gating_rows::halves};
+  CHECK_THAT(message(tetromino::try_repack_to(the_stream, odd,
+                                              cuda::repacked_view<bfloat16, std::byte>{gated, f.room(gated.bytes())})),
+             contains("pairs, got 95 rows"));
+  auto torn = f.packed.view();
+  torn.codes = torn.codes.first(7);
+  CHECK_THAT(message(tetromino::try_repack_to(the_stream, torn, f.weights())), contains("codes"));
+  CHECK_THROWS_AS(tetromino::repack_to(the_stream, torn, f.weights()), tetromino::error);
+  CHECK(calls == 1);
+}
+
+TEST_CASE("cuda: grouped_matmul hands rows, weights and options on") {
+  fixture f;
+  cuda::matmul_options options;
+  options.settled_weights = true;
+  calls = 0;
+  // four matrices of two rows, each row four elements past the one before it
+  std::vector<bfloat16> apart(8 * 164);
+  batch_view<const bfloat16> x(apart.data(), 4, 2, 160);
+  x.row_stride = 164, x.matrix_stride = 328;
+  tetromino::grouped_matmul(the_stream, x, f.weights(), f.offsets, matrix_view<bfloat16>(f.out.data(), 8, 96), options);
+  REQUIRE(calls == 1);
+  CHECK(multiplied.x.data == apart.data());
+  CHECK(multiplied.x.rows == 8);
+  CHECK(multiplied.x.row_stride == 164);
+  CHECK(multiplied.row_offsets == f.offsets.data());
+  CHECK(multiplied.weights == f.weights().data.data());
+  CHECK(multiplied.shape == f.shape);
+  CHECK(multiplied.options.settled_weights);
+  CHECK_FALSE(multiplied.portable);
+
+  x.matrix_stride = 400;
+  CHECK_THAT(message(tetromino::try_grouped_matmul(the_stream, x, f.weights(), f.offsets,
+                                                   matrix_view<bfloat16>(f.out.data(), 8, 96))),
+             contains("400 elements apart"));
+  CHECK(calls == 1);
+}
+
+TEST_CASE("cuda: products say what does not fit") {
+  fixture f;
+  calls = 0;
+  const matrix_view<const bfloat16> x(f.x.data(), 8, 160);
+  const matrix_view<bfloat16> out(f.out.data(), 8, 96);
+  const auto grouped = [&](const auto& w, std::span<const std::uint32_t> offsets, const auto&... more) {
+    return message(tetromino::try_grouped_matmul(the_stream, x, w, offsets, out, more...));
+  };
+  CHECK_THAT(message(tetromino::try_matmul(the_stream, x, f.weights(), out)),
+             contains("one weight matrix, got 2") && contains("grouped_matmul"));
+  CHECK_THAT(grouped(f.weights(), std::span(f.offsets).first(2)), contains("3 row offsets, got 2"));
+  auto w = f.weights();
+  w.data = w.data.first(128);
+  CHECK_THAT(grouped(w, f.offsets), contains("got 128"));
+  w = f.weights(), w.shape.cols = 224;
+  CHECK_THAT(grouped(w, f.offsets), contains("160 columns, the weights 224"));
+  w = f.weights(), w.shape.gating = cuda::gating_rows::halves;
+  CHECK_THAT(grouped(w, f.offsets), contains("the product is [8, 48], the output [8, 96]"));
+  const std::vector<float> bias(96);
+  cuda::matmul_options options;
+  options.bias = bias;
+  CHECK_THAT(grouped(f.weights(), f.offsets, options), contains("bias needs 192 entries") && contains("got 96"));
+  CHECK_THROWS_AS(tetromino::matmul(the_stream, x, f.weights(), out), tetromino::error);
+  CHECK(calls == 0);
+
+  w = f.weights(), w.shape.matrices = 1, w.data = w.data.first(w.shape.bytes());
+  const cuda::repacked_view<bfloat16> read_only = w;
+  tetromino::matmul(the_stream, x, read_only, out);
+  CHECK(calls == 1);
+  CHECK(multiplied.row_offsets == nullptr);
+}
