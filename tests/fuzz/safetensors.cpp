@@ -19,7 +19,7 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::span<const std::uint8_t> file(data, size);
-  const auto header = tetromino::detail::parse_safetensors(file, "input");
+  const auto header = tetromino::detail::parse_safetensors(file, file.size(), "input");
   if (!header) {
     require(header.error().code() == tetromino::errc::malformed_file, "the kind of the error");
     require(std::string_view(header.error().what()).size() < 1000, "an error that fits on a screen");
@@ -44,7 +44,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   std::string written = tetromino::detail::write_safetensors_header(header->tensors, header->metadata);
   written.append(file.begin() + static_cast<std::ptrdiff_t>(header->data_begin), file.end());
   const auto* const bytes = reinterpret_cast<const std::uint8_t*>(written.data());
-  const auto again = tetromino::detail::parse_safetensors({bytes, written.size()}, "output");
+  const auto again = tetromino::detail::parse_safetensors({bytes, written.size()}, written.size(), "output");
   require(again.has_value(), "a written header that can be read");
   require(again->data_begin % 8 == 0, "data that begins at a multiple of 8 bytes");
   require(again->metadata == header->metadata && again->tensors.size() == header->tensors.size(), "the same header");

@@ -46,7 +46,7 @@ class safetensors_file : public detail::mapped_tensors<safetensors_tensor> {
   [[nodiscard]] static result<safetensors_file> try_open(const std::filesystem::path& path) {
     auto mapping = detail::file_mapping::try_open(path);
     if (!mapping) return mapping.error();
-    auto header = detail::parse_safetensors(mapping->bytes(), path.string());
+    auto header = detail::parse_safetensors(mapping->bytes(), mapping->bytes().size(), path.string());
     if (!header) return header.error();
     return safetensors_file(path, std::move(*mapping), std::move(*header));
   }

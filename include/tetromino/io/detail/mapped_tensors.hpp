@@ -106,7 +106,8 @@ class stored_tensor {
 template <class Tensor>
 class mapped_tensors {
  public:
-  [[nodiscard]] const std::string& path() const noexcept { return *path_; }
+  /// The path that it was opened by; empty after a move, as all the rest is.
+  [[nodiscard]] std::string_view path() const noexcept { return path_ ? std::string_view(*path_) : std::string_view(); }
   /// All tensors, in the order of their data in the file.
   [[nodiscard]] std::span<const Tensor> tensors() const noexcept { return tensors_; }
   [[nodiscard]] auto begin() const noexcept { return tensors_.begin(); }
@@ -126,7 +127,7 @@ class mapped_tensors {
     if (const auto* tensor = find(name)) return tensor;
     const auto name_of = [](const Tensor& t) -> std::string_view { return t.name(); };
     return error(errc::unknown_name,
-                 text(*path_, ": expected a tensor ", printable(name), "; ", nearest_names(name, tensors_, name_of)));
+                 text(path(), ": expected a tensor ", printable(name), "; ", nearest_names(name, tensors_, name_of)));
   }
 
   /// Says that `part` of some tensor's bytes has been read: its pages leave this process's memory, so that streaming

@@ -6,6 +6,7 @@
 #include "posix_file.hpp"   // pending_file
 
 #include <algorithm>    // std::sort, std::lower_bound
+#include <atomic>       // std::atomic_ref
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
 #include <filesystem>   // std::filesystem::path
@@ -55,6 +56,25 @@ class pending_tensors {
                    text(subject(**found), ": expected elements of type ", (**found).type_name, ", got ", got));
     }
     return append_to(**found, {reinterpret_cast<const std::uint8_t*>(values.data()), values.size_bytes()});
+  }
+
+  /// Writes bytes of a tensor from its byte `offset` on: for those who write pieces of their own, each byte once, in any
+  /// order and from any threads. Fails as `append` does, and leaves the file open.
+  void write_at(std::string_view name, std::size_t offset, std::span<const std::uint8_t> bytes) {
+    try_write_at(name, offset, bytes).value();
+  }
+  [[nodiscard]] result<void> try_write_at(std::string_view name, std::size_t offset,
+                                          std::span<const std::uint8_t> bytes) {
+    const auto found = find(name);
+    if (!found) return found.error();
+    pending_tensor& tensor = **found;
+    if (offset > tensor.size || bytes.size() > tensor.size - offset) {
+      return error(errc::shape_mismatch, text(subject(tensor), ": expected bytes up to ", tensor.size, ", got ",
+                                              bytes.size(), " at ", offset));
+    }
+    auto written = file_.try_fill_at(tensor.begin + offset, bytes);
+    if (written) std::atomic_ref(tensor.written).fetch_add(bytes.size(), std::memory_order_relaxed);
+    return written;
   }
 
   /// Makes the file durable and gives it its final name, replacing what was there. Fails if bytes are missing (then

@@ -4,8 +4,8 @@
 
 #include <fcntl.h>     // ::open
 #include <sys/mman.h>  // ::mmap, ::madvise
-#include <sys/stat.h>  // ::fstat
-#include <unistd.h>    // ::pwrite, ::fsync, ::close, ::sysconf
+#include <sys/stat.h>  // ::fstat, ::fchmod
+#include <unistd.h>    // ::pread, ::pwrite, ::fsync, ::fchown, ::getpid, ::close, ::sysconf, ::pathconf
 
 #include <algorithm>     // std::min
 #include <cerrno>        // errno
@@ -18,7 +18,7 @@
 #include <span>          // std::span
 #include <string>        // std::string
 #include <string_view>   // std::string_view
-#include <system_error>  // std::generic_category
+#include <system_error>  // std::generic_category, std::error_code
 #include <utility>       // std::exchange, std::move, std::swap
 
 namespace TETROMINO_NAMESPACE::detail {
@@ -34,6 +34,12 @@ struct file_identity {
   ino_t inode{};
   friend bool operator==(const file_identity&, const file_identity&) = default;
 };
+
+/// "path: expected a regular file, found a directory".
+inline error not_a_file(const std::filesystem::path& path, const struct ::stat& facts, std::string_view expected) {
+  return error(errc::io, text(path.string(), ": expected ", expected, ", found a ",
+                              S_ISDIR(facts.st_mode) ? "directory" : "device, pipe or socket"));
+}
 
 /// Which file a path leads to; nothing if there is none.
 inline std::optional<file_identity> identity_of(const std::filesystem::path& path) noexcept {
@@ -91,6 +97,63 @@ inline int write_all(int file, std::uint64_t offset, std::span<const std::uint8_
   return 0;
 }
 
+/// A regular file that is read piece by piece, from any thread: a file that gets shorter meanwhile gives an error, where
+/// a mapping would end the process.
+class file_reader {
+ public:
+  [[nodiscard]] static result<file_reader> try_open(const std::filesystem::path& path) {
+    file_reader reader;
+    reader.path_ = path;
+    // Without O_NONBLOCK, opening a pipe would wait for a writer before it could be refused.
+    reader.file_ = open_file(path, O_RDONLY | O_NONBLOCK);
+    if (!reader.file_.is_open()) return io_error(path, "open");
+    if (::fstat(reader.file_.number(), &reader.opened_) != 0) return io_error(path, "stat");
+    if (!S_ISREG(reader.opened_.st_mode)) return not_a_file(path, reader.opened_, "a regular file");
+    return reader;
+  }
+
+  [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+  [[nodiscard]] std::uint64_t size() const noexcept { return static_cast<std::uint64_t>(opened_.st_size); }
+  [[nodiscard]] file_identity identity() const noexcept { return {opened_.st_dev, opened_.st_ino}; }
+
+  /// Reads `to.size()` bytes at `offset`. Errors: io; malformed_file where the file ends before.
+  [[nodiscard]] result<void> try_read_at(std::uint64_t offset, std::span<std::uint8_t> to) const {
+    constexpr std::size_t most_at_once = std::size_t{1} << 30;
+    while (!to.empty()) {
+      const ssize_t got =
+          ::pread(file_.number(), to.data(), std::min(to.size(), most_at_once), static_cast<off_t>(offset));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) return io_error(path_, text("read ", to.size(), " bytes at ", offset));
+      if (got == 0) {
+        return error(errc::malformed_file, text(path_.string(), ": expected ", to.size(), " more bytes at ", offset,
+                                                ", found the end of the file (is it cut short?)"));
+      }
+      to = to.subspan(static_cast<std::size_t>(got));
+      offset += static_cast<std::uint64_t>(got);
+    }
+    return {};
+  }
+
+  /// Fails if the file has been written to, or replaced by a shorter or longer one in place, since it was opened.
+  [[nodiscard]] result<void> try_unchanged() const {
+    struct ::stat now {};
+    if (::fstat(file_.number(), &now) != 0) return io_error(path_, "stat");
+    if (now.st_size == opened_.st_size && now.st_mtim.tv_sec == opened_.st_mtim.tv_sec &&
+        now.st_mtim.tv_nsec == opened_.st_mtim.tv_nsec) {
+      return {};
+    }
+    return error(errc::io, text(path_.string(), ": expected a file that nobody changes while it is read, but its size ",
+                                "or time has changed (", opened_.st_size, " bytes, now ", now.st_size, ")"));
+  }
+
+ private:
+  file_reader() = default;
+
+  std::filesystem::path path_;
+  file_descriptor file_;
+  struct ::stat opened_ {};
+};
+
 /// A regular file mapped read-only, unmapped at the end of its scope. Its bytes stay where they are when it is moved.
 class file_mapping {
  public:
@@ -100,10 +163,7 @@ class file_mapping {
     if (!file.is_open()) return io_error(path, "open");
     struct ::stat facts {};
     if (::fstat(file.number(), &facts) != 0) return io_error(path, "stat");
-    if (!S_ISREG(facts.st_mode)) {
-      return error(errc::io, text(path.string(), ": expected a regular file, found a ",
-                                  S_ISDIR(facts.st_mode) ? "directory" : "device, pipe or socket"));
-    }
+    if (!S_ISREG(facts.st_mode)) return not_a_file(path, facts, "a regular file");
     file_mapping mapping;
     mapping.identity_ = {facts.st_dev, facts.st_ino};
     const auto size = static_cast<std::uint64_t>(facts.st_size);
@@ -158,12 +218,20 @@ class file_mapping {
 /// failed write, it is removed. A process that is killed leaves at most the temporary file.
 class pending_file {
  public:
-  /// Refuses a path that names something else than a regular file: renaming over a device would replace it.
-  [[nodiscard]] static result<pending_file> try_create(const std::filesystem::path& path) {
+  /// Refuses a path that names something else than a regular file: renaming over a device would replace it. What a link
+  /// leads to is replaced, not the link, and the new file has the mode and owner of the one that it replaces.
+  [[nodiscard]] static result<pending_file> try_create(const std::filesystem::path& asked) {
+    std::error_code unresolved;
+    const bool is_link = std::filesystem::is_symlink(asked, unresolved);
+    std::filesystem::path path = is_link ? std::filesystem::weakly_canonical(asked, unresolved) : asked;
+    if (unresolved) path = asked;
     struct ::stat facts {};
-    if (::stat(path.c_str(), &facts) == 0 && !S_ISREG(facts.st_mode)) {
-      return error(errc::io, text(path.string(), ": expected a regular file to write to, found a ",
-                                  S_ISDIR(facts.st_mode) ? "directory" : "device, pipe or socket"));
+    const bool replaces = ::stat(path.c_str(), &facts) == 0;
+    if (replaces && !S_ISREG(facts.st_mode)) return not_a_file(path, facts, "a regular file to write to");
+    const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : ".";
+    const long longest_name = ::pathconf(folder.c_str(), _PC_NAME_MAX);
+    if (longest_name > 0 && path.filename().native().size() > static_cast<std::size_t>(longest_name)) {
+      return io_error(path, "create it", ENAMETOOLONG);
     }
     constexpr std::size_t longest_stem = 200;  // of the 255 bytes that a file name usually may have
     constexpr int attempts = 1000;
@@ -173,7 +241,13 @@ class pending_file {
     for (int attempt = 0; attempt < attempts; ++attempt) {
       pending.temporary_ = path.parent_path() / text(stem, attempt);
       pending.file_ = open_file(pending.temporary_, O_WRONLY | O_CREAT | O_EXCL, 0666);
-      if (pending.file_.is_open()) return pending;
+      if (pending.file_.is_open()) {
+        if (replaces) {  // a stranger's file keeps its owner only where we may give it away
+          [[maybe_unused]] const int not_ours = ::fchown(pending.file_.number(), facts.st_uid, facts.st_gid);
+          ::fchmod(pending.file_.number(), facts.st_mode & 07777);
+        }
+        return pending;
+      }
       if (errno != EEXIST) break;
     }
     return io_error(path, text("create the temporary file ", pending.temporary_.filename().string(), " beside it"));
@@ -185,6 +259,7 @@ class pending_file {
     path_ = std::move(other.path_);
     temporary_ = std::move(other.temporary_);
     file_ = std::move(other.file_);
+    owner_ = other.owner_;
     return *this;
   }
   ~pending_file() { discard(); }
@@ -197,6 +272,14 @@ class pending_file {
     if (const int reason = write_all(file_.number(), offset, bytes); reason != 0) {
       return discard(text("write ", bytes.size(), " bytes at ", offset), reason);
     }
+    return {};
+  }
+
+  /// The same, but a failure leaves the file as it is, since other threads may be writing to it.
+  [[nodiscard]] result<void> try_fill_at(std::uint64_t offset, std::span<const std::uint8_t> bytes) const {
+    if (!is_open()) return closed();
+    const int reason = write_all(file_.number(), offset, bytes);
+    if (reason != 0) return io_error(path_, text("write ", bytes.size(), " bytes at ", offset), reason);
     return {};
   }
 
@@ -222,11 +305,11 @@ class pending_file {
     return {};
   }
 
-  /// Closes and removes the temporary file.
+  /// Closes and removes the temporary file; in a forked child, which shares it with its parent, only closes it.
   void discard() noexcept {
     if (!is_open()) return;
     file_.close();
-    ::unlink(temporary_.c_str());
+    if (owner_ == ::getpid()) ::unlink(temporary_.c_str());
   }
 
  private:
@@ -243,6 +326,7 @@ class pending_file {
   std::filesystem::path path_;
   std::filesystem::path temporary_;
   file_descriptor file_;
+  pid_t owner_ = ::getpid();
 };
 
 }  // namespace tetromino::detail

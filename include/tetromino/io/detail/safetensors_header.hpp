@@ -30,6 +30,7 @@ namespace TETROMINO_NAMESPACE::detail {
 
 /// The largest header that the format allows.
 inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;
+inline constexpr std::size_t safetensors_prefix = 8;  // bytes of the header's length, in front of it
 inline constexpr std::string_view safetensors_metadata_key = "__metadata__";
 
 /// Bytes of a tensor, or why there is no such number: "its 12 bits are not whole bytes". Dimensions of zero do not
@@ -83,7 +84,9 @@ class safetensors_events {
   io::safetensors_metadata metadata;
   std::string problem;
 
-  bool null() { return wrong("null"); }
+  bool null() {  // readers of other projects take "__metadata__": null for none
+    return place_ == place::header && key_ == safetensors_metadata_key ? true : wrong("null");
+  }
   bool boolean(bool value) { return wrong(value ? "true" : "false"); }
   bool number_integer(std::int64_t value) { return wrong(value == 0 ? std::string("-0") : text(value)); }
   bool number_float(double, const std::string& digits) { return wrong(digits.substr(0, longest_number)); }
@@ -292,24 +295,34 @@ inline std::string check_safetensors_entries(std::vector<safetensors_entry>& ten
   return {};
 }
 
-/// Reads and checks the header of a safetensors file held in `file`; `path` is for messages only.
-inline result<safetensors_header> parse_safetensors(std::span<const std::uint8_t> file, std::string_view path) {
+/// How many bytes a file's header has, from the 8 bytes before it; `path` is for messages only.
+inline result<std::size_t> safetensors_header_bytes(std::span<const std::uint8_t> begin, std::uint64_t file_bytes,
+                                                    std::string_view path) {
   const auto malformed = [&](const auto&... what) { return error(errc::malformed_file, text(path, ": ", what...)); };
-  constexpr std::size_t prefix = 8;
-  if (file.size() < prefix) {
-    return malformed("expected at least the 8 bytes of a header length, found a file of ", file.size(), " bytes");
+  if (file_bytes < safetensors_prefix) {
+    return malformed("expected at least the 8 bytes of a header length, found a file of ", file_bytes, " bytes");
   }
   std::uint64_t length = 0;
-  for (std::size_t i = 0; i < prefix; ++i) length |= std::uint64_t{file[i]} << (8 * i);
+  for (std::size_t i = 0; i < safetensors_prefix; ++i) length |= std::uint64_t{begin[i]} << (8 * i);
   if (length > safetensors_header_limit) {
     return malformed("expected a header of at most ", safetensors_header_limit, " bytes, found a header length of ",
                      length, " (is it a safetensors file?)");
   }
-  if (length > file.size() - prefix) {
+  if (length > file_bytes - safetensors_prefix) {
     return malformed("expected a header of ", length, " bytes after the header length, found only ",
-                     file.size() - prefix, " (is the file cut short?)");
+                     file_bytes - safetensors_prefix, " (is the file cut short?)");
   }
-  const std::string_view json(reinterpret_cast<const char*>(file.data()) + prefix, static_cast<std::size_t>(length));
+  return static_cast<std::size_t>(length);
+}
+
+/// Reads and checks the header of a safetensors file of `file_bytes`, of which `file` holds at least the header; `path`
+/// is for messages only.
+inline result<safetensors_header> parse_safetensors(std::span<const std::uint8_t> file, std::uint64_t file_bytes,
+                                                    std::string_view path) {
+  const auto malformed = [&](const auto&... what) { return error(errc::malformed_file, text(path, ": ", what...)); };
+  const auto length = safetensors_header_bytes(file, file_bytes, path);
+  if (!length) return length.error();
+  const std::string_view json(reinterpret_cast<const char*>(file.data()) + safetensors_prefix, *length);
   if (json.empty() || json.front() != '{') {
     return malformed("the header: expected a JSON object that begins with '{', found ",
                      json.empty() ? std::string("no bytes") : printable(json, 8));
@@ -324,8 +337,9 @@ inline result<safetensors_header> parse_safetensors(std::span<const std::uint8_t
 
   safetensors_events events;
   if (!nlohmann::json::sax_parse(json.begin(), json.end(), &events)) return malformed(events.problem);
-  const std::size_t data_begin = prefix + json.size();
-  const std::string problem = check_safetensors_entries(events.tensors, file.size() - data_begin);
+  const std::size_t data_begin = safetensors_prefix + json.size();
+  const std::string problem =
+      check_safetensors_entries(events.tensors, static_cast<std::size_t>(file_bytes) - data_begin);
   if (!problem.empty()) return malformed(problem);
   return safetensors_header{std::move(events.tensors), std::move(events.metadata), data_begin};
 }

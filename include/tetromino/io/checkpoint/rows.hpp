@@ -1,0 +1,243 @@
+#pragma once
+
+#include "../../dequantize.hpp"  // try_dequantize_to
+#include "../../e4m3.hpp"        // e4m3
+#include "../../e8m0.hpp"        // e8m0
+#include "../../matrix.hpp"      // matrix_view
+#include "parameters.hpp"        // parameter
+
+#include <algorithm>  // std::min
+#include <array>      // std::array
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t
+#include <cstring>    // std::memcpy
+#include <span>       // std::span
+#include <vector>     // std::vector
+
+namespace tetromino::io {
+
+/// Rows [first, first + count) of one matrix of a parameter.
+struct row_range {
+  std::size_t matrix = 0;
+  std::size_t first = 0;
+  std::size_t count = 0;
+};
+
+/// Memory that reading rows needs: keep one for each thread, so that it is made once.
+struct row_buffers {
+  std::vector<std::uint8_t> bytes;    ///< as stored
+  std::vector<std::uint8_t> rows;     ///< turned into rows of K
+  std::vector<std::uint8_t> scales;   ///< as stored
+  std::vector<float> values;          ///< decoded
+};
+
+}  // namespace tetromino::io
+
+namespace tetromino::detail {
+
+/// [rows, cols] to [cols, rows], by tiles that stay in the cache.
+template <class T>
+void transpose(const T* from, std::size_t rows, std::size_t cols, T* to) noexcept {
+  constexpr std::size_t tile = 32;
+  for (std::size_t r0 = 0; r0 < rows; r0 += tile) {
+    const std::size_t r1 = std::min(rows, r0 + tile);
+    for (std::size_t c0 = 0; c0 < cols; c0 += tile) {
+      const std::size_t c1 = std::min(cols, c0 + tile);
+      for (std::size_t c = c0; c < c1; ++c) {
+        for (std::size_t r = r0; r < r1; ++r) to[c * rows + r] = from[r * cols + c];
+      }
+    }
+  }
+}
+
+/// All values of the E4M3 codes.
+inline const std::array<float, 256>& e4m3_values() noexcept {
+  static constexpr std::array<float, 256> values = [] {
+    std::array<float, 256> out{};
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = e4m3{static_cast<std::uint8_t>(i)}.value();
+    return out;
+  }();
+  return values;
+}
+
+/// A tensor of real numbers as floats.
+inline result<std::vector<float>> read_floats(const io::checkpoint& from, const io::checkpoint_tensor& tensor) {
+  std::vector<std::uint8_t> bytes(tensor.bytes);
+  if (auto read = from.try_read(tensor, 0, bytes); !read) return read.error();
+  std::vector<float> out(tensor.elements());
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    const auto as = [&]<class T>(T value) {
+      std::memcpy(&value, bytes.data() + i * sizeof value, sizeof value);
+      return value;
+    };
+    switch (tensor.dtype) {
+      case io::dtype::F32:
+        out[i] = as(float{});
+        break;
+      case io::dtype::F16:
+        out[i] = as(half{}).value();
+        break;
+      case io::dtype::BF16:
+        out[i] = as(bfloat16{}).value();
+        break;
+      default:
+        out[i] = e8m0{bytes[i]}.value();
+        break;
+    }
+  }
+  return out;
+}
+
+/// Reads the bytes of rows that lie in a row.
+inline result<std::span<const std::uint8_t>> read_rows(const io::checkpoint& from, const io::checkpoint_tensor& tensor,
+                                                       std::size_t row, std::size_t count, std::size_t bytes_per_row,
+                                                       std::vector<std::uint8_t>& buffer) {
+  buffer.resize(count * bytes_per_row);
+  if (auto read = from.try_read(tensor, row * bytes_per_row, buffer); !read) return read.error();
+  return std::span<const std::uint8_t>(buffer);
+}
+
+/// Reads rows of a parameter that is stored [.., K, outputs], column by column.
+template <real T>
+result<const T*> read_transposed(const io::checkpoint& from, const io::parameter& p, const io::row_range& range,
+                                 io::row_buffers& buffers) {
+  buffers.bytes.resize(range.count * p.cols * sizeof(T));
+  buffers.rows.resize(buffers.bytes.size());
+  const std::size_t strip = range.count * sizeof(T);
+  const std::size_t steps = range.count == p.rows ? 1 : p.cols;  // whole matrices lie in one piece
+  for (std::size_t k = 0; k < steps; ++k) {
+    const std::size_t offset = ((range.matrix * p.cols + k) * p.rows + range.first) * sizeof(T);
+    const std::span<std::uint8_t> to(buffers.bytes.data() + k * strip, steps == 1 ? buffers.bytes.size() : strip);
+    if (auto read = from.try_read(*p.values, offset, to); !read) return read.error();
+  }
+  auto* const rows = reinterpret_cast<T*>(buffers.rows.data());
+  transpose(reinterpret_cast<const T*>(buffers.bytes.data()), p.cols, range.count, rows);
+  return static_cast<const T*>(rows);
+}
+
+template <real T, class F>
+result<void> visit_plain(const io::checkpoint& from, const io::parameter& p, const io::row_range& range,
+                         io::row_buffers& buffers, const F& f) {
+  if (p.kind.is_transposed) {
+    const auto rows = read_transposed<T>(from, p, range, buffers);
+    if (!rows) return rows.error();
+    return f(matrix_view<const T>(*rows, range.count, p.cols));
+  }
+  const auto bytes = read_rows(from, *p.values, range.matrix * p.rows + range.first, range.count, p.cols * sizeof(T),
+                               buffers.bytes);
+  if (!bytes) return bytes.error();
+  return f(matrix_view<const T>(reinterpret_cast<const T*>(bytes->data()), range.count, p.cols));
+}
+
+template <class F>
+result<void> visit_fp8(const io::checkpoint& from, const io::parameter& p, const io::row_range& range,
+                       io::row_buffers& buffers, const F& f) {
+  const auto codes = read_rows(from, *p.values, range.first, range.count, p.cols, buffers.bytes);
+  if (!codes) return codes.error();
+  const auto scales = read_floats(from, *p.scales);
+  if (!scales) return scales.error();
+  const auto& grid = p.scales->shape;
+  const std::size_t grid_rows = scales->size() == 1 || grid.empty() ? 1 : grid[0];
+  const std::size_t grid_cols = scales->size() / grid_rows;
+  const auto per = [](std::size_t size, std::size_t parts) {  // blocks are powers of two, the last may be short
+    if (parts == 1) return size;
+    std::size_t block = 1;
+    while ((size + block - 1) / block > parts) block *= 2;
+    return (size + block - 1) / block == parts ? block : (size + parts - 1) / parts;
+  };
+  const std::size_t block_rows = per(p.rows, grid_rows), block_cols = per(p.cols, grid_cols);
+  buffers.values.resize(range.count * p.cols);
+  for (std::size_t r = 0; r < range.count; ++r) {
+    const float* const row_scales = scales->data() + (range.first + r) / block_rows * grid_cols;
+    for (std::size_t k = 0; k < p.cols; ++k) {
+      const std::size_t i = r * p.cols + k;
+      buffers.values[i] = e4m3_values()[(*codes)[i]] * row_scales[k / block_cols];
+    }
+  }
+  return f(matrix_view<const float>(buffers.values.data(), range.count, p.cols));
+}
+
+/// Rows of a 4-bit parameter as packed storage, with the decode scale of their matrix.
+struct packed_rows {
+  packed_view<any_format> view;
+  float tensor_scale = 1.0f;
+};
+
+template <class F>
+result<void> visit_packed(const io::checkpoint& from, const io::parameter& p, const io::row_range& range,
+                          io::row_buffers& buffers, const F& f) {
+  const bool is_nvfp4 = p.encoding == io::value_encoding::nvfp4;
+  const any_format format = is_nvfp4 ? any_format(nvfp4{}) : any_format(mxfp4{});
+  const packed_shape shape{format, 1, range.count, p.cols};
+  const std::size_t row = range.matrix * p.rows + range.first;
+  const auto codes = read_rows(from, *p.values, row, range.count, shape.code_bytes_per_row(), buffers.bytes);
+  if (!codes) return codes.error();
+  const auto scales = read_rows(from, *p.scales, row, range.count, shape.blocks_per_row(), buffers.scales);
+  if (!scales) return scales.error();
+  float tensor_scale = 1.0f;
+  if (is_nvfp4) {
+    const auto all = read_floats(from, *p.tensor_scales);
+    if (!all) return all.error();
+    tensor_scale = (*all)[all->size() == 1 ? 0 : range.matrix];
+    if (p.tensor_scales_divide) tensor_scale = 1.0f / tensor_scale;
+    if (!(tensor_scale > 0.0f && tensor_scale <= largest<float>)) {
+      return error(errc::malformed_file, text("tensor ", printable(p.tensor_scales->name),
+                                              ": expected a positive, finite tensor scale, found ", tensor_scale));
+    }
+  }
+  const std::span<const float> one(&tensor_scale, is_nvfp4 ? 1 : 0);
+  return f(packed_view<any_format>{format, 1, range.count, p.cols, *codes, *scales, {}, one});
+}
+
+}  // namespace tetromino::detail
+
+namespace tetromino::io {
+
+/// Reads rows of a weight and calls f(matrix_view<const T> [count, cols]), with T as stored, or float where it is
+/// decoded from FP8 or 4-bit codes. f returns result<void>; its error comes back. The rows stay valid within the call.
+/// Thread-safe with a row_buffers for each thread. Pre: the parameter is a matrix or a stack of them, and the rows
+/// exist.
+template <class Policy, class F>
+result<void> try_visit_rows(const Policy& policy, const checkpoint& from, const parameter& p, const row_range& range,
+                            row_buffers& buffers, const F& f) {
+  TETROMINO_EXPECTS(range.matrix < p.matrices && range.first <= p.rows && range.count <= p.rows - range.first,
+                    "rows of a parameter lie within it");
+  switch (p.encoding) {
+    case value_encoding::fp8:
+      return detail::visit_fp8(from, p, range, buffers, f);
+    case value_encoding::mxfp4:
+    case value_encoding::nvfp4:
+      return detail::visit_packed(from, p, range, buffers, [&](const packed_view<any_format>& packed) {
+        buffers.values.resize(packed.rows * packed.cols);
+        const batch_view<float> values(buffers.values.data(), 1, packed.rows, packed.cols);
+        if (auto done = try_dequantize_to(policy, packed, values); !done) return done;
+        return f(matrix_view<const float>(buffers.values.data(), packed.rows, packed.cols));
+      });
+    case value_encoding::plain:
+      break;
+  }
+  switch (p.values->dtype) {
+    case dtype::F32:
+      return detail::visit_plain<float>(from, p, range, buffers, f);
+    case dtype::F16:
+      return detail::visit_plain<half>(from, p, range, buffers, f);
+    case dtype::BF16:
+      return detail::visit_plain<bfloat16>(from, p, range, buffers, f);
+    default:
+      return error(errc::invalid_argument, detail::text("tensor ", detail::printable(p.name),
+                                                        ": expected BF16, F16, F32, FP8, MXFP4 or NVFP4, found ",
+                                                        io::name(p.values->dtype)));
+  }
+}
+
+/// try_visit_rows, throwing its error.
+template <class Policy, class F>
+void visit_rows(const Policy& policy, const checkpoint& from, const parameter& p, const row_range& range,
+                row_buffers& buffers, const F& f) {
+  try_visit_rows(policy, from, p, range, buffers, [&](const auto& rows) -> result<void> {
+    f(rows);
+    return {};
+  }).value();
+}
+
+}  // namespace tetromino::io
