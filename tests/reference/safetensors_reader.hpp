@@ -72,6 +72,15 @@ class json_cursor {
     return out;
   }
 
+  /// Whether the next thing is null; if so, it is passed.
+  bool null() {
+    if (!accept('n')) return false;
+    for (const char c : {'u', 'l', 'l'}) {
+      if (next() != c) throw std::runtime_error("header: not null");
+    }
+    return true;
+  }
+
   std::vector<std::uint64_t> numbers() {
     std::vector<std::uint64_t> out;
     need('[');
@@ -141,6 +150,7 @@ inline stored_file parse_safetensors(const std::vector<std::uint8_t>& file) {
   json_cursor json(std::string(file.begin() + 8, data));
   json.object([&](const std::string& name) {
     if (name == "__metadata__") {
+      if (json.null()) return;
       json.object([&](const std::string& key) { out.metadata[key] = json.string(); });
       return;
     }

@@ -21,8 +21,8 @@ enum class value_encoding : std::uint8_t {
   nvfp4,  ///< E2M1 codes, an E4M3 scale for each 16 along K, a float for each matrix (compressed-tensors, ModelOpt)
 };
 
-/// What the unquantized model has under a name, however the checkpoint stores it: weights as [matrices, rows, cols] with
-/// K = cols, the direction that a product sums over.
+/// What the unquantized model has under a name, however the checkpoint stores it: weights as [matrices, rows, cols]
+/// with K = cols, the direction that a product sums over.
 struct parameter {
   std::string name;                ///< as without quantization: "model.layers.0.self_attn.q_proj.weight"
   std::vector<std::size_t> shape;  ///< as without quantization
@@ -36,8 +36,8 @@ struct parameter {
   const checkpoint_tensor* tensor_scales = nullptr;  ///< of NVFP4: one, or one for each matrix
   bool tensor_scales_divide = false;                 ///< compressed-tensors keeps the inverse
   const checkpoint_tensor* input_scale = nullptr;    ///< of the activations that NVFP4 weights meet
-  /// Weights with the same number are one matrix to their readers, such as q, k and v, and share a tensor scale: one for
-  /// all of them, or one for each expert.
+  /// Weights with the same number are one matrix to their readers, such as q, k and v, and share a tensor scale: one
+  /// for all of them, or one for each expert.
   std::size_t set = 0;
 
   [[nodiscard]] bool is_weight() const noexcept { return kind.kept_because.empty(); }
@@ -147,9 +147,9 @@ class parameter_finder {
   }
 
   [[nodiscard]] error broken(const io::checkpoint_tensor& tensor, const std::string& expected) const {
-    return error(errc::malformed_file, text(from_.path().string(), ": tensor ", printable(tensor.name), ": expected ",
-                                            expected, ", found ", io::name(tensor.dtype), " ",
-                                            shape_text(tensor.shape)));
+    return error(errc::malformed_file,
+                 text(from_.path().string(), ": tensor ", printable(tensor.name), ": expected ", expected, ", found ",
+                      io::name(tensor.dtype), " ", shape_text(tensor.shape)));
   }
 
   tensor_pointer part(const std::string& name) {
@@ -239,10 +239,10 @@ class parameter_finder {
     const auto& grid = scales->shape;
     const bool is_real = scales->dtype == io::dtype::F32 || scales->dtype == io::dtype::BF16 ||
                          scales->dtype == io::dtype::F16 || scales->dtype == io::dtype::F8_E8M0;
-    const bool fits = scales->elements() == 1 ||
-                      (grid.size() == 2 && grid[0] != 0 && grid[1] != 0 && grid[0] <= p.shape[0] &&
-                       grid[1] <= p.shape[1]) ||
-                      (grid.size() == 1 && grid[0] == p.shape[0]);
+    const bool fits =
+        scales->elements() == 1 ||
+        (grid.size() == 2 && grid[0] != 0 && grid[1] != 0 && grid[0] <= p.shape[0] && grid[1] <= p.shape[1]) ||
+        (grid.size() == 1 && grid[0] == p.shape[0]);
     if (!is_real || !fits) return broken(*scales, "scales for blocks of rows and columns");
     add(codes, std::move(p));
     return {};

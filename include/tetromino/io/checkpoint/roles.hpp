@@ -36,8 +36,9 @@ enum class tensor_role : std::uint8_t {
 };
 
 inline constexpr std::array<std::string_view, 13> tensor_role_names{
-    "linear", "routed expert", "fused experts", "router",      "shared expert gate", "embedding", "lm_head",
-    "norm",   "convolution",   "state space",   "bias",        "scale",              "other"};
+    "linear",    "routed expert", "fused experts", "router",      "shared expert gate",
+    "embedding", "lm_head",       "norm",          "convolution", "state space",
+    "bias",      "scale",         "other"};
 
 /// The role's name for people: "routed expert".
 [[nodiscard]] constexpr std::string_view name(tensor_role role) noexcept {
@@ -64,7 +65,6 @@ struct tensor_kind {
                                                 const nlohmann::json& config = nullptr);
 
 }  // namespace tetromino::io
-
 
 namespace tetromino::detail {
 
@@ -226,7 +226,7 @@ class role_finder {
     if (has_word(path.lower_leaf, "shared") && has_word(path.lower_leaf, "gate")) {
       return kind{role::shared_expert_gate, false, "a gate of shared experts"};
     }
-    if (within(is_gate_name)) return kind{role::router, false, "a router"};
+    if (std::any_of(path.pieces.begin(), path.pieces.end(), is_gate_name)) return kind{role::router, false, "a router"};
     if (is_other_gate(path.lower_leaf)) return kind{role::other, false, "a gate"};
     return std::nullopt;
   }

@@ -25,10 +25,10 @@ struct row_range {
 
 /// Memory that reading rows needs: keep one for each thread, so that it is made once.
 struct row_buffers {
-  std::vector<std::uint8_t> bytes;    ///< as stored
-  std::vector<std::uint8_t> rows;     ///< turned into rows of K
-  std::vector<std::uint8_t> scales;   ///< as stored
-  std::vector<float> values;          ///< decoded
+  std::vector<std::uint8_t> bytes;   ///< as stored
+  std::vector<std::uint8_t> rows;    ///< turned into rows of K
+  std::vector<std::uint8_t> scales;  ///< as stored
+  std::vector<float> values;         ///< decoded
 };
 
 }  // namespace tetromino::io
@@ -123,8 +123,8 @@ result<void> visit_plain(const io::checkpoint& from, const io::parameter& p, con
     if (!rows) return rows.error();
     return f(matrix_view<const T>(*rows, range.count, p.cols));
   }
-  const auto bytes = read_rows(from, *p.values, range.matrix * p.rows + range.first, range.count, p.cols * sizeof(T),
-                               buffers.bytes);
+  const auto bytes =
+      read_rows(from, *p.values, range.matrix * p.rows + range.first, range.count, p.cols * sizeof(T), buffers.bytes);
   if (!bytes) return bytes.error();
   return f(matrix_view<const T>(reinterpret_cast<const T*>(bytes->data()), range.count, p.cols));
 }
@@ -224,9 +224,9 @@ result<void> try_visit_rows(const Policy& policy, const checkpoint& from, const 
     case dtype::BF16:
       return detail::visit_plain<bfloat16>(from, p, range, buffers, f);
     default:
-      return error(errc::invalid_argument, detail::text("tensor ", detail::printable(p.name),
-                                                        ": expected BF16, F16, F32, FP8, MXFP4 or NVFP4, found ",
-                                                        io::name(p.values->dtype)));
+      return error(errc::invalid_argument,
+                   detail::text("tensor ", detail::printable(p.name),
+                                ": expected BF16, F16, F32, FP8, MXFP4 or NVFP4, found ", io::name(p.values->dtype)));
   }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../../error.hpp"                   // error, result
+#include "../detail/file_text.hpp"           // printable
 #include "../detail/posix_file.hpp"          // file_reader
 #include "../detail/safetensors_header.hpp"  // parse_safetensors, safetensors_metadata
 #include "../dtype.hpp"                      // dtype
@@ -28,8 +29,8 @@ inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
   const auto file = file_reader::try_open(path);
   if (!file) return file.error();
   if (file->size() > largest) {
-    return error(errc::malformed_file, text(path.string(), ": expected at most ", largest, " bytes of JSON, found ",
-                                            file->size()));
+    return error(errc::malformed_file,
+                 text(path.string(), ": expected at most ", largest, " bytes of JSON, found ", file->size()));
   }
   std::vector<std::uint8_t> bytes(static_cast<std::size_t>(file->size()));
   if (auto read = file->try_read_at(0, bytes); !read) return read.error();

@@ -107,7 +107,10 @@ template <class Tensor>
 class mapped_tensors {
  public:
   /// The path that it was opened by; empty after a move, as all the rest is.
-  [[nodiscard]] std::string_view path() const noexcept { return path_ ? std::string_view(*path_) : std::string_view(); }
+  [[nodiscard]] const std::string& path() const noexcept {
+    static const std::string none;
+    return path_ ? *path_ : none;
+  }
   /// All tensors, in the order of their data in the file.
   [[nodiscard]] std::span<const Tensor> tensors() const noexcept { return tensors_; }
   [[nodiscard]] auto begin() const noexcept { return tensors_.begin(); }

@@ -58,8 +58,8 @@ class pending_tensors {
     return append_to(**found, {reinterpret_cast<const std::uint8_t*>(values.data()), values.size_bytes()});
   }
 
-  /// Writes bytes of a tensor from its byte `offset` on: for those who write pieces of their own, each byte once, in any
-  /// order and from any threads. Fails as `append` does, and leaves the file open.
+  /// Writes bytes of a tensor from its byte `offset` on: for those who write pieces of their own, each byte once, in
+  /// any order and from any threads. Fails as `append` does, and leaves the file open.
   void write_at(std::string_view name, std::size_t offset, std::span<const std::uint8_t> bytes) {
     try_write_at(name, offset, bytes).value();
   }

@@ -97,8 +97,8 @@ inline int write_all(int file, std::uint64_t offset, std::span<const std::uint8_
   return 0;
 }
 
-/// A regular file that is read piece by piece, from any thread: a file that gets shorter meanwhile gives an error, where
-/// a mapping would end the process.
+/// A regular file that is read piece by piece, from any thread: a file that gets shorter meanwhile gives an error,
+/// where a mapping would end the process.
 class file_reader {
  public:
   [[nodiscard]] static result<file_reader> try_open(const std::filesystem::path& path) {

@@ -86,9 +86,9 @@ inline constexpr std::array<std::string_view, 88> linear_leaves{
     "kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj", "wq_a", "wq_b", "wkv_a", "wkv_b", "in_proj", "in_proj_qkv",
     "in_proj_qkvz", "in_proj_z", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output",
     // feed-forward
-    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "w13", "fc1", "fc2", "fc_in", "fc_out",
-    "wi", "wi_0", "wi_1", "dense_h_to_4h", "dense_4h_to_h", "linear_fc1", "linear_fc2", "ff_proj", "ff_out", "lin1",
-    "lin2", "ffn", "ffn_output", "ffn_up", "ffn_down", "ffn_gate"};
+    "gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "w13", "fc1", "fc2", "fc_in", "fc_out", "wi",
+    "wi_0", "wi_1", "dense_h_to_4h", "dense_4h_to_h", "linear_fc1", "linear_fc2", "ff_proj", "ff_out", "lin1", "lin2",
+    "ffn", "ffn_output", "ffn_up", "ffn_down", "ffn_gate"};
 
 /// Modules whose name alone says too little: they count where the module above them says the rest.
 inline constexpr std::array<std::string_view, 9> short_leaves{"q",  "k",    "v",    "o",           "dense",
@@ -96,9 +96,12 @@ inline constexpr std::array<std::string_view, 9> short_leaves{"q",  "k",    "v",
 
 /// Stacks of experts by the name of the module or parameter that holds them.
 inline constexpr std::array<std::string_view, 22> expert_leaves{
-    "gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "w13", "w2_weight", "w13_weight",
-    "wi", "wi_0", "wi_1", "wo", "input_linear", "output_linear", "gate", "up", "down",
-    "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"};
+    "gate_up_proj", "gate_proj",    "up_proj",      "down_proj",
+    "w1",           "w2",           "w3",           "w13",
+    "w2_weight",    "w13_weight",   "wi",           "wi_0",
+    "wi_1",         "wo",           "input_linear", "output_linear",
+    "gate",         "up",           "down",         "ffn_gate_exps",
+    "ffn_up_exps",  "ffn_down_exps"};
 
 /// Those of them that lead out of the expert: their outputs are the hidden size, the others' K is.
 inline constexpr std::array<std::string_view, 7> down_leaves{"down_proj",     "w2",   "w2_weight",    "wo",
@@ -106,15 +109,16 @@ inline constexpr std::array<std::string_view, 7> down_leaves{"down_proj",     "w
 
 /// Parts of a model that readers of 4-bit layouts keep as they are, beside the language model.
 inline constexpr std::array<std::string_view, 17> other_towers{
-    "vision_tower",  "vision_model",   "visual",      "vision_encoder",  "vision_embed_tokens", "vision",
-    "audio_tower",   "audio_model",    "image_newline", "audio_encoder", "mm_projector",        "multi_modal_projector",
-    "embed_vision",  "embed_audio",    "vit",         "aligner",         "img_processor"};
+    "vision_tower", "vision_model", "visual",        "vision_encoder", "vision_embed_tokens", "vision",
+    "audio_tower",  "audio_model",  "image_newline", "audio_encoder",  "mm_projector",        "multi_modal_projector",
+    "embed_vision", "embed_audio",  "vit",           "aligner",        "img_processor"};
 
-inline constexpr std::array<std::string_view, 12> state_space_leaves{
-    "a_log", "d", "dt_bias", "dt_proj", "x_proj", "in_proj_ba", "in_proj_a", "in_proj_b", "b_proj", "a_proj", "dt", "a"};
+inline constexpr std::array<std::string_view, 12> state_space_leaves{"a_log",  "d",          "dt_bias",   "dt_proj",
+                                                                     "x_proj", "in_proj_ba", "in_proj_a", "in_proj_b",
+                                                                     "b_proj", "a_proj",     "dt",        "a"};
 
-inline constexpr std::array<std::string_view, 11> head_pieces{
-    "lm_head", "embed_out", "classifier", "score", "qa_outputs", "pooler", "cls", "shared_head", "head", "heads",
-    "predictions"};
+inline constexpr std::array<std::string_view, 11> head_pieces{"lm_head",    "embed_out", "classifier", "score",
+                                                              "qa_outputs", "pooler",    "cls",        "shared_head",
+                                                              "head",       "heads",     "predictions"};
 
 }  // namespace tetromino::detail
