@@ -11,7 +11,7 @@
 #include <utility>      // std::pair
 #include <vector>       // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// How the files of a packed model hold its weights, so that a reader finds them.
 enum class checkpoint_layout : std::uint8_t {
@@ -79,7 +79,7 @@ struct stored_weight {
 
 }  // namespace tetromino::io
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// The name of the module that a weight belongs to.
 inline std::string module_of(std::string_view name) {

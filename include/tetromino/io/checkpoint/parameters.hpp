@@ -11,7 +11,7 @@
 #include <utility>        // std::move
 #include <vector>         // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// How a checkpoint stores the values of a parameter.
 enum class value_encoding : std::uint8_t {
@@ -58,7 +58,7 @@ struct parameter {
 
 }  // namespace tetromino::io
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// Weights that readers run as one matrix: siblings by the last piece of their modules' names.
 inline constexpr std::array<std::array<std::string_view, 3>, 18> fused_leaves{{
@@ -305,7 +305,7 @@ class parameter_finder {
 
 }  // namespace tetromino::detail
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 inline result<std::vector<parameter>> try_parameters_of(const checkpoint& from) {
   return detail::parameter_finder(from).find();

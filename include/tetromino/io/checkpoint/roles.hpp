@@ -16,7 +16,7 @@
 #include <unordered_map>  // std::unordered_map
 #include <vector>         // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// What a tensor is to the model that it belongs to.
 enum class tensor_role : std::uint8_t {
@@ -66,7 +66,7 @@ struct tensor_kind {
 
 }  // namespace tetromino::io
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// Which way the matrices of a module lie: [.., outputs, K] or [.., K, outputs].
 enum class direction : std::uint8_t { unknown, straight, transposed };
@@ -335,7 +335,7 @@ class role_finder {
 
 }  // namespace tetromino::detail
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 inline std::vector<tensor_kind> roles_of(std::span<const tensor_facts> tensors, const nlohmann::json& config) {
   const detail::role_finder finder(tensors, config);

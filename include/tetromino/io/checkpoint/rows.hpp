@@ -14,7 +14,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// Rows [first, first + count) of one matrix of a parameter.
 struct row_range {
@@ -33,7 +33,7 @@ struct row_buffers {
 
 }  // namespace tetromino::io
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// [rows, cols] to [cols, rows], by tiles that stay in the cache.
 template <class T>
@@ -191,7 +191,7 @@ result<void> visit_packed(const io::checkpoint& from, const io::parameter& p, co
 
 }  // namespace tetromino::detail
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// Reads rows of a weight and calls f(matrix_view<const T> [count, cols]), with T as stored, or float where it is
 /// decoded from FP8 or 4-bit codes. f returns result<void>; its error comes back. The rows stay valid within the call.

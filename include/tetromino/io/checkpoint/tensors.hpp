@@ -21,7 +21,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// A whole JSON file of at most 256 MB, which is more than an index of a million tensors.
 inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
@@ -41,7 +41,7 @@ inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
 
 }  // namespace tetromino::detail
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// A tensor of a checkpoint, and where its bytes lie.
 struct checkpoint_tensor {

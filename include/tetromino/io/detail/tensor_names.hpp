@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../version.hpp"  // TETROMINO_NAMESPACE
+
 #include <algorithm>         // std::find, std::all_of, std::min
 #include <array>             // std::array
 #include <cctype>            // std::isdigit, std::tolower
@@ -11,7 +13,7 @@
 
 /// What the names of a model's tensors say. The lists are of published model definitions (transformers, vLLM,
 /// llama.cpp); what they lack is not known, and is kept.
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 inline std::string lower(std::string_view text) {
   std::string out(text);
