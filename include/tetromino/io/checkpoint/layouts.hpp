@@ -1,9 +1,11 @@
 #pragma once
 
-#include "../../scaling.hpp"  // recipe, name_of
+#include "../../packed.hpp"    // packed_shape
+#include "../../scaling.hpp"   // recipe, name_of
 #include "../safetensors.hpp"  // tensor_declaration
 #include "parameters.hpp"      // parameter
 
+#include <algorithm>    // std::min, std::max
 #include <array>        // std::array
 #include <cstddef>      // std::size_t
 #include <string>       // std::string
@@ -77,7 +79,7 @@ struct stored_weight {
   }
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
 
@@ -196,4 +198,4 @@ inline float storable_scale(io::checkpoint_layout where, float scale) {
   return where == io::checkpoint_layout::compressed_tensors ? 1.0f / (1.0f / scale) : scale;
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

@@ -56,7 +56,7 @@ struct parameter {
   return try_parameters_of(from).value();
 }
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
 
@@ -303,7 +303,7 @@ class parameter_finder {
   std::vector<io::parameter> found_;
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
 
@@ -311,4 +311,4 @@ inline result<std::vector<parameter>> try_parameters_of(const checkpoint& from) 
   return detail::parameter_finder(from).find();
 }
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

@@ -64,7 +64,7 @@ struct tensor_kind {
 [[nodiscard]] std::vector<tensor_kind> roles_of(std::span<const tensor_facts> tensors,
                                                 const nlohmann::json& config = nullptr);
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
 
@@ -333,7 +333,7 @@ class role_finder {
   std::unordered_map<std::string, direction> directions_;
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
 
@@ -345,4 +345,4 @@ inline std::vector<tensor_kind> roles_of(std::span<const tensor_facts> tensors, 
   return out;
 }
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

@@ -31,7 +31,7 @@ struct row_buffers {
   std::vector<float> values;         ///< decoded
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
 
@@ -189,7 +189,7 @@ result<void> visit_packed(const io::checkpoint& from, const io::parameter& p, co
   return f(packed_view<any_format>{format, 1, range.count, p.cols, *codes, *scales, {}, one});
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
 
@@ -240,4 +240,4 @@ void visit_rows(const Policy& policy, const checkpoint& from, const parameter& p
   }).value();
 }
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

@@ -39,7 +39,7 @@ inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
   return json;
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
 
@@ -242,4 +242,4 @@ class checkpoint {
   std::vector<std::size_t> by_name_;
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

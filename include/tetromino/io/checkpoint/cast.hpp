@@ -1,0 +1,83 @@
+#pragma once
+
+#include "../../e2m1.hpp"    // e2m1
+#include "../../e4m3.hpp"    // e4m3
+#include "../../packed.hpp"  // packed_view
+
+#include <algorithm>  // std::any_of, std::copy_n
+#include <array>      // std::array
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t
+
+namespace TETROMINO_NAMESPACE::detail {
+
+/// E4M3 holds the powers of two from 2^-9 to 2^8: with the largest scale of a matrix at 2^8, scales down to 2^-17 of it
+/// are exact. Below, they stay at 2^-9 and the codes shrink, which may round.
+inline constexpr unsigned exact_cast_range = 17;
+
+/// 2^(8 - below) as an E4M3 code.
+[[nodiscard]] constexpr std::uint8_t e4m3_power(unsigned below) noexcept {
+  const unsigned above_least = below < exact_cast_range ? exact_cast_range - below : 0;
+  return static_cast<std::uint8_t>(above_least < 3 ? 1u << above_least : (above_least - 2) << 3);
+}
+static_assert(e4m3_power(0) == 0x78 && e4m3_power(17) == 1 && e4m3_power(40) == 1);
+
+/// The bytes of two codes, each divided by 2^shift and rounded to nearest, and whether that is exact.
+struct shrunk_codes {
+  std::array<std::uint8_t, 256> bytes{};
+  std::array<bool, 256> is_exact{};
+
+  explicit shrunk_codes(unsigned shift) noexcept {
+    const float factor = shift > 8 ? 0x1p-9f : 1.0f / static_cast<float>(1u << shift);
+    for (unsigned pair = 0; pair < 256; ++pair) {
+      const float low = e2m1{static_cast<std::uint8_t>(pair & 15u)}.value() * factor;
+      const float high = e2m1{static_cast<std::uint8_t>(pair >> 4)}.value() * factor;
+      const e2m1 a = e2m1::encode(low), b = e2m1::encode(high);
+      bytes[pair] = static_cast<std::uint8_t>(b.bits << 4 | a.bits);
+      is_exact[pair] = a.value() == low && b.value() == high;
+    }
+  }
+};
+
+/// The largest E8M0 code of the blocks of MXFP4 rows that hold a value other than zero; 0 if all are zero.
+inline std::uint8_t largest_scale(const packed_view<any_format>& rows) noexcept {
+  const std::size_t bytes = rows.format.block / 2;
+  std::uint8_t largest = 0;
+  for (std::size_t b = 0; b < rows.scales.size(); ++b) {
+    if (rows.scales[b] <= largest) continue;
+    const auto block = rows.codes.subspan(b * bytes, bytes);
+    if (std::any_of(block.begin(), block.end(), [](std::uint8_t pair) { return (pair & 0x77) != 0; })) {
+      largest = rows.scales[b];
+    }
+  }
+  return largest;
+}
+
+/// MXFP4 rows as NVFP4 under the tensor scale 2^(top - 127 - 8), where `top` is largest_scale of their matrix; NaN
+/// scales become NaN. Returns how many blocks of 32 it had to round.
+inline std::size_t cast_rows(const packed_view<any_format>& from, std::uint8_t top,
+                             const packed_view<any_format, std::uint8_t>& to) {
+  constexpr std::size_t bytes = 16;
+  std::size_t rounded = 0;
+  for (std::size_t b = 0; b < from.scales.size(); ++b) {
+    const std::uint8_t scale = from.scales[b];
+    const auto* const in = from.codes.data() + b * bytes;
+    auto* const out = to.codes.data() + b * bytes;
+    const unsigned below = scale >= top ? 0u : static_cast<unsigned>(top - scale);
+    to.scales[2 * b] = to.scales[2 * b + 1] = scale == 0xFF ? e4m3::nan_bits : e4m3_power(below);
+    if (below <= exact_cast_range) {
+      std::copy_n(in, bytes, out);
+      continue;
+    }
+    const shrunk_codes shrunk(below - exact_cast_range);
+    bool is_exact = true;
+    for (std::size_t i = 0; i < bytes; ++i) {
+      out[i] = shrunk.bytes[in[i]];
+      is_exact = is_exact && shrunk.is_exact[in[i]];
+    }
+    rounded += !is_exact;
+  }
+  return rounded;
+}
+
+}  // namespace TETROMINO_NAMESPACE::detail

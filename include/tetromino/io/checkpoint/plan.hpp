@@ -1,0 +1,288 @@
+#pragma once
+
+#include "layouts.hpp"     // checkpoint_layout, stored_weight
+#include "parameters.hpp"  // parameter
+#include "rows.hpp"        // detail::read_floats
+
+#include <fnmatch.h>  // ::fnmatch
+
+#include <algorithm>  // std::any_of
+#include <map>        // std::map
+#include <string>     // std::string
+#include <utility>    // std::move
+#include <vector>     // std::vector
+
+namespace TETROMINO_NAMESPACE::io {
+
+/// A recipe for some weights of a model.
+struct pack_rule {
+  /// Which: a pattern with * and ? for their names; or a word: "experts" and "linear" are roles, any other word stands
+  /// in the name, such as "attn". Empty: all.
+  std::string pattern;
+  recipe how;
+};
+
+/// What to pack, and how.
+struct plan_options {
+  checkpoint_layout layout = checkpoint_layout::linear;
+  std::vector<pack_rule> rules{};   ///< of those that match a weight, the last counts
+  std::vector<std::string> keep{};  ///< patterns with * and ? for names of parameters that stay as they are
+  std::vector<std::string> pack{};  ///< patterns for parameters to pack although their role is not known
+  bool separate_scales = false;     ///< NVFP4: a tensor scale for each weight, also where readers take one for several
+};
+
+/// What happens to a parameter.
+enum class pack_action : std::uint8_t {
+  keep,    ///< it stays as it is
+  decode,  ///< it is stored as BF16, because its FP8 or 4-bit form means nothing to readers of the layout
+  pack,    ///< its values are packed
+  copy,    ///< its 4-bit codes stay, with the names of the layout
+  cast,    ///< MXFP4 becomes NVFP4: the same values, wherever their scales lie within 2^17 of the largest
+};
+
+/// What happens to a parameter, and the tensors that it becomes.
+struct planned_parameter {
+  const parameter* source = nullptr;
+  pack_action action = pack_action::keep;
+  recipe how{};
+  std::string reason{};                 ///< why it is kept or decoded
+  std::vector<stored_weight> stored{};  ///< where it is packed, cast or copied
+
+  [[nodiscard]] bool is_packed() const noexcept { return action != pack_action::keep && action != pack_action::decode; }
+};
+
+/// What happens to all parameters of a model, in their order.
+struct pack_plan {
+  plan_options options;
+  std::vector<planned_parameter> parameters;
+  std::size_t sets = 0;  ///< parameter::set is less
+};
+
+/// Decides what happens to each parameter. Weights that readers run as one matrix are packed alike or kept together.
+/// `parameters` are those of `from`, and must outlive the plan. Errors: invalid_argument for recipes that the layout
+/// cannot hold, for patterns that match nothing or ask to pack what is no matrix, and for two recipes within one
+/// reader's matrix.
+[[nodiscard]] result<pack_plan> try_plan(const checkpoint& from, const std::vector<parameter>& parameters,
+                                         plan_options options);
+[[nodiscard]] inline pack_plan plan(const checkpoint& from, const std::vector<parameter>& parameters,
+                                    plan_options options) {
+  return try_plan(from, parameters, std::move(options)).value();
+}
+
+}  // namespace TETROMINO_NAMESPACE::io
+
+namespace TETROMINO_NAMESPACE::detail {
+
+inline bool matches(const std::string& name, const std::string& pattern) {
+  return ::fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
+}
+inline const std::string* match_of(const std::string& name, const std::vector<std::string>& patterns) {
+  for (const auto& pattern : patterns) {
+    if (matches(name, pattern)) return &pattern;
+  }
+  return nullptr;
+}
+
+inline bool rule_matches(const io::pack_rule& rule, const io::parameter& p) {
+  const bool is_experts =
+      p.kind.role == io::tensor_role::routed_expert || p.kind.role == io::tensor_role::fused_experts;
+  if (rule.pattern.empty()) return true;
+  if (rule.pattern == "experts") return is_experts;
+  if (rule.pattern == "linear") return p.kind.role == io::tensor_role::linear;
+  if (rule.pattern.find_first_of("*?[") != std::string::npos) return matches(p.name, rule.pattern);
+  return p.name.find(rule.pattern) != std::string::npos;
+}
+
+class planner {
+ public:
+  planner(const io::checkpoint& from, const std::vector<io::parameter>& parameters, io::plan_options&& options)
+      : from_(from), parameters_(parameters) {
+    plan_.options = std::move(options);
+  }
+
+  [[nodiscard]] result<io::pack_plan> make() {
+    if (auto fits = check_options(); !fits) return fits.error();
+    for (const auto& p : parameters_) {
+      auto planned = decide(p);
+      if (!planned) return planned.error();
+      plan_.parameters.push_back(std::move(*planned));
+      plan_.sets = std::max(plan_.sets, p.set + 1);
+    }
+    if (auto together = join_sets(); !together) return together.error();
+    for (auto& planned : plan_.parameters) {
+      if (auto done = finish(planned); !done) return done.error();
+    }
+    if (std::none_of(plan_.parameters.begin(), plan_.parameters.end(), [](const auto& p) { return p.is_packed(); })) {
+      return error(errc::invalid_argument,
+                   text(from_.path().string(), ": expected a weight to pack, found none in ", parameters_.size(),
+                        " tensors (--dry-run says why each is kept, --pack packs by name)"));
+    }
+    return std::move(plan_);
+  }
+
+ private:
+  using action = io::pack_action;
+  using encoding = io::value_encoding;
+
+  [[nodiscard]] const io::plan_options& options() const noexcept { return plan_.options; }
+  [[nodiscard]] bool is_ours() const noexcept { return options().layout == io::checkpoint_layout::linear; }
+
+  [[nodiscard]] result<void> check_options() const {
+    const recipe* first = nullptr;
+    for (const auto& rule : options().rules) {
+      if (auto fits = io::try_fit(options().layout, rule.how); !fits) return fits;
+      if (first != nullptr && first->format != rule.how.format && options().layout == io::checkpoint_layout::modelopt) {
+        return error(errc::invalid_argument, "layout modelopt holds one format");
+      }
+      first = &rule.how;
+      if (rule.pattern.empty()) continue;
+      if (std::none_of(parameters_.begin(), parameters_.end(),
+                       [&](const io::parameter& p) { return rule_matches(rule, p); })) {
+        return unmatched("recipe", rule.pattern);
+      }
+    }
+    for (const auto& pattern : options().keep) {
+      if (!matches_any(pattern)) return unmatched("keep", pattern);
+    }
+    for (const auto& pattern : options().pack) {
+      if (!matches_any(pattern)) return unmatched("pack", pattern);
+    }
+    return {};
+  }
+  [[nodiscard]] bool matches_any(const std::string& pattern) const {
+    return std::any_of(parameters_.begin(), parameters_.end(),
+                       [&](const io::parameter& p) { return matches(p.name, pattern); });
+  }
+  [[nodiscard]] error unmatched(std::string_view what, const std::string& pattern) const {
+    const auto name_of = [](const io::parameter& p) -> std::string_view { return p.name; };
+    return error(errc::invalid_argument, text("--", what, ' ', printable(pattern), ": it matches no tensor; ",
+                                              nearest_names(pattern, parameters_, name_of)));
+  }
+
+  static io::planned_parameter kept(const io::parameter& p, std::string reason) {
+    return {&p, action::keep, {}, std::move(reason)};
+  }
+
+  [[nodiscard]] result<io::planned_parameter> decide(const io::parameter& p) const {
+    if (const auto* pattern = match_of(p.name, options().keep)) return kept(p, text("--keep ", *pattern));
+    if (const auto* pattern = match_of(p.name, options().pack)) {
+      if (p.rows == 0 || p.elements() == 0 || p.kind.role == io::tensor_role::scale || !can_read(p)) {
+        return error(errc::invalid_argument,
+                     text("--pack ", *pattern, ": expected matrices of BF16, F16, F32, FP8 or 4 ", "bits, got tensor ",
+                          printable(p.name), ", ", io::name(p.values->dtype), ' ', shape_text(p.shape)));
+      }
+    } else if (!p.is_weight()) {
+      return kept(p, p.kind.kept_because);
+    }
+    const io::pack_rule* rule = nullptr;
+    for (const auto& candidate : options().rules) {
+      if (rule_matches(candidate, p)) rule = &candidate;
+    }
+    if (rule == nullptr) return kept(p, "no recipe is for it");
+    if (options().layout == io::checkpoint_layout::gpt_oss && p.kind.role != io::tensor_role::fused_experts) {
+      return kept(p, "readers of layout gpt-oss take packed experts alone");
+    }
+    if (!is_ours() && p.cols % rule->how.format.block != 0) {
+      return kept(p, text("K = ", p.cols, " is not whole blocks of ", rule->how.format.block));
+    }
+    if (!is_ours() && p.shape.size() == 2 && p.kind.is_transposed) {
+      return kept(
+          p, text("stored [K, outputs], which readers of layout ", io::name(options().layout), " do not take packed"));
+    }
+    return io::planned_parameter{&p, action_for(p, rule->how), rule->how};
+  }
+
+  static bool can_read(const io::parameter& p) {
+    const io::dtype type = p.values->dtype;
+    return p.encoding != encoding::plain || type == io::dtype::F32 || type == io::dtype::F16 || type == io::dtype::BF16;
+  }
+
+  /// Codes stay where the recipe wants the format that they have.
+  static action action_for(const io::parameter& p, const recipe& how) {
+    if (how.rotation != 0 || how.error_feedback) return action::pack;
+    if (p.encoding == encoding::mxfp4 && how.format == any_format(mxfp4{})) return action::copy;
+    if (p.encoding == encoding::mxfp4 && how.format == any_format(nvfp4{})) return action::cast;
+    if (p.encoding == encoding::nvfp4 && how.format == any_format(nvfp4{})) return action::copy;
+    return action::pack;
+  }
+
+  /// What readers run as one matrix is packed by one recipe, in one way, or kept.
+  [[nodiscard]] result<void> join_sets() {
+    std::map<std::size_t, std::vector<io::planned_parameter*>> sets;
+    for (auto& planned : plan_.parameters) {
+      if (planned.source->is_weight()) sets[planned.source->set].push_back(&planned);
+    }
+    for (auto& [number, members] : sets) {
+      if (members.size() < 2) continue;
+      const io::planned_parameter* aside = nullptr;
+      for (const auto* member : members) {
+        if (!member->is_packed()) aside = member;
+      }
+      if (aside != nullptr) {
+        for (auto* member : members) {
+          if (!member->is_packed() || is_ours()) continue;
+          *member = kept(*member->source, text("readers run it as one with ", aside->source->name, ", which is kept"));
+        }
+        continue;
+      }
+      for (auto* member : members) {
+        if (member->how == members.front()->how) continue;
+        return error(errc::invalid_argument,
+                     text("tensors ", printable(members.front()->source->name), " and ",
+                          printable(member->source->name), ": expected one recipe, since readers run them as one ",
+                          "matrix, got ", members.front()->how.name(), " and ", member->how.name()));
+      }
+      if (auto done = join_actions(members); !done) return done;
+    }
+    return {};
+  }
+
+  /// NVFP4 codes stay where the members of a set have one tensor scale already.
+  [[nodiscard]] result<void> join_actions(std::vector<io::planned_parameter*>& members) const {
+    bool alike = true;
+    std::vector<float> first;
+    for (const auto* member : members) {
+      alike = alike && member->action == members.front()->action;
+      if (!alike || member->action != action::copy || member->source->tensor_scales == nullptr) continue;
+      auto scales = read_floats(from_, *member->source->tensor_scales);
+      if (!scales) return scales.error();
+      if (first.empty()) first = *scales;
+      alike = options().separate_scales || *scales == first;
+    }
+    for (auto* member : members) {
+      if (!alike) member->action = action::pack;
+    }
+    return {};
+  }
+
+  [[nodiscard]] result<void> finish(io::planned_parameter& planned) const {
+    const io::parameter& p = *planned.source;
+    if (planned.is_packed()) {
+      planned.stored = stored_in(options().layout, planned.how.format, p, from_.config());
+      return {};
+    }
+    if (p.encoding == encoding::plain) return {};
+    planned.action = action::decode;
+    if (p.scales->name.ends_with("_scales")) {
+      return error(errc::invalid_argument,
+                   text("tensor ", printable(p.name), ": expected a weight that is packed, since what gpt-oss stores ",
+                        "in 4 bits cannot be kept as it is beside others (", planned.reason, ')'));
+    }
+    return {};
+  }
+
+  const io::checkpoint& from_;
+  const std::vector<io::parameter>& parameters_;
+  io::pack_plan plan_;
+};
+
+}  // namespace TETROMINO_NAMESPACE::detail
+
+namespace TETROMINO_NAMESPACE::io {
+
+inline result<pack_plan> try_plan(const checkpoint& from, const std::vector<parameter>& parameters,
+                                  plan_options options) {
+  return detail::planner(from, parameters, std::move(options)).make();
+}
+
+}  // namespace TETROMINO_NAMESPACE::io
