@@ -214,13 +214,13 @@ class role_finder {
     const auto layer = std::find_if(path.pieces.rbegin(), path.pieces.rend(), is_number);
     const auto from = layer.base();
     const auto within = [&](const auto& test) { return std::any_of(from, path.pieces.end(), test); };
-    if (within(is_embedding_name) || (path.leaf == "shared" && path.pieces.size() <= 2)) {
-      return kind{role::embedding, false, "an embedding"};
-    }
     const bool in_layer = layer != path.pieces.rend();
     const auto is_head = [](std::string_view piece) { return is_one_of(lower(piece), head_pieces); };
     if (within(is_head) || (!in_layer && (path.lower_leaf == "output" || path.lower_leaf == "decoder"))) {
       return kind{role::lm_head, false, "an output head"};
+    }
+    if (within(is_embedding_name) || (path.leaf == "shared" && path.pieces.size() <= 2)) {
+      return kind{role::embedding, false, "an embedding"};
     }
     if (path.lower_leaf == "gate" && multiplies(i)) return std::nullopt;
     if (has_word(path.lower_leaf, "shared") && has_word(path.lower_leaf, "gate")) {
