@@ -110,7 +110,8 @@ class safetensors_writer : public detail::pending_tensors {
                    detail::text(path.string(), ": expected a header of at most ", detail::safetensors_header_limit,
                                 " bytes, got one of ", header.size() - 8));
     }
-    auto file = try_begin(path, header, source);
+    const auto* const bytes = reinterpret_cast<const std::uint8_t*>(header.data());
+    auto file = try_begin(path, std::span(bytes, header.size()), source);
     if (!file) return file.error();
     std::vector<detail::pending_tensor> slots;
     for (const auto& entry : *entries) {

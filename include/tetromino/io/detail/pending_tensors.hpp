@@ -99,16 +99,15 @@ class pending_tensors {
 
   /// Starts a file with its header, unless the path leads to the file that `source` (optional) is reading.
   template <class Source>
-  [[nodiscard]] static result<pending_file> try_begin(const std::filesystem::path& path, std::string_view header,
-                                                      const Source* source) {
+  [[nodiscard]] static result<pending_file> try_begin(const std::filesystem::path& path,
+                                                      std::span<const std::uint8_t> header, const Source* source) {
     if (source != nullptr && identity_of(path) == source->identity()) {
       return error(errc::invalid_argument,
                    text(path.string(), ": expected another file than the one being read, ", source->path()));
     }
     auto file = pending_file::try_create(path);
     if (!file) return file;
-    const auto* const bytes = reinterpret_cast<const std::uint8_t*>(header.data());
-    if (auto written = file->try_write_at(0, {bytes, header.size()}); !written) return written.error();
+    if (auto written = file->try_write_at(0, header); !written) return written.error();
     return file;
   }
 
