@@ -8,7 +8,7 @@
 #include <optional>     // std::optional
 #include <string_view>  // std::string_view
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// The number type of a GGUF tensor, by ggml's name and number. (ggml.h, enum ggml_type)
 enum class ggml_type : std::uint32_t {
@@ -51,7 +51,7 @@ enum class ggml_type : std::uint32_t {
 
 }  // namespace tetromino::io
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 struct ggml_fact {
   io::ggml_type type;
@@ -108,7 +108,7 @@ constexpr const ggml_fact* find_ggml_fact(std::uint32_t number) noexcept {
 
 }  // namespace tetromino::detail
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// The type's name, such as "MXFP4"; plain numbers have the names that io::dtype gives them.
 [[nodiscard]] constexpr std::string_view name(ggml_type type) noexcept {

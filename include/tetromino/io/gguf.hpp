@@ -18,7 +18,7 @@
 #include <utility>     // std::move
 #include <vector>      // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// A tensor of an open gguf_file. It refers to the file: it must not outlive it. Its shape is row-major, the last
 /// dimension along rows, which GGUF itself names first.

@@ -17,7 +17,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// The type of a GGUF metadata value. (ggml's docs/gguf.md)
 enum class gguf_type : std::uint32_t {
@@ -38,7 +38,7 @@ enum class gguf_type : std::uint32_t {
 
 }  // namespace tetromino::io
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 struct gguf_type_fact {
   std::string_view name;
@@ -111,7 +111,7 @@ inline void append_string(std::vector<std::uint8_t>& out, std::string_view value
 
 }  // namespace tetromino::detail
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// A C++ type that a single metadata value can be read as: bool, the integers, float, double, std::string_view.
 template <class T>
@@ -225,6 +225,7 @@ class gguf_value {
 /// The metadata of a GGUF file: values by key, in the order of the file.
 class gguf_metadata {
  public:
+  /// A key and its value.
   struct entry {
     std::string key;
     gguf_value value;

@@ -20,7 +20,7 @@
 #include <variant>      // std::variant
 #include <vector>       // std::vector
 
-namespace tetromino::io {
+namespace TETROMINO_NAMESPACE::io {
 
 /// An importance matrix as llama-imatrix writes it, in its GGUF form or in the one before: for each column of a weight
 /// tensor the mean of its squared activations, by the tensor's name in GGUF. Opening it checks the file's structure and

@@ -17,7 +17,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 inline constexpr std::string_view gguf_magic = "GGUF";
 inline constexpr std::uint32_t gguf_version = 3;

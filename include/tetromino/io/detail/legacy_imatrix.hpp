@@ -14,7 +14,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 
 /// Sums of one tensor in an imatrix file of the form before GGUF.
 struct legacy_imatrix_entry {
