@@ -122,7 +122,7 @@ expected_operand expected(const packed<any_format>& p, block_scaled_kind kind) {
 
 void check_operand(const packed<any_format>& p, block_scaled_kind kind) {
   INFO("[" << p.matrices << ", " << p.rows << ", " << p.cols << "], block " << p.format.block);
-  const auto got = tetromino::to_block_scaled(p, kind);
+  const auto got = tetromino::repack(tetromino::scalar, p, kind);
   const auto want = expected(p, kind);
   CHECK(got.shape == tetromino::block_scaled_shape{kind, p.matrices, p.rows, p.cols});
   CHECK(got.rounded_blocks == 0);
@@ -197,7 +197,7 @@ TEST_CASE("block_scaled: an operand stands for the values of the packed storage"
     auto p = random_storage(format, {2, 130, 96}, is_nv ? 0 : 119, is_nv ? 0x7E : 136, 2);
     for (auto& scale : p.tensor_scales) scale = 0.03125f;
     const std::vector<float> unpacked = tetromino::dequantize<float>(tetromino::scalar, p).data;
-    const std::vector<double> got = values(tetromino::to_block_scaled(p, block_scaled_kind::e4m3_16));
+    const std::vector<double> got = values(tetromino::repack(tetromino::scalar, p, block_scaled_kind::e4m3_16));
     REQUIRE(got.size() == unpacked.size());
     std::size_t different = 0;
     for (std::size_t i = 0; i < got.size(); ++i) different += got[i] != static_cast<double>(unpacked[i]) ? 1u : 0u;
@@ -209,7 +209,7 @@ TEST_CASE("block_scaled: scales past the range of E4M3 take low bits from codes,
   for (const any_format format : {any_format(mxfp4{}), any_format(mxfp4_16{})}) {
     auto p = random_storage(format, {1, 40, 128}, 100, 130);
     p.scales[5] = 130, p.codes[5 * format.block / 2] = 0x33;
-    const auto op = tetromino::to_block_scaled(p, block_scaled_kind::e4m3_16);
+    const auto op = tetromino::repack(tetromino::scalar, p, block_scaled_kind::e4m3_16);
     const std::vector<float> unpacked = tetromino::dequantize<float>(tetromino::scalar, p).data;
     const std::vector<double> got = values(op);
     const double largest = std::ldexp(1.0, 3);
@@ -248,7 +248,7 @@ TEST_CASE("block_scaled: a real model's MXFP4 becomes operands of kind e4m3_16 w
     std::memcpy(w.data.data(), tensor.bytes.data(), tensor.bytes.size());
     for (const char* recipe : {"mxfp4-32/oas", "mxfp4-16/oas"}) {
       const auto p = tetromino::quantize(tetromino::scalar, w, tetromino::recipe::parse(recipe));
-      CHECK(tetromino::to_block_scaled(p, block_scaled_kind::e4m3_16).rounded_blocks == 0);
+      CHECK(tetromino::repack(tetromino::scalar, p, block_scaled_kind::e4m3_16).rounded_blocks == 0);
     }
     matrices += w.matrices;
   }
@@ -257,7 +257,7 @@ TEST_CASE("block_scaled: a real model's MXFP4 becomes operands of kind e4m3_16 w
 
 TEST_CASE("block_scaled: what cannot be an operand is an error that says so") {
   const auto fails = [](const packed<any_format>& p, block_scaled_kind kind, errc code, const char* says) {
-    const auto got = tetromino::try_to_block_scaled(p, kind);
+    const auto got = tetromino::try_repack(tetromino::scalar, p, kind);
     REQUIRE(!got);
     CHECK(got.error().code() == code);
     CHECK_THAT(got.error().what(), contains(says));
@@ -274,22 +274,37 @@ TEST_CASE("block_scaled: what cannot be an operand is an error that says so") {
   fails(broken, block_scaled_kind::e4m3_16, errc::shape_mismatch, "scales needs 32 entries, got 31");
 
   const auto p = random_storage(nvfp4{}, d, 1, 9);
-  auto out = tetromino::to_block_scaled(p, block_scaled_kind::e4m3_16);
+  auto out = tetromino::repack(tetromino::scalar, p, block_scaled_kind::e4m3_16);
   auto view = out.view();
   view.shape.rows = 5;
-  CHECK_THAT(tetromino::try_to_block_scaled(p, view).error().what(), contains("the operand [1, 5, 128]"));
+  CHECK_THAT(tetromino::try_repack_to(tetromino::scalar, p, view).error().what(), contains("the operand [1, 5, 128]"));
   view = out.view(), view.codes = view.codes.first(8);
-  CHECK_THAT(tetromino::try_to_block_scaled(p, view).error().what(), contains("codes needs 256 entries, got 8"));
+  CHECK_THAT(tetromino::try_repack_to(tetromino::scalar, p, view).error().what(),
+             contains("codes needs 256 entries, got 8"));
   view = out.view(), view.scales = view.scales.first(8);
-  CHECK_THAT(tetromino::try_to_block_scaled(p, view).error().what(), contains("scales needs 1024 entries, got 8"));
+  CHECK_THAT(tetromino::try_repack_to(tetromino::scalar, p, view).error().what(),
+             contains("scales needs 1024 entries, got 8"));
   view = out.view(), view.factors = {};
-  CHECK_THAT(tetromino::try_to_block_scaled(p, view).error().what(), contains("factors needs 1 entries, got 0"));
+  CHECK_THAT(tetromino::try_repack_to(tetromino::scalar, p, view).error().what(),
+             contains("factors needs 1 entries, got 0"));
   view = out.view();
   std::fill(out.codes.begin(), out.codes.end(), std::uint8_t{0xA5});
   std::fill(out.scales.begin(), out.scales.end(), std::uint8_t{0xA5});
-  CHECK(tetromino::to_block_scaled(p, view) == 0);
-  CHECK(out.codes == tetromino::to_block_scaled(p, block_scaled_kind::e4m3_16).codes);
-  CHECK(out.scales == tetromino::to_block_scaled(p, block_scaled_kind::e4m3_16).scales);
+  CHECK(tetromino::repack_to(tetromino::scalar, p, view) == 0);
+  CHECK(out.codes == tetromino::repack(tetromino::scalar, p, block_scaled_kind::e4m3_16).codes);
+  CHECK(out.scales == tetromino::repack(tetromino::scalar, p, block_scaled_kind::e4m3_16).scales);
+}
+
+TEST_CASE("block_scaled: threads share out matrices, with the same outcome") {
+  const auto p = random_storage(any_format(tetromino::mxfp4{}), {7, 40, 128}, 0, 254);
+  const tetromino::thread_executor threads(3);
+  const auto alone = tetromino::repack(tetromino::scalar, p, block_scaled_kind::e4m3_16);
+  const auto shared = tetromino::repack(tetromino::scalar.on(threads), p, block_scaled_kind::e4m3_16);
+  CHECK(alone.rounded_blocks > 0);
+  CHECK(shared.rounded_blocks == alone.rounded_blocks);
+  CHECK(shared.codes == alone.codes);
+  CHECK(shared.scales == alone.scales);
+  CHECK(shared.factors == alone.factors);
 }
 
 TEST_CASE("block_scaled: registers gathered by the fragment rules give the product") {
@@ -300,8 +315,8 @@ TEST_CASE("block_scaled: registers gathered by the fragment rules give the produ
     const unsigned low = is_mx ? 120 : 0, high = is_mx ? 135 : 0x7E;
     // 16 rows and 8 rows from the middle of larger operands, so that scales of several tiles take part
     constexpr std::size_t first_a = 48, first_b = 136, K = 256;
-    const auto a = tetromino::to_block_scaled(random_storage(format, {1, 70, K}, low, high), kind);
-    const auto b = tetromino::to_block_scaled(random_storage(format, {1, 150, K}, low, high), kind);
+    const auto a = tetromino::repack(tetromino::scalar, random_storage(format, {1, 70, K}, low, high), kind);
+    const auto b = tetromino::repack(tetromino::scalar, random_storage(format, {1, 150, K}, low, high), kind);
     const std::vector<double> of_a = values(a), of_b = values(b);
     const auto word = [](const tetromino::block_scaled& op, std::size_t r, std::size_t w) {
       std::uint32_t out = 0;

@@ -2,10 +2,10 @@
 
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
-template result<void> to_block_scaled(const stream&, const packed_view<any_format>&,
-                                      const block_scaled_view<std::uint8_t, float>&);
+template result<void> repack_block_scaled(const stream&, const packed_view<any_format>&,
+                                          const block_scaled_view<std::uint8_t, float>&);
 template result<void> multiply_factors(const stream&, const float*, const float*, float*);
-template result<void> block_scaled_matmul(const stream&, const block_scaled_job&, bfloat16*);
-template result<void> block_scaled_matmul(const stream&, const block_scaled_job&, half*);
+template result<void> multiply_block_scaled(const stream&, const block_scaled_job&, bfloat16*);
+template result<void> multiply_block_scaled(const stream&, const block_scaled_job&, half*);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -1,23 +1,26 @@
 #pragma once
 
-#include "e2m1.hpp"    // e2m1
-#include "e4m3.hpp"    // e4m3
-#include "e8m0.hpp"    // e8m0
-#include "error.hpp"   // error, result
-#include "layout.hpp"  // layout::swizzled_bytes, layout::swizzled_offset
-#include "packed.hpp"  // packed_view, packed_like
+#include "e2m1.hpp"                 // e2m1
+#include "e4m3.hpp"                 // e4m3
+#include "e8m0.hpp"                 // e8m0
+#include "error.hpp"                // error, result
+#include "detail/for_each_row.hpp"  // for_each_row
+#include "layout.hpp"               // layout::swizzled_bytes, layout::swizzled_offset
+#include "options.hpp"              // device_policy
+#include "packed.hpp"               // packed_view, packed_like
 
 #include <algorithm>    // std::copy_n, std::fill, std::any_of, std::find_if
 #include <cmath>        // std::ldexp
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
+#include <numeric>      // std::accumulate
 #include <optional>     // std::optional
 #include <span>         // std::span
 #include <type_traits>  // std::is_const_v
 #include <vector>       // std::vector
 
-/// Operands of the tensor cores that multiply 4-bit blocks by 4-bit blocks (Blackwell), made on the host;
-/// <tetromino/cuda/block_scaled.hpp> makes the same bytes on the GPU, and multiplies them.
+/// Operands of the tensor cores that multiply 4-bit blocks by 4-bit blocks (Blackwell), which repack and repack_to make
+/// on the host; <tetromino/cuda/block_scaled.hpp> makes the same bytes on the GPU, and multiplies them.
 namespace TETROMINO_NAMESPACE {
 
 /// What the tensor cores take as an operand, both of a product alike: E2M1 codes, and scales for blocks along K.
@@ -88,7 +91,7 @@ struct block_scaled {
   std::vector<std::uint8_t> codes{};
   std::vector<std::uint8_t> scales{};
   std::vector<float> factors{};
-  std::size_t rounded_blocks = 0;  ///< blocks that lost low bits, see to_block_scaled
+  std::size_t rounded_blocks = 0;  ///< blocks that lost low bits, see repack_to
 
   [[nodiscard]] block_scaled_view<std::uint8_t, float> view() noexcept { return {shape, codes, scales, factors}; }
   [[nodiscard]] block_scaled_view<> view() const noexcept { return {shape, codes, scales, factors}; }
@@ -218,19 +221,43 @@ inline std::size_t rebase(const packed_view<any_format>& from, const block_scale
   return rounded;
 }
 
+/// Writes matrix e as the one of an operand. Returns how many blocks lost low bits.
+inline std::size_t write_operand(const packed_view<any_format>& in, std::size_t e,
+                                 const block_scaled_view<std::uint8_t, float>& to) {
+  const auto from = in[e];
+  const packed_shape shape = from.shape();
+  const std::size_t blocks = shape.blocks_per_row();
+  const bool is_nv = in.format.scale == scale_type::e4m3;
+  std::fill(to.codes.begin(), to.codes.end(), std::uint8_t{0});
+  std::fill(to.scales.begin(), to.scales.end(), std::uint8_t{0});
+  for (std::size_t r = 0; r < in.rows; ++r) {
+    std::copy_n(from.row_codes(0, r), shape.code_bytes_per_row(), to.codes.data() + r * to.shape.code_bytes_per_row());
+  }
+  if (!is_nv && to.shape.kind == block_scaled_kind::e4m3_16) return rebase(from, to);
+  for (std::size_t r = 0; r < in.rows; ++r) {
+    for (std::size_t c = 0; c < blocks; ++c) {
+      to.scales[layout::swizzled_offset(r, c, to.shape.scales_per_row())] = from.row_scales(0, r)[c];
+    }
+  }
+  if (is_nv) to.factors[0] = in.tensor_scale(e);
+  return 0;
+}
+
 }  // namespace detail
 
 /// Writes packed storage [matrices, rows, cols] as operands of tensor cores, out.shape, which says the kind. Kind
 /// e8m0_32 takes mxfp4-32; kind e4m3_16 takes nvfp4, and MXFP4 with either block too: a factor for each matrix brings
 /// its scales into the range of E4M3, which holds 18 powers of two, and nothing is rounded where the scales of a matrix
 /// lie within them (blocks of zeros do not count). A block further below the largest loses low bits, of elements at
-/// most 2^-19 times the largest scale; the result says how many did. NaN scales stay NaN.
+/// most 2^-19 times the largest scale; the result says how many did. NaN scales stay NaN. Matrices are shared out among
+/// the policy's threads; all policies of the CPU do the same.
 ///
 /// Errors: invalid_argument for macro blocks, for kind e8m0_32 of another format and for negative scales;
 /// shape_mismatch.
-template <packed_like Storage>
-[[nodiscard]] result<std::size_t> try_to_block_scaled(const Storage& storage,
-                                                      const block_scaled_view<std::uint8_t, float>& out) {
+template <class Policy, packed_like Storage>
+  requires(!device_policy<Policy>)
+result<std::size_t> try_repack_to(const Policy& policy, const Storage& storage,
+                                  const block_scaled_view<std::uint8_t, float>& out) {
   const packed_view<any_format> in = detail::as_packed(storage);
   if (auto fits = detail::check_storage(in); !fits) return fits.error();
   if (auto fits = detail::check_block_scaled(in.shape(), out.shape); !fits) return fits.error();
@@ -242,40 +269,22 @@ template <packed_like Storage>
                                                       "codes up to 127, got code ",
                                                       *negative));
   }
-
-  std::fill(out.codes.begin(), out.codes.end(), std::uint8_t{0});
-  std::fill(out.scales.begin(), out.scales.end(), std::uint8_t{0});
-  const packed_shape shape = in.shape();
-  const std::size_t blocks = shape.blocks_per_row();
-  std::size_t rounded = 0;
-  for (std::size_t e = 0; e < in.matrices; ++e) {
-    const auto from = in[e];
-    const auto to = out[e];
-    for (std::size_t r = 0; r < in.rows; ++r) {
-      std::copy_n(from.row_codes(0, r), shape.code_bytes_per_row(),
-                  to.codes.data() + r * to.shape.code_bytes_per_row());
-    }
-    if (!is_nv && out.shape.kind == block_scaled_kind::e4m3_16) {
-      rounded += detail::rebase(from, to);
-      continue;
-    }
-    for (std::size_t r = 0; r < in.rows; ++r) {
-      for (std::size_t c = 0; c < blocks; ++c) {
-        to.scales[layout::swizzled_offset(r, c, to.shape.scales_per_row())] = from.row_scales(0, r)[c];
-      }
-    }
-    if (is_nv) to.factors[0] = in.tensor_scale(e);
-  }
-  return rounded;
+  std::vector<std::size_t> rounded(in.matrices);
+  detail::for_each_row(policy.executor, in.matrices, in.rows * in.cols,
+                       [&](std::size_t e) { rounded[e] = detail::write_operand(in, e, out[e]); });
+  return std::accumulate(rounded.begin(), rounded.end(), std::size_t{0});
 }
-template <packed_like Storage>
-std::size_t to_block_scaled(const Storage& storage, const block_scaled_view<std::uint8_t, float>& out) {
-  return try_to_block_scaled(storage, out).value();
+/// try_repack_to, throwing its error.
+template <class Policy, packed_like Storage>
+  requires(!device_policy<Policy>)
+std::size_t repack_to(const Policy& policy, const Storage& storage, const block_scaled_view<std::uint8_t, float>& out) {
+  return try_repack_to(policy, storage, out).value();
 }
 
 /// The same into operands that it makes.
-template <packed_like Storage>
-[[nodiscard]] result<block_scaled> try_to_block_scaled(const Storage& storage, block_scaled_kind kind) {
+template <class Policy, packed_like Storage>
+  requires(!device_policy<Policy>)
+result<block_scaled> try_repack(const Policy& policy, const Storage& storage, block_scaled_kind kind) {
   const packed_view<any_format> in = detail::as_packed(storage);
   if (auto fits = detail::check_storage(in); !fits) return fits.error();
   block_scaled out{{kind, in.matrices, in.rows, in.cols}};
@@ -283,14 +292,16 @@ template <packed_like Storage>
   out.codes.resize(out.shape.code_bytes());
   out.scales.resize(out.shape.scale_bytes());
   out.factors.resize(out.shape.factor_count());
-  auto rounded = try_to_block_scaled(storage, out.view());
+  auto rounded = try_repack_to(policy, storage, out.view());
   if (!rounded) return rounded.error();
   out.rounded_blocks = *rounded;
   return out;
 }
-template <packed_like Storage>
-[[nodiscard]] block_scaled to_block_scaled(const Storage& storage, block_scaled_kind kind) {
-  return try_to_block_scaled(storage, kind).value();
+/// try_repack, throwing its error.
+template <class Policy, packed_like Storage>
+  requires(!device_policy<Policy>)
+[[nodiscard]] block_scaled repack(const Policy& policy, const Storage& storage, block_scaled_kind kind) {
+  return try_repack(policy, storage, kind).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

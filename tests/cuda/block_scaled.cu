@@ -68,10 +68,10 @@ void check_operands(const tetromino::packed_shape& shape, block_scaled_kind kind
     const std::size_t bytes = shape.format.block / 2;
     for (std::size_t j = 0; j < bytes; ++j) packed.codes[i * bytes + j] &= 0x88;
   }
-  const auto want = tetromino::to_block_scaled(packed, kind);
+  const auto want = tetromino::repack(tetromino::scalar, packed, kind);
   const device_packed on_device(packed);
   const device_operands out(want.shape);
-  require(cuda::try_to_block_scaled(cuda::stream(), on_device.view(), out.view()), what.c_str());
+  require(tetromino::try_repack_to(cuda::stream(), on_device.view(), out.view()), what.c_str());
   require(cudaDeviceSynchronize(), what.c_str());
   expect(first_difference(out.codes.values(), want.codes) < 0, "%s: codes differ", what.c_str());
   expect(first_difference(out.scales.values(), want.scales) < 0, "%s: scales differ", what.c_str());
@@ -108,7 +108,7 @@ void activations() {
     tetromino::quantize_to(tetromino::scalar, tetromino::batch_view<const float>(x.data(), 1, rows, cols),
                            packed.view());
     const auto want =
-        tetromino::to_block_scaled(packed, is_nv ? block_scaled_kind::e4m3_16 : block_scaled_kind::e8m0_32);
+        tetromino::repack(tetromino::scalar, packed, is_nv ? block_scaled_kind::e4m3_16 : block_scaled_kind::e8m0_32);
     const device<float> input(x);
     const device<std::uint8_t> codes(want.codes.size()), scales(want.scales.size());
     const device<float> tensor_scales(want.factors.size());
@@ -147,7 +147,7 @@ void refusals() {
   const device_operands x(c.x), w(c.w);
   const device<tetromino::half> out(16 * 8);
   const auto multiply = [&](const auto& a, const auto& b, std::size_t cols) {
-    return cuda::try_block_scaled_matmul(cuda::stream(), a, b, matrix_view<tetromino::half>(out.data(), 16, cols));
+    return tetromino::try_matmul(cuda::stream(), a, b, matrix_view<tetromino::half>(out.data(), 16, cols));
   };
   expect_error(multiply(x.view(), w.view(), 7), errc::shape_mismatch, "it is [16, 8], the output [16, 7]");
   const device_operands other(product_case(block_scaled_kind::e8m0_32, 16, 8, 64).w);
@@ -164,7 +164,7 @@ void refusals() {
 
   const any_format macros(tetromino::scale_type::e8m0, 32, 128);
   const device_packed packed(tetromino::packed_shape{macros, 1, 16, 64}, 0);
-  expect_error(cuda::try_to_block_scaled(cuda::stream(), packed.view(), x.view()), errc::invalid_argument,
+  expect_error(tetromino::try_repack_to(cuda::stream(), packed.view(), x.view()), errc::invalid_argument,
                "without macro blocks");
 }
 
@@ -182,7 +182,7 @@ int main() {
   refusals();
   if (device_major() == 12) {
     const auto native = [](const auto& x, const auto& w, const auto& out) {
-      return cuda::try_block_scaled_matmul(cuda::stream(), x, w, out);
+      return tetromino::try_matmul(cuda::stream(), x, w, out);
     };
     check_products<tetromino::half>(native);
     check_products<tetromino::bfloat16>(native);

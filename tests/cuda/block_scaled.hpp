@@ -91,8 +91,9 @@ struct product_case {
     const unsigned low = is_nv ? 0 : 110, high = is_nv ? 0x7E : 124;  // sums that half can hold
     name = std::string(is_nv ? "e4m3_16 [" : "e8m0_32 [") + std::to_string(rows) + ", " + std::to_string(outputs) +
            "] over " + std::to_string(cols);
-    x = tetromino::to_block_scaled(random_packed({format, 1, rows, cols}, low, high, rows * 31 + cols), kind);
-    w = tetromino::to_block_scaled(random_packed({format, 1, outputs, cols}, low, high, outputs * 17 + cols), kind);
+    x = tetromino::repack(tetromino::scalar, random_packed({format, 1, rows, cols}, low, high, rows * 31 + cols), kind);
+    w = tetromino::repack(tetromino::scalar, random_packed({format, 1, outputs, cols}, low, high, outputs * 17 + cols),
+                          kind);
     const std::vector<double> of_x = values(x), of_w = values(w);
     const std::size_t k_count = x.shape.padded_cols();
     sums.resize(rows * outputs), sizes.resize(rows * outputs);

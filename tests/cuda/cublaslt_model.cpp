@@ -259,7 +259,7 @@ TEST_CASE("cublaslt: a GPU or a library without the product is an error that say
   world.major = 12, world.knows_the_product = false;
   CHECK_THAT(refusal(16, 16, 64, 16), contains("CUBLAS_STATUS_NOT_SUPPORTED"));
   CHECK_THAT(refusal(16, 16, 64, 16), contains("from cublasLtMatmulAlgoGetHeuristic for [16, 64] x [16, 64]"));
-  CHECK_THAT(refusal(16, 16, 64, 16), contains("on compute capability 12.x block_scaled_matmul without a plan"));
+  CHECK_THAT(refusal(16, 16, 64, 16), contains("on compute capability 12.x matmul without a plan"));
   world = {};
   world.workspace = std::size_t{64} << 20;
   CHECK_THAT(refusal(16, 16, 64, 16), contains("CUBLAS_STATUS_NOT_SUPPORTED"));

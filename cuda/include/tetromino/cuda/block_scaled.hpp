@@ -14,8 +14,8 @@
 #include <span>     // std::span
 
 /// Products of 4-bit activations and 4-bit weights (W4A4) on the block-scaled tensor cores of Blackwell: operands made
-/// on the GPU, and a product of ours for compute capability 12.x. <tetromino/cuda/cublaslt.hpp> multiplies through the
-/// toolkit's library, also on 10.x.
+/// on the GPU by tetromino::repack_to, and a product of ours for compute capability 12.x behind tetromino::matmul.
+/// <tetromino/cuda/cublaslt.hpp> multiplies through the toolkit's library, also on 10.x.
 ///
 /// Compiled for sm_100a and sm_120a, and NOT RUN on such a GPU, for want of one. What has been run: making operands, on
 /// the host and on an H200; the product's kernel on an H200, with a model of the one instruction that only sm_120a has.
@@ -30,10 +30,10 @@ struct block_scaled_job {
 };
 
 template <class Byte>
-result<void> to_block_scaled(const stream& s, const packed_view<any_format, Byte>& from,
-                             const block_scaled_view<std::uint8_t, float>& to);
+result<void> repack_block_scaled(const stream& s, const packed_view<any_format, Byte>& from,
+                                 const block_scaled_view<std::uint8_t, float>& to);
 template <activation T>
-result<void> block_scaled_matmul(const stream& s, const block_scaled_job& job, T* out);
+result<void> multiply_block_scaled(const stream& s, const block_scaled_job& job, T* out);
 /// Writes the product of two factors (1 where null) and a zero.
 template <class Float>
 result<void> multiply_factors(const stream& s, const Float* x, const Float* w, Float* out);
@@ -93,17 +93,14 @@ result<void> multiply_factors(const stream& s, const Float* x, const Float* w, F
 
 }  // namespace detail
 
-/// Writes packed storage in device memory as operands in device memory, with the bytes that tetromino::to_block_scaled
-/// makes on the host; how many blocks lost low bits is not counted. Codes start at a multiple of 8 bytes. Errors:
-/// invalid_argument for macro blocks and for kind e8m0_32 of another format than mxfp4-32; shape_mismatch; device.
-template <packed_like Packed>
-[[nodiscard]] result<void> try_to_block_scaled(const stream& s, const Packed& storage,
-                                               const block_scaled_view<std::uint8_t, float>& out) {
-  const packed_view<any_format> in = tetromino::detail::as_packed(storage);
-  if (auto fits = tetromino::detail::check_storage(in); !fits) return fits;
-  if (auto fits = tetromino::detail::check_block_scaled(in.shape(), out.shape); !fits) return fits;
+/// The hook that tetromino::repack_to finds: packed storage as operands, with the bytes that the CPU makes; how many
+/// blocks lost low bits is not counted. Codes start at a multiple of 8 bytes. Errors: invalid_argument for macro blocks
+/// and for kind e8m0_32 of another format than mxfp4-32; shape_mismatch; device.
+[[nodiscard]] inline result<void> repack_on(const stream& s, const packed_view<any_format>& w,
+                                            const block_scaled_view<std::uint8_t, float>& out) {
+  if (auto fits = tetromino::detail::check_block_scaled(w.shape(), out.shape); !fits) return fits;
   if (auto fits = tetromino::detail::check_block_scaled_sizes(out); !fits) return fits;
-  return detail::to_block_scaled(s, in, out);
+  return detail::repack_block_scaled(s, w, out);
 }
 
 /// What try_quantize_swizzled_to packed, as operands, without a copy: nvfp4 or mxfp4-32 of one matrix, K a multiple of
@@ -129,36 +126,25 @@ template <block_format Format, class Byte>
   return out;
 }
 
-/// out[m, n] = Σ_k x[m, k] · w[n, k] of two operands of one kind, each one matrix, in device memory. Sums run in float.
-/// Needs compute capability 12.x, and kernels that were compiled for it (120a). Errors: invalid_argument;
-/// shape_mismatch; device, also where the GPU or what the kernels were compiled for does not fit.
-template <activation T>
-[[nodiscard]] result<void> try_block_scaled_matmul(const stream& s, const block_scaled_view<>& x,
-                                                   const block_scaled_view<>& w, matrix_view<T> out) {
+/// The hook that tetromino::matmul finds for two operands of one kind, each one matrix: out[m, n] = Σ_k x[m, k] ·
+/// w[n, k], with sums in float. Needs compute capability 12.x, and kernels that were compiled for it (120a). Errors:
+/// invalid_argument; shape_mismatch; device, also where the GPU or what the kernels were compiled for does not fit.
+template <class XByte, class XFloat, class WByte, class WFloat, activation T>
+[[nodiscard]] result<void> matmul_on(const stream& s, const block_scaled_view<XByte, XFloat>& x,
+                                     const block_scaled_view<WByte, WFloat>& w, const matrix_view<T>& out) {
   if (auto fits = detail::check_block_scaled_product(x, w, out.rows, out.cols); !fits) return fits;
-  if (auto fits = detail::check_capability("block_scaled_matmul without a library", 12, 12,
+  if (auto fits = detail::check_capability("matmul of block-scaled operands without a library", 12, 12,
                                            "12.x (cuBLASLt multiplies on 10.x too, kind e4m3_16)");
       !fits) {
     return fits;
   }
-  return detail::block_scaled_matmul(s, {x, w, out.row_stride}, out.data);
+  return detail::multiply_block_scaled(s, {x, w, out.row_stride}, out.data);
 }
 
-/// try_to_block_scaled, throwing its error.
-template <packed_like Packed>
-void to_block_scaled(const stream& s, const Packed& storage, const block_scaled_view<std::uint8_t, float>& out) {
-  try_to_block_scaled(s, storage, out).value();
-}
 /// try_as_block_scaled, throwing its error.
 template <block_format Format, class Byte>
 [[nodiscard]] block_scaled_view<> as_block_scaled(const packed_view<Format, Byte>& swizzled) {
   return try_as_block_scaled(swizzled).value();
 }
-/// try_block_scaled_matmul, throwing its error.
-template <activation T>
-void block_scaled_matmul(const stream& s, const block_scaled_view<>& x, const block_scaled_view<>& w,
-                         matrix_view<T> out) {
-  try_block_scaled_matmul(s, x, w, out).value();
-}
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

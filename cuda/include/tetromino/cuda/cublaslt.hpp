@@ -22,11 +22,11 @@
 /// Products of block-scaled operands through cuBLASLt, the one header that names it. Link tetromino::cublaslt.
 ///
 /// cuBLASLt multiplies kind e4m3_16 alone, by itself (cuBLAS 13.1, "16/32-Element 1D Block Scaling"): NVFP4, and MXFP4
-/// whose scales to_block_scaled has brought into the range of E4M3. NOT RUN on a GPU that has these tensor cores, for
+/// whose scales repack_to has brought into the range of E4M3. NOT RUN on a GPU that has these tensor cores, for
 /// want of one; elsewhere a plan is refused.
 ///
 ///     const auto library = cuda::cublaslt::create();                                            // once
-///     cuda::to_block_scaled(stream, packed_weights, weights);                                   // once for each model
+///     tetromino::repack_to(stream, packed_weights, weights);                                    // once for each model
 ///     const auto plan = cuda::block_scaled_plan<bfloat16>::create(library, tokens, N, K, N);    // once for each shape
 ///     cuda::quantize_swizzled_to(stream, x, packed, options);                                   // x is now an operand
 ///     plan.multiply(stream.with_workspace(memory), cuda::as_block_scaled(packed), weights[expert], out);
@@ -175,7 +175,7 @@ class block_scaled_plan {
     if (status == CUBLAS_STATUS_SUCCESS) status = count == 0 ? CUBLAS_STATUS_NOT_SUPPORTED : found.state;
     if (auto done = detail::check(status, "cublasLtMatmulAlgoGetHeuristic"); !done) {
       return error(errc::device, text(done.error().what(), " for [", rows, ", ", cols, "] x [", outputs, ", ", cols,
-                                      "]; on compute capability 12.x block_scaled_matmul without a plan multiplies "
+                                      "]; on compute capability 12.x matmul without a plan multiplies "
                                       "these operands"));
     }
     out.algorithm_ = found.algo;
@@ -242,4 +242,4 @@ class block_scaled_plan {
   std::size_t rows_ = 0, outputs_ = 0, cols_ = 0, out_stride_ = 0;
 };
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

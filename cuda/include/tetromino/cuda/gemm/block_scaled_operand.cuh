@@ -135,8 +135,8 @@ result<void> multiply_factors(const stream& s, const Float* x, const Float* w, F
 }
 
 template <class Byte>
-result<void> to_block_scaled(const stream& s, const packed_view<any_format, Byte>& from,
-                             const block_scaled_view<std::uint8_t, float>& to) {
+result<void> repack_block_scaled(const stream& s, const packed_view<any_format, Byte>& from,
+                                 const block_scaled_view<std::uint8_t, float>& to) {
   const packed_shape shape = from.shape();
   if (auto fits = check_packed_pointers(from.codes.data()); !fits) return fits;
   if (auto fits = check_packed_pointers(to.codes.data()); !fits) return fits;
@@ -188,8 +188,8 @@ result<void> to_block_scaled(const stream& s, const packed_view<any_format, Byte
 }
 
 template <activation T>
-result<void> block_scaled_matmul(const stream& s, const block_scaled_job& job, T* out) {
+result<void> multiply_block_scaled(const stream& s, const block_scaled_job& job, T* out) {
   return launch_block_scaled<native_mma>(s, job, out);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

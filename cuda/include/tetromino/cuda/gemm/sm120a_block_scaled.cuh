@@ -146,7 +146,7 @@ result<void> check_built_for_120a(Kernel kernel) {
   if (auto done = check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !done) return done;
   if (attributes.ptxVersion >= 120) return {};
   return error(errc::device,
-               tetromino::detail::text("CUDA: block_scaled_matmul was not compiled for this GPU: expected "
+               tetromino::detail::text("CUDA: matmul of block-scaled operands was not compiled for this GPU: expected "
                                        "120a among the architectures, got compute_",
                                        attributes.ptxVersion));
 }
@@ -181,4 +181,4 @@ result<void> launch_block_scaled(const stream& s, const block_scaled_job& job, T
   return launch_block_scaled_kind<Mma, block_scaled_kind::e8m0_32, T>(s, args);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail
