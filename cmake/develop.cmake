@@ -9,8 +9,19 @@ if(PROJECT_IS_TOP_LEVEL)
   find_program(TETROMINO_CCACHE ccache DOC "Used to compile, if it is there")
   mark_as_advanced(TETROMINO_CCACHE)
   if(TETROMINO_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
-    set(CMAKE_CXX_COMPILER_LAUNCHER ${TETROMINO_CCACHE})
-    set(CMAKE_CUDA_COMPILER_LAUNCHER ${TETROMINO_CCACHE})
+    # what one clone has compiled serves another; precompiled headers count by their contents
+    set(ccache ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${PROJECT_SOURCE_DIR} CCACHE_SLOPPINESS=pch_defines,time_macros
+               ${TETROMINO_CCACHE})
+    file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/probe.cpp CONTENT "")
+    execute_process(
+      COMMAND ${ccache} ${CMAKE_CXX_COMPILER} -c ${PROJECT_BINARY_DIR}/probe.cpp -o ${PROJECT_BINARY_DIR}/probe.o
+      RESULT_VARIABLE failed OUTPUT_QUIET ERROR_QUIET)
+    if(failed)
+      message(STATUS "ccache is left out: it does not work here (is its folder writable?)")
+    else()
+      set(CMAKE_CXX_COMPILER_LAUNCHER ${ccache})
+      set(CMAKE_CUDA_COMPILER_LAUNCHER ${ccache})
+    endif()
   endif()
 endif()
 

@@ -1,8 +1,10 @@
-# Every header compiles alone, with our warnings, next to the packages that it names; and two translation units that
-# include all of them link, in either order; they compile without exceptions and without vectors too.
+# Every public header compiles alone, with our warnings, next to the packages that it names (those in detail/ do in a slow
+# test); and two translation units that include all of them link, in either order; they compile without exceptions and
+# without vectors too.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
 set(usable "")
 set(packages_of_all "")
+set(details "")
 foreach(header IN LISTS headers)
   tetromino_packages_of(${header} packages)
   tetromino_needs(${header} targets missing)
@@ -18,20 +20,33 @@ foreach(header IN LISTS headers)
     endif()
     continue()
   endif()
+  list(APPEND usable ${header})
+  list(APPEND packages_of_all ${targets})
+  if(header MATCHES "/detail/")
+    cmake_path(RELATIVE_PATH header BASE_DIRECTORY ${PROJECT_SOURCE_DIR}/include OUTPUT_VARIABLE name)
+    set(source ${CMAKE_CURRENT_BINARY_DIR}/alone/${name}.cpp)
+    file(CONFIGURE OUTPUT ${source} CONTENT "#include <${name}>\n")
+    list(APPEND details ${source})
+    continue()
+  endif()
   if(NOT TARGET ${kind})
     add_library(${kind} INTERFACE)
     set_target_properties(${kind} PROPERTIES VERIFY_INTERFACE_HEADER_SETS ON)
     target_link_libraries(${kind} INTERFACE tetromino ${targets} tetromino_warnings)
   endif()
   target_sources(${kind} INTERFACE FILE_SET HEADERS BASE_DIRS ${PROJECT_SOURCE_DIR}/include FILES ${header})
-  list(APPEND usable ${header})
-  list(APPEND packages_of_all ${targets})
 endforeach()
 list(REMOVE_DUPLICATES packages_of_all)
 
 tetromino_register(headers.compile_alone package ${CMAKE_COMMAND} --build ${PROJECT_BINARY_DIR} --target
                    all_verify_interface_header_sets)
 set_tests_properties(headers.compile_alone PROPERTIES RESOURCE_LOCK build_tree)
+
+add_library(headers_of_details OBJECT EXCLUDE_FROM_ALL ${details})
+target_link_libraries(headers_of_details PRIVATE tetromino ${packages_of_all} tetromino_warnings)
+add_test(NAME headers.details_compile_alone.slow CONFIGURATIONS slow
+         COMMAND ${CMAKE_COMMAND} --build ${PROJECT_BINARY_DIR} --target headers_of_details)
+set_tests_properties(headers.details_compile_alone.slow PROPERTIES LABELS slow RESOURCE_LOCK build_tree TIMEOUT 7200)
 
 set(includes ${usable})
 list(TRANSFORM includes REPLACE "^${PROJECT_SOURCE_DIR}/include/(.*)$" "#include <\\1>\n")

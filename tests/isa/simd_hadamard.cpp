@@ -1,16 +1,17 @@
 #include "check.hpp"
 
-/// Rotations of the simd backend against the scalar ones, bit by bit. This file is built once for each instruction set.
+/// Rotations of the simd backend against the scalar ones, bit by bit. Run for each backend of tetromino::cpu.
 
 #include <tetromino/float16.hpp>
 #include <tetromino/hadamard.hpp>
 
+#include "isa/backend.hpp"
 #include "reference/generators.hpp"
 
 #include <cstring>  // std::memcmp
 #include <vector>   // std::vector
 
-#if !TETROMINO_SIMD
+#if !TETROMINO_TEST_VECTORS
 TEST_CASE("the simd backend exists") { WARN("xsimd was not found: there is nothing to test"); }
 #else
 
@@ -18,6 +19,7 @@ namespace {
 
 using tetromino::batch_view;
 using tetromino::hadamard;
+using tetromino_test::vectors;
 
 template <class T>
 bool same(const std::vector<T>& a, const std::vector<T>& b) {
@@ -33,10 +35,10 @@ void compare(reference::generator& random, const hadamard& rotation) {
   }
   const auto view = [&](std::vector<T>& v) { return batch_view<T>(v.data(), 1, rows, cols, cols, 0); };
   rotate(tetromino::scalar, view(x), rotation, view(expected));
-  rotate(tetromino::simd, view(x), rotation, view(got));
+  rotate(vectors, view(x), rotation, view(got));
   CHECK(same(expected, got));
   rotate_back(tetromino::scalar, view(x), rotation, view(expected));
-  rotate_back(tetromino::simd, view(x), rotation, view(got));
+  rotate_back(vectors, view(x), rotation, view(got));
   CHECK(same(expected, got));
 }
 

@@ -1,9 +1,10 @@
 #include "check.hpp"
 
-/// Matrix products of the simd backend against sums in double. This file is built once for each instruction set.
+/// Matrix products of the simd backend against sums in double. Run for each backend of tetromino::cpu.
 
 #include <tetromino/matmul.hpp>
 
+#include "isa/backend.hpp"
 #include "support/matmul_cases.hpp"
 
 #include <algorithm>  // std::fill_n
@@ -13,7 +14,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-#if !TETROMINO_SIMD
+#if !TETROMINO_TEST_VECTORS
 TEST_CASE("the simd backend exists") { WARN("xsimd was not found: there is nothing to test"); }
 #else
 
@@ -27,7 +28,7 @@ TEST_CASE("simd matmul: all formats, all kinds of activation, sizes around tiles
     for (const std::size_t rows : {1u, 2u, 8u, 63u, 70u}) {
       const any_format activations = all_formats()[random.below(all_formats().size())];
       const std::size_t outputs = 1 + random.below(90), cols = 1 + random.below(rows > 8 ? 80 : 600);
-      multiply_every_kind(tetromino::simd, weights, activations, rows, outputs, cols, random.bits(),
+      multiply_every_kind(vectors, weights, activations, rows, outputs, cols, random.bits(),
                           [&](double worst, bool results_agree, const char* what) {
                             INFO(what << ", " << rows << " x " << outputs << " x " << cols << ", weights "
                                       << weights.block << '/' << weights.macro_block << ", activations "
@@ -45,7 +46,7 @@ TEST_CASE("simd matmul: more columns than are taken at once") {
     const std::size_t rows = shape[0], outputs = shape[1], cols = shape[2];
     for (int round = 0; round < 2; ++round) {
       const any_format weights = all_formats()[random.below(all_formats().size())];
-      multiply_every_kind(tetromino::simd, weights, all_formats()[random.below(all_formats().size())], rows, outputs,
+      multiply_every_kind(vectors, weights, all_formats()[random.below(all_formats().size())], rows, outputs,
                           cols - random.below(40), random.bits(),
                           [&](double worst, bool results_agree, const char* what) {
                             INFO(what << ", " << rows << " x " << outputs << " x " << cols << ", weights "
@@ -72,8 +73,8 @@ TEST_CASE("simd matmul: scales at the ends of their range give one row what they
     }
     std::vector<float> x(2 * 96), one(w.rows), two(2 * w.rows);
     for (float& v : x) v = static_cast<float>(random.normal()) * 0x1p-6f;
-    matmul(tetromino::simd, matrix_view<const float>(x.data(), 1, 96), w, matrix_view<float>(one.data(), 1, w.rows));
-    matmul(tetromino::simd, matrix_view<const float>(x.data(), 2, 96), w, matrix_view<float>(two.data(), 2, w.rows));
+    matmul(vectors, matrix_view<const float>(x.data(), 1, 96), w, matrix_view<float>(one.data(), 1, w.rows));
+    matmul(vectors, matrix_view<const float>(x.data(), 2, 96), w, matrix_view<float>(two.data(), 2, w.rows));
     const std::vector<double> x_values(x.begin(), x.begin() + 96), w_values = meaning(w);
     for (std::size_t n = 0; n < w.rows; ++n) {
       INFO("block " << block << ", row " << n << ", scale " << bytes[n / 16]);

@@ -1,10 +1,11 @@
 #include "check.hpp"
 
-/// The simd backend against the scalar one, byte for byte. This file is built once for each instruction set.
+/// The simd backend against the scalar one, byte for byte. Run for each backend of tetromino::cpu.
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>
 
+#include "isa/backend.hpp"
 #include "reference/generators.hpp"
 
 #include <algorithm>    // std::fill
@@ -16,7 +17,7 @@
 #include <string_view>  // std::string_view
 #include <vector>       // std::vector
 
-#if !TETROMINO_SIMD
+#if !TETROMINO_TEST_VECTORS
 TEST_CASE("the simd backend exists") { WARN("xsimd was not found: there is nothing to test"); }
 #else
 
@@ -31,6 +32,7 @@ using tetromino::quantize_options;
 using tetromino::recipe;
 using tetromino::scale_rule;
 using tetromino::special_values;
+using tetromino_test::vectors;
 
 std::vector<recipe> all_recipes() {
   std::vector<recipe> out;
@@ -168,7 +170,7 @@ class comparison {
                                                                                : 1;
     loose_storage expected(shape, tensors, g_.below(4)), got(shape, tensors, expected.offset_);
     const auto a = tetromino::try_quantize_to(tetromino::scalar, in, expected.view(), options_);
-    const auto b = tetromino::try_quantize_to(tetromino::simd, in, got.view(), options_);
+    const auto b = tetromino::try_quantize_to(vectors, in, got.view(), options_);
     REQUIRE(a.has_value() == b.has_value());
     if (!a) {
       REQUIRE(std::string(a.error().what()) == b.error().what());
@@ -192,14 +194,14 @@ class comparison {
       return batch_view<Out>(v.data() + offset, matrices_, rows_, cols_, stride, rows_ * stride);
     };
     tetromino::dequantize_to(tetromino::scalar, packed, view(expected));
-    tetromino::dequantize_to(tetromino::simd, packed, view(got));
+    tetromino::dequantize_to(vectors, packed, view(got));
     REQUIRE(same_bytes(expected, got));
     // The way past the caches, which only large output takes by itself.
     for (std::size_t e = 0; e < matrices_; ++e) {
       for (std::size_t r = 0; r < rows_; ++r) {
         Out* const row = view(got).row(e, r);
         std::fill(row, row + cols_, Out{});
-        tetromino::detail::simd_kernels::dequantize_row_past_caches(
+        tetromino_test::row_kernels().dequantize_row_past_caches(
             packed.format,
             tetromino::detail::packed_row<const std::uint8_t>{packed.row_codes(e, r), packed.row_scales(e, r),
                                                               packed.row_macros(e, r), packed.tensor_scale(e)},
@@ -247,42 +249,6 @@ void compare(reference::generator& g, const recipe& r, std::size_t cols) {
 }
 
 }  // namespace
-
-TEST_CASE("the vectors are those that this build asks for") {
-  const std::string_view isa = tetromino::simd.isa();
-#if defined(__AVX512BW__)
-  CHECK(isa.substr(0, 6) == "avx512");
-#elif defined(__AVX2__)
-  CHECK(isa.substr(0, 4) == "avx2");
-#elif defined(__x86_64__)
-  CHECK(isa == "sse2");
-#elif defined(__aarch64__)
-  CHECK(isa.substr(0, 4) == "neon");
-#endif
-}
-
-TEST_CASE("quotients for codes lie on the right side of every midpoint") {
-  constexpr std::size_t lanes = tetromino::detail::lane_count;
-  const std::size_t step = 1 + 2 * (tetromino_test::seed() % 40 + 20);  // a part of all mantissas, another by seed
-  std::size_t wrong = 0;
-  for (std::uint32_t mantissa = 0; mantissa < 1u << 23; mantissa += static_cast<std::uint32_t>(step)) {
-    const float d = std::bit_cast<float>(0x3F800000u | mantissa);
-    for (const float midpoint : {0.25f, 0.75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.0f}) {
-      float x[lanes], q[lanes];
-      for (std::uint32_t i = 0; i < lanes; ++i) {
-        x[i] = std::bit_cast<float>(std::bit_cast<std::uint32_t>(midpoint * d) + i - 8);
-      }
-      using tetromino::detail::broadcast;
-      tetromino::detail::store(q, tetromino::detail::quotient_for_code(tetromino::detail::load(x), broadcast(d),
-                                                                       broadcast(1.0f) / broadcast(d)));
-      for (std::size_t i = 0; i < lanes; ++i) {
-        const float exact = x[i] / d;
-        wrong += (exact < midpoint) != (q[i] < midpoint) || (exact > midpoint) != (q[i] > midpoint);
-      }
-    }
-  }
-  CHECK(wrong == 0);
-}
 
 TEST_CASE("simd packs and unpacks as scalar does: every recipe") {
   reference::generator g(tetromino_test::seed());
@@ -332,7 +298,7 @@ TEST_CASE("any bytes unpack as scalar unpacks them") {
     for (float& t : packed.tensor_scales) t = 0.01f;
     const auto check = [&]<class T>(T) {
       CHECK(same_bytes(tetromino::dequantize<T>(tetromino::scalar, packed).data,
-                       tetromino::dequantize<T>(tetromino::simd, packed).data));
+                       tetromino::dequantize<T>(vectors, packed).data));
     };
     check(float{});
     check(half{});
@@ -351,38 +317,12 @@ TEST_CASE("simd round-trips as scalar does, also over threads") {
     INFO(recipes[i].name());
     tetromino::matrix<float> expected(3, 40, 4200), got(3, 40, 4200);
     tetromino::fake_quantize(tetromino::scalar, x.view(), recipes[i], expected.view());
-    tetromino::fake_quantize(tetromino::simd.on(threads), x.view(), recipes[i], got.view());
+    tetromino::fake_quantize(vectors.on(threads), x.view(), recipes[i], got.view());
     CHECK(same_bytes(expected.data, got.data));
-    const auto packed = tetromino::quantize(tetromino::simd, x.view(), recipes[i]);
-    const auto split = tetromino::quantize(tetromino::simd.on(threads), x.view(), recipes[i]);
+    const auto packed = tetromino::quantize(vectors, x.view(), recipes[i]);
+    const auto split = tetromino::quantize(vectors.on(threads), x.view(), recipes[i]);
     CHECK((packed.codes == split.codes && packed.scales == split.scales && packed.macros == split.macros));
-    CHECK(same_bytes(tetromino::dequantize<float>(tetromino::simd.on(threads), packed).data, expected.data));
-  }
-}
-
-TEST_CASE("quotients from inverses are correctly rounded") {
-  reference::generator g(tetromino_test::seed() + 5);
-  using namespace tetromino::detail;
-  for (int round = 0; round < 100000; ++round) {
-    // Quotients next to the middle between two floats, divisors of all mantissas, and anything.
-    const float divisor = std::ldexp(std::bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(g.below(1 << 23))),
-                                     static_cast<int>(g.below(20)) - 10);
-    float x[lane_count], quick[lane_count];
-    for (float& v : x) {
-      const double q =
-          static_cast<double>(std::bit_cast<float>(0x3F800000u + static_cast<std::uint32_t>(g.below(1 << 23))));
-      const double middle = q + 0x1p-24;
-      v = static_cast<float>(g.below(2) == 0 ? middle * static_cast<double>(divisor) : q);
-    }
-    const floats d = broadcast(divisor), inverse = broadcast(1.0f) / d;
-    store(quick, quotient<true>(load(x), d, inverse));
-    for (std::size_t i = 0; i < lane_count; ++i) {
-      const float y = x[i] / divisor;
-      if (std::bit_cast<std::uint32_t>(y) != std::bit_cast<std::uint32_t>(quick[i])) {
-        CAPTURE(x[i], divisor);
-        REQUIRE(y == quick[i]);
-      }
-    }
+    CHECK(same_bytes(tetromino::dequantize<float>(vectors.on(threads), packed).data, expected.data));
   }
 }
 
