@@ -304,4 +304,4 @@ template <class Policy, packed_like Storage>
   return try_repack(policy, storage, kind).value();
 }
 
-}  // namespace TETROMINO_NAMESPACE
+}  // namespace tetromino

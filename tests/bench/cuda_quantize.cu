@@ -99,10 +99,10 @@ void run(const char* type, double copy, const buffers& b) {
       tiled.scales = {b.scales, layout::swizzled_bytes(1, rows, out.shape().blocks_per_row())};
       const auto swizzled = timing::time(s.handle, 20, [&](int) { cuda::quantize_swizzled_to(s, in, tiled, plan); });
       row(std::string("-> ") + name + ", 128x4 scales", swizzled, in_bytes + packed_bytes(r.format));
-      auto turned = out;
-      turned.rows = cols, turned.cols = rows;
+      auto columns = out;
+      columns.rows = cols, columns.cols = rows;
       const auto transposed =
-          timing::time(s.handle, 20, [&](int) { cuda::quantize_transposed_to(s, in, turned, plan); });
+          timing::time(s.handle, 20, [&](int) { cuda::quantize_transposed_to(s, in, columns, plan); });
       row(std::string("-> ") + name + ", transposed", transposed, in_bytes + packed_bytes(r.format));
     }
     if (r.rotation != 0) {

@@ -413,10 +413,10 @@ void transposed() {
       if (is_short() && seed % 5 != 0) continue;
       recipe r = recipe::parse(name);
       auto values = varied<T>(matrices * rows * cols, seed);
-      std::vector<T> turned(values.size());
+      std::vector<T> transposed(values.size());
       for (std::size_t e = 0; e < matrices; ++e) {
         for (std::size_t i = 0; i < rows * cols; ++i) {
-          turned[e * rows * cols + i % cols * rows + i / cols] = values[e * rows * cols + i];
+          transposed[e * rows * cols + i % cols * rows + i / cols] = values[e * rows * cols + i];
         }
       }
       const numbers n{seed};
@@ -432,7 +432,7 @@ void transposed() {
         options.rotation = tetromino::hadamard{r.rotation, seed};
       }
       const auto expected =
-          tetromino::quantize(tetromino::scalar, batch_view<const T>(turned.data(), matrices, cols, rows), r, options);
+          tetromino::quantize(tetromino::scalar, batch_view<const T>(transposed.data(), matrices, cols, rows), r, options);
       options.rule = r.rule, options.macro = r.macro;
       if (!options.column_weights.empty()) options.column_weights = device_weights.span();
       const device<T> x(values);

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(256) permute_kernel(const move_job<T> job) {
   const std::size_t width = job.width / piece<T, Whole>::elements;
   const auto* from = reinterpret_cast<const word*>(job.from) + blockIdx.x * width;
   const std::uint32_t* pairs = job.pair_of_call + blockIdx.x * job.calls_per_row;
-  for (std::size_t c = blockIdx.y * 256 + threadIdx.x; c < width; c += 256 * gridDim.y) {
+  for (std::size_t c = blockIdx.y * blockDim.x + threadIdx.x; c < width; c += blockDim.x * gridDim.y) {
     const word x = from[c];
     for (std::uint32_t i = 0; i < job.calls_per_row; ++i) {
       const std::uint32_t pair = __ldg(pairs + i);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(256) combine_kernel(const move_job<T> job) {
   const std::uint32_t* pairs = job.pair_of_call + blockIdx.x * job.calls_per_row;
   const float* weights = job.weights + blockIdx.x * job.calls_per_row * job.weight_stride;
   const auto k = static_cast<std::uint32_t>(job.calls_per_row);
-  for (std::size_t c = blockIdx.y * 256 + threadIdx.x; c < width; c += 256 * gridDim.y) {
+  for (std::size_t c = blockIdx.y * blockDim.x + threadIdx.x; c < width; c += blockDim.x * gridDim.y) {
     if constexpr (Whole) {
       float sum[16 / sizeof(T)] = {};
       const auto* from = reinterpret_cast<const uint4*>(job.from) + c;
@@ -108,10 +108,17 @@ __global__ void __launch_bounds__(256) combine_kernel(const move_job<T> job) {
   }
 }
 
-/// Rows by as many thread blocks each as have work, where there are few rows.
-[[nodiscard]] inline dim3 move_grid(std::size_t rows, std::size_t pieces) {
+/// How rows are shared out among threads.
+struct move_launch {
+  dim3 blocks;
+  unsigned threads;
+};
+/// Rows by as many thread blocks each as have work, where there are few rows. The threads of a row's blocks are as many
+/// as its pieces, in whole warps: 256 threads would leave the second block of 360 pieces (2880 elements) half idle.
+[[nodiscard]] inline move_launch plan_move(std::size_t rows, std::size_t pieces) {
   const std::size_t shares = std::min<std::size_t>((pieces + 255) / 256, rows < 1024 ? 64 : 4);
-  return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(shares));
+  const std::size_t warps = std::min<std::size_t>(((pieces + shares - 1) / shares + 31) / 32, 8);
+  return {dim3(static_cast<unsigned>(rows), static_cast<unsigned>(shares)), static_cast<unsigned>(32 * warps)};
 }
 
 template <real T>
@@ -123,9 +130,11 @@ template <real T>
 result<void> permute(const stream& s, const move_job<T>& job) {
   if (job.rows == 0) return {};
   if (is_whole(job)) {
-    permute_kernel<T, true><<<move_grid(job.rows, job.width * sizeof(T) / 16), 256, 0, s.handle>>>(job);
+    const move_launch plan = plan_move(job.rows, job.width * sizeof(T) / 16);
+    permute_kernel<T, true><<<plan.blocks, plan.threads, 0, s.handle>>>(job);
   } else {
-    permute_kernel<T, false><<<move_grid(job.rows, job.width), 256, 0, s.handle>>>(job);
+    const move_launch plan = plan_move(job.rows, job.width);
+    permute_kernel<T, false><<<plan.blocks, plan.threads, 0, s.handle>>>(job);
   }
   return check(cudaGetLastError(), "the launch of permute_kernel");
 }
@@ -134,9 +143,11 @@ template <real T>
 result<void> combine(const stream& s, const move_job<T>& job) {
   if (job.rows == 0) return {};
   if (is_whole(job)) {
-    combine_kernel<T, true><<<move_grid(job.rows, job.width * sizeof(T) / 16), 256, 0, s.handle>>>(job);
+    const move_launch plan = plan_move(job.rows, job.width * sizeof(T) / 16);
+    combine_kernel<T, true><<<plan.blocks, plan.threads, 0, s.handle>>>(job);
   } else {
-    combine_kernel<T, false><<<move_grid(job.rows, job.width), 256, 0, s.handle>>>(job);
+    const move_launch plan = plan_move(job.rows, job.width);
+    combine_kernel<T, false><<<plan.blocks, plan.threads, 0, s.handle>>>(job);
   }
   return check(cudaGetLastError(), "the launch of combine_kernel");
 }
