@@ -37,7 +37,7 @@ result<void> matmul<bfloat16>(const stream&, const matmul_job<bfloat16>& job) {
   multiplied = job, ++calls;
   return {};
 }
-}  // namespace TETROMINO_NAMESPACE::cuda::detail
+}  // namespace tetromino::cuda::detail
 
 namespace {
 

@@ -192,9 +192,10 @@ const char* const all_recipes[] = {"mxfp4-32/oas",
 template <class T>
 void shapes() {
   const shape all[] = {{1, 64, 64},     {1, 128, 256},   {3, 72, 200},    {8, 320, 1024},  {9, 200, 136},
-                       {16, 256, 512},  {17, 192, 384},  {32, 512, 2880}, {33, 264, 320},  {64, 640, 1024},
-                       {65, 256, 704},  {130, 200, 256}, {257, 384, 448}, {520, 136, 128}, {5, 7168, 512},
-                       {1, 2048, 7168}, {7, 40, 45},     {40, 100, 77},   {200, 4096, 256}};
+                       {16, 256, 512},  {17, 192, 384},  {24, 320, 2880}, {32, 512, 2880}, {33, 264, 320},
+                       {48, 200, 704},  {64, 640, 1024}, {65, 256, 704},  {130, 200, 256}, {257, 384, 448},
+                       {520, 136, 128}, {5, 7168, 512},  {1, 2048, 7168}, {7, 40, 45},     {40, 100, 77},
+                       {200, 4096, 256}};
   std::uint64_t seed = 1;
   for (const shape& s : all) {
     for (const char* name : all_recipes) {
@@ -240,8 +241,9 @@ void shapes() {
 template <class T>
 void experts() {
   std::uint64_t seed = 500;
-  const std::vector<std::uint32_t> splits[] = {
-      {0, 1, 1, 3, 8}, {0, 0, 0, 5}, {0, 70, 70, 73, 200, 460}, {0, 20, 41, 41, 60, 100}, {0, 300, 301, 302, 1100}};
+  const std::vector<std::uint32_t> splits[] = {{0, 1, 1, 3, 8},          {0, 0, 0, 5},        {0, 14, 20, 31, 40},
+                                               {0, 20, 41, 41, 60, 100}, {0, 24, 60, 61, 96}, {0, 70, 70, 73, 200, 460},
+                                               {0, 300, 301, 302, 1100}};
   for (const auto& offsets : splits) {
     for (const char* name : all_recipes) {
       for (const auto gating : {gating_rows::none, gating_rows::halves, gating_rows::interleaved}) {
@@ -263,6 +265,15 @@ void experts() {
     setting how;
     how.offsets = {0, 1700, 1750, 3900};
     check_product<T>("large experts", s, recipe::parse(name), how, normals(3 * s.n * s.k, seed, 0.1f),
+                     normals(s.m * s.k, seed + 1, 1.0f));
+    ++seed;
+  }
+  // few rows of many columns, which tiles of 8 rows take
+  for (const char* name : all_recipes) {
+    const shape s{6, 72, 6272};
+    setting how;
+    how.offsets = {0, 2, 2, 5, 6};
+    check_product<T>("deep experts", s, recipe::parse(name), how, normals(4 * s.n * s.k, seed, 0.1f),
                      normals(s.m * s.k, seed + 1, 1.0f));
     ++seed;
   }

@@ -144,4 +144,4 @@ void quantize_transposed_to(const stream& s, const Input& x, packed_view<Format,
   try_quantize_transposed_to(s, x, out, options).value();
 }
 
-}  // namespace TETROMINO_NAMESPACE::cuda
+}  // namespace tetromino::cuda

@@ -117,4 +117,4 @@ template <activation T>
   return detail::repack<T>(s, w, shape, out.data.data());
 }
 
-}  // namespace TETROMINO_NAMESPACE::cuda
+}  // namespace tetromino::cuda

@@ -124,4 +124,4 @@ inline stream stream::reporting(rejections& report) const noexcept {
   return out;
 }
 
-}  // namespace TETROMINO_NAMESPACE::cuda
+}  // namespace tetromino::cuda

@@ -2,12 +2,6 @@
 
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
-template result<void> matmul_of_kind<bfloat16, weight_kind::mx32, 0>(const stream&, const matmul_job<bfloat16>&,
-                                                                     const matmul_args<bfloat16>&);
-template result<void> matmul_of_kind<bfloat16, weight_kind::mx32, 1>(const stream&, const matmul_job<bfloat16>&,
-                                                                     const matmul_args<bfloat16>&);
-template result<void> matmul_of_kind<bfloat16, weight_kind::mx32, 2>(const stream&, const matmul_job<bfloat16>&,
-                                                                     const matmul_args<bfloat16>&);
 template result<void> matmul_of_kind<half, weight_kind::mx32, 0>(const stream&, const matmul_job<half>&,
                                                                  const matmul_args<half>&);
 template result<void> matmul_of_kind<half, weight_kind::mx32, 1>(const stream&, const matmul_job<half>&,
@@ -15,4 +9,4 @@ template result<void> matmul_of_kind<half, weight_kind::mx32, 1>(const stream&, 
 template result<void> matmul_of_kind<half, weight_kind::mx32, 2>(const stream&, const matmul_job<half>&,
                                                                  const matmul_args<half>&);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -8,11 +8,5 @@ template result<void> matmul_of_kind<bfloat16, weight_kind::mx16, 1>(const strea
                                                                      const matmul_args<bfloat16>&);
 template result<void> matmul_of_kind<bfloat16, weight_kind::mx16, 2>(const stream&, const matmul_job<bfloat16>&,
                                                                      const matmul_args<bfloat16>&);
-template result<void> matmul_of_kind<half, weight_kind::mx16, 0>(const stream&, const matmul_job<half>&,
-                                                                 const matmul_args<half>&);
-template result<void> matmul_of_kind<half, weight_kind::mx16, 1>(const stream&, const matmul_job<half>&,
-                                                                 const matmul_args<half>&);
-template result<void> matmul_of_kind<half, weight_kind::mx16, 2>(const stream&, const matmul_job<half>&,
-                                                                 const matmul_args<half>&);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail
