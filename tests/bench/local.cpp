@@ -279,7 +279,7 @@ void speed(const trace& recorded) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::filesystem::path data = std::filesystem::path(__FILE__).parent_path() / "../../examples/data";
+  const std::filesystem::path data = "examples/data";  // seen from the root of the tree
   const std::string path = argc > 1 ? argv[1] : (data / "routing-128x8.safetensors").string();
   const std::string other_path = argc > 2 ? argv[2] : (data / "routing-16x2.safetensors").string();
   const trace recorded = read_trace(path);

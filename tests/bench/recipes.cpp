@@ -145,10 +145,8 @@ int run(const std::filesystem::path& model) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const auto bundled =
-      std::filesystem::path(__FILE__).parent_path().parent_path().parent_path() / "examples/data/moe-16x2.safetensors";
   try {
-    return run(argc > 1 ? std::filesystem::path(argv[1]) : bundled);
+    return run(argc > 1 ? argv[1] : "examples/data/moe-16x2.safetensors");
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());
     return 2;
