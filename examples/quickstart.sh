@@ -9,7 +9,7 @@ cd "$root"
 
 install_packages g++:c++ cmake:cmake ninja-build:ninja libxsimd-dev libfmt-dev nlohmann-json3-dev libcli11-dev \
   libeigen3-dev libopenmpi-dev openmpi-bin:mpirun
-build "$folder" dev all -D TETROMINO_TESTS=OFF -D TETROMINO_BENCHMARKS=OFF -D TETROMINO_CUDA=OFF
+build "$folder" dev all -D TETROMINO_TESTS=OFF
 
 # step PROGRAM "what it shows" COMMAND...
 step() {

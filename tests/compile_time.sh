@@ -52,7 +52,7 @@ state 2.5 "README, first example, through tetromino::cpu" 3 compile "$work/examp
 tests=OFF
 [ "${1:-}" != --all ] || tests=ON
 CXX=$cxx cmake -C "$root/cmake/presets/dev.cmake" -S "$root" -B "$work/build" -D TETROMINO_TESTS=$tests \
-  -D TETROMINO_EXAMPLES=$tests -D TETROMINO_CUDA=OFF -D TETROMINO_CCACHE=OFF -D CMAKE_DISABLE_PRECOMPILE_HEADERS=ON \
+  -D TETROMINO_EXAMPLES=$tests -D TETROMINO_CCACHE=OFF -D CMAKE_DISABLE_PRECOMPILE_HEADERS=ON \
   >"$work/said" 2>&1 || { cat "$work/said" >&2 && exit 2; }
 cd "$work/build"
 field() { sed -n "s/^ *\"$1\": \"\\(.*\\)\",*\$/\\1/p" compile_commands.json | sed 's/\\"/"/g; s/\\\\/\\/g'; }

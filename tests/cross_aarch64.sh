@@ -16,7 +16,7 @@ fi
 
 folder=${TETROMINO_BUILD_DIR:-$root/build/tests-aarch64}
 build "$folder" dev all -D CMAKE_TOOLCHAIN_FILE="$root/cmake/aarch64-linux-gnu.cmake" -D CMAKE_CXX_FLAGS= \
-  -D TETROMINO_EXAMPLES=OFF -D TETROMINO_BENCHMARKS=OFF -D TETROMINO_CUDA=OFF -D TETROMINO_TEST_TIMEOUT=1800
+  -D TETROMINO_EXAMPLES=OFF -D TETROMINO_TEST_TIMEOUT=1800
 
 say "testing under $(qemu-aarch64 --version | head -n 1)"
 [ $# -gt 0 ] || set -- -L 'core|isa'

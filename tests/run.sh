@@ -23,7 +23,7 @@ elif [ "${1:-}" = --fuzz ]; then
   TETROMINO_PRESET=fuzz
   select=(-L fuzz)
   targets=fuzzers
-  options=(-D TETROMINO_FUZZ_SECONDS="$2" -D TETROMINO_CPU=OFF)
+  options=(-D TETROMINO_FUZZ_SECONDS="$2")
   shift 2
   if [ $# -gt 0 ] && [[ $1 != -* ]]; then
     targets=
@@ -47,7 +47,6 @@ case $preset in asan | tsan) targets=all select+=(-LE package) ;; esac
 
 # Where there is nvcc, what it compiles (kernels, tests and examples) is built beside the rest, as long as the limit lasts.
 status=0 cuda=OFF late=
-options+=(-D TETROMINO_TESTS=ON)
 if [ "$preset" = dev ] && [ "${TETROMINO_CUDA:-ON}" != OFF ]; then
   if command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ]; then
     gpu=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . || true)

@@ -17,7 +17,7 @@ chmod -R a-w "$tree"
 cat >"$work/steps.sh" <<'EOF'
 source "$1/cmake/setup.sh"
 folder="$2/build here"
-build "$folder" dev "test_e2m1 test_io.safetensors_writer quantize_weights" -D TETROMINO_TESTS=ON -D TETROMINO_CUDA=OFF
+build "$folder" dev "test_e2m1 test_io.safetensors_writer quantize_weights"
 ctest --test-dir "$folder" --output-on-failure --no-tests=error \
   -R '^(e2m1|io[.]safetensors_writer|mutations|compile_fail.*|install[.](prefix|copy|O0|single_header|add_subdirectory))$'
 "$folder/examples/quantize_weights"

@@ -1,4 +1,7 @@
 # Tests and examples, for one who changes things: cmake -C cmake/presets/dev.cmake -B build
+set(TETROMINO_TESTS ON CACHE BOOL "")
+set(TETROMINO_EXAMPLES ON CACHE BOOL "")
+set(TETROMINO_CPU ON CACHE BOOL "")
 set(CMAKE_BUILD_TYPE Release CACHE STRING "")
 set(CMAKE_CXX_FLAGS_RELEASE "-O1" CACHE STRING "")
 set(CMAKE_CUDA_FLAGS_RELEASE "-O1" CACHE STRING "")  # of host code
