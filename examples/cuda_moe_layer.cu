@@ -235,7 +235,7 @@ bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
         for (std::size_t n = 0; n < l.hidden; ++n) expected[n] += static_cast<double>(shares[t * k + i]) * part[n];
       }
       for (std::size_t n = 0; n < l.hidden; ++n) {
-        const double d = static_cast<double>(got[t * l.hidden + n].value()) - expected[n];
+        const double d = static_cast<double>(got[t * l.hidden + n]) - expected[n];
         error += d * d, energy += expected[n] * expected[n];
       }
     }

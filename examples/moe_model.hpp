@@ -280,7 +280,7 @@ inline std::vector<float> read(const io::safetensors_file& file, const std::stri
   if (tensor.dtype() == io::dtype::F32) return tensor.copy_as<float>();
   std::vector<float> out(tensor.elements());
   const auto widen = [&](const auto& values) {
-    for (std::size_t i = 0; i < out.size(); ++i) out[i] = values[i].value();
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = static_cast<float>(values[i]);
   };
   if (tensor.dtype() == io::dtype::F16) {
     widen(tensor.copy_as<tetromino::half>());

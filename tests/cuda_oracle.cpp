@@ -43,8 +43,8 @@ struct all_conversions {
     to_e8m0.compare(bits, __nv_cvt_float_to_e8m0(x, __NV_SATFINITE, cudaRoundZero), e8m0::encode(x).bits);
     if (std::isnan(x)) return;  // the signs and payloads of NaNs differ, see below
     to_e4m3.compare(bits, __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3), e4m3::encode(x).bits);
-    to_half.compare(bits, __half_as_ushort(__float2half_rn(x)), tetromino::half::encode(x).bits);
-    to_bfloat16.compare(bits, __bfloat16_as_ushort(__float2bfloat16_rn(x)), tetromino::bfloat16::encode(x).bits);
+    to_half.compare(bits, __half_as_ushort(__float2half_rn(x)), tetromino::half(x).bits);
+    to_bfloat16.compare(bits, __bfloat16_as_ushort(__float2bfloat16_rn(x)), tetromino::bfloat16(x).bits);
   }
   void check() const {
     for (const disagreements* found : {&to_e2m1, &to_e4m3, &to_half, &to_bfloat16, &to_e8m0}) {
@@ -95,30 +95,32 @@ TEST_CASE("decoders agree with the CUDA toolkit: every code") {
   disagreements found;
   for (unsigned code = 0; code < 16; ++code) {
     const __half expected(__nv_cvt_fp4_to_halfraw(static_cast<__nv_fp4_storage_t>(code), __NV_E2M1));
-    found.compare(code, bits_of(__half2float(expected)), bits_of(e2m1{static_cast<std::uint8_t>(code)}.value()));
+    found.compare(code, bits_of(__half2float(expected)),
+                  bits_of(e2m1::from_bits(static_cast<std::uint8_t>(code)).value()));
   }
   for (unsigned code = 0; code < 256; ++code) {
     const auto byte = static_cast<std::uint8_t>(code);
     const float from_e4m3 = __half2float(__half(__nv_cvt_fp8_to_halfraw(byte, __NV_E4M3)));
     const float from_e8m0 = __bfloat162float(__nv_bfloat16(__nv_cvt_e8m0_to_bf16raw(byte)));
     if (std::isnan(from_e4m3)) {
-      found.compare(code, 1, std::isnan(e4m3{byte}.value()) ? 1 : 0);
+      found.compare(code, 1, std::isnan(e4m3::from_bits(byte).value()) ? 1 : 0);
     } else {
-      found.compare(code, bits_of(from_e4m3), bits_of(e4m3{byte}.value()));
+      found.compare(code, bits_of(from_e4m3), bits_of(e4m3::from_bits(byte).value()));
     }
     if (std::isnan(from_e8m0)) {
-      found.compare(code, 1, e8m0{byte}.is_nan() ? 1 : 0);
+      found.compare(code, 1, e8m0::from_bits(byte).is_nan() ? 1 : 0);
     } else {
-      found.compare(code, bits_of(from_e8m0), bits_of(e8m0{byte}.value()));
+      found.compare(code, bits_of(from_e8m0), bits_of(e8m0::from_bits(byte).value()));
     }
   }
   for (unsigned code = 0; code < 0x10000; ++code) {
     const auto bits = static_cast<std::uint16_t>(code);
     const float from_half = __half2float(__ushort_as_half(bits));
     const float from_bfloat16 = __bfloat162float(__ushort_as_bfloat16(bits));
-    if (!std::isnan(from_half)) found.compare(code, bits_of(from_half), bits_of(tetromino::half{bits}.value()));
+    if (!std::isnan(from_half))
+      found.compare(code, bits_of(from_half), bits_of(static_cast<float>(tetromino::half::from_bits(bits))));
     if (!std::isnan(from_bfloat16)) {
-      found.compare(code, bits_of(from_bfloat16), bits_of(tetromino::bfloat16{bits}.value()));
+      found.compare(code, bits_of(from_bfloat16), bits_of(static_cast<float>(tetromino::bfloat16::from_bits(bits))));
     }
   }
   INFO(found);
@@ -130,9 +132,9 @@ TEST_CASE("where NaNs differ: the toolkit drops their sign, tetromino keeps it o
   CHECK(__nv_cvt_float_to_fp8(-nan, __NV_SATFINITE, __NV_E4M3) == 0x7F);
   CHECK(e4m3::encode(-nan).bits == 0xFF);
   CHECK(__half_as_ushort(__float2half_rn(-nan)) == 0x7FFF);
-  CHECK(tetromino::half::encode(-nan).bits == 0xFE00);
+  CHECK(tetromino::half(-nan).bits == 0xFE00);
   CHECK(__bfloat16_as_ushort(__float2bfloat16_rn(-nan)) == 0x7FFF);
-  CHECK(tetromino::bfloat16::encode(-nan).bits == 0xFFC0);
+  CHECK(tetromino::bfloat16(-nan).bits == 0xFFC0);
 }
 
 TEST_CASE("infinite scales: saturated here, NaN in the toolkit's unsaturated mode") {

@@ -131,8 +131,8 @@ TEST_CASE("NaN scales make NaN blocks, large ones overflow to infinity") {
     CHECK(std::isinf(x(0, k + 1)));
   }
   const matrix<half> y = dequantize<half>(automatic, p);
-  CHECK(std::isnan(y(0, 0).value()));
-  CHECK(std::isinf(y(0, 33).value()));
+  CHECK(std::isnan(float(y(0, 0))));
+  CHECK(std::isinf(float(y(0, 33))));
 }
 
 TEST_CASE("unpacking what was packed gives the same elements again") {

@@ -28,6 +28,39 @@ TEST_CASE("views lose constness in no way") {
   STATIC_REQUIRE_FALSE(matrix_like<matrix_view<double>>);
 }
 
+TEST_CASE("views take 16-bit words, bytes without a type and compilers' own 16-bit floats as what the caller says") {
+  const std::uint16_t words[6] = {0x3F80, 0x4000, 0xC040, 0x3C00, 0x4000, 0};
+  const matrix_view<const bfloat16> as_bfloat16(words, 1, 3);
+  CHECK(static_cast<float>(as_bfloat16(0, 2)) == -3.0f);
+  const void* const bytes = words;
+  const batch_view<const half> as_half(bytes, 2, 1, 2, 2, 3);
+  CHECK(static_cast<float>(as_half[1](0, 0)) == 1.0f);
+  CHECK(static_cast<float>(batch_view<const half>(words, 3, 1, 2)[2](0, 0)) == 2.0f);
+
+  float room[4] = {};
+  void* const out = room;
+  matrix_view<float>(out, 2, 2)(1, 1) = 5.0f;
+  CHECK(room[3] == 5.0f);
+
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<matrix_view<half>, const std::uint16_t*, int, int>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<matrix_view<half>, const void*, int, int>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<matrix_view<const half>, const float*, int, int>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<matrix_view<const half>, const bfloat16*, int, int>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<matrix_view<const float>, const std::uint16_t*, int, int>);
+  CHECK_THROWS_AS(matrix_view<const half>(static_cast<const void*>(reinterpret_cast<const char*>(words) + 1), 1, 1),
+                  tetromino_test::precondition_failed);
+}
+
+#if defined(__FLT16_MAX__) && (!defined(__clang__) || defined(__AVX512FP16__))
+TEST_CASE("the compiler's _Float16 is a half, and nothing else") {
+  _Float16 x[4] = {};
+  matrix_view<half>(x, 2, 2)(1, 0) = half(0.25f);
+  CHECK(static_cast<float>(x[2]) == 0.25f);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<matrix_view<bfloat16>, _Float16*, int, int>);
+  STATIC_REQUIRE_FALSE(std::is_constructible_v<matrix_view<float>, _Float16*, int, int>);
+}
+#endif
+
 TEST_CASE("a row stride below the number of columns is a caller's bug") {
   float data[8] = {};
   CHECK_THROWS_AS(matrix_view(data, 2, 4, 3), tetromino_test::precondition_failed);

@@ -107,12 +107,14 @@ inline constexpr unsigned rebased_range = 17;
   const unsigned above_least = rebased_range - below;
   return static_cast<std::uint8_t>(above_least < 3 ? 1u << above_least : (above_least - 2) << 3);
 }
-static_assert(e4m3{rebased_scale(0)}.value() == 0x1p8f && e4m3{rebased_scale(14)}.value() == 0x1p-6f);
-static_assert(e4m3{rebased_scale(15)}.value() == 0x1p-7f && e4m3{rebased_scale(17)}.value() == 0x1p-9f);
+static_assert(e4m3::from_bits(rebased_scale(0)).value() == 0x1p8f &&
+              e4m3::from_bits(rebased_scale(14)).value() == 0x1p-6f);
+static_assert(e4m3::from_bits(rebased_scale(15)).value() == 0x1p-7f &&
+              e4m3::from_bits(rebased_scale(17)).value() == 0x1p-9f);
 
 /// An E2M1 code divided by 2^shift, to nearest.
 [[nodiscard]] TETROMINO_HD constexpr std::uint8_t shifted_code(std::uint8_t code, unsigned shift) noexcept {
-  const float value = e2m1{code}.value();
+  const float value = e2m1::from_bits(code).value();
   return e2m1::encode(shift > 8 ? value * 0x1p-9f : value / static_cast<float>(1u << shift)).bits;
 }
 /// Two codes of a byte.
@@ -205,9 +207,10 @@ inline std::size_t rebase(const packed_view<any_format>& from, const block_scale
             const std::uint8_t before = pair;
             pair = shifted_codes(pair, below - rebased_range);
             for (const int half : {0, 4}) {
-              is_exact = is_exact && e2m1{static_cast<std::uint8_t>(pair >> half & 15)}.value() ==
-                                         std::ldexp(e2m1{static_cast<std::uint8_t>(before >> half & 15)}.value(),
-                                                    static_cast<int>(rebased_range) - static_cast<int>(below));
+              is_exact =
+                  is_exact && e2m1::from_bits(static_cast<std::uint8_t>(pair >> half & 15)).value() ==
+                                  std::ldexp(e2m1::from_bits(static_cast<std::uint8_t>(before >> half & 15)).value(),
+                                             static_cast<int>(rebased_range) - static_cast<int>(below));
             }
           }
           rounded += is_exact ? 0 : 1;

@@ -110,6 +110,13 @@
 #endif
 #endif
 
+/// Marks a type that lies over memory which other code reads and writes as another type, such as its own halves.
+#if defined(__GNUC__)
+#define TETROMINO_MAY_ALIAS __attribute__((may_alias))
+#else
+#define TETROMINO_MAY_ALIAS
+#endif
+
 /// Marks the small functions that vector kernels are made of: a call between them would cost more than their work.
 #if defined(__GNUC__)
 #define TETROMINO_INLINE inline __attribute__((always_inline))
@@ -156,6 +163,10 @@ inline constexpr const char* isa_name = TETROMINO_TEXT_OF(TETROMINO_ISA);
 }
 #undef TETROMINO_TEXT_OF
 #undef TETROMINO_TEXT
+
+/// False whatever T is: for a static_assert that says why a call is wrong.
+template <class T>
+inline constexpr bool never = false;
 
 /// std::bit_cast for device code too.
 template <class To, class From>

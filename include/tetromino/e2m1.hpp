@@ -12,11 +12,24 @@ struct e2m1 {
 
   static constexpr float max = 6.0f;  ///< largest value
 
+  constexpr e2m1() = default;
+  template <class T>
+  explicit constexpr e2m1(T) noexcept {
+    static_assert(detail::never<T>, "e2m1::encode rounds a number to a code; e2m1::from_bits takes a code");
+  }
+
+  /// The element that these bits stand for.
+  [[nodiscard]] TETROMINO_HD static constexpr e2m1 from_bits(std::uint8_t bits) noexcept {
+    e2m1 x;
+    x.bits = bits;
+    return x;
+  }
+
   /// Rounds to nearest, ties to the even code; saturates at 6; keeps -0. NaN becomes +6, as the hardware does.
   [[nodiscard]] TETROMINO_HD static constexpr e2m1 encode(float x) noexcept {
     const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
     const std::uint32_t magnitude = word & 0x7FFFFFFFu;
-    if (magnitude > 0x7F800000u) return {7};
+    if (magnitude > 0x7F800000u) return from_bits(7);
     // How many midpoints lie below x; a midpoint between an even and an odd code belongs to the even one.
     const int code = (magnitude > 0x3E800000u)     // 0.25 goes down
                      + (magnitude >= 0x3F400000u)  // 0.75 goes up
@@ -25,7 +38,7 @@ struct e2m1 {
                      + (magnitude > 0x40200000u)   // 2.5 goes down
                      + (magnitude >= 0x40600000u)  // 3.5 goes up
                      + (magnitude > 0x40A00000u);  // 5 goes down
-    return {static_cast<std::uint8_t>((word >> 31) << 3 | static_cast<std::uint32_t>(code))};
+    return from_bits(static_cast<std::uint8_t>((word >> 31) << 3 | static_cast<std::uint32_t>(code)));
   }
 
   /// The value of the code, exactly.
@@ -40,7 +53,7 @@ struct e2m1 {
   friend constexpr bool operator==(e2m1, e2m1) = default;
 };
 
-static_assert(e2m1{7}.value() == e2m1::max && e2m1{1}.value() == 0.5f && e2m1{11}.value() == -1.5f);
+static_assert(e2m1::from_bits(7).value() == e2m1::max && e2m1::from_bits(11).value() == -1.5f);
 static_assert(e2m1::encode(5.0f).value() == 4.0f);  // tie to even; 5 is not a code
 static_assert(e2m1::encode(-0.0f).bits == 8);       // the sign of zero survives
 static_assert(e2m1::encode(1e30f).value() == 6.0f);

@@ -17,6 +17,19 @@ struct e4m3 {
   static constexpr std::uint8_t max_finite_bits = 0x7E;
   static constexpr std::uint8_t nan_bits = 0x7F;
 
+  constexpr e4m3() = default;
+  template <class T>
+  explicit constexpr e4m3(T) noexcept {
+    static_assert(detail::never<T>, "e4m3::encode rounds a number to a scale; e4m3::from_bits takes its 8 bits");
+  }
+
+  /// The scale that these bits stand for.
+  [[nodiscard]] TETROMINO_HD static constexpr e4m3 from_bits(std::uint8_t bits) noexcept {
+    e4m3 x;
+    x.bits = bits;
+    return x;
+  }
+
   /// Rounds to nearest, ties to the even code; saturates at 448 (infinity too); NaN stays NaN; keeps the sign.
   [[nodiscard]] TETROMINO_HD static constexpr e4m3 encode(float x) noexcept {
     const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
@@ -35,7 +48,7 @@ struct e4m3 {
       const std::uint32_t odd = (mantissa >> drop) & 1u;
       code = below >= 5 ? 0 : (mantissa + half_step - 1 + odd) >> drop;
     }
-    return {static_cast<std::uint8_t>(sign | code)};
+    return from_bits(static_cast<std::uint8_t>(sign | code));
   }
 
   /// The value of the code, exactly.
@@ -53,8 +66,8 @@ struct e4m3 {
   friend constexpr bool operator==(e4m3, e4m3) = default;
 };
 
-static_assert(e4m3{0x7E}.value() == e4m3::max && e4m3{0x08}.value() == e4m3::min_normal);
-static_assert(e4m3{0x01}.value() == e4m3::min_subnormal && e4m3{0x07}.value() == 7 * e4m3::min_subnormal);
+static_assert(e4m3::from_bits(0x7E).value() == e4m3::max && e4m3::from_bits(0x08).value() == e4m3::min_normal);
+static_assert(e4m3::from_bits(0x07).value() == 7 * e4m3::min_subnormal);
 static_assert(e4m3::encode(0.5f * e4m3::min_subnormal).bits == 0);  // tie to even
 static_assert(e4m3::encode(1.5f * e4m3::min_subnormal).bits == 2);  // tie to even
 static_assert(e4m3::encode(0x1.fp-7f).bits == 0x08);                // rounds up into the normals

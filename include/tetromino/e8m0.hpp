@@ -14,18 +14,33 @@ struct e8m0 {
   static constexpr int max_exponent = 127;
   static constexpr std::uint8_t nan_bits = 0xFF;
 
+  constexpr e8m0() = default;
+  template <class T>
+  explicit constexpr e8m0(T) noexcept {
+    static_assert(
+        detail::never<T>,
+        "e8m0::encode cuts a number to a power of two; e8m0::from_exponent and e8m0::from_bits take integers");
+  }
+
+  /// The scale that these bits stand for.
+  [[nodiscard]] TETROMINO_HD static constexpr e8m0 from_bits(std::uint8_t bits) noexcept {
+    e8m0 x;
+    x.bits = bits;
+    return x;
+  }
+
   /// The scale 2^exponent, with the exponent clamped to [-127, 127].
   [[nodiscard]] TETROMINO_HD static constexpr e8m0 from_exponent(int exponent) noexcept {
     const int clamped = exponent < min_exponent ? min_exponent : exponent > max_exponent ? max_exponent : exponent;
-    return {static_cast<std::uint8_t>(clamped + 127)};
+    return from_bits(static_cast<std::uint8_t>(clamped + 127));
   }
 
   /// The largest power of two not above |x|, clamped to [2^-127, 2^127]; infinity gives 2^127, NaN gives NaN.
   [[nodiscard]] TETROMINO_HD static constexpr e8m0 encode(float x) noexcept {
     const std::uint32_t magnitude = detail::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu;
-    if (magnitude > 0x7F800000u) return {nan_bits};
+    if (magnitude > 0x7F800000u) return from_bits(nan_bits);
     const std::uint32_t field = magnitude >> 23;  // 0 for subnormals: they are below 2^-126
-    return {static_cast<std::uint8_t>(field < 254 ? field : 254)};
+    return from_bits(static_cast<std::uint8_t>(field < 254 ? field : 254));
   }
 
   [[nodiscard]] TETROMINO_HD constexpr int exponent() const noexcept { return static_cast<int>(bits) - 127; }
@@ -40,7 +55,7 @@ struct e8m0 {
   friend constexpr bool operator==(e8m0, e8m0) = default;
 };
 
-static_assert(e8m0{127}.value() == 1.0f && e8m0{0}.value() == 0x1p-127f && e8m0{254}.value() == 0x1p127f);
+static_assert(e8m0::from_bits(0).value() == 0x1p-127f && e8m0::from_bits(254).value() == 0x1p127f);
 static_assert(e8m0::encode(3.99f).value() == 2.0f && e8m0::encode(0.0f).bits == 0);
 
 }  // namespace tetromino

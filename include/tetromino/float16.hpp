@@ -1,20 +1,75 @@
 #pragma once
 
-#include "config.hpp"  // TETROMINO_HD, bit_cast
+#include "config.hpp"  // TETROMINO_HD, TETROMINO_MAY_ALIAS, bit_cast, never
 
-#include <cstdint>  // std::uint16_t, std::uint32_t
+#include <cstdint>      // std::uint16_t, std::uint32_t, std::uint64_t
+#include <type_traits>  // std::is_trivially_copyable_v, std::is_convertible_v
 
 namespace TETROMINO_NAMESPACE {
+namespace detail {
 
-/// IEEE 754 binary16, laid out as `_Float16` and CUDA's `__half`: storage and conversion only.
-struct half {
+/// The bits of a float that rounds to any narrower format as `x` itself does: cut towards zero, with the last bit set
+/// where something was cut ("round to odd"). Numbers of 2^128 and more become the largest float, NaNs stay NaN.
+[[nodiscard]] TETROMINO_HD constexpr std::uint32_t float_bits_to_odd(double x) noexcept {
+  const std::uint64_t word = bit_cast<std::uint64_t>(x);
+  const std::uint64_t magnitude = word & 0x7FFFFFFFFFFFFFFFu;
+  const std::uint32_t sign = static_cast<std::uint32_t>(word >> 32) & 0x80000000u;
+  if (magnitude == 0) return sign;
+  if (magnitude >= 0x7FF0000000000000u) return sign | (magnitude > 0x7FF0000000000000u ? 0x7FC00000u : 0x7F800000u);
+  if (magnitude >= std::uint64_t{1023 + 128} << 52) return sign | 0x7F7FFFFFu;
+  const std::uint64_t field = magnitude >> 52;
+  constexpr std::uint64_t smallest_normal = 1023 - 126;
+  const std::uint64_t below = field < smallest_normal ? smallest_normal - field : 0;
+  const std::uint64_t drop = 29 + (below < 34 ? below : 34);
+  const std::uint64_t mantissa =
+      below == 0 ? magnitude - ((smallest_normal - 1) << 52) : (magnitude & 0xFFFFFFFFFFFFFu) | std::uint64_t{1} << 52;
+  const bool is_cut = (mantissa & ((std::uint64_t{1} << drop) - 1)) != 0;
+  return sign | static_cast<std::uint32_t>(mantissa >> drop) | (is_cut ? 1u : 0u);
+}
+
+}  // namespace detail
+
+/// IEEE 754 binary16, laid out as `_Float16` and CUDA's `__half`: storage and conversion only. Equal means equal bits.
+struct TETROMINO_MAY_ALIAS half {
   std::uint16_t bits = 0;
 
   static constexpr float max = 65504.0f;  ///< largest finite value
 
+  constexpr half() = default;
   /// Rounds to nearest even; overflows to infinity; NaN stays NaN (quiet).
-  [[nodiscard]] TETROMINO_HD static constexpr half encode(float x) noexcept {
-    const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
+  TETROMINO_HD explicit constexpr half(float x) noexcept : bits(rounded(detail::bit_cast<std::uint32_t>(x))) {}
+  /// The same, with one rounding.
+  TETROMINO_HD explicit constexpr half(double x) noexcept : bits(rounded(detail::float_bits_to_odd(x))) {}
+  template <class T>
+  explicit constexpr half(T) noexcept {
+    static_assert(detail::never<T>,
+                  "a half rounds a float or a double, so convert to one first; half::from_bits takes its 16 bits");
+  }
+
+  [[nodiscard]] TETROMINO_HD static constexpr half from_bits(std::uint16_t bits) noexcept {
+    half x;
+    x.bits = bits;
+    return x;
+  }
+
+  /// The value, exactly.
+  [[nodiscard]] TETROMINO_HD explicit constexpr operator float() const noexcept {
+    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
+    const std::uint32_t magnitude = bits & 0x7FFFu;
+    if (magnitude >= 0x7C00u) return detail::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+    if (magnitude < 0x400u) {
+      const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+      return sign ? -subnormal : subnormal;
+    }
+    return detail::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
+  }
+  [[nodiscard]] TETROMINO_HD explicit constexpr operator double() const noexcept { return static_cast<float>(*this); }
+
+  friend constexpr bool operator==(half, half) = default;
+
+ private:
+  /// The half nearest to a float that is given by its bits.
+  [[nodiscard]] TETROMINO_HD static constexpr std::uint16_t rounded(std::uint32_t word) noexcept {
     const std::uint32_t magnitude = word & 0x7FFFFFFFu;
     const std::uint32_t sign = (word >> 16) & 0x8000u;
     std::uint32_t code = 0x7C00u;
@@ -30,56 +85,66 @@ struct half {
       const std::uint32_t odd = (mantissa >> drop) & 1u;
       code = below >= 12 ? 0 : (mantissa + half_step - 1 + odd) >> drop;
     }
-    return {static_cast<std::uint16_t>(sign | code)};
+    return static_cast<std::uint16_t>(sign | code);
   }
-
-  /// The value, exactly.
-  [[nodiscard]] TETROMINO_HD constexpr float value() const noexcept {
-    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
-    const std::uint32_t magnitude = bits & 0x7FFFu;
-    if (magnitude >= 0x7C00u) return detail::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-    if (magnitude < 0x400u) {
-      const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-      return sign ? -subnormal : subnormal;
-    }
-    return detail::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
-  }
-
-  friend constexpr bool operator==(half, half) = default;
 };
 
-/// The upper half of a float, laid out as `__nv_bfloat16`: storage and conversion only.
-struct bfloat16 {
+/// The upper half of a float, laid out as `__bf16` and CUDA's `__nv_bfloat16`: storage and conversion only. Equal means
+/// equal bits.
+struct TETROMINO_MAY_ALIAS bfloat16 {
   std::uint16_t bits = 0;
 
   static constexpr float max = 0x1.fep127f;  ///< largest finite value
 
+  constexpr bfloat16() = default;
   /// Rounds to nearest even; overflows to infinity; NaN stays NaN (quiet).
-  [[nodiscard]] TETROMINO_HD static constexpr bfloat16 encode(float x) noexcept {
-    const std::uint32_t word = detail::bit_cast<std::uint32_t>(x);
-    if ((word & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<std::uint16_t>(word >> 16 | 0x40u)};
-    return {static_cast<std::uint16_t>((word + 0x7FFFu + ((word >> 16) & 1u)) >> 16)};
+  TETROMINO_HD explicit constexpr bfloat16(float x) noexcept : bits(rounded(detail::bit_cast<std::uint32_t>(x))) {}
+  /// The same, with one rounding.
+  TETROMINO_HD explicit constexpr bfloat16(double x) noexcept : bits(rounded(detail::float_bits_to_odd(x))) {}
+  template <class T>
+  explicit constexpr bfloat16(T) noexcept {
+    static_assert(
+        detail::never<T>,
+        "a bfloat16 rounds a float or a double, so convert to one first; bfloat16::from_bits takes its 16 bits");
+  }
+
+  [[nodiscard]] TETROMINO_HD static constexpr bfloat16 from_bits(std::uint16_t bits) noexcept {
+    bfloat16 x;
+    x.bits = bits;
+    return x;
   }
 
   /// The value, exactly.
-  [[nodiscard]] TETROMINO_HD constexpr float value() const noexcept {
+  [[nodiscard]] TETROMINO_HD explicit constexpr operator float() const noexcept {
     return detail::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
   }
+  [[nodiscard]] TETROMINO_HD explicit constexpr operator double() const noexcept { return static_cast<float>(*this); }
 
   friend constexpr bool operator==(bfloat16, bfloat16) = default;
+
+ private:
+  /// The bfloat16 nearest to a float that is given by its bits.
+  [[nodiscard]] TETROMINO_HD static constexpr std::uint16_t rounded(std::uint32_t word) noexcept {
+    if ((word & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<std::uint16_t>(word >> 16 | 0x40u);
+    return static_cast<std::uint16_t>((word + 0x7FFFu + ((word >> 16) & 1u)) >> 16);
+  }
 };
 
 static_assert(sizeof(half) == 2 && sizeof(bfloat16) == 2);
-static_assert(half{0x7BFF}.value() == half::max && half{1}.value() == 0x1p-24f && half{0x3C00}.value() == 1.0f);
-static_assert(half::encode(65520.0f).bits == 0x7C00 && half::encode(0x1p-25f).bits == 0);
-static_assert(bfloat16{0x7F7F}.value() == bfloat16::max && bfloat16::encode(1.0f).bits == 0x3F80);
+static_assert(std::is_trivially_copyable_v<half> && std::is_trivially_copyable_v<bfloat16>);
+static_assert(!std::is_convertible_v<float, half> && !std::is_convertible_v<half, float>);
+static_assert(half(0.5f).bits == 0x3800 && half(3.7f) == half(3.7) && bfloat16(0.7f).bits == 0x3F33);
+static_assert(float(half::from_bits(0x7BFF)) == half::max && float(half::from_bits(1)) == 0x1p-24f);
+static_assert(half(65520.0f).bits == 0x7C00 && half(0x1p-25f).bits == 0);
+static_assert(float(bfloat16::from_bits(0x7F7F)) == bfloat16::max && bfloat16(1.0f).bits == 0x3F80);
+static_assert(half(1 + 0x1p-11 + 0x1p-40).bits == 0x3C01);  // as a float it would be a tie, and go down to 1
 
 namespace detail {
 
 /// The float value of any input type.
 TETROMINO_HD constexpr float to_float(float x) noexcept { return x; }
-TETROMINO_HD constexpr float to_float(half x) noexcept { return x.value(); }
-TETROMINO_HD constexpr float to_float(bfloat16 x) noexcept { return x.value(); }
+TETROMINO_HD constexpr float to_float(half x) noexcept { return static_cast<float>(x); }
+TETROMINO_HD constexpr float to_float(bfloat16 x) noexcept { return static_cast<float>(x); }
 
 /// Rounds a float to any output type.
 template <class T>
@@ -87,7 +152,7 @@ TETROMINO_HD constexpr T from_float(float x) noexcept {
   if constexpr (sizeof(T) == sizeof(float)) {
     return x;
   } else {
-    return T::encode(x);
+    return T(x);
   }
 }
 

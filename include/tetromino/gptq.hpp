@@ -195,11 +195,12 @@ template <block_format Format>
 element_scale scale_at(const packed<Format>& p, std::size_t row, std::size_t col) {
   const packed_shape shape = p.shape();
   const std::uint8_t byte = p.scales[row * shape.blocks_per_row() + col / shape.format.block];
-  if (shape.format.scale == scale_type::e4m3) return {1.0f, rounded(p.tensor_scales[0] * e4m3{byte}.value())};
+  if (shape.format.scale == scale_type::e4m3)
+    return {1.0f, rounded(p.tensor_scales[0] * e4m3::from_bits(byte).value())};
   const std::uint8_t m = shape.format.macro_block == 0
                              ? std::uint8_t{0}
                              : p.macros[row * shape.macros_per_row() + col / shape.format.macro_block];
-  return {macro_factor(m), e8m0{byte}.value()};
+  return {macro_factor(m), e8m0::from_bits(byte).value()};
 }
 
 /// Packs columns x[rows, n] by themselves, for the sake of their scales. Where they are whole blocks, rows are laid

@@ -5,7 +5,8 @@
 
 #include <concepts>     // std::same_as
 #include <cstddef>      // std::size_t
-#include <type_traits>  // std::remove_const_t
+#include <cstdint>      // std::uint16_t, std::uintptr_t
+#include <type_traits>  // std::remove_const_t, std::is_void_v
 #include <vector>       // std::vector
 
 namespace TETROMINO_NAMESPACE {
@@ -13,6 +14,42 @@ namespace TETROMINO_NAMESPACE {
 /// The number types that can be packed and unpacked into.
 template <class T>
 concept real = std::same_as<T, float> || std::same_as<T, half> || std::same_as<T, bfloat16>;
+
+/// Whether memory of type Foreign holds elements of type T, bit for bit: void and 16-bit words hold what the caller
+/// says, and compilers' own 16-bit floats (_Float16, __bf16, std::float16_t) what they are. Specialize it for types of
+/// your own.
+template <class Foreign, class T>
+inline constexpr bool holds = std::is_void_v<Foreign> || (std::same_as<Foreign, std::uint16_t> && sizeof(T) == 2);
+
+namespace detail {
+
+/// A 16-bit float of the compiler, which has the values of a T.
+template <class Foreign, class T>
+concept native_float = real<T> && sizeof(Foreign) == sizeof(T) && !std::is_integral_v<Foreign> &&
+                       !std::is_enum_v<Foreign> && !std::is_class_v<Foreign> && !std::is_union_v<Foreign> &&
+                       requires(Foreign x) {
+  static_cast<float>(x);
+}
+&&static_cast<float>(bit_cast<Foreign>(T(1.0f))) == 1.0f;
+
+/// The elements at `data`, which is aligned for them.
+template <class T, class Foreign>
+T* elements_at(Foreign* data) {
+  using void_type = std::conditional_t<std::is_const_v<Foreign>, const void, void>;
+  T* const elements = static_cast<T*>(static_cast<void_type*>(data));
+  TETROMINO_EXPECTS(reinterpret_cast<std::uintptr_t>(elements) % alignof(T) == 0,
+                    "a view's elements lie at multiples of their size");
+  return elements;
+}
+
+template <class Foreign, class T>
+concept keeps_const = std::is_const_v<T> || !std::is_const_v<Foreign>;
+template <class Foreign, class T>
+concept holds_elements = !std::same_as<Foreign, T> && (holds<Foreign, T> || native_float<Foreign, T>);
+template <class Foreign, class T>
+concept foreign_to = keeps_const<Foreign, T> && holds_elements<std::remove_const_t<Foreign>, std::remove_const_t<T>>;
+
+}  // namespace detail
 
 /// A row-major matrix that somebody else owns: element [r, k] is data[r * row_stride + k]. Strides count elements.
 template <class T>
@@ -30,6 +67,12 @@ struct matrix_view {
       : data(data_), rows(rows_), cols(cols_), row_stride(row_stride_) {
     TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
   }
+  /// Memory of another type that holds such elements: `matrix_view<const bfloat16>(words, rows, cols)`.
+  template <detail::foreign_to<T> Foreign>
+  matrix_view(Foreign* data_, std::size_t rows_, std::size_t cols_) : matrix_view(data_, rows_, cols_, cols_) {}
+  template <detail::foreign_to<T> Foreign>
+  matrix_view(Foreign* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_)
+      : matrix_view(detail::elements_at<T>(data_), rows_, cols_, row_stride_) {}
   /// A mutable view is also a read-only one.
   template <class U>
     requires(std::same_as<const U, T> && !std::same_as<U, T>)
@@ -64,6 +107,14 @@ struct batch_view {
         matrix_stride(matrix_stride_) {
     TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
   }
+  /// Memory of another type that holds such elements.
+  template <detail::foreign_to<T> Foreign>
+  batch_view(Foreign* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_)
+      : batch_view(data_, matrices_, rows_, cols_, cols_, rows_ * cols_) {}
+  template <detail::foreign_to<T> Foreign>
+  batch_view(Foreign* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_,
+             std::size_t matrix_stride_)
+      : batch_view(detail::elements_at<T>(data_), matrices_, rows_, cols_, row_stride_, matrix_stride_) {}
   /// One matrix is a batch of one.
   template <class U>
     requires(std::same_as<const U, const T>)

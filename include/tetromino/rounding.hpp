@@ -59,8 +59,8 @@ static_assert(philox4x32(0, 0).word[0] == 0x6627E8D5u);  // Random123's known an
   const std::uint8_t lower = static_cast<std::uint8_t>((magnitude >= 0.5f) + (magnitude >= 1.0f) + (magnitude >= 1.5f) +
                                                        (magnitude >= 2.0f) + (magnitude >= 3.0f) + (magnitude >= 4.0f));
   const float gaps_per_unit = lower < 4 ? 2.0f : lower < 6 ? 1.0f : 0.5f;
-  const bool up = u < (magnitude - e2m1{lower}.value()) * gaps_per_unit;
-  return {static_cast<std::uint8_t>((word >> 31) << 3 | static_cast<std::uint32_t>(lower + up))};
+  const bool up = u < (magnitude - e2m1::from_bits(lower).value()) * gaps_per_unit;
+  return e2m1::from_bits(static_cast<std::uint8_t>((word >> 31) << 3 | static_cast<std::uint32_t>(lower + up)));
 }
 
 }  // namespace tetromino

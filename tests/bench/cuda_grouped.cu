@@ -113,7 +113,7 @@ void fill(const device_array<bfloat16>& to) {
     for (auto& v : out) {
       float sum = -3;
       for (int i = 0; i < 6; ++i) sum += static_cast<float>(next_random(state)) * 0x1p-31f;
-      v = bfloat16::encode(sum);
+      v = bfloat16(sum);
     }
     return out;
   }();

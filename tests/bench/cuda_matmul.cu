@@ -42,7 +42,7 @@ void fill(bfloat16* to, std::size_t n, float size) {
     return out;
   }();
   std::vector<bfloat16> host(normals.size());
-  for (std::size_t i = 0; i < host.size(); ++i) host[i] = bfloat16::encode(normals[i] * size);
+  for (std::size_t i = 0; i < host.size(); ++i) host[i] = bfloat16(normals[i] * size);
   for (std::size_t i = 0; i < n; i += host.size()) {
     const std::size_t part = std::min(host.size(), n - i);
     timing::require(cudaMemcpy(to + i, host.data(), part * sizeof(bfloat16), cudaMemcpyHostToDevice), "cudaMemcpy");

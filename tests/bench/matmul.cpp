@@ -49,7 +49,7 @@ void read_weights(const packed<any_format>& w) {
 
 matrix<bfloat16> as_bfloat16(const matrix<float>& x) {
   matrix<bfloat16> out(x.rows, x.cols);
-  for (std::size_t i = 0; i < x.data.size(); ++i) out.data[i] = bfloat16::encode(x.data[i]);
+  for (std::size_t i = 0; i < x.data.size(); ++i) out.data[i] = bfloat16(x.data[i]);
   return out;
 }
 

@@ -183,7 +183,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t product, co
       const auto out = static_cast<float>(factor * sum);
       const std::size_t at = j * static_cast<std::size_t>(of_d.stride) + i;
       static_cast<std::uint16_t*>(d)[at] =
-          of_d.type == CUDA_R_16F ? tetromino::half::encode(out).bits : tetromino::bfloat16::encode(out).bits;
+          of_d.type == CUDA_R_16F ? tetromino::half(out).bits : tetromino::bfloat16(out).bits;
     }
   }
   return CUBLAS_STATUS_SUCCESS;
@@ -223,7 +223,7 @@ void check_products() {
     const auto plan = cuda::block_scaled_plan<T>::create(library, rows, outputs, c.x.shape.cols, stride);
     CHECK(plan.workspace_bytes() == 256 + 4096);
     scratch workspace(plan.workspace_bytes());
-    std::vector<T> out(rows * stride, T{0xA5A5});
+    std::vector<T> out(rows * stride, T::from_bits(0xA5A5));
     plan.multiply(the_stream.with_workspace(workspace.span()), c.x.view(), c.w.view(),
                   matrix_view<T>(out.data(), rows, outputs, stride));
     c.check(out, stride);

@@ -351,7 +351,7 @@ void real(const std::string& folder) {
     file.seekg(static_cast<std::streamoff>(8 + header_bytes + begin));
     file.read(reinterpret_cast<char*>(values.data()), static_cast<std::streamsize>(values.size() * 2));
     std::vector<float> weights(values.size());
-    for (std::size_t i = 0; i < values.size(); ++i) weights[i] = values[i].value();
+    for (std::size_t i = 0; i < values.size(); ++i) weights[i] = static_cast<float>(values[i]);
     setting how;
     how.offsets.resize(17);
     for (std::uint32_t e = 0; e < 17; ++e) how.offsets[e] = e * e;  // 256 rows

@@ -73,7 +73,7 @@ std::vector<T> patterns(std::size_t n, std::uint64_t seed) {
       return tetromino::detail::bit_cast<float>(static_cast<std::uint32_t>(r.bits(i)));
     } else {
       const auto bits = i < 65536 ? i : r.bits(i);
-      return T{static_cast<std::uint16_t>(bits)};
+      return T::from_bits(static_cast<std::uint16_t>(bits));
     }
   });
 }

@@ -118,7 +118,7 @@ TEST_CASE("each layout is read back by an independent reader") {
         const std::uint8_t scale = scales.bytes[i / c.block];
         const float value =
             element(codes.bytes[i / 2], i) * (given.empty() ? e8m0_value(scale) : factor * e4m3_value(scale));
-        wrong += tetromino::bfloat16::encode(value) != expected.data[i];
+        wrong += tetromino::bfloat16(value) != expected.data[i];
       }
       CHECK(wrong == 0);
       ++packed;
@@ -300,7 +300,7 @@ TEST_CASE("a gigabyte passes through bounded memory") {
     std::uint64_t state = tetromino_test::seed();
     for (auto& value : piece) {
       state = state * 6364136223846793005u + 1442695040888963407u;
-      value = tetromino::bfloat16::encode(static_cast<float>(static_cast<std::int64_t>(state) >> 40) * 0x1p-23f);
+      value = tetromino::bfloat16(static_cast<float>(static_cast<std::int64_t>(state) >> 40) * 0x1p-23f);
     }
     for (const auto& d : declarations) {
       for (std::size_t r = 0; r < rows; r += 128) writer.append_values<tetromino::bfloat16>(d.name, piece);

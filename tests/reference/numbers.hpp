@@ -90,12 +90,12 @@ inline unsigned e4m3_encode(float x) {
   return nearest_even(e4m3_table(), std::fabs(static_cast<double>(x))) | sign;
 }
 /// Round to nearest even, infinity beyond. `x` is not NaN.
-inline unsigned half_encode(float x) {
-  return nearest_even(half_table(), std::fabs(static_cast<double>(x))) | (std::signbit(x) ? 0x8000u : 0u);
+inline unsigned half_encode(double x) {
+  return nearest_even(half_table(), std::fabs(x)) | (std::signbit(x) ? 0x8000u : 0u);
 }
 /// Round to nearest even, infinity beyond. `x` is not NaN.
-inline unsigned bfloat16_encode(float x) {
-  return nearest_even(bfloat16_table(), std::fabs(static_cast<double>(x))) | (std::signbit(x) ? 0x8000u : 0u);
+inline unsigned bfloat16_encode(double x) {
+  return nearest_even(bfloat16_table(), std::fabs(x)) | (std::signbit(x) ? 0x8000u : 0u);
 }
 
 inline double signed_value(const binary_format& format, unsigned code) {

@@ -28,9 +28,10 @@ template <class T>
   if constexpr (std::same_as<T, float>) {
     return x;
   } else if constexpr (std::same_as<T, tetromino::half>) {
-    return {static_cast<std::uint16_t>(std::isnan(x) ? 0x7E00 : reference::half_encode(x))};
+    return tetromino::half::from_bits(static_cast<std::uint16_t>(std::isnan(x) ? 0x7E00 : reference::half_encode(x)));
   } else {
-    return {static_cast<std::uint16_t>(std::isnan(x) ? 0x7FC0 : reference::bfloat16_encode(x))};
+    return tetromino::bfloat16::from_bits(
+        static_cast<std::uint16_t>(std::isnan(x) ? 0x7FC0 : reference::bfloat16_encode(x)));
   }
 }
 /// The float value of an input type, by the oracle.

@@ -43,10 +43,12 @@ struct scalar_matmul_kernels {
   static unsigned code(const std::uint8_t* codes, std::size_t k) {
     return k % 2 == 0 ? codes[k / 2] & 15u : codes[k / 2] >> 4;
   }
-  static int twice(unsigned code) { return static_cast<int>(2.0f * e2m1{static_cast<std::uint8_t>(code)}.value()); }
+  static int twice(unsigned code) {
+    return static_cast<int>(2.0f * e2m1::from_bits(static_cast<std::uint8_t>(code)).value());
+  }
   static float scale(const packed_row<const std::uint8_t>& row, const any_format& format, std::size_t k) {
     const std::uint8_t byte = row.scales[k / format.block];
-    return format.scale == scale_type::e4m3 ? e4m3{byte}.value() : e8m0{byte}.value();
+    return format.scale == scale_type::e4m3 ? e4m3::from_bits(byte).value() : e8m0::from_bits(byte).value();
   }
   static float inverse_factor(const packed_row<const std::uint8_t>& row, const any_format& format, std::size_t k) {
     return format.macro_block == 0 ? 1.0f : 1.0f / macro_factor(row.macros[k / format.macro_block]);
@@ -68,7 +70,7 @@ struct scalar_matmul_kernels {
       for (std::size_t first = begin; first < end; first += format.block) {
         float products = 0;
         for (std::size_t k = first; k < std::min(end, first + format.block); ++k) {
-          products += to_float(x[k]) * e2m1{static_cast<std::uint8_t>(code(w.codes, k))}.value();
+          products += to_float(x[k]) * e2m1::from_bits(static_cast<std::uint8_t>(code(w.codes, k))).value();
         }
         sum += products * scale(w, format, first);
       }

@@ -61,15 +61,15 @@ struct scalar_kernels : scalar_rotation {
                              T* out) {
     for (std::size_t k = 0; k < cols; ++k) {
       const std::uint8_t pair = in.codes[k / 2];
-      const float q = e2m1{static_cast<std::uint8_t>(k % 2 == 0 ? pair & 15 : pair >> 4)}.value();
+      const float q = e2m1::from_bits(static_cast<std::uint8_t>(k % 2 == 0 ? pair & 15 : pair >> 4)).value();
       const std::uint8_t scale = in.scales[k / format.block];
       float x;
       if (format.scale == scale_type::e4m3) {
-        x = q * rounded(in.tensor_scale * e4m3{scale}.value());
+        x = q * rounded(in.tensor_scale * e4m3::from_bits(scale).value());
       } else if (format.macro_block != 0) {
-        x = rounded(q / macro_factor(in.macros[k / format.macro_block])) * e8m0{scale}.value();
+        x = rounded(q / macro_factor(in.macros[k / format.macro_block])) * e8m0::from_bits(scale).value();
       } else {
-        x = q * e8m0{scale}.value();
+        x = q * e8m0::from_bits(scale).value();
       }
       out[k] = from_float<T>(x);
     }
@@ -232,7 +232,7 @@ struct scalar_kernels : scalar_rotation {
 
   /// The block's E4M3 scale; 0 where the block is zero or far below the tensor's largest magnitude.
   static e4m3 block_scale(const row_rules& rules, const block_values& block, float tensor_scale) {
-    if (block.amax == 0 || tensor_scale == 0) return {0};
+    if (block.amax == 0 || tensor_scale == 0) return e4m3();
     const e4m3 from_six = e4m3::encode(block.amax / (6.0f * tensor_scale));
     if (rules.rule == scale_rule::four_over_six) {
       const e4m3 from_four = e4m3::encode(block.amax / (4.0f * tensor_scale));
@@ -245,7 +245,7 @@ struct scalar_kernels : scalar_rotation {
     float least = 0;
     const int last = std::min<int>(from_six.bits + 8, e4m3::max_finite_bits);
     for (int code = std::max(from_six.bits - 8, 1); code <= last; ++code) {
-      const e4m3 scale{static_cast<std::uint8_t>(code)};
+      const e4m3 scale = e4m3::from_bits(static_cast<std::uint8_t>(code));
       const float total = nvfp4_error(block, scale, tensor_scale);
       if (best.bits == 0 || total <= least) best = scale, least = total;  // the larger scale wins ties
     }

@@ -10,6 +10,19 @@
 #include <span>     // std::span
 #include <utility>  // std::exchange, std::move, std::swap
 
+struct __half;
+struct __nv_bfloat16;
+
+namespace TETROMINO_NAMESPACE {
+
+/// CUDA's own 16-bit floats may be viewed as the library's: `matrix_view<const bfloat16>(weights, rows, cols)`.
+template <>
+inline constexpr bool holds<__half, half> = true;
+template <>
+inline constexpr bool holds<__nv_bfloat16, bfloat16> = true;
+
+}  // namespace TETROMINO_NAMESPACE
+
 namespace TETROMINO_NAMESPACE::cuda {
 
 class rejections;

@@ -210,7 +210,7 @@ TETROMINO_INLINE words select(const flags& f, const words& a, const words& b) {
   return bits_of(select(f, floats_of(a), floats_of(b)));
 }
 
-/// 16-bit numbers in the low halves of lanes, and back. NaN stays NaN as in half::encode and bfloat16::encode.
+/// 16-bit numbers in the low halves of lanes, and back. NaN stays NaN as in half and bfloat16.
 TETROMINO_INLINE floats widen_bfloat16(const words& a) { return floats_of(shift_left<16>(a)); }
 TETROMINO_INLINE floats widen_half(const words& a) {
   const words magnitude = shift_left<13>(a & broadcast(0x7FFF)), sign = shift_left<16>(a & broadcast(0x8000));

@@ -127,7 +127,7 @@ class integer_matmul {
   }
   TETROMINO_INLINE float scale_at(const packed_row<const std::uint8_t>& row, std::size_t k) const {
     const std::uint8_t byte = row.scales[k >> (blocks_.block == 32 ? 5 : 4)];
-    float scale = blocks_.scale == scale_type::e4m3 ? e4m3{byte}.value() : e8m0{byte}.value();
+    float scale = blocks_.scale == scale_type::e4m3 ? e4m3::from_bits(byte).value() : e8m0::from_bits(byte).value();
     if (blocks_.macro_block != 0) scale *= 1.0f / macro_factor(row.macros[k / blocks_.macro_block]);
     return 0.25f * scale;
   }

@@ -30,8 +30,8 @@ struct shrunk_codes {
   explicit shrunk_codes(unsigned shift) noexcept {
     const float factor = shift > 8 ? 0x1p-9f : 1.0f / static_cast<float>(1u << shift);
     for (unsigned pair = 0; pair < 256; ++pair) {
-      const float low = e2m1{static_cast<std::uint8_t>(pair & 15u)}.value() * factor;
-      const float high = e2m1{static_cast<std::uint8_t>(pair >> 4)}.value() * factor;
+      const float low = e2m1::from_bits(static_cast<std::uint8_t>(pair & 15u)).value() * factor;
+      const float high = e2m1::from_bits(static_cast<std::uint8_t>(pair >> 4)).value() * factor;
       const e2m1 a = e2m1::encode(low), b = e2m1::encode(high);
       bytes[pair] = static_cast<std::uint8_t>(b.bits << 4 | a.bits);
       is_exact[pair] = a.value() == low && b.value() == high;
@@ -40,7 +40,7 @@ struct shrunk_codes {
 };
 
 /// The largest E8M0 code of the blocks of MXFP4 rows that hold a value other than zero; 0 if all are zero.
-inline std::uint8_t largest_scale(const packed_view<any_format>& rows) noexcept {
+inline std::uint8_t largest_scale_code(const packed_view<any_format>& rows) noexcept {
   const std::size_t bytes = rows.format.block / 2;
   std::uint8_t largest = 0;
   for (std::size_t b = 0; b < rows.scales.size(); ++b) {
@@ -53,7 +53,7 @@ inline std::uint8_t largest_scale(const packed_view<any_format>& rows) noexcept 
   return largest;
 }
 
-/// MXFP4 rows as NVFP4 under the tensor scale 2^(top - 127 - 8), where `top` is largest_scale of their matrix; NaN
+/// MXFP4 rows as NVFP4 under the tensor scale 2^(top - 127 - 8), where `top` is largest_scale_code of their matrix; NaN
 /// scales become NaN. Returns how many blocks of 32 it had to round.
 inline std::size_t cast_rows(const packed_view<any_format>& from, std::uint8_t top,
                              const packed_view<any_format, std::uint8_t>& to) {

@@ -297,7 +297,7 @@ class packer {
     if (options_.progress && !options_.progress(0)) return error(errc::io, "stopped");
     if (planned(task.parameter).action == action::cast) {
       return visit_packed(from_, p, task.rows, buffers.rows, [&](const packed_view<any_format>& rows) -> result<void> {
-        scales_.add(plan_, task.parameter, task.rows.matrix, largest_scale(rows));
+        scales_.add(plan_, task.parameter, task.rows.matrix, largest_scale_code(rows));
         return {};
       });
     }
@@ -381,7 +381,7 @@ class packer {
     return io::try_visit_rows(policy_, from_, p, task.rows, buffers.rows, [&](const auto& rows) -> result<void> {
       buffers.gathered.resize(rows.rows * rows.cols * sizeof(bfloat16));
       auto* const out = reinterpret_cast<bfloat16*>(buffers.gathered.data());
-      for (std::size_t i = 0; i < rows.rows * rows.cols; ++i) out[i] = bfloat16::encode(to_float(rows.data[i]));
+      for (std::size_t i = 0; i < rows.rows * rows.cols; ++i) out[i] = bfloat16(to_float(rows.data[i]));
       const std::size_t row = task.rows.matrix * p.rows + task.rows.first;
       return to_.try_write(p.name, row * p.cols * sizeof(bfloat16), buffers.gathered);
     });

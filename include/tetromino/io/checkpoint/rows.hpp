@@ -54,7 +54,7 @@ void transpose(const T* from, std::size_t rows, std::size_t cols, T* to) noexcep
 inline const std::array<float, 256>& e4m3_values() noexcept {
   static constexpr std::array<float, 256> values = [] {
     std::array<float, 256> out{};
-    for (std::size_t i = 0; i < out.size(); ++i) out[i] = e4m3{static_cast<std::uint8_t>(i)}.value();
+    for (std::size_t i = 0; i < out.size(); ++i) out[i] = e4m3::from_bits(static_cast<std::uint8_t>(i)).value();
     return out;
   }();
   return values;
@@ -75,13 +75,13 @@ inline result<std::vector<float>> read_floats(const io::checkpoint& from, const 
         out[i] = as(float{});
         break;
       case io::dtype::F16:
-        out[i] = as(half{}).value();
+        out[i] = static_cast<float>(as(half{}));
         break;
       case io::dtype::BF16:
-        out[i] = as(bfloat16{}).value();
+        out[i] = static_cast<float>(as(bfloat16{}));
         break;
       default:
-        out[i] = e8m0{bytes[i]}.value();
+        out[i] = e8m0::from_bits(bytes[i]).value();
         break;
     }
   }

@@ -47,9 +47,9 @@ template <real T>
   if constexpr (sizeof(T) == 4) {
     return x;
   } else if constexpr (std::same_as<T, bfloat16>) {
-    return T{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+    return T::from_bits(__bfloat16_as_ushort(__float2bfloat16_rn(x)));
   } else {
-    return T{__half_as_ushort(__float2half_rn(x))};
+    return T::from_bits(__half_as_ushort(__float2half_rn(x)));
   }
 }
 
@@ -65,4 +65,4 @@ __device__ inline void report_rejection(std::uint64_t* rejected, std::uint64_t p
   return tile * 512 + r % 32 * 16 + r % 128 / 32 * 4 + c % 4;
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -73,7 +73,7 @@ struct chunk {
     if constexpr (sizeof(T) == 4) {
       return bit_cast<float>(word[i]);
     } else {
-      return T{static_cast<std::uint16_t>(i % 2 == 0 ? word[i / 2] : word[i / 2] >> 16)};
+      return T::from_bits(static_cast<std::uint16_t>(i % 2 == 0 ? word[i / 2] : word[i / 2] >> 16));
     }
   }
 
