@@ -115,12 +115,18 @@ template <class Policy, class X, class Weights, class Out, class... Options>
 [[nodiscard]] result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights& w,
                                               std::span<const std::uint32_t> row_offsets, matrix_view<Out> out,
                                               const Options&... options) {
+  static_assert(
+      requires { grouped_matmul_on(policy, x, w, row_offsets, out, options...); },
+      "no header that is included multiplies these operands, with these options, on this device");
   return grouped_matmul_on(policy, x, w, row_offsets, out, options...);
 }
 template <class Policy, class X, class Weights, class Out, class... Options>
   requires(device_policy<Policy>)
 [[nodiscard]] result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out> out,
                                       const Options&... options) {
+  static_assert(
+      requires { matmul_on(policy, x, w, out, options...); },
+      "no header that is included multiplies these operands, with these options, on this device");
   return matmul_on(policy, x, w, out, options...);
 }
 template <class Policy, class X, class Weights, class Out, class... Options>

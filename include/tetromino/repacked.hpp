@@ -191,6 +191,10 @@ template <class Policy, packed_like Weights, class Out>
   requires(device_policy<Policy>)
 [[nodiscard]] result<void> try_repack_to(const Policy& policy, const Weights& weights, const Out& out) {
   const packed_view<any_format> w = detail::as_packed(weights);
+  static_assert(
+      requires { repack_on(policy, w, out); },
+      "no header that is included puts weights into this storage on this device: it takes a view that can be "
+      "written, such as cuda::repacked_view<bfloat16, std::byte>");
   if (auto fits = detail::check_storage(w); !fits) return fits;
   return repack_on(policy, w, out);
 }

@@ -40,6 +40,9 @@ struct weight_tile {
   }
 };
 
+static_assert(weight_tile<weight_kind::mx32>::bytes == repacked_shape{mxfp4{}}.tile_bytes());
+static_assert(weight_tile<weight_kind::nv>::bytes == repacked_shape{nvfp4{}}.tile_bytes());
+
 /// The word of four pairs of codes: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each as a byte.
 template <activation T>
 [[nodiscard]] __device__ inline std::uint32_t spread_codes(const std::uint32_t (&pair)[4]) {
