@@ -49,11 +49,66 @@ struct matmul_tile {
   std::size_t first_col, last_col;  ///< columns of the output, rows of the weights
 };
 
-/// Row m of activations, counted through all matrices of a batch.
+/// The types of elements, where they are no template parameter: only loading and storing have to know them.
+enum class real_type : std::uint8_t { float32, half, bfloat16 };
 template <real T>
-const T* activation_row(const batch_view<const T>& x, std::size_t m) noexcept {
-  return x.row(m / x.rows, m % x.rows);
+inline constexpr real_type type_of = std::is_same_v<T, float>  ? real_type::float32
+                                     : std::is_same_v<T, half> ? real_type::half
+                                                               : real_type::bfloat16;
+/// Calls f<T>() for the type.
+template <class F>
+TETROMINO_INLINE void with_type(real_type type, const F& f) {
+  if (type == real_type::float32) return f.template operator()<float>();
+  if (type == real_type::half) return f.template operator()<half>();
+  f.template operator()<bfloat16>();
 }
+
+/// Rows of elements of some type, counted through all matrices of a batch. Void is const for rows that are read.
+template <class Void>
+struct real_rows {
+  template <class T>
+  using element = std::conditional_t<std::is_const_v<Void>, const T, T>;
+
+  Void* data;
+  real_type type;
+  std::size_t rows, row_stride, matrix_stride;  ///< of one matrix, in elements
+
+  template <real T>
+  TETROMINO_INLINE element<T>* row(std::size_t m) const noexcept {
+    return static_cast<element<T>*>(data) + m / rows * matrix_stride + m % rows * row_stride;
+  }
+};
+template <class T>
+constexpr auto rows_of(const batch_view<T>& x) noexcept {
+  using pointer = std::conditional_t<std::is_const_v<T>, const void, void>;
+  return real_rows<pointer>{x.data, type_of<std::remove_const_t<T>>, x.rows, x.row_stride, x.matrix_stride};
+}
+
+/// Rows of integers with a scale for each block: 8-bit activations, or packed ones.
+struct integer_rows {
+  bool are_packed;
+  int8_view<> int8;
+  packed_view<any_format> packed;
+
+  /// The block under one scale, and the macro block; 0 where there is none.
+  [[nodiscard]] TETROMINO_INLINE any_format blocks() const noexcept {
+    return are_packed ? packed.format : any_format{scale_type::e8m0, int8_view<>::block, 0};
+  }
+};
+inline integer_rows rows_of(const int8_view<>& x) noexcept { return {false, x, {}}; }
+inline integer_rows rows_of(const packed_view<any_format>& x) noexcept { return {true, {}, x}; }
+
+/// A job as kernels see it, whatever its types: Rows are real_rows or integer_rows.
+template <class Rows>
+struct matmul_product {
+  Rows x;
+  weights_view weights;
+  real_rows<void> out;
+};
+using float_product = matmul_product<real_rows<const void>>;
+using integer_product = matmul_product<integer_rows>;
+
+/// Row m of activations, counted through all matrices of a batch.
 struct int8_row {
   const std::int8_t* values;
   const float* scales;
@@ -94,38 +149,34 @@ TETROMINO_INLINE packed_row<const std::uint8_t> read_row(const weights_view& w, 
   return {buffer, scales, macros, w.tensor_scale(e)};
 }
 
-/// The block of activations under one scale, and their macro block; 0 where there is none.
-template <real T>
-constexpr any_format activation_blocks(const batch_view<const T>&) noexcept {
-  return {scale_type::e8m0, 0, 0};
-}
-constexpr any_format activation_blocks(const int8_view<>&) noexcept {
-  return {scale_type::e8m0, int8_view<>::block, 0};
-}
-constexpr any_format activation_blocks(const packed_view<any_format>& x) noexcept { return x.format; }
-
-/// The smaller of two block sizes, of which 0 means none.
-constexpr std::size_t common_block(std::size_t a, std::size_t b) noexcept {
-  return a == 0 ? b : b == 0 ? a : std::min(a, b);
-}
+/// The smaller of two block sizes.
+constexpr std::size_t common_block(std::size_t a, std::size_t b) noexcept { return std::min(a, b); }
 
 /// Multiplies on the CPU, tile by tile, with the kernels of one backend. An output depends on its own row of
 /// activations and row of weights alone: kernels must not let the shape of a tile change the order of a sum.
-template <class Kernels, class X, real Out>
-void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job, const Kernels& kernels = {}) {
+template <class Kernels, class Product>
+void multiply_tiles(executor_ref executor, const Product& product, std::span<const std::uint32_t> row_offsets,
+                    const Kernels& kernels) {
   constexpr std::size_t rows = Kernels::tile_rows, cols = Kernels::tile_cols;
-  const std::size_t across = (job.out.cols + cols - 1) / cols;
-  const auto rows_of = [&](std::size_t e) { return std::size_t{job.row_offsets[e + 1]} - job.row_offsets[e]; };
+  const std::size_t outputs = product.weights.rows, across = (outputs + cols - 1) / cols;
+  const auto rows_of = [&](std::size_t e) { return std::size_t{row_offsets[e + 1]} - row_offsets[e]; };
   std::size_t tiles = 0;
-  for (std::size_t e = 0; e < job.weights.matrices; ++e) tiles += (rows_of(e) + rows - 1) / rows * across;
+  for (std::size_t e = 0; e < product.weights.matrices; ++e) tiles += (rows_of(e) + rows - 1) / rows * across;
   const auto task = [&](std::size_t i) {
     std::size_t e = 0, left = i;
     for (std::size_t n; left >= (n = (rows_of(e) + rows - 1) / rows * across); ++e) left -= n;
-    const std::size_t row = job.row_offsets[e] + left / across * rows, col = left % across * cols;
-    kernels.multiply(job, matmul_tile{e, row, std::min<std::size_t>(row + rows, job.row_offsets[e + 1]), col,
-                                      std::min(col + cols, job.out.cols)});
+    const std::size_t row = row_offsets[e] + left / across * rows, col = left % across * cols;
+    kernels.multiply(product, matmul_tile{e, row, std::min<std::size_t>(row + rows, row_offsets[e + 1]), col,
+                                          std::min(col + cols, outputs)});
   };
   executor(tiles, task);
+}
+template <class Kernels, class X, real Out>
+void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job, const Kernels& kernels = {}) {
+  const auto x = rows_of(job.x);
+  multiply_tiles(executor,
+                 matmul_product<std::remove_const_t<decltype(x)>>{x, job.weights, rows_of(batch_view<Out>(job.out))},
+                 job.row_offsets, kernels);
 }
 
 }  // namespace tetromino::detail

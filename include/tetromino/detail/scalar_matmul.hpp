@@ -4,7 +4,7 @@
 #include "../e4m3.hpp"     // e4m3
 #include "../e8m0.hpp"     // e8m0
 #include "../scaling.hpp"  // macro_factor
-#include "cpu_matmul.hpp"  // matmul_job, matmul_tile
+#include "cpu_matmul.hpp"  // float_product, integer_product, matmul_tile
 
 #include <algorithm>  // std::min
 #include <cstddef>    // std::size_t
@@ -25,21 +25,38 @@ namespace TETROMINO_NAMESPACE::detail {
 struct scalar_matmul_kernels {
   static constexpr std::size_t tile_rows = 64, tile_cols = 64;
 
-  template <class X, real Out>
-  static void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) {
-    const any_format blocks = activation_blocks(job.x);
-    std::vector<std::uint8_t> buffer(row_buffer_size(job.weights, job.weights.cols));
-    for (std::size_t n = tile.first_col; n < tile.last_col; ++n) {
-      const packed_row<const std::uint8_t> w =
-          read_row(job.weights, tile.matrix, n, 0, job.weights.cols, buffer.data());
-      for (std::size_t m = tile.first_row; m < tile.last_row; ++m) {
-        const auto x = activation_row(job.x, m);
-        job.out.row(m)[n] = from_float<Out>(dot(x, blocks, w, job.weights.format, job.weights.cols));
-      }
-    }
+  static void multiply(const float_product& product, const matmul_tile& tile) {
+    with_type(product.x.type, [&]<real T>() {
+      each_output(product, tile, [&](std::size_t m, const packed_row<const std::uint8_t>& w) {
+        return dot(product.x.row<T>(m), w, product.weights.format, product.weights.cols);
+      });
+    });
+  }
+  static void multiply(const integer_product& product, const matmul_tile& tile) {
+    const any_format blocks = product.x.blocks();
+    each_output(product, tile, [&](std::size_t m, const packed_row<const std::uint8_t>& w) {
+      const weights_view& weights = product.weights;
+      return product.x.are_packed ? dot(activation_row(product.x.packed, m), blocks, w, weights.format, weights.cols)
+                                  : dot(activation_row(product.x.int8, m), blocks, w, weights.format, weights.cols);
+    });
   }
 
  private:
+  /// out[m, n] = of(m, row n of the weights).
+  template <class Product, class Of>
+  static void each_output(const Product& product, const matmul_tile& tile, const Of& of) {
+    const weights_view& weights = product.weights;
+    std::vector<std::uint8_t> buffer(row_buffer_size(weights, weights.cols));
+    for (std::size_t n = tile.first_col; n < tile.last_col; ++n) {
+      const packed_row<const std::uint8_t> w = read_row(weights, tile.matrix, n, 0, weights.cols, buffer.data());
+      with_type(product.out.type, [&]<real Out>() {
+        for (std::size_t m = tile.first_row; m < tile.last_row; ++m) {
+          product.out.template row<Out>(m)[n] = from_float<Out>(of(m, w));
+        }
+      });
+    }
+  }
+
   static unsigned code(const std::uint8_t* codes, std::size_t k) {
     return k % 2 == 0 ? codes[k / 2] & 15u : codes[k / 2] >> 4;
   }
@@ -60,8 +77,7 @@ struct scalar_matmul_kernels {
   }
 
   template <real T>
-  static float dot(const T* x, const any_format&, const packed_row<const std::uint8_t>& w, const any_format& format,
-                   std::size_t cols) {
+  static float dot(const T* x, const packed_row<const std::uint8_t>& w, const any_format& format, std::size_t cols) {
     const std::size_t macro = format.macro_block == 0 ? cols : format.macro_block;
     float total = 0;
     for (std::size_t begin = 0; begin < cols; begin += macro) {

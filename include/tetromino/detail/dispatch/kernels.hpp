@@ -2,12 +2,11 @@
 
 /// What tetromino::cpu is made of: tables of kernels, one for each instruction set, and the choice between them.
 
-#include "../../activations.hpp"  // int8_view
-#include "../../error.hpp"        // result
-#include "../../options.hpp"      // special_values
-#include "../cpu_matmul.hpp"      // matmul_job, matmul_tile
-#include "../rotation_part.hpp"   // rotation_part
-#include "../row.hpp"             // row_rules, input_row, packed_row
+#include "../../error.hpp"       // result
+#include "../../options.hpp"     // special_values
+#include "../cpu_matmul.hpp"     // float_product, integer_product, matmul_tile
+#include "../rotation_part.hpp"  // rotation_part
+#include "../row.hpp"            // row_rules, input_row, packed_row
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
@@ -32,16 +31,10 @@ struct quantize_table {
   void (*revert)(const rotation_part&, float*, std::size_t);
 };
 
-template <class X, real Out>
-using multiply_kernel = void (*)(const matmul_job<X, Out>&, const matmul_tile&);
-template <class X>
-using multiply_kernels = std::tuple<multiply_kernel<X, float>, multiply_kernel<X, half>, multiply_kernel<X, bfloat16>>;
 struct matmul_table {
   const char* isa;
-  std::tuple<multiply_kernels<batch_view<const float>>, multiply_kernels<batch_view<const half>>,
-             multiply_kernels<batch_view<const bfloat16>>, multiply_kernels<int8_view<>>,
-             multiply_kernels<packed_view<any_format>>>
-      multiply;
+  void (*multiply_floats)(const float_product&, const matmul_tile&);
+  void (*multiply_integers)(const integer_product&, const matmul_tile&);
 };
 
 /// The kernels of one instruction set, under the name that TETROMINO_FORCE_BACKEND knows.
@@ -92,9 +85,9 @@ struct dispatched_matmul {
   static constexpr std::size_t tile_rows = 64, tile_cols = 128;
   const matmul_table* table;
 
-  template <class X, real Out>
-  void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) const {
-    std::get<multiply_kernel<X, Out>>(std::get<multiply_kernels<X>>(table->multiply))(job, tile);
+  void multiply(const float_product& product, const matmul_tile& tile) const { table->multiply_floats(product, tile); }
+  void multiply(const integer_product& product, const matmul_tile& tile) const {
+    table->multiply_integers(product, tile);
   }
 };
 
@@ -118,16 +111,7 @@ struct table_of {
   static constexpr quantize_table quantize(const char* isa) {
     return {isa, {rows<float>(), rows<half>(), rows<bfloat16>()}, &Kernels::rotate, &Kernels::revert};
   }
-  template <class X>
-  static constexpr multiply_kernels<X> multiply() {
-    return {&Kernels::template multiply<X, float>, &Kernels::template multiply<X, half>,
-            &Kernels::template multiply<X, bfloat16>};
-  }
-  static constexpr matmul_table matmul(const char* isa) {
-    return {isa,
-            {multiply<batch_view<const float>>(), multiply<batch_view<const half>>(),
-             multiply<batch_view<const bfloat16>>(), multiply<int8_view<>>(), multiply<packed_view<any_format>>()}};
-  }
+  static constexpr matmul_table matmul(const char* isa) { return {isa, &Kernels::multiply, &Kernels::multiply}; }
 };
 
 }  // namespace tetromino::detail

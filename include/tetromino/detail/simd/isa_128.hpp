@@ -132,6 +132,13 @@ class product_factors {
 
   int8x16_t x_;
 };
+/// Lanes 0 and 2 of a, then of b; lanes 1 and 3.
+TETROMINO_INLINE float_register even_lanes(const float_register& a, const float_register& b) {
+  return float_register(vuzp1q_f32(a, b));
+}
+TETROMINO_INLINE float_register odd_lanes(const float_register& a, const float_register& b) {
+  return float_register(vuzp2q_f32(a, b));
+}
 TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const floats& c) {
   return by_register<floats>([&](std::size_t i)
                                  TETROMINO_INLINE_LAMBDA { return float_register(vfmaq_f32(c.r[i], a.r[i], b.r[i])); });
@@ -207,6 +214,13 @@ TETROMINO_INLINE void transpose_four(word_register a, word_register b, word_regi
   c1 = word_register(_mm_unpackhi_epi64(ab_low, cd_low));
   c2 = word_register(_mm_unpacklo_epi64(ab_high, cd_high));
   c3 = word_register(_mm_unpackhi_epi64(ab_high, cd_high));
+}
+/// Lanes 0 and 2 of a, then of b; lanes 1 and 3.
+TETROMINO_INLINE float_register even_lanes(const float_register& a, const float_register& b) {
+  return float_register(_mm_shuffle_ps(a, b, 0x88));
+}
+TETROMINO_INLINE float_register odd_lanes(const float_register& a, const float_register& b) {
+  return float_register(_mm_shuffle_ps(a, b, 0xDD));
 }
 /// Of each byte's low four bits, a code: twice its value. Without a shuffle of bytes: m + max(m - 4, 0) + 2 max(m - 6,
 /// 0) is 0, 1, 2, 3, 4, 6, 8, 12 for m = 0 ... 7.
@@ -436,6 +450,20 @@ class e2m1_decoder {
   }
   /// Where `scaled` puts code i of 32.
   static constexpr std::size_t place(std::size_t i) { return i % 2 * 16 + i / 2; }
+  /// 32 elements in that order.
+  template <class T>
+  static TETROMINO_INLINE floats_pair load_in_place(const T* x) {
+    if constexpr (is_split<T>) return load_pair(x);
+    const floats a = load(x), b = load(x + lane_count);
+    const auto pick = [&](auto of) TETROMINO_INLINE_LAMBDA {
+      return floats(of(a.r[0], a.r[1]), of(a.r[2], a.r[3]), of(b.r[0], b.r[1]), of(b.r[2], b.r[3]));
+    };
+    const auto even = [](const float_register& p, const float_register& q)
+                          TETROMINO_INLINE_LAMBDA { return even_lanes(p, q); };
+    const auto odd = [](const float_register& p, const float_register& q)
+                         TETROMINO_INLINE_LAMBDA { return odd_lanes(p, q); };
+    return {pick(even), pick(odd)};
+  }
 
  private:
   TETROMINO_INLINE floats values(const words& code) const {

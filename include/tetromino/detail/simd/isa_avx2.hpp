@@ -303,8 +303,10 @@ class e2m1_decoder {
   }
   /// Where `scaled` puts code i of 32.
   static constexpr std::size_t place(std::size_t i) { return i / 2 % 2 * 16 + i / 16 * 8 + i % 2 * 4 + i % 16 / 4; }
-  /// 32 numbers in that order.
-  static TETROMINO_INLINE floats_pair in_place(const floats& a, const floats& b) {
+  /// 32 elements in that order.
+  template <class T>
+  static TETROMINO_INLINE floats_pair load_in_place(const T* from) {
+    const floats a = load(from), b = load(from + lane_count);
     const __m256i order = _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7);
     const auto joined = [&](const floats& x, auto pick) TETROMINO_INLINE_LAMBDA {
       const __m256 low = _mm256_permute2f128_ps(raw(x.r[0]), raw(x.r[1]), 0x20);

@@ -274,6 +274,15 @@ class e2m1_decoder {
   }
   /// Where `scaled` puts code i of 32.
   static constexpr std::size_t place(std::size_t i) { return i % 2 * 16 + i / 2; }
+  /// 32 elements in that order.
+  template <class T>
+  static TETROMINO_INLINE floats_pair load_in_place(const T* x) {
+    if constexpr (is_split<T>) return load_pair(x);
+    const __m512 a = raw(load(x)), b = raw(load(x + lane_count));
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return {lanes(_mm512_permutex2var_ps(a, even, b)),
+            lanes(_mm512_permutex2var_ps(a, _mm512_or_si512(even, _mm512_set1_epi32(1)), b))};
+  }
 
  private:
   __m512 values_;

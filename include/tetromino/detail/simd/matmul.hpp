@@ -7,8 +7,7 @@
 #include "matmul_float.hpp"    // float_matmul
 #include "matmul_integer.hpp"  // integer_matmul
 
-#include <cstddef>      // std::size_t
-#include <type_traits>  // std::is_same_v, std::remove_const_t, std::remove_pointer_t
+#include <cstddef>  // std::size_t
 
 TETROMINO_VECTOR_CODE_BEGIN
 
@@ -17,18 +16,11 @@ inline namespace TETROMINO_ISA {
 
 /// Matrix products on vectors; see float_matmul and integer_matmul.
 struct simd_matmul_kernels {
-  static constexpr std::size_t tile_rows = 64, tile_cols = 128;
+  static constexpr std::size_t tile_rows = tile_sums::most_rows, tile_cols = tile_sums::most_cols;
 
-  template <class X, real Out>
-  static void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) {
-    using activations = std::remove_const_t<X>;
-    constexpr bool are_integers =
-        std::is_same_v<activations, int8_view<>> || std::is_same_v<activations, packed_view<any_format>>;
-    if constexpr (!are_integers) {
-      float_matmul<std::remove_const_t<std::remove_pointer_t<decltype(job.x.data)>>, Out>::multiply(job, tile);
-    } else {
-      integer_matmul<X, Out>::multiply(job, tile);
-    }
+  static void multiply(const float_product& product, const matmul_tile& tile) { float_matmul::multiply(product, tile); }
+  static void multiply(const integer_product& product, const matmul_tile& tile) {
+    integer_matmul::multiply(product, tile);
   }
 };
 

@@ -7,10 +7,11 @@
 #if TETROMINO_SIMD
 
 #include "../../scaling.hpp"  // macro_factor
-#include "../cpu_matmul.hpp"  // matmul_job, matmul_tile, activation_row
+#include "../cpu_matmul.hpp"  // float_product, matmul_tile
 #include "blocks.hpp"         // e2m1_decoder, multiply_add, sum_each
 #include "panel.hpp"          // load_scales
 #include "rows.hpp"           // linear_rows
+#include "tile_sums.hpp"      // tile_sums
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <array>      // std::array
@@ -26,86 +27,66 @@ inline namespace TETROMINO_ISA {
 /// Weights are decoded to float with their scales and macro factors, 16 outputs of 512 columns at a time, and
 /// multiplied by all rows of a tile. An output has 16 sums, over two of every 32 columns of a chunk of 512, which are
 /// then added up by halves, and chunks from left to right: always in this order.
-template <real T, real Out>
 class float_matmul {
  public:
-  using job = matmul_job<batch_view<const T>, Out>;
-
-  static void multiply(const job& j, const matmul_tile& tile) {
-    if (j.weights.format.block == 16) return float_matmul(j, tile).template run<16>();
-    return float_matmul(j, tile).template run<32>();
+  static void multiply(const float_product& product, const matmul_tile& tile) {
+    if (product.weights.format.block == 16) return float_matmul(product, tile).run<16>();
+    return float_matmul(product, tile).run<32>();
   }
 
  private:
-  static constexpr std::size_t most_rows = 64, most_cols = 128, depth = 512;
+  static constexpr std::size_t most_rows = tile_sums::most_rows, depth = 512;
   static constexpr std::size_t chunks_at_once = 8;  // of one row
   // Rows and outputs whose sums are kept in registers at once, for most rows and for those that are left over.
   static constexpr std::size_t rows_at_once = registers == 1 ? 4 : 3, outputs_at_once = registers == 1 ? 4 : 2;
   static constexpr std::size_t outputs_of_one_row = registers == 1 ? 8 : 4;
 
-  float_matmul(const job& j, const matmul_tile& tile) : job_(j), tile_(tile), rows_(tile.last_row - tile.first_row) {}
+  float_matmul(const float_product& product, const matmul_tile& tile)
+      : product_(product),
+        weights_(product.weights),
+        tile_(tile),
+        rows_(tile.last_row - tile.first_row),
+        totals_(rows_) {}
 
   template <std::size_t Block>
   void run() {
-    const std::size_t cols = job_.weights.cols;
-    float totals[most_cols / lane_count][most_rows][lane_count];
-    for (auto& total : totals) std::fill(&total[0][0], &total[0][0] + rows_ * lane_count, 0.0f);
-    for (std::size_t k = rows_ == 1 ? add_one_row<Block>(totals) : 0; k < cols; k += depth) {
+    const std::size_t cols = weights_.cols;
+    for (std::size_t k = rows_ == 1 ? add_one_row<Block>() : 0; k < cols; k += depth) {
       const std::size_t used = std::min(depth, cols - k);
       used_ = (used + 31) / 32 * 32;
       for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used, x_[m]);
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
         const std::size_t width = std::min(lane_count, tile_.last_col - n);
-        rows_of_weights_.read(job_.weights, tile_.matrix, n, k, used);
+        rows_of_weights_.read(weights_, tile_.matrix, n, k, used);
         rows_of_weights_.prefetch_after<lane_count>(0, 0, used);
         for (std::size_t l = 0; l < width; ++l) load_weights<Block>(rows_of_weights_[l], used, w_[l]);
         for (std::size_t l = width; l < lane_count; ++l) std::fill(w_[l], w_[l] + used_, 0.0f);
-        auto* total = totals[(n - tile_.first_col) / lane_count];
+        float(*total)[lane_count] = totals_[n - tile_.first_col];
         std::size_t m = 0;
         for (; m + rows_at_once <= rows_; m += rows_at_once) add<rows_at_once, outputs_at_once>(m, total);
         for (; m < rows_; ++m) add<1, outputs_of_one_row>(m, total);
       }
     }
-    const float scale = job_.weights.tensor_scale(tile_.matrix);
-    for (std::size_t m = 0; m < rows_; ++m) {
-      Out* out = job_.out.row(tile_.first_row + m);
-      for (std::size_t n = tile_.first_col; n < tile_.last_col; ++n) {
-        const std::size_t i = n - tile_.first_col;
-        out[n] = from_float<Out>(totals[i / lane_count][m][i % lane_count] * scale);
-      }
-    }
+    const float scale = weights_.tensor_scale(tile_.matrix);
+    for (std::size_t m = 0; m < rows_; ++m) totals_.store_row(tile_, m, scale, product_.out);
   }
 
   /// Where column i of a chunk goes: the order in which codes are decoded.
   static constexpr std::size_t place(std::size_t i) { return i / 32 * 32 + e2m1_decoder::place(i % 32); }
 
+  /// In that order, with zeros up to a multiple of 32.
   void load_activations(std::size_t m, std::size_t k, std::size_t used, float* out) const {
-    const T* x = activation_row(job_.x, tile_.first_row + m) + k;
-    std::size_t i = 0;
-#if TETROMINO_VECTOR_BITS == 256
-    for (; i + 32 <= used; i += 32) {
-      const floats_pair pair = e2m1_decoder::in_place(load(x + i), load(x + i + lane_count));
-      store(out + i, pair.first);
-      store(out + i + lane_count, pair.second);
-    }
-#else
-    if constexpr (is_split<T>) {
-      for (; i + 32 <= used; i += 32) {
-        const floats_pair pair = load_pair(x + i);
+    with_type(product_.x.type, [&]<real T>() TETROMINO_INLINE_LAMBDA {
+      const T* x = product_.x.row<T>(tile_.first_row + m) + k;
+      for (std::size_t i = 0; i < used; i += 32) {
+        T last[32];
+        const bool is_whole = used - i >= 32;
+        if (!is_whole) std::fill(std::copy_n(x + i, used - i, last), last + 32, T{});
+        const floats_pair pair = e2m1_decoder::load_in_place(is_whole ? x + i : last);
         store(out + i, pair.first);
         store(out + i + lane_count, pair.second);
       }
-    }
-    for (; i + 32 <= used; i += 32) {
-      for (std::size_t j = 0; j < 16; ++j) {
-        out[i + j] = to_float(x[i + 2 * j]);
-        out[i + 16 + j] = to_float(x[i + 2 * j + 1]);
-      }
-    }
-#endif
-    for (; i < used; i += 32) {
-      for (std::size_t j = i; j < i + 32; ++j) out[place(j)] = j < used ? to_float(x[j]) : 0.0f;
-    }
+    });
   }
 
   static constexpr std::array<float, 256> inverse_factors = [] {
@@ -117,7 +98,7 @@ class float_matmul {
   /// Block scales with their macro factors.
   template <std::size_t Block>
   void load_block_scales(const packed_row<const std::uint8_t>& row, std::size_t blocks, float* scales) const {
-    const any_format& format = job_.weights.format;
+    const any_format& format = weights_.format;
     for (std::size_t b = 0; b < blocks; b += lane_count) {
       std::uint8_t padded[lane_count] = {};
       const std::uint8_t* bytes = row.scales + b;
@@ -171,17 +152,17 @@ class float_matmul {
   /// load_weights and add for one row, without storing weights in between. Returns how many columns it took: all of
   /// them, or all chunks but the last, if that ends with less than 32.
   template <std::size_t Block>
-  std::size_t add_one_row(float (*totals)[most_rows][lane_count]) {
-    const std::size_t cols = job_.weights.cols, whole = cols % 32 == 0 ? cols : cols / depth * depth;
-    const std::size_t step = job_.weights.is_repacked ? linear_rows::most_cols : chunks_at_once * depth;
+  std::size_t add_one_row() {
+    const std::size_t cols = weights_.cols, whole = cols % 32 == 0 ? cols : cols / depth * depth;
+    const std::size_t step = weights_.is_repacked ? linear_rows::most_cols : chunks_at_once * depth;
     for (std::size_t k = 0; k < whole; k += step) {
       const std::size_t used = std::min(step, whole - k);
       for (std::size_t i = 0; i < used; i += depth) {
         load_activations(0, k + i, std::min(depth, used - i), x_[i / depth]);
       }
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
-        rows_of_weights_.read(job_.weights, tile_.matrix, n, k, used);
-        add_chunks<Block>(used, totals[(n - tile_.first_col) / lane_count][0]);
+        rows_of_weights_.read(weights_, tile_.matrix, n, k, used);
+        add_chunks<Block>(used, totals_[n - tile_.first_col][0]);
       }
     }
     return whole;
@@ -238,7 +219,7 @@ class float_matmul {
   /// Scales as e2m1_decoder::shifted takes them; says whether all of them can be.
   template <std::size_t Block, std::size_t Rows>
   bool load_shifts(std::size_t l, std::size_t used, std::int32_t (*shifts)[chunks_at_once * depth / Block]) const {
-    const any_format& format = job_.weights.format;
+    const any_format& format = weights_.format;
     if (format.scale != scale_type::e8m0 || format.macro_block != 0) return false;
     words misfits = broadcast(0);
     const std::size_t blocks = used / Block;
@@ -288,11 +269,13 @@ class float_matmul {
     (store(sums[I / Outputs][n + I % Outputs], sum[I]), ...);
   }
 
-  const job& job_;
+  const float_product& product_;
+  const weights_view& weights_;
   const matmul_tile& tile_;
   std::size_t rows_;
   std::size_t used_ = 0;  // columns of this chunk, rounded up to 32
 
+  tile_sums totals_;
   linear_rows rows_of_weights_;
   alignas(64) float w_[lane_count][depth];
   alignas(64) float x_[most_rows][depth];

@@ -9,9 +9,10 @@
 #include "../../e4m3.hpp"     // e4m3
 #include "../../e8m0.hpp"     // e8m0
 #include "../../scaling.hpp"  // macro_factor
-#include "../cpu_matmul.hpp"  // matmul_job, matmul_tile, activation_row
+#include "../cpu_matmul.hpp"  // integer_product, matmul_tile
 #include "elements.hpp"       // split_elements, split_codes
 #include "panel.hpp"          // element_rows, add_panel, row_panel
+#include "tile_sums.hpp"      // tile_sums
 
 #include <algorithm>  // std::all_of, std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
@@ -24,26 +25,23 @@ inline namespace TETROMINO_ISA {
 
 /// Lanes are 16 outputs side by side, so that repacked weights are multiplied as they lie; others are put into that
 /// order a piece at a time. The sums are those of scalar_matmul_kernels.
-template <class X, real Out>
 class integer_matmul {
  public:
-  static void multiply(const matmul_job<X, Out>& job, const matmul_tile& tile) { integer_matmul(job, tile).run(); }
+  static void multiply(const integer_product& product, const matmul_tile& tile) { integer_matmul(product, tile).run(); }
 
  private:
-  static constexpr std::size_t most_rows = 64, most_cols = 128;
   static constexpr std::size_t few_rows = 1;  // for which putting columns of weights side by side does not pay
 
-  integer_matmul(const matmul_job<X, Out>& job, const matmul_tile& tile)
-      : job_(job),
+  integer_matmul(const integer_product& product, const matmul_tile& tile)
+      : product_(product),
         tile_(tile),
-        blocks_(activation_blocks(job.x)),
+        blocks_(product.x.blocks()),
         rows_(tile.last_row - tile.first_row),
-        common_(common_block(blocks_.block, job.weights.format.block)) {}
+        common_(common_block(blocks_.block, product.weights.format.block)),
+        totals_(rows_) {}
 
   void run() {
-    const weights_view& w = job_.weights;
-    float totals[most_cols / lane_count][most_rows][lane_count];
-    for (auto& total : totals) std::fill(&total[0][0], &total[0][0] + rows_ * lane_count, 0.0f);
+    const weights_view& w = product_.weights;
     // As many columns of all rows as there is room for; with one row that is all of them, nearly always.
     const std::size_t depth = element_rows::capacity / rows_ / row_panel::most_cols * row_panel::most_cols;
     for (std::size_t k = 0; k < w.cols; k += depth) {
@@ -51,7 +49,7 @@ class integer_matmul {
       x_.stride = (used + 31) / 32 * 32;
       for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used);
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
-        float(*total)[lane_count] = totals[(n - tile_.first_col) / lane_count];
+        float(*total)[lane_count] = totals_[n - tile_.first_col];
         if (w.is_repacked) {
           add_panel(panel_of_repacked(w, tile_.matrix, n, k, used), common_, x_, 0, rows_, total);
           continue;
@@ -69,22 +67,21 @@ class integer_matmul {
         }
       }
     }
-    const float weight_scale = w.tensor_scale(tile_.matrix);
+    const float scale = w.tensor_scale(tile_.matrix);
     for (std::size_t m = 0; m < rows_; ++m) {
-      const float scale = weight_scale * tensor_scale(activation_row(job_.x, tile_.first_row + m));
-      Out* out = job_.out.row(tile_.first_row + m);
-      for (std::size_t n = tile_.first_col; n < tile_.last_col; ++n) {
-        const std::size_t i = n - tile_.first_col;
-        out[n] = from_float<Out>(totals[i / lane_count][m][i % lane_count] * scale);
-      }
+      const integer_rows& x = product_.x;
+      const float x_scale = x.are_packed ? activation_row(x.packed, tile_.first_row + m).tensor_scale : 1.0f;
+      totals_.store_row(tile_, m, scale * x_scale, product_.out);
     }
   }
 
-  static float tensor_scale(const int8_row&) { return 1.0f; }
-  static float tensor_scale(const packed_row<const std::uint8_t>& row) { return row.tensor_scale; }
-
   void load_activations(std::size_t m, std::size_t k, std::size_t used) {
-    const auto row = activation_row(job_.x, tile_.first_row + m);
+    const integer_rows& x = product_.x;
+    if (x.are_packed) return load_row(activation_row(x.packed, tile_.first_row + m), m, k, used);
+    load_row(activation_row(x.int8, tile_.first_row + m), m, k, used);
+  }
+  template <class Row>
+  void load_row(const Row& row, std::size_t m, std::size_t k, std::size_t used) {
     std::int8_t* values = x_.values + m * x_.stride;
     std::int32_t* offsets = x_.offsets + m * x_.stride / 16;
     float* scales = x_.scales + m * x_.stride / 16;
@@ -132,12 +129,13 @@ class integer_matmul {
     return 0.25f * scale;
   }
 
-  const matmul_job<X, Out>& job_;
+  const integer_product& product_;
   const matmul_tile& tile_;
   any_format blocks_;
   std::size_t rows_;
   std::size_t common_;  // the smaller block of both sides
 
+  tile_sums totals_;
   element_rows x_;
 };
 
