@@ -14,7 +14,7 @@
 
 TETROMINO_VECTOR_CODE_BEGIN
 
-namespace tetromino::detail {
+namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 /// Row m of the tile has output n in lane n % 16 of sums [n / 16][m].
