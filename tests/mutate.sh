@@ -14,6 +14,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export root work CXX=${CXX:-c++}
 launcher=$(command -v ccache || true)
+jobs=${TETROMINO_JOBS:-$(nproc)}
 export launcher libraries=
 if "$CXX" -fsyntax-only -include catch2/catch_all.hpp -x c++ /dev/null 2>/dev/null; then libraries=-lCatch2; fi  # Catch2 3
 
@@ -58,7 +59,16 @@ plant() {
   rm -rf "$copy"
   return $status
 }
-export -f plant build
+
+# whole TEST: the test passes without any fault
+whole() {
+  local program=$work/whole-${1//\//.}
+  if build "$1" "$root/include" "$program" 2>"$program.messages" && "$program" >>"$program.messages" 2>&1; then return; fi
+  echo "error: $1 fails without any fault"
+  tail -n 5 "$program.messages"
+  return 1
+}
+export -f plant build whole
 export check_only
 
 names=() files=() tests=() scripts=()
@@ -76,17 +86,12 @@ if [ "$check_only" = no ]; then
     $launcher "$CXX" -std=c++20 -O1 -D TETROMINO_TEST_DATA="\"$root/examples/data\"" -I "$root/include" -I "$root/tests" \
       -c "$root/tests/support/$part.cpp" -o "$work/$part.o"
   done
-  for test in $(printf '%s\n' "${tests[@]}" | sort -u); do  # each must pass without a fault
-    if ! build "$test" "$root/include" "$work/whole" || ! "$work/whole" >/dev/null 2>&1; then
-      echo "error: $test fails without any fault" >&2
-      exit 2
-    fi
-  done
+  printf '%s\n' "${tests[@]}" | sort -u | xargs -P "$jobs" -I TEST bash -c 'whole "$1"' whole TEST || exit 2
 fi
 
 for i in "${!names[@]}"; do
   printf '%s\0%s\0%s\0%s\0' "${names[i]}" "${files[i]}" "${tests[i]}" "${scripts[i]}"
-done | { xargs -0 -n 4 -P "${TETROMINO_JOBS:-$(nproc)}" bash -c 'plant "$@" || true' plant; } | tee "$work/report"
+done | { xargs -0 -n 4 -P "$jobs" bash -c 'plant "$@" || true' plant; } | tee "$work/report"
 
 caught=$(grep -c '^caught' "$work/report" || true)
 broken=$(grep -c '^error' "$work/report" || true)
