@@ -357,6 +357,43 @@ void ids_as_calls() {
   expect(!refused && refused.error().code() == tetromino::errc::shape_mismatch, "7 calls per row do not divide 1800");
 }
 
+/// Ids grouped in one pass of a loop: numbers of calls around what a warp and a block look at together, more than a
+/// block remembers, ids at any address, slots that start past the first expert.
+void groups_of_ids() {
+  const numbers r{11};
+  for (const std::size_t calls : {1, 255, 256, 257, 1023, 1024, 4095, 4096, 4097, 16384, 20001, 131072, 300000}) {
+    if (is_short() && calls > 5000) continue;
+    for (const std::size_t before : {0, 1}) {  // elements in front of the ids, so that they are not aligned
+      const std::size_t experts = 128, first_slot = calls % 3, slots = 96;
+      const auto ids = generate<std::uint16_t>(calls + before, [&](std::size_t i) {
+        return static_cast<std::uint16_t>(r.bits(i) % 4 == 0 ? 7 : r.bits(i + calls) % experts);
+      });
+      std::vector<std::uint32_t> offsets(slots + 1, 0), rows(calls), pairs(calls, tetromino::moe::no_slot);
+      std::uint32_t pair = 0;
+      for (std::size_t s = 0; s < slots; ++s) {
+        for (std::size_t i = 0; i < calls; ++i) {
+          if (ids[before + i] != first_slot + s) continue;
+          rows[pair] = static_cast<std::uint32_t>(i);
+          pairs[i] = pair++;
+        }
+        offsets[s + 1] = pair;
+      }
+      rows.resize(pair);
+      const device<std::uint16_t> on_device(ids);
+      const device<std::uint32_t> got_offsets(slots + 1), got_rows(calls), got_pairs(calls);
+      const tetromino::cuda::expert_groups groups{got_offsets, got_rows, got_pairs, 1};
+      require(tetromino::cuda::try_group_by_expert(
+                  plain, std::span<const std::uint16_t>(on_device.span().subspan(before)), first_slot, groups),
+              "group");
+      auto rows_there = got_rows.values();
+      rows_there.resize(pair);
+      expect(got_offsets.values() == offsets && rows_there == rows && got_pairs.values() == pairs,
+             "%zu ids, %zu in front, grouped from slot %zu on", calls, before, first_slot);
+      expect(got_rows.is_intact() && got_pairs.is_intact() && got_offsets.is_intact(), "written past the end");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -367,5 +404,6 @@ int main() {
   all_moves<bfloat16>();
   all_moves<half>();
   ids_as_calls();
+  groups_of_ids();
   return finish("moe");
 }

@@ -21,7 +21,7 @@ inline constexpr bool holds<__half, half> = true;
 template <>
 inline constexpr bool holds<__nv_bfloat16, bfloat16> = true;
 
-}  // namespace TETROMINO_NAMESPACE
+}  // namespace tetromino
 
 namespace TETROMINO_NAMESPACE::cuda {
 
