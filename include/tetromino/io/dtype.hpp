@@ -39,7 +39,7 @@ enum class dtype : std::uint8_t {
   U64,
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
 
@@ -105,7 +105,7 @@ constexpr io::dtype integer_dtype() noexcept {
   }
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
 
@@ -168,4 +168,4 @@ static_assert(dtype_of<std::int8_t>::value == dtype::I8 && dtype_of<std::uint64_
 static_assert(dtype_named("F8_E8M0") == dtype::F8_E8M0 && !dtype_named("f32") && name(dtype::U64) == "U64");
 static_assert(tensor_element<bfloat16> && !tensor_element<bool> && !tensor_element<char>);
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

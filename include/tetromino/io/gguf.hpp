@@ -6,8 +6,8 @@
 #include "detail/gguf_header.hpp"      // parse_gguf, write_gguf_header
 #include "detail/mapped_tensors.hpp"   // stored_tensor, mapped_tensors
 #include "detail/pending_tensors.hpp"  // pending_tensors
-#include "ggml_type.hpp"               // ggml_type
-#include "gguf_metadata.hpp"           // gguf_metadata
+#include "gguf/types.hpp"              // ggml_type
+#include "gguf/metadata.hpp"           // gguf_metadata
 
 #include <cstddef>     // std::size_t
 #include <cstdint>     // std::uint8_t
@@ -149,4 +149,4 @@ class gguf_writer : public detail::pending_tensors {
   }
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

@@ -164,4 +164,4 @@ class imatrix {
   std::size_t chunks_ = 0;
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

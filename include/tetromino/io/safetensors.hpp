@@ -159,4 +159,4 @@ class safetensors_writer : public detail::pending_tensors {
   }
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

@@ -92,4 +92,4 @@ std::string nearest_names(std::string_view wanted, const Entries& entries, const
   return nearest.empty() ? "there are no tensors" : text("the nearest names are ", out);
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

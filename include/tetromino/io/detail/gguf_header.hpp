@@ -1,8 +1,8 @@
 #pragma once
 
 #include "../../error.hpp"       // error, result
-#include "../ggml_type.hpp"      // io::ggml_type
-#include "../gguf_metadata.hpp"  // io::gguf_metadata
+#include "../gguf/types.hpp"     // io::ggml_type
+#include "../gguf/metadata.hpp"  // io::gguf_metadata
 #include "file_text.hpp"         // printable, shape_text, invalid_utf8, checked_product
 
 #include <algorithm>    // std::sort, std::reverse
@@ -350,4 +350,4 @@ inline std::vector<std::uint8_t> write_gguf_header(const io::gguf_metadata& meta
   return out;
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

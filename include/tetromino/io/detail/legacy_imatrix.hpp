@@ -1,7 +1,7 @@
 #pragma once
 
 #include "../../error.hpp"       // error, result
-#include "../gguf_metadata.hpp"  // load_number
+#include "../gguf/metadata.hpp"  // load_number
 #include "file_text.hpp"         // printable
 
 #include <algorithm>    // std::sort
@@ -109,4 +109,4 @@ class legacy_imatrix_parser {
   std::string subject_;
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

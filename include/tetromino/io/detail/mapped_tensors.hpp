@@ -167,4 +167,4 @@ class mapped_tensors {
   std::vector<std::size_t> by_name_;
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

@@ -140,4 +140,4 @@ class pending_tensors {
   std::vector<pending_tensor> tensors_;  // by name
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

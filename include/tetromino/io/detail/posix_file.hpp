@@ -329,4 +329,4 @@ class pending_file {
   pid_t owner_ = ::getpid();
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

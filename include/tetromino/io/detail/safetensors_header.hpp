@@ -24,7 +24,7 @@ namespace TETROMINO_NAMESPACE::io {
 /// Free text that travels with a file: `__metadata__` of its header.
 using safetensors_metadata = std::map<std::string, std::string, std::less<>>;
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
 
@@ -390,4 +390,4 @@ inline std::string write_safetensors_header(std::span<const safetensors_entry> t
   return out += json;
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

@@ -123,4 +123,4 @@ inline constexpr std::array<std::string_view, 11> head_pieces{"lm_head",    "emb
                                                               "qa_outputs", "pooler",    "cls",        "shared_head",
                                                               "head",       "heads",     "predictions"};
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

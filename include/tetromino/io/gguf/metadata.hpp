@@ -1,8 +1,8 @@
 #pragma once
 
-#include "../error.hpp"          // error, result
-#include "detail/file_text.hpp"  // printable
-#include "dtype.hpp"             // detail::plain_integer
+#include "../../error.hpp"          // error, result
+#include "../detail/file_text.hpp"  // printable
+#include "../dtype.hpp"             // detail::plain_integer
 
 #include <algorithm>    // std::find_if
 #include <array>        // std::array
@@ -36,7 +36,7 @@ enum class gguf_type : std::uint32_t {
   float64,
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
 
@@ -109,7 +109,7 @@ inline void append_string(std::vector<std::uint8_t>& out, std::string_view value
   out.insert(out.end(), value.begin(), value.end());
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
 
@@ -274,4 +274,4 @@ class gguf_metadata {
   std::vector<entry> entries_;
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../error.hpp"  // result
+#include "../../error.hpp"  // result
 
 #include <array>        // std::array
 #include <cstddef>      // std::size_t
@@ -49,7 +49,7 @@ enum class ggml_type : std::uint32_t {
   Q2_0 = 42,
 };
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
 
@@ -106,7 +106,7 @@ constexpr const ggml_fact* find_ggml_fact(std::uint32_t number) noexcept {
   return nullptr;
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
 
@@ -128,4 +128,4 @@ namespace TETROMINO_NAMESPACE::io {
 static_assert(name(ggml_type::BF16) == "BF16" && block_elements(ggml_type::MXFP4) == 32 &&
               block_bytes(ggml_type::NVFP4) == 36);
 
-}  // namespace tetromino::io
+}  // namespace TETROMINO_NAMESPACE::io
