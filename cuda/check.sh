@@ -1,7 +1,8 @@
 #!/bin/bash
 # Builds the CUDA backend with nvcc alone (no CMake), then checks and times it on this machine's GPU.
-#   cuda/check.sh BUILD_FOLDER [OUTPUT_FOLDER] STEP...
-# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, sanitize[:TEST], bench:NAME[:ARGUMENTS]
+#   cuda/check.sh BUILD_FOLDER OUTPUT_FOLDER STEP...
+# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, kernels, sanitize[:TEST],
+# bench:NAME[:ARGUMENTS] (such as "bench:grouped:--tokens 8,64 examples/data qwen3")
 set -u
 cd "$(dirname "$0")/.."
 build=$1
@@ -18,7 +19,7 @@ if [ ! -e "$cuda/lib64/libcublas.so" ]; then
   libraries="-Xlinker $python_cublas -Xlinker $(dirname "$python_cublas")/libcublasLt.so.${python_cublas##*.so.} -Xlinker -rpath=$(dirname "$python_cublas")"
 fi
 
-compile() {  # source → object in the build folder, if anything it could depend on is newer
+compile() {  # source → object in the build folder
   object=$build/$(echo "$1" | tr '/' '_').o
   "$nvcc" $flags -c "$1" -o "$object" 2>"$object.log" || { echo "FAILED to compile $1"; cat "$object.log"; return 1; }
 }
