@@ -3,6 +3,7 @@
 #include <tetromino/dequantize.hpp>
 
 #include <tetromino/quantize.hpp>
+#include <tetromino/simd.hpp>
 
 #include "support/oracle.hpp"
 

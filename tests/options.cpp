@@ -4,6 +4,7 @@
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>
+#include <tetromino/simd.hpp>
 
 #include "support/oracle.hpp"
 

@@ -3,6 +3,7 @@
 #include <tetromino/quantize.hpp>
 
 #include <tetromino/dequantize.hpp>
+#include <tetromino/simd.hpp>
 
 #include "reference/floats.hpp"
 #include "support/oracle.hpp"

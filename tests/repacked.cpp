@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/repacked.hpp>
+#include <tetromino/simd.hpp>
 
 #include "support/matmul_cases.hpp"
 

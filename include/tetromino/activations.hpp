@@ -27,12 +27,14 @@ struct int8_view {
   std::span<Value> values{};
   std::span<scale_value> scales{};
 
-  [[nodiscard]] constexpr std::size_t blocks_per_row() const noexcept { return cols / block + (cols % block != 0); }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t blocks_per_row() const noexcept {
+    return cols / block + (cols % block != 0);
+  }
 
   /// A mutable view is also a read-only one.
   template <class Other>
     requires(std::is_const_v<Other> && !std::is_const_v<Value>)
-  constexpr operator int8_view<Other>() const noexcept {
+  TETROMINO_ABI constexpr operator int8_view<Other>() const noexcept {
     return {rows, cols, values, scales};
   }
 };
@@ -44,16 +46,16 @@ struct int8_matrix {
   std::vector<std::int8_t> values;
   std::vector<float> scales;
 
-  int8_matrix() = default;
-  int8_matrix(std::size_t rows_, std::size_t cols_) : rows(rows_), cols(cols_), values(rows_ * cols_) {
+  TETROMINO_ABI int8_matrix() = default;
+  TETROMINO_ABI int8_matrix(std::size_t rows_, std::size_t cols_) : rows(rows_), cols(cols_), values(rows_ * cols_) {
     scales.resize(rows_ * view().blocks_per_row());
   }
 
-  [[nodiscard]] int8_view<std::int8_t> view() noexcept { return {rows, cols, values, scales}; }
-  [[nodiscard]] int8_view<> view() const noexcept { return {rows, cols, values, scales}; }
+  [[nodiscard]] TETROMINO_ABI int8_view<std::int8_t> view() noexcept { return {rows, cols, values, scales}; }
+  [[nodiscard]] TETROMINO_ABI int8_view<> view() const noexcept { return {rows, cols, values, scales}; }
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// Rounds one block to 8 bits: scale = amax / 127, values to nearest even of x * (127 / amax). Returns false where a
 /// value is not finite.
@@ -117,7 +119,9 @@ std::size_t row_count(const X& x) noexcept {
   }
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Anything that matmul takes as activations: matrices of float, half or bfloat16, int8 activations, packed storage.
 template <class X>
@@ -165,4 +169,6 @@ template <matrix_like Input>
   return try_quantize_int8(x).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE

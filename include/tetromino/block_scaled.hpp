@@ -43,21 +43,29 @@ struct block_scaled_shape {
   std::size_t rows = 0;
   std::size_t cols = 0;
 
-  [[nodiscard]] constexpr std::size_t block() const noexcept { return kind == block_scaled_kind::e4m3_16 ? 16 : 32; }
-  [[nodiscard]] constexpr std::size_t padded_cols() const noexcept { return cols / 64 * 64 + (cols % 64 != 0) * 64; }
-  [[nodiscard]] constexpr std::size_t code_bytes_per_row() const noexcept { return padded_cols() / 2; }
-  [[nodiscard]] constexpr std::size_t scales_per_row() const noexcept { return padded_cols() / block(); }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t block() const noexcept {
+    return kind == block_scaled_kind::e4m3_16 ? 16 : 32;
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t padded_cols() const noexcept {
+    return cols / 64 * 64 + (cols % 64 != 0) * 64;
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t code_bytes_per_row() const noexcept { return padded_cols() / 2; }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t scales_per_row() const noexcept { return padded_cols() / block(); }
   /// Bytes of one matrix's scales, a multiple of 512.
-  [[nodiscard]] constexpr std::size_t scale_bytes_per_matrix() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t scale_bytes_per_matrix() const noexcept {
     return layout::swizzled_bytes(1, rows, scales_per_row());
   }
-  [[nodiscard]] constexpr std::size_t code_bytes() const noexcept { return matrices * rows * code_bytes_per_row(); }
-  [[nodiscard]] constexpr std::size_t scale_bytes() const noexcept { return matrices * scale_bytes_per_matrix(); }
-  [[nodiscard]] constexpr std::size_t factor_count() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t code_bytes() const noexcept {
+    return matrices * rows * code_bytes_per_row();
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t scale_bytes() const noexcept {
+    return matrices * scale_bytes_per_matrix();
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t factor_count() const noexcept {
     return kind == block_scaled_kind::e4m3_16 ? matrices : 0;
   }
 
-  friend constexpr bool operator==(const block_scaled_shape&, const block_scaled_shape&) = default;
+  friend TETROMINO_ABI constexpr bool operator==(const block_scaled_shape&, const block_scaled_shape&) = default;
 };
 
 /// Operands that somebody else owns. `Byte` and `Float` are const for a read-only view.
@@ -69,7 +77,7 @@ struct block_scaled_view {
   std::span<Float> factors{};
 
   /// One matrix of the batch.
-  [[nodiscard]] constexpr block_scaled_view operator[](std::size_t e) const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr block_scaled_view operator[](std::size_t e) const noexcept {
     block_scaled_shape one = shape;
     one.matrices = 1;
     return {one, codes.subspan(e * one.code_bytes(), one.code_bytes()),
@@ -80,7 +88,7 @@ struct block_scaled_view {
   /// A mutable view is also a read-only one.
   template <class OtherByte, class OtherFloat>
     requires(std::is_const_v<OtherByte> && !std::is_const_v<Byte>)
-  constexpr operator block_scaled_view<OtherByte, OtherFloat>() const noexcept {
+  TETROMINO_ABI constexpr operator block_scaled_view<OtherByte, OtherFloat>() const noexcept {
     return {shape, codes, scales, factors};
   }
 };
@@ -93,11 +101,13 @@ struct block_scaled {
   std::vector<float> factors{};
   std::size_t rounded_blocks = 0;  ///< blocks that lost low bits, see repack_to
 
-  [[nodiscard]] block_scaled_view<std::uint8_t, float> view() noexcept { return {shape, codes, scales, factors}; }
-  [[nodiscard]] block_scaled_view<> view() const noexcept { return {shape, codes, scales, factors}; }
+  [[nodiscard]] TETROMINO_ABI block_scaled_view<std::uint8_t, float> view() noexcept {
+    return {shape, codes, scales, factors};
+  }
+  [[nodiscard]] TETROMINO_ABI block_scaled_view<> view() const noexcept { return {shape, codes, scales, factors}; }
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// E4M3 has the powers of two from 2^-9 to 2^8. A matrix's largest E8M0 scale becomes 2^8 and the factor says what it
 /// was; a scale `below` powers of two smaller has this code. Past 17 it stays at 2^-9, and its codes shrink instead.
@@ -172,7 +182,7 @@ result<void> check_block_scaled_sizes(const block_scaled_view<Byte, Float>& view
 }
 
 /// The largest E8M0 code of a matrix's blocks that hold anything but zeros; NaN aside.
-[[nodiscard]] inline std::optional<unsigned> largest_scale(const packed_view<any_format>& matrix) {
+[[nodiscard]] inline std::optional<unsigned> top_scale(const packed_view<any_format>& matrix) {
   const std::size_t block_bytes = matrix.format.block / 2;
   std::optional<unsigned> top;
   for (std::size_t i = 0; i < matrix.scales.size(); ++i) {
@@ -185,7 +195,7 @@ result<void> check_block_scaled_sizes(const block_scaled_view<Byte, Float>& view
 
 /// The scales of an MX matrix as E4M3, each for 16 elements, and its codes. Returns how many blocks lost low bits.
 inline std::size_t rebase(const packed_view<any_format>& from, const block_scaled_view<std::uint8_t, float>& to) {
-  const std::optional<unsigned> top = largest_scale(from);
+  const std::optional<unsigned> top = top_scale(from);
   to.factors[0] = rebased_factor(top.value_or(135));
   const std::size_t block_bytes = from.format.block / 2, blocks = from.shape().blocks_per_row(),
                     repeats = from.format.block / 16, scales_per_row = to.shape.scales_per_row();
@@ -246,7 +256,9 @@ inline std::size_t write_operand(const packed_view<any_format>& in, std::size_t 
   return 0;
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Writes packed storage [matrices, rows, cols] as operands of tensor cores, out.shape, which says the kind. Kind
 /// e8m0_32 takes mxfp4-32; kind e4m3_16 takes nvfp4, and MXFP4 with either block too: a factor for each matrix brings
@@ -307,4 +319,6 @@ template <class Policy, packed_like Storage>
   return try_repack(policy, storage, kind).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE

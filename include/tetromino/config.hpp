@@ -19,13 +19,6 @@
 #include <cstdlib>      // std::abort
 #include <type_traits>  // std::is_constant_evaluated
 
-/// Marks a function that CUDA device code may call too. Expands to nothing outside nvcc.
-#if defined(__CUDACC__)
-#define TETROMINO_HD __host__ __device__
-#else
-#define TETROMINO_HD
-#endif
-
 /// 1 while device code is being compiled, 0 on the host.
 #if defined(__CUDA_ARCH__)
 #define TETROMINO_DEVICE_CODE 1
@@ -42,8 +35,7 @@
 #endif
 
 /// The instruction set that this translation unit is compiled for, as far as the `simd` backend makes use of it.
-/// TETROMINO_ISA is the name of the inline namespace that holds the backend, so that translation units compiled for
-/// different instruction sets can be linked into one program; TETROMINO_VECTOR_BITS is the width of its registers, and
+/// TETROMINO_ISA is its name, TETROMINO_VECTOR_BITS the width of its registers, and
 /// TETROMINO_HAS_FMA, _F16C and _VNNI (with VBMI on AVX-512; the dot product on NEON) are 1 where it may use those.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define TETROMINO_VECTOR_BITS 512
@@ -83,7 +75,15 @@
 #define TETROMINO_HAS_FMA 0
 #define TETROMINO_HAS_F16C 0
 #define TETROMINO_HAS_VNNI 0
+#if defined(__AVX__)
+#define TETROMINO_ISA avx
+#elif defined(__SSE4_1__)
+#define TETROMINO_ISA sse4
+#elif defined(__SSSE3__) || defined(__SSE3__)
+#define TETROMINO_ISA ssse3
+#else
 #define TETROMINO_ISA sse2
+#endif
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 #define TETROMINO_VECTOR_BITS 128
 #define TETROMINO_HAS_FMA 1
@@ -154,15 +154,36 @@
 #define TETROMINO_EXPECTS(condition, message) static_cast<void>(0)
 #endif
 
-namespace TETROMINO_NAMESPACE::detail {
-
 #define TETROMINO_TEXT(x) #x
 #define TETROMINO_TEXT_OF(x) TETROMINO_TEXT(x)
-inline namespace TETROMINO_ISA {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 inline constexpr const char* isa_name = TETROMINO_TEXT_OF(TETROMINO_ISA);
 }
-#undef TETROMINO_TEXT_OF
-#undef TETROMINO_TEXT
+
+/// A kernel of tetromino::cpu shares no code with what the program is made of; see detail/dispatch/instance.hpp.
+#if defined(TETROMINO_CPU_INSTANCE)
+#undef TETROMINO_ISA
+#define TETROMINO_ISA TETROMINO_CPU_INSTANCE
+#endif
+
+/// Translation units compiled for different instruction sets can be linked into one program: data types are the same in
+/// all of them, functions are not, since linkers keep one copy of an inline function, and it could be one that the CPU
+/// at hand cannot run. Functions are in the inline namespace TETROMINO_ISA; members of shared types, which cannot be,
+/// carry its name as a tag. What calls either is one of them.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#define TETROMINO_ABI __attribute__((abi_tag(TETROMINO_TEXT_OF(TETROMINO_ISA))))
+#else
+#define TETROMINO_ABI
+#endif
+
+/// Marks a function that CUDA device code may call too.
+#if defined(__CUDACC__)
+#define TETROMINO_HD __host__ __device__
+#else
+#define TETROMINO_HD TETROMINO_ABI
+#endif
+
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// False whatever T is: for a static_assert that says why a call is wrong.
 template <class T>
@@ -204,4 +225,4 @@ void round_in_place(float (&x)[N]) noexcept {
 #endif
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

@@ -5,6 +5,7 @@
 
 #include "dequantize.hpp"               // dequantize_on
 #include "detail/dispatch/kernels.hpp"  // default_kernels
+#include "hadamard.hpp"                 // rotate_on
 #include "matmul.hpp"                   // matmul_on
 #include "quantize.hpp"                 // quantize_on
 
@@ -22,29 +23,31 @@ struct cpu_t {
   const detail::cpu_kernels* kernels = nullptr;  ///< null: the best, or as the environment says
 
   /// The same policy, with its work split over the caller's executor.
-  [[nodiscard]] constexpr cpu_t on(executor_ref e) const noexcept { return {e, kernels}; }
+  [[nodiscard]] TETROMINO_ABI constexpr cpu_t on(executor_ref e) const noexcept { return {e, kernels}; }
 
   /// The name of the backend in use. Errors: unknown_name, invalid_argument for what TETROMINO_FORCE_BACKEND says.
-  [[nodiscard]] result<std::string_view> try_backend() const {
+  [[nodiscard]] TETROMINO_ABI result<std::string_view> try_backend() const {
     if (kernels != nullptr) return kernels->name;
     const auto& chosen = detail::default_kernels();
     if (!chosen) return chosen.error();
     return (*chosen)->name;
   }
   /// try_backend, throwing its error.
-  [[nodiscard]] std::string_view backend() const { return try_backend().value(); }
+  [[nodiscard]] TETROMINO_ABI std::string_view backend() const { return try_backend().value(); }
 
   /// The same policy on the backend of that name, whatever the environment says. Errors: unknown_name;
   /// invalid_argument where this CPU or this build lacks it.
-  [[nodiscard]] result<cpu_t> try_with(std::string_view name) const {
+  [[nodiscard]] TETROMINO_ABI result<cpu_t> try_with(std::string_view name) const {
     const auto chosen = detail::choose_kernels(std::string(name).c_str());
     if (!chosen) return chosen.error();
     return cpu_t{executor, *chosen};
   }
   /// try_with, throwing its error.
-  [[nodiscard]] cpu_t with(std::string_view name) const { return try_with(name).value(); }
+  [[nodiscard]] TETROMINO_ABI cpu_t with(std::string_view name) const { return try_with(name).value(); }
 };
 inline constexpr cpu_t cpu{};
+
+inline namespace TETROMINO_ISA {
 
 /// The backends that run on this CPU, from the slowest to the fastest: scalar, then sse2, avx2, avx2_vnni, avx512 and
 /// avx512_vnni, or neon and neon_dotprod.
@@ -54,14 +57,18 @@ inline constexpr cpu_t cpu{};
   return out;
 }
 
-namespace detail {
+}  // namespace TETROMINO_ISA
+
+namespace detail::inline TETROMINO_ISA {
 
 inline result<const cpu_kernels*> kernels_of(const cpu_t& policy) {
   if (policy.kernels != nullptr) return policy.kernels;
   return default_kernels();
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// The hooks of the policy; see quantize.hpp.
 template <real T>
@@ -86,9 +93,12 @@ void amax_on(const cpu_t& policy, const batch_view<const T>& in, special_values 
   detail::amax_cpu<T>(policy.executor, in, row_amax, out);
 }
 /// As amax_on.
-inline detail::dispatched_rows rotation_on(const cpu_t& policy) noexcept {
+template <real T>
+result<void> rotate_on(const cpu_t& policy, const detail::rotate_job<T>& job) {
   const auto kernels = detail::kernels_of(policy);
-  return {kernels ? (*kernels)->quantize : detail::supported_kernels().front().quantize};
+  if (!kernels) return rotate_on(scalar.on(policy.executor), job);
+  detail::rotate_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+  return {};
 }
 template <real T>
 result<void> dequantize_on(const cpu_t& policy, const detail::dequantize_job<T>& job) {
@@ -104,4 +114,6 @@ result<void> matmul_on(const cpu_t& policy, const detail::matmul_job<X, Out>& jo
   return {};
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE

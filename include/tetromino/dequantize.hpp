@@ -2,33 +2,31 @@
 
 #include "detail/cpu_backend.hpp"      // dequantize_cpu
 #include "detail/scalar_quantize.hpp"  // scalar_kernels
-#include "execution.hpp"               // scalar_t, simd_t
+#include "execution.hpp"               // scalar_t, attached
 #include "options.hpp"                 // dequantize_job
-#if TETROMINO_SIMD
-#include "detail/simd/quantize.hpp"  // simd_kernels
-#endif
 
 #include <type_traits>  // std::is_const_v
 
-namespace TETROMINO_NAMESPACE {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
-/// The hooks of the CPU backends; see quantize.hpp.
+template <class Policy, class T>
+concept has_dequantize_on = requires(const Policy& policy, const dequantize_job<T>& job) {
+  { dequantize_on(policy, job) } -> std::same_as<result<void>>;
+};
+
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
+
+namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA {
+
+/// The hook of the scalar backend; see quantize.hpp.
 template <real T>
 result<void> dequantize_on(const scalar_t& policy, const detail::dequantize_job<T>& job) {
   return detail::dequantize_cpu<detail::scalar_kernels>(policy.executor, job);
 }
-#if TETROMINO_SIMD
-template <real T>
-result<void> dequantize_on(const simd_t& policy, const detail::dequantize_job<T>& job) {
-  return detail::dequantize_cpu<detail::simd_kernels>(policy.executor, job);
-}
-#endif
 
 /// A policy whose backend can unpack into elements of type T.
 template <class Policy, class T>
-concept can_dequantize = real<T> && requires(const Policy& policy, const detail::dequantize_job<T>& job) {
-  { dequantize_on(policy, job) } -> std::same_as<result<void>>;
-};
+concept can_dequantize = real<T> && detail::attached<Policy, detail::has_dequantize_on<Policy, T>>::value;
 
 /// Unpacks storage [matrices, rows, cols] into `out` of the same shape: float, half or bfloat16 (rounded to nearest
 /// even). A value is q * 2^E for MX formats, float(q / f) * 2^E with a macro-block factor f = 1 + m / 256, and
@@ -72,4 +70,4 @@ template <real T, class Policy, packed_like Packed>
   return try_dequantize<T>(policy, in).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA

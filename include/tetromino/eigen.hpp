@@ -9,7 +9,7 @@
 #include <cstddef>      // std::size_t
 #include <type_traits>  // std::is_const_v
 
-namespace TETROMINO_NAMESPACE {
+namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA {
 
 /// Eigen's row-major matrix of T, the order in which packing reads: K is contiguous.
 template <class T>
@@ -48,4 +48,4 @@ template <class Derived>
       Eigen::OuterStride<>(static_cast<Eigen::Index>(m.row_stride)));
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA

@@ -28,14 +28,14 @@ enum class errc {
 /// Bad data: says what was expected and what came. Thrown at the public door, or returned by the `try_` form of a call.
 class error : public std::runtime_error {
  public:
-  error(errc code, const std::string& message) : std::runtime_error(message), code_(code) {}
-  [[nodiscard]] errc code() const noexcept { return code_; }
+  TETROMINO_ABI error(errc code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  [[nodiscard]] TETROMINO_ABI errc code() const noexcept { return code_; }
 
  private:
   errc code_;
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 [[noreturn]] inline void raise(const error& e) {
 #if TETROMINO_EXCEPTIONS
@@ -68,38 +68,40 @@ template <class... Pieces>
   return out;
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
 
 /// A value, or the error that prevented it. `value()` raises the error; `operator*` expects that there is none.
 template <class T>
 class [[nodiscard]] result {
  public:
-  result(T value) : content_(std::in_place_index<0>, std::move(value)) {}
-  result(tetromino::error e) : content_(std::in_place_index<1>, std::move(e)) {}
+  TETROMINO_ABI result(T value) : content_(std::in_place_index<0>, std::move(value)) {}
+  TETROMINO_ABI result(tetromino::error e) : content_(std::in_place_index<1>, std::move(e)) {}
 
-  [[nodiscard]] bool has_value() const noexcept { return content_.index() == 0; }
-  explicit operator bool() const noexcept { return has_value(); }
+  [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return content_.index() == 0; }
+  TETROMINO_ABI explicit operator bool() const noexcept { return has_value(); }
 
-  T& value() & { return check(), *std::get_if<0>(&content_); }
-  const T& value() const& { return check(), *std::get_if<0>(&content_); }
-  T&& value() && { return check(), std::move(*std::get_if<0>(&content_)); }
+  TETROMINO_ABI T& value() & { return check(), *std::get_if<0>(&content_); }
+  TETROMINO_ABI const T& value() const& { return check(), *std::get_if<0>(&content_); }
+  TETROMINO_ABI T&& value() && { return check(), std::move(*std::get_if<0>(&content_)); }
 
-  T& operator*() & { return expects(), *std::get_if<0>(&content_); }
-  const T& operator*() const& { return expects(), *std::get_if<0>(&content_); }
-  T&& operator*() && { return expects(), std::move(*std::get_if<0>(&content_)); }
-  T* operator->() { return &**this; }
-  const T* operator->() const { return &**this; }
+  TETROMINO_ABI T& operator*() & { return expects(), *std::get_if<0>(&content_); }
+  TETROMINO_ABI const T& operator*() const& { return expects(), *std::get_if<0>(&content_); }
+  TETROMINO_ABI T&& operator*() && { return expects(), std::move(*std::get_if<0>(&content_)); }
+  TETROMINO_ABI T* operator->() { return &**this; }
+  TETROMINO_ABI const T* operator->() const { return &**this; }
 
-  [[nodiscard]] const tetromino::error& error() const {
+  [[nodiscard]] TETROMINO_ABI const tetromino::error& error() const {
     TETROMINO_EXPECTS(!has_value(), "result::error() needs a result that holds an error");
     return *std::get_if<1>(&content_);
   }
 
  private:
-  void check() const {
+  TETROMINO_ABI void check() const {
     if (!has_value()) detail::raise(*std::get_if<1>(&content_));
   }
-  void expects() const { TETROMINO_EXPECTS(has_value(), "result::operator* needs a result that holds a value"); }
+  TETROMINO_ABI void expects() const {
+    TETROMINO_EXPECTS(has_value(), "result::operator* needs a result that holds a value");
+  }
 
   std::variant<T, tetromino::error> content_;
 };
@@ -108,15 +110,15 @@ class [[nodiscard]] result {
 template <>
 class [[nodiscard]] result<void> {
  public:
-  result() = default;
-  result(tetromino::error e) : error_(std::move(e)) {}
+  TETROMINO_ABI result() = default;
+  TETROMINO_ABI result(tetromino::error e) : error_(std::move(e)) {}
 
-  [[nodiscard]] bool has_value() const noexcept { return !error_; }
-  explicit operator bool() const noexcept { return has_value(); }
-  void value() const {
+  [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return !error_; }
+  TETROMINO_ABI explicit operator bool() const noexcept { return has_value(); }
+  TETROMINO_ABI void value() const {
     if (error_) detail::raise(*error_);
   }
-  [[nodiscard]] const tetromino::error& error() const {
+  [[nodiscard]] TETROMINO_ABI const tetromino::error& error() const {
     TETROMINO_EXPECTS(!has_value(), "result::error() needs a result that holds an error");
     return *error_;
   }
@@ -125,4 +127,4 @@ class [[nodiscard]] result<void> {
   std::optional<tetromino::error> error_;
 };
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

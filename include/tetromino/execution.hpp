@@ -20,10 +20,10 @@ class task_ref {
  public:
   template <class F>
     requires(std::invocable<const F&, std::size_t> && !std::same_as<std::remove_cvref_t<F>, task_ref>)
-  constexpr task_ref(const F& f) noexcept
+  TETROMINO_ABI constexpr task_ref(const F& f) noexcept
       : context_(&f), call_([](const void* context, std::size_t i) { (*static_cast<const F*>(context))(i); }) {}
 
-  void operator()(std::size_t index) const { call_(context_, index); }
+  TETROMINO_ABI void operator()(std::size_t index) const { call_(context_, index); }
 
  private:
   const void* context_;
@@ -40,20 +40,20 @@ concept executor = requires(E& e, std::size_t count, task_ref task) {
 /// Refers to a caller's executor, which outlives it; without one, work runs on the calling thread.
 class executor_ref {
  public:
-  constexpr executor_ref() = default;
+  TETROMINO_ABI constexpr executor_ref() = default;
   template <executor E>
     requires(!std::same_as<std::remove_cv_t<E>, executor_ref>)
-  constexpr executor_ref(E& e) noexcept
+  TETROMINO_ABI constexpr executor_ref(E& e) noexcept
       : context_(const_cast<std::remove_const_t<E>*>(&e)),
         run_([](void* context, std::size_t count, task_ref task) { (*static_cast<E*>(context))(count, task); }) {}
 
-  void operator()(std::size_t count, task_ref task) const {
+  TETROMINO_ABI void operator()(std::size_t count, task_ref task) const {
     if (run_ != nullptr && count > 1) return run_(context_, count, task);
     for (std::size_t i = 0; i < count; ++i) task(i);
   }
 
   /// False where work runs on the calling thread alone.
-  [[nodiscard]] constexpr bool is_parallel() const noexcept { return run_ != nullptr; }
+  [[nodiscard]] TETROMINO_ABI constexpr bool is_parallel() const noexcept { return run_ != nullptr; }
 
  private:
   void* context_ = nullptr;
@@ -63,13 +63,13 @@ class executor_ref {
 /// A plain executor: `count` std::threads for the length of one call (the calling thread is one of them).
 class thread_executor {
  public:
-  explicit thread_executor(unsigned count = std::thread::hardware_concurrency()) noexcept
+  TETROMINO_ABI explicit thread_executor(unsigned count = std::thread::hardware_concurrency()) noexcept
       : count_(count == 0 ? 1 : count) {}
 
-  [[nodiscard]] unsigned count() const noexcept { return count_; }
+  [[nodiscard]] TETROMINO_ABI unsigned count() const noexcept { return count_; }
 
   /// Rethrows the first exception that a task let out, after all threads have stopped.
-  void operator()(std::size_t tasks, task_ref task) const {
+  TETROMINO_ABI void operator()(std::size_t tasks, task_ref task) const {
     std::atomic<std::size_t> next{0};
 #if TETROMINO_EXCEPTIONS
     std::exception_ptr failure;
@@ -105,20 +105,20 @@ class thread_executor {
 struct scalar_t {
   executor_ref executor{};
   /// The same policy, with its work split over the caller's executor.
-  [[nodiscard]] constexpr scalar_t on(executor_ref e) const noexcept { return {e}; }
+  [[nodiscard]] TETROMINO_ABI constexpr scalar_t on(executor_ref e) const noexcept { return {e}; }
 };
 inline constexpr scalar_t scalar{};
 
 #if TETROMINO_SIMD
-inline namespace TETROMINO_ISA {  // so that translation units compiled for different instruction sets do not meet
+inline namespace TETROMINO_ISA {
 
-/// Runs on the CPU with the widest vectors that this translation unit is compiled for. Needs xsimd.
+/// Runs on the CPU with the widest vectors that this translation unit is compiled for. Needs simd.hpp, and xsimd.
 struct simd_t {
   executor_ref executor{};
   /// The same policy, with its work split over the caller's executor.
   [[nodiscard]] constexpr simd_t on(executor_ref e) const noexcept { return {e}; }
-  /// The instruction set of these vectors: sse2, avx2, avx2_fma, avx2_f16c, avx2_vnni, avx512, avx512_vnni, neon or
-  /// neon_dotprod.
+  /// The instruction set of these vectors: sse2 (with what it may use besides: ssse3, sse4, avx), avx2, avx2_fma,
+  /// avx2_f16c, avx2_vnni, avx512, avx512_vnni, neon or neon_dotprod.
   [[nodiscard]] constexpr std::string_view isa() const noexcept { return detail::isa_name; }
 };
 inline constexpr simd_t simd{};
@@ -129,7 +129,20 @@ using automatic_t = simd_t;
 using automatic_t = scalar_t;
 #endif
 
-/// The fastest backend that this build allows: simd where xsimd is found, scalar otherwise.
+/// The fastest backend that this build allows: simd where xsimd is found, scalar otherwise. Needs simd.hpp.
 inline constexpr automatic_t automatic{};
 
-}  // namespace tetromino
+namespace detail {
+
+/// Whether a backend declares the hooks of its policy; says which header to include where a known one does not.
+template <class Policy, bool IsAttached>
+struct attached {
+#if TETROMINO_SIMD
+  static_assert(IsAttached || !std::same_as<Policy, simd_t>,
+                "tetromino::simd and tetromino::automatic need #include <tetromino/simd.hpp>");
+#endif
+  static constexpr bool value = IsAttached;
+};
+
+}  // namespace detail
+}  // namespace TETROMINO_NAMESPACE

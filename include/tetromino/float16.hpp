@@ -139,7 +139,7 @@ static_assert(half(65520.0f).bits == 0x7C00 && half(0x1p-25f).bits == 0);
 static_assert(float(bfloat16::from_bits(0x7F7F)) == bfloat16::max && bfloat16(1.0f).bits == 0x3F80);
 static_assert(half(1 + 0x1p-11 + 0x1p-40).bits == 0x3C01);  // as a float it would be a tie, and go down to 1
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// The float value of any input type.
 TETROMINO_HD constexpr float to_float(float x) noexcept { return x; }
@@ -162,5 +162,5 @@ inline constexpr float largest = T::max;
 template <>
 inline constexpr float largest<float> = 0x1.fffffep127f;
 
-}  // namespace detail
-}  // namespace tetromino
+}  // namespace detail::inline TETROMINO_ISA
+}  // namespace TETROMINO_NAMESPACE

@@ -63,16 +63,18 @@ struct any_format {
   std::size_t block = 32;
   std::size_t macro_block = 0;
 
-  constexpr any_format() = default;
-  constexpr any_format(scale_type scale_, std::size_t block_, std::size_t macro_block_) noexcept
+  TETROMINO_ABI constexpr any_format() = default;
+  TETROMINO_ABI constexpr any_format(scale_type scale_, std::size_t block_, std::size_t macro_block_) noexcept
       : scale(scale_), block(block_), macro_block(macro_block_) {}
   template <block_format Format>
     requires(!std::same_as<Format, any_format>)
-  constexpr any_format(const Format& format) noexcept
+  TETROMINO_ABI constexpr any_format(const Format& format) noexcept
       : scale(format.scale), block(format.block), macro_block(format.macro_block) {}
 
-  friend constexpr bool operator==(const any_format&, const any_format&) = default;
+  friend TETROMINO_ABI constexpr bool operator==(const any_format&, const any_format&) = default;
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Bits that a weight takes: 4, its share of the block scale and of the macro-block byte (the tensor scale of NVFP4,
 /// one float for a whole tensor, is not counted).
@@ -81,7 +83,9 @@ struct any_format {
          (format.macro_block == 0 ? 0.0 : 8.0 / static_cast<double>(format.macro_block));
 }
 
+}  // namespace TETROMINO_ISA
+
 static_assert(bits_per_weight(mxfp4{}) == 4.25 && bits_per_weight(nvfp4{}) == 4.5);
 static_assert(bits_per_weight(mbs<mxfp4_16>{}) == 4.5625);
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

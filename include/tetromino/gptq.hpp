@@ -23,21 +23,21 @@ namespace TETROMINO_NAMESPACE {
 /// rows x [cols]. Takes cols^2 doubles, whatever the number of rows.
 class calibration {
  public:
-  explicit calibration(std::size_t cols)
+  TETROMINO_ABI explicit calibration(std::size_t cols)
       : moments_(Eigen::MatrixXd::Zero(static_cast<Eigen::Index>(cols), static_cast<Eigen::Index>(cols))) {}
 
   /// Moments [cols, cols] that were gathered before, of which the lower triangle counts, and of how many rows they are.
-  calibration(Eigen::MatrixXd moments, double rows) : moments_(std::move(moments)), rows_(rows) {
+  TETROMINO_ABI calibration(Eigen::MatrixXd moments, double rows) : moments_(std::move(moments)), rows_(rows) {
     TETROMINO_EXPECTS(moments_.rows() == moments_.cols(), "moments are a square matrix");
   }
 
-  [[nodiscard]] std::size_t cols() const noexcept { return static_cast<std::size_t>(moments_.rows()); }
+  [[nodiscard]] TETROMINO_ABI std::size_t cols() const noexcept { return static_cast<std::size_t>(moments_.rows()); }
   /// Rows seen so far, or their equivalent after blending.
-  [[nodiscard]] double rows() const noexcept { return rows_; }
+  [[nodiscard]] TETROMINO_ABI double rows() const noexcept { return rows_; }
 
   /// Adds activations x[rows, cols]. Errors: shape_mismatch; non_finite.
   template <real T>
-  result<void> try_add(const matrix_view<const T>& x) {
+  TETROMINO_ABI result<void> try_add(const matrix_view<const T>& x) {
     if (x.cols != cols()) {
       return error(errc::shape_mismatch, detail::text("calibration of ", cols(), " columns got rows of ", x.cols));
     }
@@ -62,12 +62,12 @@ class calibration {
     return {};
   }
   template <real T>
-  void add(const matrix_view<const T>& x) {
+  TETROMINO_ABI void add(const matrix_view<const T>& x) {
     try_add(x).value();
   }
 
   /// Joins the moments of other rows to these, such as those of another rank. Pre: the same number of columns.
-  void merge(const calibration& other) {
+  TETROMINO_ABI void merge(const calibration& other) {
     TETROMINO_EXPECTS(other.cols() == cols(), "calibrations that merge have the same columns");
     moments_ += other.moments_;
     rows_ += other.rows_;
@@ -75,7 +75,7 @@ class calibration {
 
   /// These moments with the mean moments of `prior` added as if `strength` more rows had been seen: for an expert that
   /// few calibration tokens reach, with its layer's moments as the prior. Pre: the same number of columns.
-  [[nodiscard]] calibration blended(const calibration& prior, double strength) const {
+  [[nodiscard]] TETROMINO_ABI calibration blended(const calibration& prior, double strength) const {
     TETROMINO_EXPECTS(prior.cols() == cols(), "calibrations that blend have the same columns");
     calibration out = *this;
     if (prior.rows_ == 0) return out;
@@ -85,7 +85,7 @@ class calibration {
   }
 
   /// The moments of the same rows after a rotation, for weights that are rotated alike. Pre: a size that rotate takes.
-  [[nodiscard]] calibration rotated(const hadamard& rotation) const {
+  [[nodiscard]] TETROMINO_ABI calibration rotated(const hadamard& rotation) const {
     TETROMINO_EXPECTS(detail::check_rotation(rotation), "a Hadamard rotation of 16, 32, 64 or 128");
     constexpr std::size_t piece = 128;  // whole blocks of every size
     const detail::row_rotation prepared(rotation, cols());
@@ -107,7 +107,7 @@ class calibration {
 
   /// The mean squared activation of each column: quantize_options::column_weights for weights that meet these
   /// activations. All 1 where nothing was seen.
-  [[nodiscard]] std::vector<float> column_weights() const {
+  [[nodiscard]] TETROMINO_ABI std::vector<float> column_weights() const {
     std::vector<float> weights(cols(), 1.0f);
     for (std::size_t k = 0; k < cols() && rows_ > 0; ++k) {
       const auto i = static_cast<Eigen::Index>(k);
@@ -117,7 +117,7 @@ class calibration {
   }
 
   /// The moments' lower triangle [cols, cols].
-  [[nodiscard]] const Eigen::MatrixXd& moments() const noexcept { return moments_; }
+  [[nodiscard]] TETROMINO_ABI const Eigen::MatrixXd& moments() const noexcept { return moments_; }
 
  private:
   Eigen::MatrixXd moments_;  // the lower triangle counts
@@ -137,7 +137,7 @@ struct gptq_options {
   bool by_activation = false;  ///< columns of large activations first; needs fixed scales
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// Replaces a lower triangular matrix by its inverse, by halves, so that the work is in matrix products.
 inline void invert_lower(Eigen::Ref<Eigen::MatrixXd> m) {
@@ -265,7 +265,9 @@ result<void> refresh_scales(const Policy& policy, const eigen_matrix<float>& w, 
   return {};
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Packs weights w[rows, cols] with error feedback: column after column is rounded, and what rounding did to the
 /// product with the calibration activations is made up for by the columns still to come. The scales are the format's
@@ -418,4 +420,6 @@ template <class Policy, class T, class CalibrationOf>
   return try_gptq(policy, w, r, calibration_of, options, feedback).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE

@@ -4,13 +4,10 @@
 #include "detail/for_each_row.hpp"   // for_each_row
 #include "detail/rotation_part.hpp"  // rotation_part
 #include "error.hpp"                 // error, result
-#include "execution.hpp"             // simd_t
+#include "execution.hpp"             // scalar_t, attached
 #include "float16.hpp"               // to_float, from_float
 #include "matrix.hpp"                // batch_view
 #include "rounding.hpp"              // philox4x32
-#if TETROMINO_SIMD
-#include "detail/simd/hadamard.hpp"  // simd_rotation
-#endif
 
 #include <algorithm>  // std::min
 #include <cstddef>    // std::size_t
@@ -28,10 +25,10 @@ struct hadamard {
   std::size_t size = 32;                     ///< 16, 32, 64 or 128
   std::optional<std::uint64_t> sign_seed{};  ///< column k changes sign where the stream's word k is odd
 
-  friend bool operator==(const hadamard&, const hadamard&) = default;
+  friend TETROMINO_ABI bool operator==(const hadamard&, const hadamard&) = default;
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// Rotates on the CPU, one element at a time as far as the source goes: the reference.
 struct scalar_rotation {
@@ -127,20 +124,11 @@ class row_rotation {
   std::vector<std::uint32_t> signs_;  // sign bits to flip
 };
 
-}  // namespace detail
-
-/// What rotates the rows of a policy: the reference, unless there is something faster for it.
-template <class Policy>
-detail::scalar_rotation rotation_on(const Policy&) noexcept {
-  return {};
-}
-#if TETROMINO_SIMD
-inline detail::simd_rotation rotation_on(const simd_t&) noexcept { return {}; }
-#endif
+}  // namespace detail::inline TETROMINO_ISA
 
 namespace detail {
 
-/// What a backend with memory of its own is asked to rotate; already checked.
+/// What a backend is asked to rotate; already checked.
 template <real T>
 struct rotate_job {
   batch_view<const T> in;
@@ -149,74 +137,101 @@ struct rotate_job {
   bool forward;
 };
 
+}  // namespace detail
+
+namespace detail::inline TETROMINO_ISA {
+
 inline result<void> check_rotation(const hadamard& rotation) {
   if (rotation.size == 16 || rotation.size == 32 || rotation.size == 64 || rotation.size == 128) return {};
   return error(errc::invalid_argument, text("expected a Hadamard rotation of 16, 32, 64 or 128, got ", rotation.size));
 }
 
-/// Rotates rows on the CPU.
-template <bool Forward, class Policy, real T>
-void rotate_rows(const Policy& policy, const batch_view<const T>& in, const row_rotation& prepared,
-                 const batch_view<T>& to) {
-  const auto kernels = rotation_on(policy);
-  for_each_row(policy.executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
-    constexpr std::size_t piece = 1024;
-    float scratch[piece];
-    const T* from = in.row(row / in.rows, row % in.rows);
-    T* target = to.row(row / in.rows, row % in.rows);
-    for (std::size_t k = 0; k < in.cols; k += piece) {
-      const std::size_t n = std::min(piece, in.cols - k);
-      for (std::size_t i = 0; i < n; ++i) scratch[i] = to_float(from[k + i]);
-      if constexpr (Forward) {
-        kernels.rotate(prepared.from(k), scratch, n);
-      } else {
-        kernels.revert(prepared.from(k), scratch, n);
-      }
-      for (std::size_t i = 0; i < n; ++i) target[k + i] = from_float<T>(scratch[i]);
-    }
-  });
-}
-
-template <bool Forward, class Policy, matrix_like Input, class Output>
-result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
+template <matrix_like Input, class Output>
+result<rotate_job<element_of<Input>>> checked(const Input& x, const hadamard& rotation, const Output& out) {
   using T = element_of<Input>;
   const auto in = as_batch(x);
   const batch_view<T> to(out);
-  if (auto valid = check_rotation(rotation); !valid) return valid;
+  if (auto valid = check_rotation(rotation); !valid) return valid.error();
   if (in.matrices != to.matrices || in.rows != to.rows || in.cols != to.cols) {
     return error(errc::shape_mismatch, text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
                                             "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
   }
-  if constexpr (requires(const rotate_job<T>& job) { rotate_on(policy, job); }) {
-    return rotate_on(policy, rotate_job<T>{in, to, rotation, Forward});
-  } else {
-    rotate_rows<Forward>(policy, in, row_rotation(rotation, in.cols), to);
-    return {};
-  }
+  return rotate_job<T>{in, to, rotation, true};
 }
 
-}  // namespace detail
+/// Rotates rows on the CPU with the kernels of one backend.
+template <class Kernels, real T>
+void rotate_cpu(executor_ref executor, const rotate_job<T>& job, const Kernels& kernels = {}) {
+  const auto& in = job.in;
+  const row_rotation prepared(job.rotation, in.cols);
+  for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
+    constexpr std::size_t piece = 1024;
+    float scratch[piece];
+    const T* from = in.row(row / in.rows, row % in.rows);
+    T* to = job.out.row(row / in.rows, row % in.rows);
+    for (std::size_t k = 0; k < in.cols; k += piece) {
+      const std::size_t n = std::min(piece, in.cols - k);
+      for (std::size_t i = 0; i < n; ++i) scratch[i] = to_float(from[k + i]);
+      if (job.forward) {
+        kernels.rotate(prepared.from(k), scratch, n);
+      } else {
+        kernels.revert(prepared.from(k), scratch, n);
+      }
+      for (std::size_t i = 0; i < n; ++i) to[k + i] = from_float<T>(scratch[i]);
+    }
+  });
+}
+
+template <class Policy, class T>
+concept has_rotate_on = requires(const Policy& policy, const rotate_job<T>& job) {
+  { rotate_on(policy, job) } -> std::same_as<result<void>>;
+};
+
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
+
+/// The hook of the scalar backend; see quantize.hpp.
+template <real T>
+result<void> rotate_on(const scalar_t& policy, const detail::rotate_job<T>& job) {
+  detail::rotate_cpu<detail::scalar_rotation>(policy.executor, job);
+  return {};
+}
+
+/// A policy whose backend can rotate elements of type T.
+template <class Policy, class T>
+concept can_rotate = real<T> && detail::attached<Policy, detail::has_rotate_on<Policy, T>>::value;
 
 /// Rotates x[matrices, rows, cols] along its columns into `out` of the same shape and type, which may be x itself.
 /// Arithmetic is in float, in one order on every backend. To rotate and pack in one pass, give the rotation to quantize
 /// (quantize_options::rotation) instead. Errors: shape_mismatch; invalid_argument for another size.
 template <class Policy, matrix_like Input, class Output>
+  requires(can_rotate<Policy, element_of<Input>>)
 result<void> try_rotate(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
-  return detail::try_rotate<true>(policy, x, rotation, out);
+  const auto job = detail::checked(x, rotation, out);
+  if (!job) return job.error();
+  return rotate_on(policy, *job);
 }
 template <class Policy, matrix_like Input, class Output>
+  requires(can_rotate<Policy, element_of<Input>>)
 void rotate(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
   try_rotate(policy, x, rotation, out).value();
 }
 
 /// The inverse of rotate, but for the rounding of each.
 template <class Policy, matrix_like Input, class Output>
+  requires(can_rotate<Policy, element_of<Input>>)
 result<void> try_rotate_back(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
-  return detail::try_rotate<false>(policy, x, rotation, out);
+  auto job = detail::checked(x, rotation, out);
+  if (!job) return job.error();
+  job->forward = false;
+  return rotate_on(policy, *job);
 }
 template <class Policy, matrix_like Input, class Output>
+  requires(can_rotate<Policy, element_of<Input>>)
 void rotate_back(const Policy& policy, const Input& x, const hadamard& rotation, const Output& out) {
   try_rotate_back(policy, x, rotation, out).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+}  // namespace TETROMINO_NAMESPACE

@@ -52,6 +52,8 @@ struct modelopt_view {
   std::span<const float> weight_scale_2{};
 };
 
+inline namespace TETROMINO_ISA {
+
 /// Bytes of block scales [matrices, rows, scales_per_row] in the 128x4 swizzle of cuBLASLt and CUTLASS: tiles of 512
 /// bytes for 128 rows by 4 scales, a whole number of them for each matrix.
 [[nodiscard]] constexpr std::size_t swizzled_bytes(std::size_t matrices, std::size_t rows,
@@ -65,9 +67,11 @@ struct modelopt_view {
   return (r / 128 * ((scales_per_row + 3) / 4) + c / 4) * 512 + r % 32 * 16 + r % 128 / 32 * 4 + c % 4;
 }
 
-}  // namespace tetromino::layout
+}  // namespace TETROMINO_ISA
 
-namespace TETROMINO_NAMESPACE::detail {
+}  // namespace TETROMINO_NAMESPACE::layout
+
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 inline constexpr std::size_t ggml_mxfp4_block_bytes = 17;  // scale, 16 bytes of elements
 inline constexpr std::size_t ggml_nvfp4_block_bytes = 36;  // 4 scales, 32 bytes of elements
@@ -353,9 +357,9 @@ constexpr float reciprocal(float x) noexcept { return 1.0f / x; }
 
 constexpr bool is_positive_finite(float x) noexcept { return x > 0.0f && x <= std::numeric_limits<float>::max(); }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-namespace TETROMINO_NAMESPACE::layout {
+namespace TETROMINO_NAMESPACE::layout::inline TETROMINO_ISA {
 
 /// Linear storage as the tensors of a gpt-oss checkpoint, without a copy. Fails with errc::invalid_argument for another
 /// format than mxfp4, errc::shape_mismatch for K that is no multiple of 32, errc::non_finite for a NaN block scale.
@@ -683,4 +687,4 @@ void deinterleave_rows(const Storage& storage, packed_view<any_format, std::uint
   try_deinterleave_rows(storage, even, odd).value();
 }
 
-}  // namespace tetromino::layout
+}  // namespace TETROMINO_NAMESPACE::layout::inline TETROMINO_ISA

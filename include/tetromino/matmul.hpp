@@ -3,11 +3,8 @@
 #include "activations.hpp"           // activations_like
 #include "detail/cpu_matmul.hpp"     // matmul_job, matmul_cpu
 #include "detail/scalar_matmul.hpp"  // scalar_matmul_kernels
-#include "execution.hpp"             // scalar_t, simd_t
+#include "execution.hpp"             // scalar_t, attached
 #include "options.hpp"               // device_policy
-#if TETROMINO_SIMD
-#include "detail/simd/matmul.hpp"  // simd_matmul_kernels
-#endif
 
 #include <array>        // std::array
 #include <cstddef>      // std::size_t
@@ -16,9 +13,19 @@
 #include <span>         // std::span
 #include <type_traits>  // std::remove_const_t
 
-namespace TETROMINO_NAMESPACE {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
-/// The hooks of the CPU backends. A backend attaches by declaring matmul_on for its policy in the policy's namespace;
+template <class Policy, class X, class Out>
+concept has_matmul_on = requires(const Policy& policy,
+                                 const matmul_job<decltype(as_activations(std::declval<const X&>())), Out>& job) {
+  { matmul_on(policy, job) } -> std::same_as<result<void>>;
+};
+
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
+
+namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA {
+
+/// The hook of the scalar backend. A backend attaches by declaring matmul_on for its policy in the policy's namespace;
 /// the calls below check sizes first. X is batch_view<const T> of float, half or bfloat16, int8_view<>, or
 /// packed_view<any_format>.
 template <class X, real Out>
@@ -26,13 +33,6 @@ result<void> matmul_on(const scalar_t& policy, const detail::matmul_job<X, Out>&
   detail::matmul_cpu<detail::scalar_matmul_kernels>(policy.executor, job);
   return {};
 }
-#if TETROMINO_SIMD
-template <class X, real Out>
-result<void> matmul_on(const simd_t& policy, const detail::matmul_job<X, Out>& job) {
-  detail::matmul_cpu<detail::simd_matmul_kernels>(policy.executor, job);
-  return {};
-}
-#endif
 
 /// Anything that matmul takes as weights: packed storage, or the same bytes in the order of repack.
 template <class Weights>
@@ -40,11 +40,8 @@ concept weights_like = packed_like<Weights> || repacked_like<Weights>;
 
 /// A policy whose backend multiplies activations of this kind into elements of type Out.
 template <class Policy, class X, class Out>
-concept can_matmul = activations_like<X> && real<Out> &&
-    requires(const Policy& policy,
-             const detail::matmul_job<decltype(detail::as_activations(std::declval<const X&>())), Out>& job) {
-  { matmul_on(policy, job) } -> std::same_as<result<void>>;
-};
+concept can_matmul =
+    activations_like<X> && real<Out> && detail::attached<Policy, detail::has_matmul_on<Policy, X, Out>>::value;
 
 /// Multiplies activations by the packed weights of experts: row m of `x` [M, K] belongs to the expert e with
 /// row_offsets[e] <= m < row_offsets[e + 1], and out[m, n] = Σ_k x[m, k] · w[e, n, k] for w [E, N, K]. `row_offsets`
@@ -156,4 +153,4 @@ void matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out>
   try_matmul(policy, x, w, out).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA

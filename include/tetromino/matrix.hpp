@@ -21,7 +21,7 @@ concept real = std::same_as<T, float> || std::same_as<T, half> || std::same_as<T
 template <class Foreign, class T>
 inline constexpr bool holds = std::is_void_v<Foreign> || (std::same_as<Foreign, std::uint16_t> && sizeof(T) == 2);
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// A 16-bit float of the compiler, which has the values of a T.
 template <class Foreign, class T>
@@ -49,7 +49,7 @@ concept holds_elements = !std::same_as<Foreign, T> && (holds<Foreign, T> || nati
 template <class Foreign, class T>
 concept foreign_to = keeps_const<Foreign, T> && holds_elements<std::remove_const_t<Foreign>, std::remove_const_t<T>>;
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
 
 /// A row-major matrix that somebody else owns: element [r, k] is data[r * row_stride + k]. Strides count elements.
 template <class T>
@@ -59,27 +59,30 @@ struct matrix_view {
   std::size_t cols = 0;
   std::size_t row_stride = 0;
 
-  constexpr matrix_view() = default;
+  TETROMINO_ABI constexpr matrix_view() = default;
   /// A dense matrix: rows follow each other without gaps.
-  constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_) : matrix_view(data_, rows_, cols_, cols_) {}
+  TETROMINO_ABI constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_)
+      : matrix_view(data_, rows_, cols_, cols_) {}
   /// Rows that start `row_stride` >= cols elements apart.
-  constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_)
+  TETROMINO_ABI constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_)
       : data(data_), rows(rows_), cols(cols_), row_stride(row_stride_) {
     TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
   }
   /// Memory of another type that holds such elements: `matrix_view<const bfloat16>(words, rows, cols)`.
   template <detail::foreign_to<T> Foreign>
-  matrix_view(Foreign* data_, std::size_t rows_, std::size_t cols_) : matrix_view(data_, rows_, cols_, cols_) {}
+  TETROMINO_ABI matrix_view(Foreign* data_, std::size_t rows_, std::size_t cols_)
+      : matrix_view(data_, rows_, cols_, cols_) {}
   template <detail::foreign_to<T> Foreign>
-  matrix_view(Foreign* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_)
+  TETROMINO_ABI matrix_view(Foreign* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_)
       : matrix_view(detail::elements_at<T>(data_), rows_, cols_, row_stride_) {}
   /// A mutable view is also a read-only one.
   template <class U>
     requires(std::same_as<const U, T> && !std::same_as<U, T>)
-  constexpr matrix_view(const matrix_view<U>& m) noexcept : matrix_view(m.data, m.rows, m.cols, m.row_stride) {}
+  TETROMINO_ABI constexpr matrix_view(const matrix_view<U>& m) noexcept
+      : matrix_view(m.data, m.rows, m.cols, m.row_stride) {}
 
-  [[nodiscard]] constexpr T* row(std::size_t r) const noexcept { return data + r * row_stride; }
-  [[nodiscard]] constexpr T& operator()(std::size_t r, std::size_t k) const noexcept { return row(r)[k]; }
+  [[nodiscard]] TETROMINO_ABI constexpr T* row(std::size_t r) const noexcept { return data + r * row_stride; }
+  [[nodiscard]] TETROMINO_ABI constexpr T& operator()(std::size_t r, std::size_t k) const noexcept { return row(r)[k]; }
 };
 
 /// A batch of equally shaped matrices, such as the experts of a layer [matrices, rows, cols]: element [e, r, k] is
@@ -93,12 +96,12 @@ struct batch_view {
   std::size_t row_stride = 0;
   std::size_t matrix_stride = 0;
 
-  constexpr batch_view() = default;
+  TETROMINO_ABI constexpr batch_view() = default;
   /// A dense batch: [matrices, rows, cols] without gaps.
-  constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_)
+  TETROMINO_ABI constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_)
       : batch_view(data_, matrices_, rows_, cols_, cols_, rows_ * cols_) {}
-  constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_,
-                       std::size_t matrix_stride_)
+  TETROMINO_ABI constexpr batch_view(T* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,
+                                     std::size_t row_stride_, std::size_t matrix_stride_)
       : data(data_),
         matrices(matrices_),
         rows(rows_),
@@ -109,27 +112,27 @@ struct batch_view {
   }
   /// Memory of another type that holds such elements.
   template <detail::foreign_to<T> Foreign>
-  batch_view(Foreign* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_)
+  TETROMINO_ABI batch_view(Foreign* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_)
       : batch_view(data_, matrices_, rows_, cols_, cols_, rows_ * cols_) {}
   template <detail::foreign_to<T> Foreign>
-  batch_view(Foreign* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_,
-             std::size_t matrix_stride_)
+  TETROMINO_ABI batch_view(Foreign* data_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,
+                           std::size_t row_stride_, std::size_t matrix_stride_)
       : batch_view(detail::elements_at<T>(data_), matrices_, rows_, cols_, row_stride_, matrix_stride_) {}
   /// One matrix is a batch of one.
   template <class U>
     requires(std::same_as<const U, const T>)
-  constexpr batch_view(const matrix_view<U>& m) noexcept
+  TETROMINO_ABI constexpr batch_view(const matrix_view<U>& m) noexcept
       : batch_view(m.data, 1, m.rows, m.cols, m.row_stride, m.rows * m.row_stride) {}
   /// A mutable view is also a read-only one.
   template <class U>
     requires(std::same_as<const U, T> && !std::same_as<U, T>)
-  constexpr batch_view(const batch_view<U>& b) noexcept
+  TETROMINO_ABI constexpr batch_view(const batch_view<U>& b) noexcept
       : batch_view(b.data, b.matrices, b.rows, b.cols, b.row_stride, b.matrix_stride) {}
 
-  [[nodiscard]] constexpr T* row(std::size_t e, std::size_t r) const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr T* row(std::size_t e, std::size_t r) const noexcept {
     return data + e * matrix_stride + r * row_stride;
   }
-  [[nodiscard]] constexpr matrix_view<T> operator[](std::size_t e) const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr matrix_view<T> operator[](std::size_t e) const noexcept {
     return {data + e * matrix_stride, rows, cols, row_stride};
   }
 };
@@ -142,18 +145,20 @@ struct matrix {
   std::size_t rows = 0;
   std::size_t cols = 0;
 
-  matrix() = default;
-  matrix(std::size_t rows_, std::size_t cols_) : matrix(1, rows_, cols_) {}
-  matrix(std::size_t matrices_, std::size_t rows_, std::size_t cols_)
+  TETROMINO_ABI matrix() = default;
+  TETROMINO_ABI matrix(std::size_t rows_, std::size_t cols_) : matrix(1, rows_, cols_) {}
+  TETROMINO_ABI matrix(std::size_t matrices_, std::size_t rows_, std::size_t cols_)
       : data(matrices_ * rows_ * cols_), matrices(matrices_), rows(rows_), cols(cols_) {}
 
-  [[nodiscard]] batch_view<T> view() noexcept { return {data.data(), matrices, rows, cols}; }
-  [[nodiscard]] batch_view<const T> view() const noexcept { return {data.data(), matrices, rows, cols}; }
-  [[nodiscard]] T& operator()(std::size_t r, std::size_t k) noexcept { return data[r * cols + k]; }
-  [[nodiscard]] const T& operator()(std::size_t r, std::size_t k) const noexcept { return data[r * cols + k]; }
+  [[nodiscard]] TETROMINO_ABI batch_view<T> view() noexcept { return {data.data(), matrices, rows, cols}; }
+  [[nodiscard]] TETROMINO_ABI batch_view<const T> view() const noexcept { return {data.data(), matrices, rows, cols}; }
+  [[nodiscard]] TETROMINO_ABI T& operator()(std::size_t r, std::size_t k) noexcept { return data[r * cols + k]; }
+  [[nodiscard]] TETROMINO_ABI const T& operator()(std::size_t r, std::size_t k) const noexcept {
+    return data[r * cols + k];
+  }
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 template <class T>
 batch_view<const T> as_batch(const matrix_view<T>& m) noexcept {
@@ -168,7 +173,7 @@ batch_view<const T> as_batch(const matrix<T>& m) noexcept {
   return m.view();
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
 
 /// Anything that can be read as a batch of matrices of float, half or bfloat16.
 template <class View>
@@ -182,4 +187,4 @@ template <matrix_like View>
 using element_of =
     std::remove_const_t<std::remove_pointer_t<decltype(detail::as_batch(std::declval<const View&>()).data)>>;
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

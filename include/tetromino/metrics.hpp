@@ -18,25 +18,29 @@ struct error_report {
   double max_abs_error = 0;
 
   /// Signal to quantization noise in dB: 10 log10(sum x^2 / sum (x - y)^2); infinite without errors.
-  [[nodiscard]] double qsnr() const noexcept {
+  [[nodiscard]] TETROMINO_ABI double qsnr() const noexcept {
     if (sum_squared_errors == 0) return std::numeric_limits<double>::infinity();
     return 10.0 * std::log10(sum_squares / sum_squared_errors);
   }
   /// Mean squared error.
-  [[nodiscard]] double mse() const noexcept { return count == 0 ? 0 : sum_squared_errors / static_cast<double>(count); }
+  [[nodiscard]] TETROMINO_ABI double mse() const noexcept {
+    return count == 0 ? 0 : sum_squared_errors / static_cast<double>(count);
+  }
   /// Mean absolute error.
-  [[nodiscard]] double mae() const noexcept { return count == 0 ? 0 : sum_abs_errors / static_cast<double>(count); }
+  [[nodiscard]] TETROMINO_ABI double mae() const noexcept {
+    return count == 0 ? 0 : sum_abs_errors / static_cast<double>(count);
+  }
   /// Root of the error energy over the signal energy, the relative error in the Frobenius norm.
-  [[nodiscard]] double relative_error() const noexcept {
+  [[nodiscard]] TETROMINO_ABI double relative_error() const noexcept {
     return sum_squared_errors == 0 ? 0 : std::sqrt(sum_squared_errors / sum_squares);
   }
 
   /// Counts one more absolute error for max_abs_error, which stays NaN once there was one.
-  void keep_largest(double abs_error) noexcept {
+  TETROMINO_ABI void keep_largest(double abs_error) noexcept {
     if (abs_error > max_abs_error || abs_error != abs_error) max_abs_error = abs_error;
   }
   /// Joins another report to this one.
-  void add(const error_report& other) noexcept {
+  TETROMINO_ABI void add(const error_report& other) noexcept {
     count += other.count;
     sum_squares += other.sum_squares;
     sum_squared_errors += other.sum_squared_errors;
@@ -44,6 +48,8 @@ struct error_report {
     keep_largest(other.max_abs_error);
   }
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Compares x[matrices, rows, cols] with y of the same shape, of any element types. Errors: shape_mismatch.
 template <matrix_like X, matrix_like Y>
@@ -87,4 +93,6 @@ template <matrix_like X, matrix_like Y>
   return compare(x, y).qsnr();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE

@@ -21,20 +21,26 @@ struct packed_shape {
   std::size_t rows = 0;
   std::size_t cols = 0;
 
-  [[nodiscard]] constexpr std::size_t blocks_per_row() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t blocks_per_row() const noexcept {
     return cols / format.block + (cols % format.block != 0);
   }
-  [[nodiscard]] constexpr std::size_t macros_per_row() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t macros_per_row() const noexcept {
     return format.macro_block == 0 ? 0 : cols / format.macro_block + (cols % format.macro_block != 0);
   }
-  [[nodiscard]] constexpr std::size_t code_bytes_per_row() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t code_bytes_per_row() const noexcept {
     return blocks_per_row() * (format.block / 2);
   }
-  [[nodiscard]] constexpr std::size_t code_bytes() const noexcept { return matrices * rows * code_bytes_per_row(); }
-  [[nodiscard]] constexpr std::size_t scale_bytes() const noexcept { return matrices * rows * blocks_per_row(); }
-  [[nodiscard]] constexpr std::size_t macro_bytes() const noexcept { return matrices * rows * macros_per_row(); }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t code_bytes() const noexcept {
+    return matrices * rows * code_bytes_per_row();
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t scale_bytes() const noexcept {
+    return matrices * rows * blocks_per_row();
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t macro_bytes() const noexcept {
+    return matrices * rows * macros_per_row();
+  }
 
-  friend constexpr bool operator==(const packed_shape&, const packed_shape&) = default;
+  friend TETROMINO_ABI constexpr bool operator==(const packed_shape&, const packed_shape&) = default;
 };
 
 /// Packed 4-bit storage that somebody else owns, in the linear layout of packed_shape. `tensor_scales` holds the decode
@@ -53,26 +59,28 @@ struct packed_view {
   std::span<Byte> macros{};
   std::span<scale_value> tensor_scales{};
 
-  [[nodiscard]] constexpr packed_shape shape() const noexcept { return {any_format(format), matrices, rows, cols}; }
+  [[nodiscard]] TETROMINO_ABI constexpr packed_shape shape() const noexcept {
+    return {any_format(format), matrices, rows, cols};
+  }
 
   /// The decode scale of matrix e (1 for formats without tensor scales).
-  [[nodiscard]] constexpr float tensor_scale(std::size_t e) const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr float tensor_scale(std::size_t e) const noexcept {
     return tensor_scales.empty() ? 1.0f : tensor_scales[tensor_scales.size() == 1 ? 0 : e];
   }
 
   /// Where row r of matrix e starts.
-  [[nodiscard]] constexpr Byte* row_codes(std::size_t e, std::size_t r) const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr Byte* row_codes(std::size_t e, std::size_t r) const noexcept {
     return codes.data() + (e * rows + r) * shape().code_bytes_per_row();
   }
-  [[nodiscard]] constexpr Byte* row_scales(std::size_t e, std::size_t r) const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr Byte* row_scales(std::size_t e, std::size_t r) const noexcept {
     return scales.data() + (e * rows + r) * shape().blocks_per_row();
   }
-  [[nodiscard]] constexpr Byte* row_macros(std::size_t e, std::size_t r) const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr Byte* row_macros(std::size_t e, std::size_t r) const noexcept {
     return macros.data() + (e * rows + r) * shape().macros_per_row();
   }
 
   /// One matrix of the batch.
-  [[nodiscard]] constexpr packed_view operator[](std::size_t e) const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr packed_view operator[](std::size_t e) const noexcept {
     const packed_shape one{any_format(format), 1, rows, cols};
     return {format,
             1,
@@ -88,7 +96,7 @@ struct packed_view {
   template <block_format Other, class OtherByte>
     requires((std::same_as<Other, Format> || std::same_as<Other, any_format>)&&(std::same_as<OtherByte, Byte> ||
                                                                                 std::is_const_v<OtherByte>))
-  constexpr operator packed_view<Other, OtherByte>() const noexcept {
+  TETROMINO_ABI constexpr operator packed_view<Other, OtherByte>() const noexcept {
     return {Other(format), matrices, rows, cols, codes, scales, macros, tensor_scales};
   }
 };
@@ -105,10 +113,10 @@ struct packed {
   std::vector<std::uint8_t> macros;
   std::vector<float> tensor_scales;
 
-  packed() = default;
+  TETROMINO_ABI packed() = default;
   /// Zeroed storage for [matrices, rows, cols]; NVFP4 gets `tensor_scale_count` (1 or matrices) tensor scales.
-  packed(Format format_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,
-         std::size_t tensor_scale_count = 1)
+  TETROMINO_ABI packed(Format format_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,
+                       std::size_t tensor_scale_count = 1)
       : format(format_), matrices(matrices_), rows(rows_), cols(cols_) {
     codes.resize(shape().code_bytes());
     scales.resize(shape().scale_bytes());
@@ -116,22 +124,22 @@ struct packed {
     if (any_format(format).scale == scale_type::e4m3) tensor_scales.resize(tensor_scale_count);
   }
 
-  [[nodiscard]] packed_shape shape() const noexcept { return {any_format(format), matrices, rows, cols}; }
+  [[nodiscard]] TETROMINO_ABI packed_shape shape() const noexcept { return {any_format(format), matrices, rows, cols}; }
 
   /// All bytes of the storage, tensor scales included.
-  [[nodiscard]] std::size_t bytes() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t bytes() const noexcept {
     return codes.size() + scales.size() + macros.size() + tensor_scales.size() * sizeof(float);
   }
 
-  [[nodiscard]] packed_view<Format, std::uint8_t> view() noexcept {
+  [[nodiscard]] TETROMINO_ABI packed_view<Format, std::uint8_t> view() noexcept {
     return {format, matrices, rows, cols, codes, scales, macros, tensor_scales};
   }
-  [[nodiscard]] packed_view<Format> view() const noexcept {
+  [[nodiscard]] TETROMINO_ABI packed_view<Format> view() const noexcept {
     return {format, matrices, rows, cols, codes, scales, macros, tensor_scales};
   }
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 template <block_format Format, class Byte>
 packed_view<any_format> as_packed(const packed_view<Format, Byte>& view) noexcept {
@@ -176,7 +184,7 @@ result<void> check_shape(const packed_shape& shape, const Input& in) {
                                           "], the matrices are [", in.matrices, ", ", in.rows, ", ", in.cols, "]"));
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
 
 /// Anything that can be read as packed 4-bit storage.
 template <class Storage>
@@ -184,4 +192,4 @@ concept packed_like = requires(const Storage& storage) {
   detail::as_packed(storage);
 };
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

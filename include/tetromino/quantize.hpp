@@ -2,18 +2,26 @@
 
 #include "detail/cpu_backend.hpp"      // quantize_cpu
 #include "detail/scalar_quantize.hpp"  // scalar_kernels
-#include "execution.hpp"               // scalar_t, simd_t
+#include "execution.hpp"               // scalar_t, attached
 #include "options.hpp"                 // quantize_options
-#if TETROMINO_SIMD
-#include "detail/simd/quantize.hpp"  // simd_kernels
-#endif
 
 #include <span>         // std::span
 #include <type_traits>  // std::is_const_v
 
 namespace TETROMINO_NAMESPACE {
 
-/// The hooks of the CPU backends. A backend attaches by declaring quantize_on, amax_on, dequantize_on and
+namespace detail::inline TETROMINO_ISA {
+
+template <class Policy, class T>
+concept has_quantize_on = requires(const Policy& policy, const quantize_job<T>& job) {
+  { quantize_on(policy, job) } -> std::same_as<result<void>>;
+};
+
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
+
+/// The hooks of the scalar backend. A backend attaches by declaring quantize_on, amax_on, dequantize_on and
 /// fake_quantize_on for its policy in the policy's namespace; the calls below check sizes and options first.
 template <real T>
 result<void> quantize_on(const scalar_t& policy, const detail::quantize_job<T>& job) {
@@ -28,29 +36,14 @@ void amax_on(const scalar_t& policy, const batch_view<const T>& in, special_valu
   const auto row_amax = [&](const T* x, std::size_t cols) { return detail::scalar_kernels::amax(x, cols, special); };
   detail::amax_cpu<T>(policy.executor, in, row_amax, out);
 }
-#if TETROMINO_SIMD
-template <real T>
-void amax_on(const simd_t& policy, const batch_view<const T>& in, special_values special, std::span<float> out) {
-  const auto row_amax = [&](const T* x, std::size_t cols) { return detail::simd_kernels::amax(x, cols, special); };
-  detail::amax_cpu<T>(policy.executor, in, row_amax, out);
-}
-template <real T>
-result<void> quantize_on(const simd_t& policy, const detail::quantize_job<T>& job) {
-  return detail::quantize_cpu<detail::simd_kernels>(policy.executor, job);
-}
-template <real T>
-result<void> fake_quantize_on(const simd_t& policy, const detail::fake_quantize_job<T>& job) {
-  return detail::fake_quantize_cpu<detail::simd_kernels>(policy.executor, job);
-}
-#endif
 
 /// A policy whose backend can pack elements of type T.
 template <class Policy, class T>
-concept can_quantize = real<T> && requires(const Policy& policy, const detail::quantize_job<T>& job) {
-  { quantize_on(policy, job) } -> std::same_as<result<void>>;
-};
+concept can_quantize = real<T> && detail::attached<Policy, detail::has_quantize_on<Policy, T>>::value;
 
-namespace detail {
+}  // namespace TETROMINO_ISA
+
+namespace detail::inline TETROMINO_ISA {
 
 /// Checks the options against a batch of this shape and format, and the values that they point to where the host can
 /// read those; sets the rule.
@@ -106,7 +99,9 @@ inline result<quantize_options> options_of(const recipe& r, quantize_options opt
   return options;
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// The largest magnitude of x[matrices, rows, cols], from which tensor_scale_for makes an NVFP4 tensor scale: for those
 /// who pack a tensor slice by slice. Blocks of 16 that hold NaN or an infinity are left out, unless special_values is
@@ -246,4 +241,6 @@ void fake_quantize(const Policy& policy, const Input& x, const recipe& r, const 
   try_fake_quantize(policy, x, r, out, options).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE

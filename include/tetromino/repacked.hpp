@@ -6,7 +6,7 @@
 #include "options.hpp"              // device_policy
 #include "packed.hpp"               // packed, packed_view, packed_shape
 
-#include <algorithm>  // std::min
+#include <algorithm>  // std::min, std::fill_n
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 #include <cstring>    // std::memcpy
@@ -23,20 +23,28 @@ struct repacked_shape {
 
   packed_shape linear;
 
-  [[nodiscard]] constexpr std::size_t groups() const noexcept { return (linear.rows + group - 1) / group; }
-  [[nodiscard]] constexpr std::size_t panels() const noexcept { return (linear.cols + panel - 1) / panel; }
-  [[nodiscard]] constexpr std::size_t code_bytes_per_group() const noexcept { return panels() * panel_bytes; }
-  [[nodiscard]] constexpr std::size_t scale_bytes_per_group() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t groups() const noexcept {
+    return (linear.rows + group - 1) / group;
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t panels() const noexcept {
+    return (linear.cols + panel - 1) / panel;
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t code_bytes_per_group() const noexcept {
+    return panels() * panel_bytes;
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t scale_bytes_per_group() const noexcept {
     return panels() * (panel / linear.format.block) * group;
   }
-  [[nodiscard]] constexpr std::size_t macro_bytes_per_group() const noexcept { return linear.macros_per_row() * group; }
-  [[nodiscard]] constexpr std::size_t code_bytes() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t macro_bytes_per_group() const noexcept {
+    return linear.macros_per_row() * group;
+  }
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t code_bytes() const noexcept {
     return linear.matrices * groups() * code_bytes_per_group();
   }
-  [[nodiscard]] constexpr std::size_t scale_bytes() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t scale_bytes() const noexcept {
     return linear.matrices * groups() * scale_bytes_per_group();
   }
-  [[nodiscard]] constexpr std::size_t macro_bytes() const noexcept {
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t macro_bytes() const noexcept {
     return linear.matrices * groups() * macro_bytes_per_group();
   }
 };
@@ -54,7 +62,9 @@ struct repacked_view {
   std::span<const std::uint8_t> macros{};
   std::span<const float> tensor_scales{};
 
-  [[nodiscard]] constexpr repacked_shape shape() const noexcept { return {{format, matrices, rows, cols}}; }
+  [[nodiscard]] TETROMINO_ABI constexpr repacked_shape shape() const noexcept {
+    return {{format, matrices, rows, cols}};
+  }
 };
 
 /// Packed weights in the order in which products on the CPU read them: the bytes of 16 rows side by side, so that a
@@ -65,6 +75,7 @@ struct repacked {
   /// Keeps codes where loads of 64 bytes do not straddle cache lines.
   struct alignas(64) line {
     std::uint8_t bytes[64];
+    line() noexcept {}  // leaves them: zeroing would be vector code in a function of std::vector, which objects share
   };
 
   any_format format{};
@@ -76,21 +87,21 @@ struct repacked {
   std::vector<std::uint8_t> macros;
   std::vector<float> tensor_scales;
 
-  [[nodiscard]] repacked_shape shape() const noexcept { return {{format, matrices, rows, cols}}; }
+  [[nodiscard]] TETROMINO_ABI repacked_shape shape() const noexcept { return {{format, matrices, rows, cols}}; }
 
   /// All bytes of the storage, tensor scales included.
-  [[nodiscard]] std::size_t bytes() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t bytes() const noexcept {
     return codes.size() * sizeof(line) + scales.size() + macros.size() + tensor_scales.size() * sizeof(float);
   }
 
-  [[nodiscard]] repacked_view view() const noexcept {
+  [[nodiscard]] TETROMINO_ABI repacked_view view() const noexcept {
     const std::span<const std::uint8_t> bytes(reinterpret_cast<const std::uint8_t*>(codes.data()),
                                               codes.size() * sizeof(line));
     return {format, matrices, rows, cols, bytes, scales, macros, tensor_scales};
   }
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 inline repacked_view as_repacked(const repacked_view& view) noexcept { return view; }
 inline repacked_view as_repacked(const repacked& storage) noexcept { return storage.view(); }
@@ -141,7 +152,9 @@ TETROMINO_INLINE repacked_place place_of(const repacked_shape& shape, std::size_
           shape.linear.format.macro_block == 0 ? 0 : group * shape.macro_bytes_per_group() + lane};
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Anything that can be read as repacked weights.
 template <class Storage>
@@ -164,6 +177,7 @@ result<repacked> try_repack(const Policy& policy, const Weights& weights) {
   out.macros.resize(shape.macro_bytes());
   out.tensor_scales.assign(w.tensor_scales.begin(), w.tensor_scales.end());
   auto* codes = reinterpret_cast<std::uint8_t*>(out.codes.data());
+  std::fill_n(codes, shape.code_bytes(), std::uint8_t{0});
   // Rows of a group share cache lines, so that a task takes all of them.
   detail::for_each_row(
       policy.executor, w.matrices * shape.groups(), w.cols * repacked_shape::group, [&](std::size_t i) {
@@ -231,4 +245,6 @@ template <class Policy, repacked_like Weights>
   return try_to_packed(policy, weights).value();
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE

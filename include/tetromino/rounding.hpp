@@ -19,6 +19,8 @@ struct philox_words {
   std::uint32_t word[4];
 };
 
+inline namespace TETROMINO_ISA {
+
 /// Philox4x32-10: four random words for a 128-bit counter (here its low 64 bits) under a 64-bit key.
 /// (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
 [[nodiscard]] TETROMINO_HD TETROMINO_INLINE constexpr philox_words philox4x32(std::uint64_t counter,
@@ -63,4 +65,6 @@ static_assert(philox4x32(0, 0).word[0] == 0x6627E8D5u);  // Random123's known an
   return e2m1::from_bits(static_cast<std::uint8_t>((word >> 31) << 3 | static_cast<std::uint32_t>(lower + up)));
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE

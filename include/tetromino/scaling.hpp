@@ -41,14 +41,16 @@ struct recipe {
   /// Reads FORMAT/RULE[/MACRO][/hadamard-N][/gptq], such as "mxfp4-32/floor", "mxfp4-16/oas/mbs-search",
   /// "mxfp4-32/oas/mbs-static@64", "nvfp4/four-over-six" or "mxfp4-16/min-error/mbs-search256@64/hadamard-16/gptq".
   /// Errors: unknown_name, listing what exists; invalid_argument for a rule of another format.
-  static result<recipe> try_parse(std::string_view name);
-  static recipe parse(std::string_view name) { return try_parse(name).value(); }
+  TETROMINO_ABI static result<recipe> try_parse(std::string_view name);
+  TETROMINO_ABI static recipe parse(std::string_view name) { return try_parse(name).value(); }
 
   /// The name that parse() reads back.
-  [[nodiscard]] std::string name() const;
+  [[nodiscard]] TETROMINO_ABI std::string name() const;
 
-  friend bool operator==(const recipe&, const recipe&) = default;
+  friend TETROMINO_ABI bool operator==(const recipe&, const recipe&) = default;
 };
+
+inline namespace TETROMINO_ISA {
 
 /// True where the rule picks scales of this kind.
 [[nodiscard]] constexpr bool has_rule(scale_type scale, scale_rule rule) noexcept {
@@ -107,7 +109,9 @@ static_assert(mx_exponent(7.0f, carry_of(scale_rule::even)) == 1);
 static_assert(mx_exponent(6.0f, carry_of(scale_rule::round_up)) == 0);
 static_assert(mx_exponent(4.0f, carry_of(scale_rule::ceil)) == 0 && mx_exponent(4.1f, carry_of(scale_rule::ceil)) == 1);
 
-namespace detail {
+}  // namespace TETROMINO_ISA
+
+namespace detail::inline TETROMINO_ISA {
 
 struct named_rule {
   std::string_view name;
@@ -145,7 +149,9 @@ inline constexpr std::string_view recipe_help =
     "optionally mbs-static, mbs-search or mbs-search256, with @32, @64, @128 (default) or @256 for the macro block; or "
     "nvfp4 with amax, four-over-six or min-error; then optionally hadamard-16, -32, -64 or -128, then optionally gptq";
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// The rule's name in recipes.
 [[nodiscard]] constexpr std::string_view name_of(scale_rule rule) noexcept {
@@ -159,6 +165,8 @@ inline constexpr std::string_view recipe_help =
 [[nodiscard]] constexpr std::string_view name_of(const any_format& format) noexcept {
   return format.scale == scale_type::e4m3 ? "nvfp4" : format.block == 16 ? "mxfp4-16" : "mxfp4-32";
 }
+
+}  // namespace TETROMINO_ISA
 
 inline std::string recipe::name() const {
   std::string out = detail::text(name_of(format), '/', name_of(rule));
@@ -240,4 +248,4 @@ inline result<recipe> recipe::try_parse(std::string_view name) {
   return out;
 }
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

@@ -8,6 +8,7 @@
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>
+#include <tetromino/simd.hpp>
 
 #include "bench.hpp"
 #include "contender.hpp"

@@ -10,6 +10,7 @@
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
 #include <tetromino/repacked.hpp>
+#include <tetromino/simd.hpp>
 
 #include "bench.hpp"
 #include "reference/generators.hpp"

@@ -7,10 +7,7 @@
 #include <tetromino/cpu.hpp>
 #define TETROMINO_TEST_VECTORS 1
 #else
-#include <tetromino/dequantize.hpp>
-#include <tetromino/hadamard.hpp>
-#include <tetromino/matmul.hpp>
-#include <tetromino/quantize.hpp>
+#include <tetromino/simd.hpp>
 #define TETROMINO_TEST_VECTORS TETROMINO_SIMD
 #endif
 
@@ -19,7 +16,9 @@ namespace tetromino_test {
 
 #if defined(TETROMINO_TEST_CPU)
 inline constexpr tetromino::cpu_t vectors{};
-inline tetromino::detail::dispatched_rows row_kernels() { return rotation_on(vectors); }
+inline tetromino::detail::dispatched_rows row_kernels() {
+  return {tetromino::detail::kernels_of(vectors).value()->quantize};
+}
 #else
 inline constexpr tetromino::simd_t vectors{};
 inline tetromino::detail::simd_kernels row_kernels() { return {}; }

@@ -8,6 +8,7 @@
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
 #include <tetromino/repacked.hpp>
+#include <tetromino/simd.hpp>
 
 #include "reference/generators.hpp"
 

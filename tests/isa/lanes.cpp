@@ -2,7 +2,7 @@
 
 /// What the kernels of the simd backend do in one vector. This file is built once for each instruction set.
 
-#include <tetromino/quantize.hpp>
+#include <tetromino/simd.hpp>
 
 #include "reference/generators.hpp"
 

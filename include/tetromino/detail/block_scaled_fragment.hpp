@@ -7,7 +7,7 @@
 /// Which lane of a warp holds what in a 16 x 8 x 64 product of 4-bit blocks: words of 8 codes along K, of which a row
 /// of 64 columns has 8, and words of the block scales of a row. (PTX ISA 9.0, matrix fragments for mma.m16n8k64, and
 /// block scaling with the selectors of byte and thread 0)
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// A place in the 16 x 8 sums.
 struct fragment_place {
@@ -38,4 +38,4 @@ struct fragment_place {
   return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

@@ -14,7 +14,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// The least of the values that several threads offer.
 class shared_minimum {
@@ -232,4 +232,4 @@ result<void> fake_quantize_cpu(executor_ref executor, const fake_quantize_job<T>
   return {};
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

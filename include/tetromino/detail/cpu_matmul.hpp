@@ -16,8 +16,10 @@ namespace TETROMINO_NAMESPACE::detail {
 struct weights_view : packed_view<any_format> {
   bool is_repacked = false;
 
-  [[nodiscard]] constexpr repacked_shape repacked_sizes() const noexcept { return {shape()}; }
+  [[nodiscard]] TETROMINO_ABI constexpr repacked_shape repacked_sizes() const noexcept { return {shape()}; }
 };
+inline namespace TETROMINO_ISA {
+
 template <packed_like Weights>
 weights_view as_weights(const Weights& weights) noexcept {
   return {as_packed(weights), false};
@@ -32,6 +34,8 @@ inline result<void> check_storage(const weights_view& w) {
   return check_storage(
       repacked_view{w.format, w.matrices, w.rows, w.cols, w.codes, w.scales, w.macros, w.tensor_scales});
 }
+
+}  // namespace TETROMINO_ISA
 
 /// What a backend is asked to multiply; already checked. X is one of the views of as_activations.
 template <class X, real Out>
@@ -78,11 +82,6 @@ struct real_rows {
     return static_cast<element<T>*>(data) + m / rows * matrix_stride + m % rows * row_stride;
   }
 };
-template <class T>
-constexpr auto rows_of(const batch_view<T>& x) noexcept {
-  using pointer = std::conditional_t<std::is_const_v<T>, const void, void>;
-  return real_rows<pointer>{x.data, type_of<std::remove_const_t<T>>, x.rows, x.row_stride, x.matrix_stride};
-}
 
 /// Rows of integers with a scale for each block: 8-bit activations, or packed ones.
 struct integer_rows {
@@ -95,8 +94,6 @@ struct integer_rows {
     return are_packed ? packed.format : any_format{scale_type::e8m0, int8_view<>::block, 0};
   }
 };
-inline integer_rows rows_of(const int8_view<>& x) noexcept { return {false, x, {}}; }
-inline integer_rows rows_of(const packed_view<any_format>& x) noexcept { return {true, {}, x}; }
 
 /// A job as kernels see it, whatever its types: Rows are real_rows or integer_rows.
 template <class Rows>
@@ -107,6 +104,17 @@ struct matmul_product {
 };
 using float_product = matmul_product<real_rows<const void>>;
 using integer_product = matmul_product<integer_rows>;
+
+inline namespace TETROMINO_ISA {
+
+/// The rows of a view, as kernels see them.
+template <class T>
+constexpr auto rows_of(const batch_view<T>& x) noexcept {
+  using pointer = std::conditional_t<std::is_const_v<T>, const void, void>;
+  return real_rows<pointer>{x.data, type_of<std::remove_const_t<T>>, x.rows, x.row_stride, x.matrix_stride};
+}
+inline integer_rows rows_of(const int8_view<>& x) noexcept { return {false, x, {}}; }
+inline integer_rows rows_of(const packed_view<any_format>& x) noexcept { return {true, {}, x}; }
 
 /// Row m of activations, counted through all matrices of a batch.
 struct int8_row {
@@ -179,4 +187,6 @@ void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job, const Kern
                  job.row_offsets, kernels);
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE::detail

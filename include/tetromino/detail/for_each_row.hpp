@@ -5,7 +5,7 @@
 #include <algorithm>  // std::min, std::max
 #include <cstddef>    // std::size_t
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// Rows of a batch, counted through all its matrices, in pieces that are worth a task.
 template <class F>
@@ -20,4 +20,4 @@ void for_each_row(executor_ref executor, std::size_t rows, std::size_t cols, con
   executor((rows + piece - 1) / piece, task);
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

@@ -35,6 +35,8 @@ struct input_row {
   std::uint64_t first_index;  ///< stochastic rounding: position of data[0]
 };
 
+inline namespace TETROMINO_ISA {
+
 inline bool is_finite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7F800000u) != 0x7F800000u; }
 
 /// An input value as the special-value policy sees it: saturating replaces what is not finite.
@@ -47,4 +49,6 @@ float admit(T value, special_values special) {
   return (word >> 31) != 0 ? -largest<T> : largest<T>;
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE::detail

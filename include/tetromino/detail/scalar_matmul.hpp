@@ -11,7 +11,7 @@
 #include <cstdint>    // std::uint8_t
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// The reference backend: one output at a time, one product at a time.
 ///
@@ -123,4 +123,4 @@ struct scalar_matmul_kernels {
   }
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

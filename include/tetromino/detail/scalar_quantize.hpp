@@ -7,7 +7,7 @@
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// The reference backend: one block at a time, one element at a time, in the words of the specification. Every other
 /// backend gives the same bytes.
@@ -282,4 +282,4 @@ struct scalar_kernels : scalar_rotation {
   }
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

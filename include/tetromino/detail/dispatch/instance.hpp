@@ -10,9 +10,6 @@
 #include "../../config.hpp"  // TETROMINO_ISA
 
 #if defined(TETROMINO_CPU_INSTANCE)
-#undef TETROMINO_ISA
-#define TETROMINO_ISA TETROMINO_CPU_INSTANCE
-
 #include "kernels.hpp"  // quantize_table, matmul_table
 #if TETROMINO_CPU_ROWS
 #include "../simd/quantize.hpp"  // simd_kernels
@@ -32,6 +29,6 @@ constinit const matmul_table products_table = table_of<simd_matmul_kernels>::mat
 #endif
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 #endif

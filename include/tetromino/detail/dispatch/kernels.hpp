@@ -52,6 +52,8 @@ result<const cpu_kernels*> choose_kernels(const char* name);
 /// Those that TETROMINO_FORCE_BACKEND names, or the fastest; decided once.
 const result<const cpu_kernels*>& default_kernels();
 
+inline namespace TETROMINO_ISA {
+
 /// A table, in the shape in which quantize_cpu and matmul_cpu expect kernels.
 struct dispatched_rows {
   const quantize_table* table;
@@ -114,4 +116,6 @@ struct table_of {
   static constexpr matmul_table matmul(const char* isa) { return {isa, &Kernels::multiply, &Kernels::multiply}; }
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_ISA
+
+}  // namespace TETROMINO_NAMESPACE::detail

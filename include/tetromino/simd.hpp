@@ -1,0 +1,27 @@
+#pragma once
+
+/// Attaches the `simd` policy, which is also `automatic`: every verb, with the widest vectors that the translation unit
+/// is compiled for. Needs xsimd; without it, `automatic` is `scalar`. tetromino.hpp attaches it to the verbs that it
+/// has, and leaves out products.
+
+#include "detail/simd/quantize_on.hpp"  // quantize_on, amax_on, fake_quantize_on, dequantize_on, rotate_on
+#include "dequantize.hpp"               // dequantize
+#include "hadamard.hpp"                 // rotate
+#include "matmul.hpp"                   // matmul
+#include "quantize.hpp"                 // quantize
+
+#if TETROMINO_SIMD
+
+#include "detail/simd/matmul.hpp"  // simd_matmul_kernels
+
+namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA {
+
+template <class X, real Out>
+result<void> matmul_on(const simd_t& policy, const detail::matmul_job<X, Out>& job) {
+  detail::matmul_cpu<detail::simd_matmul_kernels>(policy.executor, job);
+  return {};
+}
+
+}  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA
+
+#endif

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Usage: link_order.sh COMPILER WORK INCLUDE...
+# Objects compiled for different instruction sets link into one program, in any order, and none runs the other's vector
+# code: no function of ours that they share has any, and the program runs on an old CPU (qemu-x86_64, if it is there).
+# Without optimization the standard library's own templates, such as std::max<float>, are functions that objects share
+# too: then an old CPU can run the program where the plain object comes first.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/link
+compiler=$1 work=$2
+shift 2
+includes=()
+for folder; do [[ -z $folder ]] || includes+=("-I$folder"); done
+if [[ $("$compiler" -dumpmachine) != x86_64-* ]] || ! command -v objdump nm >/dev/null; then
+  echo "skipped: this is not x86-64, or there are no binutils"
+  exit 77
+fi
+mkdir -p "$work"
+old_cpu=$(command -v qemu-x86_64 || true)
+declare -A flags=([plain]="-march=x86-64" [avx2]="-march=x86-64 -mavx2 -mfma"
+  [avx512]="-march=x86-64 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512cd")
+
+# The functions of an object that hold instructions which plain x86-64 lacks: VEX or EVEX encoded.
+vector_code() {
+  objdump -d --no-show-raw-insn "$1" | awk '/^[0-9a-f]+ <.*>:$/ { name = substr($2, 2, length($2) - 3) }
+    $2 ~ /^v/ && $2 !~ /^ver[rw]/ || /%[yz]mm/ { print name }' | sort -u
+}
+# What two objects share, and linkers keep one of: weak functions whose own name is in our namespace.
+shared() {
+  comm -12 <(nm --defined-only "$1" | awk '$2 ~ /^[WVu]$/ { print $3 }' | sort) \
+    <(nm --defined-only "$2" | awk '$2 ~ /^[WVu]$/ { print $3 }' | sort) | grep -E '^_Z(Z|GVZ|T[VTIS]|Th?[0-9_]*)?N?[KVRO]*9tetromino' || true
+}
+
+status=0
+for level in -O0 -O2 -O3; do
+  for set in plain avx2 avx512; do
+    name=wide
+    [[ $set == plain ]] && name=plain
+    # shellcheck disable=SC2086
+    "$compiler" -std=c++20 $level ${flags[$set]} "${includes[@]}" -DSET=$name -DRECIPE='"mxfp4-32/floor"' \
+      -c "$here/verbs.cpp" -o "$work/$set$level.o"
+  done
+  "$compiler" -std=c++20 $level -march=x86-64 "${includes[@]}" -c "$here/main.cpp" -o "$work/main$level.o"
+  for set in avx2 avx512; do
+    plain=$work/plain$level.o wide=$work/$set$level.o main=$work/main$level.o
+    vector_code "$wide" >"$work/vector_code"
+    if ! grep -q 9tetromino "$work/vector_code"; then
+      echo "$set$level: found no vector code of ours at all"
+      status=1
+    fi
+    shared "$plain" "$wide" >"$work/shared"
+    if comm -12 <(sort "$work/shared") "$work/vector_code" | c++filt | grep .; then
+      echo "^ $set$level: shared with code for plain x86-64, and holds vector code"
+      status=1
+    fi
+    for order in "$wide $plain $main" "$main $plain $wide"; do
+      # shellcheck disable=SC2086
+      "$compiler" $order -pthread -o "$work/program"
+      if [[ -n $old_cpu && ($level != -O0 || $order != "$wide"*) ]]; then
+        "$old_cpu" -cpu Nehalem "$work/program" || { echo "$order: $? on an old CPU" && status=1; }
+      fi
+      if grep -qw "${set/512/512vl}" /proc/cpuinfo; then
+        "$work/program" wide || { echo "$order: $? here" && status=1; }
+      fi
+    done
+    echo "$set$level: $(wc -l <"$work/shared") symbols of ours shared"
+  done
+done
+[[ -n $old_cpu ]] || echo "not run on an old CPU: there is no qemu-x86_64"
+exit $status
