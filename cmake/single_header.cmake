@@ -4,7 +4,7 @@
 # where it is needed without one; guards keep the compiler from seeing it twice.
 cmake_minimum_required(VERSION 3.25)
 cmake_path(SET include_root NORMALIZE ${CMAKE_CURRENT_LIST_DIR}/../include)
-set(packages "<(nlohmann|Eigen|fmt)/|<(mpi|nccl)[.]h>|TETROMINO_CPU")
+set(packages "<(nlohmann|Eigen|fmt)/|<(mpi|nccl)[.]h>|include \"detail/dispatch/")
 
 # Appends `file`, and first whatever it includes, to the global property `text`.
 function(expand file condition)

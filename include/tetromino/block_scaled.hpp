@@ -5,7 +5,7 @@
 #include "e8m0.hpp"                 // e8m0
 #include "error.hpp"                // error, result
 #include "detail/for_each_row.hpp"  // for_each_row
-#include "layout.hpp"               // layout::swizzled_bytes, layout::swizzled_offset
+#include "layout/swizzle.hpp"       // layout::swizzled_bytes, layout::swizzled_offset
 #include "options.hpp"              // device_policy
 #include "packed.hpp"               // packed_view, packed_like
 
