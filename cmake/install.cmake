@@ -7,7 +7,7 @@ configure_package_config_file(
   cmake/tetromino-config.cmake.in tetromino-config.cmake INSTALL_DESTINATION ${package_dir}
   NO_SET_AND_CHECK_MACRO)
 set(architecture ARCH_INDEPENDENT)
-if(TETROMINO_CPU OR TETROMINO_CUDA)
+if(TETROMINO_CPU OR TETROMINO_C OR TETROMINO_CUDA)
   set(architecture "")
 endif()
 write_basic_package_version_file(tetromino-config-version.cmake COMPATIBILITY SameMinorVersion ${architecture})

@@ -1,0 +1,1 @@
+#include "interface.c"  // as C++17
