@@ -233,6 +233,14 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
   return out;
 }
 
+/// Blocks of 256 threads that a multiprocessor holds: of 2048 threads, or 1536. (CUDA Programming Guide, "Technical
+/// Specifications per Compute Capability")
+#if defined(__CUDA_ARCH__) && ((__CUDA_ARCH__ > 800 && __CUDA_ARCH__ < 900) || __CUDA_ARCH__ >= 1100)
+inline constexpr unsigned most_blocks_at_once = 6;
+#else
+inline constexpr unsigned most_blocks_at_once = 8;
+#endif
+
 /// Thread blocks that share a multiprocessor: as many as there can be where memory is the limit.
 template <class T, pack_rule Rule, bool Stochastic, pack_source Source>
 [[nodiscard]] constexpr unsigned blocks_at_once() {
@@ -241,9 +249,9 @@ template <class T, pack_rule Rule, bool Stochastic, pack_source Source>
   switch (Rule) {
     case pack_rule::mx:
     case pack_rule::mx_macro:
-      return is_rotated ? 5 : Source == pack_source::transposed ? 6 : 8;
+      return is_rotated ? 5 : Source == pack_source::transposed ? 6 : most_blocks_at_once;
     case pack_rule::nv_amax:
-      return is_rotated ? 5 : Source == pack_source::flat ? 8 : 6;
+      return is_rotated ? 5 : Source == pack_source::flat ? most_blocks_at_once : 6;
     case pack_rule::mx_min_error:
     case pack_rule::mx_macro_search:
       return is_rotated ? 4 : 5;
