@@ -101,6 +101,12 @@ struct block_scaled {
   std::vector<float> factors{};
   std::size_t rounded_blocks = 0;  ///< blocks that lost low bits, see repack_to
 
+  TETROMINO_ABI block_scaled() = default;
+  TETROMINO_ABI block_scaled(const block_scaled&) = default;
+  TETROMINO_ABI block_scaled(block_scaled&&) = default;
+  TETROMINO_ABI block_scaled& operator=(const block_scaled&) = default;
+  TETROMINO_ABI block_scaled& operator=(block_scaled&&) = default;
+
   [[nodiscard]] TETROMINO_ABI block_scaled_view<std::uint8_t, float> view() noexcept {
     return {shape, codes, scales, factors};
   }
@@ -302,7 +308,8 @@ template <class Policy, packed_like Storage>
 result<block_scaled> try_repack(const Policy& policy, const Storage& storage, block_scaled_kind kind) {
   const packed_view<any_format> in = detail::as_packed(storage);
   if (auto fits = detail::check_storage(in); !fits) return fits.error();
-  block_scaled out{{kind, in.matrices, in.rows, in.cols}};
+  block_scaled out;
+  out.shape = {kind, in.matrices, in.rows, in.cols};
   if (auto fits = detail::check_block_scaled(in.shape(), out.shape); !fits) return fits.error();
   out.codes.resize(out.shape.code_bytes());
   out.scales.resize(out.shape.scale_bytes());
