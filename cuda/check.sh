@@ -33,10 +33,10 @@ for step in "$@"; do
   case $name in
     build)
       start=$SECONDS
-      ls cuda/src/*.cu tests/cuda/*.cu tests/bench/cuda_*.cu examples/cuda_*.cu |
+      ls cuda/src/*.cu tests/cuda/*.cu tests/bench/cuda_*.cu examples/*.cu examples/tools/*.cu |
         xargs -P "$(nproc)" -I{} bash -c 'compile {}' || exit 1
       objects=$(ls "$build"/cuda_src_*.o)
-      for program in "$build"/tests_cuda_*.o "$build"/tests_bench_cuda_*.o "$build"/examples_cuda_*.o; do
+      for program in "$build"/tests_cuda_*.o "$build"/tests_bench_cuda_*.o "$build"/examples_*.o; do
         [ -e "$program" ] || continue
         binary=${program%.c*.o}
         ("$nvcc" -o "$binary" "$program" $objects $libraries -lpthread 2>"$binary.link" ||

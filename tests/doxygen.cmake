@@ -1,24 +1,17 @@
-# cmake -D doxygen= -D source= -D work= -P doxygen.cmake: Doxygen reads the public headers; a comment that it cannot make
-# sense of, or a class or enumeration without one, is an error. (A throwing call shares the comment of its try_ form.)
+# cmake -D doxygen= -D source= -D work= -P doxygen.cmake: Doxygen reads the public headers as cmake/Doxyfile says; a comment
+# that it cannot make sense of, or a class or enumeration without one, is an error. (A throwing call shares the comment of
+# its try_ form.)
 cmake_minimum_required(VERSION 3.25)
 file(MAKE_DIRECTORY ${work})
 file(REMOVE ${work}/warnings.log)
 file(
   WRITE ${work}/Doxyfile
   "
-PROJECT_NAME = Tetromino
+@INCLUDE = ${source}/cmake/Doxyfile
 INPUT = ${source}/include/tetromino ${source}/cuda/include/tetromino/cuda.hpp
-RECURSIVE = YES
-FILE_PATTERNS = *.hpp
-EXCLUDE_PATTERNS = */detail/*
-EXCLUDE_SYMBOLS = *::detail *::detail::*
-MACRO_EXPANSION = YES
-EXPAND_ONLY_PREDEF = YES
-PREDEFINED = TETROMINO_HD= TETROMINO_SIMD=1 TETROMINO_EXCEPTIONS=1 TETROMINO_INLINE=inline TETROMINO_ISA=isa TETROMINO_NAMESPACE=tetromino
+USE_MDFILE_AS_MAINPAGE =
 GENERATE_HTML = NO
-GENERATE_LATEX = NO
 GENERATE_XML = YES
-QUIET = YES
 WARN_LOGFILE = ${work}/warnings.log
 OUTPUT_DIRECTORY = ${work}
 ")

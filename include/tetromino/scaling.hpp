@@ -113,6 +113,7 @@ static_assert(mx_exponent(4.0f, carry_of(scale_rule::ceil)) == 0 && mx_exponent(
 
 namespace detail::inline TETROMINO_ISA {
 
+/// A rule and its name in recipes.
 struct named_rule {
   std::string_view name;
   scale_rule rule;
@@ -126,6 +127,7 @@ inline constexpr std::array<named_rule, 8> rule_names{{{"floor", scale_rule::flo
                                                        {"amax", scale_rule::amax},
                                                        {"four-over-six", scale_rule::four_over_six}}};
 
+/// A macro rule and its name in recipes.
 struct named_macro {
   std::string_view name;
   macro_rule rule;

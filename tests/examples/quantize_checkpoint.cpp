@@ -1,6 +1,6 @@
 #include "check.hpp"
 
-#include "../../examples/input_statistics.hpp"
+#include "../../examples/tools/input_statistics.hpp"
 #include "examples/program.hpp"
 #include "reference/numbers.hpp"
 #include "reference/safetensors_reader.hpp"
