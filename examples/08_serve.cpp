@@ -49,7 +49,7 @@ int main(int argc, char** argv) {
   for (const std::int32_t rows : plan.send_counts()) std::printf(" %d", rows);  // as MPI_Alltoallv wants them
 
   // Now and then, a plan for what was seen, and the way there: rounds of transfers beside the traffic.
-  const moe::local_plan next = moe::local(recorded.view(), cluster, {.start = &current});
+  const moe::local_plan next = moe::local(recorded.view(), cluster, {.start = &current, .effort = 0.1});
   const moe::migration way = moe::migrate(current, next.experts, cluster, 3.0 * 7168 * 2048 * 0.53);
   std::printf("\n%zu layers to move, %.1f ms\n", way.layers.size(), 1e3 * way.seconds);
 }
