@@ -3,6 +3,7 @@ set -euo pipefail
 export LC_ALL=C  # compilers and awk speak English here
 unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+case ${TETROMINO_BUILD_DIR:-/} in /*) ;; *) TETROMINO_BUILD_DIR=$PWD/$TETROMINO_BUILD_DIR ;; esac
 
 say() { printf '\n== %s\n' "$*"; }
 fail() {
@@ -71,7 +72,7 @@ configure() {
   local folder=$1 preset=$2
   shift 2
   local options=(-C "$root/cmake/presets/$preset.cmake")
-  mkdir -p "$folder"
+  mkdir -p "$folder" 2>/dev/null || fail "cannot write to $folder; TETROMINO_BUILD_DIR names another folder"
   if [ ! -e "$folder/CMakeCache.txt" ] || ! lasting_settings "$preset" | cmp -s - "$folder/settings"; then
     options+=(--fresh)
     command -v ninja >/dev/null && options+=(-G Ninja)

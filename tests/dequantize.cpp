@@ -3,8 +3,8 @@
 #include <tetromino/dequantize.hpp>
 
 #include <tetromino/quantize.hpp>
-#include <tetromino/simd.hpp>
 
+#include "support/fastest.hpp"
 #include "support/oracle.hpp"
 
 #include <cmath>    // std::isnan, std::isinf
@@ -17,6 +17,7 @@
 namespace {
 
 using namespace tetromino;
+using tetromino_test::fastest;
 using tetromino_test::first_difference;
 
 /// The formats, all macro-block sizes among them.
@@ -94,9 +95,9 @@ TEST_CASE("random bytes unpack into what the oracle unpacks, K = 0 ... 300, ever
       REQUIRE(unpack_and_compare<float>(scalar, p, random) == "");
       REQUIRE(unpack_and_compare<half>(scalar, p, random) == "");
       REQUIRE(unpack_and_compare<bfloat16>(scalar, p, random) == "");
-      REQUIRE(unpack_and_compare<float>(automatic, p, random) == "");
-      REQUIRE(unpack_and_compare<half>(automatic, p, random) == "");
-      REQUIRE(unpack_and_compare<bfloat16>(automatic, p, random) == "");
+      REQUIRE(unpack_and_compare<float>(fastest, p, random) == "");
+      REQUIRE(unpack_and_compare<half>(fastest, p, random) == "");
+      REQUIRE(unpack_and_compare<bfloat16>(fastest, p, random) == "");
     }
   }
 }
@@ -114,9 +115,9 @@ TEST_CASE("every code under every scale and every macro-block byte") {
     for (float& scale : p.tensor_scales) scale = 0.0123f;
     INFO("block " << format.block << ", macro block " << format.macro_block);
     CHECK(unpack_and_compare<float>(scalar, p, random) == "");
-    CHECK(unpack_and_compare<float>(automatic, p, random) == "");
-    CHECK(unpack_and_compare<half>(automatic, p, random) == "");
-    CHECK(unpack_and_compare<bfloat16>(automatic, p, random) == "");
+    CHECK(unpack_and_compare<float>(fastest, p, random) == "");
+    CHECK(unpack_and_compare<half>(fastest, p, random) == "");
+    CHECK(unpack_and_compare<bfloat16>(fastest, p, random) == "");
   }
 }
 
@@ -125,13 +126,13 @@ TEST_CASE("NaN scales make NaN blocks, large ones overflow to infinity") {
   for (std::uint8_t& pair : p.codes) pair = 0x70;  // 0, 6, 0, 6 …
   p.scales[0] = e8m0::nan_bits;
   p.scales[1] = 254;
-  const matrix<float> x = dequantize<float>(automatic, p);
+  const matrix<float> x = dequantize<float>(fastest, p);
   for (std::size_t k = 0; k < 32; ++k) CHECK(std::isnan(x(0, k)));
   for (std::size_t k = 32; k < 64; k += 2) {
     CHECK(x(0, k) == 0);
     CHECK(std::isinf(x(0, k + 1)));
   }
-  const matrix<half> y = dequantize<half>(automatic, p);
+  const matrix<half> y = dequantize<half>(fastest, p);
   CHECK(std::isnan(float(y(0, 0))));
   CHECK(std::isinf(float(y(0, 33))));
 }
@@ -144,8 +145,8 @@ TEST_CASE("unpacking what was packed gives the same elements again") {
     for (int i = 0; i < 50; ++i) {
       tetromino_test::sample<float> x(random, 1, 3, 1 + random.below(200));
       x.fill([&] { return static_cast<float>(random.normal()); });
-      const matrix<float> once = dequantize<float>(automatic, quantize(automatic, x.view, r));
-      const matrix<float> twice = dequantize<float>(automatic, quantize(automatic, once, r));
+      const matrix<float> once = dequantize<float>(fastest, quantize(fastest, x.view, r));
+      const matrix<float> twice = dequantize<float>(fastest, quantize(fastest, once, r));
       INFO(name);
       REQUIRE(once.data == twice.data);
     }
@@ -157,7 +158,7 @@ TEST_CASE("any split of the work unpacks the same") {
   const thread_executor threads(3);
   for (const any_format& format : formats()) {
     const packed<any_format> p = random_storage(format, 2, 90, 1003, random);
-    CHECK(unpack_and_compare<float>(automatic.on(threads), p, random) == "");
+    CHECK(unpack_and_compare<float>(fastest.on(threads), p, random) == "");
     CHECK(unpack_and_compare<bfloat16>(scalar.on(threads), p, random) == "");
   }
 }
@@ -175,10 +176,10 @@ TEST_CASE("storage or output that does not fit is refused") {
   CHECK(code(2, 3, 41) == errc::shape_mismatch);
   p.scales.pop_back();
   CHECK(code(2, 3, 40) == errc::shape_mismatch);
-  CHECK_THROWS_AS(dequantize<float>(automatic, p), tetromino::error);
+  CHECK_THROWS_AS(dequantize<float>(fastest, p), tetromino::error);
   packed<any_format> odd(mxfp4{}, 1, 1, 32);
   odd.format.block = 8;
-  CHECK_THROWS_WITH(dequantize<float>(automatic, odd), tetromino_test::contains("block 8"));
+  CHECK_THROWS_WITH(dequantize<float>(fastest, odd), tetromino_test::contains("block 8"));
   odd.format.block = 0;
-  CHECK_THROWS_WITH(dequantize<float>(automatic, odd), tetromino_test::contains("block 0"));
+  CHECK_THROWS_WITH(dequantize<float>(fastest, odd), tetromino_test::contains("block 0"));
 }

@@ -1,12 +1,17 @@
 #include "check.hpp"
 
+#include <tetromino/dequantize.hpp>
 #include <tetromino/hadamard.hpp>
-#include <tetromino/tetromino.hpp>
+#include <tetromino/metrics.hpp>
+#include <tetromino/quantize.hpp>
+
+#include "support/fastest.hpp"
 
 #include <cmath>
 #include <random>
 
 using namespace tetromino;
+using tetromino_test::fastest;
 
 namespace {
 
@@ -89,7 +94,7 @@ TEST_CASE("packing with a rotation is rotating, then packing") {
       CHECK(got.scales == expected.scales);
       CHECK(got.macros == expected.macros);
       CHECK(got.tensor_scales == expected.tensor_scales);
-      CHECK(quantize(automatic, x, rotated).codes == expected.codes);
+      CHECK(quantize(fastest, x, rotated).codes == expected.codes);
 
       auto back = dequantize<float>(scalar, expected);
       rotate_back(scalar, back, {64}, back.view());
@@ -127,8 +132,8 @@ TEST_CASE("special values under a rotation") {
   matrix<float> out = large;
   const char* const overflows = "one that overflows when rotated at row 1, column 64";
   CHECK_THAT(std::string(try_quantize(scalar, large, r).error().what()), tetromino_test::contains(overflows));
-  CHECK_THAT(std::string(try_quantize(automatic, large, r).error().what()), tetromino_test::contains(overflows));
-  CHECK_THAT(std::string(try_fake_quantize(automatic, large, r, out.view()).error().what()),
+  CHECK_THAT(std::string(try_quantize(fastest, large, r).error().what()), tetromino_test::contains(overflows));
+  CHECK_THAT(std::string(try_fake_quantize(fastest, large, r, out.view()).error().what()),
              tetromino_test::contains(overflows));
   CHECK(std::isnan(dequantize<float>(scalar, quantize(scalar, large, r, {.special = special_values::poison}))(1, 64)));
 

@@ -2,9 +2,11 @@
 
 /// More elements than 32 bits can count. Batches repeat one matrix (a matrix stride of 0), so that memory stays small.
 
-#include <tetromino/tetromino.hpp>
+#include <tetromino/dequantize.hpp>
+#include <tetromino/quantize.hpp>
 
 #include "reference/generators.hpp"
+#include "support/fastest.hpp"
 
 #include <algorithm>  // std::copy, std::equal
 #include <cmath>      // INFINITY
@@ -14,6 +16,7 @@
 #include <vector>     // std::vector
 
 using namespace tetromino;
+using tetromino_test::fastest;
 
 namespace {
 
@@ -40,15 +43,15 @@ TEST_CASE("a batch of more than 2^31 elements", "[.slow]") {
   const batch_view<const bfloat16> x(row.data(), matrices, 1, cols, cols, 0);
   REQUIRE(matrices * cols > std::size_t{1} << 31);
 
-  const auto packed = quantize<mxfp4>(automatic, x);
-  const auto one = quantize<mxfp4>(automatic, x[0]);
+  const auto packed = quantize<mxfp4>(fastest, x);
+  const auto one = quantize<mxfp4>(fastest, x[0]);
   CHECK(repeats(packed.codes, one.codes));
   CHECK(repeats(packed.scales, one.scales));
-  CHECK(amax(automatic, x) == amax(automatic, x[0]));
+  CHECK(amax(fastest, x) == amax(fastest, x[0]));
 
   matrix<float> back(1, cols);  // every matrix is unpacked to the same place, the last one last
-  dequantize_to(automatic, packed, batch_view<float>(back.data.data(), matrices, 1, cols, cols, 0));
-  CHECK(back.data == dequantize<float>(automatic, one).data);
+  dequantize_to(fastest, packed, batch_view<float>(back.data.data(), matrices, 1, cols, cols, 0));
+  CHECK(back.data == dequantize<float>(fastest, one).data);
 }
 
 TEST_CASE("a row of more than 2^31 elements", "[.slow]") {
@@ -60,12 +63,12 @@ TEST_CASE("a row of more than 2^31 elements", "[.slow]") {
   }
   const matrix_view<const bfloat16> x(row.data(), 1, cols), one(piece.data(), 1, pattern);
   for (const char* name : {"mxfp4-16/oas/mbs-static", "nvfp4/amax"}) {
-    const auto packed = quantize(automatic, x, recipe::parse(name)),
-               expected = quantize(automatic, one, recipe::parse(name));
+    const auto packed = quantize(fastest, x, recipe::parse(name)),
+               expected = quantize(fastest, one, recipe::parse(name));
     CHECK(repeats(packed.codes, expected.codes));
     CHECK(repeats(packed.scales, expected.scales));
     if (!packed.macros.empty()) CHECK(repeats(packed.macros, expected.macros));
   }
   row[cols - 1] = bfloat16(INFINITY);
-  CHECK_THROWS_WITH(quantize<nvfp4>(automatic, x), tetromino_test::contains("column " + std::to_string(cols - 1)));
+  CHECK_THROWS_WITH(quantize<nvfp4>(fastest, x), tetromino_test::contains("column " + std::to_string(cols - 1)));
 }

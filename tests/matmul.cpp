@@ -3,8 +3,8 @@
 #include <tetromino/dequantize.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
-#include <tetromino/simd.hpp>
 
+#include "support/fastest.hpp"
 #include "support/matmul_cases.hpp"
 #include "support/oracle.hpp"
 
@@ -13,7 +13,6 @@
 namespace {
 
 using namespace tetromino_test;
-using tetromino::automatic;
 using tetromino::errc;
 using tetromino::matrix;
 using tetromino::scalar;
@@ -31,7 +30,7 @@ TEST_CASE("matmul: every pair of formats and every kind of activation, at ragged
       };
       const std::uint64_t s = random.bits();
       multiply_every_kind(scalar, weights, activations, rows, outputs, cols, s, check);
-      multiply_every_kind(automatic, weights, activations, rows, outputs, cols, s,
+      multiply_every_kind(fastest, weights, activations, rows, outputs, cols, s,
                           [&](double worst, bool agree, const char* what) {
                             check(worst <= static_cast<double>(cols) + 16 ? 0 : worst, agree, what);
                           });
@@ -48,7 +47,7 @@ TEST_CASE("matmul: sums of one block are exact where both sides are integers") {
       std::vector<float> out;
       const std::array<std::uint32_t, 2> all{0, 5};
       CHECK(worst_error(scalar, x, meaning(x), w, all, out) == 0);
-      CHECK(worst_error(automatic, x, meaning(x), w, all, out) == 0);
+      CHECK(worst_error(fastest, x, meaning(x), w, all, out) == 0);
     }
   }
 }
@@ -66,15 +65,15 @@ TEST_CASE("matmul: rows meet the matrix of their expert, whichever are empty") {
     const auto x = random_packed(random, format, offsets.back(), 1, cols);
     std::vector<float> plain, fast, threaded(offsets.back() * outputs);
     CHECK(worst_error(scalar, x, meaning(x), w, offsets, plain) <= static_cast<double>(cols) / 16 + 40);
-    CHECK(worst_error(automatic, x, meaning(x), w, offsets, fast) <= static_cast<double>(cols) + 16);
+    CHECK(worst_error(fastest, x, meaning(x), w, offsets, fast) <= static_cast<double>(cols) + 16);
 
     tetromino::thread_executor threads(3);
-    grouped_matmul(automatic.on(threads), x, w, offsets, matrix_view<float>(threaded.data(), offsets.back(), outputs));
+    grouped_matmul(fastest.on(threads), x, w, offsets, matrix_view<float>(threaded.data(), offsets.back(), outputs));
     CHECK(same_bits(fast, threaded));
     for (std::size_t e = 0; e < experts; ++e) {
       const std::size_t first = offsets[e], count = offsets[e + 1] - first;
       std::vector<float> alone(count * outputs);
-      matmul(automatic, some_rows(x, first, count), w.view()[e], matrix_view<float>(alone.data(), count, outputs));
+      matmul(fastest, some_rows(x, first, count), w.view()[e], matrix_view<float>(alone.data(), count, outputs));
       CHECK(same_bits(alone, std::span(fast).subspan(first * outputs, count * outputs)));
     }
   }
@@ -89,7 +88,7 @@ TEST_CASE("matmul: more rows and outputs than a tile has") {
       const std::array<std::uint32_t, 2> all{0, static_cast<std::uint32_t>(rows)};
       std::vector<float> out;
       CHECK(worst_error(scalar, x, meaning(x), w, all, out) <= 43);
-      CHECK(worst_error(automatic, x, meaning(x), w, all, out) <= 56);
+      CHECK(worst_error(fastest, x, meaning(x), w, all, out) <= 56);
     }
   }
 }
@@ -105,7 +104,7 @@ TEST_CASE("matmul: what quantize packs is multiplied as what dequantize gives") 
     const auto plain_w = tetromino::dequantize<float>(scalar, packed_w);
     const auto plain_x = tetromino::dequantize<float>(scalar, packed_x);
     matrix<float> out(rows, outputs);
-    matmul(automatic, packed_x, packed_w, out.view()[0]);
+    matmul(fastest, packed_x, packed_w, out.view()[0]);
     for (std::size_t m = 0; m < rows; ++m) {
       for (std::size_t n = 0; n < outputs; ++n) {
         double sum = 0, magnitudes = 0;
@@ -133,8 +132,8 @@ TEST_CASE("matmul: outputs of 16 bits are the rounded float outputs") {
   };
   compare(scalar, tetromino::half{});
   compare(scalar, tetromino::bfloat16{});
-  compare(automatic, tetromino::half{});
-  compare(automatic, tetromino::bfloat16{});
+  compare(fastest, tetromino::half{});
+  compare(fastest, tetromino::bfloat16{});
 }
 
 TEST_CASE("matmul: the output may have gaps between its rows, which stay as they are") {
@@ -142,8 +141,8 @@ TEST_CASE("matmul: the output may have gaps between its rows, which stay as they
   const auto w = random_packed(random, tetromino::mxfp4{}, 1, 17, 64);
   const auto x = random_packed(random, tetromino::mxfp4{}, 1, 5, 64);
   std::vector<float> dense(5 * 17), spaced(5 * 20, -1.0f);
-  matmul(automatic, x, w, matrix_view<float>(dense.data(), 5, 17));
-  matmul(automatic, x, w, matrix_view<float>(spaced.data(), 5, 17, 20));
+  matmul(fastest, x, w, matrix_view<float>(dense.data(), 5, 17));
+  matmul(fastest, x, w, matrix_view<float>(spaced.data(), 5, 17, 20));
   for (std::size_t m = 0; m < 5; ++m) {
     for (std::size_t n = 0; n < 20; ++n) CHECK(spaced[m * 20 + n] == (n < 17 ? dense[m * 17 + n] : -1.0f));
   }
@@ -165,7 +164,7 @@ TEST_CASE("matmul: a NaN scale reaches the outputs that meet it, and no others")
       }
     };
     check(scalar);
-    check(automatic);
+    check(fastest);
   }
 }
 
@@ -179,7 +178,7 @@ TEST_CASE("matmul: the smallest and largest scales") {
     matrix<float> out(1, 1);
     matmul(scalar, x, w, out.view()[0]);
     CHECK(static_cast<double>(out(0, 0)) == expected);
-    matmul(automatic, x, w, out.view()[0]);
+    matmul(fastest, x, w, out.view()[0]);
     CHECK(static_cast<double>(out(0, 0)) == expected);
   }
 }
@@ -189,12 +188,12 @@ TEST_CASE("matmul: nothing to multiply") {
   std::vector<float> x(64, 1.0f);
   matrix<float> out(2, 3);
   out.data.assign(6, 5.0f);
-  matmul(automatic, matrix_view<const float>(x.data(), 2, 0), w, out.view()[0]);
+  matmul(fastest, matrix_view<const float>(x.data(), 2, 0), w, out.view()[0]);
   CHECK(out.data == std::vector<float>(6, 0.0f));  // sums of nothing
   matrix<float> empty(2, 0);
-  matmul(automatic, matrix_view<const float>(x.data(), 2, 32), none, empty.view()[0]);
+  matmul(fastest, matrix_view<const float>(x.data(), 2, 32), none, empty.view()[0]);
   matrix<float> no_rows(0, 3);
-  matmul(automatic, matrix_view<const float>(x.data(), 0, 0), w, no_rows.view()[0]);
+  matmul(fastest, matrix_view<const float>(x.data(), 0, 0), w, no_rows.view()[0]);
 }
 
 TEST_CASE("matmul: sizes that do not fit are errors that say so") {

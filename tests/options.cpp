@@ -4,8 +4,8 @@
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>
-#include <tetromino/simd.hpp>
 
+#include "support/fastest.hpp"
 #include "support/oracle.hpp"
 
 #include <array>    // std::array
@@ -22,6 +22,7 @@ namespace {
 using namespace tetromino;
 using tetromino_test::contains;
 using tetromino_test::difference;
+using tetromino_test::fastest;
 using tetromino_test::number;
 using tetromino_test::sample;
 
@@ -73,7 +74,7 @@ void compare_special_values(const recipe& r, special_values special, reference::
                           x.view.rows, x.view.cols, x.values(), options.column_weights);
   INFO(r.name() << " of [" << x.view.matrices << ", " << x.view.rows << ", " << x.view.cols << "]");
   REQUIRE(difference(expected, quantize(scalar, x.view, r, options)) == "");
-  REQUIRE(difference(expected, quantize(automatic, x.view, r, options)) == "");
+  REQUIRE(difference(expected, quantize(fastest, x.view, r, options)) == "");
 }
 
 /// Position of the first element that is not finite, counted through [matrices, rows, cols].
@@ -104,12 +105,12 @@ void expect_rejection(const recipe& r, reference::generator& random) {
     if (x.view.matrices > 1) CHECK_THAT(message, contains("matrix " + std::to_string(row / x.view.rows)));
   };
   check(try_quantize(scalar, x.view, r));
-  check(try_quantize(automatic, x.view, r));
-  check(try_quantize(automatic.on(threads), x.view, r));
+  check(try_quantize(fastest, x.view, r));
+  check(try_quantize(fastest.on(threads), x.view, r));
   if (position != values.size()) {
-    CHECK_THROWS_AS(quantize(automatic, x.view, r), tetromino::error);
+    CHECK_THROWS_AS(quantize(fastest, x.view, r), tetromino::error);
     matrix<T> out(x.view.matrices, x.view.rows, x.view.cols);
-    CHECK(!try_fake_quantize(automatic, x.view, r, out.view()));
+    CHECK(!try_fake_quantize(fastest, x.view, r, out.view()));
   }
 }
 
@@ -157,12 +158,12 @@ TEST_CASE("a poisoned block decodes to NaN, its neighbours are untouched") {
     INFO(r.name());
     quantize_options options;
     options.special = special_values::poison;
-    const matrix<float> clean = dequantize<float>(automatic, quantize(automatic, x, r, options));
+    const matrix<float> clean = dequantize<float>(fastest, quantize(fastest, x, r, options));
     matrix<float> y = x;
     y(0, 97) = infinity;  // in the short last block
     y(0, 1) = not_a_number;
-    const auto got = quantize(automatic, y, r, options);
-    const matrix<float> back = dequantize<float>(automatic, got);
+    const auto got = quantize(fastest, y, r, options);
+    const matrix<float> back = dequantize<float>(fastest, got);
     for (std::size_t k = 0; k < 100; ++k) {
       const bool poisoned = k / r.format.block == 0 || k / r.format.block == 97 / r.format.block;
       CHECK(std::isnan(back(0, k)) == poisoned);
@@ -181,7 +182,7 @@ TEST_CASE("saturated infinities are the largest finite values of the input type"
   x(0, 1) = number<half>(-infinity);
   x(0, 2) = number<half>(not_a_number);
   const matrix<float> back =
-      dequantize<float>(automatic, quantize(automatic, x, recipe::parse("mxfp4-32/round-up"), options));
+      dequantize<float>(fastest, quantize(fastest, x, recipe::parse("mxfp4-32/round-up"), options));
   CHECK(back(0, 0) == 65536.0f);  // 65504 = 3.998 · 2^14, rounded to 4 · 2^14
   CHECK(back(0, 1) == -65536.0f);
   CHECK(back(0, 2) == 0.0f);
@@ -195,16 +196,16 @@ TEST_CASE("a weight counts as often as the error it weighs") {
   for (const recipe& r : recipes_of_every_rule()) {
     INFO(r.name());
     quantize_options options;
-    const auto plain = quantize(automatic, x.view, r, options);
+    const auto plain = quantize(fastest, x.view, r, options);
     options.column_weights = ones;
-    CHECK(quantize(automatic, x.view, r, options).scales == plain.scales);
+    CHECK(quantize(fastest, x.view, r, options).scales == plain.scales);
     options.column_weights = fours;
-    const auto weighted = quantize(automatic, x.view, r, options);
+    const auto weighted = quantize(fastest, x.view, r, options);
     CHECK(weighted.scales == plain.scales);
     CHECK(weighted.codes == plain.codes);
     CHECK(weighted.macros == plain.macros);
     options.column_weights = std::span<const float>(ones.data(), 0);  // no weights, though not a null pointer
-    CHECK(quantize(automatic, x.view, r, options).codes == plain.codes);
+    CHECK(quantize(fastest, x.view, r, options).codes == plain.codes);
   }
 }
 
@@ -221,7 +222,7 @@ TEST_CASE("weights without a preference keep the larger scale, overflowing ones 
       const reference::packed expected =
           reference::quantize(tetromino_test::oracle_of(r, options, 0), 1, 2, 80, x.values(), weights);
       REQUIRE(difference(expected, quantize(scalar, x.view, r, options)) == "");
-      REQUIRE(difference(expected, quantize(automatic, x.view, r, options)) == "");
+      REQUIRE(difference(expected, quantize(fastest, x.view, r, options)) == "");
     }
   }
 }
@@ -235,8 +236,7 @@ TEST_CASE("weights pull the scale to the columns that matter") {
     std::vector<float> weights(128, 0.01f);
     for (std::size_t k = 0; k < 128; k += 16) weights[k] = 1.0f;
     const auto weighted_error = [&](const quantize_options& options) {
-      const matrix<float> back =
-          dequantize<float>(automatic, quantize(automatic, x.view, recipe::parse(name), options));
+      const matrix<float> back = dequantize<float>(fastest, quantize(fastest, x.view, recipe::parse(name), options));
       double error = 0;
       for (std::size_t r = 0; r < 64; ++r) {
         for (std::size_t k = 0; k < 128; ++k) {
@@ -266,7 +266,7 @@ TEST_CASE("given tensor scales, also those that are far off") {
       const reference::packed expected =
           reference::quantize(tetromino_test::oracle_of(r, options, 0), 2, 2, 100, x.values());
       REQUIRE(difference(expected, quantize(scalar, x.view, r, options)) == "");
-      REQUIRE(difference(expected, quantize(automatic, x.view, r, options)) == "");
+      REQUIRE(difference(expected, quantize(fastest, x.view, r, options)) == "");
     }
   }
 }
@@ -288,7 +288,7 @@ TEST_CASE("NVFP4 blocks at the bottom of the float range") {
         const reference::packed expected =
             reference::quantize(tetromino_test::oracle_of(r, {}, 0), 1, 2, 64, x.values());
         REQUIRE(difference(expected, quantize(scalar, x.view, r)) == "");
-        REQUIRE(difference(expected, quantize(automatic, x.view, r)) == "");
+        REQUIRE(difference(expected, quantize(fastest, x.view, r)) == "");
       }
     }
   }

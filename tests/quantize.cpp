@@ -3,9 +3,9 @@
 #include <tetromino/quantize.hpp>
 
 #include <tetromino/dequantize.hpp>
-#include <tetromino/simd.hpp>
 
 #include "reference/floats.hpp"
+#include "support/fastest.hpp"
 #include "support/oracle.hpp"
 
 #include <algorithm>  // std::fill, std::count, std::copy, std::equal, std::min
@@ -22,6 +22,7 @@ namespace {
 
 using namespace tetromino;
 using tetromino_test::difference;
+using tetromino_test::fastest;
 using tetromino_test::number;
 using tetromino_test::sample;
 
@@ -69,7 +70,7 @@ void compare_with_oracle(const recipe& r, std::size_t cols, reference::generator
   INFO(describe(r, matrices, rows, cols) << (weights.empty() ? "" : ", weighted")
                                          << (options.rounding == element_rounding::stochastic ? ", stochastic" : ""));
   REQUIRE(difference(expected, quantize(scalar, x.view, r, options)) == "");
-  REQUIRE(difference(expected, quantize(automatic, x.view, r, options)) == "");
+  REQUIRE(difference(expected, quantize(fastest, x.view, r, options)) == "");
 }
 
 void compare_with_oracle(const recipe& r, std::size_t cols, reference::generator& random, std::size_t type) {
@@ -131,7 +132,7 @@ void pack_all(value_function value, double first, double limit, unsigned scale, 
   }
   x.resize((x.size() + Format::block - 1) / Format::block * Format::block, number<Element>(0));
   const matrix_view<const Element> view(x.data(), x.size() / Format::block, Format::block);
-  const packed<Format> got = quantize<Format>(automatic, view, options);
+  const packed<Format> got = quantize<Format>(fastest, view, options);
   for (std::size_t b = 0; b < got.scales.size(); ++b) {
     found.compare(static_cast<std::uint32_t>(b), scale, got.scales[b]);
   }
@@ -251,7 +252,7 @@ TEST_CASE("the ends of the scale range: largest floats, subnormals, zero blocks"
       INFO(describe(r, 1, 1, x.view.cols) << ", 2^" << exponent);
       const reference::packed expected = expected_bytes(r, {}, x);
       REQUIRE(difference(expected, quantize(scalar, x.view, r)) == "");
-      REQUIRE(difference(expected, quantize(automatic, x.view, r)) == "");
+      REQUIRE(difference(expected, quantize(fastest, x.view, r)) == "");
     }
   }
 }
@@ -263,12 +264,12 @@ TEST_CASE("a zero block has code 0 throughout, a zero among others keeps its sig
   for (const char* name :
        {"mxfp4-32/oas", "mxfp4-32/oas/mbs-search", "mxfp4-32/floor/mbs-static@32", "nvfp4/amax", "nvfp4/min-error"}) {
     INFO(name);
-    const auto got = quantize(automatic, x, recipe::parse(name));
+    const auto got = quantize(fastest, x, recipe::parse(name));
     const std::size_t zero_bytes = 16;
     CHECK(std::count(got.codes.begin(), got.codes.begin() + zero_bytes, 0) == zero_bytes);
     CHECK(got.scales[0] == 0);
     CHECK((got.codes[16 + 3] & 0xF) == 8);
-    const matrix<float> back = dequantize<float>(automatic, got);
+    const matrix<float> back = dequantize<float>(fastest, got);
     CHECK(!std::signbit(back(0, 0)));
     CHECK(std::signbit(back(0, 41)));
   }
@@ -282,9 +283,9 @@ TEST_CASE("a format type packs as the recipe of its default rules, whatever the 
     INFO(name);
     const packed<any_format> expected = quantize(scalar, x.view, recipe::parse(name));
     CHECK(same_bytes(quantize<format_type>(scalar, x.view), expected));
-    CHECK(same_bytes(try_quantize(automatic, x.view, any_format(format)).value(), expected));
+    CHECK(same_bytes(try_quantize(fastest, x.view, any_format(format)).value(), expected));
     packed<format_type> storage(format, 2, 3, 200);
-    quantize_to(automatic, x.view, storage.view());
+    quantize_to(fastest, x.view, storage.view());
     CHECK(same_bytes(storage, expected));
     const matrix_view<const bfloat16> one(x.view.row(1, 0), 3, 200, x.view.row_stride);
     CHECK(quantize<format_type>(scalar, one).scales == quantize<format_type>(scalar, x.view[1]).scales);
@@ -305,12 +306,12 @@ TEST_CASE("empty tensors pack into nothing") {
     for (const auto& [matrices, rows, cols] :
          {std::array<std::size_t, 3>{0, 4, 64}, {2, 0, 64}, {2, 4, 0}, {0, 0, 0}}) {
       const matrix<half> x(matrices, rows, cols);
-      const packed<any_format> got = quantize(automatic, x, r);
+      const packed<any_format> got = quantize(fastest, x, r);
       CHECK(got.codes.empty());
       CHECK(got.scales.empty());
       CHECK(got.macros.empty());
       CHECK(same_bytes(quantize(scalar.on(threads), x, r), got));
-      CHECK(dequantize<half>(automatic, got).data.empty());
+      CHECK(dequantize<half>(fastest, got).data.empty());
     }
   }
 }
@@ -328,9 +329,9 @@ TEST_CASE("any split of the work gives the same bytes") {
       options.first_index = 5;
       options.rounding = stochastic ? element_rounding::stochastic : element_rounding::nearest_even;
       options.scope = tensor_scale_scope::per_matrix;
-      const packed<any_format> whole = quantize(automatic, x.view, r, options);
-      CHECK(same_bytes(quantize(automatic.on(threads), x.view, r, options), whole));
-      CHECK(same_bytes(quantize(automatic.on(reversed), x.view, r, options), whole));
+      const packed<any_format> whole = quantize(fastest, x.view, r, options);
+      CHECK(same_bytes(quantize(fastest.on(threads), x.view, r, options), whole));
+      CHECK(same_bytes(quantize(fastest.on(reversed), x.view, r, options), whole));
 
       // Slices of whole rows, packed apart: the caller carries the tensor scale and the position in the stream.
       packed<any_format> joined(r.format, 3, 60, 1010, 3);
@@ -379,7 +380,7 @@ TEST_CASE("storage of the caller is written in full and nothing around it") {
         const auto inside = [](std::vector<std::uint8_t>& bytes) {
           return std::span(bytes).subspan(guard, bytes.size() - 2 * guard);
         };
-        quantize_to(automatic, x.view,
+        quantize_to(fastest, x.view,
                     packed_view<any_format, std::uint8_t>{r.format, 2, 3, cols, inside(codes), inside(scales),
                                                           inside(macros), tensor_scales},
                     options);
@@ -403,7 +404,7 @@ TEST_CASE("the largest magnitude of a batch") {
     const sample<bfloat16> x(random, 1 + random.below(3), 1 + random.below(3), random.below(100));
     const float expected = reference::amax(x.values());
     CHECK(amax(scalar, x.view) == expected);
-    CHECK(amax(automatic, x.view) == expected);
+    CHECK(amax(fastest, x.view) == expected);
   }
 }
 
@@ -424,7 +425,7 @@ void compare_round_trips(const recipe& r, std::size_t cols, const quantize_optio
 
   sample<T> in_place = x;
   in_place.view.data = in_place.memory.data() + (x.view.data - x.memory.data());
-  fake_quantize(automatic, in_place.view, r, in_place.view, options);
+  fake_quantize(fastest, in_place.view, r, in_place.view, options);
   REQUIRE(tetromino_test::first_difference("in place", values, in_place.values()) == "");
 }
 

@@ -1,14 +1,13 @@
 #include "check.hpp"
 
 #include <tetromino/repacked.hpp>
-#include <tetromino/simd.hpp>
 
+#include "support/fastest.hpp"
 #include "support/matmul_cases.hpp"
 
 namespace {
 
 using namespace tetromino_test;
-using tetromino::automatic;
 using tetromino::errc;
 using tetromino::matrix;
 using tetromino::scalar;
@@ -20,7 +19,7 @@ TEST_CASE("repacked weights have their bytes where the layout says, and the way 
       const std::size_t matrices = 1 + random.below(3), rows = 1 + random.below(50), cols = 1 + random.below(400);
       const auto w = random_packed(random, format, matrices, rows, cols);
       const tetromino::thread_executor threads(3);
-      const auto fast = round % 2 == 0 ? tetromino::repack(scalar, w) : tetromino::repack(automatic.on(threads), w);
+      const auto fast = round % 2 == 0 ? tetromino::repack(scalar, w) : tetromino::repack(fastest.on(threads), w);
       const auto view = fast.view();
       const std::size_t blocks = (cols + format.block - 1) / format.block, bytes = blocks * format.block / 2;
       const std::size_t panels = (cols + 31) / 32, groups = (rows + 15) / 16, per_panel = 32 / format.block;
@@ -43,7 +42,7 @@ TEST_CASE("repacked weights have their bytes where the layout says, and the way 
         }
       }
       CHECK(wrong == 0);
-      const auto back = tetromino::to_packed(automatic.on(threads), fast);
+      const auto back = tetromino::to_packed(fastest.on(threads), fast);
       CHECK(back.shape() == w.shape());
       CHECK(back.codes == w.codes);
       CHECK(back.scales == w.scales);
@@ -64,7 +63,7 @@ TEST_CASE("repacked weights of experts give the bits of packed ones") {
     }
     const std::size_t rows = offsets.back();
     const auto w = random_packed(random, format, experts, outputs, cols);
-    const auto fast = tetromino::repack(automatic, w);
+    const auto fast = tetromino::repack(fastest, w);
     const auto check = [&](const auto& policy, const auto& x) {
       std::vector<float> expected(rows * outputs), got(rows * outputs);
       grouped_matmul(policy, x, w, offsets, matrix_view<float>(expected.data(), rows, outputs));
@@ -75,9 +74,9 @@ TEST_CASE("repacked weights of experts give the bits of packed ones") {
     };
     const std::vector<float> x = reference::normal_sample(random.bits(), rows * cols);
     const tetromino::thread_executor threads(2);
-    check(automatic.on(threads), matrix_view<const float>(x.data(), rows, cols));
-    check(automatic.on(threads), random_int8(random, rows, cols));
-    check(automatic, random_packed(random, all_formats()[random.below(all_formats().size())], rows, 1, cols));
+    check(fastest.on(threads), matrix_view<const float>(x.data(), rows, cols));
+    check(fastest.on(threads), random_int8(random, rows, cols));
+    check(fastest, random_packed(random, all_formats()[random.below(all_formats().size())], rows, 1, cols));
     check(scalar, random_int8(random, rows, cols));
   }
 }
@@ -94,7 +93,7 @@ TEST_CASE("integer products are the same bits on scalar and vectors, NaN scales 
     const auto check = [&](const auto& x) {
       std::vector<float> expected(rows * outputs), got(rows * outputs);
       matmul(scalar, x, w, matrix_view<float>(expected.data(), rows, outputs));
-      matmul(automatic, x, w, matrix_view<float>(got.data(), rows, outputs));
+      matmul(fastest, x, w, matrix_view<float>(got.data(), rows, outputs));
       std::size_t wrong = 0;
       for (std::size_t i = 0; i < got.size(); ++i) {
         const bool are_nan = std::isnan(got[i]) && std::isnan(expected[i]);
@@ -120,7 +119,7 @@ TEST_CASE("integer products of blocks of zeros, which have the least scale, and 
     for (auto& scale : w.scales) scale = static_cast<std::uint8_t>(random.below(256));
     std::vector<float> expected(5 * 20), got(5 * 20);
     matmul(scalar, x, w, matrix_view<float>(expected.data(), 5, 20));
-    matmul(automatic, x, w, matrix_view<float>(got.data(), 5, 20));
+    matmul(fastest, x, w, matrix_view<float>(got.data(), 5, 20));
     for (std::size_t i = 0; i < got.size(); ++i) {
       CHECK((std::isnan(got[i]) ? std::isnan(expected[i]) : got[i] == expected[i]));
     }
@@ -134,7 +133,7 @@ TEST_CASE("repacked storage that does not have its size is an error that says so
   const auto x = random_int8(random, 2, 64);
   matrix<float> out(2, 3);
   const auto check = [&](const tetromino::repacked& w, const char* what) {
-    const auto result = tetromino::try_matmul(automatic, x, w, out.view()[0]);
+    const auto result = tetromino::try_matmul(fastest, x, w, out.view()[0]);
     REQUIRE_FALSE(result);
     CHECK(result.error().code() == errc::shape_mismatch);
     CHECK_THAT(result.error().what(), contains(what));

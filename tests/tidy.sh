@@ -11,7 +11,7 @@ tidy=${CLANG_TIDY:-clang-tidy}
 skip() { echo "skipped: $1" && exit 77; }
 command -v "$tidy" >/dev/null || skip "clang-tidy is not installed"
 
-flags=(-x c++ -std=c++20 -Iinclude -Icuda/include -Itests -Iexamples)
+flags=(-x c++ -std=c++20 -Iinclude -Icuda/include -Itests -Iexamples '-DTETROMINO_TEST_DATA=""' '-DTETROMINO_TEST_PROGRAMS=""')
 case $(uname -m) in x86_64) flags+=(-march=x86-64-v3) ;; esac
 for folder in /usr/include/eigen3 /usr/lib/*/openmpi/include /usr/local/cuda/include; do
   [ ! -d "$folder" ] || flags+=(-isystem "$folder")
