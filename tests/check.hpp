@@ -36,11 +36,11 @@ struct precondition_failed : std::logic_error {
 
 /// Where TETROMINO_PRECONDITION_LOG names a file, the places that fired are written to it: tests/preconditions.sh
 /// compares them with the headers.
-[[noreturn]] inline void fail_precondition(const char* message, const char* file, int line) {
+[[noreturn]] inline void fail_precondition(const char* message, const char* values, const char* file, int line) {
   if (const char* log = std::getenv("TETROMINO_PRECONDITION_LOG"); log != nullptr && *log != '\0') {
     std::ofstream(log, std::ios::app) << std::string(file) + ":" + std::to_string(line) + ": " + message + "\n";
   }
-  throw precondition_failed(message);
+  throw precondition_failed(std::string(message) + (*values == '\0' ? "" : std::string(" (") + values + ")"));
 }
 
 /// The seed of every random test: TETROMINO_SEED from the environment, or a fixed default. A failing run prints it.
@@ -87,4 +87,5 @@ class temporary_directory {
 }  // namespace tetromino_test
 
 #define TETROMINO_CHECKED
-#define TETROMINO_PRECONDITION_FAILED(message) ::tetromino_test::fail_precondition(message, __FILE__, __LINE__)
+#define TETROMINO_PRECONDITION_FAILED(message, values) \
+  ::tetromino_test::fail_precondition(message, values, __FILE__, __LINE__)

@@ -15,8 +15,6 @@
 #include "version.hpp"  // TETROMINO_NAMESPACE
 
 #include <cstddef>      // std::size_t
-#include <cstdio>       // std::fputs
-#include <cstdlib>      // std::abort
 #include <type_traits>  // std::is_constant_evaluated
 
 /// 1 while device code is being compiled, 0 on the host.
@@ -139,19 +137,24 @@
 #define TETROMINO_VECTOR_CODE_END
 #endif
 
-/// What happens when a caller breaks a precondition (a bug in the caller, not bad data). Define it before the first
-/// include to do something else: the tests throw.
+/// What happens when a caller breaks a precondition (a bug in the caller, not bad data): by default, the place, the
+/// message and the values are printed and the program is aborted. Define it before the first include, the same in the
+/// whole program, to do something else, such as throw. `message` is a literal; `values` is a const char* such as
+/// "layer = 7, layers_ = 4", which may be empty.
 #if !defined(TETROMINO_PRECONDITION_FAILED)
-#define TETROMINO_PRECONDITION_FAILED(message) \
-  (std::fputs("tetromino: precondition failed: " message "\n", stderr), std::abort())
+#define TETROMINO_PRECONDITION_FAILED(message, values) \
+  ::tetromino::detail::precondition_failed(message, values, __FILE__, __LINE__)
 #endif
 
-/// States a precondition of a public call: checked in debug builds, or whenever TETROMINO_CHECKED is defined.
+/// States a precondition of a public call, what it means, and the numbers to show when it is broken: checked in debug
+/// builds, or whenever TETROMINO_CHECKED is defined.
 #if (!defined(NDEBUG) || defined(TETROMINO_CHECKED)) && !TETROMINO_DEVICE_CODE
-#define TETROMINO_EXPECTS(condition, message) \
-  ((condition) ? static_cast<void>(0) : static_cast<void>(TETROMINO_PRECONDITION_FAILED(message)))
+#define TETROMINO_EXPECTS(condition, message, ...)                \
+  ((condition) ? static_cast<void>(0)                             \
+               : static_cast<void>(TETROMINO_PRECONDITION_FAILED( \
+                     message, ::tetromino::detail::named_values(#__VA_ARGS__ __VA_OPT__(, ) __VA_ARGS__).text)))
 #else
-#define TETROMINO_EXPECTS(condition, message) static_cast<void>(0)
+#define TETROMINO_EXPECTS(condition, message, ...) static_cast<void>(0)
 #endif
 
 #define TETROMINO_TEXT(x) #x
@@ -226,3 +229,5 @@ void round_in_place(float (&x)[N]) noexcept {
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
+
+#include "detail/precondition.hpp"  // named_values, precondition_failed

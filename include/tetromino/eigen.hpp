@@ -22,7 +22,8 @@ template <class Derived>
   static_assert(Derived::IsRowMajor,
                 "packing reads rows: give a row-major matrix, or the transpose of a column-major one");
   using T = std::remove_pointer_t<decltype(m.derived().data())>;
-  TETROMINO_EXPECTS(m.derived().innerStride() == 1, "the elements of a row have to be contiguous");
+  TETROMINO_EXPECTS(m.derived().innerStride() == 1, "the elements of a row have to be contiguous",
+                    m.derived().innerStride());
   return matrix_view<T>(m.derived().data(), static_cast<std::size_t>(m.rows()), static_cast<std::size_t>(m.cols()),
                         static_cast<std::size_t>(m.derived().outerStride()));
 }
@@ -31,7 +32,8 @@ template <class Derived>
   static_assert(Derived::IsRowMajor,
                 "packing reads rows: give a row-major matrix, or the transpose of a column-major one");
   using T = std::remove_pointer_t<decltype(m.derived().data())>;
-  TETROMINO_EXPECTS(m.derived().innerStride() == 1, "the elements of a row have to be contiguous");
+  TETROMINO_EXPECTS(m.derived().innerStride() == 1, "the elements of a row have to be contiguous",
+                    m.derived().innerStride());
   return matrix_view<const T>(m.derived().data(), static_cast<std::size_t>(m.rows()),
                               static_cast<std::size_t>(m.cols()), static_cast<std::size_t>(m.derived().outerStride()));
 }

@@ -28,7 +28,8 @@ class calibration {
 
   /// Moments [cols, cols] that were gathered before, of which the lower triangle counts, and of how many rows they are.
   TETROMINO_ABI calibration(Eigen::MatrixXd moments, double rows) : moments_(std::move(moments)), rows_(rows) {
-    TETROMINO_EXPECTS(moments_.rows() == moments_.cols(), "moments are a square matrix");
+    TETROMINO_EXPECTS(moments_.rows() == moments_.cols(), "moments are a square matrix", moments_.rows(),
+                      moments_.cols());
   }
 
   [[nodiscard]] TETROMINO_ABI std::size_t cols() const noexcept { return static_cast<std::size_t>(moments_.rows()); }
@@ -68,7 +69,7 @@ class calibration {
 
   /// Joins the moments of other rows to these, such as those of another rank. Pre: the same number of columns.
   TETROMINO_ABI void merge(const calibration& other) {
-    TETROMINO_EXPECTS(other.cols() == cols(), "calibrations that merge have the same columns");
+    TETROMINO_EXPECTS(other.cols() == cols(), "calibrations that merge have the same columns", other.cols(), cols());
     moments_ += other.moments_;
     rows_ += other.rows_;
   }
@@ -76,7 +77,7 @@ class calibration {
   /// These moments with the mean moments of `prior` added as if `strength` more rows had been seen: for an expert that
   /// few calibration tokens reach, with its layer's moments as the prior. Pre: the same number of columns.
   [[nodiscard]] TETROMINO_ABI calibration blended(const calibration& prior, double strength) const {
-    TETROMINO_EXPECTS(prior.cols() == cols(), "calibrations that blend have the same columns");
+    TETROMINO_EXPECTS(prior.cols() == cols(), "calibrations that blend have the same columns", prior.cols(), cols());
     calibration out = *this;
     if (prior.rows_ == 0) return out;
     out.moments_ += prior.moments_ * (strength / prior.rows_);

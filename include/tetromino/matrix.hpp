@@ -66,7 +66,8 @@ struct matrix_view {
   /// Rows that start `row_stride` >= cols elements apart.
   TETROMINO_ABI constexpr matrix_view(T* data_, std::size_t rows_, std::size_t cols_, std::size_t row_stride_)
       : data(data_), rows(rows_), cols(cols_), row_stride(row_stride_) {
-    TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
+    TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns", rows_,
+                      row_stride_, cols_);
   }
   /// Memory of another type that holds such elements: `matrix_view<const bfloat16>(words, rows, cols)`.
   template <detail::foreign_to<T> Foreign>
@@ -108,7 +109,8 @@ struct batch_view {
         cols(cols_),
         row_stride(row_stride_),
         matrix_stride(matrix_stride_) {
-    TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns");
+    TETROMINO_EXPECTS(rows_ <= 1 || row_stride_ >= cols_, "a row stride is at least the number of columns", rows_,
+                      row_stride_, cols_);
   }
   /// Memory of another type that holds such elements.
   template <detail::foreign_to<T> Foreign>

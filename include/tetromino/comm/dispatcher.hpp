@@ -66,7 +66,8 @@ class dispatcher {
         copies_(route == dispatch_route::per_expert ? moe::row_copies::per_expert : moe::row_copies::per_rank),
         first_slot_(t.first_slot(through.rank())),
         slots_(t.slots_on_gpu(through.rank())) {
-    TETROMINO_EXPECTS(t.gpus() == through.ranks(), "dispatcher: a GPU of the topology for each rank");
+    TETROMINO_EXPECTS(t.gpus() == through.ranks(), "dispatcher: a GPU of the topology for each rank", t.gpus(),
+                      through.ranks());
     hops_.resize(route == dispatch_route::per_node && t.nodes() > 1 ? 2 : 1);
     for (hop& h : hops_) {
       h.plan = moe::dispatch_plan(through.ranks(), calls_per_row);
@@ -168,4 +169,4 @@ class dispatcher {
   std::vector<hop> hops_;
 };
 
-}  // namespace tetromino::comm
+}  // namespace TETROMINO_NAMESPACE::comm

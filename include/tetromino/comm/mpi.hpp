@@ -66,7 +66,8 @@ class mpi_exchange {
   [[nodiscard]] result<void> try_send_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
                                            std::span<std::byte> to, std::size_t row_bytes) const {
     TETROMINO_EXPECTS(from.size() == plan.sent() * row_bytes && to.size() == plan.received() * row_bytes,
-                      "try_send_rows: from[sent, row_bytes] and to[received, row_bytes]");
+                      "try_send_rows: from[sent, row_bytes] and to[received, row_bytes]", from.size(),
+                      plan.sent() * row_bytes, to.size(), plan.received() * row_bytes);
     return all_to_all(from, plan.send_counts(), plan.send_offsets(), to, plan.receive_counts(), plan.receive_offsets(),
                       row_bytes);
   }
@@ -75,7 +76,8 @@ class mpi_exchange {
   [[nodiscard]] result<void> try_return_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
                                              std::span<std::byte> to, std::size_t row_bytes) const {
     TETROMINO_EXPECTS(from.size() == plan.received() * row_bytes && to.size() == plan.sent() * row_bytes,
-                      "try_return_rows: from[received, row_bytes] and to[sent, row_bytes]");
+                      "try_return_rows: from[received, row_bytes] and to[sent, row_bytes]", from.size(),
+                      plan.received() * row_bytes, to.size(), plan.sent() * row_bytes);
     return all_to_all(from, plan.receive_counts(), plan.receive_offsets(), to, plan.send_counts(), plan.send_offsets(),
                       row_bytes);
   }
@@ -117,4 +119,4 @@ class mpi_exchange {
   mutable std::vector<std::int32_t> counts_;  // [ranks], kept from call to call
 };
 
-}  // namespace tetromino::comm
+}  // namespace TETROMINO_NAMESPACE::comm

@@ -75,7 +75,8 @@ class imatrix {
   }
   [[nodiscard]] result<std::vector<float>> try_column_weights(std::string_view tensor, std::size_t matrix,
                                                               std::size_t matrices, std::size_t cols) const {
-    TETROMINO_EXPECTS(matrix < matrices && cols > 0, "column_weights needs a matrix of the tensor, and columns");
+    TETROMINO_EXPECTS(matrix < matrices && cols > 0, "column_weights needs a matrix of the tensor, and columns", matrix,
+                      matrices, cols);
     const std::string subject = detail::text(path_, ": tensor ", detail::printable(tensor));
     const entry* const found = find(tensor);
     if (found == nullptr) {

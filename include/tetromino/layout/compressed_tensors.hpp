@@ -64,7 +64,8 @@ namespace TETROMINO_NAMESPACE::layout::inline TETROMINO_ISA {
 /// The tensor scale to quantize with when the result is going to be stored as compressed-tensors: `scale` itself if it
 /// is invertible, otherwise a neighbour that is. Pre: 2^-126 <= scale <= 2^126.
 [[nodiscard]] constexpr float invertible(float scale) {
-  TETROMINO_EXPECTS(scale >= 0x1p-126f && scale <= 0x1p126f, "invertible needs a tensor scale from 2^-126 to 2^126");
+  TETROMINO_EXPECTS(scale >= 0x1p-126f && scale <= 0x1p126f, "invertible needs a tensor scale from 2^-126 to 2^126",
+                    scale);
   return detail::reciprocal(detail::reciprocal(scale));
 }
 

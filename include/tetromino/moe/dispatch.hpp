@@ -43,7 +43,8 @@ inline void make_calls(const replica_index& where, const topology& t, std::size_
                        std::span<const std::uint16_t> ids, std::span<const float> weights,
                        std::span<const std::uint32_t> gpus, std::span<expert_call> calls) {
   TETROMINO_EXPECTS(ids.size() == weights.size() && ids.size() == gpus.size() && ids.size() == calls.size(),
-                    "make_calls: an id, a weight and a GPU for each call");
+                    "make_calls: an id, a weight and a GPU for each call", ids.size(), weights.size(), gpus.size(),
+                    calls.size());
   for (std::size_t i = 0; i < ids.size(); ++i) {
     calls[i] = {no_slot, weights[i]};
     for (const std::uint32_t slot : where.slots_of(layer, ids[i])) {
@@ -58,14 +59,15 @@ inline void make_calls(const replica_index& where, const topology& t, std::size_
 
 /// slot → the rank that holds it: the last or only hop of a dispatch. Writes ranks[slots].
 inline void ranks_of_slots(const topology& t, std::span<std::uint32_t> ranks) {
-  TETROMINO_EXPECTS(ranks.size() == t.slots(), "ranks_of_slots: a rank for each slot");
+  TETROMINO_EXPECTS(ranks.size() == t.slots(), "ranks_of_slots: a rank for each slot", ranks.size(), t.slots());
   for (std::size_t s = 0; s < ranks.size(); ++s) ranks[s] = static_cast<std::uint32_t>(t.gpu_of_slot(s));
 }
 
 /// slot → the rank where a row of `from` enters the slot's node, which is `from` itself on its own node: the first of
 /// two hops. Writes ranks[slots].
 inline void entry_ranks(const topology& t, std::size_t from, entry_rule rule, std::span<std::uint32_t> ranks) {
-  TETROMINO_EXPECTS(ranks.size() == t.slots() && from < t.gpus(), "entry_ranks: a rank for each slot, `from` a GPU");
+  TETROMINO_EXPECTS(ranks.size() == t.slots() && from < t.gpus(), "entry_ranks: a rank for each slot, `from` a GPU",
+                    ranks.size(), t.slots(), from, t.gpus());
   const std::size_t home = t.node_of_gpu(from), local = from - t.first_gpu(home);
   for (std::size_t s = 0; s < ranks.size(); ++s) {
     const std::size_t node = t.node_of_slot(s);
@@ -97,7 +99,8 @@ class dispatch_plan {
         send_offsets_(ranks),
         receive_counts_(ranks),
         receive_offsets_(ranks) {
-    TETROMINO_EXPECTS(ranks > 0 && calls_per_row > 0, "dispatch_plan: at least one rank and one call per row");
+    TETROMINO_EXPECTS(ranks > 0 && calls_per_row > 0, "dispatch_plan: at least one rank and one call per row", ranks,
+                      calls_per_row);
   }
 
   /// Plans what this rank sends: calls[rows, calls_per_row] of its rows, each to rank_of_slot[slot] (calls of no_slot
@@ -204,7 +207,8 @@ class dispatch_plan {
   /// sum is the same whether this rank adds them or the one that gets the answers.
   void add_expert_outputs(std::span<const float> y, std::span<float> out, std::size_t width) const {
     TETROMINO_EXPECTS(y.size() == expert_rows_.size() * width && out.size() == received() * width,
-                      "add_expert_outputs: y[pairs, width] and out[received, width]");
+                      "add_expert_outputs: y[pairs, width] and out[received, width]", y.size(),
+                      expert_rows_.size() * width, out.size(), received() * width);
     for (std::size_t row = 0; row < received(); ++row) {
       float* const sum = out.data() + row * width;
       std::fill(sum, sum + width, 0.0f);
@@ -221,7 +225,8 @@ class dispatch_plan {
   /// answers[sent, width], in the order of the row's calls.
   void add_copies(std::span<const float> answers, std::span<float> out, std::size_t width) const {
     TETROMINO_EXPECTS(answers.size() == sent() * width && out.size() == rows() * width,
-                      "add_copies: answers[sent, width] and out[rows, width]");
+                      "add_copies: answers[sent, width] and out[rows, width]", answers.size(), sent() * width,
+                      out.size(), rows() * width);
     for (std::size_t row = 0; row < rows(); ++row) {
       float* const sum = out.data() + row * width;
       std::fill(sum, sum + width, 0.0f);
@@ -289,7 +294,7 @@ class dispatch_plan {
 /// input of a grouped matrix product (rows = expert_rows). Precondition: row numbers inside `from`.
 template <class T>
 void gather_rows(std::span<const std::uint32_t> rows, std::span<const T> from, std::span<T> to, std::size_t width) {
-  TETROMINO_EXPECTS(to.size() == rows.size() * width, "gather_rows: to[rows, width]");
+  TETROMINO_EXPECTS(to.size() == rows.size() * width, "gather_rows: to[rows, width]", to.size(), rows.size() * width);
   for (std::size_t i = 0; i < rows.size(); ++i)
     std::copy_n(from.data() + rows[i] * width, width, to.data() + i * width);
 }
@@ -302,7 +307,8 @@ struct carried_rows {
 
 /// What `rank` sends in a hop. Precondition: as many ranks as the topology has GPUs.
 [[nodiscard]] inline carried_rows rows_carried(const dispatch_plan& plan, const topology& t, std::size_t rank) {
-  TETROMINO_EXPECTS(plan.ranks() == t.gpus() && rank < t.gpus(), "rows_carried: a rank for each GPU");
+  TETROMINO_EXPECTS(plan.ranks() == t.gpus() && rank < t.gpus(), "rows_carried: a rank for each GPU", plan.ranks(),
+                    t.gpus(), rank);
   carried_rows out;
   for (std::size_t r = 0; r < plan.ranks(); ++r) {
     if (r == rank) continue;
@@ -312,4 +318,4 @@ struct carried_rows {
   return out;
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

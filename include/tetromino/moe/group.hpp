@@ -42,7 +42,7 @@ class signature_builder {
   explicit signature_builder(const routing_shape& shape, const signature_options& options = {})
       : shape_(shape), options_(options), weights_(buckets() * shape.experts, 0) {
     TETROMINO_EXPECTS(shape.layers > 0 && shape.experts > 0 && shape.experts_per_token > 0,
-                      "signature_builder: a shape without zero");
+                      "signature_builder: a shape without zero", shape.layers, shape.experts, shape.experts_per_token);
   }
 
   [[nodiscard]] const routing_shape& shape() const noexcept { return shape_; }
@@ -65,14 +65,15 @@ class signature_builder {
   }
   /// Adds the next token of the prompt: ids[layers, experts per token]. Preconditions: that many ids, below `experts`.
   void add(std::span<const std::uint16_t> ids) {
-    TETROMINO_EXPECTS(ids.size() == shape_.ids_per_token(), "signature_builder: the ids of one token");
+    TETROMINO_EXPECTS(ids.size() == shape_.ids_per_token(), "signature_builder: the ids of one token", ids.size(),
+                      shape_.ids_per_token());
     if (left_ > 0) --left_;
     const std::uint32_t weight = left_ >= 128 ? 1U : 16U >> (left_ / 32);
     const std::uint16_t* e = ids.data();
     for (std::size_t l = 0; l < shape_.layers; ++l) {
       const std::size_t row = bucket(l) * shape_.experts;
       for (std::size_t i = 0; i < shape_.experts_per_token; ++i, ++e) {
-        TETROMINO_EXPECTS(*e < shape_.experts, "signature_builder: expert number out of range");
+        TETROMINO_EXPECTS(*e < shape_.experts, "signature_builder: expert number out of range", *e, shape_.experts);
         std::uint32_t& w = weights_[row + *e];
         if (w == 0) touched_.push_back(static_cast<std::uint32_t>(row + *e));
         w += weight;
@@ -170,11 +171,12 @@ class node_affinity {
   /// Writes what each node is worth: scores[nodes]; more is better. Preconditions: a signature of `builder()`,
   /// scores.size() == nodes().
   void score(const request_signature& signature, std::span<std::int64_t> scores) const {
-    TETROMINO_EXPECTS(scores.size() == nodes(), "node_affinity: a score for each node");
+    TETROMINO_EXPECTS(scores.size() == nodes(), "node_affinity: a score for each node", scores.size(), nodes());
     std::fill(scores.begin(), scores.end(), 0);
     for (const request_signature::entry& e : signature.entries) {
       const std::size_t row = e.cell * nodes();
-      TETROMINO_EXPECTS(row + nodes() <= worth_.size(), "node_affinity: a signature of the same shape");
+      TETROMINO_EXPECTS(row + nodes() <= worth_.size(), "node_affinity: a signature of the same shape", row + nodes(),
+                        worth_.size());
       const std::int32_t* const worth = worth_.data() + row;
       for (std::size_t n = 0; n < scores.size(); ++n) scores[n] += static_cast<std::int64_t>(e.weight) * worth[n];
     }
@@ -290,14 +292,15 @@ class online_grouper {
   /// Precondition: the affinity outlives this; stickiness is 0 or more.
   explicit online_grouper(const node_affinity& affinity, const online_options& options = {})
       : affinity_(&affinity), options_(options), used_(affinity.nodes(), 0), scores_(affinity.nodes(), 0) {
-    TETROMINO_EXPECTS(options.stickiness >= 0, "online_grouper: stickiness of 0 or more");
+    TETROMINO_EXPECTS(options.stickiness >= 0, "online_grouper: stickiness of 0 or more", options.stickiness);
     for (const std::size_t g : affinity.gpus_of_nodes()) gpus_ += g;
   }
 
   /// The node for a request that counts `tokens`: the best one within budget, `previous` (where an earlier turn of it
   /// ran) unless another is clearly better; where no node is within budget, the one with the fewest tokens per GPU.
   std::uint32_t assign(const request_signature& signature, std::uint64_t tokens, std::uint32_t previous = anywhere) {
-    TETROMINO_EXPECTS(previous == anywhere || previous < used_.size(), "online_grouper: previous node out of range");
+    TETROMINO_EXPECTS(previous == anywhere || previous < used_.size(), "online_grouper: previous node out of range",
+                      previous, used_.size());
     affinity_->score(signature, scores_);
     if (previous != anywhere) {
       std::int64_t most = scores_[0];
@@ -320,7 +323,8 @@ class online_grouper {
   }
   /// A request has ended. Precondition: the node had that many tokens.
   void release(std::uint32_t node, std::uint64_t tokens) {
-    TETROMINO_EXPECTS(node < used_.size() && used_[node] >= tokens, "online_grouper: tokens that the node had");
+    TETROMINO_EXPECTS(node < used_.size() && used_[node] >= tokens, "online_grouper: tokens that the node had", node,
+                      used_.size(), used_[node], tokens);
     used_[node] -= tokens;
     all_ -= tokens;
   }
@@ -336,4 +340,4 @@ class online_grouper {
   std::size_t gpus_ = 0;
 };
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

@@ -16,7 +16,8 @@ struct load_view {
   std::span<const double> values;
 
   [[nodiscard]] std::span<const double> layer(std::size_t l) const {
-    TETROMINO_EXPECTS(l < layers && values.size() == layers * experts, "load_view: layer number or size out of range");
+    TETROMINO_EXPECTS(l < layers && values.size() == layers * experts, "load_view: layer number or size out of range",
+                      l, layers, values.size(), layers * experts);
     return values.subspan(l * experts, experts);
   }
 };
@@ -41,4 +42,4 @@ struct load_view {
   return {};
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

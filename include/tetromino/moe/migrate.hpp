@@ -125,7 +125,8 @@ namespace detail {
 /// its node, and what shares a GPU goes on to. Precondition: placements of the same sizes, on `t`.
 inline void align(placement& next, const placement& current, const topology& t) {
   TETROMINO_EXPECTS(next.layers() == current.layers() && next.slots() == current.slots() && next.slots() == t.slots(),
-                    "align: placements of the same sizes, on the topology");
+                    "align: placements of the same sizes, on the topology", next.layers(), current.layers(),
+                    next.slots(), current.slots(), t.slots());
   std::vector<std::int32_t> scratch;
   for (std::size_t l = 0; l < next.layers(); ++l) {
     const std::span<std::int32_t> row = next.layer(l);
@@ -236,4 +237,4 @@ inline void align(placement& next, const placement& current, const topology& t) 
   return try_migrate(current, next, t, bytes_per_expert).value();
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

@@ -225,7 +225,8 @@ struct balanced_options {
 /// Preconditions: `p` is valid on `t`, loads are finite and 0 or more.
 inline void balance_gpus(placement& p, const topology& t, std::span<const double> load_of_slot) {
   TETROMINO_EXPECTS(p.slots() == t.slots() && load_of_slot.size() == p.slot_to_expert().size(),
-                    "balance_gpus: the placement's slots are the topology's, with a load for each slot of each layer");
+                    "balance_gpus: the placement's slots are the topology's, with a load for each slot of each layer",
+                    p.slots(), t.slots(), load_of_slot.size(), p.slot_to_expert().size());
   const std::vector<std::uint32_t> first_slot = detail::first_slots(t);
   detail::bin_packer packer;
   std::vector<detail::pack_item> items;
@@ -252,4 +253,4 @@ inline void balance_gpus(placement& p, const topology& t, std::span<const double
   }
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

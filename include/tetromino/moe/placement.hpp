@@ -69,11 +69,11 @@ class placement {
 
   /// slot → expert of one layer: [slots].
   [[nodiscard]] std::span<const std::int32_t> layer(std::size_t l) const {
-    TETROMINO_EXPECTS(l < layers_, "placement: layer number out of range");
+    TETROMINO_EXPECTS(l < layers_, "placement: layer number out of range", l, layers_);
     return std::span(slot_to_expert_).subspan(l * slots_, slots_);
   }
   [[nodiscard]] std::span<std::int32_t> layer(std::size_t l) {
-    TETROMINO_EXPECTS(l < layers_, "placement: layer number out of range");
+    TETROMINO_EXPECTS(l < layers_, "placement: layer number out of range", l, layers_);
     return std::span(slot_to_expert_).subspan(l * slots_, slots_);
   }
   /// slot → expert of all layers: [layers, slots].
@@ -114,7 +114,8 @@ class replica_index {
   /// Slots that hold `expert` in `layer`, ascending; none if it is not placed.
   [[nodiscard]] std::span<const std::uint32_t> slots_of(std::size_t layer, std::size_t expert) const {
     const std::size_t i = layer * experts_ + expert;
-    TETROMINO_EXPECTS(expert < experts_ && i + 1 < first_.size(), "replica_index: layer or expert out of range");
+    TETROMINO_EXPECTS(expert < experts_ && i + 1 < first_.size(), "replica_index: layer or expert out of range", expert,
+                      experts_, i + 1, first_.size());
     return std::span(slots_).subspan(first_[i], first_[i + 1] - first_[i]);
   }
 
@@ -296,4 +297,4 @@ class word_reader {
   return try_placement_from_text(written).value();
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

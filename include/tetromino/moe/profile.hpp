@@ -169,25 +169,27 @@ class profile {
   }
   /// The same counts for the tokens of one domain.
   [[nodiscard]] load_view domain_loads(std::size_t domain, phase p) const {
-    TETROMINO_EXPECTS(domain < options_.domains, "profile: domain number out of range");
+    TETROMINO_EXPECTS(domain < options_.domains, "profile: domain number out of range", domain, options_.domains);
     return {options_.shape.layers, options_.shape.experts, part(domain_loads_, domain, p)};
   }
   /// How often one request used each expert in one phase: [layers, experts].
   [[nodiscard]] std::span<const float> signature(std::size_t request, phase p) const {
-    TETROMINO_EXPECTS(request < options_.requests, "profile: request number out of range");
+    TETROMINO_EXPECTS(request < options_.requests, "profile: request number out of range", request, options_.requests);
     return part(signatures_, request, p);
   }
   /// Tokens for which both experts were chosen in `layer`; 0 for a == b. Precondition: co-activation is kept.
   [[nodiscard]] double co_activation(std::size_t layer, std::size_t a, std::size_t b) const {
     TETROMINO_EXPECTS(options_.co_activation && layer < options_.shape.layers && a < options_.shape.experts &&
                           b < options_.shape.experts,
-                      "profile: co-activation is kept, layer and experts in range");
+                      "profile: co-activation is kept, layer and experts in range", layer, options_.shape.layers, a,
+                      options_.shape.experts, b);
     return a == b ? 0.0 : co_activation_[pair_index(layer, a, b)];
   }
   /// How often b in layer + 1 followed a in `layer`, for all b: [experts]. Precondition: transitions are kept.
   [[nodiscard]] std::span<const double> transitions(std::size_t layer, std::size_t a) const {
     TETROMINO_EXPECTS(options_.transitions && layer + 1 < options_.shape.layers && a < options_.shape.experts,
-                      "profile: transitions are kept, layer has a next one, expert in range");
+                      "profile: transitions are kept, layer has a next one, expert in range", layer + 1,
+                      options_.shape.layers, a, options_.shape.experts);
     const std::size_t n = options_.shape.experts;
     return std::span(transitions_).subspan((layer * n + a) * n, n);
   }
@@ -374,4 +376,4 @@ struct phase_similarity {
   return out;
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

@@ -57,13 +57,14 @@ class replica_chooser {
   void choose(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
               std::span<std::uint32_t> gpus) {
     TETROMINO_EXPECTS(gpus.size() == experts.size() && home_gpu < gpus_ && (layer + 1) * gpus_ <= pairs_on_gpu_.size(),
-                      "replica_chooser: a GPU for each expert, layer and home GPU in range");
+                      "replica_chooser: a GPU for each expert, layer and home GPU in range", gpus.size(),
+                      experts.size(), home_gpu, gpus_, (layer + 1) * gpus_, pairs_on_gpu_.size());
     std::uint64_t* const load = pairs_on_gpu_.data() + layer * gpus_;
     const std::uint32_t* const first = first_.data() + layer * experts_;
     ++now_;
     bool open = false;
     for (std::size_t i = 0; i < experts.size(); ++i) {
-      TETROMINO_EXPECTS(experts[i] < experts_, "replica_chooser: expert number out of range");
+      TETROMINO_EXPECTS(experts[i] < experts_, "replica_chooser: expert number out of range", experts[i], experts_);
       const std::uint32_t begin = first[experts[i]];
       if (first[experts[i] + 1] - begin == 1) {
         gpus[i] = gpu_of_copy_[begin];
@@ -231,4 +232,4 @@ class replica_chooser {
   std::uint64_t now_ = 0;
 };
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

@@ -168,7 +168,7 @@ class topology {
     return {};
   }
   static std::uint32_t at(const std::vector<std::uint32_t>& values, std::size_t i) {
-    TETROMINO_EXPECTS(i < values.size(), "topology: node, GPU or slot number out of range");
+    TETROMINO_EXPECTS(i < values.size(), "topology: node, GPU or slot number out of range", i, values.size());
     return values[i];
   }
 
@@ -179,4 +179,4 @@ class topology {
   std::vector<std::uint32_t> gpu_of_slot_;  // [slots]
 };
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

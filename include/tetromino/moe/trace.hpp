@@ -70,12 +70,13 @@ struct trace_view {
 
   /// All ids of one token: [layers, experts_per_token].
   [[nodiscard]] std::span<const std::uint16_t> token(std::uint64_t t) const {
-    TETROMINO_EXPECTS((t + 1) * shape.ids_per_token() <= ids.size(), "trace_view: token number out of range");
+    TETROMINO_EXPECTS((t + 1) * shape.ids_per_token() <= ids.size(), "trace_view: token number out of range",
+                      (t + 1) * shape.ids_per_token(), ids.size());
     return ids.subspan(static_cast<std::size_t>(t) * shape.ids_per_token(), shape.ids_per_token());
   }
   /// The experts of one token in one layer, best first.
   [[nodiscard]] std::span<const std::uint16_t> experts_of(std::uint64_t t, std::size_t layer) const {
-    TETROMINO_EXPECTS(layer < shape.layers, "trace_view: layer number out of range");
+    TETROMINO_EXPECTS(layer < shape.layers, "trace_view: layer number out of range", layer, shape.layers);
     return token(t).subspan(layer * shape.experts_per_token, shape.experts_per_token);
   }
   /// The same ids seen through other requests, which must lie inside them (e.g. made by `select`).
@@ -94,7 +95,7 @@ struct trace_view {
   std::vector<request> out;
   out.reserve(numbers.size());
   for (const std::uint32_t n : numbers) {
-    TETROMINO_EXPECTS(n < from.requests.size(), "select: request number out of range");
+    TETROMINO_EXPECTS(n < from.requests.size(), "select: request number out of range", n, from.requests.size());
     out.push_back(from.requests[n]);
   }
   return out;
@@ -189,4 +190,4 @@ class trace {
   std::vector<std::string> domain_names_;
 };
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

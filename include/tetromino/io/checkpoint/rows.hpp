@@ -201,7 +201,8 @@ template <class Policy, class F>
 result<void> try_visit_rows(const Policy& policy, const checkpoint& from, const parameter& p, const row_range& range,
                             row_buffers& buffers, const F& f) {
   TETROMINO_EXPECTS(range.matrix < p.matrices && range.first <= p.rows && range.count <= p.rows - range.first,
-                    "rows of a parameter lie within it");
+                    "rows of a parameter lie within it", range.matrix, p.matrices, range.first, p.rows, range.count,
+                    p.rows - range.first);
   switch (p.encoding) {
     case value_encoding::fp8:
       return detail::visit_fp8(from, p, range, buffers, f);

@@ -107,7 +107,8 @@ class checkpoint {
   /// Reads `to.size()` bytes of a tensor, from its byte `offset` on. Pre: they lie within it.
   [[nodiscard]] result<void> try_read(const checkpoint_tensor& tensor, std::size_t offset,
                                       std::span<std::uint8_t> to) const {
-    TETROMINO_EXPECTS(offset <= tensor.bytes && to.size() <= tensor.bytes - offset, "a read lies within its tensor");
+    TETROMINO_EXPECTS(offset <= tensor.bytes && to.size() <= tensor.bytes - offset, "a read lies within its tensor",
+                      offset, tensor.bytes, to.size(), tensor.bytes - offset);
     auto read = files_[tensor.file].try_read_at(tensor.begin + offset, to);
     if (read) return read;
     return error(read.error().code(),

@@ -164,7 +164,8 @@ class gguf_planner {
         return bad("expected a whole model, found a part of one: llama-gguf-split --merge joins them");
       }
     }
-    for (const auto& [pattern, how] : options().rules) {
+    for (const io::gguf_rule& rule : options().rules) {
+      const auto& [pattern, how] = rule;
       const bool is_nv = how.format.scale == scale_type::e4m3;
       if (!is_nv && how.format != any_format(mxfp4{})) {
         return bad("expected a recipe of mxfp4-32 or nvfp4 without macro blocks, got ", how.name());
@@ -173,9 +174,8 @@ class gguf_planner {
       if (how.error_feedback) {
         return bad("recipe ", how.name(), " needs statistics of inputs, which an importance matrix is too little for");
       }
-      const bool matches = std::any_of(file_.begin(), file_.end(), [&](const auto& t) {
-        return gguf_matches(t.name(), io::gguf_rule{pattern, how});
-      });
+      const bool matches =
+          std::any_of(file_.begin(), file_.end(), [&](const auto& t) { return gguf_matches(t.name(), rule); });
       if (!matches) return unmatched("recipe", pattern);
     }
     for (const auto& pattern : options().keep) {

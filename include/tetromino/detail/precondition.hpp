@@ -1,0 +1,54 @@
+#pragma once
+
+#include "../config.hpp"  // TETROMINO_NAMESPACE, TETROMINO_ISA
+
+#include <cstddef>      // std::size_t
+#include <cstdio>       // std::snprintf, std::fprintf, std::fflush
+#include <cstdlib>      // std::abort
+#include <type_traits>  // std::is_floating_point_v
+
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
+
+/// The values that a precondition looks at, as text: "layer = 7, layers_ = 4". `names` are the expressions as the
+/// macro saw them, which have no commas outside of brackets.
+struct named_values {
+  char text[400] = "";
+
+  template <class... Values>
+  explicit named_values(const char* names, const Values&... values) {
+    (append(names, values), ...);
+  }
+
+ private:
+  int used_ = 0;
+
+  template <class Value>
+  void append(const char*& names, Value value) {
+    while (*names == ' ' || *names == ',') ++names;
+    int length = 0;
+    for (int depth = 0; names[length] != '\0' && (names[length] != ',' || depth > 0); ++length) {
+      depth += names[length] == '(' || names[length] == '[' ? 1 : names[length] == ')' || names[length] == ']' ? -1 : 0;
+    }
+    const int room = static_cast<int>(sizeof text) - used_;
+    int written = 0;
+    if constexpr (std::is_floating_point_v<Value>) {
+      written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %.9g", used_ == 0 ? "" : ", ", length,
+                              names, static_cast<double>(value));
+    } else {
+      written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %lld", used_ == 0 ? "" : ", ", length,
+                              names, static_cast<long long>(value));
+    }
+    used_ = written < room ? used_ + written : static_cast<int>(sizeof text) - 1;
+    names += length;
+  }
+};
+
+/// What a broken precondition does unless the program says otherwise.
+[[noreturn]] inline void precondition_failed(const char* message, const char* values, const char* file, int line) {
+  std::fprintf(stderr, "%s:%d: tetromino: precondition failed: %s%s%s%s\n", file, line, message,
+               *values == '\0' ? "" : " (", values, *values == '\0' ? "" : ")");
+  std::fflush(stderr);
+  std::abort();
+}
+
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
