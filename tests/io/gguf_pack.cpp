@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/io/gguf/verify.hpp>
+#include <tetromino/simd.hpp>
 
 #include <algorithm>   // std::find_if, std::reverse
 #include <cmath>       // std::isinf
