@@ -28,7 +28,7 @@ int main() {
   tt::grouped_matmul(tt::automatic, x8, fast, first_row, grouped.view()[0]);
 
   // W4A4: activations packed themselves.
-  const auto x4 = tt::quantize(tt::automatic, x, tt::recipe::parse("mxfp4-32/oas/mbs-static"));
+  const auto x4 = tt::quantize(tt::automatic, x, "mxfp4-32/oas/mbs-static");
   tt::matrix<float> both(tokens, outputs);
   tt::matmul(tt::automatic, x4, packed.view()[0], both.view()[0]);
 

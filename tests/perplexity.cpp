@@ -32,7 +32,7 @@ TEST_CASE("perplexity: the example model and a plain one in double agree, in flo
 
   reference::recipe mx, nv;
   mx.block = nv.block = 16;
-  mx.mx = reference::mx_rule::overflow_aware;
+  mx.mx = reference::mx_rule::oas;
   mx.macro = 128;
   nv.nv = true;
   using maybe = std::optional<reference::recipe>;

@@ -204,6 +204,20 @@ std::vector<recipe> few_recipes() {
 
 }  // namespace
 
+TEST_CASE("a recipe may be given by its name, and a wrong name is an error like any other") {
+  const float x[32] = {1.0f, -6.0f, 0.5f};
+  const matrix_view w(x, 1, 32);
+  const std::string name = "mxfp4/floor";
+  const packed<any_format> expected = quantize(scalar, w, recipe::parse(name));
+  CHECK(same_bytes(quantize(scalar, w, "mxfp4/floor"), expected));
+  CHECK(same_bytes(try_quantize(scalar, w, name).value(), expected));
+  packed<any_format> out(mxfp4{}, 1, 1, 32);
+  quantize_to(scalar, w, name, out.view());
+  CHECK(same_bytes(out, expected));
+  CHECK(try_quantize(scalar, w, "mxfp4/flor").error().code() == errc::unknown_name);
+  CHECK_THROWS_AS(quantize(scalar, w, "mxfp4/flor"), error);
+}
+
 TEST_CASE("halves and bfloat16s under a sample of all scales") {
   reference::disagreements found;
   pack_everything(11, found);

@@ -29,7 +29,7 @@ constexpr closed_rule closed_rules[] = {{scale_rule::floor, reference::mx_rule::
                                         {scale_rule::ceil, reference::mx_rule::ceil},
                                         {scale_rule::round_up, reference::mx_rule::round_up},
                                         {scale_rule::even, reference::mx_rule::even},
-                                        {scale_rule::overflow_aware, reference::mx_rule::overflow_aware}};
+                                        {scale_rule::oas, reference::mx_rule::oas}};
 
 constexpr double smallest_normal = 0x1p-126;
 
@@ -70,7 +70,7 @@ TEST_CASE("each E8M0 rule puts the largest magnitude where it promises") {
     const double ceil = at(scale_rule::ceil);
     const double up = at(scale_rule::round_up);
     const double even = at(scale_rule::even);
-    const double oas = at(scale_rule::overflow_aware);
+    const double oas = at(scale_rule::oas);
     REQUIRE((floor >= 4 && floor < 8));
     REQUIRE((ceil > 2 && ceil <= 4));
     REQUIRE((up > 3 && up <= 6));
@@ -79,12 +79,12 @@ TEST_CASE("each E8M0 rule puts the largest magnitude where it promises") {
   }
 }
 
-TEST_CASE("even and overflow_aware differ at mantissa 1.75 only") {
+TEST_CASE("even and oas differ at mantissa 1.75 only") {
   for (int exponent = -126; exponent < 128; ++exponent) {
     reference::near(std::ldexp(1.75, exponent), 8, [&](float a) {
       if (a < 0) return;
       const int even = mx_exponent(a, carry_of(scale_rule::even));
-      const int oas = mx_exponent(a, carry_of(scale_rule::overflow_aware));
+      const int oas = mx_exponent(a, carry_of(scale_rule::oas));
       CHECK(even - oas == (static_cast<double>(a) == std::ldexp(1.75, exponent) ? 1 : 0));
     });
   }
@@ -198,7 +198,7 @@ TEST_CASE("every recipe has a name that reads back") {
 
 TEST_CASE("a name that is no recipe gets an error that lists what exists") {
   for (const std::string name :
-       {"", "/", "mxfp4", "mxfp4-64/floor", "mxfp4-32/", "mxfp4-32/flor", "MXFP4-32/floor", "mxfp4-32/floor/",
+       {"", "/", "mxfp5", "mxfp4-64/floor", "mxfp4-32/", "mxfp4-32/flor", "MXFP4-32/floor", "mxfp4-32/floor/",
         "mxfp4-32/floor/mbs", "mxfp4-32/oas/mbs-search@", " mxfp4-32/oas", "mxfp4-32/oas/mbs-search@48",
         "mxfp4-32/oas/mbs-search@0128", "mxfp4-32/oas/mbs-search@128x", "mxfp4-32/oas/mbs-search/mbs-search",
         "mxfp4-32/oas@64", "nvfp4/oass", "mxfp4-32/oas/mbs-search@-64",
@@ -214,6 +214,19 @@ TEST_CASE("a name that is no recipe gets an error that lists what exists") {
   CHECK(code_of("int4/floor") == errc::unknown_name);
   CHECK(std::string(recipe::try_parse(std::string(5000, 'x')).error().what()).size() < 1000);
   CHECK(code_of("mxfp4-32/flor") == errc::unknown_name);
+  const auto said = [](const char* name) { return std::string(recipe::try_parse(name).error().what()); };
+  CHECK_THAT(said("mxfp4-32/flor"), tetromino_test::contains("unknown rule \"flor\", did you mean \"floor\"?"));
+  CHECK_THAT(said("mxfp-4"), tetromino_test::contains("unknown format \"mxfp-4\", did you mean \"mxfp4\"?"));
+  CHECK_THAT(said("nvfp4/amax/gptg"), tetromino_test::contains("did you mean \"gptq\"?"));
+  CHECK(said("nvfp4/simulated-annealing").find("did you mean") == std::string::npos);
+}
+
+TEST_CASE("what a recipe's name leaves out has a default") {
+  CHECK(recipe::parse("nvfp4") == recipe::parse("nvfp4/amax"));
+  CHECK(recipe::parse("mxfp4") == recipe::parse("mxfp4-32/oas"));
+  CHECK(recipe::parse("mxfp4/floor") == recipe::parse("mxfp4-32/floor"));
+  CHECK(recipe::parse("mxfp4-16/mbs-search@64/gptq") == recipe::parse("mxfp4-16/oas/mbs-search@64/gptq"));
+  CHECK(recipe::parse("nvfp4/hadamard-16").name() == "nvfp4/amax/hadamard-16");
 }
 
 TEST_CASE("a rule of another format is an invalid argument") {

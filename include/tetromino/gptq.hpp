@@ -278,9 +278,11 @@ inline namespace TETROMINO_ISA {
 /// calibration of other columns. (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", arXiv 2210.17323)
 template <class Policy, class T>
   requires(can_quantize<Policy, float>)
-result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& w, const recipe& r,
+result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& w, const named_recipe& way,
                                     const calibration& gathered, quantize_options options = {},
                                     const gptq_options& feedback = {}) {
+  if (!way) return way.error();
+  const recipe& r = *way;
   if (gathered.cols() != w.cols) {
     return error(errc::shape_mismatch,
                  detail::text("gptq: the weights have ", w.cols, " columns, the calibration ", gathered.cols()));
@@ -375,9 +377,11 @@ result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& 
 /// Errors: as above, for the first matrix that fails.
 template <class Policy, class T, class CalibrationOf>
   requires(can_quantize<Policy, float>&& std::is_invocable_v<const CalibrationOf&, std::size_t>)
-result<packed<any_format>> try_gptq(const Policy& policy, const batch_view<T>& w, const recipe& r,
+result<packed<any_format>> try_gptq(const Policy& policy, const batch_view<T>& w, const named_recipe& way,
                                     const CalibrationOf& calibration_of, const quantize_options& options = {},
                                     const gptq_options& feedback = {}) {
+  if (!way) return way.error();
+  const recipe& r = *way;
   const std::size_t scales = options.tensor_scales.size();
   packed<any_format> out(r.format, w.matrices, w.rows, w.cols, scales == 1 ? 1 : w.matrices);
   for (const auto& [name, n] :
@@ -408,17 +412,17 @@ result<packed<any_format>> try_gptq(const Policy& policy, const batch_view<T>& w
 /// try_gptq, throwing its error.
 template <class Policy, class T>
   requires(can_quantize<Policy, float>)
-[[nodiscard]] packed<any_format> gptq(const Policy& policy, const matrix_view<T>& w, const recipe& r,
+[[nodiscard]] packed<any_format> gptq(const Policy& policy, const matrix_view<T>& w, const named_recipe& way,
                                       const calibration& seen, const quantize_options& options = {},
                                       const gptq_options& feedback = {}) {
-  return try_gptq(policy, w, r, seen, options, feedback).value();
+  return try_gptq(policy, w, way, seen, options, feedback).value();
 }
 template <class Policy, class T, class CalibrationOf>
   requires(can_quantize<Policy, float>&& std::is_invocable_v<const CalibrationOf&, std::size_t>)
-[[nodiscard]] packed<any_format> gptq(const Policy& policy, const batch_view<T>& w, const recipe& r,
+[[nodiscard]] packed<any_format> gptq(const Policy& policy, const batch_view<T>& w, const named_recipe& way,
                                       const CalibrationOf& calibration_of, const quantize_options& options = {},
                                       const gptq_options& feedback = {}) {
-  return try_gptq(policy, w, r, calibration_of, options, feedback).value();
+  return try_gptq(policy, w, way, calibration_of, options, feedback).value();
 }
 
 }  // namespace TETROMINO_ISA

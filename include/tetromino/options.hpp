@@ -27,7 +27,7 @@ enum class tensor_scale_scope : std::uint8_t {
 
 /// Everything that a caller may choose about packing, with the defaults that suit weights.
 struct quantize_options {
-  /// How block scales are chosen; by default overflow_aware for MX formats and amax for NVFP4.
+  /// How block scales are chosen; by default oas for MX formats and amax for NVFP4.
   std::optional<scale_rule> rule{};
   /// How macro-block bytes are chosen, where the format has them.
   macro_rule macro = macro_rule::search;
@@ -83,4 +83,4 @@ struct fake_quantize_job {
 };
 
 }  // namespace detail
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

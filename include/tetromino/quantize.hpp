@@ -137,8 +137,10 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, packed_view<F
 /// options. Errors: as above, and invalid_argument where `out` has another format than the recipe.
 template <class Policy, matrix_like Input, block_format Format>
   requires(can_quantize<Policy, element_of<Input>>)
-result<void> try_quantize_to(const Policy& policy, const Input& x, const recipe& r,
+result<void> try_quantize_to(const Policy& policy, const Input& x, const named_recipe& way,
                              packed_view<Format, std::uint8_t> out, const quantize_options& options = {}) {
+  if (!way) return way.error();
+  const recipe& r = *way;
   if (any_format(out.format) != r.format) {
     return error(errc::invalid_argument, detail::text("recipe ", r.name(), " needs storage of its format, got ",
                                                       name_of(any_format(out.format)), " with macro block ",
@@ -165,8 +167,10 @@ result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const 
 /// Packs x[matrices, rows, cols] in the way that a recipe names; the recipe's rules replace those of the options.
 template <class Policy, matrix_like Input>
   requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
-result<packed<any_format>> try_quantize(const Policy& policy, const Input& x, const recipe& r,
+result<packed<any_format>> try_quantize(const Policy& policy, const Input& x, const named_recipe& way,
                                         const quantize_options& options = {}) {
+  if (!way) return way.error();
+  const recipe& r = *way;
   auto settings = detail::options_of(r, options);
   if (!settings) return settings.error();
   return try_quantize(policy, x, r.format, *settings);
@@ -190,9 +194,9 @@ void quantize_to(const Policy& policy, const Input& x, packed_view<Format, std::
 /// try_quantize_to with a recipe, throwing its error.
 template <class Policy, matrix_like Input, block_format Format>
   requires(can_quantize<Policy, element_of<Input>>)
-void quantize_to(const Policy& policy, const Input& x, const recipe& r, packed_view<Format, std::uint8_t> out,
+void quantize_to(const Policy& policy, const Input& x, const named_recipe& way, packed_view<Format, std::uint8_t> out,
                  const quantize_options& options = {}) {
-  try_quantize_to(policy, x, r, out, options).value();
+  try_quantize_to(policy, x, way, out, options).value();
 }
 
 /// try_quantize, throwing its error.
@@ -205,9 +209,9 @@ template <block_format Format, class Policy, matrix_like Input>
 /// try_quantize with a recipe, throwing its error.
 template <class Policy, matrix_like Input>
   requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
-[[nodiscard]] packed<any_format> quantize(const Policy& policy, const Input& x, const recipe& r,
+[[nodiscard]] packed<any_format> quantize(const Policy& policy, const Input& x, const named_recipe& way,
                                           const quantize_options& options = {}) {
-  return try_quantize(policy, x, r, options).value();
+  return try_quantize(policy, x, way, options).value();
 }
 
 /// Packs x[matrices, rows, cols] and unpacks it again into `out` of the same shape and type, in one pass over memory
@@ -215,8 +219,10 @@ template <class Policy, matrix_like Input>
 /// Errors: as try_quantize_to.
 template <class Policy, matrix_like Input, class Output>
   requires(can_quantize<Policy, element_of<Input>>)
-result<void> try_fake_quantize(const Policy& policy, const Input& x, const recipe& r, const Output& out,
+result<void> try_fake_quantize(const Policy& policy, const Input& x, const named_recipe& way, const Output& out,
                                const quantize_options& options = {}) {
+  if (!way) return way.error();
+  const recipe& r = *way;
   using T = element_of<Input>;
   static_assert(!std::is_const_v<std::remove_pointer_t<decltype(out.data)>>,
                 "fake_quantize writes: its output cannot be const");
@@ -236,9 +242,9 @@ result<void> try_fake_quantize(const Policy& policy, const Input& x, const recip
 /// try_fake_quantize, throwing its error.
 template <class Policy, matrix_like Input, class Output>
   requires(can_quantize<Policy, element_of<Input>>)
-void fake_quantize(const Policy& policy, const Input& x, const recipe& r, const Output& out,
+void fake_quantize(const Policy& policy, const Input& x, const named_recipe& way, const Output& out,
                    const quantize_options& options = {}) {
-  try_fake_quantize(policy, x, r, out, options).value();
+  try_fake_quantize(policy, x, way, out, options).value();
 }
 
 }  // namespace TETROMINO_ISA

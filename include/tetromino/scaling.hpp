@@ -3,7 +3,9 @@
 #include "error.hpp"   // error, result
 #include "format.hpp"  // any_format
 
+#include <algorithm>    // std::min
 #include <array>        // std::array
+#include <concepts>     // std::convertible_to
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint32_t
 #include <string>       // std::string
@@ -13,14 +15,14 @@ namespace TETROMINO_NAMESPACE {
 
 /// How the scale of a block is chosen from its elements; a is the largest magnitude in the block.
 enum class scale_rule : std::uint8_t {
-  floor,           ///< MX: 2^(floor(log2 a) - 2); the OCP rule
-  ceil,            ///< MX: 2^(ceil(log2 a) - 2)
-  round_up,        ///< MX: the least power of two with a <= 6 * scale; nothing saturates
-  even,            ///< MX: a's mantissa rounded to one bit, then floor
-  overflow_aware,  ///< MX: the least power of two with a <= 7 * scale (OAS); the default
-  min_error,       ///< MX: least squared error of four powers of two. NVFP4: of the E4M3 codes within 8 of amax's
-  amax,            ///< NVFP4: E4M3(a / (6 t)), t the tensor scale; the default
-  four_over_six,   ///< NVFP4: a mapped to 6 or to 4, whichever errs less; tensor scale with 256 in place of 448
+  floor,          ///< MX: 2^(floor(log2 a) - 2); the OCP rule
+  ceil,           ///< MX: 2^(ceil(log2 a) - 2)
+  round_up,       ///< MX: the least power of two with a <= 6 * scale; nothing saturates
+  even,           ///< MX: a's mantissa rounded to one bit, then floor
+  oas,            ///< MX: the least power of two with a <= 7 * scale (OAS); the default
+  min_error,      ///< MX: least squared error of four powers of two. NVFP4: of the E4M3 codes within 8 of amax's
+  amax,           ///< NVFP4: E4M3(a / (6 t)), t the tensor scale; the default
+  four_over_six,  ///< NVFP4: a mapped to 6 or to 4, whichever errs less; tensor scale with 256 in place of 448
 };
 
 /// How the byte m of a macro block is chosen; elements are multiplied by f = 1 + m / 256 before they are packed.
@@ -33,14 +35,15 @@ enum class macro_rule : std::uint8_t {
 /// A format and its rules: everything that names a way to pack, picked at run time.
 struct recipe {
   any_format format{};
-  scale_rule rule = scale_rule::overflow_aware;
+  scale_rule rule = scale_rule::oas;
   macro_rule macro = macro_rule::search;  ///< used where the format has macro blocks
   std::size_t rotation = 0;               ///< size of the block-Hadamard rotation before packing; 0: none
   bool error_feedback = false;            ///< packed by gptq(), which needs calibration, rather than by quantize()
 
-  /// Reads FORMAT/RULE[/MACRO][/hadamard-N][/gptq], such as "mxfp4-32/floor", "mxfp4-16/oas/mbs-search",
-  /// "mxfp4-32/oas/mbs-static@64", "nvfp4/four-over-six" or "mxfp4-16/min-error/mbs-search256@64/hadamard-16/gptq".
-  /// Errors: unknown_name, listing what exists; invalid_argument for a rule of another format.
+  /// Reads FORMAT[/RULE][/MACRO][/hadamard-N][/gptq], such as "nvfp4", "mxfp4" (mxfp4-32 by its default rule),
+  /// "mxfp4-16/oas/mbs-search", "mxfp4-32/floor", "mxfp4-32/oas/mbs-static@64", "nvfp4/four-over-six" or
+  /// "mxfp4-16/min-error/mbs-search256@64/hadamard-16/gptq". Errors: unknown_name, with the nearest name and all that
+  /// exist; invalid_argument for a rule of another format.
   TETROMINO_ABI static result<recipe> try_parse(std::string_view name);
   TETROMINO_ABI static recipe parse(std::string_view name) { return try_parse(name).value(); }
 
@@ -58,9 +61,9 @@ inline namespace TETROMINO_ISA {
   return (rule == scale_rule::amax || rule == scale_rule::four_over_six) == (scale == scale_type::e4m3);
 }
 
-/// The rule that a format uses unless told otherwise: overflow_aware for MX formats, amax for NVFP4.
+/// The rule that a format uses unless told otherwise: oas for MX formats, amax for NVFP4.
 [[nodiscard]] constexpr scale_rule default_rule(const any_format& format) noexcept {
-  return format.scale == scale_type::e8m0 ? scale_rule::overflow_aware : scale_rule::amax;
+  return format.scale == scale_type::e8m0 ? scale_rule::oas : scale_rule::amax;
 }
 
 /// NVFP4's tensor scale (decode sense) for the largest magnitude of a tensor: amax / (6 * 448), or amax / (6 * 256) for
@@ -90,7 +93,7 @@ inline namespace TETROMINO_ISA {
       return 0x3FFFFFu;  // mantissa above 1.5
     case scale_rule::even:
       return 0x200000u;  // mantissa 1.75 or more
-    case scale_rule::overflow_aware:
+    case scale_rule::oas:
       return 0x1FFFFFu;  // mantissa above 1.75
     default:
       return 0;  // never
@@ -103,8 +106,8 @@ inline namespace TETROMINO_ISA {
   return static_cast<int>((detail::bit_cast<std::uint32_t>(a) + carry) >> 23) - 127 - 2;
 }
 
-static_assert(mx_exponent(7.0f, carry_of(scale_rule::overflow_aware)) == 0);
-static_assert(mx_exponent(7.000001f, carry_of(scale_rule::overflow_aware)) == 1);
+static_assert(mx_exponent(7.0f, carry_of(scale_rule::oas)) == 0);
+static_assert(mx_exponent(7.000001f, carry_of(scale_rule::oas)) == 1);
 static_assert(mx_exponent(7.0f, carry_of(scale_rule::even)) == 1);
 static_assert(mx_exponent(6.0f, carry_of(scale_rule::round_up)) == 0);
 static_assert(mx_exponent(4.0f, carry_of(scale_rule::ceil)) == 0 && mx_exponent(4.1f, carry_of(scale_rule::ceil)) == 1);
@@ -122,7 +125,7 @@ inline constexpr std::array<named_rule, 8> rule_names{{{"floor", scale_rule::flo
                                                        {"ceil", scale_rule::ceil},
                                                        {"round-up", scale_rule::round_up},
                                                        {"even", scale_rule::even},
-                                                       {"oas", scale_rule::overflow_aware},
+                                                       {"oas", scale_rule::oas},
                                                        {"min-error", scale_rule::min_error},
                                                        {"amax", scale_rule::amax},
                                                        {"four-over-six", scale_rule::four_over_six}}};
@@ -136,6 +139,40 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
                                                          {"mbs-search", macro_rule::search},
                                                          {"mbs-search256", macro_rule::search_256}}};
 
+/// How many letters have to be added, dropped or changed to make one word of the other; 3 where that is more than 2.
+[[nodiscard]] inline std::size_t edits_between(std::string_view a, std::string_view b) {
+  constexpr std::size_t longest = 24, many = 3;
+  if (a.size() > longest || b.size() > longest) return many;
+  std::array<std::size_t, longest + 1> row{};
+  for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t diagonal = row[0];
+    row[0] = i;
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      const std::size_t changed = diagonal + (a[i - 1] != b[j - 1] ? 1 : 0);
+      diagonal = row[j];
+      row[j] = std::min({changed, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return std::min(row[b.size()], many);
+}
+
+/// The word of the recipes' language that a misspelt one is closest to; empty where none is near.
+[[nodiscard]] inline std::string_view nearest_recipe_word(std::string_view word) {
+  std::string_view nearest;
+  std::size_t least = word.size() < 4 ? 2 : 3;  // short words have many neighbours
+  const auto consider = [&](std::string_view candidate) {
+    if (const std::size_t edits = edits_between(word, candidate); edits < least) nearest = candidate, least = edits;
+  };
+  for (const std::string_view format : {"nvfp4", "mxfp4", "mxfp4-32", "mxfp4-16"}) consider(format);
+  for (const auto& rule : rule_names) consider(rule.name);
+  for (const auto& macro : macro_names) consider(macro.name);
+  for (const std::string_view step : {"gptq", "hadamard-16", "hadamard-32", "hadamard-64", "hadamard-128"}) {
+    consider(step);
+  }
+  return nearest;
+}
+
 /// The size of a rotation by its name in recipes; 0 where there is none.
 [[nodiscard]] constexpr std::size_t rotation_named(std::string_view piece) noexcept {
   return piece == "hadamard-16"    ? 16
@@ -146,7 +183,8 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
 }
 
 inline constexpr std::string_view recipe_help =
-    "a recipe is FORMAT/RULE[/MACRO][/hadamard-N][/gptq]: mxfp4-32 or mxfp4-16 with floor, ceil, round-up, even, oas "
+    "a recipe is FORMAT[/RULE][/MACRO][/hadamard-N][/gptq]: mxfp4-32 (or mxfp4) or mxfp4-16 with floor, ceil, "
+    "round-up, even, oas "
     "or min-error, then "
     "optionally mbs-static, mbs-search or mbs-search256, with @32, @64, @128 (default) or @256 for the macro block; or "
     "nvfp4 with amax, four-over-six or min-error; then optionally hadamard-16, -32, -64 or -128, then optionally gptq";
@@ -186,8 +224,11 @@ inline std::string recipe::name() const {
 inline result<recipe> recipe::try_parse(std::string_view name) {
   constexpr std::size_t shown = 60;  // characters of a wrong name that a message repeats
   const auto unknown = [&](std::string_view what, std::string_view piece) {
-    return error(errc::unknown_name, detail::text("recipe \"", name.substr(0, shown), "\": unknown ", what, " \"",
-                                                  piece.substr(0, shown), "\"; ", detail::recipe_help));
+    const std::string_view meant = detail::nearest_recipe_word(piece);
+    return error(errc::unknown_name,
+                 detail::text("recipe \"", name.substr(0, shown), "\": unknown ", what, " \"", piece.substr(0, shown),
+                              meant.empty() ? "\"; " : "\", did you mean \"", meant, meant.empty() ? "" : "\"? ",
+                              detail::recipe_help));
   };
   // The pieces still to be read; an empty piece is none of the names below.
   std::string_view rest = name;
@@ -206,23 +247,26 @@ inline result<recipe> recipe::try_parse(std::string_view name) {
     out.format = nvfp4{};
   } else if (format == "mxfp4-16") {
     out.format = mxfp4_16{};
-  } else if (format != "mxfp4-32") {
+  } else if (format != "mxfp4-32" && format != "mxfp4") {
     return unknown("format", format);
   }
+  out.rule = default_rule(out.format);
 
-  const std::string_view rule = next_piece();
+  bool is_first = more;  // only the first piece can be a rule
   bool found = false;
-  for (const auto& [rule_name, value] : detail::rule_names) {
-    if (rule_name == rule) out.rule = value, found = true;
-  }
-  if (!found) return unknown("rule", rule);
-  if (!has_rule(out.format.scale, out.rule)) {
-    return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown), "\": ", format,
-                                                      " has no rule ", rule, "; ", detail::recipe_help));
-  }
-
   while (more) {
     const std::string_view piece = next_piece();
+    found = false;
+    for (const auto& [rule_name, value] : detail::rule_names) {
+      if (is_first && rule_name == piece) out.rule = value, found = true;
+    }
+    if (found && !has_rule(out.format.scale, out.rule)) {
+      return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown), "\": ", format,
+                                                        " has no rule ", piece, "; ", detail::recipe_help));
+    }
+    const std::string_view what = is_first ? "rule" : "piece";
+    is_first = false;
+    if (found) continue;
     if (const std::size_t size = detail::rotation_named(piece); size != 0) {
       if (out.rotation != 0 || out.error_feedback) return unknown("second rotation", piece);
       out.rotation = size;
@@ -237,8 +281,7 @@ inline result<recipe> recipe::try_parse(std::string_view name) {
     for (const auto& [macro_name, value] : detail::macro_names) {
       if (macro_name == piece.substr(0, at)) out.macro = value, found = true;
     }
-    if (!found || out.format.macro_block != 0 || out.rotation != 0 || out.error_feedback)
-      return unknown("piece", piece);
+    if (!found || out.format.macro_block != 0 || out.rotation != 0 || out.error_feedback) return unknown(what, piece);
     if (out.format.scale == scale_type::e4m3) {
       return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown),
                                                         "\": nvfp4 has no macro blocks; ", detail::recipe_help));
@@ -249,5 +292,13 @@ inline result<recipe> recipe::try_parse(std::string_view name) {
   }
   return out;
 }
+
+/// A recipe, or the name of one: what the calls that pack take.
+class named_recipe : public result<recipe> {
+ public:
+  TETROMINO_ABI named_recipe(const recipe& r) : result<recipe>(r) {}
+  template <std::convertible_to<std::string_view> Name>
+  TETROMINO_ABI named_recipe(const Name& name) : result<recipe>(recipe::try_parse(name)) {}
+};
 
 }  // namespace TETROMINO_NAMESPACE

@@ -24,8 +24,8 @@ recipe pick_recipe(fuzz_bytes& in) {
     r.rule = rules[in.below(3)];
   } else {
     r.format = any_format(scale_type::e8m0, in.below(2) == 0 ? 16 : 32, 0);
-    constexpr scale_rule rules[] = {scale_rule::floor, scale_rule::ceil,           scale_rule::round_up,
-                                    scale_rule::even,  scale_rule::overflow_aware, scale_rule::min_error};
+    constexpr scale_rule rules[] = {scale_rule::floor, scale_rule::ceil, scale_rule::round_up,
+                                    scale_rule::even,  scale_rule::oas,  scale_rule::min_error};
     r.rule = rules[in.below(6)];
     constexpr std::size_t macro_blocks[] = {0, 0, 0, 32, 64, 128, 256};
     r.format.macro_block = macro_blocks[in.below(7)];

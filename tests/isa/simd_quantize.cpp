@@ -41,7 +41,7 @@ std::vector<recipe> all_recipes() {
   }
   for (const std::size_t block : {16u, 32u}) {
     for (const scale_rule rule : {scale_rule::floor, scale_rule::ceil, scale_rule::round_up, scale_rule::even,
-                                  scale_rule::overflow_aware, scale_rule::min_error}) {
+                                  scale_rule::oas, scale_rule::min_error}) {
       out.push_back({{tetromino::scale_type::e8m0, block, 0}, rule, {}});
       for (const std::size_t macro : {32u, 64u, 128u, 256u}) {
         for (const macro_rule search : {macro_rule::from_amax, macro_rule::search, macro_rule::search_256}) {

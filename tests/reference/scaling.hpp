@@ -57,7 +57,7 @@ class error_sum {
   std::size_t count_ = 0;
 };
 
-enum class mx_rule { floor, ceil, round_up, even, overflow_aware, min_error };
+enum class mx_rule { floor, ceil, round_up, even, oas, min_error };
 enum class nv_rule { amax, four_over_six, min_error };
 
 /// The least exponent E with a ≤ limit · 2^E.

@@ -101,8 +101,8 @@ template <class T>
     case scale_rule::even:
       out.mx = reference::mx_rule::even;
       break;
-    case scale_rule::overflow_aware:
-      out.mx = reference::mx_rule::overflow_aware;
+    case scale_rule::oas:
+      out.mx = reference::mx_rule::oas;
       break;
     case scale_rule::amax:
       out.nvfp4 = reference::nv_rule::amax;
