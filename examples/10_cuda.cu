@@ -37,7 +37,7 @@ int main() {
   options.special = tt::special_values::poison;  // reject needs a place to report to: see cuda::rejections
   tt::quantize_to(stream, w, packed, options);
 
-  const tt::cuda::repacked_shape order{shape};  // once, into the order in which products read
+  const tt::cuda::repacked_shape order{shape.format, 1, outputs, cols};  // once, into the order in which products read
   const tt::cuda::repacked_view<tt::bfloat16, std::byte> fast{order, managed<std::byte>(order.bytes())};
   tt::repack_to(stream, packed, fast);
   tt::matmul(stream, x, fast, tt::matrix_view<tt::bfloat16>(products.data(), tokens, outputs));

@@ -17,14 +17,14 @@
 #include <string>        // std::string, std::to_string
 #include <system_error>  // std::error_code
 
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-using Catch::Approx;
-#else
+#if __has_include(<catch2/catch.hpp>)  // Catch2 2: where both are installed, it needs no library that may not fit
 #if defined(TETROMINO_TEST_MAIN)
 #define CATCH_CONFIG_RUNNER
 #endif
 #include <catch2/catch.hpp>
+#else
+#include <catch2/catch_all.hpp>
+using Catch::Approx;
 #endif
 
 namespace tetromino_test {
@@ -77,10 +77,10 @@ class temporary_directory {
 
 /// Matches a string that has `part` in it: `REQUIRE_THROWS_WITH(call(), contains("expected 3"))`.
 [[nodiscard]] inline auto contains(const std::string& part) {
-#if __has_include(<catch2/catch_all.hpp>)
-  return Catch::Matchers::ContainsSubstring(part);
-#else
+#if __has_include(<catch2/catch.hpp>)
   return Catch::Matchers::Contains(part);
+#else
+  return Catch::Matchers::ContainsSubstring(part);
 #endif
 }
 

@@ -16,7 +16,7 @@ export root work CXX=${CXX:-c++}
 launcher=$(command -v ccache || true)
 jobs=${TETROMINO_JOBS:-$(nproc)}
 export launcher libraries=
-if "$CXX" -fsyntax-only -include catch2/catch_all.hpp -x c++ /dev/null 2>/dev/null; then libraries=-lCatch2; fi  # Catch2 3
+"$CXX" -E -include catch2/catch.hpp -x c++ /dev/null >/dev/null 2>&1 || libraries=-lCatch2  # Catch2 3
 
 check_only=no
 if [ "${1:-}" = --check ]; then

@@ -7,10 +7,10 @@
 
 namespace {
 
-#if __has_include(<catch2/catch_all.hpp>)
-using listener_base = Catch::EventListenerBase;
-#else
+#if __has_include(<catch2/catch.hpp>)
 using listener_base = Catch::TestEventListenerBase;
+#else
+using listener_base = Catch::EventListenerBase;
 #endif
 
 [[maybe_unused]] const std::string& name_of(const Catch::TestCaseInfo& test) { return test.name; }   // Catch2 2

@@ -15,7 +15,7 @@ struct named_values {
   char text[400] = "";
 
   template <class... Values>
-  explicit named_values(const char* names, const Values&... values) {
+  explicit named_values([[maybe_unused]] const char* names, const Values&... values) {
     (append(names, values), ...);
   }
 
@@ -32,11 +32,11 @@ struct named_values {
     const int room = static_cast<int>(sizeof text) - used_;
     int written = 0;
     if constexpr (std::is_floating_point_v<Value>) {
-      written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %.9g", used_ == 0 ? "" : ", ", length,
-                              names, static_cast<double>(value));
+      written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %.9g", used_ == 0 ? "" : ", ",
+                              length, names, static_cast<double>(value));
     } else {
-      written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %lld", used_ == 0 ? "" : ", ", length,
-                              names, static_cast<long long>(value));
+      written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %lld", used_ == 0 ? "" : ", ",
+                              length, names, static_cast<long long>(value));
     }
     used_ = written < room ? used_ + written : static_cast<int>(sizeof text) - 1;
     names += length;

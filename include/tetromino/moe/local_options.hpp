@@ -50,7 +50,7 @@ struct local_options {
   /// Seconds after which the search hurries to its end; 0: none. A search that this cuts short depends on the
   /// machine; all others give the same plan everywhere.
   double time_limit_seconds = 0;
-  std::function<bool(const local_progress&)> progress;  ///< called after each step; false ends the search
+  std::function<bool(const local_progress&)> progress{};  ///< called after each step; false ends the search
 };
 
 /// A placement and the node on which each request of the calibration runs, made for each other.
@@ -61,4 +61,4 @@ struct local_plan {
   std::size_t copies_moved = 0;                  ///< copies on nodes that had none in `start`
 };
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe
