@@ -114,7 +114,7 @@ TEST_CASE("encoders and encoder-decoders") {
         {{"shared.weight", {256, 64}, role::embedding},
          {"encoder.block.0.layer.0.SelfAttention.q.weight", {64, 64}, role::linear, packs},
          {"encoder.block.0.layer.0.SelfAttention.o.weight", {64, 64}, role::linear, packs},
-         {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", {32, 4}, role::bias},
+         {"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", {32, 4}, role::embedding},
          {"encoder.block.0.layer.0.layer_norm.weight", {64}, role::norm},
          {"decoder.block.0.layer.1.EncDecAttention.k.weight", {64, 64}, role::linear, packs},
          {"encoder.block.0.layer.1.DenseReluDense.wi_0.weight", {128, 64}, role::linear, packs},

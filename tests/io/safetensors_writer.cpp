@@ -13,6 +13,8 @@
 #include <random>      // std::mt19937_64
 #include <span>        // std::span
 #include <string>      // std::string
+#include <thread>      // std::thread
+#include <utility>     // std::move
 #include <vector>      // std::vector
 
 namespace fs = std::filesystem;
@@ -298,4 +300,40 @@ TEST_CASE("a process killed while it writes leaves no file under the final name"
     CHECK(io::safetensors_file::open(folder / "whole").size() == 1);
     fs::remove(folder / "whole");
   }
+}
+
+TEST_CASE("a forked child that drops its copy of a writer leaves the parent's file alone") {
+  const temporary_directory folder;
+  auto writer =
+      io::safetensors_writer::create(folder / "f", std::vector<io::tensor_declaration>{{"x", io::dtype::U8, {3}}});
+  const pid_t child = ::fork();
+  if (child == 0) {
+    { const auto copy = std::move(writer); }
+    ::_exit(0);
+  }
+  REQUIRE(child > 0);
+  ::waitpid(child, nullptr, 0);
+  writer.append("x", counting(3));
+  writer.finish();
+  CHECK(io::safetensors_file::open(folder / "f")["x"].elements() == 3);
+}
+
+TEST_CASE("pieces at any place from any thread make the same file") {
+  const temporary_directory folder;
+  const std::vector<io::tensor_declaration> declared{{"x", io::dtype::U8, {1000}}, {"y", io::dtype::F32, {1}}};
+  const bytes all = counting(250);
+  auto writer = io::safetensors_writer::create(folder / "f", io::aligned_order(declared));
+  std::vector<std::thread> threads;
+  for (std::size_t t = 0; t < 4; ++t) {
+    threads.emplace_back([&, t] { writer.write_at("x", 250 * (3 - t), all); });
+  }
+  for (auto& thread : threads) thread.join();
+  CHECK(writer.try_finish().error().code() == errc::shape_mismatch);  // y is missing
+  CHECK(writer.try_write_at("y", 1, bytes(4)).error().code() == errc::shape_mismatch);
+  CHECK(writer.try_write_at("z", 0, bytes(4)).error().code() == errc::unknown_name);
+  writer.write_at("y", 0, bytes(4));
+  writer.finish();
+  const auto file = io::safetensors_file::open(folder / "f");
+  CHECK(file["x"].bytes()[999] == 249);
+  CHECK(file["x"].bytes()[250] == 0);
 }

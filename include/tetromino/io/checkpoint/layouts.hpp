@@ -4,6 +4,7 @@
 #include "../../scaling.hpp"   // recipe, name_of
 #include "../safetensors.hpp"  // tensor_declaration
 #include "parameters.hpp"      // parameter
+#include "rows.hpp"            // row_range
 
 #include <algorithm>    // std::min, std::max
 #include <array>        // std::array
@@ -182,6 +183,25 @@ inline std::vector<io::stored_weight> stored_in(io::checkpoint_layout where, con
       out.push_back(std::move(one));
     }
   }
+  return out;
+}
+
+/// The rows of a range that a stored weight holds: `first` of the weight's matrix, every row_step-th, `count` of them,
+/// which are rows `at` and on of the stored tensor.
+struct rows_of_stored {
+  std::size_t first = 0;
+  std::size_t at = 0;
+  std::size_t count = 0;
+};
+inline rows_of_stored rows_within(const io::stored_weight& stored, const io::row_range& range) {
+  if (range.matrix < stored.matrix || range.matrix >= stored.matrix + stored.matrices) return {};
+  rows_of_stored out;
+  out.first = std::max(range.first, stored.first_row);
+  out.first += (stored.row_step - (out.first - stored.first_row) % stored.row_step) % stored.row_step;
+  const std::size_t end = std::min(range.first + range.count, stored.first_row + stored.row_step * stored.rows);
+  if (out.first >= end) return {};
+  out.count = (end - out.first + stored.row_step - 1) / stored.row_step;
+  out.at = (range.matrix - stored.matrix) * stored.rows + (out.first - stored.first_row) / stored.row_step;
   return out;
 }
 

@@ -12,6 +12,7 @@
 #include <atomic>      // std::atomic
 #include <cstddef>     // std::size_t
 #include <functional>  // std::function
+#include <map>         // std::erase_if
 #include <mutex>       // std::mutex
 #include <optional>    // std::optional
 #include <span>        // std::span
@@ -21,27 +22,9 @@
 
 namespace TETROMINO_NAMESPACE::io {
 
-/// What is known of the inputs that a model's weights meet: whoever has gathered it tells the packer this way.
-class input_knowledge {
- public:
-  virtual ~input_knowledge() = default;
-
-  /// The mean squared input of each column of one matrix, after a rotation of that size (0: none): weights of the
-  /// errors that searches compare. Errors: invalid_argument where nothing is known of the weight.
-  [[nodiscard]] virtual result<std::vector<float>> column_weights(const parameter& weight, std::size_t matrix,
-                                                                  std::size_t rotation) const = 0;
-  /// The largest magnitude of the input of one matrix; nothing where it is not known.
-  [[nodiscard]] virtual std::optional<float> input_amax(const parameter& weight, std::size_t matrix) const = 0;
-  /// Packs a whole matrix with error feedback, as a recipe with /gptq wants.
-  [[nodiscard]] virtual result<packed<>> feed_back(const matrix_view<const float>& rows, const parameter& weight,
-                                                   std::size_t matrix, const recipe& how,
-                                                   const quantize_options& options) const = 0;
-};
-
 /// What a caller may choose about packing, besides the plan.
 struct pack_options {
   special_values special = special_values::reject;
-  const input_knowledge* inputs = nullptr;
   /// Text for the metadata of the files, besides that of the source.
   safetensors_metadata metadata{};
   std::size_t shard_bytes = 5'000'000'000;
@@ -346,14 +329,26 @@ class packer {
         if (auto written = write_float(stored.tensor_scale.name, e, value); !written) return written;
       }
       if (stored.input_scale.name.empty()) continue;
-      const auto seen = options_.inputs->input_amax(p, stored.matrix);
-      const float amax = seen ? *seen : 0.0f;
-      const float scale = amax > 0 ? storable_scale(plan_.options.layout, amax / (6.0f * 448.0f)) : 1.0f;
-      const float value = stored_scale(plan_.options.layout, scale);
+      const auto input = input_scale(p, stored.matrix);
+      if (!input) return input.error();
+      const float value = stored_scale(plan_.options.layout, storable_scale(plan_.options.layout, *input));
       if (auto written = write_float(stored.input_scale.name, 0, value); !written) return written;
     }
     return {};
   }
+
+  /// The tensor scale of the activations that a weight meets, from statistics or else as the source has it.
+  [[nodiscard]] result<float> input_scale(const io::parameter& p, std::size_t matrix) const {
+    if (plan_.options.inputs != nullptr) {
+      if (const auto amax = plan_.options.inputs->input_amax(p, matrix))
+        return *amax > 0 ? *amax / (6.0f * 448.0f) : 1.0f;
+    }
+    const auto all = read_floats(from_, *p.input_scale);
+    if (!all) return all.error();
+    const float scale = (*all)[all->size() == 1 ? 0 : matrix];
+    return p.tensor_scales_divide ? 1.0f / scale : scale;
+  }
+
   [[nodiscard]] result<void> write_float(const std::string& name, std::size_t index, float value) {
     return to_.try_write(name, index * sizeof value, {reinterpret_cast<const std::uint8_t*>(&value), sizeof value});
   }
@@ -396,8 +391,8 @@ class packer {
     if (!scale) return scale.error();
     if (is_nvfp4(task.parameter)) options.tensor_scales = {&*scale, 1};
     std::vector<float> weights;
-    if (options_.inputs != nullptr && !how.error_feedback) {
-      auto known = options_.inputs->column_weights(p, task.rows.matrix, how.rotation);
+    if (plan_.options.inputs != nullptr && !how.error_feedback) {
+      auto known = plan_.options.inputs->column_weights(p, task.rows.matrix, how.rotation);
       if (!known) return known.error();
       weights = std::move(*known);
       options.column_weights = weights;
@@ -424,13 +419,13 @@ class packer {
   [[nodiscard]] result<packed<>> feed_back(const Rows& rows, const pack_task& task, const quantize_options& options,
                                            pack_buffers& buffers) const {
     const auto& p = planned(task.parameter);
-    if (options_.inputs == nullptr) {
+    if (plan_.options.inputs == nullptr) {
       return error(errc::invalid_argument, text("recipe ", p.how.name(), " needs statistics of the weights' inputs"));
     }
     buffers.values.resize(rows.rows * rows.cols);
     for (std::size_t i = 0; i < buffers.values.size(); ++i) buffers.values[i] = to_float(rows.data[i]);
     const matrix_view<const float> values(buffers.values.data(), rows.rows, rows.cols);
-    return options_.inputs->feed_back(values, *p.source, task.rows.matrix, p.how, options);
+    return plan_.options.inputs->feed_back(values, *p.source, task.rows.matrix, p.how, options);
   }
 
   static packed_view<any_format, std::uint8_t> storage(const any_format& format, std::size_t rows, std::size_t cols,
@@ -481,28 +476,20 @@ class packer {
                                    pack_buffers& buffers) {
     const packed_shape shape = rows.shape();
     for (const auto& stored : planned(task.parameter).stored) {
-      if (task.rows.matrix < stored.matrix || task.rows.matrix >= stored.matrix + stored.matrices) continue;
-      // Rows first, first + row_step, ... of the slice are rows `at`, at + 1, ... of the stored matrix.
-      const std::size_t end = stored.first_row + stored.row_step * stored.rows;
-      std::size_t first = std::max(task.rows.first, stored.first_row);
-      first += (stored.row_step - (first - stored.first_row) % stored.row_step) % stored.row_step;
-      const std::size_t last = std::min(task.rows.first + task.rows.count, end);
-      if (first >= last) continue;
-      const std::size_t count = (last - first + stored.row_step - 1) / stored.row_step;
-      const std::size_t at =
-          (task.rows.matrix - stored.matrix) * stored.rows + (first - stored.first_row) / stored.row_step;
+      const rows_of_stored part_of = rows_within(stored, task.rows);
+      if (part_of.count == 0) continue;
       const auto put = [&](const io::tensor_declaration& part, std::span<const std::uint8_t> bytes,
                            std::size_t per_row) -> result<void> {
         if (part.name.empty()) return {};
-        bytes = bytes.subspan((first - task.rows.first) * per_row);
+        bytes = bytes.subspan((part_of.first - task.rows.first) * per_row);
         if (stored.row_step > 1) {
-          buffers.gathered.resize(count * per_row);
-          for (std::size_t r = 0; r < count; ++r) {
+          buffers.gathered.resize(part_of.count * per_row);
+          for (std::size_t r = 0; r < part_of.count; ++r) {
             std::copy_n(bytes.data() + r * stored.row_step * per_row, per_row, buffers.gathered.data() + r * per_row);
           }
           bytes = buffers.gathered;
         }
-        return to_.try_write(part.name, at * per_row, bytes.first(count * per_row));
+        return to_.try_write(part.name, part_of.at * per_row, bytes.first(part_of.count * per_row));
       };
       if (auto done = put(stored.codes, rows.codes, shape.code_bytes_per_row()); !done) return done;
       if (auto done = put(stored.scales, rows.scales, shape.blocks_per_row()); !done) return done;
@@ -533,6 +520,9 @@ class file_metadata {
  public:
   file_metadata(const io::checkpoint& from, const io::pack_plan& plan, const io::pack_options& options)
       : common_(from.metadata()) {
+    std::erase_if(common_, [](const auto& entry) {  // what the source was packed with, if it was
+      return entry.first.starts_with("tetromino.") || entry.first == "quantization_config";
+    });
     common_["format"] = "pt";
     common_["tetromino.layout"] = std::string(io::name(plan.options.layout));
     const auto& rules = plan.options.rules;
@@ -543,6 +533,8 @@ class file_metadata {
       for (const auto& rule : rules) all.push_back({{"weights", rule.pattern}, {"recipe", rule.how.name()}});
       common_["tetromino.recipes"] = all.dump();
     }
+    if (options.special == special_values::poison) common_["tetromino.special"] = "poison";
+    if (options.special == special_values::saturate) common_["tetromino.special"] = "saturate";
     for (const auto& [key, value] : options.metadata) common_[key] = value;
     if (const auto config = quantization_config(plan); !config.is_null() && from.is_single_file()) {
       common_["quantization_config"] = config.dump();
@@ -645,6 +637,10 @@ template <class Policy>
     if (detail::identity_of(to) != from.identity(i)) continue;
     return error(errc::invalid_argument,
                  detail::text(to.string(), ": expected another file than the one being read, ", from.file(i).string()));
+  }
+  if (!from.is_single_file() && detail::is_within(to, from.folder())) {
+    return error(errc::invalid_argument,
+                 detail::text(to.string(), ": expected a place outside of the model being read"));
   }
   std::optional<detail::pending_directory> folder;
   if (!is_file) {

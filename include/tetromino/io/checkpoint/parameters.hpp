@@ -122,6 +122,10 @@ class parameter_finder {
                    text(from_.path().string(), ": expected values in BF16, F16, F32, FP8, MXFP4 or NVFP4, found ", what,
                         ", of the format ", format, ", which cannot be read: start from the original checkpoint"));
     };
+    if (const auto ours = from_.metadata().find("tetromino.layout");
+        ours != from_.metadata().end() && ours->second == "linear") {
+      return refuse("metadata tetromino.layout", "linear of this library");
+    }
     for (const auto& tensor : from_.tensors()) {
       const std::string quoted = printable(tensor.name);
       if (tensor.name.ends_with(".qweight")) {
@@ -138,7 +142,7 @@ class parameter_finder {
     const auto& config = from_.config();
     const auto quantization = config.is_object() ? config.find("quantization_config") : config.end();
     if (quantization == config.end() || !quantization->is_object()) return {};
-    const std::string method = quantization->value("quant_method", "");
+    const std::string method = json_text(*quantization, "quant_method");
     for (const char* integer : {"gptq", "awq", "bitsandbytes", "hqq", "aqlm", "eetq", "quanto", "torchao", "bitnet",
                                 "higgs", "spqr", "vptq"}) {
       if (method == integer) return refuse("quant_method in config.json", method);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "inputs.hpp"      // input_knowledge
 #include "layouts.hpp"     // checkpoint_layout, stored_weight
 #include "parameters.hpp"  // parameter
 #include "rows.hpp"        // detail::read_floats
@@ -25,10 +26,11 @@ struct pack_rule {
 /// What to pack, and how.
 struct plan_options {
   checkpoint_layout layout = checkpoint_layout::linear;
-  std::vector<pack_rule> rules{};   ///< of those that match a weight, the last counts
-  std::vector<std::string> keep{};  ///< patterns with * and ? for names of parameters that stay as they are
-  std::vector<std::string> pack{};  ///< patterns for parameters to pack although their role is not known
-  bool separate_scales = false;     ///< NVFP4: a tensor scale for each weight, also where readers take one for several
+  std::vector<pack_rule> rules{};           ///< of those that match a weight, the last counts
+  std::vector<std::string> keep{};          ///< patterns with * and ? for names of parameters that stay as they are
+  std::vector<std::string> pack{};          ///< patterns for parameters to pack although their role is not known
+  const input_knowledge* inputs = nullptr;  ///< weighs errors, and gives NVFP4 readers the scales of activations
+  bool separate_scales = false;  ///< NVFP4: a tensor scale for each weight, also where readers take one for several
 };
 
 /// What happens to a parameter.
@@ -112,6 +114,7 @@ class planner {
     for (auto& planned : plan_.parameters) {
       if (auto done = finish(planned); !done) return done.error();
     }
+    name_input_scales();
     if (std::none_of(plan_.parameters.begin(), plan_.parameters.end(), [](const auto& p) { return p.is_packed(); })) {
       return error(errc::invalid_argument,
                    text(from_.path().string(), ": expected a weight to pack, found none in ", parameters_.size(),
@@ -269,6 +272,33 @@ class planner {
                         "in 4 bits cannot be kept as it is beside others (", planned.reason, ')'));
     }
     return {};
+  }
+
+  /// Readers pack activations where every weight has the scale of its input; one without it, and none does.
+  void name_input_scales() {
+    const auto where = options().layout;
+    const bool has_room =
+        where == io::checkpoint_layout::compressed_tensors || where == io::checkpoint_layout::modelopt;
+    const auto knows = [&](const io::planned_parameter& planned) {
+      const io::parameter& p = *planned.source;
+      if (!planned.is_packed()) return true;
+      if (planned.how.format.scale != scale_type::e4m3) return false;
+      for (std::size_t e = 0; e < p.matrices; ++e) {
+        const bool known = options().inputs != nullptr && options().inputs->input_amax(p, e);
+        if (!known && p.input_scale == nullptr) return false;
+      }
+      return true;
+    };
+    if (!has_room || !std::all_of(plan_.parameters.begin(), plan_.parameters.end(), knows)) return;
+    const bool divides = where == io::checkpoint_layout::compressed_tensors;
+    for (auto& planned : plan_.parameters) {
+      for (auto& stored : planned.stored) {
+        const std::string& scale = stored.scales.name;  // MODULE.weight_scale
+        const std::string module = scale.substr(0, scale.size() - std::string_view("weight_scale").size());
+        stored.input_scale = {module + (divides ? "input_global_scale" : "input_scale"), io::dtype::F32,
+                              divides ? std::vector<std::size_t>{1} : std::vector<std::size_t>{}};
+      }
+    }
   }
 
   const io::checkpoint& from_;

@@ -112,7 +112,9 @@ class role_finder {
     const tensor_path& path = paths_[i];
     if (!tensor.is_real) return {role::other, false, "not floating point"};
     if (is_scale(path)) return {role::scale, false, "a scale"};
-    if (path.parameter == "bias" || path.lower_leaf.ends_with("bias")) return {role::bias, false, "a bias"};
+    const bool names_bias = path.lower_leaf.ends_with("bias");
+    if (path.parameter == "bias" || (names_bias && path.parameter.empty())) return {role::bias, false, "a bias"};
+    if (names_bias) return {role::embedding, false, "a table of biases"};
     if (is_state_space(path)) return {role::state_space, false, "a state-space parameter"};
     if (auto aside = kept_by_name(i)) return *aside;
     if (tensor.shape.size() == 3) return stack(i);

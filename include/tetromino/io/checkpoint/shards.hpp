@@ -81,6 +81,15 @@ inline result<void> write_text(const std::filesystem::path& path, std::string_vi
   return file->try_commit();
 }
 
+/// Whether a path, which need not exist, leads into a directory or to it.
+inline bool is_within(const std::filesystem::path& path, const std::filesystem::path& folder) {
+  std::error_code problem;
+  const auto inner = std::filesystem::weakly_canonical(path, problem),
+             outer = std::filesystem::canonical(folder, problem);
+  if (problem) return false;
+  return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
+}
+
 /// Files that hold weights of the model in another form: they do not belong beside a packed one.
 inline bool is_weight_file(const std::filesystem::path& path) {
   const std::string name = path.filename().string(), extension = path.extension().string();

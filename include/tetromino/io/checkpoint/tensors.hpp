@@ -39,6 +39,13 @@ inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
   return json;
 }
 
+/// The text that a JSON object has under a key; empty if it has none, or something else.
+inline std::string json_text(const nlohmann::json& object, const char* key) {
+  if (!object.is_object()) return {};
+  const auto found = object.find(key);
+  return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
+}
+
 }  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
@@ -89,6 +96,9 @@ class checkpoint {
   [[nodiscard]] const nlohmann::json& config() const noexcept { return config_; }
   /// Free text of the files' headers, together.
   [[nodiscard]] const safetensors_metadata& metadata() const noexcept { return metadata_; }
+
+  /// Free text of one file's header.
+  [[nodiscard]] const safetensors_metadata& metadata(std::size_t file) const noexcept { return file_metadata_[file]; }
 
   /// All tensors, by file and then by their place in it.
   [[nodiscard]] std::span<const checkpoint_tensor> tensors() const noexcept { return tensors_; }
@@ -212,7 +222,8 @@ class checkpoint {
       tensors_.push_back({std::move(entry.name), entry.type, std::move(entry.shape), files_.size(),
                           header->data_begin + entry.begin, entry.end - entry.begin});
     }
-    for (auto& [key, value] : header->metadata) metadata_.insert_or_assign(key, std::move(value));
+    for (const auto& [key, value] : header->metadata) metadata_.insert_or_assign(key, value);
+    file_metadata_.push_back(std::move(header->metadata));
     files_.push_back(std::move(*file));
     return {};
   }
@@ -238,6 +249,7 @@ class checkpoint {
   bool is_single_file_ = false;
   nlohmann::json config_;
   safetensors_metadata metadata_;
+  std::vector<safetensors_metadata> file_metadata_;
   std::vector<detail::file_reader> files_;
   std::vector<checkpoint_tensor> tensors_;
   std::vector<std::size_t> by_name_;

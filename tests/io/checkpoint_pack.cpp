@@ -1,0 +1,284 @@
+#include "support/model_folder.hpp"
+
+#include <tetromino/io/checkpoint.hpp>
+#include <tetromino/io/checkpoint/pack.hpp>
+#include <tetromino/io/checkpoint/verify.hpp>
+#include <tetromino/quantize.hpp>
+
+#include <set>
+#include <thread>
+
+/// Packing in process: models whose weights are FP8 or 4-bit already, scales of activations, and work that stops.
+
+namespace {
+
+using namespace tetromino_test;
+namespace io = tetromino::io;
+namespace tt = tetromino;
+using tt::errc;
+using layout = io::checkpoint_layout;
+
+struct raw_tensor {
+  std::string name;
+  io::dtype dtype;
+  std::vector<std::size_t> shape;
+  std::vector<std::uint8_t> bytes;
+};
+void write_raw(const fs::path& folder, const nlohmann::json& config, const std::vector<raw_tensor>& tensors) {
+  fs::create_directories(folder);
+  store_text(folder / "config.json", config.dump());
+  std::vector<io::tensor_declaration> declarations;
+  for (const auto& t : tensors) declarations.push_back({t.name, t.dtype, t.shape});
+  auto writer = io::safetensors_writer::create(folder / "model.safetensors", io::aligned_order(declarations));
+  for (const auto& t : tensors) writer.append(t.name, t.bytes);
+  writer.finish();
+}
+template <class T>
+std::vector<std::uint8_t> bytes_of(const std::vector<T>& values) {
+  std::vector<std::uint8_t> out(values.size() * sizeof(T));
+  std::memcpy(out.data(), values.data(), out.size());
+  return out;
+}
+std::vector<std::uint8_t> random_bytes(std::size_t count, unsigned least, unsigned most) {
+  static std::mt19937 random(static_cast<unsigned>(seed()));
+  std::uniform_int_distribution<unsigned> byte(least, most);
+  std::vector<std::uint8_t> out(count);
+  for (auto& b : out) b = static_cast<std::uint8_t>(byte(random));
+  return out;
+}
+
+/// Packs a folder, verifies the result, and returns what packing reports.
+io::pack_report pack_and_verify(const fs::path& in, const fs::path& out, io::plan_options options,
+                                const io::pack_options& how = {}) {
+  const auto model = io::checkpoint::open(in);
+  const auto parameters = io::parameters_of(model);
+  const tt::thread_executor threads(3);
+  io::verify_options verifying{options.inputs};
+  const auto plan = io::plan(model, parameters, std::move(options));
+  auto report = io::pack(tt::scalar.on(threads), model, plan, out, how);
+  verifying.slice_bytes = 1000;
+  io::verify(tt::scalar.on(threads), model, io::checkpoint::open(out), verifying);
+  return report;
+}
+
+io::plan_options by(layout where, const char* recipe) {
+  io::plan_options out;
+  out.layout = where;
+  out.rules.push_back({"", tt::recipe::parse(recipe)});
+  return out;
+}
+
+const std::string experts = "model.layers.0.mlp.experts.", q = "model.layers.0.self_attn.q_proj.weight";
+
+/// gpt-oss as published: experts in MXFP4, whose scales span `spread` powers of two.
+void write_gpt_oss(const fs::path& folder, unsigned spread) {
+  std::vector<tt::bfloat16> attention;
+  for (const float v : model_values({q, {64, 64}})) attention.push_back(tt::bfloat16(v));
+  write_raw(folder,
+            {{"model_type", "gpt_oss"}, {"hidden_size", 64}, {"quantization_config", {{"quant_method", "mxfp4"}}}},
+            {{q, io::dtype::BF16, {64, 64}, bytes_of(attention)},
+             {experts + "gate_up_proj_blocks", io::dtype::U8, {2, 96, 2, 16}, random_bytes(2 * 96 * 32, 0, 255)},
+             {experts + "gate_up_proj_scales", io::dtype::U8, {2, 96, 2}, random_bytes(2 * 96 * 2, 120 - spread, 120)},
+             {experts + "down_proj_blocks", io::dtype::U8, {2, 64, 2, 16}, random_bytes(2 * 64 * 32, 0, 255)},
+             {experts + "down_proj_scales", io::dtype::U8, {2, 64, 2}, random_bytes(2 * 64 * 2, 120 - spread, 120)}});
+}
+
+/// Activations' largest magnitudes: 6 * 448 for the first expert, twice as much for the next.
+class known_inputs final : public io::input_knowledge {
+ public:
+  tt::result<std::vector<float>> column_weights(const io::parameter& weight, std::size_t, std::size_t) const override {
+    return std::vector<float>(weight.cols, 1.0f);
+  }
+  std::optional<float> input_amax(const io::parameter&, std::size_t matrix) const override {
+    return 6.0f * 448.0f * static_cast<float>(1 + matrix);
+  }
+  tt::result<tt::packed<>> feed_back(const tt::matrix_view<const float>&, const io::parameter&, std::size_t,
+                                     const tt::recipe&, const tt::quantize_options&) const override {
+    return tt::error(errc::invalid_argument, "no moments");
+  }
+};
+
+}  // namespace
+
+TEST_CASE("MXFP4 becomes NVFP4 without loss, and says where it cannot") {
+  const temporary_directory folder;
+  write_gpt_oss(folder / "in", 17);
+  const auto before = read_model(folder / "in");
+  const auto report = pack_and_verify(folder / "in", folder / "out", by(layout::modelopt, "nvfp4/amax"));
+  for (const auto& p : report.parameters) CHECK(p.rounded_blocks == 0);
+  const auto after = read_model(folder / "out");
+  const auto half = [&](const std::string& module) {
+    return decode(after.at(module + ".weight").bytes, after.at(module + ".weight_scale").bytes,
+                  first_float(after.at(module + ".weight_scale_2")));
+  };
+  const auto whole =
+      decode(before.at(experts + "gate_up_proj_blocks").bytes, before.at(experts + "gate_up_proj_scales").bytes, 0);
+  std::size_t wrong = 0;
+  for (std::size_t e = 0; e < 2; ++e) {
+    const auto gate = half(experts + std::to_string(e) + ".gate_proj"),
+               up = half(experts + std::to_string(e) + ".up_proj");
+    for (std::size_t r = 0; r < 96; ++r) {  // gate and up in turn
+      for (std::size_t k = 0; k < 64; ++k) {
+        wrong += whole[(e * 96 + r) * 64 + k] != (r % 2 == 0 ? gate : up)[r / 2 * 64 + k];
+      }
+    }
+  }
+  CHECK(wrong == 0);
+  CHECK(read_json(folder / "out/config.json")["quantization_config"]["quant_algo"] == "W4A16_NVFP4");
+  CHECK(read_json(folder / "out/hf_quant_config.json")["quantization"]["group_size"] == 16);
+
+  write_gpt_oss(folder / "wide", 40);
+  const auto rounded =
+      pack_and_verify(folder / "wide", folder / "wide-out", by(layout::compressed_tensors, "nvfp4/amax"));
+  std::size_t blocks = 0;
+  for (const auto& p : rounded.parameters) blocks += p.rounded_blocks;
+  CHECK(blocks > 50);
+}
+
+TEST_CASE("MXFP4 keeps its bytes in another layout of it, and through NVFP4 codes stay") {
+  const temporary_directory folder;
+  write_gpt_oss(folder / "in", 17);
+  pack_and_verify(folder / "in", folder / "same", by(layout::gpt_oss, "mxfp4-32/oas"));
+  CHECK(read_model(folder / "same").at(experts + "down_proj_blocks").bytes ==
+        read_model(folder / "in").at(experts + "down_proj_blocks").bytes);
+  pack_and_verify(folder / "in", folder / "ct", by(layout::compressed_tensors, "mxfp4-32/oas"));
+  pack_and_verify(folder / "in", folder / "nv", by(layout::modelopt, "nvfp4/amax"));
+  pack_and_verify(folder / "nv", folder / "ct-nv", by(layout::compressed_tensors, "nvfp4/min-error"));
+  const auto nv = read_model(folder / "nv"), ct = read_model(folder / "ct-nv");
+  for (const std::string module : {experts + "1.up_proj", experts + "0.down_proj"}) {
+    CHECK(nv.at(module + ".weight").bytes == ct.at(module + ".weight_packed").bytes);
+    CHECK(first_float(nv.at(module + ".weight_scale_2")) == 1.0f / first_float(ct.at(module + ".weight_global_scale")));
+  }
+}
+
+TEST_CASE("FP8 blocks are packed from their values, and become BF16 where they are kept") {
+  const temporary_directory folder;
+  const std::string up = "model.layers.0.mlp.experts.0.up_proj.weight", o = "model.layers.0.self_attn.o_proj.weight";
+  auto codes = random_bytes(130 * 256, 0, 255), kept = random_bytes(64 * 64, 0, 0x7E);
+  for (auto& code : codes) code = (code & 0x7F) == 0x7F ? 0 : code;
+  write_raw(folder / "in",
+            {{"model_type", "deepseek_v3"}, {"hidden_size", 64}, {"quantization_config", {{"quant_method", "fp8"}}}},
+            {{up, io::dtype::F8_E4M3, {130, 256}, codes},
+             {up + "_scale_inv", io::dtype::F32, {2, 2}, bytes_of(std::vector<float>{0.5f, 0.01f, 0.25f, 1.0f})},
+             {o, io::dtype::F8_E4M3, {64, 64}, kept},
+             {o + "_scale_inv", io::dtype::F32, {1, 1}, bytes_of(std::vector<float>{0.5f})}});
+  auto options = by(layout::compressed_tensors, "nvfp4/amax");
+  options.keep.push_back("*o_proj*");
+  pack_and_verify(folder / "in", folder / "out", std::move(options));
+  const auto after = read_model(folder / "out");
+  CHECK(after.size() == 4);
+  CHECK(after.at(o).dtype == "BF16");
+  tt::bfloat16 last;
+  std::memcpy(&last, after.at(o).bytes.data() + after.at(o).bytes.size() - 2, 2);
+  CHECK(float(last) == 0.5f * e4m3_value(kept.back()));
+  const std::string module = up.substr(0, up.size() - 7);
+  std::vector<float> values;
+  for (std::size_t i = 0; i < codes.size(); ++i) {
+    const float scales[4] = {0.5f, 0.01f, 0.25f, 1.0f};
+    values.push_back(e4m3_value(codes[i]) * scales[i / 256 / 128 * 2 + i % 256 / 128]);
+  }
+  CHECK(qsnr_of(values, decode(after.at(module + ".weight_packed").bytes, after.at(module + ".weight_scale").bytes,
+                               1.0f / first_float(after.at(module + ".weight_global_scale")))) > 18);
+}
+
+TEST_CASE("activations' scales are written where all weights have one") {
+  const temporary_directory folder;
+  const std::vector<model_tensor> tensors = {{experts + "0.up_proj.weight", {32, 64}},
+                                             {experts + "0.gate_proj.weight", {32, 64}}};
+  write_model(folder / "in", {{"hidden_size", 64}}, tensors);
+  const known_inputs inputs;
+  for (const layout where : {layout::modelopt, layout::compressed_tensors}) {
+    auto options = by(where, "nvfp4/amax");
+    options.inputs = &inputs;
+    const auto out = folder / std::string(io::name(where));
+    pack_and_verify(folder / "in", out, std::move(options));
+    const auto config = read_json(out / "config.json")["quantization_config"];
+    const auto after = read_model(out);
+    if (where == layout::modelopt) {
+      CHECK(config["quant_algo"] == "NVFP4");
+      CHECK(first_float(after.at(experts + "0.up_proj.input_scale")) == 1.0f);
+      CHECK(after.at(experts + "0.up_proj.input_scale").shape.empty());
+    } else {
+      CHECK(config["config_groups"]["group_0"]["input_activations"]["dynamic"] == "local");
+      CHECK(first_float(after.at(experts + "0.up_proj.input_global_scale")) == 1.0f);
+    }
+  }
+  pack_and_verify(folder / "modelopt", folder / "again", by(layout::compressed_tensors, "nvfp4/amax"));
+  CHECK(read_model(folder / "again").count(experts + "0.up_proj.input_global_scale") == 1);  // as the source has it
+}
+
+TEST_CASE("two recipes: each weight has its own, and the config names both") {
+  const temporary_directory folder;
+  write_model(folder / "in", {{"hidden_size", 64}}, {{q, {64, 64}}, {experts + "0.up_proj.weight", {32, 64}}});
+  auto options = by(layout::compressed_tensors, "nvfp4/amax");
+  options.rules.push_back({"experts", tt::recipe::parse("mxfp4-32/oas")});
+  pack_and_verify(folder / "in", folder / "out", std::move(options));
+  const auto config = read_json(folder / "out/config.json")["quantization_config"];
+  CHECK(config["format"] == "mixed-precision");
+  CHECK(config["config_groups"]["group_0"]["targets"] == nlohmann::json{"Linear"});
+  CHECK(config["config_groups"]["group_0"]["format"] == "mxfp4-pack-quantized");
+  CHECK(config["config_groups"]["group_1"]["targets"] == nlohmann::json{"model.layers.0.self_attn.q_proj"});
+  CHECK(read_model(folder / "out").at(experts + "0.up_proj.weight_scale").dtype == "U8");
+}
+
+TEST_CASE("a model that cannot be finished leaves nothing") {
+  const temporary_directory folder;
+  write_model(folder / "in", {{"hidden_size", 64}}, {{q, {64, 64}}, {experts + "0.up_proj.weight", {64, 64}}});
+  store_text(folder / "in/notes.bin", "weights of another form");
+  const auto model = io::checkpoint::open(folder / "in");
+  const auto parameters = io::parameters_of(model);
+  const auto plan = io::plan(model, parameters, by(layout::linear, "nvfp4/amax"));
+  const auto refused = [&](const fs::path& out, const io::pack_options& options, const std::string& message) {
+    const auto done = io::try_pack(tt::scalar, model, plan, out, options);
+    REQUIRE_FALSE(done.has_value());
+    CHECK_THAT(done.error().what(), contains(message));
+    std::set<std::string> left;
+    for (const auto& entry : fs::directory_iterator(folder.path())) left.insert(entry.path().filename().string());
+    CHECK(left == std::set<std::string>{"in"});
+  };
+  std::size_t calls = 0;
+  io::pack_options stopping;
+  stopping.slice_bytes = 4096;
+  stopping.progress = [&](std::size_t) { return ++calls < 3; };
+  refused(folder / "out", stopping, "stopped");
+  refused(folder / "in/out", {}, "outside of the model");
+  refused(folder / "in/model-00001-of-00002.safetensors", {}, "another file than the one being read");
+  refused(folder / "no/out", {}, "could not create");
+
+  io::pack_options whole;
+  whole.shard_bytes = 1;  // each weight in a file of its own
+  const auto report = io::pack(tt::scalar, model, plan, folder / "out", whole);
+  CHECK(report.files == 2);
+  CHECK(report.files_left == std::vector<std::string>{"notes.bin"});
+  const auto packed = io::checkpoint::open(folder / "out");
+  CHECK(packed.file_count() == 2);
+  CHECK(io::verify(tt::scalar, model, packed).packed == 2);
+  CHECK_THAT(io::try_pack(tt::scalar, model, plan, folder / "out").error().what(), contains("new or empty"));
+
+  auto changing = io::pack_options{};
+  changing.progress = [&](std::size_t) {  // another program writes to the model
+    fs::last_write_time(folder / "in/model-00001-of-00002.safetensors", fs::file_time_type::clock::now());
+    return true;
+  };
+  fs::remove_all(folder / "out");
+  refused(folder / "out", changing, "nobody changes while it is read");
+}
+
+TEST_CASE("with a name for each expert, what --keep splits is kept whole") {
+  const temporary_directory folder;
+  write_model(folder / "in", {{"hidden_size", 64}},
+              {{experts + "0.up_proj.weight", {32, 64}}, {experts + "0.gate_proj.weight", {32, 64}}, {q, {64, 64}}});
+  const auto model = io::checkpoint::open(folder / "in");
+  const auto parameters = io::parameters_of(model);
+  auto options = by(layout::modelopt, "nvfp4/amax");
+  options.keep.push_back("*.up_proj.weight");
+  const auto plan = io::plan(model, parameters, options);
+  std::map<std::string, std::string> reasons;
+  for (const auto& p : plan.parameters) reasons[p.source->name] = p.reason;
+  CHECK(reasons[experts + "0.up_proj.weight"] == "--keep *.up_proj.weight");
+  CHECK_THAT(reasons[experts + "0.gate_proj.weight"], contains("readers run it as one with"));
+  CHECK(reasons[q].empty());
+  options.layout = layout::linear;  // ours takes them as they come
+  CHECK(io::plan(model, parameters, options).parameters[1].is_packed() !=
+        io::plan(model, parameters, options).parameters[0].is_packed());
+}
