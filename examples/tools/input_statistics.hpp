@@ -9,13 +9,19 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
-/// The statistics of all inputs, such as "layers.0.moe.down": one calibration for each matrix, that is for each expert.
+/// The statistics of all inputs, such as "layers.0.moe.down": one calibration for each matrix, that is for each expert,
+/// and the largest magnitude that was seen. A weight is known by its own name; an expert of a list, such as
+/// "mlp.experts.3.up_proj.weight", also by that of the stack, "mlp.experts.up_proj.weight".
 class input_statistics {
  public:
   /// What an expert that few tokens reach borrows: moments of its layer, as of so many more tokens.
@@ -29,24 +35,40 @@ class input_statistics {
     auto& seen = inputs_[input];
     if (seen.empty()) seen.assign(matrices, tetromino::calibration(cols));
     seen[which].add(tetromino::matrix_view<const float>(rows.data(), rows.size() / cols, cols));
+    auto& largest = amax_[input];
+    largest.resize(matrices);
+    for (const float x : rows) largest[which] = std::max(largest[which], std::abs(x));
   }
 
   /// Says which input a weight tensor has.
   void name(const std::string& tensor, const std::string& input) { input_of_[tensor] = input; }
 
-  [[nodiscard]] bool knows(const std::string& tensor) const {
-    const auto found = input_of_.find(tensor);
-    return found != input_of_.end() && inputs_.contains(found->second);
+  [[nodiscard]] bool knows(const std::string& tensor) const { return input_of(tensor) != nullptr; }
+
+  /// The largest magnitude that one matrix of a weight has met; nothing where the file does not say it.
+  [[nodiscard]] std::optional<float> amax(const std::string& tensor, std::size_t which) const {
+    const std::string* input = input_of(tensor);
+    if (input == nullptr) return std::nullopt;
+    const auto found = amax_.find(*input);
+    if (const auto expert = expert_of(tensor); expert && input_of_.find(tensor) == input_of_.end())
+      which = expert->second;
+    if (found == amax_.end() || which >= found->second.size()) return std::nullopt;
+    return found->second[which];
   }
 
   /// For one matrix of a weight tensor [matrices, rows, cols]: what was seen, blended with that of all experts.
   [[nodiscard]] tetromino::calibration of(const std::string& tensor, std::size_t which, std::size_t matrices,
                                           std::size_t cols) const {
-    if (!knows(tensor)) {
+    const std::string* const input = input_of(tensor);
+    if (input == nullptr) {
       throw tetromino::error(tetromino::errc::invalid_argument,
                              fmt::format("no calibration statistics for the weights {}", tensor));
     }
-    const auto& seen = inputs_.at(input_of_.at(tensor));
+    const auto& seen = inputs_.at(*input);
+    if (const auto expert = expert_of(tensor); matrices == 1 && expert && expert->second < seen.size()) {
+      which = expert->second;
+      matrices = seen.size();
+    }
     if (seen.size() != matrices || seen.front().cols() != cols) {
       throw tetromino::error(tetromino::errc::shape_mismatch,
                              fmt::format("the calibration statistics of {} are of {} matrices with K = {}, the weights "
@@ -73,8 +95,9 @@ class input_statistics {
     for (const auto& [input, seen] : inputs_) {
       parts.push_back({input + ".moments", io::dtype::F64, {seen.size(), seen.front().cols(), seen.front().cols()}});
       parts.push_back({input + ".rows", io::dtype::F64, {seen.size()}});
+      if (amax_.contains(input)) parts.push_back({input + ".amax", io::dtype::F32, {seen.size()}});
     }
-    auto writer = io::safetensors_writer::create(path, parts, {input_of_.begin(), input_of_.end()});
+    auto writer = io::safetensors_writer::create(path, io::aligned_order(parts), {input_of_.begin(), input_of_.end()});
     for (const auto& [input, seen] : inputs_) {
       for (const auto& one : seen) {
         const Eigen::MatrixXd moments = one.moments().selfadjointView<Eigen::Lower>();
@@ -83,6 +106,7 @@ class input_statistics {
         writer.append_values<double>(input + ".rows", {&rows, 1});
       }
     }
+    for (const auto& [input, largest] : amax_) writer.append_values<float>(input + ".amax", largest);
     writer.finish();
   }
 
@@ -101,6 +125,14 @@ class input_statistics {
         throw tetromino::error(
             tetromino::errc::malformed_file,
             fmt::format("{}: {}: expected moments [matrices, K, K] and rows [matrices]", path, input));
+      }
+      if (const auto* largest = file.find(input + ".amax"); largest != nullptr) {
+        auto& amax = out.amax_[input] = largest->copy_as<float>();
+        if (amax.size() != shape[0] ||
+            !std::all_of(amax.begin(), amax.end(), [](float x) { return std::isfinite(x); })) {
+          throw tetromino::error(tetromino::errc::malformed_file,
+                                 fmt::format("{}: {}: expected finite amax [matrices]", path, input));
+        }
       }
       const auto values = moments.copy_as<double>();
       const auto n = static_cast<Eigen::Index>(shape[1]);
@@ -121,6 +153,26 @@ class input_statistics {
   }
 
  private:
+  /// "a.experts.3.b" as "a.experts.b" and 3.
+  static std::optional<std::pair<std::string, std::size_t>> expert_of(const std::string& tensor) {
+    constexpr std::string_view list = "experts.";
+    const std::size_t at = tensor.find(list);
+    if (at == std::string::npos) return std::nullopt;
+    const std::size_t digits = at + list.size(), end = tensor.find_first_not_of("0123456789", digits);
+    if (end == digits || end == std::string::npos || tensor[end] != '.' || end - digits > 6) return std::nullopt;
+    return std::pair(tensor.substr(0, digits) + tensor.substr(end + 1),
+                     std::stoul(tensor.substr(digits, end - digits)));
+  }
+
+  [[nodiscard]] const std::string* input_of(const std::string& tensor) const {
+    auto found = input_of_.find(tensor);
+    if (found == input_of_.end()) {
+      if (const auto expert = expert_of(tensor)) found = input_of_.find(expert->first);
+    }
+    return found != input_of_.end() && inputs_.contains(found->second) ? &found->second : nullptr;
+  }
+
   std::map<std::string, std::vector<tetromino::calibration>> inputs_;
+  std::map<std::string, std::vector<float>> amax_;
   std::map<std::string, std::string> input_of_;  // by weight tensor
 };

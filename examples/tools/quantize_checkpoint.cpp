@@ -1,261 +1,282 @@
-/// Packs the expert and linear weights of a safetensors checkpoint into 4-bit blocks:
-///   quantize_checkpoint IN.safetensors OUT.safetensors --recipe mxfp4-16/oas/mbs-search
-///   quantize_checkpoint IN.safetensors OUT.safetensors --recipe nvfp4/min-error/gptq --statistics
-///   STATISTICS.safetensors quantize_checkpoint IN.safetensors --compare
-/// Routers, norms and embeddings stay as they are. Memory stays bounded whatever the file's size; with statistics,
-/// which `moe_engine --calibrate TEXT --statistics FILE` writes for the bundled model, by those and by the largest
-/// matrix.
+/// Packs the linear and expert weights of a model into 4-bit blocks, in a layout that engines open:
+///   quantize_checkpoint Qwen3-30B-A3B Qwen3-30B-A3B-NVFP4 --recipe nvfp4/min-error --layout compressed-tensors
+///   quantize_checkpoint gpt-oss-20b OUT --layout modelopt --recipe nvfp4/amax     # MXFP4 to NVFP4, without loss
+///   quantize_checkpoint MODEL OUT --recipe mxfp4-32/oas --recipe attn=nvfp4/amax --layout compressed-tensors
+///   quantize_checkpoint MODEL OUT --dry-run                                       # what would be packed, and why not
+///   quantize_checkpoint MODEL --compare                                           # recipes side by side
+///   quantize_checkpoint model-f16.gguf model-nvfp4.gguf --recipe nvfp4/min-error --imatrix imatrix.gguf
+/// MODEL is a directory as Hugging Face saves it, its index, or a safetensors file; OUT is a directory, or a file whose
+/// name ends with .safetensors. Memory stays bounded whatever the model's size; with gptq, by its largest matrix.
 
 #include "checkpoint.hpp"
-#include "ui.hpp"
+#include "compare_recipes.hpp"
+#include "pack_gguf.hpp"
 
 #include <CLI/CLI.hpp>
 
-#include <cmath>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <optional>
+#include <thread>
 
 namespace {
 
 using namespace checkpoint;
-using tetromino::recipe;
 
 struct settings {
-  std::string input;
-  std::string output;
-  std::vector<std::string> recipes;
-  std::string layout = "linear";
-  std::vector<std::string> keep;
-  std::string statistics;
+  std::string input, output;
+  std::vector<std::string> recipes, keep, pack;
+  std::string layout = "linear", statistics, imatrix, special = "reject";
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
-  bool compare = false;
+  double shard_gigabytes = 5;
+  bool separate_scales = false, dry_run = false, compare = false, list = false, json = false, quiet = false;
 };
 
-const std::vector<std::string> compared_recipes = {"mxfp4-32/floor",
-                                                   "mxfp4-32/ceil",
-                                                   "mxfp4-32/round-up",
-                                                   "mxfp4-32/even",
-                                                   "mxfp4-32/oas",
-                                                   "mxfp4-32/min-error",
-                                                   "mxfp4-32/oas/mbs-static",
-                                                   "mxfp4-32/oas/mbs-search",
-                                                   "mxfp4-16/floor",
-                                                   "mxfp4-16/oas",
-                                                   "mxfp4-16/min-error",
-                                                   "mxfp4-16/oas/mbs-static",
-                                                   "mxfp4-16/oas/mbs-search",
-                                                   "mxfp4-16/oas/mbs-search@64",
-                                                   "mxfp4-16/oas/mbs-search@32",
-                                                   "nvfp4/amax",
-                                                   "nvfp4/four-over-six",
-                                                   "nvfp4/min-error"};
-const std::vector<std::string> compared_with_statistics = {"mxfp4-32/oas/gptq", "mxfp4-32/min-error/mbs-search@32",
-                                                           "mxfp4-32/min-error/mbs-search@32/gptq",
-                                                           "nvfp4/four-over-six/gptq", "nvfp4/min-error/gptq"};
-
-/// Names the rejected value by its row in the tensor rather than in the slice.
-error at_row(const error& e, std::size_t first_row, const weights& w) {
-  if (e.code() != errc::non_finite) return e;
-  return error(e.code(), fmt::format("{} (counting from row {} of {})", e.what(), first_row, w.matrices * w.rows));
+/// Everything that can be said before the model is opened.
+io::plan_options plan_options_of(const settings& s) {
+  return usage([&] {
+    io::plan_options out;
+    out.layout = io::checkpoint_layout_named(s.layout);
+    for (const auto& text : s.recipes) add_rules(text, out.rules);
+    if (out.rules.empty()) {
+      const bool is_nvfp4 =
+          out.layout == io::checkpoint_layout::modelopt || out.layout == io::checkpoint_layout::compressed_tensors;
+      const char* const best = is_nvfp4                                       ? "nvfp4/four-over-six"
+                               : out.layout == io::checkpoint_layout::gpt_oss ? "mxfp4-32/oas"
+                                                                              : "mxfp4-16/oas/mbs-search";
+      out.rules.push_back({"", recipe::parse(best)});
+    }
+    for (const auto& rule : out.rules) {
+      io::try_fit(out.layout, rule.how).value();
+      if (rule.how.error_feedback && s.statistics.empty()) {
+        throw ui::usage_error(fmt::format("recipe {} needs --statistics FILE", rule.how.name()));
+      }
+    }
+    out.keep = s.keep;
+    out.pack = s.pack;
+    out.separate_scales = s.separate_scales;
+    return out;
+  });
 }
 
-/// Squares of products with the activations that statistics describe: of the weights, and of what packing errs.
-struct product_report {
-  double signal = 0, noise = 0;
+tetromino::special_values special_of(const std::string& name) {
+  return name == "poison"     ? tetromino::special_values::poison
+         : name == "saturate" ? tetromino::special_values::saturate
+                              : tetromino::special_values::reject;
+}
 
-  template <class T>
-  void add(const tetromino::matrix_view<const T>& x, const tetromino::matrix<float>& y,
-           const tetromino::calibration& seen) {
-    tetromino::eigen_matrix<double> values(static_cast<Eigen::Index>(x.rows), static_cast<Eigen::Index>(x.cols));
-    tetromino::eigen_matrix<double> errors = values;
-    for (std::size_t r = 0; r < x.rows; ++r) {
-      for (std::size_t k = 0; k < x.cols; ++k) {
-        const auto i = static_cast<Eigen::Index>(r), j = static_cast<Eigen::Index>(k);
-        values(i, j) = static_cast<double>(tetromino::detail::to_float(x(r, k)));
-        errors(i, j) = values(i, j) - static_cast<double>(y(r, k));
-      }
-    }
-    const auto moments = seen.moments().selfadjointView<Eigen::Lower>();
-    signal += (values * moments).cwiseProduct(values).sum() / seen.rows();
-    noise += (errors * moments).cwiseProduct(errors).sum() / seen.rows();
+/// Parameters that one line of a table counts.
+struct group {
+  std::size_t tensors = 0, elements = 0, bits = 0, rounded = 0;
+  tetromino::error_report errors;
+  std::string example;
+
+  void add(const io::planned_parameter& planned, const io::packed_parameter* made) {
+    ++tensors;
+    elements += planned.source->elements();
+    if (example.empty()) example = planned.source->name;
+    if (made == nullptr) return;
+    bits += made->bits;
+    rounded += made->rounded_blocks;
+    errors.add(made->errors);
   }
-  [[nodiscard]] double qsnr() const { return 10 * std::log10(signal / noise); }
 };
 
-int compare(const settings& s, const io::safetensors_file& file, std::span<const weights> all,
-            const input_statistics* seen, const tetromino::cpu_t& policy) {
-  std::vector<recipe> recipes;
-  for (const auto& name : s.recipes.empty() ? compared_recipes : s.recipes) recipes.push_back(recipe::parse(name));
-  for (const auto& name : compared_with_statistics) {
-    if (seen != nullptr && s.recipes.empty()) recipes.push_back(recipe::parse(name));
+std::string way_of(const io::planned_parameter& planned) {
+  switch (planned.action) {
+    case io::pack_action::copy:
+      return fmt::format("{} codes as they are", tetromino::name_of(planned.how.format));
+    case io::pack_action::cast:
+      return "MXFP4 values as NVFP4";
+    default:
+      return planned.how.name();
   }
+}
 
-  std::vector<tetromino::error_report> reports(recipes.size());
-  std::vector<product_report> products(recipes.size());
-  std::vector<double> bits(recipes.size());
-  std::size_t elements = 0;
-  for (const auto& w : all) elements += w.elements();
-  {
-    ui::progress progress("comparing", elements);
-    for (const auto& w : all) {
-      naming(w, [&] {
-        std::map<std::size_t, float> amax;  // by rotation
-        for (const recipe& r : recipes) {
-          if (r.format.scale == tetromino::scale_type::e4m3 && !amax.contains(r.rotation)) {
-            amax[r.rotation] = amax_of(file, w, policy, r.rotation);
-          }
-        }
-        const auto pack_all = [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
-          for (std::size_t i = 0; i < recipes.size(); ++i) {
-            const recipe& r = recipes[i];
-            const bool scaled = r.format.scale == tetromino::scale_type::e4m3;
-            const float scale = scaled ? tensor_scale_for(layout::linear, amax.at(r.rotation), r.rule) : 1.0f;
-            const auto packed = pack_slice(policy, slice, row, w, r, {&scale, scaled ? 1u : 0u}, seen);
-            if (!packed) throw at_row(packed.error(), row, w);
-            const auto values = unpacked(policy, *packed, r);
-            reports[i].add(tetromino::compare(slice, values));
-            if (seen == nullptr) continue;
-            products[i].add(slice[0], values, seen->of(w.tensor->name(), row / w.rows, w.matrices, w.cols));
-          }
-          progress.add(slice.rows * slice.cols);
-        };
-        for_each_slice(file, w, pack_all, seen != nullptr);
-      });
-      for (std::size_t i = 0; i < recipes.size(); ++i) {
-        for (const auto& part : store_as(layout::linear, recipes[i].format, w).parts()) {
-          std::size_t entries = 1;
-          for (const std::size_t n : part.shape) entries *= n;
-          bits[i] += static_cast<double>(entries * io::bits_per_element(part.dtype));
-        }
-      }
+std::string qsnr_text(const tetromino::error_report& errors) {
+  return errors.count == 0 ? std::string("-") : fmt::format("{:.3f}", errors.qsnr());
+}
+
+void print_tables(const io::pack_plan& plan, const io::pack_report* report) {
+  std::map<std::pair<std::string, std::string>, group> packed, kept;
+  group total;
+  for (std::size_t i = 0; i < plan.parameters.size(); ++i) {
+    const auto& planned = plan.parameters[i];
+    const auto* made = report == nullptr ? nullptr : &report->parameters[i];
+    const std::string role(io::name(planned.source->kind.role));
+    if (planned.is_packed()) {
+      packed[{role, way_of(planned)}].add(planned, made);
+      total.add(planned, made);
+    } else {
+      const bool decoded = planned.action == io::pack_action::decode;
+      kept[{role, decoded ? planned.reason + ", as BF16" : planned.reason}].add(planned, made);
     }
   }
-  std::vector<std::string> header{"recipe", "bits/weight", "QSNR dB"};
-  if (seen != nullptr) header.emplace_back("of products dB");
-  ui::table table(std::move(header));
-  for (std::size_t i = 0; i < recipes.size(); ++i) {
-    std::vector<std::string> line{recipes[i].name(), fmt::format("{:.3f}", bits[i] / static_cast<double>(elements)),
-                                  fmt::format("{:.3f}", reports[i].qsnr())};
-    if (seen != nullptr) line.push_back(fmt::format("{:.3f}", products[i].qsnr()));
-    table.add(std::move(line));
-  }
+  ui::table table({"packed", "recipe", "tensors", "weights", "bits/weight", "QSNR dB"});
+  const auto row = [&](const std::string& role, const std::string& how, const group& g) {
+    const double bits = static_cast<double>(g.bits) / static_cast<double>(std::max<std::size_t>(1, g.elements));
+    table.add({role, how, fmt::format("{}", g.tensors), fmt::format("{}", g.elements),
+               g.bits == 0 ? "-" : fmt::format("{:.3f}", bits), qsnr_text(g.errors)});
+  };
+  for (const auto& [key, g] : packed) row(key.first, key.second, g);
+  row("total", "", total);
   table.print();
-  fmt::print("{} tensors, {} weights\n", all.size(), elements);
+  if (report != nullptr && report->sampled_one_in > 1) {
+    fmt::print("QSNR of one slice in {}; verify_checkpoint measures all\n", report->sampled_one_in);
+  }
+  if (total.rounded != 0)
+    fmt::print("{} blocks of 32 could not be kept exactly: their scales are too small\n", total.rounded);
+  if (kept.empty()) return;
+  ui::table rest({"kept", "why", "tensors", "values", "such as"});
+  for (const auto& [key, g] : kept) {
+    rest.add({key.first, ui::printable(key.second), fmt::format("{}", g.tensors), fmt::format("{}", g.elements),
+              ui::printable(g.example)});
+  }
+  fmt::print("\n");
+  rest.print();
+}
+
+void print_list(const io::pack_plan& plan) {
+  for (const auto& planned : plan.parameters) {
+    const io::parameter& p = *planned.source;
+    const bool decoded = planned.action == io::pack_action::decode;
+    fmt::print("{}  {}  {}\n", ui::printable(p.name), io::name(p.kind.role),
+               planned.is_packed()
+                   ? fmt::format("{} {}", shape_of(p), way_of(planned))
+                   : fmt::format("kept{}: {}", decoded ? " as BF16" : "", ui::printable(planned.reason)));
+  }
+}
+
+/// The same for programs: one JSON object.
+nlohmann::ordered_json json_of(const settings& s, const io::pack_plan& plan, const io::pack_report* report) {
+  nlohmann::ordered_json tensors = nlohmann::ordered_json::array();
+  for (std::size_t i = 0; i < plan.parameters.size(); ++i) {
+    const auto& planned = plan.parameters[i];
+    const io::parameter& p = *planned.source;
+    nlohmann::ordered_json one = {{"name", p.name}, {"role", io::name(p.kind.role)}, {"shape", p.shape}};
+    one["packed"] = planned.is_packed();
+    if (planned.is_packed()) {
+      one["recipe"] = planned.how.name();
+      one["values_kept"] = planned.action != io::pack_action::pack;
+    } else {
+      one["why"] = planned.reason;
+    }
+    if (report != nullptr) {
+      const auto& made = report->parameters[i];
+      one["bits"] = made.bits;
+      if (planned.action == io::pack_action::pack) one["qsnr_db"] = made.errors.qsnr();
+      if (planned.action == io::pack_action::cast) one["rounded_blocks"] = made.rounded_blocks;
+    }
+    tensors.push_back(std::move(one));
+  }
+  nlohmann::ordered_json out = {{"input", s.input}, {"output", s.output}, {"layout", s.layout}};
+  if (report != nullptr) {
+    out["bytes_read"] = report->bytes_read;
+    out["bytes_written"] = report->bytes_written;
+    out["sampled_one_in"] = report->sampled_one_in;
+    out["files_left"] = report->files_left;
+  }
+  out["tensors"] = std::move(tensors);
+  return out;
+}
+
+void report_plan(const settings& s, const io::pack_plan& plan, const io::pack_report* report) {
+  if (s.json) {
+    fmt::print("{}\n", json_of(s, plan, report).dump(2));
+    return;
+  }
+  if (s.quiet) return;
+  if (s.list) print_list(plan);
+  print_tables(plan, report);
+}
+
+int write(const settings& s, const io::checkpoint& model, const io::pack_plan& plan, const tetromino::cpu_t& policy) {
+  io::pack_options options;
+  options.special = special_of(s.special);
+  options.shard_bytes = static_cast<std::size_t>(s.shard_gigabytes * 1e9);
+  options.slice_bytes = std::clamp<std::size_t>((64u << 20) / s.threads, 1u << 18, 2u << 20);
+  if (plan.options.inputs != nullptr) {
+    options.metadata["tetromino.statistics"] = std::filesystem::path(s.statistics).filename().string();
+  }
+  std::size_t bytes = 0;
+  for (const auto& tensor : model.tensors()) bytes += tensor.bytes;
+  io::pack_report report;
+  {
+    const ui::stop_signals signals;
+    ui::progress progress("packing", bytes, s.quiet);
+    options.progress = [&](std::size_t done) {
+      progress.add(done);
+      return ui::stop_signals::seen() == 0;
+    };
+    auto done = io::try_pack(policy, model, plan, s.output, options);
+    if (!done && ui::stop_signals::seen() != 0) throw error(errc::io, "stopped by a signal; nothing was written");
+    report = std::move(done).value();
+  }
+  report_plan(s, plan, &report);
+  if (s.json || s.quiet) return 0;
+  fmt::print("\n{}: {} in layout {}, {} -> {}\n", s.output,
+             report.files == 1 ? "one file" : fmt::format("{} files", report.files), s.layout,
+             ui::bytes(report.bytes_read), ui::bytes(report.bytes_written));
+  for (const auto& file : report.files_left) {
+    fmt::print("not copied, since it holds weights that were not read: {}\n", ui::printable(file));
+  }
   return 0;
 }
 
-/// Packs one tensor into the file being written; returns what that did to its values.
-tetromino::error_report pack(const io::safetensors_file& file, const weights& w, const recipe& r, layout where,
-                             const stored& parts, const input_statistics* seen, const tetromino::cpu_t& policy,
-                             io::safetensors_writer& writer, ui::progress& progress) {
-  tetromino::error_report report;
-  std::vector<float> tensor_scales;
-  if (r.format.scale == tetromino::scale_type::e4m3) {
-    const float tensor_scale = tensor_scale_for(where, amax_of(file, w, policy, r.rotation), r.rule);
-    tensor_scales.push_back(tensor_scale);
-    const float value = stored_scale(where, tensor_scale);
-    writer.append_values<float>(parts.tensor_scale.name, {&value, 1});
+/// No output may replace an input; one that cannot be written is refused before the work.
+void check_output(const settings& s) {
+  if (s.output.empty()) throw ui::usage_error("expected OUT, --dry-run or --compare");
+  std::error_code ignored;
+  for (const auto* input : {&s.statistics, &s.imatrix}) {
+    if (!input->empty() && std::filesystem::equivalent(s.output, *input, ignored)) {
+      throw ui::usage_error(fmt::format("{}: expected another file than the statistics being read", s.output));
+    }
   }
-  const auto pack_one = [&]<class T>(const tetromino::batch_view<const T>& slice, std::size_t row) {
-    const auto packed = pack_slice(policy, slice, row, w, r, tensor_scales, seen);
-    if (!packed) throw at_row(packed.error(), row, w);
-    writer.append(parts.codes.name, packed->codes);
-    writer.append(parts.scales.name, packed->scales);
-    if (!parts.macros.name.empty()) writer.append(parts.macros.name, packed->macros);
-    report.add(tetromino::compare(slice, unpacked(policy, *packed, r)));
-    progress.add(slice.rows * slice.cols * sizeof(T));
-  };
-  for_each_slice(file, w, pack_one, seen != nullptr);
-  return report;
 }
 
-int write(const settings& s, const io::safetensors_file& file, std::span<const weights> all,
-          const input_statistics* seen, const tetromino::cpu_t& policy) {
-  if (s.output.empty()) throw error(errc::invalid_argument, "expected OUT.safetensors, or --compare");
-  if (s.recipes.size() > 1) throw error(errc::invalid_argument, "expected one --recipe; --compare takes several");
-  const recipe r = recipe::parse(s.recipes.empty() ? "mxfp4-16/oas/mbs-search" : s.recipes.front());
-  const layout where = layout_named(s.layout);
-  expect_fit(where, r);
-  if (r.error_feedback && seen == nullptr) {
-    throw error(errc::invalid_argument, fmt::format("recipe {} needs --statistics FILE", r.name()));
+/// llama.cpp's own files: GGUF in, GGUF out.
+int run_gguf(const settings& s) {
+  io::gguf_options options;
+  usage([&] {
+    std::vector<io::pack_rule> rules;
+    for (const auto& text : s.recipes) add_rules(text, rules);
+    if (rules.empty()) rules.push_back({"", recipe::parse("mxfp4-32/min-error")});
+    for (const auto& rule : rules) options.rules.push_back({rule.pattern, rule.how});
+    return 0;
+  });
+  if (!s.statistics.empty()) throw ui::usage_error("--statistics is for safetensors; GGUF files take --imatrix");
+  if (!s.dry_run && !s.output.ends_with(".gguf")) throw ui::usage_error("expected OUT.gguf or --dry-run");
+  options.keep = s.keep;
+  options.pack = s.pack;
+  options.special = special_of(s.special);
+  const auto file = io::gguf_file::open(s.input);
+  std::optional<io::imatrix> weights;
+  if (!s.imatrix.empty()) {
+    if (!s.dry_run) check_output(s);
+    weights = io::imatrix::open(s.imatrix);
+    options.column_weights = &*weights;
   }
+  const tetromino::thread_executor threads(s.threads);
+  return pack_gguf(file, std::move(options), s.dry_run ? std::string() : s.output, s.quiet, tetromino::cpu.on(threads));
+}
 
-  // The header comes first: every tensor is declared, packed ones by their parts, in the order of the input.
-  std::vector<io::tensor_declaration> declarations;
-  std::vector<const io::safetensors_tensor*> kept;
-  std::vector<std::string> kept_modules;
-  std::vector<stored> parts;
-  nlohmann::json shapes = nlohmann::json::object();
-  std::size_t next = 0, input_bytes = 0;
-  for (const auto& tensor : file) {
-    input_bytes += tensor.bytes().size();
-    if (next < all.size() && all[next].tensor == &tensor) {
-      parts.push_back(store_as(where, r.format, all[next++]));
-      for (const auto& part : parts.back().parts()) declarations.push_back(part);
-      shapes[tensor.name()] = tensor.shape();
-    } else {
-      kept.push_back(&tensor);
-      declarations.push_back({tensor.name(), tensor.dtype(), tensor.shape()});
-      if (tensor.name().ends_with(".weight")) kept_modules.push_back(tensor.name().substr(0, tensor.name().size() - 7));
-    }
-  }
-  auto metadata = file.metadata();
-  metadata["format"] = "pt";
-  metadata["tetromino.recipe"] = r.name();
-  metadata["tetromino.layout"] = s.layout;
-  metadata["tetromino.shapes"] = shapes.dump();
-  if (seen != nullptr) metadata["tetromino.statistics"] = std::filesystem::path(s.statistics).filename().string();
-  const nlohmann::json config = quantization_config(where, r.format, kept_modules);
-  if (!config.is_null()) metadata["quantization_config"] = config.dump();
-
-  auto writer = io::safetensors_writer::create(s.output, io::aligned_order(declarations), metadata, &file);
-  ui::table table({"tensor", "shape", "bits/weight", "QSNR dB"});
-  tetromino::error_report total;
-  std::size_t total_bits = 0, kept_bytes = 0;
-  {
-    ui::progress progress("packing", input_bytes);
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      const weights& w = all[i];
-      tetromino::error_report report;
-      naming(w, [&] { report = pack(file, w, r, where, parts[i], seen, policy, writer, progress); });
-      std::size_t bits = 0;
-      for (const auto& part : parts[i].parts()) {
-        std::size_t entries = 1;
-        for (const std::size_t n : part.shape) entries *= n;
-        bits += entries * io::bits_per_element(part.dtype);
-      }
-      total.add(report);
-      total_bits += bits;
-      table.add({w.tensor->name(), fmt::format("{}", fmt::join(w.tensor->shape(), "x")),
-                 fmt::format("{:.3f}", static_cast<double>(bits) / static_cast<double>(w.elements())),
-                 fmt::format("{:.3f}", report.qsnr())});
-    }
-    for (const auto* tensor : kept) {
-      for (auto rest = tensor->bytes(); !rest.empty();) {
-        const auto piece = rest.first(std::min<std::size_t>(rest.size(), 4u << 20));
-        writer.append(tensor->name(), piece);
-        file.done_with(piece);
-        progress.add(piece.size());
-        rest = rest.subspan(piece.size());
-      }
-      kept_bytes += tensor->bytes().size();
-    }
-    writer.finish();
-  }
-  if (!all.empty()) {
-    table.add({"total", fmt::format("{} weights", total.count),
-               fmt::format("{:.3f}", static_cast<double>(total_bits) / static_cast<double>(total.count)),
-               fmt::format("{:.3f}", total.qsnr())});
-  }
-  table.print();
-  fmt::print("{}: {} packed as {} in layout {}, {} tensors kept as they were ({})\n", s.output, all.size(), r.name(),
-             s.layout, kept.size(), ui::bytes(kept_bytes));
-  fmt::print("{} -> {}\n", ui::bytes(input_bytes), ui::bytes(kept_bytes + total_bits / 8));
-  if (!config.is_null()) {
-    fmt::print("readers of {} look for this in config.json, as \"quantization_config\":\n{}\n", s.layout,
-               config.dump());
-  }
+int run(const settings& s) {
+  if (s.input.ends_with(".gguf")) return run_gguf(s);
+  if (!s.imatrix.empty()) throw ui::usage_error("--imatrix is for GGUF files; safetensors take --statistics");
+  io::plan_options options = plan_options_of(s);
+  if (!s.compare && !s.dry_run) check_output(s);
+  const auto model = io::checkpoint::open(s.input);
+  const auto parameters = io::parameters_of(model);
+  std::unique_ptr<gathered_inputs> inputs;
+  if (!s.statistics.empty()) inputs = std::make_unique<gathered_inputs>(input_statistics::load(s.statistics));
+  options.inputs = inputs.get();
+  const tetromino::thread_executor threads(s.threads);
+  const auto policy = tetromino::cpu.on(threads);
+  if (s.compare) return compare_recipes(model, parameters, options, s.recipes, inputs.get(), policy);
+  const auto plan = usage([&] { return io::plan(model, parameters, std::move(options)); });
+  if (!s.dry_run) return write(s, model, plan, policy);
+  report_plan(s, plan, nullptr);
   return 0;
 }
 
@@ -263,27 +284,38 @@ int write(const settings& s, const io::safetensors_file& file, std::span<const w
 
 int main(int argc, char** argv) {
   settings s;
-  CLI::App app("Packs the expert and linear weights of a safetensors checkpoint into 4-bit blocks");
-  app.add_option("IN", s.input, "checkpoint to read (.safetensors)")->required();
-  app.add_option("OUT", s.output, "checkpoint to write (.safetensors)");
-  app.add_option("--recipe", s.recipes, std::string(tetromino::detail::recipe_help));
+  CLI::App app("Packs the linear and expert weights of a model into 4-bit blocks");
+  app.set_version_flag("--version", fmt::format("quantize_checkpoint {}.{}.{}", TETROMINO_VERSION_MAJOR,
+                                                TETROMINO_VERSION_MINOR, TETROMINO_VERSION_PATCH));
+  app.add_option("IN", s.input, "model to read: a directory, an index, a .safetensors or a .gguf file")->required();
+  app.add_option("OUT", s.output, "what to write: a directory that does not exist, or a .safetensors file");
+  app.add_option("--recipe", s.recipes,
+                 "FORMAT/RULE[/MACRO][/hadamard-N][/gptq], such as nvfp4/min-error; or WEIGHTS=RECIPE for some weights "
+                 "(experts, linear, a part of names, or a pattern), later ones before earlier ones; or a .json file");
   app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")->capture_default_str();
-  app.add_option("--keep", s.keep,
-                 "leave tensors whose name matches this pattern (* and ?) as they are; may be repeated");
+  app.add_option("--keep", s.keep, "leave tensors whose name matches this pattern (* and ?) as they are");
+  app.add_option("--pack", s.pack, "pack tensors whose name matches this pattern although they are not known");
+  app.add_flag("--separate-scales", s.separate_scales,
+               "NVFP4: a tensor scale for each weight, also where readers take one for q, k and v or gate and up");
+  app.add_option("--on-special", s.special, "NaN and infinities: reject, poison (the block) or saturate")
+      ->check(CLI::IsMember({"reject", "poison", "saturate"}))
+      ->capture_default_str();
   app.add_option("--statistics", s.statistics,
                  "calibration statistics of the weights' inputs: they weigh errors in searches, and gptq needs them");
+  app.add_option("--imatrix", s.imatrix, "llama.cpp's importance matrix, which weighs errors; for GGUF files");
+  app.add_option("--shard-size", s.shard_gigabytes, "largest file to write, in GB")
+      ->check(CLI::Range(0.001, 1e6))
+      ->capture_default_str();
   app.add_option("--threads", s.threads, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
+  app.add_flag("--dry-run", s.dry_run, "print what would be packed and what kept, and write nothing");
   app.add_flag("--compare", s.compare, "print the recipes side by side and write nothing");
-  CLI11_PARSE(app, argc, argv);
-
-  return ui::run("quantize_checkpoint", [&] {
-    const auto file = io::safetensors_file::open(s.input);
-    const std::vector<weights> all = find_weights(file, s.keep);
-    const tetromino::thread_executor threads(s.threads);
-    const auto policy = tetromino::cpu.on(threads);
-    std::optional<input_statistics> read;
-    if (!s.statistics.empty()) read = input_statistics::load(s.statistics);
-    const input_statistics* const seen = read ? &*read : nullptr;
-    return s.compare ? compare(s, file, all, seen, policy) : write(s, file, all, seen, policy);
-  });
+  app.add_flag("--list", s.list, "print every tensor with its role, too");
+  app.add_flag("--json", s.json, "print the report as JSON");
+  app.add_flag("--quiet", s.quiet, "print nothing but errors");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  return ui::run("quantize_checkpoint", [&] { return run(s); });
 }

@@ -1,49 +1,123 @@
 #pragma once
 
-/// What the example programs share on a terminal: progress, tables, and errors as one clear line.
+/// What the example programs share on a terminal: progress, tables, stopping at a signal, and errors as one clear line.
 
 #include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <mutex>
+#include <stdexcept>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace ui {
 
-/// A percentage on standard error, rewritten in place on a terminal and left out elsewhere.
+/// Text out of a file, fit for a terminal: control characters escaped, long text cut.
+inline std::string printable(std::string_view raw, std::size_t longest = 120) {
+  std::string out;
+  for (const char c : raw.substr(0, longest)) {
+    const auto byte = static_cast<unsigned char>(c);
+    out += byte < 0x20 || byte == 0x7f ? fmt::format("\\x{:02x}", byte) : std::string(1, c);
+  }
+  return raw.size() > longest ? out + "..." : out;
+}
+
+/// Arguments that make no sense: one line, and exit status 2.
+struct usage_error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Signals that ask a program to stop: while one of these lives, they are written down, and the program, which looks at
+/// `seen` now and then, stops by itself and leaves nothing behind.
+class stop_signals {
+ public:
+  stop_signals() {
+    for (std::size_t i = 0; i < handled.size(); ++i) {
+      struct sigaction action {};
+      action.sa_handler = note;
+      action.sa_flags = SA_RESTART;
+      ::sigaction(handled[i], &action, &before_[i]);
+    }
+  }
+  stop_signals(const stop_signals&) = delete;
+  stop_signals& operator=(const stop_signals&) = delete;
+  ~stop_signals() {
+    for (std::size_t i = 0; i < handled.size(); ++i) ::sigaction(handled[i], &before_[i], nullptr);
+  }
+
+  /// The signal that came, or 0.
+  [[nodiscard]] static int seen() noexcept { return seen_; }
+
+ private:
+  static constexpr std::array<int, 3> handled{SIGINT, SIGTERM, SIGHUP};
+  static void note(int signal) noexcept { seen_ = signal; }
+  static inline std::atomic<int> seen_{0};
+  static_assert(std::atomic<int>::is_always_lock_free, "a signal handler may write it");
+
+  std::array<struct sigaction, handled.size()> before_{};
+};
+
+/// A percentage on standard error with the time that is left: rewritten in place on a terminal, elsewhere a line every
+/// few seconds. `add` may be called from any thread.
 class progress {
  public:
-  progress(std::string label, std::size_t total) : label_(std::move(label)), total_(std::max<std::size_t>(1, total)) {
-    show();
-  }
+  progress(std::string label, std::size_t total, bool is_quiet = false)
+      : label_(std::move(label)), total_(std::max<std::size_t>(1, total)), is_quiet_(is_quiet) {}
   progress(const progress&) = delete;
   progress& operator=(const progress&) = delete;
   ~progress() {
-    if (terminal_) fmt::print(stderr, "\r\033[K");
+    if (terminal_ && shown_ >= 0) fmt::print(stderr, "\r\033[K");
   }
 
   void add(std::size_t done) {
-    done_ += done;
-    show();
+    const std::size_t sum = done_ += done;
+    if (is_quiet_) return;
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock) show(sum);
   }
 
  private:
-  void show() {
-    const int percent = static_cast<int>(100.0 * static_cast<double>(done_) / static_cast<double>(total_));
-    if (!terminal_ || percent == shown_) return;
+  using clock = std::chrono::steady_clock;
+
+  void show(std::size_t done) {
+    const double share = static_cast<double>(done) / static_cast<double>(total_);
+    const int percent = static_cast<int>(100 * share);
+    const auto now = clock::now();
+    if (percent == shown_ || (!terminal_ && now < next_line_)) return;
     shown_ = percent;
-    fmt::print(stderr, "\r{} {:3} % {:<25}", label_, percent, std::string(static_cast<std::size_t>(percent / 4), '#'));
-    std::fflush(stderr);
+    const double seconds = std::chrono::duration<double>(now - start_).count();
+    const std::string left =
+        share > 0.01 && seconds > 1 ? fmt::format("{:.0f} s left", seconds * (1 - share) / share) : std::string();
+    if (terminal_) {
+      fmt::print(stderr, "\r{} {:3} % {:<25} {:<12}", label_, percent,
+                 std::string(static_cast<std::size_t>(percent / 4), '#'), left);
+      std::fflush(stderr);
+    } else {
+      fmt::print(stderr, "{} {} % {}\n", label_, percent, left);
+      next_line_ = now + std::chrono::seconds(10);
+    }
   }
 
   std::string label_;
   std::size_t total_;
-  std::size_t done_ = 0;
+  bool is_quiet_;
+  std::atomic<std::size_t> done_{0};
+  std::mutex mutex_;
   int shown_ = -1;
   bool terminal_ = isatty(STDERR_FILENO) != 0;
+  clock::time_point start_ = clock::now();
+  clock::time_point next_line_ = start_ + std::chrono::seconds(5);
 };
 
 /// Rows of text in aligned columns: the first column to the left, numbers to the right.
@@ -85,15 +159,25 @@ inline std::string bytes(std::size_t count) {
   return fmt::format("{:.2f} GB", value / 1e9);
 }
 
-/// Runs a program's body; an error becomes one line on standard error and exit status 1.
+/// Runs a program's body. An error becomes one line on standard error and exit status 1, or 2 for usage errors; after a
+/// signal to stop, the status is 128 and its number. What could not be written to standard output is an error too.
 template <class Body>
 int run(const char* program, const Body& body) {
+  for (const int signal : {SIGPIPE, SIGXFSZ}) std::signal(signal, SIG_IGN);  // an error of the call that meets them
+  int status = 0;
   try {
-    return body();
+    status = body();
+    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
+      throw std::runtime_error(fmt::format("could not write to standard output: {}", std::strerror(errno)));
+    }
+  } catch (const usage_error& e) {
+    fmt::print(stderr, "{}: {}\n", program, e.what());
+    status = 2;
   } catch (const std::exception& e) {
     fmt::print(stderr, "{}: {}\n", program, e.what());
-    return 1;
+    status = 1;
   }
+  return stop_signals::seen() == 0 ? status : 128 + stop_signals::seen();
 }
 
 }  // namespace ui

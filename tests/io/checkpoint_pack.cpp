@@ -145,7 +145,7 @@ TEST_CASE("MXFP4 keeps its bytes in another layout of it, and through NVFP4 code
   pack_and_verify(folder / "in", folder / "nv", by(layout::modelopt, "nvfp4/amax"));
   pack_and_verify(folder / "nv", folder / "ct-nv", by(layout::compressed_tensors, "nvfp4/min-error"));
   const auto nv = read_model(folder / "nv"), ct = read_model(folder / "ct-nv");
-  for (const std::string module : {experts + "1.up_proj", experts + "0.down_proj"}) {
+  for (const std::string& module : {experts + "1.up_proj", experts + "0.down_proj"}) {
     CHECK(nv.at(module + ".weight").bytes == ct.at(module + ".weight_packed").bytes);
     CHECK(first_float(nv.at(module + ".weight_scale_2")) == 1.0f / first_float(ct.at(module + ".weight_global_scale")));
   }
