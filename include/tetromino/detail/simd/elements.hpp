@@ -66,7 +66,7 @@ inline void split_codes(const std::uint8_t* codes, std::int8_t* out, std::int32_
 #endif
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 TETROMINO_VECTOR_CODE_END
 

@@ -56,8 +56,7 @@ struct simd_rotation {
   }
 
   static TETROMINO_INLINE floats exclusive_or(const floats& x, const words& bits) {
-    return floats_of(by_register<words>(
-        [&](std::size_t i) TETROMINO_INLINE_LAMBDA { return detail::bit_cast<word_register>(x.r[i]) ^ bits.r[i]; }));
+    return floats_of(bits_of(x) ^ bits);
   }
   /// Sums and differences of vectors that lie `Distance` apart.
   template <std::size_t Count, std::size_t Distance>
@@ -86,7 +85,7 @@ struct simd_rotation {
 };
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 TETROMINO_VECTOR_CODE_END
 

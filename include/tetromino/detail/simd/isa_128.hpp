@@ -296,7 +296,7 @@ TETROMINO_INLINE void end_streaming() {
 
 /// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
 TETROMINO_INLINE floats broadcast_halves(float a, float b) {
-  const float_register low(a), high(b);
+  const float_register low = float_batch(a), high = float_batch(b);
   return floats(low, low, high, high);
 }
 
@@ -311,15 +311,19 @@ TETROMINO_INLINE words exchange(const words& a) {
 }
 
 TETROMINO_INLINE bool any_at_least(const words& a, std::int32_t limit) {
-  const word_register most = xsimd::max(xsimd::max(a.r[0], a.r[1]), xsimd::max(a.r[2], a.r[3]));
-  return xsimd::any(most >= word_register(limit));
+  const word_batch most = larger(larger(a.r[0], a.r[1]), larger(a.r[2], a.r[3]));
+  return xsimd::any(most >= word_batch(limit));
 }
-TETROMINO_INLINE bool all(const flags& a) { return xsimd::all((a.r[0] & a.r[1]) & (a.r[2] & a.r[3])); }
+TETROMINO_INLINE bool all(const flags& a) {
+  const signed_lanes both = (a.r[0] & a.r[1]) & (a.r[2] & a.r[3]);
+  return xsimd::all(flag_batch(__builtin_bit_cast(flag_batch::register_type, both)));
+}
 /// Bit i is set where lane i is zero.
 TETROMINO_INLINE std::uint32_t zero_lanes(const words& a) {
-  const word_register zero(0);
-  const auto some = (a.r[0] == zero) | (a.r[1] == zero) | (a.r[2] == zero) | (a.r[3] == zero);
-  if (!xsimd::any(some)) return 0;
+  const auto is_zero = [](word_register x) TETROMINO_INLINE_LAMBDA { return lanes_of(x) == 0; };
+  const signed_lanes zeros = (is_zero(a.r[0]) | is_zero(a.r[1])) | (is_zero(a.r[2]) | is_zero(a.r[3]));
+  const bool some = xsimd::any(flag_batch(__builtin_bit_cast(flag_batch::register_type, zeros)));
+  if (!some) return 0;
   std::int32_t lane[lane_count];
   store(lane, a);
   std::uint32_t out = 0;
@@ -338,22 +342,21 @@ TETROMINO_INLINE words join_each(const Op& op, const Get& get) {
 /// Lane b is the sum of all lanes of get(b), by halves.
 template <class Get>
 TETROMINO_INLINE floats sum_each(const Get& get) {
-  const auto add = [](word_register a, word_register b) TETROMINO_INLINE_LAMBDA {
-    return detail::bit_cast<word_register>(detail::bit_cast<float_register>(a) + detail::bit_cast<float_register>(b));
-  };
+  const auto add = [](word_register a, word_register b)
+                       TETROMINO_INLINE_LAMBDA { return bits_of(floats_of(a) + floats_of(b)); };
   return floats_of(join_each(add, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
     const floats all = get(b);
-    return detail::bit_cast<word_register>((all.r[0] + all.r[2]) + (all.r[1] + all.r[3]));
+    return bits_of((all.r[0] + all.r[2]) + (all.r[1] + all.r[3]));
   }));
 }
 
 /// The largest magnitude, as bits of a float, of each of 16 consecutive blocks.
 template <std::size_t Block>
 TETROMINO_INLINE words block_amax(const float* x) {
-  const auto largest = [](word_register a, word_register b) TETROMINO_INLINE_LAMBDA { return xsimd::max(a, b); };
+  const auto largest = [](word_register a, word_register b) TETROMINO_INLINE_LAMBDA { return larger(a, b); };
   return join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
     const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-      return as_words(load_register(x + b * Block + i)) & word_register(0x7FFFFFFF);
+      return as_words(load_register(x + b * Block + i)) & word_register(word_batch(0x7FFFFFFF));
     };
     word_register most = largest(largest(get(0), get(4)), largest(get(8), get(12)));
     if constexpr (Block == 32) {
@@ -370,7 +373,7 @@ TETROMINO_INLINE words block_amax(const T* x) {
       join_each([](word_register a, word_register b) TETROMINO_INLINE_LAMBDA { return larger_halfwords(a, b); },
                 [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
                   const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-                    return as_words(load_register(x + b * Block + i)) & word_register(0x7FFF7FFF);
+                    return as_words(load_register(x + b * Block + i)) & word_register(word_batch(0x7FFF7FFF));
                   };
                   word_register most = larger_halfwords(get(0), get(8));
                   if constexpr (Block == 32) most = larger_halfwords(most, larger_halfwords(get(16), get(24)));
@@ -508,11 +511,8 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
   return by_register<words>(
       [&](std::size_t i) TETROMINO_INLINE_LAMBDA { return factors.add_to(sum.r[i], a.r[i], b.r[i], c.r[i], d.r[i]); });
 }
-TETROMINO_INLINE floats to_floats(const words& a) {
-  return by_register<floats>([&](std::size_t i) TETROMINO_INLINE_LAMBDA { return xsimd::to_float(a.r[i]); });
-}
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 #endif

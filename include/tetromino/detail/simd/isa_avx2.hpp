@@ -22,8 +22,8 @@ inline namespace TETROMINO_ISA {
 
 TETROMINO_INLINE __m256 raw(const float_register& a) { return a; }
 TETROMINO_INLINE __m256i raw(const word_register& a) { return a; }
-TETROMINO_INLINE floats lanes(__m256 low, __m256 high) { return floats(float_register(low), float_register(high)); }
-TETROMINO_INLINE words lanes(__m256i low, __m256i high) { return words(word_register(low), word_register(high)); }
+TETROMINO_INLINE floats lanes(__m256 low, __m256 high) { return floats(low, high); }
+TETROMINO_INLINE words lanes(__m256i low, __m256i high) { return words(low, high); }
 TETROMINO_INLINE __m256i load_register(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
 
 // Input and output ----------------------------------------------------------------------------------------------------
@@ -108,7 +108,9 @@ TETROMINO_INLINE bool any_at_least(const words& a, std::int32_t limit) {
   return _mm256_movemask_epi8(
              _mm256_or_si256(_mm256_cmpgt_epi32(raw(a.r[0]), below), _mm256_cmpgt_epi32(raw(a.r[1]), below))) != 0;
 }
-TETROMINO_INLINE bool all(const flags& a) { return xsimd::all(a.r[0] & a.r[1]); }
+TETROMINO_INLINE bool all(const flags& a) {
+  return _mm256_movemask_ps(__builtin_bit_cast(__m256, a.r[0] & a.r[1])) == 0xFF;
+}
 /// Bit i is set where lane i is zero.
 TETROMINO_INLINE std::uint32_t zero_lanes(const words& a) {
   const auto zeros = [](__m256i x) TETROMINO_INLINE_LAMBDA {
@@ -214,7 +216,7 @@ TETROMINO_INLINE floats snap(const floats& y, const floats& s) {
 #if TETROMINO_HAS_FMA
   return by_register<floats>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
     const __m256 many = _mm256_set1_ps(0x1p22f), unit = _mm256_castsi256_ps(raw(step.r[i]));
-    return float_register(_mm256_fnmadd_ps(unit, many, _mm256_fmadd_ps(unit, many, raw(y.r[i]))));
+    return _mm256_fnmadd_ps(unit, many, _mm256_fmadd_ps(unit, many, raw(y.r[i])));
   });
 #else
   const floats magic = floats_of(step + broadcast(22 << 23));
@@ -375,10 +377,10 @@ TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std:
     const __m256i a = pair(0), b = pair(1), c = pair(2), d = pair(3);
     const __m256i ab_low = _mm256_unpacklo_epi32(a, b), ab_high = _mm256_unpackhi_epi32(a, b);
     const __m256i cd_low = _mm256_unpacklo_epi32(c, d), cd_high = _mm256_unpackhi_epi32(c, d);
-    out.part[0].r[half] = word_register(_mm256_unpacklo_epi64(ab_low, cd_low));
-    out.part[1].r[half] = word_register(_mm256_unpackhi_epi64(ab_low, cd_low));
-    out.part[2].r[half] = word_register(_mm256_unpacklo_epi64(ab_high, cd_high));
-    out.part[3].r[half] = word_register(_mm256_unpackhi_epi64(ab_high, cd_high));
+    out.part[0].r[half] = _mm256_unpacklo_epi64(ab_low, cd_low);
+    out.part[1].r[half] = _mm256_unpackhi_epi64(ab_low, cd_low);
+    out.part[2].r[half] = _mm256_unpacklo_epi64(ab_high, cd_high);
+    out.part[3].r[half] = _mm256_unpackhi_epi64(ab_high, cd_high);
   }
   return out;
 }
@@ -390,7 +392,7 @@ TETROMINO_INLINE words biased_values(const words& codes) {
   const __m256i table =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
   return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-    return word_register(_mm256_shuffle_epi8(table, _mm256_and_si256(raw(codes.r[i]), _mm256_set1_epi8(15))));
+    return _mm256_shuffle_epi8(table, _mm256_and_si256(raw(codes.r[i]), _mm256_set1_epi8(15)));
   });
 }
 /// sum + Σ of the products in each lane of four bytes of a, b, c and d, biased values, by bytes 0 ... 15 of x, signed.
@@ -406,18 +408,15 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
 #if TETROMINO_HAS_VNNI
     const __m256i two =
         _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(raw(sum.r[i]), raw(a.r[i]), x0), raw(b.r[i]), x1);
-    return word_register(_mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(two, raw(c.r[i]), x2), raw(d.r[i]), x3));
+    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(two, raw(c.r[i]), x2), raw(d.r[i]), x3);
 #else
     // Pairs of products are at most 2 * 24 * 128, so that four of them fit 16 bits.
     const __m256i ab = _mm256_add_epi16(_mm256_maddubs_epi16(raw(a.r[i]), x0), _mm256_maddubs_epi16(raw(b.r[i]), x1));
     const __m256i cd = _mm256_add_epi16(_mm256_maddubs_epi16(raw(c.r[i]), x2), _mm256_maddubs_epi16(raw(d.r[i]), x3));
     const __m256i all = _mm256_madd_epi16(_mm256_add_epi16(ab, cd), _mm256_set1_epi16(1));
-    return word_register(_mm256_add_epi32(raw(sum.r[i]), all));
+    return _mm256_add_epi32(raw(sum.r[i]), all);
 #endif
   });
-}
-TETROMINO_INLINE floats to_floats(const words& a) {
-  return lanes(_mm256_cvtepi32_ps(raw(a.r[0])), _mm256_cvtepi32_ps(raw(a.r[1])));
 }
 
 /// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as simd_elements.hpp orders
@@ -470,6 +469,6 @@ void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const st
 }
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 #endif

@@ -23,8 +23,8 @@ inline namespace TETROMINO_ISA {
 
 TETROMINO_INLINE __m512 raw(const floats& a) { return a.r[0]; }
 TETROMINO_INLINE __m512i raw(const words& a) { return a.r[0]; }
-TETROMINO_INLINE floats lanes(__m512 a) { return floats(float_register(a)); }
-TETROMINO_INLINE words lanes(__m512i a) { return words(word_register(a)); }
+TETROMINO_INLINE floats lanes(__m512 a) { return floats(a); }
+TETROMINO_INLINE words lanes(__m512i a) { return words(a); }
 
 // Input and output ----------------------------------------------------------------------------------------------------
 
@@ -341,7 +341,6 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
   return lanes(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(_mm512_add_epi16(ab, cd), _mm512_set1_epi16(1))));
 #endif
 }
-TETROMINO_INLINE floats to_floats(const words& a) { return lanes(_mm512_cvtepi32_ps(raw(a))); }
 
 /// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as simd_elements.hpp orders
 /// them): lane n of out[b] is the sum over block b of row n, biased.
@@ -390,7 +389,7 @@ void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const st
 }
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 TETROMINO_VECTOR_CODE_END
 

@@ -30,12 +30,59 @@ using architecture = xsimd::neon64;
 #else
 using architecture = xsimd::sse2;
 #endif
-using float_register = xsimd::batch<float, architecture>;
-using word_register = xsimd::batch<std::int32_t, architecture>;
+
+// What a register holds is the compiler's own vector, and so are the operators; xsimd::batch does what has no operator.
+// As the type of everything, batch took g++ three times as long to compile, in calls to inline.
+using float_batch = xsimd::batch<float, architecture>;
+using word_batch = xsimd::batch<std::int32_t, architecture>;
+using flag_batch = float_batch::batch_bool_type;
+using float_register = float_batch::register_type;
+using word_register = word_batch::register_type;
+
+/// The lanes of a word_register; unsigned ones wrap around and shift zeros in.
+using signed_lanes = std::int32_t __attribute__((vector_size(TETROMINO_VECTOR_BITS / 8)));
+using unsigned_lanes = std::uint32_t __attribute__((vector_size(TETROMINO_VECTOR_BITS / 8)));
+TETROMINO_INLINE signed_lanes lanes_of(word_register a) { return __builtin_bit_cast(signed_lanes, a); }
+TETROMINO_INLINE unsigned_lanes unsigned_of(word_register a) { return __builtin_bit_cast(unsigned_lanes, a); }
+TETROMINO_INLINE word_register word_of(signed_lanes a) { return __builtin_bit_cast(word_register, a); }
+TETROMINO_INLINE word_register word_of(unsigned_lanes a) { return __builtin_bit_cast(word_register, a); }
+TETROMINO_INLINE word_register bits_of(float_register a) { return __builtin_bit_cast(word_register, a); }
+TETROMINO_INLINE float_register floats_of(word_register a) { return __builtin_bit_cast(float_register, a); }
+
+// Comparisons, and what is made of them: bits of a mask on AVX-512, whole lanes elsewhere.
+#if TETROMINO_VECTOR_BITS == 512
+using flag_register = flag_batch::register_type;
+TETROMINO_INLINE flag_register less(float_register a, float_register b) { return float_batch(a) < float_batch(b); }
+TETROMINO_INLINE flag_register at_most(float_register a, float_register b) { return float_batch(a) <= float_batch(b); }
+TETROMINO_INLINE float_register choose(flag_register f, float_register a, float_register b) {
+  return xsimd::select(flag_batch(f), float_batch(a), float_batch(b));
+}
+TETROMINO_INLINE float_register smaller(float_register a, float_register b) {
+  return xsimd::min(float_batch(a), float_batch(b));
+}
+TETROMINO_INLINE word_register smaller(word_register a, word_register b) {
+  return xsimd::min(word_batch(a), word_batch(b));
+}
+TETROMINO_INLINE word_register larger(word_register a, word_register b) {
+  return xsimd::max(word_batch(a), word_batch(b));
+}
+#else
+using flag_register = signed_lanes;
+TETROMINO_INLINE flag_register less(float_register a, float_register b) { return a < b; }
+TETROMINO_INLINE flag_register at_most(float_register a, float_register b) { return a <= b; }
+TETROMINO_INLINE float_register choose(flag_register f, float_register a, float_register b) { return f ? a : b; }
+TETROMINO_INLINE float_register smaller(float_register a, float_register b) { return a < b ? a : b; }
+TETROMINO_INLINE word_register smaller(word_register a, word_register b) {
+  return word_of(lanes_of(a) < lanes_of(b) ? lanes_of(a) : lanes_of(b));
+}
+TETROMINO_INLINE word_register larger(word_register a, word_register b) {
+  return word_of(lanes_of(a) > lanes_of(b) ? lanes_of(a) : lanes_of(b));
+}
+#endif
 
 inline constexpr std::size_t lane_count = 16;
 inline constexpr std::size_t registers = lane_count * 32 / TETROMINO_VECTOR_BITS;
-static_assert(float_register::size * registers == lane_count);
+static_assert(float_batch::size * registers == lane_count);
 
 /// Copies registers one by one: g++ moves arrays of them through memory.
 template <class Register>
@@ -45,6 +92,17 @@ TETROMINO_INLINE void copy_registers(const Register* from, Register* to) {
   if constexpr (registers > 2) {
     to[2] = from[2];
     to[3] = from[3];
+  }
+}
+
+/// The same to memory.
+template <class Register>
+TETROMINO_INLINE void copy_registers(const Register* from, char* to) {
+  std::memcpy(to, from, sizeof *from);
+  if constexpr (registers > 1) std::memcpy(to + sizeof *from, from + 1, sizeof *from);
+  if constexpr (registers > 2) {
+    std::memcpy(to + 2 * sizeof *from, from + 2, sizeof *from);
+    std::memcpy(to + 3 * sizeof *from, from + 3, sizeof *from);
   }
 }
 
@@ -80,7 +138,7 @@ struct words {
 };
 /// The outcome of a comparison, lane by lane.
 struct flags {
-  float_register::batch_bool_type r[registers];
+  flag_register r[registers];
 };
 
 /// Two registers' worth of elements x[0, 32): even ones first for bfloat16 (whose halves of a word are taken apart at
@@ -104,110 +162,93 @@ TETROMINO_INLINE Out by_register(const F& f) {
   return out;
 }
 
-// One instruction, or a few, for each register.
-#define TETROMINO_LANEWISE(Out, In, name, expression)                           \
-  TETROMINO_INLINE Out name(const In& a, const In& b) {                         \
-    return by_register<Out>([&](std::size_t i) TETROMINO_INLINE_LAMBDA -> auto{ \
-      const auto x = a.r[i], y = b.r[i];                                        \
-      return expression;                                                        \
-    });                                                                         \
+template <class Register>
+TETROMINO_INLINE Register load_register(const void* x) {
+  Register r;
+  std::memcpy(&r, x, sizeof r);
+  return r;
+}
+
+// One instruction, or a few, for register i of each operand; written out, as lambdas are slow to compile.
+#define TETROMINO_LANEWISE(Out, signature, expression) \
+  TETROMINO_INLINE Out signature {                     \
+    Out out;                                           \
+    {                                                  \
+      constexpr std::size_t i = 0;                     \
+      out.r[i] = expression;                           \
+    }                                                  \
+    if constexpr (registers > 1) {                     \
+      constexpr std::size_t i = 1 % registers;         \
+      out.r[i] = expression;                           \
+    }                                                  \
+    if constexpr (registers > 2) {                     \
+      constexpr std::size_t i = 2 % registers;         \
+      out.r[i] = expression;                           \
+    }                                                  \
+    if constexpr (registers > 3) {                     \
+      constexpr std::size_t i = 3 % registers;         \
+      out.r[i] = expression;                           \
+    }                                                  \
+    return out;                                        \
   }
-TETROMINO_LANEWISE(floats, floats, operator+, x + y)
-TETROMINO_LANEWISE(floats, floats, operator-, x - y)
-TETROMINO_LANEWISE(floats, floats, operator*, x* y)
-#if defined(__aarch64__)
-TETROMINO_LANEWISE(floats, floats, operator/, float_register(vdivq_f32(x, y)))  // xsimd 8 approximates
-#else
-TETROMINO_LANEWISE(floats, floats, operator/, x / y)
-#endif
-TETROMINO_LANEWISE(floats, floats, min, xsimd::min(x, y))  // of NaN and y: either of them
-TETROMINO_LANEWISE(words, words, operator+, x + y)
-TETROMINO_LANEWISE(words, words, operator-, x - y)
-TETROMINO_LANEWISE(words, words, operator&, x& y)
-TETROMINO_LANEWISE(words, words, operator|, x | y)
-TETROMINO_LANEWISE(words, words, max, xsimd::max(x, y))
-TETROMINO_LANEWISE(words, words, min, xsimd::min(x, y))
-TETROMINO_LANEWISE(flags, floats, operator<, x < y)
-TETROMINO_LANEWISE(flags, floats, operator<=, x <= y)
-TETROMINO_LANEWISE(flags, flags, operator&, x& y)
-TETROMINO_LANEWISE(flags, flags, operator|, x | y)
-#undef TETROMINO_LANEWISE
+// clang-format off
+TETROMINO_LANEWISE(floats, operator+(const floats& a, const floats& b), a.r[i] + b.r[i])
+TETROMINO_LANEWISE(floats, operator-(const floats& a, const floats& b), a.r[i] - b.r[i])
+TETROMINO_LANEWISE(floats, operator*(const floats& a, const floats& b), a.r[i] * b.r[i])
+TETROMINO_LANEWISE(floats, operator/(const floats& a, const floats& b), a.r[i] / b.r[i])
+TETROMINO_LANEWISE(words, operator+(const words& a, const words& b), word_of(unsigned_of(a.r[i]) + unsigned_of(b.r[i])))
+TETROMINO_LANEWISE(words, operator-(const words& a, const words& b), word_of(unsigned_of(a.r[i]) - unsigned_of(b.r[i])))
+TETROMINO_LANEWISE(words, operator&(const words& a, const words& b), a.r[i] & b.r[i])
+TETROMINO_LANEWISE(words, operator|(const words& a, const words& b), a.r[i] | b.r[i])
+TETROMINO_LANEWISE(words, operator^(const words& a, const words& b), a.r[i] ^ b.r[i])
+TETROMINO_LANEWISE(flags, operator&(const flags& a, const flags& b), static_cast<flag_register>(a.r[i] & b.r[i]))
+TETROMINO_LANEWISE(flags, operator|(const flags& a, const flags& b), static_cast<flag_register>(a.r[i] | b.r[i]))
+TETROMINO_LANEWISE(flags, operator<(const floats& a, const floats& b), less(a.r[i], b.r[i]))
+TETROMINO_LANEWISE(flags, operator<=(const floats& a, const floats& b), at_most(a.r[i], b.r[i]))
+/// Of NaN and a number: either of them.
+TETROMINO_LANEWISE(floats, min(const floats& a, const floats& b), smaller(a.r[i], b.r[i]))
+TETROMINO_LANEWISE(words, min(const words& a, const words& b), smaller(a.r[i], b.r[i]))
+TETROMINO_LANEWISE(words, max(const words& a, const words& b), larger(a.r[i], b.r[i]))
+/// a where the flag is set, b elsewhere.
+TETROMINO_LANEWISE(floats, select(const flags& f, const floats& a, const floats& b),
+                   choose(f.r[i], a.r[i], b.r[i]))
 
 template <int N>
-TETROMINO_INLINE words shift_left(const words& a) {
-  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA { return a.r[i] << N; });
-}
+TETROMINO_LANEWISE(words, shift_left(const words& a), word_of(unsigned_of(a.r[i]) << N))
 /// Keeps the sign.
 template <int N>
-TETROMINO_INLINE words shift_right(const words& a) {
-  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA { return a.r[i] >> N; });
-}
+TETROMINO_LANEWISE(words, shift_right(const words& a), word_of(lanes_of(a.r[i]) >> N))
 
+TETROMINO_LANEWISE(words, bits_of(const floats& a), bits_of(a.r[i]))
+TETROMINO_LANEWISE(floats, floats_of(const words& a), floats_of(a.r[i]))
+TETROMINO_LANEWISE(floats, to_floats(const words& a), xsimd::to_float(word_batch(a.r[i])))
+
+TETROMINO_LANEWISE(floats, broadcast(float x), (static_cast<void>(i), x - float_register{}))
+TETROMINO_LANEWISE(words, broadcast(std::int32_t x), (static_cast<void>(i), word_of(x - signed_lanes{})))
+TETROMINO_LANEWISE(floats, load(const float* x), load_register<float_register>(x + i * float_batch::size))
+TETROMINO_LANEWISE(words, load(const std::int32_t* x), load_register<word_register>(x + i * word_batch::size))
+// clang-format on
+#undef TETROMINO_LANEWISE
+
+                        TETROMINO_INLINE words select(const flags& f, const words& a, const words& b) {
+  return bits_of(select(f, floats_of(a), floats_of(b)));
+}
+TETROMINO_INLINE floats magnitude(const floats& a) { return floats_of(bits_of(a) & broadcast(0x7FFFFFFF)); }
 /// The upper halves of lanes of `even` and `odd`, in turns.
 TETROMINO_INLINE words join_upper_halves(const words& even, const words& odd) {
-  using unsigned_register = xsimd::batch<std::uint32_t, architecture>;
-  const word_register upper(static_cast<std::int32_t>(0xFFFF0000u));
-  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-    const unsigned_register low = detail::bit_cast<unsigned_register>(even.r[i]) >> 16;
-    return detail::bit_cast<word_register>(low) | (odd.r[i] & upper);
-  });
+  return (shift_right<16>(even) & broadcast(0xFFFF)) | (odd & broadcast(static_cast<std::int32_t>(0xFFFF0000u)));
 }
 
-TETROMINO_INLINE floats broadcast(float x) {
-  return by_register<floats>([&](std::size_t) TETROMINO_INLINE_LAMBDA { return float_register(x); });
-}
-TETROMINO_INLINE words broadcast(std::int32_t x) {
-  return by_register<words>([&](std::size_t) TETROMINO_INLINE_LAMBDA { return word_register(x); });
-}
-
-TETROMINO_INLINE floats load(const float* x) {
-  return by_register<floats>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-    return float_register::load_unaligned(x + i * float_register::size);
-  });
-}
-TETROMINO_INLINE words load(const std::int32_t* x) {
-  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-    return word_register::load_unaligned(x + i * word_register::size);
-  });
-}
-TETROMINO_INLINE void store(float* out, const floats& a) {
-  for (std::size_t i = 0; i < registers; ++i) a.r[i].store_unaligned(out + i * float_register::size);
-}
 /// To 64 bytes of any kind.
-TETROMINO_INLINE void store_words(void* out, const words& a) {
-  for (std::size_t i = 0; i < registers; ++i) {
-    const word_register r = a.r[i];
-    std::memcpy(static_cast<char*>(out) + i * sizeof r, &r, sizeof r);
-  }
-}
-TETROMINO_INLINE void store(std::int32_t* out, const words& a) {
-  for (std::size_t i = 0; i < registers; ++i) a.r[i].store_unaligned(out + i * word_register::size);
-}
+TETROMINO_INLINE void store_words(void* out, const words& a) { copy_registers(a.r, static_cast<char*>(out)); }
+TETROMINO_INLINE void store(std::int32_t* out, const words& a) { store_words(out, a); }
+TETROMINO_INLINE void store(float* out, const floats& a) { store_words(out, bits_of(a)); }
 
 /// Asks for what lies `ahead` bytes after x, which may be past the end of everything.
 TETROMINO_INLINE void prefetch([[maybe_unused]] const void* x, [[maybe_unused]] std::size_t ahead) {
 #if defined(__GNUC__)
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + ahead));
 #endif
-}
-
-TETROMINO_INLINE words bits_of(const floats& a) {
-  return by_register<words>([&](std::size_t i)
-                                TETROMINO_INLINE_LAMBDA { return detail::bit_cast<word_register>(a.r[i]); });
-}
-TETROMINO_INLINE floats floats_of(const words& a) {
-  return by_register<floats>([&](std::size_t i)
-                                 TETROMINO_INLINE_LAMBDA { return detail::bit_cast<float_register>(a.r[i]); });
-}
-TETROMINO_INLINE floats magnitude(const floats& a) { return floats_of(bits_of(a) & broadcast(0x7FFFFFFF)); }
-
-/// a where the flag is set, b elsewhere.
-TETROMINO_INLINE floats select(const flags& f, const floats& a, const floats& b) {
-  return by_register<floats>([&](std::size_t i)
-                                 TETROMINO_INLINE_LAMBDA { return xsimd::select(f.r[i], a.r[i], b.r[i]); });
-}
-TETROMINO_INLINE words select(const flags& f, const words& a, const words& b) {
-  return bits_of(select(f, floats_of(a), floats_of(b)));
 }
 
 /// 16-bit numbers in the low halves of lanes, and back. NaN stays NaN as in half and bfloat16.
@@ -246,22 +287,20 @@ TETROMINO_INLINE words narrow_half(const floats& a) {
 TETROMINO_INLINE floats rounded(floats a) {
 #if defined(__GNUC__)
   for (auto& r : a.r) {
-    typename float_register::register_type raw = r;
 #if TETROMINO_VECTOR_BITS == 512
-    asm("" : "+v"(raw));
+    asm("" : "+v"(r));
 #elif defined(__aarch64__)
-    asm("" : "+w"(raw));
+    asm("" : "+w"(r));
 #else
-    asm("" : "+x"(raw));
+    asm("" : "+x"(r));
 #endif
-    r = float_register(raw);
   }
 #endif
   return a;
 }
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 TETROMINO_VECTOR_CODE_END
 

@@ -25,7 +25,7 @@ struct simd_matmul_kernels {
 };
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 TETROMINO_VECTOR_CODE_END
 

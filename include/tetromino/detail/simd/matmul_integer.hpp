@@ -140,7 +140,7 @@ class integer_matmul {
 };
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 TETROMINO_VECTOR_CODE_END
 

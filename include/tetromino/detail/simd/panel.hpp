@@ -285,7 +285,7 @@ inline void add_row_panel(const row_panel& panel, std::size_t common, const elem
 #endif
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 TETROMINO_VECTOR_CODE_END
 

@@ -426,6 +426,6 @@ struct simd_kernels : simd_rotation {
 };
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 #endif

@@ -297,6 +297,6 @@ words nvfp4_codes(scale_rule rule, const block_magnitudes<16, Weighted>& in, con
 }
 
 }  // namespace TETROMINO_ISA
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 #endif
