@@ -108,9 +108,7 @@ TETROMINO_INLINE bool any_at_least(const words& a, std::int32_t limit) {
   return _mm256_movemask_epi8(
              _mm256_or_si256(_mm256_cmpgt_epi32(raw(a.r[0]), below), _mm256_cmpgt_epi32(raw(a.r[1]), below))) != 0;
 }
-TETROMINO_INLINE bool all(const flags& a) {
-  return _mm256_movemask_ps(__builtin_bit_cast(__m256, a.r[0] & a.r[1])) == 0xFF;
-}
+TETROMINO_INLINE bool all(const flags& a) { return xsimd::all(flag_batch(a.r[0]) & flag_batch(a.r[1])); }
 /// Bit i is set where lane i is zero.
 TETROMINO_INLINE std::uint32_t zero_lanes(const words& a) {
   const auto zeros = [](__m256i x) TETROMINO_INLINE_LAMBDA {

@@ -49,8 +49,9 @@ TETROMINO_INLINE word_register word_of(unsigned_lanes a) { return __builtin_bit_
 TETROMINO_INLINE word_register bits_of(float_register a) { return __builtin_bit_cast(word_register, a); }
 TETROMINO_INLINE float_register floats_of(word_register a) { return __builtin_bit_cast(float_register, a); }
 
-// Comparisons, and what is made of them: bits of a mask on AVX-512, whole lanes elsewhere.
-#if TETROMINO_VECTOR_BITS == 512
+// What has no operator, or none that g++ makes one instruction of: with registers of 128 bits, which are many,
+// operators serve as well, and compile faster.
+#if TETROMINO_VECTOR_BITS > 128
 using flag_register = flag_batch::register_type;
 TETROMINO_INLINE flag_register less(float_register a, float_register b) { return float_batch(a) < float_batch(b); }
 TETROMINO_INLINE flag_register at_most(float_register a, float_register b) { return float_batch(a) <= float_batch(b); }
@@ -66,8 +67,28 @@ TETROMINO_INLINE word_register smaller(word_register a, word_register b) {
 TETROMINO_INLINE word_register larger(word_register a, word_register b) {
   return xsimd::max(word_batch(a), word_batch(b));
 }
+TETROMINO_INLINE flag_register both(flag_register a, flag_register b) { return flag_batch(a) & flag_batch(b); }
+TETROMINO_INLINE flag_register either(flag_register a, flag_register b) { return flag_batch(a) | flag_batch(b); }
+TETROMINO_INLINE float_register all_lanes(float x) { return float_batch(x); }
+TETROMINO_INLINE word_register all_lanes(std::int32_t x) { return word_batch(x); }
+TETROMINO_INLINE float_register load_lanes(const float* x) { return float_batch::load_unaligned(x); }
+TETROMINO_INLINE word_register load_lanes(const std::int32_t* x) { return word_batch::load_unaligned(x); }
 #else
 using flag_register = signed_lanes;
+TETROMINO_INLINE flag_register both(flag_register a, flag_register b) { return a & b; }
+TETROMINO_INLINE flag_register either(flag_register a, flag_register b) { return a | b; }
+TETROMINO_INLINE float_register all_lanes(float x) { return x - float_register{}; }
+TETROMINO_INLINE word_register all_lanes(std::int32_t x) { return word_of(x - signed_lanes{}); }
+TETROMINO_INLINE float_register load_lanes(const float* x) {
+  float_register r;
+  std::memcpy(&r, x, sizeof r);
+  return r;
+}
+TETROMINO_INLINE word_register load_lanes(const std::int32_t* x) {
+  word_register r;
+  std::memcpy(&r, x, sizeof r);
+  return r;
+}
 TETROMINO_INLINE flag_register less(float_register a, float_register b) { return a < b; }
 TETROMINO_INLINE flag_register at_most(float_register a, float_register b) { return a <= b; }
 TETROMINO_INLINE float_register choose(flag_register f, float_register a, float_register b) { return f ? a : b; }
@@ -162,13 +183,6 @@ TETROMINO_INLINE Out by_register(const F& f) {
   return out;
 }
 
-template <class Register>
-TETROMINO_INLINE Register load_register(const void* x) {
-  Register r;
-  std::memcpy(&r, x, sizeof r);
-  return r;
-}
-
 // One instruction, or a few, for register i of each operand; written out, as lambdas are slow to compile.
 #define TETROMINO_LANEWISE(Out, signature, expression) \
   TETROMINO_INLINE Out signature {                     \
@@ -201,8 +215,8 @@ TETROMINO_LANEWISE(words, operator-(const words& a, const words& b), word_of(uns
 TETROMINO_LANEWISE(words, operator&(const words& a, const words& b), a.r[i] & b.r[i])
 TETROMINO_LANEWISE(words, operator|(const words& a, const words& b), a.r[i] | b.r[i])
 TETROMINO_LANEWISE(words, operator^(const words& a, const words& b), a.r[i] ^ b.r[i])
-TETROMINO_LANEWISE(flags, operator&(const flags& a, const flags& b), static_cast<flag_register>(a.r[i] & b.r[i]))
-TETROMINO_LANEWISE(flags, operator|(const flags& a, const flags& b), static_cast<flag_register>(a.r[i] | b.r[i]))
+TETROMINO_LANEWISE(flags, operator&(const flags& a, const flags& b), both(a.r[i], b.r[i]))
+TETROMINO_LANEWISE(flags, operator|(const flags& a, const flags& b), either(a.r[i], b.r[i]))
 TETROMINO_LANEWISE(flags, operator<(const floats& a, const floats& b), less(a.r[i], b.r[i]))
 TETROMINO_LANEWISE(flags, operator<=(const floats& a, const floats& b), at_most(a.r[i], b.r[i]))
 /// Of NaN and a number: either of them.
@@ -223,14 +237,14 @@ TETROMINO_LANEWISE(words, bits_of(const floats& a), bits_of(a.r[i]))
 TETROMINO_LANEWISE(floats, floats_of(const words& a), floats_of(a.r[i]))
 TETROMINO_LANEWISE(floats, to_floats(const words& a), xsimd::to_float(word_batch(a.r[i])))
 
-TETROMINO_LANEWISE(floats, broadcast(float x), (static_cast<void>(i), x - float_register{}))
-TETROMINO_LANEWISE(words, broadcast(std::int32_t x), (static_cast<void>(i), word_of(x - signed_lanes{})))
-TETROMINO_LANEWISE(floats, load(const float* x), load_register<float_register>(x + i * float_batch::size))
-TETROMINO_LANEWISE(words, load(const std::int32_t* x), load_register<word_register>(x + i * word_batch::size))
+TETROMINO_LANEWISE(floats, broadcast(float x), (static_cast<void>(i), all_lanes(x)))
+TETROMINO_LANEWISE(words, broadcast(std::int32_t x), (static_cast<void>(i), all_lanes(x)))
+TETROMINO_LANEWISE(floats, load(const float* x), load_lanes(x + i * float_batch::size))
+TETROMINO_LANEWISE(words, load(const std::int32_t* x), load_lanes(x + i * word_batch::size))
 // clang-format on
 #undef TETROMINO_LANEWISE
 
-                        TETROMINO_INLINE words select(const flags& f, const words& a, const words& b) {
+                            TETROMINO_INLINE words select(const flags& f, const words& a, const words& b) {
   return bits_of(select(f, floats_of(a), floats_of(b)));
 }
 TETROMINO_INLINE floats magnitude(const floats& a) { return floats_of(bits_of(a) & broadcast(0x7FFFFFFF)); }
@@ -241,8 +255,12 @@ TETROMINO_INLINE words join_upper_halves(const words& even, const words& odd) {
 
 /// To 64 bytes of any kind.
 TETROMINO_INLINE void store_words(void* out, const words& a) { copy_registers(a.r, static_cast<char*>(out)); }
-TETROMINO_INLINE void store(std::int32_t* out, const words& a) { store_words(out, a); }
-TETROMINO_INLINE void store(float* out, const floats& a) { store_words(out, bits_of(a)); }
+TETROMINO_INLINE void store(std::int32_t* out, const words& a) {
+  for (std::size_t i = 0; i < registers; ++i) word_batch(a.r[i]).store_unaligned(out + i * word_batch::size);
+}
+TETROMINO_INLINE void store(float* out, const floats& a) {
+  for (std::size_t i = 0; i < registers; ++i) float_batch(a.r[i]).store_unaligned(out + i * float_batch::size);
+}
 
 /// Asks for what lies `ahead` bytes after x, which may be past the end of everything.
 TETROMINO_INLINE void prefetch([[maybe_unused]] const void* x, [[maybe_unused]] std::size_t ahead) {
