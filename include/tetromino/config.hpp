@@ -98,10 +98,10 @@
 #define TETROMINO_ISA generic
 #endif
 
-/// 1 where the `simd` backend is available: the instruction set is one of those above and its one dependency, xsimd, is
-/// found. Define it to 0 to do without.
+/// 1 where the `simd` backend is available: the instruction set is one of those above, its one dependency, xsimd, is
+/// found, and the compiler (g++ or clang++) has vectors with operators. Define it to 0 to do without.
 #if !defined(TETROMINO_SIMD)
-#if defined(__has_include) && __has_include(<xsimd/xsimd.hpp>) && TETROMINO_VECTOR_BITS && !defined(__CUDACC__)
+#if defined(__GNUC__) && __has_include(<xsimd/xsimd.hpp>) && TETROMINO_VECTOR_BITS && !defined(__CUDACC__)
 #define TETROMINO_SIMD 1
 #else
 #define TETROMINO_SIMD 0

@@ -232,6 +232,8 @@ TETROMINO_LANEWISE(words, shift_left(const words& a), word_of(unsigned_of(a.r[i]
 /// Keeps the sign.
 template <int N>
 TETROMINO_LANEWISE(words, shift_right(const words& a), word_of(lanes_of(a.r[i]) >> N))
+/// The upper halves of lanes, alone.
+TETROMINO_LANEWISE(words, upper_halves(const words& a), word_of(unsigned_of(a.r[i]) >> 16))
 
 TETROMINO_LANEWISE(words, bits_of(const floats& a), bits_of(a.r[i]))
 TETROMINO_LANEWISE(floats, floats_of(const words& a), floats_of(a.r[i]))
@@ -241,16 +243,16 @@ TETROMINO_LANEWISE(floats, broadcast(float x), (static_cast<void>(i), all_lanes(
 TETROMINO_LANEWISE(words, broadcast(std::int32_t x), (static_cast<void>(i), all_lanes(x)))
 TETROMINO_LANEWISE(floats, load(const float* x), load_lanes(x + i * float_batch::size))
 TETROMINO_LANEWISE(words, load(const std::int32_t* x), load_lanes(x + i * word_batch::size))
-// clang-format on
 #undef TETROMINO_LANEWISE
+    // clang-format on
 
-                            TETROMINO_INLINE words select(const flags& f, const words& a, const words& b) {
+    TETROMINO_INLINE words select(const flags& f, const words& a, const words& b) {
   return bits_of(select(f, floats_of(a), floats_of(b)));
 }
 TETROMINO_INLINE floats magnitude(const floats& a) { return floats_of(bits_of(a) & broadcast(0x7FFFFFFF)); }
 /// The upper halves of lanes of `even` and `odd`, in turns.
 TETROMINO_INLINE words join_upper_halves(const words& even, const words& odd) {
-  return (shift_right<16>(even) & broadcast(0xFFFF)) | (odd & broadcast(static_cast<std::int32_t>(0xFFFF0000u)));
+  return upper_halves(even) | (odd & broadcast(static_cast<std::int32_t>(0xFFFF0000u)));
 }
 
 /// To 64 bytes of any kind.
@@ -287,7 +289,7 @@ TETROMINO_INLINE words round_bfloat16(const floats& a) {
 }
 TETROMINO_INLINE words narrow_bfloat16(const floats& a) {
   const words bits = select(a <= a, round_bfloat16(a), bits_of(a) | broadcast(0x400000));
-  return shift_right<16>(bits) & broadcast(0xFFFF);
+  return upper_halves(bits);
 }
 TETROMINO_INLINE words narrow_half(const floats& a) {
   const floats m = magnitude(a);
