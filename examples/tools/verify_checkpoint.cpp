@@ -1,5 +1,6 @@
 /// Reads a packed model back beside the one it was made from, as a reader of its layout would:
 ///   verify_checkpoint MODEL PACKED
+///   verify_checkpoint model-f16.gguf model-nvfp4.gguf
 /// Every packed weight is decoded with the scales that readers take and compared with the original, and packed again to
 /// the same bytes; every other tensor must be there unchanged, and nothing else. What was packed with statistics is
 /// packed again where --statistics gives them.
@@ -7,6 +8,7 @@
 #include "checkpoint.hpp"
 
 #include <tetromino/io/checkpoint/verify.hpp>
+#include <tetromino/io/gguf/verify.hpp>
 
 #include <CLI/CLI.hpp>
 
@@ -19,12 +21,54 @@ namespace {
 using namespace checkpoint;
 
 struct settings {
-  std::string original, packed, statistics;
+  std::string original, packed, statistics, imatrix;
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   bool json = false, quiet = false;
 };
 
+/// GGUF files, by what llama.cpp reads.
+int verify_gguf(const settings& s) {
+  const auto original = io::gguf_file::open(s.original), packed = io::gguf_file::open(s.packed);
+  std::optional<io::imatrix> weights;
+  if (!s.imatrix.empty()) weights = io::imatrix::open(s.imatrix);
+  std::size_t bytes = 0;
+  for (const auto& tensor : original) bytes += tensor.bytes().size();
+  const tetromino::thread_executor threads(s.threads);
+  io::gguf_verify_report report;
+  {
+    const ui::stop_signals signals;
+    ui::progress progress("verifying", bytes, s.quiet);
+    io::gguf_verify_options options{weights ? &*weights : nullptr};
+    options.progress = [&](std::size_t done) {
+      progress.add(done);
+      return ui::stop_signals::seen() == 0;
+    };
+    report = io::verify_gguf(tetromino::cpu.on(threads), original, packed, options);
+  }
+  if (s.quiet) return 0;
+  if (s.json) {
+    const nlohmann::ordered_json out = {{"layout", "gguf"},
+                                        {"recipes", report.recipes},
+                                        {"packed", report.packed},
+                                        {"kept", report.kept},
+                                        {"qsnr_db", report.errors.qsnr()},
+                                        {"weights", report.errors.count},
+                                        {"packed_again", report.packed_again}};
+    fmt::print("{}\n", out.dump(2));
+    return 0;
+  }
+  fmt::print("{}: {} tensors packed{}, {} kept\n", s.packed, report.packed,
+             report.recipes.empty() ? "" : fmt::format(" as {}", ui::printable(report.recipes)), report.kept);
+  fmt::print("unpacked QSNR {:.3f} dB over {} weights; {}; kept tensors and keys are unchanged\n", report.errors.qsnr(),
+             report.errors.count,
+             report.packed_again      ? "packing again gives the same bytes"
+             : report.recipes.empty() ? "not packed again, since the file does not say how"
+                                      : "not packed again, which needs the --imatrix it was packed with");
+  return 0;
+}
+
 int verify_all(const settings& s) {
+  if (s.original.ends_with(".gguf")) return verify_gguf(s);
   const auto original = io::checkpoint::open(s.original), packed = io::checkpoint::open(s.packed);
   std::unique_ptr<gathered_inputs> inputs;
   if (!s.statistics.empty()) inputs = std::make_unique<gathered_inputs>(input_statistics::load(s.statistics));
@@ -73,10 +117,11 @@ int main(int argc, char** argv) {
   CLI::App app("Reads a packed model back and compares it with the one it was made from");
   app.set_version_flag("--version", fmt::format("verify_checkpoint {}.{}.{}", TETROMINO_VERSION_MAJOR,
                                                 TETROMINO_VERSION_MINOR, TETROMINO_VERSION_PATCH));
-  app.add_option("MODEL", s.original, "model that was packed: a directory, an index, or a .safetensors file")
+  app.add_option("MODEL", s.original, "model that was packed: a directory, an index, a .safetensors or a .gguf file")
       ->required();
   app.add_option("PACKED", s.packed, "what quantize_checkpoint wrote, or another packer")->required();
   app.add_option("--statistics", s.statistics, "what the model was packed with, to pack it again");
+  app.add_option("--imatrix", s.imatrix, "what a GGUF file was packed with, to pack it again");
   app.add_option("--threads", s.threads, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
   app.add_flag("--json", s.json, "print the report as JSON");
   app.add_flag("--quiet", s.quiet, "print nothing but errors");
