@@ -17,6 +17,18 @@ using tetromino::errc;
 using tetromino::matrix;
 using tetromino::scalar;
 
+TEST_CASE("a product goes into a matrix as into its view") {
+  const std::vector<float> numbers(64, 0.5f);
+  const auto w = quantize(scalar, matrix_view(numbers.data(), 2, 32), "mxfp4");
+  const matrix_view x(numbers.data(), 2, 32);
+  matrix<float> out(2, 2), viewed(2, 2), two(2, 1, 2);
+  matmul(scalar, x, w, out);
+  matmul(scalar, x, w, viewed.view()[0]);
+  CHECK(out.data == viewed.data);
+  CHECK(out(1, 1) == 8.0f);
+  CHECK(try_matmul(scalar, x, w, two).error().code() == errc::shape_mismatch);
+}
+
 TEST_CASE("matmul: every pair of formats and every kind of activation, at ragged sizes") {
   reference::generator random(seed());
   for (const any_format& weights : all_formats()) {

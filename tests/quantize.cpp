@@ -214,6 +214,15 @@ TEST_CASE("a recipe may be given by its name, and a wrong name is an error like 
   packed<any_format> out(mxfp4{}, 1, 1, 32);
   quantize_to(scalar, w, name, out.view());
   CHECK(same_bytes(out, expected));
+  packed<any_format> whole(mxfp4{}, 1, 1, 32);
+  quantize_to(scalar, w, name, whole);
+  CHECK(same_bytes(whole, expected));
+  packed<mxfp4> typed({}, 1, 1, 32);
+  quantize_options floor;
+  floor.rule = scale_rule::floor;
+  quantize_to(scalar, w, typed, floor);
+  CHECK(same_bytes(typed, expected));
+  CHECK(same_bytes(quantize(scalar, w, any_format(mxfp4{}), floor), expected));
   CHECK(try_quantize(scalar, w, "mxfp4/flor").error().code() == errc::unknown_name);
   CHECK_THROWS_AS(quantize(scalar, w, "mxfp4/flor"), error);
 }

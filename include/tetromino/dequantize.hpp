@@ -70,4 +70,18 @@ template <real T, class Policy, packed_like Packed>
   return try_dequantize<T>(policy, in).value();
 }
 
+/// Unpacking writes: a view of const elements cannot be its output.
+template <class Policy, packed_like Packed, class T>
+auto dequantize_to(const Policy&, const Packed&, matrix_view<const T>) {
+  static_assert(detail::never<T>, "unpacking writes: its output is a view of elements that are not const");
+}
+template <class Policy, packed_like Packed, class T>
+auto dequantize_to(const Policy&, const Packed&, batch_view<const T>) {
+  static_assert(detail::never<T>, "unpacking writes: its output is a view of elements that are not const");
+}
+template <class Policy, packed_like Packed, class T>
+auto try_dequantize_to(const Policy&, const Packed&, batch_view<const T>) {
+  static_assert(detail::never<T>, "unpacking writes: its output is a view of elements that are not const");
+}
+
 }  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA

@@ -104,6 +104,21 @@ result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matr
   return try_grouped_matmul(policy, x, w, all, out);
 }
 
+/// The same into a matrix that owns its elements [M, N].
+template <class Policy, activations_like X, weights_like Weights, real Out>
+  requires(can_matmul<Policy, X, Out>)
+result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matrix<Out>& out) {
+  if (out.matrices != 1) {
+    return error(errc::shape_mismatch, detail::text("a product is one matrix, got room for ", out.matrices));
+  }
+  return try_matmul(policy, x, w, out.view()[0]);
+}
+template <class Policy, activations_like X, weights_like Weights, real Out>
+  requires(can_matmul<Policy, X, Out>)
+void matmul(const Policy& policy, const X& x, const Weights& w, matrix<Out>& out) {
+  try_matmul(policy, x, w, out).value();
+}
+
 /// The same two on a device: operands and row offsets are memory of the device, w is what repack_to has put in order,
 /// and `options` are those of the policy's backend, such as cuda::matmul_options. A backend attaches by declaring
 /// matmul_on and grouped_matmul_on. Errors: shape_mismatch; those of the backend.

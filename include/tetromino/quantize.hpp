@@ -1,6 +1,7 @@
 #pragma once
 
 #include "detail/cpu_backend.hpp"      // quantize_cpu
+#include "detail/explain.hpp"          // why_nothing_is_packed
 #include "detail/scalar_quantize.hpp"  // scalar_kernels
 #include "execution.hpp"               // scalar_t, attached
 #include "options.hpp"                 // quantize_options
@@ -245,6 +246,82 @@ template <class Policy, matrix_like Input, class Output>
 void fake_quantize(const Policy& policy, const Input& x, const named_recipe& way, const Output& out,
                    const quantize_options& options = {}) {
   try_fake_quantize(policy, x, way, out, options).value();
+}
+
+/// The same into storage that owns its bytes, of the same shape.
+template <class Policy, matrix_like Input, block_format Format>
+  requires(can_quantize<Policy, element_of<Input>>)
+result<void> try_quantize_to(const Policy& policy, const Input& x, packed<Format>& out,
+                             const quantize_options& options = {}) {
+  return try_quantize_to(policy, x, out.view(), options);
+}
+template <class Policy, matrix_like Input, block_format Format>
+  requires(can_quantize<Policy, element_of<Input>>)
+void quantize_to(const Policy& policy, const Input& x, packed<Format>& out, const quantize_options& options = {}) {
+  try_quantize_to(policy, x, out.view(), options).value();
+}
+template <class Policy, matrix_like Input, block_format Format>
+  requires(can_quantize<Policy, element_of<Input>>)
+result<void> try_quantize_to(const Policy& policy, const Input& x, const named_recipe& way, packed<Format>& out,
+                             const quantize_options& options = {}) {
+  return try_quantize_to(policy, x, way, out.view(), options);
+}
+template <class Policy, matrix_like Input, block_format Format>
+  requires(can_quantize<Policy, element_of<Input>>)
+void quantize_to(const Policy& policy, const Input& x, const named_recipe& way, packed<Format>& out,
+                 const quantize_options& options = {}) {
+  try_quantize_to(policy, x, way, out.view(), options).value();
+}
+
+/// try_quantize in a format known at run time, throwing its error.
+template <class Policy, matrix_like Input, block_format Format>
+  requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
+[[nodiscard]] packed<Format> quantize(const Policy& policy, const Input& x, const Format& format,
+                                      const quantize_options& options = {}) {
+  return try_quantize(policy, x, format, options).value();
+}
+
+}  // namespace TETROMINO_ISA
+
+namespace detail::inline TETROMINO_ISA {
+
+template <class Policy, class Input>
+concept packs = matrix_like<Input> && can_quantize<Policy, element_of<Input>>;
+template <class... Args>
+inline constexpr bool starts_well = false;
+template <class Policy, class Input, class... Rest>
+inline constexpr bool starts_well<Policy, Input, Rest...> = packs<Policy, Input>;
+
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
+
+/// Calls that cannot be, and why: see detail/explain.hpp.
+template <block_format Format, class... Args>
+  requires(!detail::starts_well<Args...>)
+detail::why_nothing_is_packed<Args...> quantize(const Args&...);
+template <block_format Format, class... Args>
+  requires(!detail::starts_well<Args...>)
+detail::why_nothing_is_packed<Args...> try_quantize(const Args&...);
+template <class Policy, class... Args>
+  requires(!block_format<Policy> && !detail::starts_well<Policy, Args...>)
+detail::why_nothing_is_packed<Policy, Args...> quantize(const Policy&, const Args&...);
+template <class Policy, class... Args>
+  requires(!block_format<Policy> && !detail::starts_well<Policy, Args...>)
+detail::why_nothing_is_packed<Policy, Args...> try_quantize(const Policy&, const Args&...);
+template <class Policy, class... Args>
+  requires(!detail::starts_well<Policy, Args...>)
+detail::why_nothing_is_packed<Policy, Args...> quantize_to(const Policy&, const Args&...);
+template <class Policy, class... Args>
+  requires(!detail::starts_well<Policy, Args...>)
+detail::why_nothing_is_packed<Policy, Args...> try_quantize_to(const Policy&, const Args&...);
+template <class Policy, matrix_like Input, block_format Format>
+auto quantize_to(const Policy&, const Input&, packed_view<Format>, const quantize_options& = {}) {
+  static_assert(detail::never<Format>, "packing writes: its storage is packed, or packed_view<..., std::uint8_t>");
+}
+template <class Policy, matrix_like Input, block_format Format>
+auto try_quantize_to(const Policy&, const Input&, packed_view<Format>, const quantize_options& = {}) {
+  static_assert(detail::never<Format>, "packing writes: its storage is packed, or packed_view<..., std::uint8_t>");
 }
 
 }  // namespace TETROMINO_ISA

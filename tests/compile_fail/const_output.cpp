@@ -1,4 +1,4 @@
-// expect: no matching function
+// expect: unpacking writes: its output is a view of elements that are not const
 // Unpacking writes: its output cannot be const.
 #include <tetromino/tetromino.hpp>
 

@@ -1,4 +1,4 @@
-// expect: constraints not satisfied|no matching function
+// expect: elements are float, half or bfloat16
 // Packing reads float, half and bfloat16 only.
 #include <tetromino/quantize.hpp>
 

@@ -1,0 +1,17 @@
+// expect: a policy comes first
+// Where to run comes first.
+#include <tetromino/quantize.hpp>
+
+#include <span>
+#include <vector>
+
+int main() {
+  const std::vector<float> x(32);
+  const std::vector<std::uint16_t> words(32);
+#if defined(MUST_FAIL)
+  const auto packed = tetromino::quantize<tetromino::mxfp4>(tetromino::matrix_view(x.data(), 1, 32));
+#else
+  const auto packed = tetromino::quantize<tetromino::mxfp4>(tetromino::scalar, tetromino::matrix_view(x.data(), 1, 32));
+#endif
+  return packed.codes[0];
+}

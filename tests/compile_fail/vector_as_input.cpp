@@ -1,0 +1,17 @@
+// expect: the input is a matrix_view, a batch_view or a matrix
+// Nor does a vector, also where the recipe is a name.
+#include <tetromino/quantize.hpp>
+
+#include <span>
+#include <vector>
+
+int main() {
+  const std::vector<float> x(32);
+  const std::vector<std::uint16_t> words(32);
+#if defined(MUST_FAIL)
+  const auto packed = tetromino::quantize(tetromino::scalar, x, "nvfp4");
+#else
+  const auto packed = tetromino::quantize(tetromino::scalar, tetromino::matrix_view(x.data(), 1, 32), "nvfp4");
+#endif
+  return packed.codes[0];
+}
