@@ -231,20 +231,22 @@ class page {
     body_ += fmt::format("<figcaption>{}</figcaption></figure>\n", escaped(caption));
   }
   void table(const std::vector<std::vector<std::string>>& rows) {
-    body_ += "<table>";
+    body_ += "<div class=\"wide\" tabindex=\"0\"><table>";  // scrolls by itself where the page is narrow
     for (std::size_t r = 0; r < rows.size(); ++r) {
       body_ += "<tr>";
-      const char* const kind = r == 0 ? "th" : "td";
-      for (const std::string& cell : rows[r]) body_ += fmt::format("<{0}>{1}</{0}>", kind, escaped(cell));
+      for (std::size_t c = 0; c < rows[r].size(); ++c) {
+        const char* const begin = r == 0 ? "th scope=\"col\"" : c == 0 ? "th scope=\"row\"" : "td";
+        body_ += fmt::format("<{}>{}</{}>", begin, escaped(rows[r][c]), std::string_view(begin, 2));
+      }
       body_ += "</tr>";
     }
-    body_ += "</table>\n";
+    body_ += "</table></div>\n";
   }
 
   void write(const std::string& path) const {
     std::ofstream out(path, std::ios::binary);
     out << "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
-           "content=\"width=device-width\"><title>"
+           "content=\"width=device-width,initial-scale=1\"><meta name=\"color-scheme\" content=\"light dark\"><title>"
         << escaped(title_) << "</title><style>" << style << "</style></head><body>\n<h1>" << escaped(title_)
         << "</h1>\n"
         << body_ << "</body></html>\n";
@@ -254,16 +256,21 @@ class page {
 
  private:
   static constexpr std::string_view style =
-      "body{font:15px/1.5 system-ui,sans-serif;color:#222;background:#fff;max-width:62rem;margin:2rem auto;padding:0 "
+      ":root{--ink:#222;--paper:#fff;--dim:#555;--rule:#ddd}"
+      "@media(prefers-color-scheme:dark){:root{--ink:#ddd;--paper:#16181c;--dim:#9aa;--rule:#3a3f47}}"
+      "body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:62rem;margin:2rem "
+      "auto;padding:0 "
       "1rem}"
       "h1{font-size:1.6rem}h2{font-size:1.2rem;margin-top:2rem}figure{margin:1rem "
-      "0}figcaption{color:#555;max-width:46rem}"
+      "0}figcaption{color:var(--dim);max-width:46rem}"
       "td:not(:first-child){white-space:nowrap}svg{max-width:100%;height:auto;display:block;margin:.6rem 0;font:11px "
-      "system-ui,sans-serif;fill:#222}"
+      "system-ui,sans-serif;fill:var(--ink)}"
       "svg .t{font-size:13px;font-weight:600}svg .r,svg .e{text-anchor:end}svg .m,svg .c{text-anchor:middle}"
-      "svg .g{stroke:#ddd;stroke-width:1}"
+      "svg .g{stroke:var(--rule);stroke-width:1}"
       "table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.25rem .7rem;text-align:right;"
-      "border-bottom:1px solid #ddd}th:first-child,td:first-child{text-align:left}th{border-bottom:2px solid #999}";
+      "border-bottom:1px solid var(--rule)}th:first-child{text-align:left;font-weight:inherit}tr:first-child "
+      "th{font-weight:600;"
+      "border-bottom:2px solid var(--dim)}.wide{overflow-x:auto}figure{overflow-x:auto}";
 
   std::string title_;
   std::string body_;
