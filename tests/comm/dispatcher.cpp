@@ -165,4 +165,25 @@ TEST_CASE("dispatcher: a cluster of another size is a mistake of the caller") {
                   precondition_failed);
 }
 
+TEST_CASE("dispatcher: buffers that do not fit together are errors in every build, before anything travels") {
+  const comm::local_exchange alone;
+  comm::dispatcher<comm::local_exchange> d(alone, moe::topology::uniform(1, 1, 4), 2);
+  const std::vector<moe::expert_call> calls = {{0, 1}, {1, 1}, {2, 1}, {}};  // two rows
+  const std::vector<float> x(2 * 3);
+  const std::vector<std::uint32_t> tags = {5, 6};
+  const auto all = [](const auto& v) { return std::span(v); };
+  const auto refused = [&](const auto& r) { return !r && r.error().code() == tetromino::errc::shape_mismatch; };
+  CHECK(refused(d.try_dispatch(all(calls), std::span<const float>(x).first(5), all(tags), 3)));
+  CHECK(refused(d.try_dispatch(all(calls), std::span<const float>(x), all(tags).first(1), 3)));
+  CHECK(refused(d.try_dispatch(all(calls).first(3), std::span<const float>(x), all(tags), 3)));
+  d.dispatch(std::span<const moe::expert_call>(calls), std::span<const float>(x), std::span<const std::uint32_t>(tags),
+             3);
+  std::vector<float> y(3 * 3, 1.0f), out(2 * 3);
+  CHECK(refused(d.try_combine(std::span<const float>(y).first(8), out, 3)));
+  CHECK(refused(d.try_combine(y, std::span<float>(out).first(5), 3)));
+  d.combine(y, out, 3);
+  CHECK(out == std::vector<float>{2, 2, 2, 1, 1, 1});
+  CHECK_THROWS_AS(d.combine(y, std::span<float>(out).first(5), 3), tetromino::error);
+}
+
 }  // namespace

@@ -2,7 +2,7 @@
 /// written and read again, in either way, and must not be taken for valid unless each expert has its slots. Built and
 /// run as tests/fuzz/safetensors.cpp.
 
-#include <tetromino/moe/placement_json.hpp>
+#include <tetromino/moe/placement_io.hpp>
 
 #include "fuzz/replay.hpp"
 

@@ -125,7 +125,7 @@ TEST_CASE("cost equals the plain count on random clusters, placements and traces
     cost_options options;
     options.sources = g.below(2) == 0 ? source_kind::node : source_kind::gpu;
     options.copies = g.below(2) == 0 ? dispatch_copies::per_node : dispatch_copies::per_expert;
-    options.choice = static_cast<replica_choice>(g.below(4));
+    options.replicas.choice = static_cast<replica_choice>(g.below(4));
     options.tokens = static_cast<phase>(g.below(3));
     options.hidden = 1;
     const bool on_node = options.sources == source_kind::node;
@@ -146,7 +146,7 @@ TEST_CASE("cost equals the plain count on random clusters, placements and traces
         world.home_gpu.push_back(on_node ? t.first_gpu(sources[r]) + token % t.gpus_on_node(sources[r]) : sources[r]);
       }
     }
-    const auto expected = reference::count_cost(world, static_cast<reference::copies_rule>(options.choice),
+    const auto expected = reference::count_cost(world, static_cast<reference::copies_rule>(options.replicas.choice),
                                                 options.copies == dispatch_copies::per_node);
     const cost_report got = evaluate(tr.view(), p, t, sources, options);
     REQUIRE(got.tokens == world.tokens.size());
@@ -208,7 +208,7 @@ TEST_CASE("fewest_nodes visits fewer nodes than nearest") {
   const std::vector<std::uint32_t> home = {0};
   cost_options options;
   CHECK(evaluate(tr.view(), p, t, home, options).remote_visits == 2);
-  options.choice = replica_choice::fewest_nodes;
+  options.replicas.choice = replica_choice::fewest_nodes;
   CHECK(evaluate(tr.view(), p, t, home, options).remote_visits == 1);
 }
 
@@ -234,16 +234,16 @@ TEST_CASE("with a node limit, pairs leave a busy node for another that the token
   const trace tr = trace::make({1, 3, 2}, ids, {{0, 100, 0, 0}});
   const std::vector<std::uint32_t> at_0 = {0};
   cost_options options;
-  options.choice = replica_choice::fewest_nodes;
+  options.replicas.choice = replica_choice::fewest_nodes;
   const cost_report without = evaluate(tr.view(), p, t, at_0, options);
-  options.node_limit = 1.05;
+  options.replicas.node_limit = 1.05;
   const cost_report with = evaluate(tr.view(), p, t, at_0, options);
   CHECK(without.node_imbalance == Approx(1.5));
   CHECK(with.node_imbalance < 1.07);
   CHECK(with.remote_visits == without.remote_visits);
   CHECK(with.remote_pairs > without.remote_pairs);
   CHECK(with.pairs_on_gpu[0] + with.pairs_on_gpu[1] == 200);
-  options.node_limit = -1;
+  options.replicas.node_limit = -1;
   CHECK(code_of(try_evaluate(tr.view(), p, t, at_0, options)) == errc::invalid_argument);
 }
 
@@ -263,7 +263,7 @@ TEST_CASE("inputs that do not fit together are errors") {
   cost_options bad;
   bad.dispatch_bytes_per_value = std::nan("");
   CHECK(code_of(try_evaluate(tr.view(), p, t, sources, bad)) == errc::invalid_argument);
-  replica_chooser chooser(p, t, replica_choice::nearest);
+  replica_chooser chooser(p, t);
   std::vector<std::uint32_t> gpus(2);
   const std::vector<std::uint16_t> ids = {0, 9};
   CHECK_THROWS_AS(chooser.choose(0, ids, 0, gpus), tetromino_test::precondition_failed);

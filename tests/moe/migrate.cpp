@@ -6,10 +6,11 @@
 #include "code_of.hpp"
 #include "reference/generators.hpp"
 
-#include <cmath>   // std::nan
-#include <map>     // std::map
-#include <set>     // std::set
-#include <vector>  // std::vector
+#include <algorithm>  // std::count, std::max
+#include <cmath>      // std::nan
+#include <map>        // std::map
+#include <set>        // std::set
+#include <vector>     // std::vector
 
 namespace {
 
@@ -186,4 +187,76 @@ TEST_CASE("placements that do not belong together are errors") {
   CHECK(code_of(try_migrate(p, p, topology::uniform(2, 2, 3), 1)) == errc::shape_mismatch);
   CHECK(code_of(try_migrate(p, p, t, -1)) == errc::invalid_argument);
   CHECK(code_of(try_migrate(p, p, t, std::nan(""))) == errc::invalid_argument);
+}
+
+TEST_CASE("from four GPUs to six, and back") {
+  const topology four = topology::uniform(2, 2, 3);
+  const topology six = topology::make(std::vector<std::size_t>{3, 3}, std::vector<std::size_t>(6, 3));
+  generator g(tetromino_test::seed());
+  const placement before = balanced({2, 10, random_loads(g, 20)}, four);
+  // GPUs 0 1 | 2 3 become 0 1 2 | 3 4 5, of which 2 and 5 are new
+  const std::vector<std::uint32_t> were = {0, 1, new_gpu, 2, 3, new_gpu};
+  const placement start = carry_over(before, four, six, were);
+  CHECK(contents(start, 1, 9, 3) == contents(before, 1, 6, 3));
+  CHECK(contents(start, 0, 6, 3) == std::multiset<std::int32_t>{-1, -1, -1});
+  const placement after = balanced({2, 10, random_loads(g, 20)}, six);
+  const migration grow = migrate(start, after, six, 1);
+  CHECK(grow.missing.empty());
+  for (const layer_migration& l : grow.layers) {
+    for (const migration_round& r : l.rounds) {
+      for (const expert_move& m : r.moves) CHECK((m.from_gpu != 2 && m.from_gpu != 5));
+    }
+  }
+  // back: experts that only the new GPUs had are missing, and named
+  const std::vector<std::uint32_t> kept = {0, 1, 3, 4};
+  const placement shrunk = carry_over(after, six, four, kept);
+  const migration back = migrate(shrunk, before, four, 1);
+  std::size_t lost = 0;
+  for (std::size_t l = 0; l < 2; ++l) {
+    for (std::int32_t e = 0; e < 10; ++e) lost += contents(shrunk, l, 0, 12).count(e) == 0 ? 1U : 0U;
+  }
+  CHECK(back.missing.size() == lost);
+  CHECK(code_of(try_carry_over(before, six, four)) == errc::shape_mismatch);
+  CHECK(code_of(try_carry_over(before, four, six, kept)) == errc::shape_mismatch);
+  CHECK(code_of(try_carry_over(before, four, four, std::vector<std::uint32_t>{0, 1, 2, 4})) == errc::invalid_argument);
+}
+
+TEST_CASE("dead GPUs are no source, leaving ones no target, and what is lost is named") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 1000; ++i) {
+    const topology t = topology::uniform(1 + g.below(3), 1 + g.below(3), 2 + g.below(3));
+    const std::size_t experts = 1 + g.below(t.slots());
+    const placement before = balanced({1, experts, random_loads(g, experts)}, t);
+    std::vector<std::uint32_t> gone;
+    for (std::uint32_t gpu = 0; gpu < t.gpus(); ++gpu) {
+      if (g.below(3) == 0) gone.push_back(gpu);
+    }
+    const auto left = t.try_without(gone);
+    if (!left || left->slots() < experts) continue;
+    const placement planned = balanced({1, experts, random_loads(g, experts)}, *left);
+    const placement after = carry_over(planned, *left, t);
+    const bool dead = g.below(2) == 0;
+    const placement now = dead ? carry_over(carry_over(before, t, *left), *left, t) : before;
+    const migration way = migrate(now, after, t, 1);
+    const auto is_gone = [&](std::uint32_t gpu) { return std::count(gone.begin(), gone.end(), gpu) > 0; };
+    std::multiset<std::int32_t> held = contents(now, 0, 0, t.slots());
+    for (const missing_expert& m : way.missing) {
+      REQUIRE(held.count(static_cast<std::int32_t>(m.expert)) == 0);
+      REQUIRE(after.layer(0)[m.to_slot] == static_cast<std::int32_t>(m.expert));
+      held.insert(static_cast<std::int32_t>(m.expert));
+    }
+    for (std::size_t e = 0; e < experts; ++e) REQUIRE(held.count(static_cast<std::int32_t>(e)) > 0);
+    if (!dead) REQUIRE(way.missing.empty());
+    for (const layer_migration& l : way.layers) {
+      for (const migration_round& r : l.rounds) {
+        for (const expert_move& m : r.moves) {
+          REQUIRE_FALSE(is_gone(m.to_gpu));
+          if (dead) REQUIRE_FALSE(is_gone(m.from_gpu));
+        }
+      }
+    }
+  }
+  const topology t = topology::uniform(1, 2, 1);
+  CHECK(code_of(t.try_without(std::vector<std::uint32_t>{2})) == errc::invalid_argument);
+  CHECK(code_of(t.try_without(std::vector<std::uint32_t>{0, 1})) == errc::invalid_argument);
 }

@@ -303,3 +303,79 @@ TEST_CASE("balance_gpus moves experts inside nodes only") {
   CHECK(p.layer(0)[0] + p.layer(0)[1] != 1);  // 0 and 1 carry five each: apart now
   CHECK_THROWS_AS(balance_gpus(p, t, std::vector<double>(3)), tetromino_test::precondition_failed);
 }
+
+TEST_CASE("balanced keeps copies on as many nodes as it is told, and uses all slots") {
+  generator g(tetromino_test::seed());
+  std::size_t planned = 0;
+  for (int i = 0; i < 1000; ++i) {
+    std::vector<std::size_t> gpus(1 + g.below(4)), slots;
+    for (auto& n : gpus) n = 1 + g.below(3);
+    for (const std::size_t n : gpus) {
+      for (std::size_t j = 0; j < n; ++j) slots.push_back(g.below(5));
+    }
+    slots[0] += 1;
+    const topology t = topology::make(gpus, slots);
+    const std::size_t experts = 1 + g.below(t.slots()), nodes = 1 + g.below(3);
+    std::vector<double> loads(2 * experts);
+    for (double& x : loads) x = g.below(4) == 0 ? 5e-324 : g.uniform() * g.uniform();
+    const auto p = try_balanced({2, experts, loads}, t, {1, nodes});
+    if (!p) {
+      REQUIRE(p.error().code() == errc::infeasible);
+      continue;
+    }
+    ++planned;
+    CAPTURE(i, experts, nodes, t.slots());
+    REQUIRE(try_validate(*p, t, {.nodes_per_expert = nodes}).has_value());
+    std::size_t usable = 0, used = 0;
+    for (const std::size_t n : slots) usable += std::min(n, experts);
+    for (const std::int32_t e : p->layer(0)) used += e != empty_slot ? 1U : 0U;
+    REQUIRE(used == usable);
+  }
+  CHECK(planned > 400);
+  const topology t = topology::uniform(2, 1, 4);
+  const std::vector<double> loads(4, 1.0);
+  CHECK(try_balanced({1, 4, loads}, t, {1, 2}).has_value());
+  CHECK(code_of(try_balanced({1, 4, loads}, t, {1, 0})) == errc::invalid_argument);
+  CHECK(code_of(try_balanced({1, 4, loads}, t, {2, 2})) == errc::invalid_argument);
+  CHECK(code_of(try_balanced({1, 4, loads}, t, {1, 3})) == errc::infeasible);
+}
+
+TEST_CASE("fast GPUs get more to do, and copies go to the layers that gain by them") {
+  generator g(tetromino_test::seed());
+  const std::vector<double> speeds = {2, 1, 1, 2};
+  const topology alike = topology::uniform(2, 2, 8), t = alike.with_speeds(speeds);
+  for (int i = 0; i < 100; ++i) {
+    std::vector<double> loads(24);
+    for (double& x : loads) x = 1 + g.uniform();
+    const placement p = balanced({1, 24, loads}, t);
+    REQUIRE(try_validate(p, t).has_value());
+    const replica_index where(p);
+    std::vector<double> busy(4, 0);
+    for (std::size_t e = 0; e < 24; ++e) {
+      const auto slots = where.slots_of(0, e);
+      for (const std::uint32_t s : slots)
+        busy[t.gpu_of_slot(s)] += loads[e] / static_cast<double>(slots.size()) / t.speed(t.gpu_of_slot(s));
+    }
+    REQUIRE(detail::max_over_mean(busy, [](std::size_t) { return 1.0; }) < 1.35);  // 1.33 at least if all get the same
+  }
+
+  // layer 0 is even, layer 1 has one hot expert, layer 2 two that are alike
+  const std::vector<double> loads = {1, 1, 1, 1, 9, 1, 1, 1, 4, 4, 1, 1};
+  const topology four = topology::uniform(1, 4, 2);
+  CHECK(copies_by_gain({3, 4, loads}, four, 0) == std::vector<std::size_t>{0, 0, 0});
+  CHECK(copies_by_gain({3, 4, loads}, four, 1) == std::vector<std::size_t>{0, 1, 0});
+  const auto shared = copies_by_gain({3, 4, loads}, four, 4);
+  CHECK(shared[0] == 0);
+  CHECK(shared[1] + shared[2] <= 4);
+  CHECK(shared[2] == 2);
+  balanced_options options;
+  options.copies_per_layer = shared;
+  const placement p = balanced({3, 4, loads}, four, options);
+  for (std::size_t l = 0; l < 3; ++l) {
+    const auto row = p.layer(l);
+    CHECK(static_cast<std::size_t>(std::count(row.begin(), row.end(), empty_slot)) == 4 - shared[l]);
+  }
+  options.copies_per_layer = std::span(shared).first(2);
+  CHECK(code_of(try_balanced({3, 4, loads}, four, options)) == errc::shape_mismatch);
+  CHECK(code_of(try_copies_by_gain({3, 4, loads}, topology::uniform(1, 1, 3), 1)) == errc::infeasible);
+}

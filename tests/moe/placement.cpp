@@ -1,7 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/moe/placement.hpp>
-#include <tetromino/moe/placement_json.hpp>
+#include <tetromino/moe/placement_io.hpp>
 
 #include "code_of.hpp"
 #include "reference/generators.hpp"
@@ -145,5 +145,63 @@ TEST_CASE("broken JSON is an error") {
   // lists in lists, deeper than a stack
   const std::string deep = std::string(1'000'000, '[') + std::string(1'000'000, ']');
   CHECK_THROWS_WITH(placement_from_json(R"({"layers":1,"experts":2,"slots":1,"slot_to_expert":[[)" + deep + "]]}"),
-                    contains("got array"));
+                    contains("levels"));
+}
+
+TEST_CASE("plans of engines round-trip, without empty slots") {
+  const topology t = topology::make(std::vector<std::size_t>{1, 2}, std::vector<std::size_t>{2, 1, 2});
+  const placement p = placement::make(2, 3, 5, {0, 1, 2, 0, 2, 2, 1, 1, 0, 1});
+  CHECK(to_plan(p, t, plan_format::physical_to_logical_json) ==
+        R"({"physical_to_logical_map":[[0,1,2,0,2],[2,1,1,0,1]]})");
+  CHECK(to_plan(p, t, plan_format::tensorrt_llm_yaml, {3, 1}) ==
+        "num_slots: 5\ninitial_global_assignments:\n  3: [0, 1, 2, 0, 2]\n  4: [2, 1, 1, 0, 1]\n"
+        "layer_updates_per_iter: 1\n");
+  CHECK_THAT(to_plan(p, t, plan_format::vllm_ascend_json),
+             contains(R"({"device_count":3,"device_list":[{"device_expert":[0,1],"device_id":0},)"));
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 300; ++i) {
+    const placement q = random_placement(g);
+    const topology flat = topology::uniform(1, q.slots(), 1);
+    if (try_fill_empty_slots(q, flat)) {
+      const placement filled = fill_empty_slots(q, flat);
+      for (std::size_t s = 0; s < q.slot_to_expert().size(); ++s) {
+        REQUIRE((filled.slot_to_expert()[s] != empty_slot &&
+                 (q.slot_to_expert()[s] == empty_slot || q.slot_to_expert()[s] == filled.slot_to_expert()[s])));
+      }
+      for (const plan_format f :
+           {plan_format::physical_to_logical_json, plan_format::tensorrt_llm_yaml, plan_format::vllm_ascend_json}) {
+        REQUIRE(read_plan(to_plan(filled, flat, f), q.experts()).experts == filled);
+      }
+    }
+    REQUIRE(read_plan(to_json(q)).experts == q);
+    REQUIRE(read_plan(to_text(q)).experts == q);
+  }
+  // what other writers of YAML make of it
+  CHECK(read_plan("num_slots: 2\ninitial_global_assignments:\n  0:\n  - 1\n  - 0\n  1:\n  - 0\n  - 1 # so\nx: 3\n")
+            .experts == placement::make(2, 2, 2, {1, 0, 0, 1}));
+  CHECK(read_plan("initial_global_assignments: {\"0\": [1,\n 0], \"1\": [0, 1]}\n").experts ==
+        placement::make(2, 2, 2, {1, 0, 0, 1}));
+}
+
+TEST_CASE("slots are filled with the rarest expert that the GPU lacks") {
+  const topology t = topology::uniform(1, 2, 3);
+  CHECK(fill_empty_slots(placement::make(1, 4, 6, {0, -1, -1, 1, 2, 3}), t) ==
+        placement::make(1, 4, 6, {0, 1, 2, 1, 2, 3}));
+  CHECK(code_of(try_fill_empty_slots(placement(1, 2, 6), t)) == errc::infeasible);
+  CHECK(code_of(try_fill_empty_slots(placement(1, 2, 5), t)) == errc::shape_mismatch);
+  CHECK(code_of(try_to_plan(placement(1, 2, 6), t, plan_format::tensorrt_llm_yaml)) == errc::invalid_argument);
+  CHECK(code_of(try_to_plan(placement(1, 2, 5), t, plan_format::tensorrt_llm_yaml)) == errc::shape_mismatch);
+}
+
+TEST_CASE("broken plans are errors") {
+  for (const std::string text :
+       {"", "{", "{}", "placement", R"({"physical_to_logical_map":7})", R"({"physical_to_logical_map":[[0],[0,1]]})",
+        R"({"physical_to_logical_map":[[0.5]]})", R"({"physical_to_logical_map":[[-2]]})",
+        R"({"layer_list":[{"device_list":[{"device_expert":3}]}]})", R"({"layer_list":[3]})",
+        "initial_global_assignments:\n", "initial_global_assignments:\n  0: [1, x]\n",
+        "initial_global_assignments:\n  0: [1]\n  0: [1]\n", "initial_global_assignments:\n  0: [1]\n  1: [1, 0]\n",
+        "initial_global_assignments: [1]\n", "initial_global_assignments:\n  0: [99999999999999999999]\n"}) {
+    CAPTURE(text);
+    CHECK_FALSE(try_read_plan(text).has_value());
+  }
 }

@@ -7,9 +7,9 @@
 
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/dispatch.hpp>
-#include <tetromino/moe/exact.hpp>
+#include <tetromino/moe/place_exact.hpp>
 #include <tetromino/moe/group.hpp>
-#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/place.hpp>
 
 #include "code_of.hpp"
@@ -102,7 +102,7 @@ void require_within_budget(const topology& t, const std::vector<std::uint32_t>& 
 double cost_of(const trace& t, const placement& p, const topology& cluster, const std::vector<std::uint32_t>& source,
                double node_weight, double pair_weight) {
   cost_options options;
-  options.choice = replica_choice::fewest_nodes;
+  options.replicas.choice = replica_choice::fewest_nodes;
   const cost_report r = evaluate(t.view(), p, cluster, source, options);
   return node_weight * static_cast<double>(r.remote_visits) + pair_weight * static_cast<double>(r.remote_pairs);
 }

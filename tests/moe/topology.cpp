@@ -109,3 +109,19 @@ TEST_CASE("numbers out of range break a precondition") {
   CHECK_THROWS_AS(t.gpu_of_slot(4), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(t.slots_on_gpu(2), tetromino_test::precondition_failed);
 }
+
+TEST_CASE("GPUs of unequal speed: balanced gives the fast ones more, and the cost counts time") {
+  const std::vector<double> speeds = {2, 1, 1, 2};
+  const topology t = topology::uniform(2, 2, 4).with_speeds(speeds);
+  CHECK(t.speed(0) == 1);
+  CHECK(t.speed(1) == 0.5);
+  CHECK(t.speed_of_node(1) == 1.5);
+  CHECK(t.without(std::vector<std::uint32_t>{0}).speed_of_node(0) == 0.5);
+  CHECK_FALSE(t == topology::uniform(2, 2, 4));
+  for (const std::vector<double>& bad :
+       {std::vector<double>{1, 1}, std::vector<double>{1, 1, 1, 0}, std::vector<double>{1, 1, 1, 1e-3},
+        std::vector<double>{1, 1, 1, std::nan("")}}) {
+    CHECK_FALSE(topology::uniform(2, 2, 4).try_with_speeds(bad).has_value());
+  }
+  CHECK_THROWS_AS(t.speed(4), tetromino_test::precondition_failed);
+}

@@ -8,6 +8,8 @@
 #include <fstream>    // std::ofstream
 #include <sstream>    // std::istringstream
 #include <string>     // std::string
+#include <utility>    // std::pair
+#include <variant>    // std::get, std::holds_alternative
 #include <vector>     // std::vector
 
 namespace {
@@ -78,9 +80,10 @@ TEST_CASE("the bundled traces are what their page says") {
 
 TEST_CASE("safetensors traces may use wider ids and leave out what is optional") {
   const auto offsets = make_tensor("request_offsets", {3}, i64{0, 1, 2});
-  for (const auto& ids : {make_tensor("experts", {2, 1, 2}, u8{0, 1, 3, 2}),
-                          make_tensor("experts", {2, 1, 2}, std::vector<std::uint16_t>{0, 1, 3, 2}),
-                          make_tensor("experts", {2, 1, 2}, i32{0, 1, 3, 2})}) {
+  for (const auto& ids :
+       {make_tensor("experts", {2, 1, 2}, u8{0, 1, 3, 2}), make_tensor("experts", {2, 1, 2}, i64{0, 1, 3, 2}),
+        make_tensor("experts", {2, 1, 2}, std::vector<std::uint16_t>{0, 1, 3, 2}),
+        make_tensor("experts", {2, 1, 2}, i32{0, 1, 3, 2})}) {
     const auto t = from_tensors({ids, offsets});
     REQUIRE(t.has_value());
     CHECK(t->shape() == routing_shape{1, 4, 2});
@@ -101,9 +104,10 @@ TEST_CASE("broken safetensors traces are errors") {
   const auto ids = make_tensor("experts", {2, 1, 2}, u8{0, 1, 3, 2});
   const auto offsets = make_tensor("request_offsets", {3}, i64{0, 1, 2});
   CHECK_THAT(problem_of(from_tensors({offsets})), contains("experts"));
-  CHECK_THAT(problem_of(from_tensors({ids})), contains("request_offsets"));
+  CHECK(from_tensors({ids})->requests()[0] == request{0, 2, 0, 0});  // one request of all tokens
   CHECK_THAT(problem_of(from_tensors({make_tensor("experts", {4, 1}, u8{0, 1, 3, 2}), offsets})), contains("2 dimen"));
-  CHECK_THAT(problem_of(from_tensors({make_tensor("experts", {2, 1, 2}, i64{0, 1, 3, 2}), offsets})), contains("I64"));
+  CHECK_THAT(problem_of(from_tensors({make_tensor("experts", {2, 1, 2}, std::vector<float>{0, 1, 3, 2}), offsets})),
+             contains("floating-point"));
   CHECK_THAT(problem_of(from_tensors({make_tensor("experts", {2, 1, 2}, i32{0, 1, -3, 2}), offsets})),
              contains("got -3"));
   CHECK_THAT(problem_of(from_tensors({make_tensor("experts", {2, 1, 2}, i32{0, 1, 70'000, 2}), offsets})),
@@ -203,7 +207,7 @@ TEST_CASE("a trace survives being written as shuffled JSON lines") {
 TEST_CASE("broken JSON lines are errors that name the line") {
   const std::string good = line("a", 0, 0, "1,2");
   CHECK_THAT(problem_of(from_lines("")), contains("at least one line"));
-  CHECK_THAT(problem_of(from_lines(good + "{\"req_id\":")), contains("log, line 2: expected a JSON object"));
+  CHECK_THAT(problem_of(from_lines(good + "{\"req_id\":")), contains("log, line 2: expected JSON"));
   CHECK_THAT(problem_of(from_lines("[1]")), contains("line 1: expected a JSON object, got array"));
   CHECK_THAT(problem_of(from_lines(R"({"token_idx":0,"layer":0,"topk_ids":[1]})")), contains("req_id"));
   CHECK_THAT(problem_of(from_lines(R"({"req_id":{},"token_idx":0,"layer":0,"topk_ids":[1]})")), contains("object"));
@@ -213,10 +217,11 @@ TEST_CASE("broken JSON lines are errors that name the line") {
   CHECK_THAT(problem_of(from_lines(R"({"req_id":"a","token_idx":0,"layer":70000,"topk_ids":[1]})")), contains("layer"));
   CHECK_THAT(problem_of(from_lines(R"({"req_id":"a","token_idx":0,"layer":0})")), contains("topk_ids"));
   CHECK_THAT(problem_of(from_lines(line("a", 0, 0, ""))), contains("topk_ids"));
-  CHECK_THAT(problem_of(from_lines(line("a", 0, 0, "-1"))), contains("topk_ids"));
+  CHECK_THAT(problem_of(from_lines(line("a", 0, 0, "-2"))), contains("topk_ids"));
   CHECK_THAT(problem_of(from_lines(line("a", 0, 0, "65535"))), contains("topk_ids"));
   CHECK_THAT(problem_of(from_lines(line("a", 0, 0, "null"))), contains("topk_ids"));
-  CHECK_THAT(problem_of(from_lines(good + line("a", 0, 0, "1,2"))), contains("line 2: expected token 0"));
+  CHECK_THAT(problem_of(from_lines(good + line("a", 1, 0, "1,2") + line("a", 1, 0, "1,2"))),
+             contains("line 3: expected token 1"));
   CHECK_THAT(problem_of(from_lines(good + line("a", 1, 0, "1"))), contains("line 2: expected 2 experts per token"));
   CHECK_THAT(problem_of(from_lines(good + line("a", 2, 0, "1,2"))), contains("line 2: expected token_idx 1"));
   CHECK_THAT(problem_of(from_lines(good + line("b", 0, 1, "1,2"))), contains("line 1"));
@@ -237,6 +242,228 @@ TEST_CASE("broken JSON lines are errors that name the line") {
   CHECK_THAT(problem_of(from_lines(line("a", 0, 0, "1") + line("a", 4294967294, 65535, "1"))), contains("line 1"));
   CHECK_THAT(problem_of(from_lines(line("a", 4294967295, 0, "1"))), contains("token_idx"));
   CHECK(from_lines(line("a", 4294967294, 65535, "1")).has_value());
+}
+
+TEST_CASE("nobody, meta lines, passes that count anew, and names of two types") {
+  const auto padded = from_lines(R"({"type":"meta","num_experts":7})"
+                                 "\n" +
+                                 line("a", 0, 2, "4,-1") + line("a", 0, 1, "-1,-1") + line("a", 1, 2, "-1,-1") +
+                                 line("a", 1, 1, "-1,-1"));
+  REQUIRE(padded.has_value());
+  CHECK(padded->shape() == routing_shape{1, 7, 2});  // layer 1 has nobody at all
+  CHECK(padded->view().experts_of(0, 0)[0] == 4);
+  CHECK(padded->view().experts_of(0, 0)[1] == no_expert);
+  CHECK(padded->view().experts_of(1, 0)[0] == no_expert);
+
+  // a prompt of two tokens, then two passes of one, as a hook in each layer sees them
+  const auto hooked =
+      from_lines(line("a", 0, 0, "1") + line("a", 1, 0, "2") + line("a", 0, 1, "3") + line("a", 1, 1, "4") +
+                 line("a", 0, 0, "5") + line("a", 0, 1, "6") + line("a", 0, 0, "0") + line("a", 0, 1, "1"));
+  REQUIRE(hooked.has_value());
+  const auto ids = hooked->view().ids;
+  CHECK(std::vector<std::uint16_t>(ids.begin(), ids.end()) == std::vector<std::uint16_t>{1, 3, 2, 4, 5, 6, 0, 1});
+
+  const auto two = from_lines(R"({"req_id":1,"token_idx":0,"layer":0,"topk_ids":[1]})"
+                              "\n"
+                              R"({"req_id":"1","token_idx":0,"layer":0,"topk_ids":[2]})");
+  REQUIRE(two.has_value());
+  CHECK(two->requests().size() == 2);
+  CHECK_THAT(problem_of(from_lines(R"({"req_id":1,"req_id":2,"token_idx":0,"layer":0,"topk_ids":[1]})")),
+             contains("each key once"));
+  CHECK_THAT(problem_of(from_lines(line("a", 0, 0, "1") + R"({"type":"routing"})")), contains("line 2"));
+  CHECK(from_lines(line("a", 0, 0, "1") + R"({"type":"meta"})").has_value());
+  CHECK_THAT(problem_of(from_lines(std::string(3'000'000, '['))), contains("levels"));
+}
+
+namespace {
+
+std::string base64(const std::vector<std::uint8_t>& bytes) {
+  const std::string digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  std::string out;
+  for (std::size_t i = 0; i < bytes.size(); i += 3) {
+    std::uint32_t block = 0;
+    for (std::size_t j = 0; j < 3; ++j) block = block << 8 | (i + j < bytes.size() ? bytes[i + j] : 0);
+    for (std::size_t j = 0; j < 4; ++j) out += i + j > bytes.size() ? '=' : digits[block >> (18 - 6 * j) & 63];
+  }
+  return out;
+}
+template <class T>
+std::vector<std::uint8_t> bytes_of(const std::vector<T>& values) {
+  const auto* first = reinterpret_cast<const std::uint8_t*>(values.data());
+  return {first, first + sizeof(T) * values.size()};
+}
+/// An .npy as NumPy 1.x writes it.
+std::vector<std::uint8_t> npy(const std::string& type, const std::string& shape, std::vector<std::uint8_t> data,
+                              const std::string& fortran = "False") {
+  std::string header = "{'descr': '" + type + "', 'fortran_order': " + fortran + ", 'shape': (" + shape + "), }";
+  header.resize((header.size() + 10 + 64) / 64 * 64 - 11, ' ');
+  header += '\n';
+  std::vector<std::uint8_t> out{0x93, 'N', 'U', 'M', 'P', 'Y', 1, 0};
+  out.push_back(static_cast<std::uint8_t>(header.size()));
+  out.push_back(static_cast<std::uint8_t>(header.size() >> 8));
+  out.insert(out.end(), header.begin(), header.end());
+  out.insert(out.end(), data.begin(), data.end());
+  return out;
+}
+/// A zip archive; method 0 is storing.
+std::vector<std::uint8_t> zip(const std::vector<std::pair<std::string, std::vector<std::uint8_t>>>& files,
+                              std::uint8_t method = 0) {
+  std::vector<std::uint8_t> out, directory;
+  const auto put = [](std::vector<std::uint8_t>& to, std::size_t value, int bytes) {
+    for (int i = 0; i < bytes; ++i) to.push_back(static_cast<std::uint8_t>(value >> (8 * i)));
+  };
+  for (const auto& [name, data] : files) {
+    const std::size_t at = out.size();
+    for (auto* to : {&out, &directory}) {
+      put(*to, to == &out ? 0x04034B50 : 0x02014B50, 4);
+      put(*to, 20, to == &out ? 2 : 4);
+      put(*to, 0, 2);
+      put(*to, method, 2);
+      put(*to, 0, 8);
+      put(*to, data.size(), 4);
+      put(*to, data.size(), 4);
+      put(*to, name.size(), 2);
+      put(*to, 0, 2);
+      if (to == &directory) put(*to, 0, 10), put(*to, at, 4);
+      to->insert(to->end(), name.begin(), name.end());
+    }
+    out.insert(out.end(), data.begin(), data.end());
+  }
+  const std::size_t begin = out.size();
+  out.insert(out.end(), directory.begin(), directory.end());
+  put(out, 0x06054B50, 4);
+  put(out, 0, 4);
+  put(out, files.size(), 2);
+  put(out, files.size(), 2);
+  put(out, directory.size(), 4);
+  put(out, begin, 4);
+  put(out, 0, 2);
+  return out;
+}
+template <class Bytes>
+tetromino::result<routing_file> from_file(const Bytes& bytes, const trace_read_options& options = {}) {
+  const temporary_directory folder;
+  std::ofstream(folder / "file", std::ios::binary)
+      .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+  return try_read_routing(folder / "file", options);
+}
+template <class Content, class Bytes>
+Content read_as(const Bytes& bytes, const trace_read_options& options = {}) {
+  auto read = from_file(bytes, options);
+  if (!read) FAIL(read.error().what());
+  REQUIRE(std::holds_alternative<Content>(read->content));
+  return std::get<Content>(read->content);
+}
+template <class Bytes>
+std::string problem_in(const Bytes& bytes, const trace_read_options& options = {}) {
+  const auto read = from_file(bytes, options);
+  REQUIRE_FALSE(read.has_value());
+  return read.error().what();
+}
+using numbers = std::vector<double>;
+
+}  // namespace
+
+TEST_CASE("completions and responses with routed experts") {
+  // 3 tokens, 2 layers, 2 experts each; the first two tokens are the prompt
+  const std::vector<std::int32_t> ids{0, 1, 2, 3, 4, 5, -1, -1, 1, 0, 3, 2};
+  const std::string vllm = R"({"choices":[{"routed_experts":")" + base64(npy("<i4", "3, 2, 2", bytes_of(ids))) +
+                           R"("}],"usage":{"prompt_tokens":2}})";
+  const std::string sglang = R"({"meta_info":{"prompt_tokens":2,"routed_experts":")" + base64(bytes_of(ids)) + R"("}})";
+  for (const trace& t : {read_as<trace>(vllm + "\n" + vllm), read_as<trace>(sglang + "\n" + sglang, {0, 2, 2})}) {
+    CHECK(t.shape() == routing_shape{2, 6, 2});
+    REQUIRE(t.requests().size() == 2);
+    CHECK(t.requests()[1] == request{3, 3, 2, 0});
+    CHECK(t.view().experts_of(4, 0)[1] == 5);
+    CHECK(t.view().experts_of(4, 1)[1] == no_expert);
+  }
+  CHECK_THAT(problem_in(sglang), contains("how many layers"));
+  CHECK_THAT(problem_in(sglang, {0, 5, 2}), contains("5 × 2 ids, got 12"));
+  CHECK_THAT(problem_in(vllm + "\n" + sglang, {0, 2, 2}), contains("line 2: expected vLLM"));
+  CHECK_THAT(problem_in(std::string(R"({"choices":[{"routed_experts":"?"}]})")), contains("base64"));
+  CHECK_THAT(problem_in(std::string(R"({"choices":[{"routed_experts":"AAAA"}]})")), contains(".npy"));
+  CHECK_THAT(problem_in(std::string(R"({"choices":[7]})")), contains("objects"));
+}
+
+TEST_CASE("NumPy arrays: requests and counts") {
+  const std::vector<std::uint16_t> ids{0, 1, 2, 3, 0xFFFF, 0xFFFF, 1, 2};
+  const auto one = npy("<u2", "2, 2, 2", bytes_of(ids));
+  CHECK(read_as<trace>(one).shape() == routing_shape{2, 4, 2});
+  const trace both = read_as<trace>(zip({{"a.npy", one}, {"b.npy", one}}));
+  CHECK(both.requests().size() == 2);
+  CHECK(both.view().experts_of(3, 0)[0] == no_expert);
+  const auto counts = npy("<i8", "2, 3", bytes_of(std::vector<std::int64_t>{1, 2, 3, 4, 5, 6}));
+  CHECK(read_as<load_table>(counts) == load_table{2, 3, numbers{1, 2, 3, 4, 5, 6}});
+  CHECK(read_as<load_table>(counts, {4}).experts == 4);
+  const auto steps = npy("<f4", "2, 1, 2", bytes_of(std::vector<float>{1, 2, 10, 20}));
+  CHECK(read_as<load_table>(steps) == load_table{1, 2, numbers{11, 22}});
+
+  CHECK_THAT(problem_in(npy("<u2", "2, 2, 2", bytes_of(ids), "True")), contains("ascontiguousarray"));
+  CHECK_THAT(problem_in(npy(">u2", "2, 2, 2", bytes_of(ids))), contains("little-endian"));
+  CHECK_THAT(problem_in(npy("<u2", "2, 2, 3", bytes_of(ids))), contains("expected the bytes of [2, 2, 3]"));
+  CHECK_THAT(problem_in(npy("<u2", "4294967296, 4294967296, 4294967296", bytes_of(ids))),
+             contains("expected the bytes"));
+  CHECK_THAT(problem_in(zip({{"a.npy", one}}, 8)), contains("compress"));
+  CHECK_THAT(problem_in(zip({{"x/data.pkl", u8{}}})), contains("torch.load"));
+  CHECK_THAT(problem_in(std::string("\x80\x02}q")), contains("pickle"));
+  auto cut = zip({{"a.npy", one}});
+  cut.erase(cut.begin() + static_cast<std::ptrdiff_t>(cut.size() / 2), cut.end());
+  CHECK_FALSE(from_file(cut).has_value());
+  generator g(tetromino_test::seed());
+  const auto whole = zip({{"a.npy", one}, {"b.npy", one}});
+  for (int i = 0; i < 1000; ++i) {  // no byte of an archive leads out of it
+    auto changed = whole;
+    changed[g.below(changed.size())] = static_cast<std::uint8_t>(g.below(256));
+    changed.erase(changed.end() - static_cast<std::ptrdiff_t>(g.below(2) * g.below(40)), changed.end());
+    static_cast<void>(from_file(changed));
+  }
+}
+
+TEST_CASE("counts from JSON, CSV and statistics, and plans") {
+  CHECK(read_as<load_table>(std::string(R"({"rank":0,"logical_count":[[1,2],[3,4]]})")) ==
+        load_table{2, 2, numbers{1, 2, 3, 4}});
+  CHECK(read_as<load_table>(std::string("{\"logical_count\":\n[[[1,2]],[[3,4]]]}")) == load_table{1, 2, numbers{4, 6}});
+  const std::string pass = R"({"forward_pass_id":1,"logical_count":[[1,0,5]]})";
+  CHECK(read_as<load_table>(pass + "\n" + pass) == load_table{1, 3, numbers{2, 0, 10}});
+  CHECK(read_as<load_table>(std::string("count,layer,expert\r\n5,0,1\n7,1,0\n1,0,1\n")) ==
+        load_table{2, 2, numbers{0, 6, 7, 0}});
+  CHECK_THAT(problem_in(std::string("layer,expert,count\n0,1\n")), contains("line 2: expected 3 cells"));
+  CHECK_THAT(problem_in(std::string("layer,expert,count\n0,-1,3\n")), contains("line 2: expected expert"));
+  CHECK_THAT(problem_in(std::string("layer,expert,count\n65000,65000,3\n")), contains("at most"));
+  CHECK_THAT(problem_in(std::string(R"({"logical_count":[[1,"x"]]})")), contains("layer 0, expert 1"));
+  CHECK_THAT(problem_in(std::string(R"({"logical_count":[[1,-2]]})")), contains("0 or more"));
+
+  const temporary_directory folder;
+  const auto save = [&](const std::vector<tensor>& tensors) {
+    std::vector<tetromino::io::tensor_declaration> declared;
+    for (const tensor& t : tensors) declared.push_back(t.declared);
+    auto writer = tetromino::io::safetensors_writer::create(folder / "s", tetromino::io::aligned_order(declared));
+    for (const tensor& t : tensors) writer.append(t.declared.name, t.bytes);
+    writer.finish();
+    return try_read_routing(folder / "s");
+  };
+  const auto statistics = save({make_tensor("7_3", {3}, i32{1, 2, 3}), make_tensor("8_3", {3}, i32{10, 20, 30}),
+                                make_tensor("7_5", {2, 2}, i32{0, 2, 2, -1})});
+  REQUIRE(statistics.has_value());
+  CHECK(std::get<load_table>(statistics->content) == load_table{2, 3, numbers{11, 22, 33, 1, 0, 2}});
+  CHECK_THAT(save({make_tensor("weights", {1}, i32{1})}).error().what(), contains("iteration_layer"));
+
+  CHECK(read_as<placement>(std::string(R"({"physical_to_logical_map":[[0,1,1],[1,0,-1]]})")) ==
+        placement::make(2, 2, 3, {0, 1, 1, 1, 0, -1}));
+  CHECK_THAT(problem_in(std::string("hello")), contains("expected routing, loads or a plan"));
+  CHECK_THAT(problem_in(std::string()), contains("found none of them"));
+  std::ofstream(folder / "loads.csv") << "layer,expert,count\n0,0,1\n";
+  CHECK_THAT(problem_of(try_read_trace(folder / "loads.csv")), contains("found CSV of counts"));
+  CHECK_THAT(problem_of(try_read_trace("/dev/zero")), contains("regular file"));
+}
+
+TEST_CASE("a hundred thousand domains are read in linear time") {
+  std::string all;
+  for (int i = 0; i < 100'000; ++i) {
+    const std::string n = std::to_string(i);
+    all += R"({"req_id":)" + n + R"(,"token_idx":0,"layer":0,"topk_ids":[1],"domain":")" + n + "\"}\n";
+  }
+  CHECK(from_lines(all)->domain_names().size() == 100'000);
 }
 
 TEST_CASE("random bytes and mutated lines never crash the reader") {

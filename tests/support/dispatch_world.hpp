@@ -123,7 +123,7 @@ template <class Exchange>
 dispatch_outcome serve(const dispatch_world& w, comm::dispatcher<Exchange>& through, std::size_t rank) {
   dispatch_outcome result;
   const std::vector<std::uint16_t>& ids = w.ids[rank];
-  moe::replica_chooser chooser(w.placement, w.cluster, moe::replica_choice::nearest);
+  moe::replica_chooser chooser(w.placement, w.cluster);
   std::vector<std::uint32_t> gpus(ids.size()), tags(w.tokens[rank]);
   for (std::size_t t = 0; t < w.tokens[rank]; ++t) {
     chooser.choose(0, std::span(ids).subspan(t * w.k, w.k), static_cast<std::uint32_t>(rank),

@@ -78,10 +78,17 @@ class dispatcher {
   }
 
   /// Sends rows x[rows, width], a tag each, to the slots that calls[rows, calls_per_row] name; afterwards `plan` says
-  /// how what came is grouped by expert. Errors: of the exchange; a call for a slot that does not exist.
+  /// how what came is grouped by expert. Errors: of the exchange; sizes that do not fit together; a call for a slot
+  /// that does not exist.
   template <class T>
   [[nodiscard]] result<void> try_dispatch(std::span<const moe::expert_call> calls, std::span<const T> x,
                                           std::span<const std::uint32_t> tags, std::size_t width) {
+    const std::size_t k = hops_.front().plan.calls_per_row();
+    if (calls.size() % k != 0 || tags.size() != calls.size() / k || x.size() != calls.size() / k * width) {
+      return error(errc::shape_mismatch,
+                   detail::text("dispatch: expected ", k, " calls, ", width, " values and a tag for each row, got ",
+                                calls.size(), ", ", x.size(), " and ", tags.size()));
+    }
     std::span<const std::byte> rows = std::as_bytes(x);
     for (std::size_t i = 0; i < hops_.size(); ++i) {
       hop& h = hops_[i];
@@ -100,6 +107,11 @@ class dispatcher {
     }
     return hops_.back().plan.try_group_by_expert(first_slot_, slots_);
   }
+  template <class T>
+  void dispatch(std::span<const moe::expert_call> calls, std::span<const T> x, std::span<const std::uint32_t> tags,
+                std::size_t width) {
+    try_dispatch(calls, x, tags, width).value();
+  }
 
   /// The plan of the last hop: expert_offsets, and expert_rows as numbers of received rows.
   [[nodiscard]] const moe::dispatch_plan& plan() const noexcept { return hops_.back().plan; }
@@ -116,9 +128,15 @@ class dispatcher {
   [[nodiscard]] std::span<const std::uint32_t> received_tags() const noexcept { return received_tags(hops_.back()); }
 
   /// Takes the experts' outputs y[pairs, width], adds them up with their weights on the way back, and writes one sum
-  /// per row that this rank dispatched: out[rows, width]. Errors: of the exchange.
+  /// per row that this rank dispatched: out[rows, width]. Errors: of the exchange; sizes that do not fit together.
   [[nodiscard]] result<void> try_combine(std::span<const float> y, std::span<float> out, std::size_t width) {
     hop& last = hops_.back();
+    if (y.size() != last.plan.expert_rows().size() * width || out.size() != hops_.front().plan.rows() * width) {
+      return error(errc::shape_mismatch,
+                   detail::text("combine: expected ", last.plan.expert_rows().size(),
+                                " outputs of experts and room for ", hops_.front().plan.rows(), " rows, of ", width,
+                                " values each, got ", y.size(), " and ", out.size(), " values"));
+    }
     last.answers.resize(last.plan.received() * width);
     last.plan.add_expert_outputs(y, last.answers, width);
     for (std::size_t i = hops_.size(); i-- > 0;) {
@@ -133,6 +151,9 @@ class dispatcher {
       h.plan.add_copies(h.returned, i > 0 ? std::span<float>(hops_[i - 1].answers) : out, width);
     }
     return {};
+  }
+  void combine(std::span<const float> y, std::span<float> out, std::size_t width) {
+    try_combine(y, out, width).value();
   }
 
   /// Bytes of one row's calls and tag, which travel beside it.

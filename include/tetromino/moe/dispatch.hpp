@@ -4,6 +4,7 @@
 #include "../error.hpp"   // tetromino::result, tetromino::error
 #include "placement.hpp"  // replica_index
 #include "topology.hpp"   // topology
+#include "trace.hpp"      // no_expert
 
 #include <algorithm>  // std::copy_n, std::fill
 #include <cstddef>    // std::size_t
@@ -17,7 +18,7 @@ namespace TETROMINO_NAMESPACE::moe {
 /// What an expert_call holds when it calls nobody.
 inline constexpr std::uint32_t no_slot = 0xFFFF'FFFF;
 
-/// A row's wish: to meet the expert in a slot, whose output counts with a weight. Plain bytes, made to travel.
+/// A row calls the expert in a slot, whose output counts with a weight. Plain bytes, made to travel.
 struct expert_call {
   std::uint32_t slot = no_slot;
   float weight = 0;
@@ -38,7 +39,8 @@ enum class entry_rule : std::uint8_t {
 };
 
 /// The calls of tokens in one layer: for ids, weights and serving GPUs [tokens, k] (a replica_chooser picks the GPUs),
-/// writes calls[tokens, k]. Precondition: equal lengths, and each GPU holds a copy of its expert.
+/// writes calls[tokens, k]; no_expert calls nobody. Precondition: equal lengths, and each GPU holds a copy of its
+/// expert.
 inline void make_calls(const replica_index& where, const topology& t, std::size_t layer,
                        std::span<const std::uint16_t> ids, std::span<const float> weights,
                        std::span<const std::uint32_t> gpus, std::span<expert_call> calls) {
@@ -47,6 +49,7 @@ inline void make_calls(const replica_index& where, const topology& t, std::size_
                     calls.size());
   for (std::size_t i = 0; i < ids.size(); ++i) {
     calls[i] = {no_slot, weights[i]};
+    if (ids[i] == no_expert) continue;
     for (const std::uint32_t slot : where.slots_of(layer, ids[i])) {
       if (t.gpu_of_slot(slot) == gpus[i]) {
         calls[i].slot = slot;

@@ -1,8 +1,8 @@
 #pragma once
 
 #include "../error.hpp"                   // tetromino::result, tetromino::error
-#include "detail/node_cover.hpp"          // detail::visits_of
-#include "detail/request_assignment.hpp"  // detail::request_assigner, detail::token_room
+#include "search/node_visits.hpp"         // detail::visits_of
+#include "search/request_assignment.hpp"  // detail::request_assigner, detail::token_room
 #include "placement.hpp"                  // placement, try_validate
 #include "topology.hpp"                   // topology
 #include "trace.hpp"                      // trace_view, phase
@@ -63,7 +63,8 @@ class signature_builder {
     touched_.clear();
     left_ = prompt_tokens;
   }
-  /// Adds the next token of the prompt: ids[layers, experts per token]. Preconditions: that many ids, below `experts`.
+  /// Adds the next token of the prompt: ids[layers, experts per token]. Preconditions: that many ids, each below
+  /// `experts` or no_expert.
   void add(std::span<const std::uint16_t> ids) {
     TETROMINO_EXPECTS(ids.size() == shape_.ids_per_token(), "signature_builder: the ids of one token", ids.size(),
                       shape_.ids_per_token());
@@ -73,6 +74,7 @@ class signature_builder {
     for (std::size_t l = 0; l < shape_.layers; ++l) {
       const std::size_t row = bucket(l) * shape_.experts;
       for (std::size_t i = 0; i < shape_.experts_per_token; ++i, ++e) {
+        if (*e == no_expert) continue;
         TETROMINO_EXPECTS(*e < shape_.experts, "signature_builder: expert number out of range", *e, shape_.experts);
         std::uint32_t& w = weights_[row + *e];
         if (w == 0) touched_.push_back(static_cast<std::uint32_t>(row + *e));
@@ -175,10 +177,10 @@ class node_affinity {
     std::fill(scores.begin(), scores.end(), 0);
     for (const request_signature::entry& e : signature.entries) {
       const std::size_t row = e.cell * nodes();
-      TETROMINO_EXPECTS(row + nodes() <= worth_.size(), "node_affinity: a signature of the same shape", row + nodes(),
-                        worth_.size());
-      const std::int32_t* const worth = worth_.data() + row;
-      for (std::size_t n = 0; n < scores.size(); ++n) scores[n] += static_cast<std::int64_t>(e.weight) * worth[n];
+      TETROMINO_EXPECTS(row + nodes() <= value_.size(), "node_affinity: a signature of the same shape", row + nodes(),
+                        value_.size());
+      const std::int32_t* const value = value_.data() + row;
+      for (std::size_t n = 0; n < scores.size(); ++n) scores[n] += static_cast<std::int64_t>(e.weight) * value[n];
     }
   }
 
@@ -188,17 +190,24 @@ class node_affinity {
     for (std::size_t n = 0; n < t.nodes(); ++n) gpus_.push_back(t.gpus_on_node(n));
   }
 
-  // An expert saves a visit to a node that holds it, shared with the token's other experts there.
+  struct prices {
+    std::int64_t visit, pair;
+  };
+  struct sums {
+    std::vector<std::int64_t> value;  // [buckets, experts, nodes]
+    std::vector<std::int64_t> uses;   // [buckets, experts]
+  };
+
   void learn(const placement& p, const topology& t, const trace_view& recorded) {
     const std::size_t k = shape_.experts_per_token, experts = shape_.experts;
     const signature_builder rows(shape_, options_.signature);
-    const double both = options_.node_weight + options_.pair_weight;
-    const std::int64_t visit_price = std::llround(256.0 * (options_.node_weight / both));
-    const std::int64_t pair_price = 256 - visit_price;
-    std::vector<std::int64_t> worth(rows.buckets() * experts * nodes(), 0), uses(rows.buckets() * experts, 0);
+    prices price{};
+    price.visit = std::llround(256.0 * (options_.node_weight / (options_.node_weight + options_.pair_weight)));
+    price.pair = 256 - price.visit;
+    sums learnt{std::vector<std::int64_t>(rows.buckets() * experts * nodes(), 0),
+                std::vector<std::int64_t>(rows.buckets() * experts, 0)};
     const std::uint64_t step = std::max<std::uint64_t>(1, recorded.tokens() / 16'384);
     std::vector<std::uint64_t> holders(experts);
-    std::uint64_t held[64];
     for (std::size_t l = 0; l < shape_.layers; ++l) {
       std::fill(holders.begin(), holders.end(), 0);
       for (std::size_t s = 0; s < p.slots(); ++s) {
@@ -207,45 +216,53 @@ class node_affinity {
       }
       const std::size_t row = rows.bucket(l) * experts;
       for (std::size_t e = 0; e < experts; ++e) {  // as one use would have it, so that unseen experts count too
-        ++uses[row + e];
+        ++learnt.uses[row + e];
         for (std::size_t n = 0; n < nodes(); ++n) {
-          if (((holders[e] >> n) & 1) != 0) worth[(row + e) * nodes() + n] += 256 * (pair_price + visit_price / 2);
+          if (((holders[e] >> n) & 1) != 0)
+            learnt.value[(row + e) * nodes() + n] += 256 * (price.pair + price.visit / 2);
         }
       }
       std::uint64_t number = 0;
       for (const request& r : recorded.requests) {
         for (std::uint64_t token = r.first_token; token < r.first_token + r.tokens; ++token) {
-          if (number++ % step != 0) continue;
-          const std::uint16_t* const e = recorded.token(token).data() + l * k;
-          for (std::size_t i = 0; i < k; ++i) {
-            held[i] = holders[e[i]];
-            ++uses[row + e[i]];
-          }
-          const std::int64_t away = visit_price == 0 ? 0 : detail::visits_of<std::uint64_t>(held, k, 0);
-          for (std::size_t n = 0; n < nodes(); ++n) {
-            const std::uint64_t home = std::uint64_t{1} << n;
-            std::int64_t sharers = 0;
-            for (std::size_t i = 0; i < k; ++i) sharers += (held[i] & home) != 0 ? 1 : 0;
-            if (sharers == 0) continue;
-            const std::int64_t saved = visit_price == 0 ? 0 : away - detail::visits_of<std::uint64_t>(held, k, home);
-            const std::int64_t each = 256 * (pair_price + visit_price * saved / sharers);
-            for (std::size_t i = 0; i < k; ++i) {
-              if ((held[i] & home) != 0) worth[(row + e[i]) * nodes() + n] += each;
-            }
-          }
+          if (number++ % step == 0) learn_token(recorded.token(token).subspan(l * k, k), holders, price, row, learnt);
         }
       }
     }
-    worth_.resize(worth.size());
-    for (std::size_t i = 0; i < worth_.size(); ++i) {
-      worth_[i] = static_cast<std::int32_t>(worth[i] / std::max<std::int64_t>(uses[i / nodes()], 1));
+    value_.resize(learnt.value.size());
+    for (std::size_t i = 0; i < value_.size(); ++i) {
+      value_[i] = static_cast<std::int32_t>(learnt.value[i] / std::max<std::int64_t>(learnt.uses[i / nodes()], 1));
+    }
+  }
+
+  // An expert saves a visit to a node that holds it, shared with the token's other experts there.
+  void learn_token(std::span<const std::uint16_t> ids, std::span<const std::uint64_t> holders, const prices& price,
+                   std::size_t row, sums& learnt) const {
+    std::uint64_t held[64];
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      held[i] = ids[i] == no_expert ? 0 : holders[ids[i]];
+      if (ids[i] != no_expert) ++learnt.uses[row + ids[i]];
+    }
+    const auto visits_from = [&](std::uint64_t home) {
+      return price.visit == 0 ? 0 : detail::visits_of<std::uint64_t>(held, ids.size(), home);
+    };
+    const std::int64_t away = visits_from(0);
+    for (std::size_t n = 0; n < nodes(); ++n) {
+      const std::uint64_t home = std::uint64_t{1} << n;
+      std::int64_t sharers = 0;
+      for (std::size_t i = 0; i < ids.size(); ++i) sharers += (held[i] & home) != 0 ? 1 : 0;
+      if (sharers == 0) continue;
+      const std::int64_t each = 256 * (price.pair + price.visit * (away - visits_from(home)) / sharers);
+      for (std::size_t i = 0; i < ids.size(); ++i) {
+        if ((held[i] & home) != 0) learnt.value[(row + ids[i]) * nodes() + n] += each;
+      }
     }
   }
 
   routing_shape shape_;
   group_options options_;
   std::vector<std::size_t> gpus_;    // [nodes]
-  std::vector<std::int32_t> worth_;  // [buckets, experts, nodes]
+  std::vector<std::int32_t> value_;  // [buckets, experts, nodes]
 };
 
 /// Assigns a batch of requests to nodes within the token budget. tokens[i] is what request i counts. Errors: lengths
@@ -320,6 +337,15 @@ class online_grouper {
     used_[best] += tokens;
     all_ += tokens;
     return static_cast<std::uint32_t>(best);
+  }
+  /// Goes on with what is known of another placement, which outlives this; requests in flight keep their nodes.
+  /// Precondition: as many nodes.
+  void use(const node_affinity& affinity) {
+    TETROMINO_EXPECTS(affinity.nodes() == used_.size(), "online_grouper: an affinity of as many nodes",
+                      affinity.nodes(), used_.size());
+    affinity_ = &affinity;
+    gpus_ = 0;
+    for (const std::size_t g : affinity.gpus_of_nodes()) gpus_ += g;
   }
   /// A request has ended. Precondition: the node had that many tokens.
   void release(std::uint32_t node, std::uint64_t tokens) {

@@ -3,9 +3,12 @@
 #include "../error.hpp"  // tetromino::result, tetromino::error
 #include "trace.hpp"     // detail::text
 
-#include <cmath>    // std::isfinite
-#include <cstddef>  // std::size_t
-#include <span>     // std::span
+#include <algorithm>    // std::max, std::transform
+#include <cmath>        // std::isfinite
+#include <cstddef>      // std::size_t
+#include <span>         // std::span
+#include <type_traits>  // std::is_arithmetic_v
+#include <vector>       // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
 
@@ -40,6 +43,58 @@ struct load_view {
     }
   }
   return {};
+}
+
+inline void validate(const load_view& loads) { try_validate(loads).value(); }
+
+/// Loads that own their values: values[layers, experts].
+struct load_table {
+  std::size_t layers = 0;
+  std::size_t experts = 0;
+  std::vector<double> values;
+
+  [[nodiscard]] load_view view() const& { return {layers, experts, values}; }
+  load_view view() const&& = delete;  // would dangle
+
+  friend bool operator==(const load_table&, const load_table&) = default;
+};
+
+namespace detail {
+
+/// Max over units of load by speed, over what it would be if all were equally busy; 1 without any load. speed(i) is 0
+/// for units that cannot serve.
+template <class Load, class Speed>
+[[nodiscard]] double max_over_mean(std::span<const Load> loads, const Speed& speed) {
+  double sum = 0, most = 0, speeds = 0;
+  for (std::size_t i = 0; i < loads.size(); ++i) {
+    const double s = speed(i);
+    if (!(s > 0)) continue;
+    speeds += s;
+    sum += static_cast<double>(loads[i]);
+    most = std::max(most, static_cast<double>(loads[i]) / s);
+  }
+  return sum == 0 ? 1.0 : most * speeds / sum;
+}
+template <class Load, class Speed>
+[[nodiscard]] double max_over_mean(const std::vector<Load>& loads, const Speed& speed) {
+  return max_over_mean(std::span<const Load>(loads), speed);
+}
+
+}  // namespace detail
+
+/// Loads from counts of any kind that an engine keeps: counts[layers, experts]. Errors: as try_validate.
+template <class Count>
+  requires std::is_arithmetic_v<Count>
+[[nodiscard]] result<load_table> try_to_loads(std::size_t layers, std::size_t experts, std::span<const Count> counts) {
+  load_table out{layers, experts, std::vector<double>(counts.size())};
+  std::transform(counts.begin(), counts.end(), out.values.begin(), [](Count c) { return static_cast<double>(c); });
+  if (auto ok = try_validate(out.view()); !ok) return ok.error();
+  return out;
+}
+template <class Count>
+  requires std::is_arithmetic_v<Count>
+[[nodiscard]] load_table to_loads(std::size_t layers, std::size_t experts, std::span<const Count> counts) {
+  return try_to_loads(layers, experts, counts).value();
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe

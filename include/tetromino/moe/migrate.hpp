@@ -37,9 +37,20 @@ struct layer_migration {
   std::vector<migration_round> rounds;
 };
 
+/// An expert that no GPU holds any more: its weights come from elsewhere (host memory, disk).
+struct missing_expert {
+  std::uint32_t layer;
+  std::uint32_t expert;
+  std::uint32_t to_gpu;
+  std::uint32_t to_slot;
+
+  friend bool operator==(const missing_expert&, const missing_expert&) = default;
+};
+
 /// How to get from one placement to the next.
 struct migration {
   std::vector<layer_migration> layers;  ///< those with anything to move
+  std::vector<missing_expert> missing;  ///< where each expert without any copy goes first; further copies are moves
   std::size_t moves = 0;
   double bytes_between_nodes = 0;
   double bytes_inside_nodes = 0;
@@ -55,7 +66,7 @@ namespace detail {
                       current.experts(), " experts in ", current.slots(), " slots, then ", next.layers(), " × ",
                       next.experts(), " in ", next.slots()));
   }
-  if (auto ok = try_validate(current, t, {.one_copy_per_gpu = false}); !ok) return ok;
+  if (auto ok = try_validate(current, t, {.one_copy_per_gpu = false, .each_expert = false}); !ok) return ok;
   return try_validate(next, t, {.one_copy_per_gpu = false});
 }
 
@@ -166,11 +177,83 @@ inline void align(placement& next, const placement& current, const topology& t) 
   }
 }
 
+namespace detail {
+
+/// Finds out which weights have to get where, layer by layer.
+class move_planner {
+ public:
+  move_planner(const placement& current, const placement& next, const topology& t)
+      : current_(current), next_(next), topology_(t), where_(current), sends_(t.gpus()), receives_(t.gpus()) {}
+
+  /// The moves of a layer; experts without a copy are added to `missing`.
+  [[nodiscard]] std::vector<expert_move> moves(std::size_t l, std::vector<missing_expert>& missing) {
+    std::fill(sends_.begin(), sends_.end(), 0);
+    std::fill(receives_.begin(), receives_.end(), 0);
+    arrived_at_.assign(current_.experts(), nowhere);
+    std::vector<expert_move> moves;
+    for (std::size_t g = 0; g < topology_.gpus(); ++g) {
+      const std::size_t first = topology_.first_slot(g), count = topology_.slots_on_gpu(g);
+      const auto before = current_.layer(l).subspan(first, count);
+      held_.assign(before.begin(), before.end());
+      for (std::size_t s = first; s < first + count; ++s) {
+        const std::int32_t e = next_.layer(l)[s];
+        if (e == empty_slot || std::find(held_.begin(), held_.end(), e) != held_.end()) continue;
+        held_.push_back(e);  // a second copy on this GPU comes from the first
+        const auto expert = static_cast<std::uint32_t>(e);
+        const auto to = static_cast<std::uint32_t>(g), slot = static_cast<std::uint32_t>(s);
+        const std::uint32_t from = source(l, expert, to);
+        if (from == nowhere) {
+          arrived_at_[expert] = to;
+          missing.push_back({static_cast<std::uint32_t>(l), expert, to, slot});
+          continue;
+        }
+        ++sends_[from];
+        ++receives_[to];
+        moves.push_back({expert, from, to, slot});
+      }
+    }
+    return moves;
+  }
+  /// Most experts that one GPU receives.
+  [[nodiscard]] std::size_t most_received() const { return *std::max_element(receives_.begin(), receives_.end()); }
+
+ private:
+  static constexpr std::uint32_t nowhere = 0xFFFF'FFFF;
+
+  // A GPU of the same node if one has it, else of another; among several, the one that sends least.
+  [[nodiscard]] std::uint32_t source(std::size_t l, std::uint32_t expert, std::uint32_t to) const {
+    std::uint32_t from = arrived_at_[expert];
+    for (const std::uint32_t slot : where_.slots_of(l, expert)) {
+      const auto candidate = static_cast<std::uint32_t>(topology_.gpu_of_slot(slot));
+      if (from == nowhere) {
+        from = candidate;
+        continue;
+      }
+      const bool near = topology_.node_of_gpu(candidate) == topology_.node_of_gpu(to),
+                 was_near = topology_.node_of_gpu(from) == topology_.node_of_gpu(to);
+      if (near != was_near ? near : sends_[candidate] < sends_[from]) from = candidate;
+    }
+    return from;
+  }
+
+  const placement& current_;
+  const placement& next_;
+  const topology& topology_;
+  replica_index where_;
+  std::vector<std::size_t> sends_, receives_;  // [gpus]
+  std::vector<std::uint32_t> arrived_at_;      // [experts] GPU that gets a missing one from elsewhere
+  std::vector<std::int32_t> held_;
+};
+
+}  // namespace detail
+
 /// Plans the way from `current` to `next`, layer by layer. An expert that its GPU holds already, in whatever slot, does
 /// not move. Each other comes from a GPU of the same node if one has it, else from another node; among several, from
-/// the one that sends least. `bytes_per_expert` is the size of one expert's weights in one layer. Rounds are packed
-/// greedily: never more than twice as many as the busiest GPU has moves. Errors: placements of different shapes or not
-/// valid on `t` (two copies on one GPU are accepted), a size that is negative or not finite.
+/// the one that sends least. `current` may lack experts (see carry_over): those are named, to be had from elsewhere
+/// before the rounds of their layer. A GPU without an expert in `current` is never a source, one without in `next`
+/// never a target. `bytes_per_expert` is the size of one expert's weights in one layer. Rounds are packed greedily:
+/// never more than twice as many as the busiest GPU has moves. Errors: placements of different shapes or not valid on
+/// `t` (two copies on one GPU are accepted), a size that is negative or not finite.
 [[nodiscard]] inline result<migration> try_migrate(const placement& current, const placement& next, const topology& t,
                                                    double bytes_per_expert) {
   if (auto ok = detail::check_migration(current, next, t); !ok) return ok.error();
@@ -179,44 +262,14 @@ inline void align(placement& next, const placement& current, const topology& t) 
                  detail::text("migrate: expected 0 or more bytes per expert, got ", bytes_per_expert));
   }
   migration out;
-  const replica_index where(current);
-  std::vector<std::size_t> sends(t.gpus()), receives(t.gpus());
-  std::vector<std::int32_t> held;
+  detail::move_planner planner(current, next, t);
   for (std::size_t l = 0; l < current.layers(); ++l) {
-    std::fill(sends.begin(), sends.end(), 0);
-    std::fill(receives.begin(), receives.end(), 0);
-    std::vector<expert_move> moves;
-    for (std::size_t g = 0; g < t.gpus(); ++g) {
-      const std::size_t first = t.first_slot(g), count = t.slots_on_gpu(g);
-      held.assign(current.layer(l).begin() + static_cast<std::ptrdiff_t>(first),
-                  current.layer(l).begin() + static_cast<std::ptrdiff_t>(first + count));
-      for (std::size_t s = first; s < first + count; ++s) {
-        const std::int32_t e = next.layer(l)[s];
-        if (e == empty_slot || std::find(held.begin(), held.end(), e) != held.end()) continue;
-        const auto expert = static_cast<std::uint32_t>(e);
-        std::size_t from = t.gpus();
-        for (const std::uint32_t slot : where.slots_of(l, expert)) {
-          const std::size_t candidate = t.gpu_of_slot(slot);
-          if (from == t.gpus()) {
-            from = candidate;
-            continue;
-          }
-          const bool near = t.node_of_gpu(candidate) == t.node_of_gpu(g),
-                     was_near = t.node_of_gpu(from) == t.node_of_gpu(g);
-          if (near != was_near ? near : sends[candidate] < sends[from]) from = candidate;
-        }
-        ++sends[from];
-        ++receives[g];
-        held.push_back(e);  // a second copy on this GPU comes from the first
-        moves.push_back(
-            {expert, static_cast<std::uint32_t>(from), static_cast<std::uint32_t>(g), static_cast<std::uint32_t>(s)});
-      }
-    }
+    std::vector<expert_move> moves = planner.moves(l, out.missing);
     if (moves.empty()) continue;
     out.moves += moves.size();
     layer_migration layer;
     layer.layer = l;
-    layer.buffers_per_gpu = *std::max_element(receives.begin(), receives.end());
+    layer.buffers_per_gpu = planner.most_received();
     layer.rounds = detail::into_rounds(std::move(moves), t.gpus());
     for (const migration_round& round : layer.rounds) {
       double slowest = 0;

@@ -1,17 +1,19 @@
 #pragma once
 
-#include "../error.hpp"               // tetromino::result, tetromino::error
-#include "detail/bin_packer.hpp"      // detail::bin_packer
-#include "detail/eplb.hpp"            // detail::eplb_solver
-#include "detail/strict_balance.hpp"  // detail::strict_balancer
-#include "loads.hpp"                  // load_view
-#include "placement.hpp"              // placement, index_tensors
-#include "topology.hpp"               // topology
+#include "../error.hpp"             // tetromino::result, tetromino::error
+#include "search/bin_packer.hpp"    // detail::bin_packer
+#include "search/eplb.hpp"          // detail::eplb_solver
+#include "search/node_spread.hpp"   // detail::node_spreader, detail::has_room_for
+#include "search/load_balance.hpp"  // detail::load_balancer
+#include "loads.hpp"                // load_view
+#include "placement.hpp"            // placement, index_tensors
+#include "topology.hpp"             // topology
 
-#include <algorithm>  // std::max
+#include <algorithm>  // std::all_of, std::make_heap, std::max, std::min, std::pop_heap, std::push_heap, std::stable_sort
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int32_t, std::int64_t, std::uint32_t
 #include <span>       // std::span
+#include <utility>    // std::pair
 #include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
@@ -35,6 +37,35 @@ namespace detail {
   out.reserve(t.gpus() + 1);
   for (std::size_t g = 0; g < t.gpus(); ++g) out.push_back(static_cast<std::uint32_t>(t.first_slot(g)));
   out.push_back(static_cast<std::uint32_t>(t.slots()));
+  return out;
+}
+
+/// Speeds of GPUs; none where all are alike.
+[[nodiscard]] inline std::vector<double> speeds_of(const topology& t) {
+  std::vector<double> out;
+  for (std::size_t g = 0; g < t.gpus(); ++g) out.push_back(t.speed(g));
+  const bool alike = std::all_of(out.begin(), out.end(), [](double s) { return s == 1; });
+  return alike ? std::vector<double>() : out;
+}
+
+/// What the busiest GPU of a layer has to do at least, over the mean, with 0, 1, 2 … further copies of the experts that
+/// carry most.
+[[nodiscard]] inline std::vector<double> least_imbalances(std::span<const double> load, const topology& t) {
+  double all = 0;
+  for (const double x : load) all += x;
+  std::vector<std::pair<double, std::uint32_t>> heap;  // load of a copy, copies
+  for (const double x : load) heap.emplace_back(x, 1);
+  std::make_heap(heap.begin(), heap.end());
+  std::vector<double> out;
+  const auto gpus = static_cast<double>(t.gpus_with_slots());
+  for (std::size_t c = 0; c + load.size() <= t.slots(); ++c) {
+    out.push_back(all > 0 ? std::max(1.0, heap.front().first * gpus / all) : 1.0);
+    std::pop_heap(heap.begin(), heap.end());
+    auto& [share, copies] = heap.back();
+    share = copies < t.gpus_with_slots() ? share * copies / (copies + 1) : share;
+    ++copies;
+    std::push_heap(heap.begin(), heap.end());
+  }
   return out;
 }
 
@@ -148,12 +179,18 @@ struct balanced_options {
   /// Experts fall into this many groups of neighbours, each kept on one node (for routing that picks groups first);
   /// 1 leaves experts free.
   std::size_t groups = 1;
+  /// Each expert gets copies on at least so many nodes, so that none is lost with a node. Needs groups == 1.
+  std::size_t nodes_per_expert = 1;
+  /// Copies of each layer beyond one per expert, as copies_by_gain counts them: the rest of its slots stays empty.
+  /// None: as many as there are slots.
+  std::span<const std::size_t> copies_per_layer{};
 };
 
 /// Spreads load evenly over GPUs, and as far as that leaves a choice over nodes, with copies of the experts that carry
-/// most, and never two copies of one expert on a GPU; takes any shape. All slots are used unless each expert is on each
-/// GPU already. A layer without any load is spread as if all experts were used alike. Errors: fewer slots than experts,
-/// bad loads, groups that do not divide the experts or do not fit on the nodes.
+/// most, and never two copies of one expert on a GPU; takes any shape. All slots are used, but those of a GPU beyond
+/// the number of experts. A layer without any load is spread as if all experts were used alike. Errors: fewer slots
+/// than experts, bad loads, groups that do not divide the experts or do not fit on the nodes, no room for copies on
+/// that many nodes.
 [[nodiscard]] inline result<placement> try_balanced(const load_view& loads, const topology& t,
                                                     const balanced_options& options = {}) {
   if (auto ok = try_validate(loads); !ok) return ok.error();
@@ -173,9 +210,27 @@ struct balanced_options {
                               group_size, " experts, got slots for ", first_group.back()));
   }
 
+  if (!options.copies_per_layer.empty() && (options.copies_per_layer.size() != loads.layers || options.groups > 1)) {
+    return error(errc::shape_mismatch,
+                 detail::text("balanced: expected copies for each of ", loads.layers, " layers, without groups, got ",
+                              options.copies_per_layer.size(), " and ", options.groups, " groups"));
+  }
+  if (options.nodes_per_expert == 0 || (options.nodes_per_expert > 1 && options.groups > 1)) {
+    return error(errc::invalid_argument,
+                 detail::text("balanced: expected copies on at least 1 node, and no groups for more than 1, got ",
+                              options.nodes_per_expert, " nodes and ", options.groups, " groups"));
+  }
+  if (!detail::has_room_for(t, loads.experts, options.nodes_per_expert)) {
+    return error(errc::infeasible,
+                 detail::text("balanced: expected room for ", loads.experts, " experts on ", options.nodes_per_expert,
+                              " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"));
+  }
+
   placement out(loads.layers, loads.experts, t.slots());
   const std::vector<std::uint32_t> first_slot = detail::first_slots(t);
-  detail::strict_balancer balancer(first_slot);
+  const std::vector<double> speeds = detail::speeds_of(t);
+  detail::load_balancer balancer(first_slot, speeds);
+  detail::node_spreader spreader(t, loads.experts, options.nodes_per_expert);
   detail::bin_packer group_packer;
   std::vector<double> load(loads.experts);
   std::vector<detail::pack_item> group_items(options.groups);
@@ -190,9 +245,14 @@ struct balanced_options {
     if (options.groups == 1) {
       experts.resize(loads.experts);
       for (std::size_t e = 0; e < loads.experts; ++e) experts[e] = static_cast<std::uint32_t>(e);
-      balancer.solve(load, experts, 0, t.gpus(), out.layer(l));
+      balancer.solve(load, experts, 0, t.gpus(), out.layer(l),
+                     options.copies_per_layer.empty() ? ~std::size_t{0} : options.copies_per_layer[l]);
       gpu_load.assign(balancer.gpu_loads().begin(), balancer.gpu_loads().end());
       detail::level_nodes(t, gpu_load, out.layer(l));
+      if (!spreader.spread(out.layer(l), load)) {
+        return error(errc::infeasible, detail::text("balanced: expected room for copies of each expert on ",
+                                                    options.nodes_per_expert, " nodes, found none in layer ", l));
+      }
       continue;
     }
     for (std::size_t g = 0; g < options.groups; ++g) {
@@ -218,6 +278,43 @@ struct balanced_options {
 [[nodiscard]] inline placement balanced(const load_view& loads, const topology& t,
                                         const balanced_options& options = {}) {
   return try_balanced(loads, t, options).value();
+}
+
+/// How to share `copies` beyond one per expert out among layers, where memory and not slots is what is short: each to
+/// the layer in which the busiest GPU gains most by it. Returns copies[layers], for balanced_options. Errors: bad
+/// loads, fewer slots than experts. (CRAFT, expert replication by marginal gain)
+[[nodiscard]] inline result<std::vector<std::size_t>> try_copies_by_gain(const load_view& loads, const topology& t,
+                                                                         std::size_t copies) {
+  if (auto ok = try_validate(loads); !ok) return ok.error();
+  if (auto ok = detail::check_place_shape(loads.layers, loads.experts, t); !ok) return ok.error();
+  struct step {
+    double gain;  // per copy
+    std::size_t layer, from, to;
+  };
+  std::vector<step> steps;
+  for (std::size_t l = 0; l < loads.layers; ++l) {
+    const std::vector<double> reached = detail::least_imbalances(loads.layer(l), t);
+    for (std::size_t c = 0; c + 1 < reached.size();) {  // several at once, where one alone gains nothing
+      std::size_t best = c + 1;
+      const auto gain = [&](std::size_t to) { return (reached[c] - reached[to]) / static_cast<double>(to - c); };
+      for (std::size_t to = c + 2; to < reached.size(); ++to) best = gain(to) > gain(best) ? to : best;
+      if (!(gain(best) > 0)) break;
+      steps.push_back({gain(best), l, c, best});
+      c = best;
+    }
+  }
+  std::stable_sort(steps.begin(), steps.end(), [](const step& a, const step& b) { return a.gain > b.gain; });
+  std::vector<std::size_t> out(loads.layers, 0);
+  for (const step& s : steps) {
+    if (out[s.layer] != s.from || s.to - s.from > copies) continue;  // a layer's steps gain less and less
+    out[s.layer] = s.to;
+    copies -= s.to - s.from;
+  }
+  return out;
+}
+[[nodiscard]] inline std::vector<std::size_t> copies_by_gain(const load_view& loads, const topology& t,
+                                                             std::size_t copies) {
+  return try_copies_by_gain(loads, t, copies).value();
 }
 
 /// Rearranges the experts of each node over its GPUs so that GPUs carry alike, given what each slot of `p` carries:

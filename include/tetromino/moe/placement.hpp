@@ -127,35 +127,47 @@ class replica_index {
 
 /// What a placement must obey besides "each expert at least once".
 struct placement_rules {
-  bool one_copy_per_gpu = true;  ///< DeepSeek EPLB may put two copies of an expert on one GPU: false accepts that
+  bool one_copy_per_gpu = true;      ///< DeepSeek EPLB may put two copies of an expert on one GPU: false accepts that
+  bool each_expert = true;           ///< false: experts may be missing, as after the loss of a GPU
+  std::size_t nodes_per_expert = 1;  ///< on how many nodes at least each expert that is there has a copy
 };
 
-/// Checks a placement against a cluster: slots as many as the topology has, each expert in each layer at least once,
-/// no expert twice on one GPU. Errors name layer and expert.
+/// Checks a placement against a cluster: slots as many as the topology has, and by the rules: each expert in each layer
+/// at least once, no expert twice on one GPU, copies on enough nodes. Errors name layer and expert.
 [[nodiscard]] inline result<void> try_validate(const placement& p, const topology& t, placement_rules rules = {}) {
   if (p.slots() != t.slots()) {
     return error(errc::shape_mismatch,
                  detail::text("placement: expected ", t.slots(), " slots as in the topology, got ", p.slots()));
   }
   constexpr std::uint32_t nowhere = 0xFFFF'FFFF;
-  std::vector<std::uint32_t> last_gpu(p.experts());
+  std::vector<std::uint32_t> last_gpu(p.experts()), last_node(p.experts()), nodes(p.experts());
   for (std::size_t l = 0; l < p.layers(); ++l) {
     std::fill(last_gpu.begin(), last_gpu.end(), nowhere);
+    std::fill(last_node.begin(), last_node.end(), nowhere);
+    std::fill(nodes.begin(), nodes.end(), 0);
     const std::span<const std::int32_t> row = p.layer(l);
     for (std::size_t s = 0; s < row.size(); ++s) {
       if (row[s] == empty_slot) continue;
       const auto e = static_cast<std::size_t>(row[s]);
       const auto gpu = static_cast<std::uint32_t>(t.gpu_of_slot(s));
+      const auto node = static_cast<std::uint32_t>(t.node_of_gpu(gpu));
       if (rules.one_copy_per_gpu && last_gpu[e] == gpu) {
         return error(errc::invalid_argument, detail::text("placement: expected an expert once per GPU, got expert ", e,
                                                           " twice on GPU ", gpu, " in layer ", l));
       }
+      nodes[e] += last_node[e] == node ? 0U : 1U;
       last_gpu[e] = gpu;
+      last_node[e] = node;
     }
     for (std::size_t e = 0; e < p.experts(); ++e) {
+      if (last_gpu[e] == nowhere && !rules.each_expert) continue;
       if (last_gpu[e] == nowhere) {
         return error(errc::invalid_argument, detail::text("placement: expected each expert at least once, got expert ",
                                                           e, " nowhere in layer ", l));
+      }
+      if (nodes[e] < rules.nodes_per_expert) {
+        return error(errc::invalid_argument, detail::text("placement: expected each expert on ", rules.nodes_per_expert,
+                                                          " nodes, got expert ", e, " on ", nodes[e], " in layer ", l));
       }
     }
   }
@@ -163,6 +175,91 @@ struct placement_rules {
 }
 inline void validate(const placement& p, const topology& t, placement_rules rules = {}) {
   try_validate(p, t, rules).value();
+}
+
+/// What the GPUs of one topology hold, said in the slots of another: GPU g of `to` holds what `gpu_before[g]` held on
+/// `from` (a list [GPUs of `to`], new_gpu for one that was not there; empty: GPUs keep their numbers, and those beyond
+/// are new). Experts keep the order of their slots; what finds none is left out, as is what was on GPUs that are not
+/// there any more. So the result may lack experts: a start for solvers and for migrate. Errors: a placement for another
+/// topology, a list of another length, a GPU that was not there.
+inline constexpr std::uint32_t new_gpu = 0xFFFF'FFFF;
+[[nodiscard]] inline result<placement> try_carry_over(const placement& p, const topology& from, const topology& to,
+                                                      std::span<const std::uint32_t> gpu_before = {}) {
+  if (p.slots() != from.slots() || (!gpu_before.empty() && gpu_before.size() != to.gpus())) {
+    return error(errc::shape_mismatch,
+                 detail::text("carry_over: expected ", from.slots(), " slots and a former GPU for each of ", to.gpus(),
+                              ", got ", p.slots(), " and ", gpu_before.size()));
+  }
+  placement out(p.layers(), p.experts(), to.slots());
+  for (std::size_t g = 0; g < to.gpus(); ++g) {
+    const std::uint32_t before = !gpu_before.empty() ? gpu_before[g]
+                                 : g < from.gpus()   ? static_cast<std::uint32_t>(g)
+                                                     : new_gpu;
+    if (before == new_gpu) continue;
+    if (before >= from.gpus()) {
+      return error(errc::invalid_argument,
+                   detail::text("carry_over: expected former GPUs below ", from.gpus(), ", got ", before));
+    }
+    for (std::size_t l = 0; l < p.layers(); ++l) {
+      std::size_t next = to.first_slot(g);
+      const std::size_t last = next + to.slots_on_gpu(g);
+      const bool keeps_slots = to.slots_on_gpu(g) == from.slots_on_gpu(before);
+      for (const std::int32_t e : p.layer(l).subspan(from.first_slot(before), from.slots_on_gpu(before))) {
+        if (next == last) break;
+        if (e != empty_slot || keeps_slots) out.layer(l)[next++] = e;
+      }
+    }
+  }
+  return out;
+}
+[[nodiscard]] inline placement carry_over(const placement& p, const topology& from, const topology& to,
+                                          std::span<const std::uint32_t> gpu_before = {}) {
+  return try_carry_over(p, from, to, gpu_before).value();
+}
+
+/// Puts a further copy of some expert into each empty slot, as engines want it that know no empty ones: in each, of the
+/// experts that its GPU lacks, the one with the fewest copies, the lowest number of equals. Errors: a placement for
+/// another topology; a GPU with more slots than there are experts.
+[[nodiscard]] inline result<placement> try_fill_empty_slots(placement p, const topology& t) {
+  if (p.slots() != t.slots()) {
+    return error(errc::shape_mismatch,
+                 detail::text("placement: expected ", t.slots(), " slots as in the topology, got ", p.slots()));
+  }
+  std::vector<std::uint32_t> copies(p.experts());
+  std::vector<bool> held(p.experts());
+  for (std::size_t l = 0; l < p.layers(); ++l) {
+    const std::span<std::int32_t> row = p.layer(l);
+    std::fill(copies.begin(), copies.end(), 0);
+    for (const std::int32_t e : row) {
+      if (e != empty_slot) ++copies[static_cast<std::size_t>(e)];
+    }
+    for (std::size_t g = 0; g < t.gpus(); ++g) {
+      const std::span<std::int32_t> slots = row.subspan(t.first_slot(g), t.slots_on_gpu(g));
+      std::fill(held.begin(), held.end(), false);
+      for (const std::int32_t e : slots) {
+        if (e != empty_slot) held[static_cast<std::size_t>(e)] = true;
+      }
+      for (std::int32_t& slot : slots) {
+        if (slot != empty_slot) continue;
+        std::size_t best = p.experts();
+        for (std::size_t e = 0; e < p.experts(); ++e) {
+          if (!held[e] && (best == p.experts() || copies[e] < copies[best])) best = e;
+        }
+        if (best == p.experts()) {
+          return error(errc::infeasible,
+                       detail::text("placement: expected at most ", p.experts(),
+                                    " slots per GPU, one for each expert, got ", slots.size(), " on GPU ", g));
+        }
+        slot = static_cast<std::int32_t>(best);
+        held[best] = true;
+        ++copies[best];
+      }
+    }
+  }
+  return p;
+}
+[[nodiscard]] inline placement fill_empty_slots(placement p, const topology& t) {
+  return try_fill_empty_slots(std::move(p), t).value();
 }
 
 /// The three tensors that callers of DeepSeek EPLB expect, row-major.

@@ -70,8 +70,8 @@ class profile {
            sizeof(float) * signatures_.size();
   }
 
-  /// Adds one token: ids[layers, experts per token]. Errors (nothing is added then): another number of ids, an id, a
-  /// domain or a request out of range, phase::all.
+  /// Adds one token: ids[layers, experts per token], no_expert where nobody serves. Errors (nothing is added then):
+  /// another number of ids, an id, a domain or a request out of range, phase::all.
   [[nodiscard]] result<void> try_add(std::span<const std::uint16_t> ids, const token_origin& origin) {
     const routing_shape& s = options_.shape;
     if (ids.size() != s.ids_per_token()) {
@@ -84,7 +84,7 @@ class profile {
     if (auto ok = check_origin("domain", origin.domain, options_.domains); !ok) return ok;
     if (auto ok = check_origin("request", origin.request, options_.requests); !ok) return ok;
     for (const std::uint16_t e : ids) {
-      if (e >= s.experts) {
+      if (e >= s.experts && e != no_expert) {
         return error(errc::invalid_argument,
                      detail::text("profile: expected expert ids below ", s.experts, ", got ", e));
       }
@@ -231,23 +231,31 @@ class profile {
     for (std::size_t l = 0; l < layers; ++l) {
       const std::uint16_t* const now = ids.data() + l * k;
       for (std::size_t i = 0; i < k; ++i) {
+        if (now[i] == no_expert) continue;
         const std::size_t cell = l * experts + now[i];
         load[cell] += 1;
         if (domain != nullptr) domain[cell] += 1;
         if (signature != nullptr) signature[cell] += 1;
       }
-      if (options_.co_activation) {
-        for (std::size_t i = 1; i < k; ++i) {
-          for (std::size_t j = 0; j < i; ++j) {
-            if (now[i] != now[j]) co_activation_[pair_index(l, now[i], now[j])] += 1;
-          }
-        }
+      if (options_.co_activation) add_co_activation(l, {now, k});
+      if (options_.transitions && l + 1 < layers) add_transitions(l, {now, k}, {now + k, k});
+    }
+  }
+  void add_co_activation(std::size_t l, std::span<const std::uint16_t> ids) {
+    for (std::size_t i = 1; i < ids.size(); ++i) {
+      for (std::size_t j = 0; j < i; ++j) {
+        if (ids[i] == ids[j] || ids[i] == no_expert || ids[j] == no_expert) continue;
+        co_activation_[pair_index(l, ids[i], ids[j])] += 1;
       }
-      if (options_.transitions && l + 1 < layers) {
-        for (std::size_t i = 0; i < k; ++i) {
-          double* const row = transitions_.data() + (l * experts + now[i]) * experts;
-          for (std::size_t j = 0; j < k; ++j) row[now[k + j]] += 1;
-        }
+    }
+  }
+  void add_transitions(std::size_t l, std::span<const std::uint16_t> now, std::span<const std::uint16_t> next) {
+    const std::size_t experts = options_.shape.experts;
+    for (const std::uint16_t a : now) {
+      if (a == no_expert) continue;
+      double* const row = transitions_.data() + (l * experts + a) * experts;
+      for (const std::uint16_t b : next) {
+        if (b != no_expert) row[b] += 1;
       }
     }
   }

@@ -1,73 +1,97 @@
 #pragma once
 
-#include "../config.hpp"  // TETROMINO_EXPECTS
-#include "placement.hpp"  // placement, replica_index
-#include "topology.hpp"   // topology
+#include "../config.hpp"          // TETROMINO_EXPECTS
+#include "placement.hpp"          // placement
+#include "search/copy_table.hpp"  // detail::copy_table
+#include "topology.hpp"           // topology
+#include "trace.hpp"              // no_expert
 
-#include <cstddef>  // std::size_t
-#include <cstdint>  // std::uint16_t, std::uint32_t, std::uint64_t
-#include <span>     // std::span
-#include <vector>   // std::vector
+#include <algorithm>  // std::fill, std::min
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint16_t, std::uint32_t, std::uint64_t
+#include <span>       // std::span
+#include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
 
-/// Which copy of a replicated expert serves a token.
+/// Which copy of a replicated expert serves a token: token by token (replica_chooser), or for all tokens of a step at
+/// once (step_chooser).
 enum class replica_choice : std::uint8_t {
-  nearest,       ///< one on the token's node; else on a node the token visits anyway; else the least loaded
-  even,          ///< each copy in turn, wherever it is: what DeepSeek EPLB assumes
-  least_loaded,  ///< the copy whose GPU has served least so far, wherever it is
-  fewest_nodes,  ///< as `nearest`, but the next node visited is the one that holds most of what is still open
+  nearest,          ///< one on the token's node; else on a node the token visits anyway; else the least loaded
+  even,             ///< each copy in turn, wherever it is: what DeepSeek EPLB assumes
+  least_loaded,     ///< the copy whose GPU has served least lately, wherever it is
+  fewest_nodes,     ///< as `nearest`, but the next node visited is the one that holds most of what is still open
+  step_pairs,       ///< so that the busiest GPU of the step gets the fewest (token, expert) pairs there can be
+  step_activation,  ///< so that the busiest GPU of the step reads the weights of the fewest experts there can be: what
+                    ///< decoding waits for (arXiv 2512.09277 approximates it)
 };
 
-/// Chooses, token by token, the GPU that serves each (token, expert) pair, and counts the pairs per GPU. The counts
-/// are what "least loaded" means, so the outcome depends on the order of tokens, and on nothing else.
+/// True where the choice is made for a whole step.
+[[nodiscard]] constexpr bool is_step_choice(replica_choice c) noexcept {
+  return c == replica_choice::step_pairs || c == replica_choice::step_activation;
+}
+
+/// How copies are chosen.
+struct replica_options {
+  replica_choice choice = replica_choice::nearest;
+
+  /// With `fewest_nodes`, a pair leaves a node that has served more than node_limit × the mean of its layer lately, for
+  /// another copy on a node that the token visits anyway. 0: none does.
+  double node_limit = 0;
+  /// With `nearest` and `fewest_nodes`, the same for GPUs: a pair leaves one above gpu_limit × the mean for the one
+  /// that served least of those on nodes visited anyway. 0: none does.
+  double gpu_limit = 0;
+  /// What "lately" is: after so many tokens of a layer, all that it served counts half. 0: nothing is ever forgotten,
+  /// and a burst is hidden by the hours before it.
+  std::size_t window_tokens = 4096;
+};
+
+/// What replica_chooser and step_chooser say where nobody serves.
+inline constexpr std::uint32_t no_gpu = 0xFFFF'FFFF;
+
+/// Chooses, token by token, the GPU that serves each (token, expert) pair, and counts the pairs per GPU. What "least
+/// loaded" means follows from the tokens before, so the outcome depends on the order of tokens, and on nothing else.
 class replica_chooser {
  public:
-  /// With `fewest_nodes`, a pair may leave a node that has served more than node_limit × the mean of its layer so far
-  /// for another copy on a node that the token visits anyway; 0: none does. Precondition: `p` is valid on `t` (two
-  /// copies on one GPU are fine). Memory: 4 bytes per copy and 8 per layer and GPU; nothing is allocated afterwards.
-  replica_chooser(const placement& p, const topology& t, replica_choice choice, double node_limit = 0)
-      : choice_(choice), node_limit_(node_limit), experts_(p.experts()), gpus_(t.gpus()) {
-    const replica_index where(p);
-    first_.reserve(p.layers() * experts_ + 1);
-    for (std::size_t l = 0; l < p.layers(); ++l) {
-      for (std::size_t e = 0; e < experts_; ++e) {
-        first_.push_back(static_cast<std::uint32_t>(gpu_of_copy_.size()));
-        for (const std::uint32_t s : where.slots_of(l, e)) {
-          gpu_of_copy_.push_back(static_cast<std::uint32_t>(t.gpu_of_slot(s)));
-        }
-      }
-    }
-    first_.push_back(static_cast<std::uint32_t>(gpu_of_copy_.size()));
-    for (std::size_t g = 0; g < gpus_; ++g) node_of_gpu_.push_back(static_cast<std::uint32_t>(t.node_of_gpu(g)));
-    pairs_on_gpu_.assign(p.layers() * gpus_, 0);
-    if (choice == replica_choice::even) turn_.assign(p.layers() * experts_, 0);
-    if (choice == replica_choice::fewest_nodes) {
-      pairs_on_node_.assign(p.layers() * t.nodes(), 0);
+  /// Preconditions: `p` is valid on `t` (two copies on one GPU are fine); the choice is none of a whole step. Memory: 4
+  /// bytes per copy and 16 per layer and GPU; nothing is allocated afterwards.
+  replica_chooser(const placement& p, const topology& t, const replica_options& options = {})
+      : options_(options), copies_(p, t), recent_on_gpu_(p.layers() * t.gpus(), 0) {
+    TETROMINO_EXPECTS(!is_step_choice(options.choice), "replica_chooser: a choice for single tokens");
+    pairs_on_gpu_.assign(recent_on_gpu_.size(), 0);
+    recent_.assign(p.layers(), 0);
+    tokens_.assign(p.layers(), 0);
+    if (options.choice == replica_choice::even) turn_.assign(p.layers() * p.experts(), 0);
+    if (options.choice == replica_choice::fewest_nodes) {
+      recent_on_node_.assign(p.layers() * t.nodes(), 0);
       open_on_node_.assign(t.nodes(), 0);
-      served_.assign(p.layers(), 0);
-      for (std::size_t n = 0; n < t.nodes(); ++n) nodes_with_slots_ += t.slots_on_node(n) > 0 ? 1U : 0U;
     }
+    for (std::size_t n = 0; n < t.nodes(); ++n) nodes_with_slots_ += t.slots_on_node(n) > 0 ? 1U : 0U;
+    for (std::size_t n = 0; n < t.nodes(); ++n) speed_of_gpus_ += t.speed_of_node(n);
     visited_node_.assign(t.nodes(), 0);
-    visited_gpu_.assign(gpus_, 0);
+    visited_gpu_.assign(t.gpus(), 0);
   }
 
-  /// Writes into gpus[i] the GPU that serves experts[i], for one token in one layer. The token is on `home_gpu`.
-  /// Preconditions: gpus.size() == experts.size(); layer, experts and home_gpu in range.
+  /// Writes into gpus[i] the GPU that serves experts[i], for one token in one layer; no_gpu for no_expert. The token is
+  /// on `home_gpu`. Preconditions: gpus.size() == experts.size(); layer, experts and home_gpu in range.
   void choose(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
               std::span<std::uint32_t> gpus) {
-    TETROMINO_EXPECTS(gpus.size() == experts.size() && home_gpu < gpus_ && (layer + 1) * gpus_ <= pairs_on_gpu_.size(),
+    TETROMINO_EXPECTS(gpus.size() == experts.size() && home_gpu < copies_.gpus() && layer < copies_.layers(),
                       "replica_chooser: a GPU for each expert, layer and home GPU in range", gpus.size(),
-                      experts.size(), home_gpu, gpus_, (layer + 1) * gpus_, pairs_on_gpu_.size());
-    std::uint64_t* const load = pairs_on_gpu_.data() + layer * gpus_;
-    const std::uint32_t* const first = first_.data() + layer * experts_;
+                      experts.size(), home_gpu, copies_.gpus(), layer, copies_.layers());
+    std::uint64_t* const load = recent_on_gpu_.data() + layer * copies_.gpus();
     ++now_;
     bool open = false;
     for (std::size_t i = 0; i < experts.size(); ++i) {
-      TETROMINO_EXPECTS(experts[i] < experts_, "replica_chooser: expert number out of range", experts[i], experts_);
-      const std::uint32_t begin = first[experts[i]];
-      if (first[experts[i] + 1] - begin == 1) {
-        gpus[i] = gpu_of_copy_[begin];
+      if (experts[i] == no_expert) {
+        gpus[i] = no_gpu;
+        continue;
+      }
+      TETROMINO_EXPECTS(experts[i] < copies_.experts(), "replica_chooser: expert number out of range", experts[i],
+                        copies_.experts());
+      const std::span<const std::uint32_t> from = copies_.gpus_of(layer, experts[i]);
+      if (from.size() == 1) {
+        gpus[i] = from[0];
         visit(gpus[i], load);
       } else {
         gpus[i] = undecided;
@@ -75,38 +99,55 @@ class replica_chooser {
       }
     }
     if (open) choose_copies(layer, experts, home_gpu, gpus, load);
-    if (choice_ == replica_choice::fewest_nodes) {
-      served_[layer] += gpus.size();
-      if (open && node_limit_ > 0) relieve(layer, experts, gpus, load);
-      for (const std::uint32_t gpu : gpus) ++pairs_on_node_[layer * visited_node_.size() + node_of_gpu_[gpu]];
-    }
+    count(layer, experts, gpus, load, open);
   }
 
   /// Pairs served so far: [layers, GPUs].
   [[nodiscard]] std::span<const std::uint64_t> pairs_on_gpu() const noexcept { return pairs_on_gpu_; }
 
  private:
-  static constexpr std::uint32_t undecided = 0xFFFF'FFFF;
+  static constexpr std::uint32_t undecided = no_gpu - 1;
 
   void visit(std::uint32_t gpu, std::uint64_t* load) {
     ++load[gpu];
     visited_gpu_[gpu] = now_;
-    visited_node_[node_of_gpu_[gpu]] = now_;
+    visited_node_[copies_.node_of(gpu)] = now_;
   }
 
-  [[nodiscard]] std::span<const std::uint32_t> copies(std::size_t layer, std::size_t expert) const {
-    const std::size_t i = layer * experts_ + expert;
-    return std::span(gpu_of_copy_).subspan(first_[i], first_[i + 1] - first_[i]);
+  // Relieves what is above its limit, adds the token's pairs up, and forgets.
+  void count(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
+             std::uint64_t* load, bool open) {
+    for (const std::uint32_t gpu : gpus) recent_[layer] += gpu == no_gpu ? 0U : 1U;
+    const bool keeps_near =
+        options_.choice == replica_choice::nearest || options_.choice == replica_choice::fewest_nodes;
+    if (open && keeps_near && options_.gpu_limit > 0) relieve_gpus(layer, experts, gpus, load);
+    if (options_.choice == replica_choice::fewest_nodes) {
+      if (open && options_.node_limit > 0) relieve_nodes(layer, experts, gpus, load);
+      for (const std::uint32_t gpu : gpus) {
+        if (gpu != no_gpu) ++recent_on_node_[layer * visited_node_.size() + copies_.node_of(gpu)];
+      }
+    }
+    for (const std::uint32_t gpu : gpus) {
+      if (gpu != no_gpu) ++pairs_on_gpu_[layer * copies_.gpus() + gpu];
+    }
+    if (options_.window_tokens == 0 || ++tokens_[layer] < options_.window_tokens) return;
+    tokens_[layer] = 0;
+    recent_[layer] /= 2;
+    const auto halve = [&](std::vector<std::uint64_t>& counts, std::size_t units) {
+      for (std::size_t i = 0; i < units; ++i) counts[layer * units + i] /= 2;
+    };
+    halve(recent_on_gpu_, copies_.gpus());
+    if (!recent_on_node_.empty()) halve(recent_on_node_, visited_node_.size());
   }
 
   void choose_copies(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
                      std::span<std::uint32_t> gpus, std::uint64_t* load) {
-    if (choice_ == replica_choice::even || choice_ == replica_choice::least_loaded) {
+    if (options_.choice == replica_choice::even || options_.choice == replica_choice::least_loaded) {
       for (std::size_t i = 0; i < experts.size(); ++i) {
         if (gpus[i] != undecided) continue;
-        const std::span<const std::uint32_t> from = copies(layer, experts[i]);
-        if (choice_ == replica_choice::even) {
-          gpus[i] = from[turn_[layer * experts_ + experts[i]]++ % from.size()];
+        const std::span<const std::uint32_t> from = copies_.gpus_of(layer, experts[i]);
+        if (options_.choice == replica_choice::even) {
+          gpus[i] = from[turn_[layer * copies_.experts() + experts[i]]++ % from.size()];
         } else {
           gpus[i] = least_loaded(from, load, [](std::uint32_t) { return true; });
         }
@@ -114,12 +155,12 @@ class replica_chooser {
       }
       return;
     }
-    const std::uint32_t home_node = node_of_gpu_[home_gpu];
+    const std::uint32_t home_node = copies_.node_of(home_gpu);
     const auto pass = [&](const auto& accepted) {
       bool open = false;
       for (std::size_t i = 0; i < experts.size(); ++i) {
         if (gpus[i] != undecided) continue;
-        const std::uint32_t gpu = best_of(copies(layer, experts[i]), home_gpu, load, accepted);
+        const std::uint32_t gpu = best_of(copies_.gpus_of(layer, experts[i]), home_gpu, load, accepted);
         if (gpu == undecided) {
           open = true;
           continue;
@@ -129,10 +170,10 @@ class replica_chooser {
       }
       return open;
     };
-    const auto at_home = [&](std::uint32_t gpu) { return node_of_gpu_[gpu] == home_node; };
-    const auto on_visited_node = [&](std::uint32_t gpu) { return visited_node_[node_of_gpu_[gpu]] == now_; };
+    const auto at_home = [&](std::uint32_t gpu) { return copies_.node_of(gpu) == home_node; };
+    const auto on_visited_node = [&](std::uint32_t gpu) { return visited_node_[copies_.node_of(gpu)] == now_; };
     if (!pass(at_home) || !pass(on_visited_node)) return;
-    if (choice_ == replica_choice::fewest_nodes) {
+    if (options_.choice == replica_choice::fewest_nodes) {
       do {
         visited_node_[busiest_open_node(layer, experts, gpus)] = now_;
       } while (pass(on_visited_node));
@@ -140,7 +181,7 @@ class replica_chooser {
     }
     for (std::size_t i = 0; i < experts.size(); ++i) {
       if (gpus[i] != undecided) continue;
-      const std::span<const std::uint32_t> from = copies(layer, experts[i]);
+      const std::span<const std::uint32_t> from = copies_.gpus_of(layer, experts[i]);
       std::uint32_t gpu = best_of(from, home_gpu, load, on_visited_node);
       if (gpu == undecided) gpu = least_loaded(from, load, [](std::uint32_t) { return true; });
       gpus[i] = gpu;
@@ -148,19 +189,19 @@ class replica_chooser {
     }
   }
 
-  // The node that holds most of the experts still open; the one that served least so far among equals.
+  // The node that holds most of the experts still open; the one that served least lately among equals.
   [[nodiscard]] std::size_t busiest_open_node(std::size_t layer, std::span<const std::uint16_t> experts,
                                               std::span<const std::uint32_t> gpus) {
     std::fill(open_on_node_.begin(), open_on_node_.end(), 0);
     for (std::size_t i = 0; i < experts.size(); ++i) {
       if (gpus[i] != undecided) continue;
       std::uint32_t last = undecided;  // copies are in order of slots, so those of a node follow each other
-      for (const std::uint32_t gpu : copies(layer, experts[i])) {
-        if (node_of_gpu_[gpu] != last) ++open_on_node_[node_of_gpu_[gpu]];
-        last = node_of_gpu_[gpu];
+      for (const std::uint32_t gpu : copies_.gpus_of(layer, experts[i])) {
+        if (copies_.node_of(gpu) != last) ++open_on_node_[copies_.node_of(gpu)];
+        last = copies_.node_of(gpu);
       }
     }
-    const std::uint64_t* const served = pairs_on_node_.data() + layer * open_on_node_.size();
+    const std::uint64_t* const served = recent_on_node_.data() + layer * open_on_node_.size();
     std::size_t best = 0;
     for (std::size_t n = 1; n < open_on_node_.size(); ++n) {
       if (open_on_node_[n] > open_on_node_[best] ||
@@ -172,24 +213,41 @@ class replica_chooser {
   }
 
   // Takes pairs off nodes above the limit, to the visited node that has served least of those that hold a copy.
-  void relieve(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
-               std::uint64_t* load) {
-    const std::uint64_t* const served = pairs_on_node_.data() + layer * visited_node_.size();
-    const double most = node_limit_ * static_cast<double>(served_[layer]) / static_cast<double>(nodes_with_slots_);
+  void relieve_nodes(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
+                     std::uint64_t* load) {
+    const std::uint64_t* const served = recent_on_node_.data() + layer * visited_node_.size();
+    const double most =
+        options_.node_limit * static_cast<double>(recent_[layer]) / static_cast<double>(nodes_with_slots_);
     for (std::size_t i = 0; i < experts.size(); ++i) {
-      const std::uint32_t from = node_of_gpu_[gpus[i]];
-      if (static_cast<double>(served[from]) <= most) continue;
+      if (gpus[i] == no_gpu || static_cast<double>(served[copies_.node_of(gpus[i])]) <= most) continue;
+      const std::uint32_t from = copies_.node_of(gpus[i]);
       std::uint32_t best = gpus[i];
-      for (const std::uint32_t gpu : copies(layer, experts[i])) {
-        const std::uint32_t node = node_of_gpu_[gpu], chosen = node_of_gpu_[best];
+      for (const std::uint32_t gpu : copies_.gpus_of(layer, experts[i])) {
+        const std::uint32_t node = copies_.node_of(gpu), chosen = copies_.node_of(best);
         if (visited_node_[node] != now_ || node == from) continue;
-        if (served[node] < served[chosen] || (node == chosen && load[gpu] < load[best])) best = gpu;
+        if (served[node] < served[chosen] || (node == chosen && busy(gpu, load) < busy(best, load))) best = gpu;
       }
-      if (best == gpus[i]) continue;
-      --load[gpus[i]];
-      visit(best, load);
-      gpus[i] = best;
+      move(gpus[i], best, load);
     }
+  }
+  // Takes pairs off GPUs above the limit, to the GPU on a visited node that has served least of those with a copy.
+  void relieve_gpus(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
+                    std::uint64_t* load) {
+    const double most = options_.gpu_limit * 1024 * static_cast<double>(recent_[layer]) / speed_of_gpus_;
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      if (gpus[i] == no_gpu || static_cast<double>(busy(gpus[i], load)) <= most) continue;
+      std::uint32_t best = gpus[i];
+      for (const std::uint32_t gpu : copies_.gpus_of(layer, experts[i])) {
+        if (visited_node_[copies_.node_of(gpu)] == now_ && busy(gpu, load) < busy(best, load)) best = gpu;
+      }
+      move(gpus[i], best, load);
+    }
+  }
+  void move(std::uint32_t& gpu, std::uint32_t to, std::uint64_t* load) {
+    if (to == gpu) return;
+    --load[gpu];
+    visit(to, load);
+    gpu = to;
   }
 
   // The home GPU if it is among the accepted, else one the token visits anyway, else the least loaded.
@@ -205,31 +263,186 @@ class replica_chooser {
   }
 
   template <class Accepted>
-  [[nodiscard]] static std::uint32_t least_loaded(std::span<const std::uint32_t> from, const std::uint64_t* load,
-                                                  const Accepted& accepted) {
+  [[nodiscard]] std::uint32_t least_loaded(std::span<const std::uint32_t> from, const std::uint64_t* load,
+                                           const Accepted& accepted) const {
     std::uint32_t best = undecided;
     for (const std::uint32_t gpu : from) {
-      if (accepted(gpu) && (best == undecided || load[gpu] < load[best])) best = gpu;
+      if (accepted(gpu) && (best == undecided || busy(gpu, load) < busy(best, load))) best = gpu;
     }
     return best;
   }
+  // How long a GPU takes for what it serves.
+  [[nodiscard]] std::uint64_t busy(std::uint32_t gpu, const std::uint64_t* load) const {
+    return load[gpu] * copies_.time_of_pair(gpu);
+  }
 
-  replica_choice choice_;
-  double node_limit_;
-  std::size_t experts_;
-  std::size_t gpus_;
-  std::vector<std::uint32_t> first_;          // [layers × experts + 1] into gpu_of_copy_
-  std::vector<std::uint32_t> gpu_of_copy_;    // [copies]
-  std::vector<std::uint32_t> node_of_gpu_;    // [gpus]
-  std::vector<std::uint64_t> pairs_on_gpu_;   // [layers, gpus]
-  std::vector<std::uint32_t> turn_;           // [layers, experts], for `even`
-  std::vector<std::uint64_t> pairs_on_node_;  // [layers, nodes], for `fewest_nodes`
-  std::vector<std::uint32_t> open_on_node_;   // [nodes], for `fewest_nodes`
-  std::vector<std::uint64_t> served_;         // [layers] pairs so far, for `fewest_nodes`
+  replica_options options_;
+  detail::copy_table copies_;
+  std::vector<std::uint64_t> recent_on_gpu_;   // [layers, gpus] pairs, the older ones counting less
+  std::vector<std::uint64_t> pairs_on_gpu_;    // [layers, gpus] pairs
+  std::vector<std::uint64_t> recent_;          // [layers] pairs, the older ones counting less
+  std::vector<std::size_t> tokens_;            // [layers] since pairs counted half
+  std::vector<std::uint32_t> turn_;            // [layers, experts], for `even`
+  std::vector<std::uint64_t> recent_on_node_;  // [layers, nodes], for `fewest_nodes`
+  std::vector<std::uint32_t> open_on_node_;    // [nodes], for `fewest_nodes`
   std::size_t nodes_with_slots_ = 0;
+  double speed_of_gpus_ = 0;                 // of all that have slots
   std::vector<std::uint64_t> visited_node_;  // [nodes] last `now_` at which the token went there
   std::vector<std::uint64_t> visited_gpu_;   // [gpus]
   std::uint64_t now_ = 0;
+};
+
+/// Chooses copies for all tokens of a step at once, so that the busiest GPU has as little as there can be: exact, by
+/// moving work along chains of copies from the busiest GPU to ones that have at least two less, until there are none.
+/// The outcome depends on the step's tokens and their order alone. Deterministic; nothing is allocated after the first
+/// steps.
+class step_chooser {
+ public:
+  /// Preconditions: `p` is valid on `t` (two copies on one GPU are fine); the choice is one of a whole step.
+  step_chooser(const placement& p, const topology& t, replica_choice choice)
+      : choice_(choice),
+        copies_(p, t),
+        units_(p.experts(), 0),
+        on_copy_(copies_.copies(), 0),
+        taken_(copies_.copies(), 0),
+        load_(t.gpus(), 0),
+        came_by_(t.gpus(), link{unseen, unseen}),
+        first_on_gpu_(p.layers() * t.gpus() + 1, 0),
+        copy_on_gpu_(copies_.copies()),
+        expert_of_copy_(copies_.copies()) {
+    TETROMINO_EXPECTS(is_step_choice(choice), "step_chooser: a choice for whole steps");
+    reached_.reserve(t.gpus());
+    for (std::size_t l = 0; l < p.layers(); ++l) {
+      for (std::size_t e = 0; e < p.experts(); ++e) {
+        for (std::size_t c = copies_.first_copy(l, e); c < copies_.last_copy(l, e); ++c) {
+          expert_of_copy_[c] = static_cast<std::uint32_t>(e);
+          ++first_on_gpu_[l * t.gpus() + copies_.gpu_of_copy(c) + 1];
+        }
+      }
+    }
+    for (std::size_t i = 1; i < first_on_gpu_.size(); ++i) first_on_gpu_[i] += first_on_gpu_[i - 1];
+    std::vector<std::size_t> next(first_on_gpu_.begin(), first_on_gpu_.end() - 1);
+    for (std::size_t l = 0; l < p.layers(); ++l) {
+      for (std::size_t c = copies_.first_copy(l, 0); c < copies_.last_copy(l, p.experts() - 1); ++c) {
+        copy_on_gpu_[next[l * t.gpus() + copies_.gpu_of_copy(c)]++] = static_cast<std::uint32_t>(c);
+      }
+    }
+  }
+
+  /// Writes into gpus[tokens, k] the GPUs that serve ids[tokens, k] of one layer; no_gpu for no_expert. Returns the
+  /// pairs, or experts, of the busiest GPU. Preconditions: as many GPUs as ids; layer and experts in range.
+  std::size_t choose(std::size_t layer, std::span<const std::uint16_t> ids, std::span<std::uint32_t> gpus) {
+    TETROMINO_EXPECTS(gpus.size() == ids.size() && layer < copies_.layers(),
+                      "step_chooser: a GPU for each expert, layer in range", gpus.size(), ids.size(), layer,
+                      copies_.layers());
+    active_.clear();
+    for (const std::uint16_t e : ids) {
+      if (e == no_expert) continue;
+      TETROMINO_EXPECTS(e < copies_.experts(), "step_chooser: expert number out of range", e, copies_.experts());
+      if (units_[e]++ == 0) active_.push_back(e);
+    }
+    begin(layer);
+    while (relieve_busiest(layer)) {
+    }
+    for (std::size_t i = 0; i < ids.size(); ++i) gpus[i] = ids[i] == no_expert ? no_gpu : take(layer, ids[i]);
+    for (const std::uint16_t e : active_) units_[e] = 0;
+    return load_[busiest_];
+  }
+
+ private:
+  static constexpr std::uint32_t unseen = 0xFFFF'FFFF;
+
+  // Copies of one expert between which work can move.
+  struct link {
+    std::uint32_t from, to;
+  };
+
+  // Gives each expert's work to its copy on the least loaded GPU; those without a choice come first.
+  void begin(std::size_t layer) {
+    std::fill(load_.begin(), load_.end(), 0);
+    for (const bool choice : {false, true}) {
+      for (const std::uint16_t e : active_) {
+        const std::size_t first = copies_.first_copy(layer, e), last = copies_.last_copy(layer, e);
+        if ((last - first > 1) != choice) continue;
+        std::size_t best = first;
+        for (std::size_t c = first; c < last; ++c) {
+          on_copy_[c] = taken_[c] = 0;
+          if (load_[copies_.gpu_of_copy(c)] < load_[copies_.gpu_of_copy(best)]) best = c;
+        }
+        on_copy_[best] = choice_ == replica_choice::step_activation ? 1 : units_[e];
+        load_[copies_.gpu_of_copy(best)] += on_copy_[best];
+      }
+    }
+  }
+
+  // Moves work along a shortest chain of copies from the busiest GPU to one that has at least two less. If there is no
+  // chain, what the GPUs within reach carry cannot leave them, and they are as even as whole numbers can be.
+  bool relieve_busiest(std::size_t layer) {
+    busiest_ = 0;
+    for (std::size_t g = 1; g < load_.size(); ++g) {
+      if (load_[g] > load_[busiest_]) busiest_ = g;
+    }
+    if (load_[busiest_] < 2) return false;
+    std::fill(came_by_.begin(), came_by_.end(), link{unseen, unseen});
+    reached_.assign(1, static_cast<std::uint32_t>(busiest_));
+    for (std::size_t i = 0; i < reached_.size(); ++i) {
+      const std::size_t row = layer * load_.size() + reached_[i];
+      for (std::size_t j = first_on_gpu_[row]; j < first_on_gpu_[row + 1]; ++j) {
+        const std::uint32_t from = copy_on_gpu_[j], e = expert_of_copy_[from];
+        if (units_[e] == 0 || on_copy_[from] == 0) continue;
+        for (std::size_t to = copies_.first_copy(layer, e); to < copies_.last_copy(layer, e); ++to) {
+          const std::uint32_t gpu = copies_.gpu_of_copy(to);
+          if (gpu == busiest_ || came_by_[gpu].from != unseen) continue;
+          came_by_[gpu] = {from, static_cast<std::uint32_t>(to)};
+          reached_.push_back(gpu);
+          if (load_[gpu] + 2 <= load_[busiest_]) {
+            shift(gpu);
+            return true;
+          }
+        }
+      }
+    }
+    return false;
+  }
+
+  // As much as the chain lets through, and no more than makes both ends alike.
+  void shift(std::uint32_t target) {
+    std::uint64_t amount = (load_[busiest_] - load_[target]) / 2;
+    for (std::uint32_t gpu = target; gpu != busiest_; gpu = copies_.gpu_of_copy(came_by_[gpu].from)) {
+      amount = std::min(amount, on_copy_[came_by_[gpu].from]);
+    }
+    for (std::uint32_t gpu = target; gpu != busiest_; gpu = copies_.gpu_of_copy(came_by_[gpu].from)) {
+      on_copy_[came_by_[gpu].from] -= amount;
+      on_copy_[came_by_[gpu].to] += amount;
+    }
+    load_[busiest_] -= amount;
+    load_[target] += amount;
+  }
+
+  [[nodiscard]] std::uint32_t take(std::size_t layer, std::uint16_t expert) {
+    std::size_t c = copies_.first_copy(layer, expert);
+    if (choice_ == replica_choice::step_activation) {
+      while (on_copy_[c] == 0) ++c;
+    } else {
+      while (taken_[c] == on_copy_[c]) ++c;
+      ++taken_[c];
+    }
+    return copies_.gpu_of_copy(c);
+  }
+
+  replica_choice choice_;
+  detail::copy_table copies_;
+  std::vector<std::uint64_t> units_;           // [experts] pairs of the step
+  std::vector<std::uint16_t> active_;          // experts of the step
+  std::vector<std::uint64_t> on_copy_;         // [copies] pairs, or 1 for an expert that is read there
+  std::vector<std::uint64_t> taken_;           // [copies] pairs given out
+  std::vector<std::uint64_t> load_;            // [gpus]
+  std::vector<link> came_by_;                  // [gpus] how a chain reaches it
+  std::vector<std::uint32_t> reached_;         // GPUs that chains reach
+  std::size_t busiest_ = 0;                    // a GPU
+  std::vector<std::size_t> first_on_gpu_;      // [layers × gpus + 1] into copy_on_gpu_
+  std::vector<std::uint32_t> copy_on_gpu_;     // [copies]
+  std::vector<std::uint32_t> expert_of_copy_;  // [copies]
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe

@@ -193,4 +193,4 @@ inline void route(std::span<const float> logits, std::size_t experts, const rout
   try_route(logits, experts, options, ids, weights).value();
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

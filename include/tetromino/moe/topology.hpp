@@ -117,6 +117,61 @@ class topology {
     return try_make(gpus_per_node, slots_per_gpu, links).value();
   }
 
+  /// The same GPUs, with no slot on those named: what is left to plan for when they are dead or shall leave. GPUs keep
+  /// their numbers, slots do not (see carry_over). Errors: a GPU that is not there, no slot left.
+  [[nodiscard]] result<topology> try_without(std::span<const std::uint32_t> gone) const {
+    std::vector<std::size_t> gpus_per_node, slots_per_gpu;
+    for (std::size_t n = 0; n < nodes(); ++n) gpus_per_node.push_back(gpus_on_node(n));
+    for (std::size_t g = 0; g < gpus(); ++g) slots_per_gpu.push_back(slots_on_gpu(g));
+    for (const std::uint32_t g : gone) {
+      if (g >= gpus()) {
+        return error(errc::invalid_argument, detail::text("topology: expected GPUs below ", gpus(), ", got ", g));
+      }
+      slots_per_gpu[g] = 0;
+    }
+    auto left = try_make(gpus_per_node, slots_per_gpu, links_);
+    if (left) left->speeds_ = speeds_;
+    return left;
+  }
+  [[nodiscard]] topology without(std::span<const std::uint32_t> gone) const { return try_without(gone).value(); }
+
+  /// The same GPUs, as fast as `speeds` says: [GPUs], in any unit (a GPU of speed 2 serves twice as many pairs in the
+  /// same time). `balanced`, copy choices and the imbalances of the cost go by it. Errors: another number of GPUs, a
+  /// speed outside 1/64 to 64 times the fastest's.
+  [[nodiscard]] result<topology> try_with_speeds(std::span<const double> speeds) const {
+    if (speeds.size() != gpus()) {
+      return error(errc::shape_mismatch,
+                   detail::text("topology: expected a speed for each of ", gpus(), " GPUs, got ", speeds.size()));
+    }
+    double fastest = 0;
+    for (const double s : speeds) fastest = s > fastest ? s : fastest;
+    topology t = *this;
+    t.speeds_.clear();
+    for (std::size_t g = 0; g < speeds.size(); ++g) {
+      if (!std::isfinite(speeds[g]) || !(speeds[g] * 64 >= fastest) || !(speeds[g] > 0)) {
+        return error(errc::invalid_argument, detail::text("topology: expected speeds above 0, none below 1/64 of the "
+                                                          "fastest, got ",
+                                                          speeds[g], " of GPU ", g));
+      }
+      t.speeds_.push_back(speeds[g] / fastest);
+    }
+    return t;
+  }
+  [[nodiscard]] topology with_speeds(std::span<const double> speeds) const { return try_with_speeds(speeds).value(); }
+  /// Speed of a GPU over that of the fastest.
+  [[nodiscard]] double speed(std::size_t gpu) const {
+    TETROMINO_EXPECTS(gpu < gpus(), "topology: node, GPU or slot number out of range");
+    return speeds_.empty() ? 1.0 : speeds_[gpu];
+  }
+  /// Sum over the GPUs of a node that have slots.
+  [[nodiscard]] double speed_of_node(std::size_t node) const {
+    double sum = 0;
+    for (std::size_t g = first_gpu(node); g < first_gpu(node) + gpus_on_node(node); ++g) {
+      sum += slots_on_gpu(g) > 0 ? speed(g) : 0;
+    }
+    return sum;
+  }
+
   [[nodiscard]] std::size_t nodes() const noexcept { return first_gpu_.size() - 1; }
   [[nodiscard]] std::size_t gpus() const noexcept { return first_gpu_.back(); }
   [[nodiscard]] std::size_t slots() const noexcept { return gpu_of_slot_.size(); }
@@ -177,6 +232,7 @@ class topology {
   std::vector<std::uint32_t> node_of_gpu_;  // [gpus]
   std::vector<std::uint32_t> first_slot_;   // [gpus + 1]
   std::vector<std::uint32_t> gpu_of_slot_;  // [slots]
+  std::vector<double> speeds_;              // [gpus]; empty: all alike
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe

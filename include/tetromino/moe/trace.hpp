@@ -15,6 +15,10 @@ namespace detail {
 using tetromino::detail::text;
 }
 
+/// Stands where an expert id could: nobody serves that choice, as in padding rows or layers without experts (-1 in what
+/// engines record).
+inline constexpr std::uint16_t no_expert = 0xFFFF;
+
 /// Which tokens of a request are meant: those of its prompt, those it generated, or both.
 enum class phase : std::uint8_t { prefill, decode, all };
 
@@ -57,12 +61,12 @@ struct routing_shape {
   friend bool operator==(const routing_shape&, const routing_shape&) = default;
 };
 
-/// Routing that someone else owns: expert ids [tokens, layers, experts_per_token], best expert first, and the requests
-/// looked at. A part of a trace is the same ids with fewer requests, so views of halves, domains or single requests
-/// copy nothing but 24 bytes per request.
+/// Routing that someone else owns: expert ids [tokens, layers, experts_per_token], best expert first, no_expert where
+/// nobody serves, and the requests looked at. A part of a trace is the same ids with fewer requests, so views of
+/// halves, domains or single requests copy nothing but 24 bytes per request.
 ///
-/// A view made by `trace` is valid: ids below `experts`, no expert twice for one token and layer, requests inside the
-/// ids. Code in this library relies on it.
+/// A view made by `trace` is valid: ids below `experts` or no_expert, no expert twice for one token and layer, requests
+/// inside the ids. Code in this library relies on it.
 struct trace_view {
   routing_shape shape;
   std::span<const std::uint16_t> ids;
@@ -102,8 +106,8 @@ struct trace_view {
 }
 
 /// Checks ids and requests against each other: a shape without zero, at most 65,535 experts, experts_per_token ≤
-/// experts, ids.size() a multiple of ids_per_token, each id below `experts` and once per token and layer, requests
-/// inside the tokens, prefill inside the request. Errors name the token or the request.
+/// experts, ids.size() a multiple of ids_per_token, each id no_expert or below `experts` and once per token and layer,
+/// requests inside the tokens, prefill inside the request. Errors name the token or the request.
 [[nodiscard]] inline result<void> try_validate(const trace_view& view) {
   const routing_shape& s = view.shape;
   if (s.layers == 0 || s.experts == 0 || s.experts_per_token == 0 || s.experts > 65'535 ||
@@ -121,6 +125,7 @@ struct trace_view {
   const std::size_t rows = view.ids.size() / k;
   for (std::size_t row = 0; row < rows; ++row) {
     for (const std::uint16_t e : view.ids.subspan(row * k, k)) {
+      if (e == no_expert) continue;
       if (e >= s.experts) {
         return error(errc::invalid_argument, detail::text("trace: expected expert ids below ", s.experts, ", got ", e,
                                                           " in token ", row / s.layers, ", layer ", row % s.layers));
@@ -144,6 +149,8 @@ struct trace_view {
   }
   return {};
 }
+
+inline void validate(const trace_view& view) { try_validate(view).value(); }
 
 /// Recorded routing that owns its ids: what `try_make` was given, validated, ready to be viewed.
 class trace {

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "placement.hpp"  // placement
-#include "trace.hpp"      // phase
+#include "../placement.hpp"  // placement
+#include "../trace.hpp"      // phase
 
 #include <cstddef>     // std::size_t
 #include <cstdint>     // std::uint32_t, std::uint64_t
@@ -27,15 +27,19 @@ struct local_options {
   double pair_weight = 0;
 
   /// Limits on max / mean over nodes and over GPUs, in each layer, on the calibration tokens; other requests come out
-  /// up to a tenth above, less where copies are chosen by load (`cost_options::node_limit`). 0: no limit. A GPU limit
-  /// is met with spare slots, as far as they go.
+  /// up to a tenth above, less where copies are chosen by load (`replica_options::node_limit`). 0: no limit. A GPU
+  /// limit is met with spare slots, as far as they go.
   double node_imbalance = 1.02;
   double gpu_imbalance = 0;
 
   bool replicas = true;              ///< fill spare slots with copies; else they stay empty
   phase served = phase::decode;      ///< whose traffic and load is counted
   double token_budget = 1.05;        ///< max / mean of tokens over source nodes, by their GPUs
-  const placement* start = nullptr;  ///< plan in force, to start from and to keep unless there is a better one
+  std::size_t nodes_per_expert = 1;  ///< copies of each expert on at least so many nodes: none is lost with a node
+
+  /// Plan in force, to start from and to keep unless there is a better one. It may lack experts, after the loss of a
+  /// GPU (see carry_over).
+  const placement* start = nullptr;
 
   /// What a copy that was not on its node in `start` must save to be worth its move, in visits (or pairs) per 1,000
   /// tokens of its layer.

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "request_assignment.hpp"  // request_assigner
-#include "search_random.hpp"       // search_random
+#include "random.hpp"              // search_random
 
 #include <algorithm>  // std::max, std::fill
 #include <cstddef>    // std::size_t
@@ -83,4 +83,4 @@ inline void cluster_requests(std::span<std::int32_t> counts, std::size_t cells, 
   }
 }
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -137,4 +137,4 @@ class eplb_solver {
   std::vector<weighed> items_, heap_;
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -1,16 +1,18 @@
 #pragma once
 
-#include "../local_options.hpp"    // local_options, local_plan
+#include "local_options.hpp"       // local_options, local_plan
+#include "../loads.hpp"            // max_over_mean
 #include "../place.hpp"            // balance_gpus
 #include "../placement.hpp"        // placement
 #include "../topology.hpp"         // topology
 #include "../trace.hpp"            // trace_view
-#include "gpu_relief.hpp"          // gpu_relief
-#include "home_scores.hpp"         // home_scorer
+#include "gpu_copies.hpp"          // gpu_copies
+#include "source_scores.hpp"       // source_scorer
 #include "layer_search.hpp"        // layer_search
+#include "node_spread.hpp"         // node_spreader
 #include "request_assignment.hpp"  // request_assigner
 #include "request_clusters.hpp"    // cluster_requests
-#include "search_sample.hpp"       // take_sample
+#include "sample.hpp"              // take_sample
 
 #include <algorithm>  // std::fill, std::find, std::max, std::min, std::sort
 #include <bit>        // std::countr_zero, std::popcount
@@ -45,10 +47,13 @@ class local_search {
       gpus_.push_back(t.gpus_on_node(n));
       with_slots += t.slots_on_node(n) > 0 ? 1U : 0U;
     }
-    const double pairs = static_cast<double>(sample_.tokens() * rules_.experts_per_token);
-    load_limit_ = options.node_imbalance == 0
-                      ? static_cast<std::int64_t>(pairs)
-                      : static_cast<std::int64_t>(options.node_imbalance * pairs / static_cast<double>(with_slots));
+    for (const std::size_t pairs : sample_.pairs) {
+      const auto all = static_cast<double>(pairs);
+      load_limit_.push_back(static_cast<std::int64_t>(
+          options.node_imbalance == 0 ? all : options.node_imbalance * all / static_cast<double>(with_slots)));
+      expert_limit_.push_back(
+          static_cast<std::int64_t>(options.gpu_imbalance * all / static_cast<double>(t.gpus_with_slots())));
+    }
     std::uint64_t largest = 0;
     for (const std::uint64_t n : sample_.tokens_of) largest = std::max(largest, n);
     room_ = token_room(sample_.tokens(), largest, gpus_, options.token_budget);
@@ -115,6 +120,7 @@ class local_search {
       r.first_slot.push_back(r.first_slot.back() + std::min(topology_.slots_on_node(n), r.experts));
     }
     r.copies = options_.replicas && r.first_slot.back() > r.experts;
+    r.least_nodes = static_cast<int>(options_.nodes_per_expert);
     const double both = options_.node_weight + options_.pair_weight;
     r.visit_price = std::llround(256.0 * (options_.node_weight / both));
     r.pair_price = 256 - r.visit_price;
@@ -148,7 +154,7 @@ class local_search {
   }
 
   [[nodiscard]] layer_tokens<Mask> tokens_of(std::size_t l) const {
-    return {sample_.layer(l), source_of_token_, sample_.layer_loads(l), load_limit_};
+    return {sample_.layer(l), source_of_token_, sample_.layer_loads(l), load_limit_[l], expert_limit_[l]};
   }
   void spread_sources() {
     for (std::size_t t = 0; t < source_of_token_.size(); ++t)
@@ -176,7 +182,9 @@ class local_search {
       const std::span<const std::uint16_t> ids = sample_.layer(i * layers / looked_at);
       for (std::size_t t = 0; t < sample_.tokens(); ++t) {
         std::int32_t* const row = counts.data() + sample_.request_of_token[t] * cells + i * experts;
-        for (std::size_t j = 0; j < k; ++j) ++row[ids[t * k + j]];
+        for (std::size_t j = 0; j < k; ++j) {
+          if (ids[t * k + j] < experts) ++row[ids[t * k + j]];
+        }
       }
     }
     cluster_requests(counts, cells, sample_.tokens_of, room_, random_, source_);
@@ -184,7 +192,7 @@ class local_search {
 
   void take_over(std::size_t l) {
     layer_state<Mask>& state = layers_[l];
-    state.before.assign(rules_.experts, 0);
+    state.before.assign(rules_.experts + 1, 0);
     const std::span<const std::int32_t> row = options_.start->layer(l);
     for (std::size_t s = 0; s < row.size(); ++s) {
       if (row[s] != empty_slot) {
@@ -197,17 +205,45 @@ class local_search {
     for (Mask& held : state.holders) held = lowest_node(held);
   }
 
+  // Where a plan to start from lacks experts and has no slot left for them, copies go: of whoever carries least per
+  // copy, on the node that uses it least.
+  void make_room(layer_state<Mask>& state, std::span<const std::int64_t> loads,
+                 std::span<const std::int64_t> used) const {
+    std::size_t held = 0, missing = 0;
+    for (std::size_t e = 0; e < rules_.experts; ++e) {
+      held += static_cast<std::size_t>(std::popcount(state.holders[e]));
+      missing += state.holders[e] == 0 ? 1U : 0U;
+    }
+    for (; held + missing > rules_.first_slot.back(); --held) {
+      std::size_t least = rules_.experts;
+      for (std::size_t e = 0; e < rules_.experts; ++e) {
+        if (std::popcount(state.holders[e]) < 2) continue;
+        if (least == rules_.experts ||
+            loads[e] * std::popcount(state.holders[least]) < loads[least] * std::popcount(state.holders[e])) {
+          least = e;
+        }
+      }
+      Mask& nodes = state.holders[least];
+      auto from = static_cast<std::size_t>(std::countr_zero(nodes));
+      for (std::size_t n = from; n < rules_.nodes; ++n) {
+        if ((nodes & bit(n)) != 0 && used[least * rules_.nodes + n] < used[least * rules_.nodes + from]) from = n;
+      }
+      nodes = static_cast<Mask>(nodes & ~bit(from));
+    }
+  }
+
   // Gives the layer its slots: experts that nobody holds yet where they are used and load allows, then copies.
   void fill_layer(std::size_t l) {
     const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token, experts = rules_.experts;
     layer_state<Mask>& state = layers_[l];
-    state.holders.resize(experts, 0);
+    state.holders.resize(experts + 1, 0);
     state.slots.assign(rules_.first_slot.back(), nobody);
     std::vector<std::size_t> next(rules_.first_slot.begin(), rules_.first_slot.end() - 1);
-    std::vector<std::int64_t> load(nodes, 0), used(experts * nodes, 0);
+    std::vector<std::int64_t> load(nodes, 0), used((experts + 1) * nodes, 0);
     const std::span<const std::int64_t> loads = sample_.layer_loads(l);
     const std::span<const std::uint16_t> ids = sample_.layer(l);
     for (std::size_t i = 0; i < ids.size(); ++i) ++used[ids[i] * nodes + source_of_token_[i / k]];
+    make_room(state, loads, used);
     const auto put = [&](std::size_t e, std::size_t n) {
       state.slots[next[n]++] = static_cast<std::uint32_t>(e);
       state.holders[e] = static_cast<Mask>(state.holders[e] | bit(n));
@@ -234,7 +270,7 @@ class local_search {
         const std::size_t share = (size * experts + rules_.first_slot.back() - 1) / rules_.first_slot.back();
         if (next[n] - rules_.first_slot[n] >= share) continue;
         const std::int64_t score =
-            used[e * nodes + n] - 2 * std::max<std::int64_t>(0, load[n] + loads[e] - load_limit_);
+            used[e * nodes + n] - 2 * std::max<std::int64_t>(0, load[n] + loads[e] - load_limit_[l]);
         if (best == nodes || score > best_score) {
           best = n;
           best_score = score;
@@ -256,6 +292,29 @@ class local_search {
         }
         put(best, n);
       }
+    }
+    if (options_.nodes_per_expert > 1) spread_over_nodes(l);
+  }
+
+  // Where copies have to be on several nodes; what finds no room there is told by whoever checks the plan.
+  void spread_over_nodes(std::size_t l) {
+    layer_state<Mask>& state = layers_[l];
+    std::vector<std::int32_t> row(state.slots.size(), empty_slot);
+    for (std::size_t s = 0; s < row.size(); ++s) {
+      if (state.slots[s] != nobody) row[s] = static_cast<std::int32_t>(state.slots[s]);
+    }
+    const std::span<const std::int64_t> used = sample_.layer_loads(l);
+    const std::vector<double> load(used.begin(), used.end());
+    std::vector<std::size_t> slots;
+    for (std::size_t n = 0; n < rules_.nodes; ++n) slots.push_back(rules_.first_slot[n + 1] - rules_.first_slot[n]);
+    const topology nodes = topology::make(std::vector<std::size_t>(slots.size(), 1), slots);
+    static_cast<void>(node_spreader(nodes, rules_.experts, options_.nodes_per_expert).spread(row, load));
+    std::fill(state.holders.begin(), state.holders.end(), Mask{0});
+    for (std::size_t s = 0; s < row.size(); ++s) {
+      state.slots[s] = row[s] == empty_slot ? nobody : static_cast<std::uint32_t>(row[s]);
+      if (row[s] == empty_slot) continue;
+      Mask& held = state.holders[state.slots[s]];
+      held = static_cast<Mask>(held | bit(nodes.node_of_slot(s)));
     }
   }
 
@@ -290,6 +349,7 @@ class local_search {
   // Sets reached_ from the sample: visits from the scores' own rule, loads as tokens are served.
   void measure() {
     std::int64_t visits = 0, remote = 0;
+    std::size_t pairs = 0;
     double imbalance = 0;
     const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token, tokens = sample_.tokens();
     loads_.assign(layers_.size() * nodes * rules_.experts, 0);
@@ -299,39 +359,21 @@ class local_search {
       std::fill(load.begin(), load.end(), 0);
       std::int64_t* const of_expert = loads_.data() + l * nodes * rules_.experts;
       const std::uint16_t* e = sample_.layer(l).data();
-      const auto lightest = [&](Mask m) {
-        auto best = static_cast<std::size_t>(std::countr_zero(m));
-        for (; m != 0; m = static_cast<Mask>(m & (m - 1))) {
-          const auto n = static_cast<std::size_t>(std::countr_zero(m));
-          if (load[n] < load[best]) best = n;
-        }
-        return bit(best);
-      };
       for (std::size_t t = 0; t < tokens; ++t, e += k) {
         for (std::size_t i = 0; i < k; ++i) held[i] = layers_[l].holders[e[i]];
         const Mask home = bit(source_of_token_[t]);
-        const Mask seen = visited_nodes(held.data(), k, home, lightest);
-        visits += std::popcount(seen);
-        for (std::size_t i = 0; i < k; ++i) {
-          const bool at_home = (held[i] & home) != 0;
-          const Mask at = at_home ? home : lightest(static_cast<Mask>(held[i] & seen));
-          const auto n = static_cast<std::size_t>(std::countr_zero(at));
-          remote += at_home ? 0 : 1;
-          ++load[n];
+        const Mask seen = serve_token(held.data(), k, home, load.data(), [&](std::size_t i, std::size_t n) {
           ++of_expert[e[i] * nodes + n];
-        }
+          remote += n == source_of_token_[t] ? 0 : 1;
+        });
+        visits += std::popcount(seen);
       }
-      std::int64_t most = 0;
-      std::size_t with_slots = 0;
-      for (std::size_t n = 0; n < nodes; ++n) {
-        most = std::max(most, load[n]);
-        with_slots += topology_.slots_on_node(n) > 0 ? 1U : 0U;
-      }
-      imbalance += static_cast<double>(most) * static_cast<double>(with_slots) / static_cast<double>(tokens * k);
+      imbalance += max_over_mean(load, [&](std::size_t n) { return topology_.slots_on_node(n) > 0 ? 1.0 : 0.0; });
+      pairs += sample_.pairs[l];
     }
     const double layers = static_cast<double>(layers_.size());
     reached_.nodes_per_token = static_cast<double>(visits) / static_cast<double>(tokens) / layers;
-    reached_.remote_pair_fraction = static_cast<double>(remote) / static_cast<double>(tokens * k) / layers;
+    reached_.remote_pair_fraction = static_cast<double>(remote) / static_cast<double>(std::max<std::size_t>(pairs, 1));
     reached_.node_imbalance = imbalance / layers;
   }
 
@@ -355,7 +397,7 @@ class local_search {
     }
     if (!keep) balance_gpus(out.experts, topology_, slot_loads(out.experts));
     if (options_.gpu_imbalance > 0 && options_.replicas) {
-      gpu_relief(topology_, options_.gpu_imbalance).relieve(out.experts, loads_);
+      gpu_copies(topology_, options_.gpu_imbalance, options_.nodes_per_expert).relieve(out.experts, loads_);
     }
     out.source_of_request = assign_all();
     out.reached = reached_;
@@ -438,7 +480,7 @@ class local_search {
   search_sample sample_;
   search_rules rules_;
   layer_search<Mask> search_;
-  home_scorer<Mask> scorer_;
+  source_scorer<Mask> scorer_;
   request_assigner assigner_;
   std::vector<layer_state<Mask>> layers_;
   std::vector<std::uint32_t> source_;           // [sampled requests]
@@ -447,8 +489,9 @@ class local_search {
   std::vector<std::uint64_t> room_;             // [nodes]
   std::vector<std::int64_t> scores_;            // [sampled requests, nodes]
   std::vector<std::int64_t> loads_;             // [layers, experts, nodes] pairs of the sample served there
-  std::int64_t load_limit_ = 0;
+  std::vector<std::int64_t> expert_limit_;      // [layers] pairs of an expert on a node; 0: no limit
+  std::vector<std::int64_t> load_limit_;        // [layers] pairs per node
   local_progress reached_;
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -59,4 +59,4 @@ class search_random {
   std::uint64_t state_;
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -1,11 +1,11 @@
 #pragma once
 
-#include "node_cover.hpp"  // count_visits
+#include "token_lanes.hpp"  // token_lanes
 
 #include <algorithm>  // std::min
 #include <array>      // std::array
 #include <cstddef>    // std::size_t
-#include <cstdint>    // std::int64_t, std::uint16_t
+#include <cstdint>    // std::int64_t, std::uint8_t, std::uint16_t
 #include <span>       // std::span
 #include <vector>     // std::vector
 
@@ -13,40 +13,42 @@ namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// What it is worth to run requests on each node, given who holds the experts of one layer.
 template <class Mask>
-class home_scorer {
+class source_scorer {
  public:
-  home_scorer(std::size_t nodes, std::size_t experts_per_token, std::int64_t visit_price, std::int64_t pair_price)
+  source_scorer(std::size_t nodes, std::size_t experts_per_token, std::int64_t visit_price, std::int64_t pair_price)
       : nodes_(nodes),
         k_(experts_per_token),
         visit_price_(visit_price),
         pair_price_(pair_price),
-        rows_(experts_per_token * cover_lanes) {}
+        lanes_(nodes, experts_per_token),
+        held_(experts_per_token * cover_lanes) {
+    lanes_.clear(1);
+  }
 
   /// For tokens 0 … count − 1: ids_of(i) are their experts, and add(i, node, score) takes what each node scores:
-  /// −visits × visit price + pairs at home × pair price.
+  /// −visits × visit price + pairs at home × pair price. Ids beyond the holders are those of nobody.
   template <class Ids, class Add>
   void score(std::span<const Mask> holders, bool copies, std::size_t count, const Ids& ids_of, const Add& add) {
     for (std::size_t first = 0; first < count; first += cover_lanes) {
       const std::size_t here = std::min(cover_lanes, count - first);
       for (std::size_t i = 0; i < cover_lanes; ++i) {
         const std::uint16_t* const e = i < here ? ids_of(first + i) : nullptr;
-        for (std::size_t j = 0; j < k_; ++j) rows_[j * cover_lanes + i] = e == nullptr ? Mask{0} : holders[e[j]];
+        for (std::size_t j = 0; j < k_; ++j) {
+          held_[j * cover_lanes + i] = e == nullptr || e[j] >= holders.size() ? Mask{0} : holders[e[j]];
+          lanes_.set((j + 1) * cover_lanes + i, held_[j * cover_lanes + i]);
+        }
       }
       for (std::size_t n = 0; n < nodes_; ++n) {
         std::array<std::int64_t, cover_lanes> sum{};
         if (visit_price_ != 0) {
-          std::array<Mask, cover_lanes> home, visits;
-          home.fill(static_cast<Mask>(Mask{1} << n));
-          if (copies) {
-            count_visits<Mask, true>(rows_.data(), k_, Mask{0}, home.data(), visits.data());
-          } else {
-            count_visits<Mask, false>(rows_.data(), k_, Mask{0}, home.data(), visits.data());
-          }
-          for (std::size_t i = 0; i < here; ++i) sum[i] -= visit_price_ * static_cast<std::int64_t>(visits[i]);
+          std::uint8_t visits[cover_lanes];
+          lanes_.set_homes(0, static_cast<Mask>(Mask{1} << n));
+          lanes_.count(0, Mask{0}, copies, visits);
+          for (std::size_t i = 0; i < here; ++i) sum[i] -= visit_price_ * std::int64_t{visits[i]};
         }
         if (pair_price_ != 0) {
           for (std::size_t j = 0; j < k_; ++j) {
-            const Mask* const row = rows_.data() + j * cover_lanes;
+            const Mask* const row = held_.data() + j * cover_lanes;
             for (std::size_t i = 0; i < here; ++i) sum[i] += ((row[i] >> n) & 1) != 0 ? pair_price_ : 0;
           }
         }
@@ -58,7 +60,8 @@ class home_scorer {
  private:
   std::size_t nodes_, k_;
   std::int64_t visit_price_, pair_price_;
-  std::vector<Mask> rows_;
+  token_lanes<Mask> lanes_;
+  std::vector<Mask> held_;  // [experts per token, lanes]
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "../error.hpp"                   // tetromino::result, tetromino::error
-#include "detail/request_assignment.hpp"  // detail::token_room
+#include "search/request_assignment.hpp"  // detail::token_room
 #include "place.hpp"                      // detail::check_place_shape
 #include "placement.hpp"                  // placement
 #include "topology.hpp"                   // topology
@@ -106,7 +106,7 @@ class exact_search {
       here.tokens.resize(experts);
       for (std::size_t t = 0; t < token_.size(); ++t) {
         for (const std::uint16_t e : served_.experts_of(token_[t], l)) {
-          here.tokens[e].push_back(static_cast<std::uint32_t>(t));
+          if (e != no_expert) here.tokens[e].push_back(static_cast<std::uint32_t>(t));
         }
       }
       for (std::size_t e = 0; e < experts; ++e) here.order.push_back(static_cast<std::uint32_t>(e));
@@ -264,4 +264,4 @@ class exact_search {
   return try_exact(served, t, options).value();
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

@@ -12,9 +12,10 @@ namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// Gives experts that overload their GPU a second slot on the same node, so that no token travels further: an empty
 /// slot, or the slot of a copy that is served elsewhere too and carries least.
-class gpu_relief {
+class gpu_copies {
  public:
-  gpu_relief(const topology& t, double limit) : topology_(t), limit_(limit) {}
+  gpu_copies(const topology& t, double limit, std::size_t nodes_per_expert)
+      : topology_(t), limit_(limit), least_nodes_(nodes_per_expert) {}
 
   /// load_of[layers, experts, nodes]: pairs of each expert served on each node.
   void relieve(placement& p, std::span<const std::int64_t> load_of) {
@@ -38,6 +39,17 @@ class gpu_relief {
   }
   [[nodiscard]] bool gpu_holds(std::span<const std::int32_t> row, std::size_t gpu, std::int32_t expert) const {
     return copies(row, expert, topology_.first_slot(gpu), topology_.first_slot(gpu) + topology_.slots_on_gpu(gpu)) > 0;
+  }
+
+  // Whether the expert in a slot is served elsewhere too, and on enough nodes without this copy.
+  [[nodiscard]] bool can_go(std::span<const std::int32_t> row, std::size_t slot) const {
+    std::size_t nodes = 0;
+    for (std::size_t n = 0; n < topology_.nodes(); ++n) {
+      const std::size_t first = topology_.first_slot_of_node(n);
+      const std::size_t here = copies(row, row[slot], first, first + topology_.slots_on_node(n));
+      nodes += here > (topology_.node_of_slot(slot) == n ? 1U : 0U) ? 1U : 0U;
+    }
+    return nodes >= least_nodes_;
   }
 
   // True if the heaviest GPU was above the limit and one of its experts got a second slot.
@@ -75,7 +87,7 @@ class gpu_relief {
     for (std::size_t s = first; s < last; ++s) {
       const std::size_t g = topology_.gpu_of_slot(s);
       if (g == heaviest || gpu_holds(row, g, row[hot])) continue;
-      if (row[s] != empty_slot && copies(row, row[s], 0, row.size()) < 2) continue;
+      if (row[s] != empty_slot && !can_go(row, s)) continue;
       if (gpu_load_[g] - slot_load_[s] + share >= gpu_load_[heaviest]) continue;
       if (best == none || slot_load_[s] < slot_load_[best]) best = s;
     }
@@ -87,8 +99,9 @@ class gpu_relief {
 
   const topology& topology_;
   double limit_;
+  std::size_t least_nodes_;
   std::vector<double> slot_load_;  // [slots]
   std::vector<double> gpu_load_;   // [gpus]
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -1,18 +1,20 @@
 #pragma once
 
-#include "../error.hpp"             // tetromino::result, tetromino::error
-#include "detail/local_search.hpp"  // detail::local_search
-#include "local_options.hpp"        // local_options, local_plan
-#include "place.hpp"                // detail::check_place_shape
-#include "placement.hpp"            // try_validate
-#include "topology.hpp"             // topology
-#include "trace.hpp"                // trace_view, phase
+#include "../error.hpp"              // tetromino::result, tetromino::error
+#include "search/node_spread.hpp"    // detail::has_room_for
+#include "search/local_search.hpp"   // detail::local_search
+#include "search/local_options.hpp"  // local_options, local_plan
+#include "place.hpp"                 // detail::check_place_shape
+#include "placement.hpp"             // try_validate
+#include "topology.hpp"              // topology
+#include "trace.hpp"                 // trace_view, phase
 
-#include <algorithm>  // std::max
+#include <algorithm>  // std::fill, std::max
 #include <cmath>      // std::isfinite
 #include <cstddef>    // std::size_t
-#include <cstdint>    // std::uint8_t, std::uint16_t, std::uint32_t, std::uint64_t
+#include <cstdint>    // std::int32_t, std::uint64_t
 #include <utility>    // std::move
+#include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
 
@@ -54,15 +56,45 @@ namespace detail {
                                               "got ",
                                               o.sample_tokens, " of ", o.sample_requests));
   }
+  if (o.nodes_per_expert == 0 || (o.nodes_per_expert > 1 && !o.replicas)) {
+    return error(errc::invalid_argument,
+                 text("local: expected copies on at least 1 node, and replicas for more, got ", o.nodes_per_expert));
+  }
+  if (!has_room_for(t, calibration.shape.experts, o.nodes_per_expert)) {
+    return error(errc::infeasible,
+                 text("local: expected room for ", calibration.shape.experts, " experts on ", o.nodes_per_expert,
+                      " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"));
+  }
   if (o.start != nullptr) {
     if (o.start->layers() != calibration.shape.layers || o.start->experts() != calibration.shape.experts) {
       return error(errc::shape_mismatch,
                    text("local: expected a start of ", calibration.shape.layers, " layers × ",
                         calibration.shape.experts, " experts, got ", o.start->layers(), " × ", o.start->experts()));
     }
-    if (auto ok = try_validate(*o.start, t, {.one_copy_per_gpu = false}); !ok) return ok;
+    if (auto ok = try_validate(*o.start, t, {.one_copy_per_gpu = false, .each_expert = false}); !ok) return ok;
   }
   return {};
+}
+
+/// Copies of `to` on nodes that have none of their expert in `from`.
+[[nodiscard]] inline std::size_t copies_moved(const placement& from, const placement& to, const topology& t) {
+  std::size_t moved = 0;
+  std::vector<bool> had(from.experts() * t.nodes());
+  for (std::size_t l = 0; l < from.layers(); ++l) {
+    std::fill(had.begin(), had.end(), false);
+    const auto cell = [&](std::int32_t e, std::size_t s) {
+      return static_cast<std::size_t>(e) * t.nodes() + t.node_of_slot(s);
+    };
+    for (std::size_t s = 0; s < t.slots(); ++s) {
+      if (from.layer(l)[s] != empty_slot) had[cell(from.layer(l)[s], s)] = true;
+    }
+    for (std::size_t s = 0; s < t.slots(); ++s) {
+      if (to.layer(l)[s] == empty_slot || had[cell(to.layer(l)[s], s)]) continue;
+      had[cell(to.layer(l)[s], s)] = true;  // a second copy on the node comes from the first
+      ++moved;
+    }
+  }
+  return moved;
 }
 
 /// What a plan costs for the weights given, overload and moves included: to compare plans of one problem.
@@ -74,19 +106,39 @@ namespace detail {
          (o.node_weight + o.pair_weight) * (k * over + moves / static_cast<double>(shape.layers));
 }
 
-/// One search, or where a problem is so small that a search may miss what is near, the best of eight. From a plan in
-/// force: that plan, with requests grouped for it, unless the search has found a better one.
+/// Whether a plan keeps each expert, and on enough nodes.
+[[nodiscard]] inline bool is_whole(const local_plan& plan, const topology& t, const local_options& o) {
+  return try_validate(plan.experts, t, {.one_copy_per_gpu = false, .nodes_per_expert = o.nodes_per_expert}).has_value();
+}
+
+/// The best of a search from the plan in force, that plan with requests grouped for it, and where moves cost nothing,
+/// of a search that forgets it.
+template <class Mask>
+[[nodiscard]] local_plan search_from_start(const trace_view& calibration, const topology& t,
+                                           const local_options& options) {
+  const auto value = [&](const local_plan& p) { return local_value(p, options, calibration.shape); };
+  local_plan best = local_search<Mask>(calibration, t, options).run();
+  local_options still = options;
+  still.max_proposals = 1;  // less than one per step: only requests move
+  still.progress = nullptr;
+  local_plan kept = local_search<Mask>(calibration, t, still).run();
+  if (is_whole(kept, t, options) && !(value(best) < value(kept))) best = std::move(kept);
+  if (options.price_per_move > 0) return best;
+  local_options cold = options;
+  cold.start = nullptr;
+  local_plan anew = local_search<Mask>(calibration, t, cold).run();
+  if (value(anew) < value(best)) {
+    anew.copies_moved = copies_moved(*options.start, anew.experts, t);
+    best = std::move(anew);
+  }
+  return best;
+}
+
+/// One search, or where a problem is so small that a search may miss what is near, the best of eight.
 template <class Mask>
 [[nodiscard]] local_plan search_local(const trace_view& calibration, const topology& t, const local_options& options) {
+  if (options.start != nullptr) return search_from_start<Mask>(calibration, t, options);
   local_plan best = local_search<Mask>(calibration, t, options).run();
-  if (options.start != nullptr) {
-    local_options still = options;
-    still.max_proposals = 1;  // less than one per step: only requests move
-    still.progress = nullptr;
-    local_plan kept = local_search<Mask>(calibration, t, still).run();
-    const bool better = local_value(best, options, calibration.shape) < local_value(kept, options, calibration.shape);
-    return better ? best : kept;
-  }
   if (calibration.tokens(options.served) * calibration.shape.layers > 256 || t.slots() > 32 || options.progress ||
       options.time_limit_seconds > 0 || options.max_proposals > 0) {
     return best;
@@ -105,21 +157,23 @@ template <class Mask>
 
 /// Places experts and groups requests together so that tokens stay near, within an imbalance limit: grouping and layers
 /// are improved in turns, layers by annealing on exact counts of a sample of tokens. Requests that were not sampled are
-/// assigned to the placement found. Errors: fewer slots than experts, more than 64 nodes, no token of the served
-/// phase, options out of range, a start of another shape. Precondition: the view is valid (a trace made it).
+/// assigned to the placement found. From a plan in force at no price, the plan is never worse than without one. Errors:
+/// fewer slots than experts, no room for copies on that many nodes, more than 64 nodes, no token of the served phase,
+/// options out of range, a start of another shape. Precondition: the view is valid (a trace made it).
 /// (arXiv 2604.23150)
 [[nodiscard]] inline result<local_plan> try_local(const trace_view& calibration, const topology& t,
                                                   const local_options& options = {}) {
   if (auto ok = detail::check_local(calibration, t, options); !ok) return ok.error();
-  const auto run = [&]<class Mask>(Mask) { return detail::search_local<Mask>(calibration, t, options); };
-  if (t.nodes() <= 8) return run(std::uint8_t{});
-  if (t.nodes() <= 16) return run(std::uint16_t{});
-  if (t.nodes() <= 32) return run(std::uint32_t{});
-  return run(std::uint64_t{});
+  local_plan plan = detail::search_local<std::uint64_t>(calibration, t, options);
+  if (!detail::is_whole(plan, t, options)) {
+    return error(errc::infeasible, detail::text("local: expected room for copies of each expert on ",
+                                                options.nodes_per_expert, " nodes, found none"));
+  }
+  return plan;
 }
 [[nodiscard]] inline local_plan local(const trace_view& calibration, const topology& t,
                                       const local_options& options = {}) {
   return try_local(calibration, t, options).value();
 }
 
-}  // namespace tetromino::moe
+}  // namespace TETROMINO_NAMESPACE::moe

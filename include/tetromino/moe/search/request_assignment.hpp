@@ -1,6 +1,6 @@
 #pragma once
 
-#include "search_random.hpp"  // search_random
+#include "random.hpp"  // search_random
 
 #include <algorithm>  // std::max, std::sort
 #include <cmath>      // std::ceil
@@ -193,4 +193,4 @@ class request_assigner {
   std::vector<mover> there_, back_;
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -1,10 +1,11 @@
 #pragma once
 
-#include "node_cover.hpp"     // count_visits, visits_of, visited_nodes
-#include "search_random.hpp"  // search_random
+#include "node_visits.hpp"  // count_visits, visits_of, visited_nodes
+#include "random.hpp"       // search_random
+#include "token_lanes.hpp"  // token_lanes
 
-#include <algorithm>  // std::fill, std::max, std::min
-#include <bit>        // std::countr_zero, std::has_single_bit, std::popcount
+#include <algorithm>  // std::copy_n, std::fill, std::max, std::min
+#include <bit>        // std::countr_zero, std::popcount
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uint64_t
 #include <span>       // std::span
@@ -19,19 +20,21 @@ struct search_rules {
   std::size_t nodes = 0;
   std::vector<std::size_t> first_slot;  // [nodes + 1] slots of nodes, no node with more than it can use
   bool copies = false;                  // slots beyond one per expert hold copies
+  int least_nodes = 1;                  // on which each expert has a copy
   std::int64_t visit_price = 0;         // of a visit to another node, in 1/256
   std::int64_t pair_price = 0;          // of a remote pair, in 1/256
   std::int64_t overload_price = 0;      // of a pair above a node's limit, in 1/256
   std::int64_t move_price = 0;          // of a copy where there was none, in 1/65,536
 };
 
-/// Where the experts of one layer are: expert or `nobody` per slot, and nodes per expert.
+/// Where the experts of one layer are: expert or `nobody` per slot, and nodes per expert. One more expert, which is in
+/// no slot, stands for choices that nobody serves.
 template <class Mask>
 struct layer_state {
   static constexpr std::uint32_t nobody = 0xFFFF'FFFF;
 
   std::vector<std::uint32_t> slots;  // [first_slot.back()]
-  std::vector<Mask> holders;         // [experts]
+  std::vector<Mask> holders;         // [experts + 1]
   std::vector<Mask> before;          // [experts] in the placement to start from; empty without one
 };
 
@@ -42,11 +45,12 @@ struct layer_tokens {
   std::span<const std::uint32_t> source;  // [tokens] node
   std::span<const std::int64_t> loads;    // [experts] pairs, all together tokens × experts per token
   std::int64_t load_limit = 0;            // pairs per node
+  std::int64_t expert_limit = 0;          // pairs of one expert on a node, which a GPU has to serve; 0: none
 };
 
 /// Improves the placement of one layer for given sources by annealing: exchanges experts between nodes and replaces
-/// copies. Each proposal is first judged by what its halves (one expert each) were worth when last looked at, so that
-/// few are worked out; those are exact. Keeps its buffers from layer to layer.
+/// copies. Each proposal is first judged by the visits that its halves (one expert each) added when last looked at, so
+/// that few are worked out; those are exact. Keeps its buffers from layer to layer.
 template <class Mask>
 class layer_search {
  public:
@@ -55,10 +59,11 @@ class layer_search {
   explicit layer_search(const search_rules& rules)
       : rules_(&rules),
         stride_(rules.nodes + 1),
-        worth_(rules.visit_price > 0 ? rules.experts * stride_ * stride_ : 0),
-        worked_out_(worth_.size(), 0),
+        visits_added_(rules.visit_price > 0 ? rules.experts * stride_ * stride_ : 0),
+        worked_out_(visits_added_.size(), 0),
         load_(rules.nodes, 0),
-        correction_(rules.nodes, 0) {}
+        correction_(rules.nodes, 0),
+        lanes_(rules.nodes, rules.experts_per_token - 1) {}
 
   /// Takes up a layer. The first `active` tokens stand for all of them where visits are counted.
   void bind(const layer_tokens<Mask>& tokens, layer_state<Mask>& state, std::size_t active) {
@@ -67,7 +72,7 @@ class layer_search {
     count_ = tokens.source.size();
     active_ = std::min(active, count_);
     scale_ = static_cast<std::int64_t>(count_ * 256 / std::max<std::size_t>(active_, 1));
-    now_ += 2 * oldest_;  // forgets what halves were worth in another layer
+    now_ += 2 * oldest_;  // forgets what halves added in another layer
     count_pairs();
     count_loads();
     if (rules_->visit_price > 0) build_lists();
@@ -104,8 +109,8 @@ class layer_search {
   // How often each expert is used from each node.
   void count_pairs() {
     const std::size_t nodes = rules_->nodes, k = rules_->experts_per_token;
-    pairs_.assign(rules_->experts * nodes, 0);
-    uses_.assign(rules_->experts, 0);
+    pairs_.assign((rules_->experts + 1) * nodes, 0);
+    uses_.assign(rules_->experts + 1, 0);
     for (std::size_t t = 0; t < count_; ++t) {
       const std::uint16_t* const e = ids(t);
       for (std::size_t i = 0; i < k; ++i) {
@@ -115,12 +120,14 @@ class layer_search {
     }
   }
 
-  // Adds what an expert held by `where` puts on each node: what is used there stays there, the rest is shared evenly.
-  void add_load(std::uint32_t expert, Mask where, std::int64_t sign, std::int64_t* load) const {
+  // Calls each(node, pairs) with what an expert held by `where` puts on each node: what is used there stays there, the
+  // rest is shared evenly.
+  template <class Each>
+  void for_each_share(std::uint32_t expert, Mask where, const Each& each) const {
     if (where == 0) return;
     const std::int64_t all = tokens_->loads[expert];
     if ((where & (where - 1)) == 0) {
-      load[std::countr_zero(where)] += sign * all;
+      each(static_cast<std::size_t>(std::countr_zero(where)), all);
       return;
     }
     const std::int32_t* const local = pairs_.data() + expert * rules_->nodes;
@@ -128,11 +135,22 @@ class layer_search {
     std::int64_t rest = uses_[expert];
     for (Mask m = where; m != 0; m = static_cast<Mask>(m & (m - 1))) rest -= local[std::countr_zero(m)];
     rest = uses_[expert] == 0 ? 1 : rest;
-    const std::int64_t each = rest * 256 / std::popcount(where);
+    const std::int64_t even = rest * 256 / std::popcount(where);
     for (Mask m = where; m != 0; m = static_cast<Mask>(m & (m - 1))) {
-      const int n = std::countr_zero(m);
-      load[n] += sign * (all * (local[n] * 256 + each) / (used * 256));
+      const auto n = static_cast<std::size_t>(std::countr_zero(m));
+      each(n, all * (local[n] * 256 + even) / (used * 256));
     }
+  }
+  void add_load(std::uint32_t expert, Mask where, std::int64_t sign, std::int64_t* load) const {
+    for_each_share(expert, where, [&](std::size_t n, std::int64_t pairs) { load[n] += sign * pairs; });
+  }
+  // Pairs of one expert that are too many for a GPU of the node.
+  [[nodiscard]] std::int64_t hot_pairs(std::uint32_t expert, Mask where) const {
+    std::int64_t above = 0;
+    for_each_share(expert, where, [&](std::size_t, std::int64_t pairs) {
+      above += std::max<std::int64_t>(0, pairs - tokens_->expert_limit);
+    });
+    return above;
   }
 
   // Loads as the rule above has them, corrected by how tokens are in fact served now.
@@ -146,21 +164,7 @@ class layer_search {
     for (std::size_t t = 0; t < count_; ++t) {
       const std::uint16_t* const e = ids(t);
       for (std::size_t i = 0; i < k; ++i) held[i] = state_->holders[e[i]];
-      const Mask home = bit(tokens_->source[t]);
-      const auto lightest = [&](Mask m) {
-        auto best = static_cast<std::size_t>(std::countr_zero(m));
-        for (m = static_cast<Mask>(m & (m - 1)); m != 0; m = static_cast<Mask>(m & (m - 1))) {
-          const auto n = static_cast<std::size_t>(std::countr_zero(m));
-          if (correction_[n] < correction_[best]) best = n;
-        }
-        return bit(best);
-      };
-      const Mask seen = visited_nodes(held, k, home, lightest);
-      for (std::size_t i = 0; i < k; ++i) {
-        if (held[i] == 0) continue;
-        const Mask at = (held[i] & home) != 0 ? home : lightest(static_cast<Mask>(held[i] & seen));
-        ++correction_[static_cast<std::size_t>(std::countr_zero(at))];
-      }
+      serve_token(held, k, bit(tokens_->source[t]), correction_.data(), [](std::size_t, std::size_t) {});
     }
     for (std::size_t n = 0; n < load_.size(); ++n) load_[n] = correction_[n];
   }
@@ -168,7 +172,7 @@ class layer_search {
   // For each expert its tokens, in chunks of 64 lanes: their homes, then the holders of their other experts. So one
   // pass over contiguous memory tells what holding the expert elsewhere would cost.
   void build_lists() {
-    const std::size_t k = rules_->experts_per_token, experts = rules_->experts;
+    const std::size_t k = rules_->experts_per_token, experts = rules_->experts + 1;
     first_.assign(experts + 1, 0);
     for (std::size_t i = 0; i < active_ * k; ++i) ++first_[tokens_->ids[i] + 1];
     first_chunk_.assign(experts + 1, 0);
@@ -176,7 +180,7 @@ class layer_search {
       first_chunk_[e + 1] = first_chunk_[e] + (first_[e + 1] + cover_lanes - 1) / cover_lanes;
       first_[e + 1] += first_[e];
     }
-    lanes_.assign(first_chunk_.back() * k * cover_lanes, 0);
+    lanes_.clear(first_chunk_.back());
     list_.resize(active_ * k);
     place_.resize(active_ * k);
     words_ = (active_ + 63) / 64;
@@ -193,61 +197,52 @@ class layer_search {
         const std::size_t lane = lane_of(e[i], position);
         place_[t * k + i] = static_cast<std::uint32_t>(lane);
         uses_token_[e[i] * words_ + t / 64] |= std::uint64_t{1} << (t % 64);
-        lanes_[lane] = home;
+        lanes_.set(lane, home);
         for (std::size_t j = 0, row = 1; j < k; ++j) {
-          if (j != i) lanes_[lane + cover_lanes * row++] = held[j];
+          if (j != i) lanes_.set(lane + cover_lanes * row++, held[j]);
         }
       }
     }
     visits_.assign(active_, 0);
     list_visits_.assign(experts, 0);
-    fresh_.resize(active_ + cover_lanes);
+    new_visits_.resize(active_ + cover_lanes);
     for (std::uint32_t e = 0; e < experts; ++e) {
-      list_visits_[e] = visits_if(e, state_->holders[e], fresh_.data());
-      for (std::size_t i = first_[e]; i < first_[e + 1]; ++i) visits_[list_[i]] = fresh_[i - first_[e]];
+      list_visits_[e] = visits_if(e, state_->holders[e], new_visits_.data());
+      for (std::size_t i = first_[e]; i < first_[e + 1]; ++i) visits_[list_[i]] = new_visits_[i - first_[e]];
     }
   }
 
   [[nodiscard]] std::size_t lane_of(std::size_t expert, std::size_t position) const {
-    return (first_chunk_[expert] + position / cover_lanes) * rules_->experts_per_token * cover_lanes +
-           position % cover_lanes;
+    return lanes_.lane(first_chunk_[expert] + position / cover_lanes, position % cover_lanes);
   }
 
   // Visits of all tokens of an expert if it were held by `where`; of each token, if `each` is given.
-  std::int64_t visits_if(std::size_t expert, Mask where, Mask* each = nullptr) const {
-    const std::size_t k = rules_->experts_per_token;
+  std::int64_t visits_if(std::size_t expert, Mask where, std::uint8_t* each = nullptr) const {
     std::int64_t sum = 0;
-    Mask visits[cover_lanes];
+    std::uint8_t visits[cover_lanes];
     std::size_t left = first_[expert + 1] - first_[expert];
     for (std::size_t c = first_chunk_[expert]; c < first_chunk_[expert + 1]; ++c) {
-      const Mask* const chunk = lanes_.data() + c * k * cover_lanes;
-      if (rules_->copies) {
-        count_visits<Mask, true>(chunk + cover_lanes, k - 1, where, chunk, visits);
-      } else {
-        count_visits<Mask, false>(chunk + cover_lanes, k - 1, where, chunk, visits);
-      }
+      lanes_.count(c, where, rules_->copies, visits);
       const std::size_t here = std::min(left, cover_lanes);
       unsigned of_chunk = 0;
-      for (std::size_t i = 0; i < here; ++i) of_chunk += static_cast<unsigned>(visits[i]);
+      for (std::size_t i = 0; i < here; ++i) of_chunk += visits[i];
       sum += of_chunk;
       left -= here;
-      if (each != nullptr) {
-        for (std::size_t i = 0; i < here; ++i) *each++ = visits[i];
-      }
+      if (each != nullptr) each = std::copy_n(visits, here, each);
     }
     return sum;
   }
 
-  [[nodiscard]] std::size_t worth_index(const half& h) const { return (h.expert * stride_ + h.from) * stride_ + h.to; }
+  [[nodiscard]] std::size_t added_index(const half& h) const { return (h.expert * stride_ + h.from) * stride_ + h.to; }
   // By how much visits grow through one half alone, as it is now or as it was not long ago.
-  std::int64_t worth(const half& h, std::uint64_t not_before) {
+  std::int64_t visits_added(const half& h, std::uint64_t not_before) {
     if (h.expert == nobody) return 0;
-    const std::size_t i = worth_index(h);
+    const std::size_t i = added_index(h);
     if (worked_out_[i] < not_before) {
-      worth_[i] = static_cast<std::int32_t>(visits_if(h.expert, h.then) - list_visits_[h.expert]);
+      visits_added_[i] = static_cast<std::int32_t>(visits_if(h.expert, h.then) - list_visits_[h.expert]);
       worked_out_[i] = now_;
     }
-    return worth_[i];
+    return visits_added_[i];
   }
 
   // What two halves do together, beyond what each does alone, to tokens that use both experts.
@@ -288,7 +283,7 @@ class layer_search {
     half x{ex, a, nodes, 0}, y{};
     std::size_t slot_y = slots;
     const Mask held_x = ex == nobody ? Mask{0} : state_->holders[ex];
-    if (rules_->copies && ex != nobody && !std::has_single_bit(held_x) && (random.bits() >> 63) != 0) {
+    if (rules_->copies && ex != nobody && std::popcount(held_x) > rules_->least_nodes && (random.bits() >> 63) != 0) {
       // this copy makes room for a copy of another expert
       const auto ey = static_cast<std::uint32_t>(random.below(rules_->experts));
       if ((state_->holders[ey] & bit(a)) != 0) return;
@@ -316,22 +311,24 @@ class layer_search {
 
   void consider(const half& x, const half& y, std::size_t slot_x, std::size_t slot_y, std::int64_t tolerated) {
     std::int64_t known = 256 * (pair_cost(x) + pair_cost(y)) + move_cost(x) + move_cost(y);
-    // relief of overloaded nodes is what could still speak for a change
-    const std::int64_t most = tolerated + 256 * overload_cost(load_.data());
+    // relief of overloaded nodes and GPUs is what could still speak for a change
+    const std::int64_t hot = hot_cost(x, held_now(x)) + hot_cost(y, held_now(y));
+    const std::int64_t most = tolerated + 256 * (overload_cost(load_.data()) + hot);
     const std::int64_t price = rules_->visit_price * scale_;
     const bool visits = price > 0;
     if (visits) {
       const std::uint64_t not_before = now_ - oldest_;
-      if (known + price * (worth(x, not_before) + worth(y, not_before)) > most) return;
+      if (known + price * (visits_added(x, not_before) + visits_added(y, not_before)) > most) return;
     } else if (known > most) {
       return;
     }
     changed_.assign(load_.begin(), load_.end());
     shift_load(x);
     shift_load(y);
-    known += 256 * (overload_cost(changed_.data()) - overload_cost(load_.data()));
+    known += 256 * (overload_cost(changed_.data()) - overload_cost(load_.data()) + hot_cost(x, x.then) +
+                    hot_cost(y, y.then) - hot);
     if (visits) {
-      known += price * (worth(x, now_) + worth(y, now_));
+      known += price * (visits_added(x, now_) + visits_added(y, now_));
       if (known > tolerated) return;
       known += price * interplay(x, y);
     }
@@ -365,6 +362,11 @@ class layer_search {
     for (std::size_t n = 0; n < rules_->nodes; ++n) above += std::max<std::int64_t>(0, load[n] - tokens_->load_limit);
     return above * rules_->overload_price;
   }
+  [[nodiscard]] Mask held_now(const half& h) const { return h.expert == nobody ? Mask{0} : state_->holders[h.expert]; }
+  [[nodiscard]] std::int64_t hot_cost(const half& h, Mask where) const {
+    if (h.expert == nobody || tokens_->expert_limit == 0) return 0;
+    return rules_->overload_price * hot_pairs(h.expert, where);
+  }
   void shift_load(const half& h) {
     if (h.expert == nobody) return;
     add_load(h.expert, state_->holders[h.expert], -1, changed_.data());
@@ -377,19 +379,19 @@ class layer_search {
     state_->holders[h.expert] = h.then;
     if (rules_->visit_price == 0) return;
     const std::size_t k = rules_->experts_per_token;
-    visits_if(h.expert, h.then, fresh_.data());
+    visits_if(h.expert, h.then, new_visits_.data());
     for (std::size_t i = first_[h.expert]; i < first_[h.expert + 1]; ++i) {
       const std::size_t t = list_[i];
       const std::uint16_t* const e = ids(t);
       std::size_t mine = 0;
       while (e[mine] != h.expert) ++mine;
       const std::uint32_t* const lane = place_.data() + t * k;
-      for (std::size_t j = 0; j < mine; ++j) lanes_[lane[j] + cover_lanes * mine] = h.then;
-      for (std::size_t j = mine + 1; j < k; ++j) lanes_[lane[j] + cover_lanes * (mine + 1)] = h.then;
-      const Mask fresh = fresh_[i - first_[h.expert]];
-      if (fresh != visits_[t]) {
-        const std::int64_t more = static_cast<std::int64_t>(fresh) - static_cast<std::int64_t>(visits_[t]);
-        visits_[t] = fresh;
+      for (std::size_t j = 0; j < mine; ++j) lanes_.set(lane[j] + cover_lanes * mine, h.then);
+      for (std::size_t j = mine + 1; j < k; ++j) lanes_.set(lane[j] + cover_lanes * (mine + 1), h.then);
+      const std::uint8_t new_visits = new_visits_[i - first_[h.expert]];
+      if (new_visits != visits_[t]) {
+        const std::int64_t more = static_cast<std::int64_t>(new_visits) - static_cast<std::int64_t>(visits_[t]);
+        visits_[t] = new_visits;
         for (std::size_t j = 0; j < k; ++j) list_visits_[e[j]] += more;
       }
     }
@@ -401,10 +403,10 @@ class layer_search {
   std::size_t count_ = 0, active_ = 0, words_ = 0;
   std::int64_t scale_ = 256;  // what a visit of an active token stands for, in 1/256
 
-  std::size_t stride_;                     // nodes and nowhere
-  std::vector<std::int32_t> worth_;        // [experts, stride, stride] more visits, when last worked out
-  std::vector<std::uint64_t> worked_out_;  // [experts, stride, stride] when that was
-  std::uint64_t now_ = 0;                  // changes accepted so far
+  std::size_t stride_;                      // nodes and nowhere
+  std::vector<std::int32_t> visits_added_;  // [experts, stride, stride] more visits, when last worked out
+  std::vector<std::uint64_t> worked_out_;   // [experts, stride, stride] when that was
+  std::uint64_t now_ = 0;                   // changes accepted so far
 
   std::vector<std::int32_t> pairs_;       // [experts, nodes] uses from each node
   std::vector<std::int64_t> uses_;        // [experts]
@@ -412,14 +414,14 @@ class layer_search {
   std::vector<std::int64_t> changed_;     // [nodes]
   std::vector<std::int64_t> correction_;  // [nodes]
 
-  std::vector<std::size_t> first_, first_chunk_, cursor_;  // [experts + 1] where lists begin
+  std::vector<std::size_t> first_, first_chunk_, cursor_;  // [experts + 2] where lists begin
   std::vector<std::uint32_t> list_;                        // tokens of each expert, ascending
   std::vector<std::uint32_t> place_;                       // [active, experts per token] lane of a token in those lists
-  std::vector<Mask> lanes_;
-  std::vector<std::uint64_t> uses_token_;  // [experts, words] a bit per token
-  std::vector<Mask> visits_;               // [active]
-  std::vector<std::int64_t> list_visits_;  // [experts] sum over the tokens of each
-  std::vector<Mask> fresh_;
+  token_lanes<Mask> lanes_;                                // of each expert's tokens, their homes and other experts
+  std::vector<std::uint64_t> uses_token_;                  // [experts, words] a bit per token
+  std::vector<std::uint8_t> visits_;                       // [active]
+  std::vector<std::int64_t> list_visits_;                  // [experts] sum over the tokens of each
+  std::vector<std::uint8_t> new_visits_;
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -4,7 +4,7 @@
 
 #include <bit>      // std::popcount
 #include <cstddef>  // std::size_t
-#include <cstdint>  // std::int64_t
+#include <cstdint>  // std::int64_t, std::uint8_t
 
 namespace TETROMINO_NAMESPACE::moe::detail {
 
@@ -25,8 +25,19 @@ template <class Mask>
     x = static_cast<Mask>((x & 0x3333) + ((x >> 2) & 0x3333));
     x = static_cast<Mask>((x + (x >> 4)) & 0x0F0F);
     return static_cast<Mask>((x + (x >> 8)) & 0x1F);
+  } else if constexpr (sizeof(Mask) == 4) {
+    x = x - ((x >> 1) & 0x5555'5555u);
+    x = (x & 0x3333'3333u) + ((x >> 2) & 0x3333'3333u);
+    x = (x + (x >> 4)) & 0x0F0F'0F0Fu;
+    x = x + (x >> 8);
+    return (x + (x >> 16)) & 0x3Fu;
   } else {
-    return static_cast<Mask>(std::popcount(x));
+    x = x - ((x >> 1) & 0x5555'5555'5555'5555u);
+    x = (x & 0x3333'3333'3333'3333u) + ((x >> 2) & 0x3333'3333'3333'3333u);
+    x = (x + (x >> 4)) & 0x0F0F'0F0F'0F0F'0F0Fu;
+    x = x + (x >> 8);
+    x = x + (x >> 16);
+    return (x + (x >> 32)) & 0x7Fu;
   }
 }
 
@@ -34,7 +45,7 @@ template <class Mask>
 /// home bit each (or none), and the nodes that hold each of their experts: `rows` × 64 lanes in holders, and `last` for
 /// one more expert that all of them share. With copies == false each mask has one bit.
 template <class Mask, bool Copies>
-void count_visits(const Mask* holders, std::size_t rows, Mask last, const Mask* home, Mask* visits) {
+void count_visits(const Mask* holders, std::size_t rows, Mask last, const Mask* home, std::uint8_t* visits) {
   constexpr std::size_t lanes = cover_lanes;
   Mask seen[lanes];
   if constexpr (!Copies) {
@@ -43,7 +54,8 @@ void count_visits(const Mask* holders, std::size_t rows, Mask last, const Mask* 
       const Mask* const row = holders + j * lanes;
       for (std::size_t i = 0; i < lanes; ++i) seen[i] = static_cast<Mask>(seen[i] | row[i]);
     }
-    for (std::size_t i = 0; i < lanes; ++i) visits[i] = lane_popcount(static_cast<Mask>(seen[i] & ~home[i]));
+    for (std::size_t i = 0; i < lanes; ++i)
+      visits[i] = static_cast<std::uint8_t>(lane_popcount(static_cast<Mask>(seen[i] & ~home[i])));
   } else {
     // a select by arithmetic: with ?: some compilers branch here, and do not vectorize
     const auto all_if = [](bool x) { return static_cast<Mask>(Mask{0} - static_cast<Mask>(x)); };
@@ -90,7 +102,8 @@ void count_visits(const Mask* holders, std::size_t rows, Mask last, const Mask* 
         seen[i] = static_cast<Mask>(seen[i] | lowest);
       }
     }
-    for (std::size_t i = 0; i < lanes; ++i) visits[i] = lane_popcount(static_cast<Mask>(seen[i] & ~home[i]));
+    for (std::size_t i = 0; i < lanes; ++i)
+      visits[i] = static_cast<std::uint8_t>(lane_popcount(static_cast<Mask>(seen[i] & ~home[i])));
   }
 }
 
@@ -134,4 +147,28 @@ template <class Mask>
   return std::popcount(visited_nodes(holders, count, home, [](Mask m) { return lowest_node(m); }));
 }
 
-}  // namespace tetromino::moe::detail
+/// Serves one token, whose expert i is held by the nodes holders[i] (nobody, where they are none), as
+/// replica_choice::fewest_nodes does: at home, else on a node that it visits, the one that has served least so far of
+/// several. Adds its pairs to load[nodes], calls each(i, node), and returns the other nodes visited.
+template <class Mask, class Each>
+Mask serve_token(const Mask* holders, std::size_t count, Mask home, std::int64_t* load, const Each& each) {
+  const auto least_loaded = [&](Mask m) {
+    auto best = static_cast<std::size_t>(std::countr_zero(m));
+    for (m = static_cast<Mask>(m & (m - 1)); m != 0; m = static_cast<Mask>(m & (m - 1))) {
+      const auto n = static_cast<std::size_t>(std::countr_zero(m));
+      if (load[n] < load[best]) best = n;
+    }
+    return static_cast<Mask>(Mask{1} << best);
+  };
+  const Mask seen = visited_nodes(holders, count, home, least_loaded);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (holders[i] == 0) continue;
+    const Mask at = (holders[i] & home) != 0 ? home : least_loaded(static_cast<Mask>(holders[i] & seen));
+    const auto node = static_cast<std::size_t>(std::countr_zero(at));
+    ++load[node];
+    each(i, node);
+  }
+  return seen;
+}
+
+}  // namespace TETROMINO_NAMESPACE::moe::detail

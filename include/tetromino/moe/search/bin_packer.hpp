@@ -27,9 +27,12 @@ class bin_packer {
   /// Bin b has slots first_slot[b] − first_slot[0] … first_slot[b + 1] − first_slot[0] − 1. Writes the item of each
   /// slot, or `nothing`. Returns the items that no bin could take without holding their expert twice (a caller with as
   /// many slots as items sees this only for experts with several copies).
+  /// A bin of speed s counts as heavy as its load / s; without speeds all are alike.
   std::span<const std::uint32_t> pack(std::span<const pack_item> items, std::span<const std::uint32_t> first_slot,
-                                      std::span<std::uint32_t> item_of_slot, std::size_t max_exchanges) {
+                                      std::span<std::uint32_t> item_of_slot, std::size_t max_exchanges,
+                                      std::span<const double> speeds = {}) {
     items_ = items;
+    speeds_ = speeds;
     first_slot_ = first_slot;
     item_of_slot_ = item_of_slot;
     bins_ = first_slot.size() - 1;
@@ -63,15 +66,24 @@ class bin_packer {
     }
     return false;
   }
+  [[nodiscard]] double speed(std::size_t bin) const { return speeds_.empty() ? 1.0 : speeds_[bin]; }
+  [[nodiscard]] double busy(std::size_t bin) const { return load_[bin] / speed(bin); }
   void put(std::uint32_t item, std::size_t bin) {
     item_of_slot_[begin(bin) + held_[bin]++] = item;
     load_[bin] += items_[item].weight;
   }
 
+  // With the item in it, where bins are of different speeds.
+  [[nodiscard]] bool lighter(std::size_t a, std::size_t b, double weight) const {
+    if (speeds_.empty()) return load_[a] < load_[b];
+    return (load_[a] + weight) / speed(a) < (load_[b] + weight) / speed(b);
+  }
   void place(std::uint32_t item) {
     std::size_t best = bins_;
     for (std::size_t b = 0; b < bins_; ++b) {
-      if (held_[b] < room(b) && (best == bins_ || load_[b] < load_[best]) && !holds(b, items_[item].expert)) best = b;
+      if (held_[b] < room(b) && (best == bins_ || lighter(b, best, items_[item].weight)) &&
+          !holds(b, items_[item].expert))
+        best = b;
     }
     if (best != bins_) {
       put(item, best);
@@ -91,7 +103,8 @@ class bin_packer {
         if (held_[open] == room(open)) continue;
         for (std::size_t s = begin(full), end = s + held_[full]; s < end; ++s) {
           const pack_item& other = items_[item_of_slot_[s]];
-          const double load = std::max(load_[full] - other.weight + items_[item].weight, load_[open] + other.weight);
+          const double load = std::max((load_[full] - other.weight + items_[item].weight) / speed(full),
+                                       (load_[open] + other.weight) / speed(open));
           if (load < best_load && !holds(open, other.expert)) {
             best_load = load;
             from = full;
@@ -112,21 +125,22 @@ class bin_packer {
   bool exchange_with_heaviest() {
     std::size_t heavy = 0;
     for (std::size_t b = 1; b < bins_; ++b) {
-      if (load_[b] > load_[heavy]) heavy = b;
+      if (busy(b) > busy(heavy)) heavy = b;
     }
     // smaller gains are not worth their time, and below rounding noise they could go back and forth
-    double best_load = load_[heavy] - 1e-4 * load_[heavy];
+    double best_load = busy(heavy) - 1e-4 * busy(heavy);
     std::size_t other_bin = bins_, mine = 0, theirs = 0;
     for (std::size_t b = 0; b < bins_; ++b) {
       // at best, both end up in the middle
-      if (b == heavy || !((load_[heavy] + load_[b]) / 2 < best_load)) continue;
+      if (b == heavy || !((load_[heavy] + load_[b]) / (speed(heavy) + speed(b)) < best_load)) continue;
       const std::size_t candidates = held_[b] + (held_[b] < room(b) ? 1 : 0);
       for (std::size_t s = begin(heavy), end = s + held_[heavy]; s < end; ++s) {
         const pack_item& out = items_[item_of_slot_[s]];
         for (std::size_t c = 0; c < candidates; ++c) {
           const std::size_t t = begin(b) + c;
           const double back = c < held_[b] ? items_[item_of_slot_[t]].weight : 0.0;
-          const double load = std::max(load_[heavy] - out.weight + back, load_[b] + out.weight - back);
+          const double load =
+              std::max((load_[heavy] - out.weight + back) / speed(heavy), (load_[b] + out.weight - back) / speed(b));
           if (!(load < best_load)) continue;
           const std::uint32_t in = c < held_[b] ? item_of_slot_[t] : nothing;
           if (holds(b, out.expert, in) || (in != nothing && holds(heavy, items_[in].expert, item_of_slot_[s])))
@@ -157,6 +171,7 @@ class bin_packer {
   }
 
   std::span<const pack_item> items_;
+  std::span<const double> speeds_;
   std::span<const std::uint32_t> first_slot_;
   std::span<std::uint32_t> item_of_slot_;
   std::size_t bins_ = 0;
@@ -166,4 +181,4 @@ class bin_packer {
   std::vector<std::uint32_t> unplaced_;
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

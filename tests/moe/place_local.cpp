@@ -1,7 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/moe/cost.hpp>
-#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/trace_io.hpp>
 
 #include "code_of.hpp"
@@ -34,7 +34,7 @@ trace synthetic(std::uint64_t seed, std::size_t layers, std::size_t experts, std
 
 cost_report judge(const trace& t, const topology& cluster, const local_plan& plan) {
   cost_options options;
-  options.choice = replica_choice::fewest_nodes;
+  options.replicas.choice = replica_choice::fewest_nodes;
   return evaluate(t.view(), plan.experts, cluster, plan.source_of_request, options);
 }
 
@@ -318,4 +318,87 @@ TEST_CASE("recorded routing: far less traffic on the requests it was made from",
   const cost_report cost = judge(t, cluster, plan);
   CHECK(cost.nodes_per_token() < 3.4);
   CHECK(cost.node_imbalance < 1.06);
+}
+
+TEST_CASE("local keeps copies on as many nodes as it is told, also from a plan that lost a node") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 60; ++i) {
+    const topology t = topology::uniform(2 + g.below(3), 1 + g.below(2), 3 + g.below(4));
+    const std::size_t experts = 1 + g.below(t.slots() / 2);
+    const auto made = reference::make_routing(g.bits(), 2, experts, 1, 8, 0, 6, 2);
+    std::vector<request> requests;
+    for (std::uint64_t r = 0; r < 8; ++r) requests.push_back({r * 6, 6, 0, 0});
+    const trace tr = trace::make({2, experts, 1}, made.ids, requests);
+    local_options options;
+    options.nodes_per_expert = 2;
+    options.gpu_imbalance = g.below(2) == 0 ? 0 : 1.05;
+    const auto plan = try_local(tr.view(), t, options);
+    if (!plan) {
+      REQUIRE(plan.error().code() == errc::infeasible);
+      continue;
+    }
+    REQUIRE(try_validate(plan->experts, t, {.one_copy_per_gpu = false, .nodes_per_expert = 2}).has_value());
+    // the last node dies; what it had is on another, and a plan for the rest starts from there
+    std::vector<std::uint32_t> dead;
+    for (std::size_t gpu = t.first_gpu(t.nodes() - 1); gpu < t.gpus(); ++gpu)
+      dead.push_back(static_cast<std::uint32_t>(gpu));
+    const topology left = t.without(dead);
+    const placement start = carry_over(plan->experts, t, left);
+    REQUIRE(try_validate(start, left, {.one_copy_per_gpu = false}).has_value());
+    options.nodes_per_expert = 1;
+    options.start = &start;
+    REQUIRE(try_validate(local(tr.view(), left, options).experts, left, {.one_copy_per_gpu = false}).has_value());
+  }
+  const trace tr = trace::make({1, 2, 1}, {0, 1}, {{0, 2, 0, 0}});
+  const topology t = topology::uniform(2, 1, 2);
+  local_options options;
+  options.nodes_per_expert = 3;
+  CHECK(code_of(try_local(tr.view(), t, options)) == errc::infeasible);
+  options.nodes_per_expert = 0;
+  CHECK(code_of(try_local(tr.view(), t, options)) == errc::invalid_argument);
+  options.nodes_per_expert = 2;
+  options.replicas = false;
+  CHECK(code_of(try_local(tr.view(), t, options)) == errc::invalid_argument);
+  // a start that lacks experts
+  const placement nothing(1, 2, 4);
+  options = {};
+  options.start = &nothing;
+  CHECK(try_validate(local(tr.view(), t, options).experts, t).has_value());
+}
+
+TEST_CASE("local plans around choices that nobody serves") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 20; ++i) {
+    auto made = reference::make_routing(g.bits(), 2, 8, 2, 12, 2, 8, 3);
+    for (auto& id : made.ids) id = g.below(4) == 0 ? no_expert : id;
+    std::vector<request> requests;
+    for (std::uint64_t r = 0; r < 12; ++r) requests.push_back({r * 10, 10, 2, 0});
+    const trace tr = trace::make({2, 8, 2}, made.ids, requests);
+    const topology t = topology::uniform(3, 1, 4);
+    const local_plan plan = local(tr.view(), t);
+    REQUIRE(try_validate(plan.experts, t).has_value());
+    cost_options options;
+    options.replicas.choice = replica_choice::fewest_nodes;
+    const cost_report r = evaluate(tr.view(), plan.experts, t, plan.source_of_request, options);
+    CHECK(static_cast<double>(r.remote_visits) <= plan.reached.nodes_per_token * 12 * 8 * 2 + 1e-6);
+  }
+}
+
+TEST_CASE("a warm start at no price is never worse than a cold one") {
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 10; ++i) {
+    const topology t = topology::uniform(3, 1, 5);
+    const auto trace_of = [&] {
+      const auto made = reference::make_routing(g.bits(), 2, 12, 2, 30, 0, 12, 3);
+      std::vector<request> requests;
+      for (std::uint64_t r = 0; r < 30; ++r) requests.push_back({r * 12, 12, 0, 0});
+      return trace::make({2, 12, 2}, made.ids, requests);
+    };
+    const trace before = trace_of(), now = trace_of();
+    const placement start = local(before.view(), t).experts;
+    local_options warm, cold;
+    warm.start = &start;
+    const auto value = [&](const local_plan& p) { return detail::local_value(p, cold, now.shape()); };
+    CHECK(value(local(now.view(), t, warm)) <= value(local(now.view(), t, cold)) + 1e-12);
+  }
 }

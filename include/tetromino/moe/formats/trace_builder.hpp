@@ -1,8 +1,9 @@
 #pragma once
 
-#include "../trace.hpp"  // trace
+#include "../trace.hpp"        // trace
+#include "request_arrays.hpp"  // drop_layers_of_nobody, largest_id
 
-#include <algorithm>      // std::adjacent_find, std::any_of, std::find, std::is_sorted, std::lower_bound, std::sort
+#include <algorithm>      // std::adjacent_find, std::any_of, std::is_sorted, std::lower_bound, std::max, std::sort
 #include <cstddef>        // std::size_t
 #include <cstdint>        // std::uint16_t, std::uint32_t, std::uint64_t
 #include <optional>       // std::optional
@@ -14,7 +15,7 @@
 
 namespace TETROMINO_NAMESPACE::moe::detail {
 
-/// One line of a routing log: the experts of one token in one layer.
+/// One line of a routing log: the experts of one token in one layer, no_expert where nobody serves.
 struct routing_record {
   static constexpr std::uint64_t largest_token = 0xFFFF'FFFE;
   static constexpr std::uint64_t largest_layer = 0xFFFF;
@@ -48,8 +49,10 @@ class trace_builder {
       }
       r.domain = record.domain;
     }
+    const std::uint64_t token = token_in_request(found->second, record);
+    if (token > routing_record::largest_token) return text("expected fewer than 2^32 tokens in a request");
     entry e{found->second,
-            static_cast<std::uint32_t>(record.token),
+            static_cast<std::uint32_t>(token),
             static_cast<std::uint16_t>(record.layer),
             static_cast<std::uint8_t>(record.in_prefill ? (*record.in_prefill ? 1 : 0) : unknown),
             ids_.size(),
@@ -113,8 +116,9 @@ class trace_builder {
       ++tokens;
     }
 
-    const routing_shape shape{layers.size(), experts != 0 ? experts : largest_id() + 1, experts_per_token_};
+    routing_shape shape{layers.size(), experts != 0 ? experts : largest_id(ids_) + 1, experts_per_token_};
     if (auto bad = check_ids(shape)) return *bad;
+    drop_layers_of_nobody(shape, ids);
     std::vector<std::string> names = name_domains(requests);
     return trace::try_make(shape, std::move(ids), std::move(requests), std::move(names));
   }
@@ -129,6 +133,10 @@ class trace_builder {
     std::uint8_t in_prefill;
     std::size_t first_id;
     std::uint64_t line;
+  };
+  struct pass {
+    std::uint64_t first;        // token_idx with which each pass begins
+    std::uint64_t begin, last;  // tokens of the request: where this pass began, the last one so far
   };
   struct open_request {
     std::string name;
@@ -149,7 +157,17 @@ class trace_builder {
     return error(errc::malformed_file, text(", line ", e.line, ": ", what));
   }
 
-  [[nodiscard]] std::size_t largest_id() const { return *std::max_element(ids_.begin(), ids_.end()); }
+  // Loggers that sit in a layer count the tokens of each forward pass from the same number again: where the first
+  // token_idx of a request and layer comes once more, the next pass begins.
+  [[nodiscard]] std::uint64_t token_in_request(std::uint32_t request, const routing_record& record) {
+    const auto [found, is_new] = passes_.try_emplace(std::uint64_t{request} << 16 | record.layer,
+                                                     pass{record.token, record.token, record.token});
+    pass& p = found->second;
+    if (!is_new && record.token == p.first) p.begin = p.last + 1;
+    const std::uint64_t token = p.begin + record.token - p.first;
+    p.last = std::max(p.last, token);
+    return token;
+  }
 
   [[nodiscard]] std::optional<error> check_ids(const routing_shape& shape) const {
     std::vector<std::uint16_t> sorted;
@@ -157,6 +175,8 @@ class trace_builder {
       const auto begin = ids_.begin() + static_cast<std::ptrdiff_t>(e.first_id);
       sorted.assign(begin, begin + static_cast<std::ptrdiff_t>(experts_per_token_));
       std::sort(sorted.begin(), sorted.end());
+      while (!sorted.empty() && sorted.back() == no_expert) sorted.pop_back();
+      if (sorted.empty()) continue;
       if (sorted.back() >= shape.experts) {
         return at_line(e, text("expected expert ids below ", shape.experts, ", got ", sorted.back()));
       }
@@ -171,13 +191,14 @@ class trace_builder {
   // Numbers the domains in order of first appearance; none at all if no line names one.
   [[nodiscard]] std::vector<std::string> name_domains(std::vector<request>& requests) const {
     std::vector<std::string> names;
+    std::unordered_map<std::string, std::uint32_t> number_of_domain;
     const bool any =
         std::any_of(requests_.begin(), requests_.end(), [](const auto& r) { return r.domain.has_value(); });
     for (std::size_t r = 0; any && r < requests.size(); ++r) {
-      const std::string& name = requests_[r].domain ? *requests_[r].domain : unnamed_;
-      const auto found = std::find(names.begin(), names.end(), name);
-      requests[r].domain = static_cast<std::uint32_t>(found - names.begin());
-      if (found == names.end()) names.push_back(name);
+      const std::string name = requests_[r].domain.value_or("unnamed");
+      const auto [found, is_new] = number_of_domain.try_emplace(name, static_cast<std::uint32_t>(names.size()));
+      if (is_new) names.push_back(name);
+      requests[r].domain = found->second;
     }
     return names;
   }
@@ -187,7 +208,7 @@ class trace_builder {
   std::vector<std::uint16_t> ids_;  // [entries, experts per token]
   std::unordered_map<std::string, std::uint32_t> number_of_request_;
   std::vector<open_request> requests_;
-  std::string unnamed_ = "unnamed";
+  std::unordered_map<std::uint64_t, pass> passes_;  // by request and layer
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -1,8 +1,8 @@
 #include "check.hpp"
 
 #include <tetromino/moe/cost.hpp>
-#include <tetromino/moe/exact.hpp>
-#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/place_exact.hpp>
+#include <tetromino/moe/place_local.hpp>
 
 #include "code_of.hpp"
 #include "reference/generators.hpp"

@@ -1,9 +1,9 @@
 #pragma once
 
-#include "../trace.hpp"       // trace_view, phase
-#include "search_random.hpp"  // search_random
+#include "../trace.hpp"  // trace_view, phase
+#include "random.hpp"    // search_random
 
-#include <algorithm>  // std::copy, std::max, std::min
+#include <algorithm>  // std::count_if, std::max, std::min, std::transform
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int64_t, std::uint16_t, std::uint32_t, std::uint64_t
 #include <span>       // std::span
@@ -12,7 +12,8 @@
 
 namespace TETROMINO_NAMESPACE::moe::detail {
 
-/// Tokens that stand for a trace: of at most so many requests, evenly spaced within each, in random order.
+/// Tokens that stand for a trace: of at most so many requests, evenly spaced within each, in random order. Where nobody
+/// serves, the id is shape.experts: one more expert, which no node ever holds.
 struct search_sample {
   routing_shape shape;
   std::vector<std::uint32_t> requests;          // [sampled requests] their numbers in the view
@@ -20,6 +21,7 @@ struct search_sample {
   std::vector<std::uint32_t> request_of_token;  // [sampled tokens] place in `requests`
   std::vector<std::uint16_t> ids;               // [layers, sampled tokens, experts per token]
   std::vector<std::int64_t> loads;              // [layers, experts] of all tokens, scaled to the sampled ones
+  std::vector<std::size_t> pairs;               // [layers] choices of sampled tokens that somebody serves
 
   [[nodiscard]] std::size_t tokens() const noexcept { return request_of_token.size(); }
   [[nodiscard]] std::span<const std::uint16_t> layer(std::size_t l) const {
@@ -68,8 +70,14 @@ struct search_sample {
   for (std::size_t t = 0; t < tokens.size(); ++t) {
     const std::uint16_t* const e = from.token(tokens[t]).data();
     for (std::size_t l = 0; l < layers; ++l) {
-      std::copy(e + l * k, e + (l + 1) * k, out.ids.data() + (l * tokens.size() + t) * k);
+      std::transform(e + l * k, e + (l + 1) * k, out.ids.data() + (l * tokens.size() + t) * k,
+                     [&](std::uint16_t id) { return static_cast<std::uint16_t>(std::min<std::size_t>(id, experts)); });
     }
+  }
+  for (std::size_t l = 0; l < layers; ++l) {
+    const std::span<const std::uint16_t> chosen = out.layer(l);
+    out.pairs.push_back(static_cast<std::size_t>(
+        std::count_if(chosen.begin(), chosen.end(), [&](std::uint16_t id) { return id < experts; })));
   }
 
   // loads from more tokens than are searched: they cost one pass
@@ -84,7 +92,9 @@ struct search_sample {
       ++counted;
       const std::uint16_t* e = from.token(t).data();
       for (std::size_t l = 0; l < layers; ++l) {
-        for (std::size_t i = 0; i < k; ++i) ++out.loads[l * experts + *e++];
+        for (std::size_t i = 0; i < k; ++i, ++e) {
+          if (*e != no_expert) ++out.loads[l * experts + *e];
+        }
       }
     }
   }
@@ -94,4 +104,4 @@ struct search_sample {
   return out;
 }
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -3,7 +3,7 @@
 #include "../topology.hpp"  // topology
 #include "bin_packer.hpp"   // bin_packer
 
-#include <algorithm>  // std::make_heap, std::max, std::pop_heap, std::push_heap, std::swap_ranges
+#include <algorithm>  // std::find, std::make_heap, std::max, std::pop_heap, std::push_heap, std::swap_ranges
 #include <cstddef>    // std::ptrdiff_t, std::size_t
 #include <cstdint>    // std::int32_t, std::uint32_t
 #include <span>       // std::span
@@ -13,15 +13,17 @@
 namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// Spreads experts with copies over neighbouring GPUs of any sizes, none twice on one GPU.
-class strict_balancer {
+class load_balancer {
  public:
-  /// first_slot[gpus + 1], of the whole topology.
-  explicit strict_balancer(std::span<const std::uint32_t> first_slot) : first_slot_(first_slot) {}
+  /// first_slot[gpus + 1] and speeds[gpus] (none: all alike), of the whole topology.
+  explicit load_balancer(std::span<const std::uint32_t> first_slot, std::span<const double> speeds = {})
+      : first_slot_(first_slot), speeds_(speeds) {}
 
   /// Puts `experts`, loads load[expert], into the slots of GPUs first_gpu … last_gpu − 1, writing expert_of_slot (the
-  /// layer's whole row). Precondition: at least as many slots as experts.
+  /// layer's whole row), with at most `copies` slots for further copies. Precondition: at least as many slots as
+  /// experts.
   void solve(std::span<const double> load, std::span<const std::uint32_t> experts, std::size_t first_gpu,
-             std::size_t last_gpu, std::span<std::int32_t> expert_of_slot) {
+             std::size_t last_gpu, std::span<std::int32_t> expert_of_slot, std::size_t copies = ~std::size_t{0}) {
     const std::span<const std::uint32_t> bins = first_slot_.subspan(first_gpu, last_gpu - first_gpu + 1);
     const std::size_t slots = bins.back() - bins.front();
     std::uint32_t usable_gpus = 0;
@@ -29,7 +31,8 @@ class strict_balancer {
 
     copies_.assign(experts.size(), 1);
     limit_.assign(experts.size(), usable_gpus);
-    add_copies(load, experts, slots - experts.size());
+    const bool all_slots = copies >= slots - experts.size();
+    add_copies(load, experts, all_slots ? slots - experts.size() : copies);
     item_of_slot_.resize(slots);
     for (;;) {
       items_.clear();
@@ -38,7 +41,9 @@ class strict_balancer {
           items_.push_back({load[experts[i]] / copies_[i], static_cast<std::uint32_t>(i)});
         }
       }
-      const std::span<const std::uint32_t> unplaced = packer_.pack(items_, bins, item_of_slot_, bins.size() * 4);
+      const std::span<const std::uint32_t> unplaced =
+          packer_.pack(items_, bins, item_of_slot_, bins.size() * 4,
+                       speeds_.empty() ? speeds_ : speeds_.subspan(first_gpu, bins.size() - 1));
       if (unplaced.empty()) break;
       // no bin of unequal GPUs takes that many copies of this expert: fewer of it, more of the others
       for (const std::uint32_t item : unplaced) limit_[items_[item].expert] = --copies_[items_[item].expert];
@@ -48,6 +53,9 @@ class strict_balancer {
       const std::uint32_t item = item_of_slot_[s];
       expert_of_slot[bins.front() + s] =
           item == bin_packer::nothing ? -1 : static_cast<std::int32_t>(experts[items_[item].expert]);
+    }
+    for (std::size_t b = 0; all_slots && b + 1 < bins.size(); ++b) {
+      fill(load, experts, expert_of_slot.subspan(bins[b], bins[b + 1] - bins[b]));
     }
   }
 
@@ -61,6 +69,21 @@ class strict_balancer {
   };
   static bool below_heaviest(const weighed& a, const weighed& b) {
     return a.weight < b.weight || (a.weight == b.weight && a.index > b.index);
+  }
+
+  // Where GPUs are so unequal that slots are left over: in each, whoever carries most per copy of those not there.
+  void fill(std::span<const double> load, std::span<const std::uint32_t> experts, std::span<std::int32_t> gpu) {
+    for (std::int32_t& slot : gpu) {
+      if (slot >= 0) continue;
+      std::size_t best = experts.size();
+      for (std::size_t i = 0; i < experts.size(); ++i) {
+        if (std::find(gpu.begin(), gpu.end(), static_cast<std::int32_t>(experts[i])) != gpu.end()) continue;
+        if (best == experts.size() || load[experts[i]] / copies_[i] > load[experts[best]] / copies_[best]) best = i;
+      }
+      if (best == experts.size()) return;
+      slot = static_cast<std::int32_t>(experts[best]);
+      ++copies_[best];
+    }
   }
 
   // One copy after the other for whoever carries most per copy and may have more.
@@ -85,6 +108,7 @@ class strict_balancer {
   }
 
   std::span<const std::uint32_t> first_slot_;
+  std::span<const double> speeds_;
   bin_packer packer_;
   std::vector<std::uint32_t> copies_, limit_;  // [experts]
   std::vector<pack_item> items_;
@@ -107,7 +131,7 @@ inline void level_nodes(const topology& t, std::vector<double>& gpu_load, std::s
     for (std::size_t a = t.first_gpu(heavy); a < t.first_gpu(heavy) + t.gpus_on_node(heavy); ++a) {
       for (std::size_t b = 0; b < t.gpus(); ++b) {
         const std::size_t other = t.node_of_gpu(b);
-        if (other == heavy || t.slots_on_gpu(a) != t.slots_on_gpu(b)) continue;
+        if (other == heavy || t.slots_on_gpu(a) != t.slots_on_gpu(b) || t.speed(a) != t.speed(b)) continue;
         const double shift = gpu_load[a] - gpu_load[b];
         const double load = std::max(node_load[heavy] - shift, node_load[other] + shift);
         if (load < best_load) {
@@ -129,4 +153,4 @@ inline void level_nodes(const topology& t, std::vector<double>& gpu_load, std::s
   }
 }
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail

@@ -1,0 +1,225 @@
+#pragma once
+
+/// Placements as files: ours, and those of engines. Opt-in: needs nlohmann-json.
+
+#include "../error.hpp"            // tetromino::result, tetromino::error
+#include "formats/json.hpp"        // detail::parse_json, detail::whole_number
+#include "formats/slot_lists.hpp"  // detail::slot_lists, detail::read_yaml_lists
+#include "placement.hpp"           // placement
+#include "topology.hpp"            // topology
+
+#include <nlohmann/json.hpp>  // nlohmann::json
+
+#include <algorithm>    // std::find
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::int32_t, std::uint64_t
+#include <string>       // std::string
+#include <string_view>  // std::string_view
+#include <utility>      // std::move
+#include <vector>       // std::vector
+
+namespace TETROMINO_NAMESPACE::moe {
+
+/// A placement as one line of JSON: `{"experts":E,"layers":L,"slot_to_expert":[[…],…],"slots":S}`, −1 for empty slots.
+[[nodiscard]] inline std::string to_json(const placement& p) {
+  nlohmann::json rows = nlohmann::json::array();
+  for (std::size_t l = 0; l < p.layers(); ++l) {
+    rows.push_back(std::vector<std::int32_t>(p.layer(l).begin(), p.layer(l).end()));
+  }
+  const nlohmann::json out = {
+      {"layers", p.layers()}, {"experts", p.experts()}, {"slots", p.slots()}, {"slot_to_expert", std::move(rows)}};
+  return out.dump();
+}
+
+namespace detail {
+
+[[nodiscard]] inline result<placement> placement_of_json(const nlohmann::json& j) {
+  std::size_t sizes[3] = {};
+  constexpr const char* keys[3] = {"layers", "experts", "slots"};
+  for (std::size_t i = 0; i < 3; ++i) {
+    const auto found = j.find(keys[i]);
+    std::uint64_t n = 0;
+    if (found == j.end() || !whole_number(*found, ~std::uint64_t{0}, n)) {
+      return error(errc::malformed_file, text("placement: expected ", keys[i], ", a whole number"));
+    }
+    sizes[i] = static_cast<std::size_t>(n);
+  }
+  if (sizes[1] == 0 || sizes[1] > placement::max_experts) {
+    return error(errc::malformed_file,
+                 text("placement: expected 1 to ", placement::max_experts, " experts, got ", sizes[1]));
+  }
+  const auto rows = j.find("slot_to_expert");
+  if (rows == j.end() || !rows->is_array() || rows->size() != sizes[0]) {
+    return error(errc::malformed_file, text("placement: expected slot_to_expert, a list of ", sizes[0], " lists"));
+  }
+  slot_lists lists;
+  for (std::size_t l = 0; l < rows->size(); ++l) {
+    const nlohmann::json& row = (*rows)[l];
+    if (!row.is_array() || row.size() != sizes[2]) {
+      return error(errc::malformed_file,
+                   text("placement: expected slot_to_expert of layer ", l, ", a list of ", sizes[2], " entries"));
+    }
+    if (std::string bad = lists.add(row); !bad.empty()) {
+      return error(errc::malformed_file, text("placement: ", bad, " in layer ", l));
+    }
+  }
+  return lists.finish(sizes[1]);
+}
+
+}  // namespace detail
+
+/// Reads what `to_json` wrote; other keys are ignored. Errors say which key is missing or wrong.
+[[nodiscard]] inline result<placement> try_placement_from_json(std::string_view written) {
+  nlohmann::json j;
+  if (std::string bad = detail::parse_json(written, j); !bad.empty() || !j.is_object()) {
+    return error(errc::malformed_file, detail::text("placement: ", bad.empty() ? "expected a JSON object" : bad));
+  }
+  return detail::placement_of_json(j);
+}
+[[nodiscard]] inline placement placement_from_json(std::string_view written) {
+  return try_placement_from_json(written).value();
+}
+
+/// How engines write down where experts live.
+enum class plan_format : std::uint8_t {
+  physical_to_logical_json,  ///< SGLang (--init-expert-location) and vLLM: `{"physical_to_logical_map": [[…], …]}`
+  tensorrt_llm_yaml,         ///< MoE load balancer: num_slots, initial_global_assignments, layer_updates_per_iter
+  vllm_ascend_json,          ///< expert_map.json: layer_list, device_list, device_expert
+};
+
+/// What the engines want to know besides.
+struct plan_write_options {
+  std::size_t first_layer = 0;             ///< number in the model of the placement's layer 0, after dense ones (YAML)
+  std::size_t layer_updates_per_iter = 0;  ///< TensorRT-LLM: 0 keeps the plan as it is
+};
+
+/// A plan as an engine reads it. Errors: slots that are empty (see fill_empty_slots), since no engine takes those; a
+/// placement for another topology.
+[[nodiscard]] inline result<std::string> try_to_plan(const placement& p, const topology& t, plan_format format,
+                                                     const plan_write_options& options = {}) {
+  if (p.slots() != t.slots()) {
+    return error(errc::shape_mismatch,
+                 detail::text("plan: expected ", t.slots(), " slots as in the topology, got ", p.slots()));
+  }
+  for (std::size_t l = 0; l < p.layers(); ++l) {
+    const auto row = p.layer(l);
+    if (const auto empty = std::find(row.begin(), row.end(), empty_slot); empty != row.end()) {
+      return error(errc::invalid_argument,
+                   detail::text("plan: expected an expert in each slot (fill_empty_slots), got none in slot ",
+                                empty - row.begin(), " of layer ", l));
+    }
+  }
+  const auto list = [&](std::size_t l, std::size_t first, std::size_t count) {
+    const auto row = p.layer(l).subspan(first, count);
+    return std::vector<std::int32_t>(row.begin(), row.end());
+  };
+  if (format == plan_format::tensorrt_llm_yaml) {
+    std::string out = detail::text("num_slots: ", p.slots(), "\ninitial_global_assignments:\n");
+    for (std::size_t l = 0; l < p.layers(); ++l) {
+      out += detail::text("  ", options.first_layer + l, ": [");
+      for (std::size_t s = 0; s < p.slots(); ++s) out += detail::text(s == 0 ? "" : ", ", p.layer(l)[s]);
+      out += "]\n";
+    }
+    return out + detail::text("layer_updates_per_iter: ", options.layer_updates_per_iter, "\n");
+  }
+  nlohmann::json layers = nlohmann::json::array();
+  for (std::size_t l = 0; l < p.layers(); ++l) {
+    if (format == plan_format::physical_to_logical_json) {
+      layers.push_back(list(l, 0, p.slots()));
+      continue;
+    }
+    nlohmann::json devices = nlohmann::json::array();
+    for (std::size_t g = 0; g < t.gpus(); ++g) {
+      devices.push_back({{"device_id", g}, {"device_expert", list(l, t.first_slot(g), t.slots_on_gpu(g))}});
+    }
+    layers.push_back({{"layer_id", l}, {"device_count", t.gpus()}, {"device_list", std::move(devices)}});
+  }
+  if (format == plan_format::physical_to_logical_json) {
+    return nlohmann::json{{"physical_to_logical_map", std::move(layers)}}.dump();
+  }
+  return nlohmann::json{{"moe_layer_count", p.layers()}, {"layer_list", std::move(layers)}}.dump();
+}
+[[nodiscard]] inline std::string to_plan(const placement& p, const topology& t, plan_format format,
+                                         const plan_write_options& options = {}) {
+  return try_to_plan(p, t, format, options).value();
+}
+
+/// A placement out of a file, and whose file it is.
+struct plan_file {
+  std::string format;
+  placement experts;
+};
+
+namespace detail {
+
+[[nodiscard]] inline result<plan_file> plan_of_json(const nlohmann::json& j, std::size_t experts) {
+  if (j.contains("slot_to_expert")) {
+    auto p = placement_of_json(j);
+    return p ? result<plan_file>(plan_file{"placement (JSON)", std::move(*p)}) : p.error();
+  }
+  slot_lists lists;
+  const bool by_device = j.contains("layer_list");
+  const nlohmann::json& layers = by_device ? j["layer_list"] : j["physical_to_logical_map"];
+  if (!layers.is_array()) return error(errc::malformed_file, "plan: expected a list of layers");
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    nlohmann::json row = nlohmann::json::array();
+    std::string bad;
+    if (by_device) {
+      const auto devices = layers[l].is_object() ? layers[l].find("device_list") : layers[l].end();
+      if (devices == layers[l].end() || !devices->is_array()) bad = "expected device_list, a list";
+      for (std::size_t d = 0; bad.empty() && d < devices->size(); ++d) {
+        const nlohmann::json& device = (*devices)[d];
+        const auto held = device.is_object() ? device.find("device_expert") : device.end();
+        if (held == device.end() || !held->is_array()) {
+          bad = "expected device_expert, a list";
+        } else {
+          row.insert(row.end(), held->begin(), held->end());
+        }
+      }
+    }
+    if (bad.empty()) bad = lists.add(by_device ? row : layers[l]);
+    if (!bad.empty()) return error(errc::malformed_file, text("plan: ", bad, " in layer ", l));
+  }
+  auto p = lists.finish(experts);
+  if (!p) return p.error();
+  return plan_file{by_device ? "vllm-ascend expert map (JSON)" : "physical_to_logical_map (JSON)", std::move(*p)};
+}
+
+}  // namespace detail
+
+/// Reads a plan in any of the formats that are written here, `to_json` and `to_text` included, and says which it is.
+/// `experts` is how many there are; 0: the largest number + 1. GPUs are not in it, so that slots count: a topology of
+/// as many slots goes with it. Errors: something else, lists of different lengths, numbers that are no experts.
+[[nodiscard]] inline result<plan_file> try_read_plan(std::string_view written, std::size_t experts = 0) {
+  const std::size_t begin = written.find_first_not_of(" \t\r\n");
+  const std::string_view rest = begin == std::string_view::npos ? std::string_view() : written.substr(begin);
+  if (rest.starts_with("placement ")) {
+    auto p = try_placement_from_text(rest);
+    return p ? result<plan_file>(plan_file{"placement (text)", std::move(*p)}) : p.error();
+  }
+  if (rest.starts_with('{')) {
+    nlohmann::json j;
+    if (std::string bad = detail::parse_json(rest, j); !bad.empty()) {
+      return error(errc::malformed_file, detail::text("plan: ", bad));
+    }
+    if (j.contains("slot_to_expert") || j.contains("physical_to_logical_map") || j.contains("layer_list")) {
+      return detail::plan_of_json(j, experts);
+    }
+  } else if (rest.find("initial_global_assignments:") != std::string_view::npos) {
+    detail::slot_lists lists;
+    if (std::string bad = detail::read_yaml_lists(rest, lists); !bad.empty()) {
+      return error(errc::malformed_file, detail::text("plan: ", bad));
+    }
+    auto p = lists.finish(experts);
+    return p ? result<plan_file>(plan_file{"TensorRT-LLM load balancer (YAML)", std::move(*p)}) : p.error();
+  }
+  return error(
+      errc::malformed_file,
+      "plan: expected slot_to_expert, physical_to_logical_map, layer_list or initial_global_assignments, found "
+      "none of them");
+}
+[[nodiscard]] inline plan_file read_plan(std::string_view written, std::size_t experts = 0) {
+  return try_read_plan(written, experts).value();
+}
+
+}  // namespace TETROMINO_NAMESPACE::moe

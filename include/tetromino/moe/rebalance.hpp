@@ -1,0 +1,316 @@
+#pragma once
+
+#include "../error.hpp"     // tetromino::result, tetromino::error
+#include "cost.hpp"         // evaluate, cost_options
+#include "group.hpp"        // node_affinity, try_group
+#include "loads.hpp"        // load_table
+#include "migrate.hpp"      // migration, align
+#include "place_local.hpp"  // local
+#include "placement.hpp"    // placement, carry_over
+#include "profile.hpp"      // try_divergence
+#include "recorder.hpp"     // recorder
+#include "topology.hpp"     // topology
+#include "trace.hpp"        // trace_view
+
+#include <algorithm>  // std::copy, std::equal, std::find_if, std::max, std::stable_sort
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint8_t, std::uint32_t, std::uint64_t
+#include <deque>      // std::deque
+#include <limits>     // std::numeric_limits
+#include <optional>   // std::optional
+#include <span>       // std::span
+#include <string>     // std::string
+#include <utility>    // std::move
+#include <vector>     // std::vector
+
+namespace TETROMINO_NAMESPACE::moe {
+
+/// When a plan is renewed, and what that may cost.
+struct rebalance_options {
+  local_options plan;                                            ///< how plans are made; its start is the plan in force
+  group_options group;                                           ///< how requests are assigned
+  replica_options replicas{replica_choice::fewest_nodes, 1.05};  ///< how copies are chosen while serving
+
+  std::uint64_t least_tokens = 4096;  ///< decode tokens without which nothing is looked at
+  double divergence = 0.02;  ///< bits between the loads planned for and those seen, from which on a new plan is sought
+  double node_imbalance = 1.1;  ///< from which on a new plan is sought, and taken whatever it moves
+
+  double bytes_per_expert = 44e6;     ///< weights of an expert in one layer; default: DeepSeek-V3 in FP8
+  double bytes_per_visit = 7168 * 3;  ///< of a token's activation to another node and back
+  double tokens_ahead = 1e7;          ///< tokens that will be served before the next look
+  double least_return = 1;            ///< bytes that must be saved in that time for each byte moved between nodes
+  double byte_budget =
+      0;  ///< most bytes between nodes for one plan; layers that gain most per byte go first. 0: no limit
+};
+
+/// What a look at the traffic has led to.
+enum class rebalance_verdict : std::uint8_t {
+  too_few_tokens,
+  migrating,  ///< the plan before is still on its way
+  steady,     ///< loads and balance are as planned for
+  no_gain,    ///< the best plan found saves less than it moves
+  new_plan,   ///< layers are to be migrated
+};
+
+/// What was seen, and what is expected of the new plan.
+struct rebalance_report {
+  rebalance_verdict verdict = rebalance_verdict::too_few_tokens;
+  double divergence = 0;               ///< in bits
+  double nodes_per_token = 0;          ///< of the plan in force, on the tokens seen
+  double node_imbalance = 0;           ///< likewise
+  double planned_nodes_per_token = 0;  ///< of the new plan, on the same tokens
+  double planned_node_imbalance = 0;   ///< likewise
+  migration way;                       ///< to the new plan, all layers together
+};
+
+/// Keeps a plan in step with the traffic. The user serves under `current()` and `affinity()`, lets `consider` look at
+/// what a recorder has seen now and then, and carries out the layers that `next_layer` hands out while serving goes on:
+/// after the rounds of a layer, `commit_layer` switches it, so that `current()` is a plan to serve at any time.
+class rebalancer {
+ public:
+  /// Errors: a placement that is not valid on the topology, weights, limits or sizes out of range.
+  [[nodiscard]] static result<rebalancer> try_make(placement current, topology t, rebalance_options options) {
+    if (auto ok = try_validate(current, t, {.one_copy_per_gpu = false}); !ok) return ok.error();
+    const auto usable = [](double x) { return std::isfinite(x) && x >= 0; };
+    if (!usable(options.divergence) || !usable(options.node_imbalance) || !usable(options.bytes_per_expert) ||
+        !usable(options.bytes_per_visit) || !usable(options.tokens_ahead) || !usable(options.least_return) ||
+        !usable(options.byte_budget)) {
+      return error(errc::invalid_argument, "rebalance: expected limits, sizes and counts to be finite and 0 or more");
+    }
+    return rebalancer(std::move(current), std::move(t), std::move(options));
+  }
+  [[nodiscard]] static rebalancer make(placement current, topology t, rebalance_options options) {
+    return try_make(std::move(current), std::move(t), std::move(options)).value();
+  }
+
+  /// The plan to serve under now: the layers committed are new, the others as before.
+  [[nodiscard]] const placement& current() const noexcept { return current_; }
+  [[nodiscard]] const topology& cluster() const noexcept { return topology_; }
+  /// What assigns requests under it: none before the first plan. Stays where it is until a plan's last layer is
+  /// committed, and is then replaced (online_grouper::use).
+  [[nodiscard]] const node_affinity* affinity() const noexcept { return affinity_ ? &*affinity_ : nullptr; }
+  [[nodiscard]] const rebalance_options& options() const noexcept { return options_; }
+
+  /// Looks at tokens served lately and decides. Errors: of local, for routing that does not fit the placement.
+  [[nodiscard]] result<rebalance_report> try_consider(const trace_view& seen) {
+    rebalance_report out;
+    if (!layers_.empty()) {
+      out.verdict = rebalance_verdict::migrating;
+      return out;
+    }
+    if (seen.tokens(options_.plan.served) < std::max<std::uint64_t>(options_.least_tokens, 1)) return out;
+    load_table loads = loads_of(seen);
+    const bool whole = try_validate(current_, topology_, {.one_copy_per_gpu = false}).has_value();
+    std::optional<cost_report> now;
+    if (whole) {
+      auto cost = judge(current_, affinity_ ? &*affinity_ : nullptr, seen);
+      if (!cost) return cost.error();
+      now = std::move(*cost);
+      out.nodes_per_token = now->nodes_per_token();
+      out.node_imbalance = now->node_imbalance;
+      out.divergence = 1;
+      if (!loads_.values.empty()) {
+        const auto bits = try_divergence(loads_.view(), loads.view());
+        if (!bits) return bits.error();
+        out.divergence = *bits;
+      }
+      if (out.divergence < options_.divergence && out.node_imbalance < options_.node_imbalance) {
+        out.verdict = rebalance_verdict::steady;
+        return out;
+      }
+    }
+    auto found = find(seen, now);
+    if (!found) return found.error();
+    auto way = try_migrate(current_, found->experts, topology_, options_.bytes_per_expert);
+    if (!way) return way.error();
+    out.way = std::move(*way);
+    out.planned_nodes_per_token = found->cost.nodes_per_token();
+    out.planned_node_imbalance = found->cost.node_imbalance;
+    if (now && !pays(out)) {
+      out.verdict = rebalance_verdict::no_gain;
+      if (!affinity_) {  // what is there is what to serve under
+        affinity_ = node_affinity::make(current_, topology_, seen, options_.group);
+        loads_ = std::move(loads);
+      }
+      return out;
+    }
+    out.verdict = rebalance_verdict::new_plan;
+    begin(std::move(*found), std::move(loads), out.way);
+    return out;
+  }
+  rebalance_report consider(const trace_view& seen) { return try_consider(seen).value(); }
+  /// The same, with what a recorder has kept.
+  [[nodiscard]] result<rebalance_report> try_consider(const recorder& seen) {
+    const trace recorded = seen.to_trace();
+    return try_consider(recorded.view());
+  }
+  rebalance_report consider(const recorder& seen) { return try_consider(seen).value(); }
+
+  /// The next layer to migrate, with its rounds; null when there is none. The slots of its experts are those of `next`.
+  [[nodiscard]] const layer_migration* next_layer() const noexcept {
+    return layers_.empty() ? nullptr : &layers_.front();
+  }
+  /// The plan that is on its way; the one in force when there is none.
+  [[nodiscard]] const placement& next() const noexcept { return layers_.empty() ? current_ : next_; }
+  /// The weights of next_layer() are where they shall be: it is served as planned from now on. Precondition: there is
+  /// such a layer.
+  void commit_layer() {
+    TETROMINO_EXPECTS(!layers_.empty(), "rebalancer: a layer that is being migrated");
+    const std::size_t l = layers_.front().layer;
+    std::copy(next_.layer(l).begin(), next_.layer(l).end(), current_.layer(l).begin());
+    layers_.pop_front();
+    if (layers_.empty()) affinity_ = std::move(next_affinity_);
+  }
+
+  /// The cluster is another one from now on: what GPUs of `t` hold is what gpu_before says they held (see carry_over).
+  /// A plan on its way is given up. Experts may be missing then; the next `consider` makes a whole plan, whatever it
+  /// moves. Errors: as carry_over; a cluster with fewer slots than experts.
+  [[nodiscard]] result<void> try_change_cluster(topology t, std::span<const std::uint32_t> gpu_before = {}) {
+    if (t.slots() < current_.experts()) {
+      return error(errc::infeasible, detail::text("rebalance: expected a slot for each of ", current_.experts(),
+                                                  " experts, got ", t.slots()));
+    }
+    auto carried = try_carry_over(current_, topology_, t, gpu_before);
+    if (!carried) return carried.error();
+    current_ = std::move(*carried);
+    topology_ = std::move(t);
+    layers_.clear();
+    affinity_.reset();
+    loads_ = {};
+    return {};
+  }
+  void change_cluster(topology t, std::span<const std::uint32_t> gpu_before = {}) {
+    try_change_cluster(std::move(t), gpu_before).value();
+  }
+
+ private:
+  struct candidate {
+    placement experts;
+    node_affinity affinity;
+    cost_report cost;
+  };
+
+  rebalancer(placement current, topology t, rebalance_options options)
+      : current_(std::move(current)), topology_(std::move(t)), options_(std::move(options)) {}
+
+  [[nodiscard]] load_table loads_of(const trace_view& seen) const {
+    const routing_shape& s = seen.shape;
+    load_table out{s.layers, s.experts, std::vector<double>(s.layers * s.experts, 0.0)};
+    for (const request& r : seen.requests) {
+      const token_range range = r.range(options_.plan.served);
+      for (std::uint64_t t = range.first; t < range.last; ++t) {
+        const std::span<const std::uint16_t> ids = seen.token(t);
+        for (std::size_t i = 0; i < ids.size(); ++i) {
+          if (ids[i] != no_expert) out.values[i / s.experts_per_token * s.experts + ids[i]] += 1;
+        }
+      }
+    }
+    return out;
+  }
+
+  // What the tokens seen cost under a plan, each request on the node that it would be assigned to.
+  [[nodiscard]] result<cost_report> judge(const placement& p, const node_affinity* affinity,
+                                          const trace_view& seen) const {
+    std::optional<node_affinity> learnt;
+    if (affinity == nullptr) {
+      auto made = node_affinity::try_make(p, topology_, seen, options_.group);
+      if (!made) return made.error();
+      affinity = &learnt.emplace(std::move(*made));
+    }
+    signature_builder builder = affinity->builder();
+    std::vector<request_signature> signatures;
+    std::vector<std::uint64_t> tokens;
+    for (const request& r : seen.requests) {
+      signatures.push_back(signature_of(seen, r, builder));
+      tokens.push_back(r.range(options_.plan.served).size());
+    }
+    const auto sources = try_group(*affinity, signatures, tokens);
+    if (!sources) return sources.error();
+    cost_options cost;
+    cost.tokens = options_.plan.served;
+    cost.replicas = options_.replicas;
+    return try_evaluate(seen, p, topology_, *sources, cost);
+  }
+
+  [[nodiscard]] result<candidate> find(const trace_view& seen, const std::optional<cost_report>& now) const {
+    local_options how = options_.plan;
+    how.start = &current_;
+    auto plan = try_local(seen, topology_, how);
+    if (!plan) return plan.error();
+    placement next = std::move(plan->experts);
+    align(next, current_, topology_);
+    for (int pass = 0;; ++pass) {
+      auto affinity = node_affinity::try_make(next, topology_, seen, options_.group);
+      if (!affinity) return affinity.error();
+      auto cost = judge(next, &*affinity, seen);
+      if (!cost) return cost.error();
+      if (pass > 0 || !now || options_.byte_budget == 0 || !keep_within_budget(next, *now, *cost)) {
+        return candidate{std::move(next), std::move(*affinity), std::move(*cost)};
+      }
+    }
+  }
+
+  // Gives up the layers that gain least for what they move; true if there are any.
+  [[nodiscard]] bool keep_within_budget(placement& next, const cost_report& now, const cost_report& then) const {
+    struct of_layer {
+      std::size_t layer;
+      double bytes, gain;
+    };
+    std::vector<of_layer> order;
+    const migration way = migrate(current_, next, topology_, options_.bytes_per_expert);
+    for (const layer_migration& l : way.layers) {
+      double moves = 0;
+      for (const migration_round& round : l.rounds) {
+        for (const expert_move& m : round.moves) {
+          moves += topology_.node_of_gpu(m.from_gpu) == topology_.node_of_gpu(m.to_gpu) ? 0 : 1;
+        }
+      }
+      order.push_back(
+          {l.layer, moves * options_.bytes_per_expert,
+           static_cast<double>(now.visits_of_layer[l.layer]) - static_cast<double>(then.visits_of_layer[l.layer])});
+    }
+    std::stable_sort(order.begin(), order.end(),
+                     [](const of_layer& a, const of_layer& b) { return a.gain * b.bytes > b.gain * a.bytes; });
+    double spent = 0;
+    bool any = false;
+    for (const of_layer& l : order) {
+      if (spent + l.bytes <= options_.byte_budget) {
+        spent += l.bytes;
+        continue;
+      }
+      std::copy(current_.layer(l.layer).begin(), current_.layer(l.layer).end(), next.layer(l.layer).begin());
+      any = true;
+    }
+    return any;
+  }
+
+  [[nodiscard]] bool pays(const rebalance_report& r) const {
+    if (r.way.moves == 0) return false;
+    if (r.node_imbalance >= options_.node_imbalance && r.planned_node_imbalance < r.node_imbalance) return true;
+    const double saved = (r.nodes_per_token - r.planned_nodes_per_token) * static_cast<double>(current_.layers()) *
+                         options_.tokens_ahead * options_.bytes_per_visit;
+    return saved > options_.least_return * r.way.bytes_between_nodes;
+  }
+
+  void begin(candidate found, load_table loads, const migration& way) {
+    next_ = std::move(found.experts);
+    next_affinity_ = std::move(found.affinity);
+    loads_ = std::move(loads);
+    for (std::size_t l = 0; l < current_.layers(); ++l) {
+      if (std::equal(current_.layer(l).begin(), current_.layer(l).end(), next_.layer(l).begin())) continue;
+      const auto moved =
+          std::find_if(way.layers.begin(), way.layers.end(), [&](const layer_migration& m) { return m.layer == l; });
+      layers_.push_back(moved == way.layers.end() ? layer_migration{l, 0, {}} : *moved);
+    }
+    if (layers_.empty()) affinity_ = std::move(next_affinity_);
+  }
+
+  placement current_, next_;
+  topology topology_;
+  rebalance_options options_;
+  std::optional<node_affinity> affinity_, next_affinity_;
+  load_table loads_;                    // that the plan in force was made for
+  std::deque<layer_migration> layers_;  // still to be migrated
+};
+
+}  // namespace TETROMINO_NAMESPACE::moe

@@ -1,0 +1,155 @@
+#include "check.hpp"
+
+#include <tetromino/moe/place.hpp>
+#include <tetromino/moe/rebalance.hpp>
+#include <tetromino/moe/trace_io.hpp>
+
+#include "code_of.hpp"
+
+#include <algorithm>  // std::equal, std::find
+#include <cmath>      // std::nan
+#include <vector>     // std::vector
+
+namespace {
+
+using namespace tetromino::moe;
+using tetromino::errc;
+
+/// Requests of one domain of the bundled trace, from the n-th on.
+std::vector<request> of_domain(const trace& t, std::uint32_t domain, std::size_t first, std::size_t count) {
+  std::vector<request> out;
+  std::size_t seen = 0;
+  for (const request& r : t.requests()) {
+    if (r.domain == domain && seen++ >= first && out.size() < count) out.push_back(r);
+  }
+  return out;
+}
+
+rebalance_options quick() {
+  rebalance_options o;
+  o.plan.effort = 0.1;
+  o.least_tokens = 500;
+  o.node_imbalance = 1.6;  // of so few requests
+  return o;
+}
+
+void carry_out(rebalancer& loop) {
+  while (const layer_migration* layer = loop.next_layer()) {
+    // at any time, what is served is a plan: each layer is the old one or the new one
+    REQUIRE(try_validate(loop.current(), loop.cluster(), {.one_copy_per_gpu = false}).has_value());
+    REQUIRE_FALSE(std::equal(loop.current().layer(layer->layer).begin(), loop.current().layer(layer->layer).end(),
+                             loop.next().layer(layer->layer).begin()));
+    loop.commit_layer();
+  }
+}
+
+}  // namespace
+
+TEST_CASE("the loop plans, migrates layer by layer, rests, and plans again when the traffic changes") {
+  const trace t = read_trace(tetromino_test::data_file("routing-16x2.safetensors"));
+  const topology cluster = topology::uniform(4, 1, 5);
+  rebalancer loop = rebalancer::make(contiguous(4, 16, cluster), cluster, quick());
+  CHECK(loop.affinity() == nullptr);
+  CHECK(loop.consider(t.view().with({})).verdict == rebalance_verdict::too_few_tokens);
+  CHECK_THROWS_AS(loop.commit_layer(), tetromino_test::precondition_failed);
+
+  const std::vector<request> first = of_domain(t, 0, 0, 25);
+  const rebalance_report plan = loop.consider(t.view().with(first));
+  CHECK(plan.verdict == rebalance_verdict::new_plan);
+  CHECK(plan.divergence == 1);
+  CHECK(plan.planned_nodes_per_token < plan.nodes_per_token);
+  CHECK(plan.way.moves > 0);
+  CHECK(loop.next_layer() != nullptr);
+  CHECK(loop.affinity() == nullptr);
+  CHECK(loop.consider(t.view().with(first)).verdict == rebalance_verdict::migrating);
+  carry_out(loop);
+  REQUIRE(loop.affinity() != nullptr);
+  CHECK(loop.current() == loop.next());
+
+  const rebalance_report same = loop.consider(t.view().with(first));
+  CHECK(same.verdict == rebalance_verdict::steady);
+  CHECK(same.divergence == 0);
+  CHECK(same.nodes_per_token == Approx(plan.planned_nodes_per_token));
+
+  const rebalance_report other = loop.consider(t.view().with(of_domain(t, 1, 0, 25)));
+  CHECK(other.verdict == rebalance_verdict::new_plan);
+  CHECK(other.divergence > 0.02);
+  CHECK(other.planned_nodes_per_token < other.nodes_per_token);
+  carry_out(loop);
+
+  // an online grouper goes on with the new affinity
+  online_grouper grouper(*loop.affinity());
+  const node_affinity next = node_affinity::make(loop.current(), cluster, t.view());
+  grouper.use(next);
+  CHECK_THROWS_AS(grouper.use(node_affinity::make(contiguous(4, 16, topology::uniform(2, 1, 8)),
+                                                  topology::uniform(2, 1, 8), t.view())),
+                  tetromino_test::precondition_failed);
+}
+
+TEST_CASE("moves must pay, and stay within their budget") {
+  const trace t = read_trace(tetromino_test::data_file("routing-16x2.safetensors"));
+  const topology cluster = topology::uniform(4, 1, 4);
+  const std::vector<request> seen = of_domain(t, 2, 0, 25);
+  rebalance_options o = quick();
+  o.tokens_ahead = 10;
+  o.node_imbalance = 100;
+  rebalancer dear = rebalancer::make(contiguous(4, 16, cluster), cluster, o);
+  CHECK(dear.consider(t.view().with(seen)).verdict == rebalance_verdict::no_gain);
+  CHECK(dear.next_layer() == nullptr);
+  CHECK(dear.affinity() != nullptr);
+  CHECK(dear.current() == contiguous(4, 16, cluster));
+
+  o = quick();
+  o.bytes_per_expert = 1;
+  rebalancer free = rebalancer::make(contiguous(4, 16, cluster), cluster, o);
+  const double all = free.consider(t.view().with(seen)).way.bytes_between_nodes;
+  REQUIRE(all > 8);
+  for (const double budget : {all / 4, all / 2, all}) {
+    o.byte_budget = budget;
+    rebalancer thrifty = rebalancer::make(contiguous(4, 16, cluster), cluster, o);
+    const rebalance_report r = thrifty.consider(t.view().with(seen));
+    CHECK(r.way.bytes_between_nodes <= budget);
+    CHECK(r.planned_nodes_per_token <= r.nodes_per_token);
+  }
+}
+
+TEST_CASE("a GPU dies, a node dies, and both come back") {
+  const trace t = read_trace(tetromino_test::data_file("routing-16x2.safetensors"));
+  const topology cluster = topology::uniform(3, 2, 6);
+  const std::vector<request> seen = of_domain(t, 0, 0, 25);
+  rebalance_options o = quick();
+  rebalancer loop = rebalancer::make(contiguous(4, 16, cluster), cluster, o);
+  for (const std::vector<std::uint32_t>& dead :
+       {std::vector<std::uint32_t>{1}, std::vector<std::uint32_t>{1, 2, 3}, std::vector<std::uint32_t>{}}) {
+    loop.change_cluster(cluster.without(dead));
+    const rebalance_report r = loop.consider(t.view().with(seen));
+    std::size_t lost = 0;
+    for (std::size_t l = 0; l < 4; ++l) {
+      for (std::int32_t e = 0; e < 16; ++e) {
+        const auto row = loop.current().layer(l);
+        lost += std::find(row.begin(), row.end(), e) == row.end() ? 1U : 0U;
+      }
+    }
+    CHECK(r.way.missing.size() == lost);
+    if (lost > 0) CHECK(r.verdict == rebalance_verdict::new_plan);
+    while (loop.next_layer() != nullptr) loop.commit_layer();
+    CHECK(try_validate(loop.current(), loop.cluster(), {.one_copy_per_gpu = false}).has_value());
+    for (const std::uint32_t gpu : dead) CHECK(loop.cluster().slots_on_gpu(gpu) == 0);
+  }
+  CHECK(code_of(loop.try_change_cluster(topology::uniform(1, 1, 15))) == errc::infeasible);
+}
+
+TEST_CASE("a loop that cannot be is an error") {
+  const topology cluster = topology::uniform(2, 1, 2);
+  CHECK(code_of(rebalancer::try_make(placement(1, 4, 4), cluster, {})) == errc::invalid_argument);
+  CHECK(code_of(rebalancer::try_make(contiguous(1, 4, cluster), topology::uniform(1, 1, 5), {})) ==
+        errc::shape_mismatch);
+  rebalance_options o;
+  o.byte_budget = std::nan("");
+  CHECK(code_of(rebalancer::try_make(contiguous(1, 4, cluster), cluster, o)) == errc::invalid_argument);
+  const trace t = read_trace(tetromino_test::data_file("routing-16x2.safetensors"));
+  rebalancer loop = rebalancer::make(contiguous(1, 4, cluster), cluster, {});
+  CHECK(code_of(loop.try_consider(t.view())) == errc::shape_mismatch);
+  recorder empty = recorder::make({{1, 4, 1}});
+  CHECK(loop.consider(empty).verdict == rebalance_verdict::too_few_tokens);
+}
