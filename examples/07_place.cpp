@@ -1,6 +1,6 @@
 // Where to put a layer's experts, from ids that the engine has in memory.
 #include <tetromino/moe/cost.hpp>
-#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/place.hpp>
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // A serving loop: requests find their node, tokens their experts, and a better placement comes in by and by.
 #include <tetromino/moe/dispatch.hpp>
 #include <tetromino/moe/group.hpp>
-#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/migrate.hpp>
 #include <tetromino/moe/place.hpp>
 #include <tetromino/moe/replica.hpp>
@@ -34,7 +34,7 @@ int main(int argc, char** argv) {
   std::vector<std::uint16_t> ids(tokens * k);
   moe::route(logits, shape.experts, {.experts_per_token = k}, ids, weights);
   const moe::replica_index copies(current);
-  moe::replica_chooser chooser(current, cluster, moe::replica_choice::nearest);
+  moe::replica_chooser chooser(current, cluster);
   std::vector<std::uint32_t> gpus(tokens * k), rank_of_slot(cluster.slots());
   for (std::size_t t = 0; t < tokens; ++t) {
     chooser.choose(0, std::span(ids).subspan(t * k, k), std::uint32_t(cluster.first_gpu(node)),

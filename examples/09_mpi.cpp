@@ -25,7 +25,7 @@ int main(int argc, char** argv) {
       ids.insert(ids.end(), {std::uint16_t((rank + t) % experts), std::uint16_t((rank + t + 3) % experts)});
       weights.insert(weights.end(), {0.75f, 0.25f});
     }
-    moe::replica_chooser chooser(where, cluster, moe::replica_choice::nearest);
+    moe::replica_chooser chooser(where, cluster);
     std::vector<std::uint32_t> gpus(ids.size()), tags(tokens, std::uint32_t(rank));  // a tag travels with each row
     for (std::size_t t = 0; t < tokens; ++t) {
       chooser.choose(0, std::span(ids).subspan(t * k, k), std::uint32_t(rank), std::span(gpus).subspan(t * k, k));

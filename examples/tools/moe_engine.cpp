@@ -15,7 +15,7 @@
 #include <tetromino/dequantize.hpp>
 #include <tetromino/metrics.hpp>
 #include <tetromino/moe/cost.hpp>
-#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/place.hpp>
 
 #include <CLI/CLI.hpp>
@@ -108,7 +108,7 @@ class engine {
       : w_(w),
         model_(m),
         index_(p),
-        chooser_(p, w.cluster, moe::replica_choice::nearest),
+        chooser_(p, w.cluster),
         exchange_(MPI_COMM_WORLD),
         dispatcher_(exchange_, w.cluster, m.size.top_k, route_of(w.options.route)),
         evaluator_(m) {

@@ -2,28 +2,32 @@
 /// recorded routing:
 ///   place_experts TRACE --nodes 8 --gpus 8 --slots 16 --report report.html
 ///   place_experts TRACE --judge OTHER_TRACE --plan placement.json
+///   place_experts LOADS --plan location.json --format sglang
 /// Plans are made from a part of the requests and judged on the decode tokens of others, which are assigned to nodes by
-/// their prefill alone.
+/// their prefill alone. From loads alone (counts per expert, as engines log them), experts are balanced.
 
 #include "place_report.hpp"
 #include "place_study.hpp"
 #include "ui.hpp"
 
 #include <tetromino/moe/migrate.hpp>
-#include <tetromino/moe/placement_json.hpp>
+#include <tetromino/moe/placement_io.hpp>
+#include <tetromino/moe/trace_io.hpp>
 
 #include <CLI/CLI.hpp>
 
 #include <fstream>
 #include <numeric>
 #include <optional>
+#include <variant>
 
 namespace {
 
 using namespace study;
 
 struct settings {
-  std::string trace_path, judge_path, report_path, plan_path;
+  std::string trace_path, judge_path, report_path, plan_path, start_path, format = "json";
+  trace_read_options reading;
   std::size_t nodes = 8, gpus_per_node = 8;
   std::vector<std::size_t> slots_per_node;
   std::size_t splits = 5;
@@ -71,7 +75,10 @@ std::string number(const statistic& s, int digits = 3) {
 
 /// What placement lives on: some experts are busier, domains differ, and prefill predicts decode.
 void describe(const trace& t, voice& out) {
-  profile p = profile::make({t.shape(), domains_of(t), t.requests().size(), false, false});
+  // the loads of each domain are kept: of more than can be shown, none
+  constexpr std::size_t most_domains = 32;
+  const std::size_t domains = domains_of(t) <= most_domains ? domains_of(t) : 0;
+  profile p = profile::make({t.shape(), domains, t.requests().size(), false, false});
   p.add(t.view());
   const load_imbalance busiest = imbalance(p.loads(phase::decode));
   const phase_similarity similar = prefill_decode_similarity(p);
@@ -186,7 +193,7 @@ void trade(const settings& s, const std::vector<split>& splits, const std::vecto
 /// What happens when the traffic is not the one that was planned for.
 void drift(const settings& s, const trace& recorded, const std::vector<split>& splits, voice& out) {
   const std::size_t n = domains_of(recorded);
-  if (n < 2) return;
+  if (n < 2 || n > 32) return;
   out.section("Drift",
               fmt::format("nodes/token (and node imbalance) when one domain is served; \"local\" is planned on all "
                           "domains, on the served one, or on each of the others (mean). {} slots per node.",
@@ -261,11 +268,40 @@ void draw(const cost_report& before, const cost_report& after, const topology& t
              "nodes = nodes/token summed over a row).");
 }
 
+/// The plan given as --start, if there is one.
+std::optional<placement> plan_in_force(const settings& s, const routing_shape& shape, const topology& t) {
+  if (s.start_path.empty()) return std::nullopt;
+  const routing_file file = read_routing(s.start_path, {shape.experts});
+  const placement* const p = std::get_if<placement>(&file.content);
+  if (p == nullptr) throw std::runtime_error(fmt::format("{}: expected a plan, got {}", s.start_path, file.format));
+  validate(*p, t, {.one_copy_per_gpu = false});
+  return *p;
+}
+
+void write_plan(const settings& s, const placement& p, const topology& t) {
+  if (s.plan_path.empty()) return;
+  const auto engine = [&](plan_format f) { return to_plan(fill_empty_slots(p, t), t, f); };
+  std::ofstream file(s.plan_path, std::ios::binary);
+  file << (s.format == "sglang"         ? engine(plan_format::physical_to_logical_json)
+           : s.format == "tensorrt-llm" ? engine(plan_format::tensorrt_llm_yaml)
+           : s.format == "vllm-ascend"  ? engine(plan_format::vllm_ascend_json)
+                                        : to_json(p))
+       << "\n";
+  file.close();
+  if (!file) throw std::runtime_error(fmt::format("{}: expected to write the plan there", s.plan_path));
+  fmt::print("Written to {}\n", s.plan_path);
+}
+
 /// The plan to serve with, made from all requests, and the way there from what engines start with.
 void hand_over(const settings& s, const half& everything, const topology& t, voice& out) {
   const trace_view view = everything.view();
-  placement next = study::place({"", experts_by::local, requests_by::prefill, {s.seed, s.limit, false}}, view, t);
-  const placement now = contiguous(view.shape.layers, view.shape.experts, t);
+  const std::optional<placement> start = plan_in_force(s, view.shape, t);
+  const placement now = start ? *start : contiguous(view.shape.layers, view.shape.experts, t);
+  local_options options;
+  options.seed = s.seed;
+  options.node_imbalance = s.limit;
+  options.start = start ? &now : nullptr;
+  placement next = local(view, t, options).experts;
   align(next, now, t);
   const migration way = migrate(now, next, t, s.expert_megabytes * 1e6);
   std::size_t rounds = 0, buffers = 0;
@@ -274,25 +310,67 @@ void hand_over(const settings& s, const half& everything, const topology& t, voi
     buffers = std::max(buffers, layer.buffers_per_gpu);
   }
   out.section("The plan, made from all requests",
-              fmt::format("From contiguous: {} experts of {} MB move ({} between nodes) in {} rounds, in which a GPU "
+              fmt::format("From {}: {} experts of {} MB move ({} between nodes) in {} rounds, in which a GPU "
                           "talks to one peer at a time; {:.2f} s of transfer, layer by layer while tokens are served, "
                           "with buffers for {} experts per GPU.",
-                          way.moves, s.expert_megabytes, ui::bytes(static_cast<std::size_t>(way.bytes_between_nodes)),
-                          rounds, way.seconds, buffers));
-  if (s.plan_path.empty()) return;
-  std::ofstream file(s.plan_path, std::ios::binary);
-  file << to_json(next) << "\n";
-  file.close();
-  if (!file) throw std::runtime_error(fmt::format("{}: expected to write the plan there", s.plan_path));
-  fmt::print("Written to {}\n", s.plan_path);
+                          start ? "the plan in force" : "contiguous", way.moves, s.expert_megabytes,
+                          ui::bytes(static_cast<std::size_t>(way.bytes_between_nodes)), rounds, way.seconds, buffers));
+  write_plan(s, next, t);
+}
+
+/// Loads alone: how uneven they are, and what balancing makes of them.
+int place_loads(const settings& s, const routing_file& file) {
+  const load_table& loads = std::get<load_table>(file.content);
+  const std::size_t slots =
+      s.slots_per_node.empty() ? (loads.experts + s.nodes - 1) / s.nodes : s.slots_per_node.front();
+  const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
+  const placement p = balanced(loads.view(), t);
+  voice out(!s.report_path.empty());
+  out.section("Experts balanced",
+              fmt::format("{}: {} layers × {} experts, without requests; {} nodes of {} GPUs, {} slots "
+                          "per node. Busiest / mean, mean over layers.",
+                          file.format, loads.layers, loads.experts, s.nodes, s.gpus_per_node, slots));
+  const auto on_gpus = [&](const placement& plan) {
+    const replica_index where(plan);
+    double sum = 0;
+    for (std::size_t l = 0; l < loads.layers; ++l) {
+      std::vector<double> gpu(t.gpus(), 0.0);
+      for (std::size_t e = 0; e < loads.experts; ++e) {
+        const auto copies = where.slots_of(l, e);
+        for (const std::uint32_t slot : copies) {
+          gpu[t.gpu_of_slot(slot)] += loads.view().layer(l)[e] / static_cast<double>(copies.size());
+        }
+      }
+      const double all = std::accumulate(gpu.begin(), gpu.end(), 0.0);
+      sum += all > 0 ? *std::max_element(gpu.begin(), gpu.end()) * static_cast<double>(t.gpus_with_slots()) / all : 1;
+    }
+    return sum / static_cast<double>(loads.layers);
+  };
+  rows r = {{"plan", "GPU imbalance"},
+            {"experts", number(imbalance(loads.view()).mean, 2)},
+            {"contiguous", number(on_gpus(contiguous(loads.layers, loads.experts, t)), 2)},
+            {"balanced", number(on_gpus(p), 2)}};
+  if (const auto start = plan_in_force(s, {loads.layers, loads.experts, 1}, t)) {
+    r.push_back({"the plan in force", number(on_gpus(*start), 2)});
+  }
+  out.table(r);
+  write_plan(s, p, t);
+  if (!s.report_path.empty()) out.write(s.report_path);
+  return 0;
 }
 
 int place_all(settings s) {
-  const trace recorded = read_trace(s.trace_path);
-  const std::optional<trace> other =
-      s.judge_path.empty() ? std::nullopt : std::optional<trace>(read_trace(s.judge_path));
   if (s.splits == 0) throw std::runtime_error("expected at least one split, got 0");
   if (s.nodes == 0) throw std::runtime_error("expected at least one node, got 0");
+  routing_file file = read_routing(s.trace_path, s.reading);
+  fmt::print("{}: {}\n", s.trace_path, file.format);
+  if (std::holds_alternative<load_table>(file.content)) return place_loads(s, file);
+  if (std::holds_alternative<placement>(file.content)) {
+    throw std::runtime_error(fmt::format("{}: expected routing, got a plan: give it as --start", s.trace_path));
+  }
+  const trace recorded = std::get<trace>(std::move(file.content));
+  const std::optional<trace> other =
+      s.judge_path.empty() ? std::nullopt : std::optional<trace>(read_trace(s.judge_path, s.reading));
   if (s.slots_per_node.empty()) {  // just enough, an eighth more, and half more
     const std::size_t enough = (recorded.shape().experts + s.nodes - 1) / s.nodes;
     s.slots_per_node = {enough, enough + (enough + 7) / 8, enough + (enough + 1) / 2};
@@ -331,7 +409,7 @@ int place_all(settings s) {
 int main(int argc, char** argv) {
   settings s;
   CLI::App app{"Places experts on nodes and GPUs, and requests on nodes, so that tokens stay close to their experts."};
-  app.add_option("TRACE", s.trace_path, "recorded routing: safetensors, or JSON lines")->required();
+  app.add_option("TRACE", s.trace_path, "recorded routing or loads, as engines write them")->required();
   app.add_option("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
   app.add_option("--nodes", s.nodes, "nodes")->capture_default_str();
   app.add_option("--gpus", s.gpus_per_node, "GPUs per node")->capture_default_str();
@@ -341,7 +419,13 @@ int main(int argc, char** argv) {
   app.add_option("--seed", s.seed, "seed of the halves and of the solver")->capture_default_str();
   app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")
       ->capture_default_str();
-  app.add_option("--plan", s.plan_path, "write the placement made from all of TRACE here (JSON)");
+  app.add_option("--start", s.start_path, "the plan in force, in any format: the last plan starts from it");
+  app.add_option("--plan", s.plan_path, "write the placement made from all of TRACE here");
+  app.add_option("--format", s.format, "as what: json, sglang (and vLLM), tensorrt-llm or vllm-ascend")
+      ->check(CLI::IsMember({"json", "sglang", "tensorrt-llm", "vllm-ascend"}))
+      ->capture_default_str();
+  app.add_option("--layers", s.reading.layers, "layers, where TRACE is bare ids (SGLang)");
+  app.add_option("--top-k", s.reading.experts_per_token, "experts per token, likewise");
   app.add_option("--report", s.report_path, "write a page with pictures here (HTML)");
   CLI11_PARSE(app, argc, argv);
   return ui::run("place_experts", [&] { return place_all(s); });

@@ -4,7 +4,7 @@
 
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/group.hpp>
-#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/place.hpp>
 #include <tetromino/moe/profile.hpp>
 #include <tetromino/moe/topology.hpp>
@@ -167,8 +167,8 @@ inline std::vector<std::uint32_t> assign(const contender& c, const placement& p,
 /// Copies on other visited nodes relieve a node above `node_limit` × the mean.
 inline cost_report judge(const plan& p, const trace_view& judged, const topology& t, double node_limit = 1.05) {
   cost_options options;
-  options.choice = replica_choice::fewest_nodes;
-  options.node_limit = node_limit;
+  options.replicas.choice = replica_choice::fewest_nodes;
+  options.replicas.node_limit = node_limit;
   return evaluate(judged, p.experts, t, p.sources, options);
 }
 

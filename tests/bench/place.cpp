@@ -91,7 +91,7 @@ void judge() {
     for (std::size_t r = 0; r < requests; ++r) sources[r] = static_cast<std::uint32_t>(r % nodes);
     const double pairs = static_cast<double>(t.tokens() * layers * 8);
     cost_options options;
-    options.choice = choice;
+    options.replicas.choice = choice;
     time(
         fmt::format("{} tokens, {} layers x {} experts, {} nodes, {} slots, {}", t.tokens(), layers, experts, nodes,
                     cluster.slots(), choice_name),

@@ -4,11 +4,11 @@
 #if defined(TETROMINO_C_INSTANCE)
 
 #include "../c.h"
-#include "../cpu.hpp"        // cpu
-#include "../layout.hpp"     // try_to_ggml, try_from_ggml
-#include "../moe/local.hpp"  // try_local
-#include "../moe/place.hpp"  // try_balanced_eplb
-#include "../version.hpp"    // TETROMINO_VERSION_STRING
+#include "../cpu.hpp"              // cpu
+#include "../layout.hpp"           // try_to_ggml, try_from_ggml
+#include "../moe/place_local.hpp"  // try_local
+#include "../moe/place.hpp"        // try_balanced_eplb
+#include "../version.hpp"          // TETROMINO_VERSION_STRING
 
 #include <algorithm>    // std::copy, std::min
 #include <atomic>       // std::atomic

@@ -1,5 +1,5 @@
 /// What `local` reaches on requests it was not made from, beside what was aimed at, and how long it takes:
-///   bench_local [TRACE] [OTHER_TRACE]
+///   bench_place_local [TRACE] [OTHER_TRACE]
 /// TRACE (of 128 experts, 8 per token) is laid out on 8 × 8, 4 × 8, 16 × 4 and 1 × 8 GPUs, OTHER_TRACE (of 16 experts)
 /// on 4 nodes. Plans come from random halves of the requests, and are judged on the decode tokens of the other halves,
 /// which are assigned by their prefill.
@@ -9,7 +9,7 @@
 
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/group.hpp>
-#include <tetromino/moe/local.hpp>
+#include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/trace_io.hpp>
 
 #include <fmt/format.h>
@@ -44,8 +44,8 @@ struct reached {
 void add(const trace_view& judged, const placement& p, const topology& t, const std::vector<std::uint32_t>& sources,
          bool pairs, reached& to) {
   cost_options options;
-  options.choice = replica_choice::fewest_nodes;
-  options.node_limit = relief(pairs);
+  options.replicas.choice = replica_choice::fewest_nodes;
+  options.replicas.node_limit = relief(pairs);
   const cost_report r = evaluate(judged, p, t, sources, options);
   to.nodes.add(r.nodes_per_token());
   to.pairs.add(r.remote_pair_fraction());
