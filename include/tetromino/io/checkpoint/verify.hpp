@@ -145,7 +145,8 @@ class verifier {
       (one->stored.empty() ? report_.kept : report_.packed) += 1;
       found_.push_back(std::move(*one));
     }
-    for (const auto& [name, facts] : linear_) {
+    for (const auto& entry : linear_) {
+      const auto& name = entry.first;
       if (std::none_of(parameters_.begin(), parameters_.end(), [&](const auto& p) { return p.name == name; })) {
         return wrong("metadata tetromino.weights names ", printable(name), ", which the original does not have");
       }
