@@ -17,7 +17,8 @@ fi
 mkdir -p "$work"
 [ -x "$python" ] || python3 -m venv "$work/venv"
 "$python" -m pip install --quiet --requirement "$here/requirements.txt"
-"$python" -m pip install --quiet llama-cpp-python  # compiles llama.cpp
+# Not for this very CPU: instructions that a virtual machine hides would end it.
+CMAKE_ARGS="${CMAKE_ARGS:--D GGML_NATIVE=OFF}" "$python" -m pip install --quiet llama-cpp-python
 
 cd "$here"
 export PYTHONDONTWRITEBYTECODE=1
