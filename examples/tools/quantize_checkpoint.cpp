@@ -195,7 +195,7 @@ int write(const settings& s, const io::checkpoint& model, const io::pack_plan& p
   io::pack_options options;
   options.special = special_of(s.special);
   options.shard_bytes = static_cast<std::size_t>(s.shard_gigabytes * 1e9);
-  options.slice_bytes = std::clamp<std::size_t>((64u << 20) / s.threads, 1u << 18, 2u << 20);
+  options.slice_bytes = std::clamp<std::size_t>((16u << 20) / s.threads, 1u << 18, 2u << 20);
   if (plan.options.inputs != nullptr) {
     options.metadata["tetromino.statistics"] = std::filesystem::path(s.statistics).filename().string();
   }

@@ -1,5 +1,7 @@
 #include "check.hpp"
 
+#include "support/fastest.hpp"
+
 #include <tetromino/io/gguf/pack.hpp>
 
 #include <cmath>       // std::isinf
@@ -167,7 +169,7 @@ TEST_CASE("a packed file holds what quantize gives, and all else as it was") {
                            "nvfp4/min-error"}) {
     INFO(name);
     const auto plan = io::plan_gguf(file, with(name));
-    const auto report = io::pack_gguf(tetromino::automatic, file, plan, folder / "out");
+    const auto report = io::pack_gguf(tetromino_test::fastest, file, plan, folder / "out");
     const auto out = io::gguf_file::open(folder / "out");
     const bool is_nv = std::string(name).starts_with("nvfp4");
     CHECK(out.size() == file.size() + (is_nv ? 4u : 0u));
@@ -196,7 +198,7 @@ TEST_CASE("a packed file holds what quantize gives, and all else as it was") {
     CHECK(report[2].errors.qsnr() > 15);
 
     const tetromino::thread_executor threads(3);
-    io::pack_gguf(tetromino::automatic.on(threads), file, plan, folder / "again");
+    io::pack_gguf(tetromino_test::fastest.on(threads), file, plan, folder / "again");
     CHECK(load(folder / "again") == load(folder / "out"));
   }
 }
@@ -205,7 +207,7 @@ TEST_CASE("NVFP4 has a tensor scale where llama.cpp applies it, and 1 elsewhere"
   const temporary_directory folder;
   const auto scales = [&](model source) {
     const auto file = source.write(folder / "in");
-    io::pack_gguf(tetromino::automatic, file, io::plan_gguf(file, with("nvfp4/min-error")), folder / "out");
+    io::pack_gguf(tetromino_test::fastest, file, io::plan_gguf(file, with("nvfp4/min-error")), folder / "out");
     const auto out = io::gguf_file::open(folder / "out");
     std::string found;
     for (const auto& tensor : out) {
@@ -259,7 +261,7 @@ TEST_CASE("an importance matrix weighs the errors of each expert") {
   const auto plan = io::plan_gguf(file, options);
   CHECK(plan.tensors[5].is_weighted);
   CHECK_FALSE(plan.tensors[2].is_weighted);
-  const auto report = io::pack_gguf(tetromino::automatic, file, plan, folder / "out");
+  const auto report = io::pack_gguf(tetromino_test::fastest, file, plan, folder / "out");
   const auto out = io::gguf_file::open(folder / "out");
   CHECK(decoded(out, "blk.0.ffn_up_exps.weight") ==
         packed_again(file["blk.0.ffn_up_exps.weight"], recipe::parse("mxfp4-32/min-error"), false, means));
@@ -361,14 +363,14 @@ TEST_CASE("a value that cannot be packed names its tensor and row, and leaves no
     const tetromino::thread_executor threads(2);
     auto options = with(name);
     const auto done =
-        io::try_pack_gguf(tetromino::automatic.on(threads), file, io::plan_gguf(file, options), folder / "out");
+        io::try_pack_gguf(tetromino_test::fastest.on(threads), file, io::plan_gguf(file, options), folder / "out");
     REQUIRE_FALSE(done);
     CHECK(done.error().code() == errc::non_finite);
     CHECK_THAT(done.error().what(), contains("in: tensor 'blk.0.ffn_up_exps.weight': "));
     CHECK_THAT(done.error().what(), contains("(counting from row 4096)"));
     CHECK(files_in(folder.path()) == 1);
     options.special = tetromino::special_values::saturate;
-    CHECK(io::try_pack_gguf(tetromino::automatic, file, io::plan_gguf(file, options), folder / "out"));
+    CHECK(io::try_pack_gguf(tetromino_test::fastest, file, io::plan_gguf(file, options), folder / "out"));
     fs::remove(folder / "out");
   }
   CHECK_THAT(io::try_pack_gguf(tetromino::scalar, file, io::plan_gguf(file, with("mxfp4-32/oas")), folder / "in")

@@ -66,7 +66,8 @@ TEST_CASE("what an engine feeds equals the trace it came from") {
     rows who;
     std::vector<std::uint16_t> ids(3 * 5 * 2);
     for (std::size_t i = 0; i < 5; ++i) {
-      who.push_back({static_cast<std::uint64_t>(pass % 2 * 100) + i + g.below(3) * 10, pass < 10 ? phase::prefill : phase::decode});
+      who.push_back({static_cast<std::uint64_t>(pass) % 2 * 100 + i + g.below(3) * 10,
+                     pass < 10 ? phase::prefill : phase::decode});
     }
     for (std::size_t i = 0; i < ids.size(); i += 2) {
       ids[i] = static_cast<std::uint16_t>(g.below(9));

@@ -7,7 +7,7 @@
 #include <cstring>  // std::memcpy
 #include <vector>   // std::vector
 
-namespace tetromino::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail {
 
 /// Nodes of tokens and of the holders of their experts, 64 tokens side by side: a chunk is a row of 64 homes, then a
 /// row of 64 holders for each of `rows` experts. A Mask is kept in as few bytes as the nodes need, since most of a
@@ -72,4 +72,4 @@ class token_lanes {
   std::vector<std::byte> bytes_;
 };
 
-}  // namespace tetromino::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail
