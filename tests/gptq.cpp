@@ -5,7 +5,10 @@
 
 #include <Eigen/Dense>
 
-#include <random>
+#include <cmath>   // std::isnan, std::fabs
+#include <limits>  // std::numeric_limits
+#include <random>  // std::mt19937_64
+#include <string>  // std::string
 
 using namespace tetromino;
 
@@ -248,4 +251,86 @@ TEST_CASE("bad input is said") {
   CHECK_THROWS_AS(seen.rotated({48}), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(calibration(Eigen::MatrixXd::Zero(2, 3), 1.0), tetromino_test::precondition_failed);
   CHECK(try_quantize(scalar, w, r).error().code() == errc::invalid_argument);
+}
+
+TEST_CASE("special values stay in their block, and feed nothing back") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 400, 128);
+  const matrix<float> w = gaussian(random, 6, 128);
+  const calibration seen = seen_in(x);
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const char* name : {"mxfp4-32/oas/gptq", "mxfp4-16/oas/mbs-search@64/gptq", "nvfp4/amax/gptq"}) {
+    const recipe r = recipe::parse(name);
+    const std::size_t block = r.format.block;
+    for (const gptq_scales scales : {gptq_scales::fixed, gptq_scales::refreshed}) {
+      CAPTURE(name, scales);
+      matrix<float> poisoned = w;
+      poisoned(2, 40) = std::numeric_limits<float>::quiet_NaN();
+      poisoned(4, 3) = -infinity;
+      const auto got = dequantize<float>(
+          scalar, gptq(scalar, view(poisoned), r, seen, {.special = special_values::poison}, {.scales = scales}));
+      for (std::size_t i = 0; i < w.rows; ++i) {
+        for (std::size_t k = 0; k < w.cols; ++k) {
+          const bool is_owed = (i == 2 && k / block == 40 / block) || (i == 4 && k / block == 3 / block);
+          CHECK(std::isnan(got(i, k)) == is_owed);
+          if (!is_owed) CHECK(std::fabs(got(i, k) - w(i, k)) < 3);
+        }
+      }
+      matrix<float> zeroed = w;
+      poisoned = w;
+      zeroed(2, 40) = 0;
+      poisoned(2, 40) = std::numeric_limits<float>::quiet_NaN();
+      const auto saturate = [&](const matrix<float>& m) {
+        return gptq(scalar, view(m), r, seen, {.special = special_values::saturate}, {.scales = scales});
+      };
+      CHECK(saturate(poisoned).codes == saturate(zeroed).codes);
+      CHECK(saturate(poisoned).scales == saturate(zeroed).scales);
+    }
+  }
+}
+
+TEST_CASE("an infinity of halves counts as the largest half") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const calibration seen = seen_in(activations(random, 200, 64));
+  std::vector<half> w(64, half(1.0f)), largest = w;
+  w[5] = half::from_bits(0x7C00), largest[5] = half::from_bits(0x7BFF);
+  const recipe r = recipe::parse("mxfp4-32/floor/gptq");
+  const auto pack = [&](const std::vector<half>& from) {
+    return gptq(scalar, matrix_view<const half>(from.data(), 1, 64), r, seen, {.special = special_values::saturate});
+  };
+  CHECK(pack(w).codes == pack(largest).codes);
+  CHECK(pack(w).scales == pack(largest).scales);
+}
+
+TEST_CASE("moments that are not finite are refused") {
+  const matrix<float> w(1, 32);
+  Eigen::MatrixXd moments = Eigen::MatrixXd::Identity(32, 32);
+  const auto refused = [&](double value, Eigen::Index i, Eigen::Index j, double rows) {
+    moments(i, j) = value;
+    const auto out = try_gptq(scalar, view(w), recipe::parse("mxfp4-32/oas/gptq"), calibration(moments, rows));
+    moments(i, j) = i == j ? 1 : 0;
+    return out ? std::string() : std::string(out.error().what());
+  };
+  const double infinity = std::numeric_limits<double>::infinity();
+  CHECK(refused(infinity, 3, 3, 10) == "gptq: expected finite moments of the activations, got inf for columns 3 and 3");
+  CHECK(refused(std::nan(""), 9, 2, 10) ==
+        "gptq: expected finite moments of the activations, got nan for columns 9 and 2");
+  CHECK(refused(-1, 4, 4, 10) == "gptq: expected finite moments of the activations, got -1 for columns 4 and 4");
+  CHECK(refused(1, 4, 4, infinity) == "gptq: expected moments of a number of rows, got inf");
+}
+
+TEST_CASE("an infinity that saturates leaves the tensor scale to the other weights") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const calibration seen = seen_in(activations(random, 200, 64));
+  matrix<float> w = gaussian(random, 4, 64);
+  for (const char* name : {"nvfp4/amax/gptq", "nvfp4/amax/hadamard-16/gptq"}) {
+    CAPTURE(name);
+    w(1, 7) = 0;
+    const auto pack = [&] {
+      return gptq(scalar, view(w), recipe::parse(name), seen, {.special = special_values::saturate});
+    };
+    const float expected = pack().tensor_scales[0];
+    w(1, 7) = std::numeric_limits<float>::infinity();
+    CHECK(pack().tensor_scales[0] == expected);
+  }
 }

@@ -342,7 +342,7 @@ TEST_CASE("what a layout cannot hold is refused with a reason") {
              contains("whole blocks of 64, got K = 96"));
   CHECK_THAT(
       refusal(layout::try_ggml_bytes({mxfp4{}, std::size_t{1} << 40, std::size_t{1} << 40, 32}), errc::shape_mismatch),
-      contains("expected fewer than 2^64 elements"));
+      contains("expected at most 281474976710656 elements"));
   bytes blocks(layout::ggml_bytes(mx.shape()));
   CHECK_THAT(refusal(layout::try_to_ggml(mx, std::span(blocks).subspan(1)), errc::shape_mismatch),
              contains("layout ggml: blocks needs 204 entries, got 203"));
@@ -385,7 +385,7 @@ TEST_CASE("what a layout cannot hold is refused with a reason") {
   CHECK_THAT(refusal(layout::try_from_gpt_oss({gpt_oss.blocks, gpt_oss.blocks}, 2, 3, 64), errc::shape_mismatch),
              contains("layout gpt-oss: scales needs 12 entries, got 192"));
   CHECK_THAT(refusal(layout::try_from_gpt_oss({}, std::size_t{1} << 60, 16, 32), errc::shape_mismatch),
-             contains("expected fewer than 2^64 elements"));
+             contains("expected at most 281474976710656 elements"));
 
   CHECK_THAT(refusal(layout::try_as_modelopt(mx), errc::invalid_argument),
              contains("layout modelopt: it stores nvfp4, got mxfp4-32"));

@@ -3,6 +3,8 @@
 #include <tetromino/quantize.hpp>
 
 #include <tetromino/dequantize.hpp>
+#include <tetromino/layout/compressed_tensors.hpp>
+#include <tetromino/metrics.hpp>
 
 #include "reference/floats.hpp"
 #include "support/fastest.hpp"
@@ -13,6 +15,7 @@
 #include <cmath>      // std::ldexp, std::fabs, std::nextafter, std::signbit
 #include <cstddef>    // std::size_t, std::ptrdiff_t
 #include <cstdint>    // std::uint8_t, std::uint32_t
+#include <limits>     // std::numeric_limits
 #include <span>       // std::span
 #include <string>     // std::string, std::to_string
 #include <utility>    // std::pair
@@ -51,6 +54,10 @@ void compare_with_oracle(const recipe& r, std::size_t cols, reference::generator
   if (random.below(3) == 0) {
     weights.resize(random.below(2) == 0 ? cols : matrices * cols);
     for (float& w : weights) w = random.below(8) == 0 ? 0.0f : static_cast<float>(random.uniform() / random.uniform());
+    if (random.below(4) == 0) {  // some columns that weights cannot tell apart
+      const std::size_t from = random.below(weights.size() + 1), to = from + random.below(weights.size() - from + 1);
+      for (std::size_t k = from; k < to; ++k) weights[k] = random.below(2) == 0 ? 0.0f : 3e38f;
+    }
     options.column_weights = weights;
   }
   if (random.below(4) == 0) {
@@ -59,6 +66,7 @@ void compare_with_oracle(const recipe& r, std::size_t cols, reference::generator
     options.first_index = random.below(2) * random.bits();
   }
   if (r.format.scale == scale_type::e4m3) {
+    if (random.below(4) == 0) options.tiny_blocks = tiny_block_scale::least;
     options.scope = random.below(2) == 0 ? tensor_scale_scope::batch : tensor_scale_scope::per_matrix;
     if (random.below(4) == 0) {
       tensor_scales.resize(random.below(2) == 0 ? 1 : matrices);
@@ -249,11 +257,12 @@ TEST_CASE("the ends of the scale range: largest floats, subnormals, zero blocks"
   };
   constexpr float largest = 0x1.fffffep127f;
   CHECK(scale_byte("mxfp4-32/floor", largest) == 127 + 125);
-  CHECK(scale_byte("mxfp4-32/ceil", largest) == 127 + 126);
+  CHECK(scale_byte("mxfp4-32/ceil", largest) == 127 + 125);  // under 2^126 it would decode to infinity
   CHECK(scale_byte("mxfp4-32/ceil", 0x1p127f) == 127 + 125);
-  CHECK(scale_byte("mxfp4-32/oas", largest) == 127 + 126);
+  CHECK(scale_byte("mxfp4-32/oas", largest) == 127 + 125);
   CHECK(scale_byte("mxfp4-32/oas", 0x1.cp127f) == 127 + 125);
-  CHECK(scale_byte("mxfp4-32/even", 0x1.cp127f) == 127 + 126);
+  CHECK(scale_byte("mxfp4-32/even", 0x1.cp127f) == 127 + 125);
+  CHECK(scale_byte("mxfp4-32/even", 0x1.cp126f) == 127 + 125);
   for (const char* name : {"mxfp4-32/floor", "mxfp4-32/ceil", "mxfp4-32/round-up", "mxfp4-32/even", "mxfp4-32/oas"}) {
     CHECK(scale_byte(name, 0x1p-149f) == 0);
     CHECK(scale_byte(name, 0x1p-126f) == 0);
@@ -478,4 +487,119 @@ TEST_CASE("fake_quantize refuses an output of another shape") {
   REQUIRE(!done);
   CHECK(done.error().code() == errc::shape_mismatch);
   CHECK_THROWS_WITH(fake_quantize(scalar, x, recipe{}, out.view()), tetromino_test::contains("[1, 3, 63]"));
+}
+
+TEST_CASE("weights that cannot tell candidates apart do not count") {
+  reference::generator random(tetromino_test::seed());
+  matrix<float> x(64, 256);
+  for (float& v : x.data) v = static_cast<float>(random.normal());
+  for (const char* name : {"mxfp4-32/min-error", "nvfp4/min-error", "nvfp4/four-over-six", "mxfp4-32/oas/mbs-search",
+                           "mxfp4-16/min-error/mbs-search256@32"}) {
+    const recipe r = recipe::parse(name);
+    const auto plain = quantize(scalar, x, r);
+    for (const float weight : {0.0f, 3e38f}) {
+      INFO(name << ", weights " << weight);
+      const std::vector<float> weights(256, weight);
+      const auto got = quantize(scalar, x, r, {.column_weights = weights});
+      if (weight != 0.0f) {  // some sums are finite, and count
+        CHECK(qsnr(x, dequantize<float>(scalar, got)) > qsnr(x, dequantize<float>(scalar, plain)) - 3);
+        continue;
+      }
+      CHECK(got.codes == plain.codes);
+      CHECK(got.scales == plain.scales);
+      CHECK(got.macros == plain.macros);
+      CHECK(quantize(fastest, x, r, {.column_weights = weights}).codes == plain.codes);
+    }
+    // Dead columns, as calibration has them: only their own blocks are searched without weights.
+    std::vector<float> weights(256, 2.0f);
+    for (std::size_t k = 64; k < 128; ++k) weights[k] = 0;
+    const auto got = quantize(scalar, x, r, {.column_weights = weights});
+    CHECK(quantize(fastest, x, r, {.column_weights = weights}).codes == got.codes);
+    if (r.format.macro_block <= 64) CHECK(got.codes == plain.codes);
+  }
+}
+
+TEST_CASE("no scale is chosen under which the input's type overflows") {
+  const auto check = []<class T>(T largest, float huge, const std::string& name) {
+    const recipe r = recipe::parse(name);
+    std::vector<T> x(256, tetromino::detail::from_float<T>(1.0f));
+    x[0] = largest;
+    x[40] = tetromino::detail::from_float<T>(-huge);
+    x[70] = tetromino::detail::from_float<T>(std::numeric_limits<float>::infinity());
+    const matrix_view<const T> view(x.data(), 1, 256);
+    for (const auto rounding : {element_rounding::nearest_even, element_rounding::stochastic}) {
+      INFO(name << ", " << sizeof(T) << " bytes, huge " << huge);
+      const quantize_options options{.rounding = rounding, .special = special_values::saturate};
+      const auto packed = quantize(scalar, view, r, options);
+      const auto fast = quantize(fastest, view, r, options);
+      CHECK(fast.codes == packed.codes);
+      CHECK(fast.scales == packed.scales);
+      const matrix<T> back = dequantize<T>(scalar, packed);
+      for (const std::size_t k : {0u, 40u, 70u}) {
+        const float expected = tetromino::detail::to_float(k == 70 ? largest : x[k]);
+        const float got = tetromino::detail::to_float(back(0, k));
+        CHECK(std::fabs(got - expected) <= 0.51f * std::fabs(expected));
+      }
+    }
+  };
+  for (const std::string name :
+       {"mxfp4-32/floor", "mxfp4-32/ceil", "mxfp4-32/round-up", "mxfp4-32/even", "mxfp4-32/oas", "mxfp4-16/min-error",
+        "mxfp4-32/oas/mbs-search@64", "mxfp4-16/min-error/mbs-static@32", "nvfp4/amax", "nvfp4/four-over-six",
+        "nvfp4/min-error"}) {
+    for (const float huge : {58000.0f, 65504.0f, 40000.0f}) check(half::from_bits(0x7BFF), huge, name);
+    for (const float huge : {3e38f, 0x1.fep127f, 2.8e38f}) check(bfloat16::from_bits(0x7F7F), huge, name);
+    for (const float huge : {3e38f, 0x1.fffffep127f, 2.8e38f}) check(0x1.fffffep127f, huge, name);
+  }
+}
+
+TEST_CASE("an infinity that saturates leaves the tensor scale to the other elements") {
+  std::vector<float> x(64, 1.0f), without = x;
+  x[3] = std::numeric_limits<float>::infinity(), without[3] = 0;
+  const matrix_view<const float> view(x.data(), 2, 32), finite(without.data(), 2, 32);
+  for (const char* name : {"nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error"}) {
+    INFO(name);
+    const auto got = quantize(scalar, view, recipe::parse(name), {.special = special_values::saturate});
+    CHECK(got.tensor_scales == quantize(scalar, finite, recipe::parse(name)).tensor_scales);
+    CHECK(dequantize<float>(scalar, got)(1, 5) == 1.0f);
+    CHECK(dequantize<float>(scalar, got)(0, 3) >= 1.0f);
+    CHECK(quantize(fastest, view, recipe::parse(name), {.special = special_values::saturate}).tensor_scales ==
+          got.tensor_scales);
+  }
+  CHECK(amax(scalar, view, special_values::saturate) == 1.0f);
+  // Rotated, an infinity is all over its 32 columns: those are left out.
+  const auto rotated = [&](const matrix_view<const float>& from) {
+    return quantize(scalar, from, recipe::parse("nvfp4/amax/hadamard-32"), {.special = special_values::saturate});
+  };
+  std::fill(without.begin(), without.begin() + 32, 0.0f);
+  CHECK(rotated(view).tensor_scales == rotated(finite).tensor_scales);
+}
+
+TEST_CASE("tiny NVFP4 blocks vanish, or keep the least scale") {
+  std::vector<float> x(48, 0.0f);
+  x[0] = 1.0f, x[16] = 2e-6f, x[17] = -1e-6f;
+  const matrix_view<const float> view(x.data(), 1, 48);
+  for (const char* name : {"nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error"}) {
+    INFO(name);
+    const recipe r = recipe::parse(name);
+    CHECK(dequantize<float>(scalar, quantize(scalar, view, r))(0, 16) == 0.0f);
+    const auto kept = quantize(scalar, view, r, {.tiny_blocks = tiny_block_scale::least});
+    CHECK(kept.scales[1] != 0);
+    CHECK(kept.scales[2] == 0);
+    CHECK(dequantize<float>(scalar, kept)(0, 16) == Approx(2e-6).epsilon(0.2));
+    CHECK(quantize(fastest, view, r, {.tiny_blocks = tiny_block_scale::least}).scales == kept.scales);
+  }
+}
+
+TEST_CASE("tiny tensors get a tensor scale that has an inverse") {
+  for (const float tiny : {1e-45f, 1e-43f, 1e-38f, 1e-36f}) {
+    INFO(tiny);
+    const std::vector<float> x(16, tiny);
+    const matrix_view<const float> view(x.data(), 1, 16);
+    for (const scale_rule rule : {scale_rule::amax, scale_rule::four_over_six, scale_rule::min_error}) {
+      const auto got = quantize<nvfp4>(scalar, view, {.rule = rule});
+      CHECK(got.tensor_scales[0] == 0x1p-126f);
+      CHECK(layout::is_invertible(got.tensor_scales[0]));
+      CHECK(dequantize<float>(scalar, got)(0, 0) <= 1.2f * tiny);
+    }
+  }
 }

@@ -1,9 +1,11 @@
 #pragma once
 
-#include "error.hpp"      // error, result
-#include "execution.hpp"  // executor_ref
-#include "matrix.hpp"     // matrix_like
-#include "packed.hpp"     // packed_view, packed_like
+#include "detail/float_state.hpp"  // default_float_state
+#include "detail/sizes.hpp"        // check_sizes, element_count
+#include "error.hpp"               // error, result
+#include "execution.hpp"           // executor_ref
+#include "matrix.hpp"              // matrix_like
+#include "packed.hpp"              // packed_view, packed_like
 
 #include <algorithm>    // std::min, std::max
 #include <cstddef>      // std::size_t
@@ -34,9 +36,7 @@ struct int8_view {
   /// A mutable view is also a read-only one.
   template <class Other>
     requires(std::is_const_v<Other> && !std::is_const_v<Value>)
-  TETROMINO_ABI constexpr operator int8_view<Other>() const noexcept {
-    return {rows, cols, values, scales};
-  }
+  TETROMINO_ABI constexpr operator int8_view<Other>() const noexcept { return {rows, cols, values, scales}; }
 };
 
 /// 8-bit activations [rows, cols] that own their elements; see int8_view.
@@ -47,7 +47,8 @@ struct int8_matrix {
   std::vector<float> scales;
 
   TETROMINO_ABI int8_matrix() = default;
-  TETROMINO_ABI int8_matrix(std::size_t rows_, std::size_t cols_) : rows(rows_), cols(cols_), values(rows_ * cols_) {
+  TETROMINO_ABI int8_matrix(std::size_t rows_, std::size_t cols_)
+      : rows(rows_), cols(cols_), values(detail::element_count(1, rows_, cols_)) {
     scales.resize(rows_ * view().blocks_per_row());
   }
 
@@ -86,12 +87,13 @@ result<void> check_storage(const int8_view<Value>& view) {
     if (expected == got) return {};
     return error(errc::shape_mismatch, text("int8 activations: ", buffer, " need ", expected, " entries, got ", got));
   };
+  if (auto fits = check_sizes(1, view.rows, view.cols); !fits) return fits;
   if (auto fits = expect("values", view.rows * view.cols, view.values.size()); !fits) return fits;
   return expect("scales", view.rows * view.blocks_per_row(), view.scales.size());
 }
 template <class T>
-result<void> check_storage(const batch_view<T>&) {
-  return {};
+result<void> check_storage(const batch_view<T>& x) {
+  return check_sizes(x.matrices, x.rows, x.cols);
 }
 
 /// The views that matmul reads activations through.
@@ -140,6 +142,7 @@ result<void> try_quantize_int8_to(const Input& x, int8_view<std::int8_t> out) {
     return error(errc::shape_mismatch, detail::text("the input is [", in.matrices * in.rows, ", ", in.cols,
                                                     "], the int8 activations are [", out.rows, ", ", out.cols, "]"));
   }
+  const detail::default_float_state usual;
   const std::size_t blocks = out.blocks_per_row();
   for (std::size_t r = 0; r < out.rows; ++r) {
     const auto* row = in.row(r / in.rows, r % in.rows);
@@ -154,10 +157,17 @@ result<void> try_quantize_int8_to(const Input& x, int8_view<std::int8_t> out) {
   return {};
 }
 
+/// try_quantize_int8_to, throwing its error.
+template <matrix_like Input>
+void quantize_int8_to(const Input& x, int8_view<std::int8_t> out) {
+  try_quantize_int8_to(x, out).value();
+}
+
 /// try_quantize_int8_to into storage of its own.
 template <matrix_like Input>
 result<int8_matrix> try_quantize_int8(const Input& x) {
   const auto in = detail::as_batch(x);
+  if (auto fits = detail::check_storage(in); !fits) return fits.error();
   int8_matrix out(in.matrices * in.rows, in.cols);
   if (auto done = try_quantize_int8_to(x, out.view()); !done) return done.error();
   return out;

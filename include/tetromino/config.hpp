@@ -12,10 +12,18 @@
     "tetromino gives the same bytes everywhere, which -ffast-math breaks: compile what includes it with -fno-fast-math"
 #endif
 
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0 && __FLT_EVAL_METHOD__ != 16
+#error \
+    "tetromino gives the same bytes everywhere, for which floats must be computed as floats: compile with -mfpmath=sse"
+#endif
+
 #include "version.hpp"  // TETROMINO_NAMESPACE
 
 #include <cstddef>      // std::size_t
 #include <type_traits>  // std::is_constant_evaluated
+
+static_assert(sizeof(1.0) == sizeof(double),
+              "tetromino gives the same bytes everywhere, which -fsingle-precision-constant breaks");
 
 /// 1 while device code is being compiled, 0 on the host.
 #if defined(__CUDA_ARCH__)

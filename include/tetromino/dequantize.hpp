@@ -41,6 +41,12 @@ result<void> try_dequantize_to(const Policy& policy, const Packed& in, batch_vie
   return dequantize_on(policy, detail::dequantize_job<T>{from, out});
 }
 
+template <class Policy, packed_like Packed, class T>
+  requires(can_dequantize<Policy, T>)
+result<void> try_dequantize_to(const Policy& policy, const Packed& in, matrix_view<T> out) {
+  return try_dequantize_to(policy, in, batch_view<T>(out));
+}
+
 /// try_dequantize_to, throwing its error.
 template <class Policy, packed_like Packed, class T>
   requires(can_dequantize<Policy, T>)
@@ -50,15 +56,16 @@ void dequantize_to(const Policy& policy, const Packed& in, batch_view<T> out) {
 template <class Policy, packed_like Packed, class T>
   requires(can_dequantize<Policy, T>)
 void dequantize_to(const Policy& policy, const Packed& in, matrix_view<T> out) {
-  try_dequantize_to(policy, in, batch_view<T>(out)).value();
+  try_dequantize_to(policy, in, out).value();
 }
 
 /// Unpacks storage into a matrix of its own: `dequantize<float>(simd, packed)`.
 template <real T, class Policy, packed_like Packed>
   requires(can_dequantize<Policy, T> && !device_policy<Policy>)
 result<matrix<T>> try_dequantize(const Policy& policy, const Packed& in) {
-  const packed_shape shape = detail::as_packed(in).shape();
-  matrix<T> out(shape.matrices, shape.rows, shape.cols);
+  const packed_view<any_format> from = detail::as_packed(in);
+  if (auto fits = detail::check_storage(from); !fits) return fits.error();
+  matrix<T> out(from.matrices, from.rows, from.cols);
   if (auto done = try_dequantize_to(policy, in, out.view()); !done) return done.error();
   return out;
 }

@@ -2,13 +2,17 @@
 
 /// Opt-in: packing with error feedback (GPTQ). Needs Eigen.
 
-#include "eigen.hpp"     // eigen_matrix, eigen_map
-#include "hadamard.hpp"  // rotate
-#include "quantize.hpp"  // try_quantize_to
+#include "detail/float_state.hpp"  // default_float_state
+#include "detail/row.hpp"          // admit, is_finite
+#include "detail/sizes.hpp"        // check_sizes
+#include "eigen.hpp"               // eigen_matrix, eigen_map
+#include "hadamard.hpp"            // rotate
+#include "quantize.hpp"            // try_quantize_to
 
 #include <Eigen/Cholesky>  // Eigen::LLT
 
 #include <algorithm>    // std::min, std::sort
+#include <cmath>        // std::isfinite
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
 #include <numeric>      // std::iota
@@ -39,6 +43,7 @@ class calibration {
   /// Adds activations x[rows, cols]. Errors: shape_mismatch; non_finite.
   template <real T>
   TETROMINO_ABI result<void> try_add(const matrix_view<const T>& x) {
+    const detail::default_float_state usual;
     if (x.cols != cols()) {
       return error(errc::shape_mismatch, detail::text("calibration of ", cols(), " columns got rows of ", x.cols));
     }
@@ -70,6 +75,7 @@ class calibration {
   /// Joins the moments of other rows to these, such as those of another rank. Pre: the same number of columns.
   TETROMINO_ABI void merge(const calibration& other) {
     TETROMINO_EXPECTS(other.cols() == cols(), "calibrations that merge have the same columns", other.cols(), cols());
+    const detail::default_float_state usual;
     moments_ += other.moments_;
     rows_ += other.rows_;
   }
@@ -78,6 +84,7 @@ class calibration {
   /// few calibration tokens reach, with its layer's moments as the prior. Pre: the same number of columns.
   [[nodiscard]] TETROMINO_ABI calibration blended(const calibration& prior, double strength) const {
     TETROMINO_EXPECTS(prior.cols() == cols(), "calibrations that blend have the same columns", prior.cols(), cols());
+    const detail::default_float_state usual;
     calibration out = *this;
     if (prior.rows_ == 0) return out;
     out.moments_ += prior.moments_ * (strength / prior.rows_);
@@ -88,6 +95,7 @@ class calibration {
   /// The moments of the same rows after a rotation, for weights that are rotated alike. Pre: a size that rotate takes.
   [[nodiscard]] TETROMINO_ABI calibration rotated(const hadamard& rotation) const {
     TETROMINO_EXPECTS(detail::check_rotation(rotation), "a Hadamard rotation of 16, 32, 64 or 128");
+    const detail::default_float_state usual;
     constexpr std::size_t piece = 128;  // whole blocks of every size
     const detail::row_rotation prepared(rotation, cols());
     calibration out(moments_.selfadjointView<Eigen::Lower>(), rows_);
@@ -109,6 +117,7 @@ class calibration {
   /// The mean squared activation of each column: quantize_options::column_weights for weights that meet these
   /// activations. All 1 where nothing was seen.
   [[nodiscard]] TETROMINO_ABI std::vector<float> column_weights() const {
+    const detail::default_float_state usual;
     std::vector<float> weights(cols(), 1.0f);
     for (std::size_t k = 0; k < cols() && rows_ > 0; ++k) {
       const auto i = static_cast<Eigen::Index>(k);
@@ -186,9 +195,12 @@ inline eigen_matrix<float> feedback_factor(const calibration& seen, double dampi
 /// What turns an element into its code and back under the scales of its block.
 struct element_scale {
   float factor = 1;  // macro-block factor f
-  float step = 0;    // 2^E, or float(t * s); 0: the element is 0
+  float step = 0;    // 2^E, or float(t * s); 0: the element is 0; NaN: its block is poisoned
 
-  [[nodiscard]] e2m1 encode(float x) const { return step == 0 ? e2m1{} : e2m1::encode(rounded(factor * x) / step); }
+  [[nodiscard]] bool is_poisoned() const { return !is_finite(step); }
+  [[nodiscard]] e2m1 encode(float x) const {
+    return step == 0 || is_poisoned() ? e2m1{} : e2m1::encode(rounded(factor * x) / step);
+  }
   [[nodiscard]] float decode(e2m1 code) const { return rounded(code.value() / factor) * step; }
 };
 
@@ -261,7 +273,128 @@ result<void> refresh_scales(const Policy& policy, const eigen_matrix<float>& w, 
   const auto chosen = pack_columns(policy, block, any_format(format.scale, format.block, 0), here);
   if (!chosen) return chosen.error();
   for (std::size_t r = 0; r < shape.rows; ++r) {
+    if (scale_at(out, r, first).is_poisoned()) continue;
     out.scales[r * shape.blocks_per_row() + first / format.block] = chosen->scales[r];
+  }
+  return {};
+}
+
+/// Says which of the moments cannot be used, if one cannot.
+inline result<void> check_moments(const calibration& seen) {
+  const auto n = static_cast<Eigen::Index>(seen.cols());
+  for (Eigen::Index j = 0; j < n; ++j) {
+    for (Eigen::Index i = j; i < n; ++i) {
+      const double moment = seen.moments()(i, j);
+      if (std::isfinite(moment) && (i != j || moment >= 0)) continue;
+      return error(errc::non_finite, text("gptq: expected finite moments of the activations, got ", moment,
+                                          " for columns ", i, " and ", j));
+    }
+  }
+  if (std::isfinite(seen.rows()) && seen.rows() >= 0) return {};
+  return error(errc::non_finite, text("gptq: expected moments of a number of rows, got ", seen.rows()));
+}
+
+/// Says why weights cannot be packed with error feedback, if they cannot.
+template <class T>
+result<void> check_feedback(const matrix_view<T>& w, const calibration& gathered, const quantize_options& options,
+                            const gptq_options& feedback) {
+  if (auto fits = check_sizes(1, w.rows, w.cols); !fits) return fits;
+  if (gathered.cols() != w.cols) {
+    return error(errc::shape_mismatch,
+                 text("gptq: the weights have ", w.cols, " columns, the calibration ", gathered.cols()));
+  }
+  if (feedback.by_activation && feedback.scales != gptq_scales::fixed) {
+    return error(errc::invalid_argument, "gptq: an order by activation needs fixed scales");
+  }
+  if (options.rounding != element_rounding::nearest_even) {
+    return error(errc::invalid_argument, "gptq: error feedback rounds to nearest");
+  }
+  return check_moments(gathered);
+}
+
+/// The columns in the order in which they are rounded.
+inline std::vector<std::size_t> column_order(const calibration& seen, const gptq_options& feedback) {
+  std::vector<std::size_t> order(seen.cols());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  if (feedback.by_activation) {
+    const std::vector<float> mean_squares = seen.column_weights();
+    std::stable_sort(order.begin(), order.end(),
+                     [&](std::size_t a, std::size_t b) { return mean_squares[a] > mean_squares[b]; });
+  }
+  return order;
+}
+
+/// The weights with their columns in this order, all of them finite: what belongs to a poisoned block is zero.
+inline eigen_matrix<float> ordered_weights(const matrix<float>& weights, const std::vector<std::size_t>& order,
+                                           special_values special, const packed<any_format>& out) {
+  eigen_matrix<float> current(static_cast<Eigen::Index>(weights.rows), static_cast<Eigen::Index>(weights.cols));
+  for (std::size_t j = 0; j < weights.cols; ++j) {
+    for (std::size_t i = 0; i < weights.rows; ++i) {
+      current(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j)) =
+          scale_at(out, i, order[j]).is_poisoned() ? 0.0f : admit(weights(i, order[j]), special);
+    }
+  }
+  return current;
+}
+
+/// The tensor scale of weights whose infinities saturate, which have no say in it; 0 where nothing is left.
+template <class Policy, class T>
+result<float> saturated_tensor_scale(const Policy& policy, const matrix_view<T>& w, const recipe& r,
+                                     const quantize_options& options) {
+  matrix<float> finite(w.rows, w.cols);
+  for (std::size_t i = 0; i < w.rows; ++i) {
+    for (std::size_t k = 0; k < w.cols; ++k) {
+      const float x = to_float(w(i, k));
+      finite(i, k) = is_finite(x) ? x : 0.0f;
+    }
+  }
+  if (r.rotation != 0) {
+    const hadamard rotation = options.rotation.value_or(hadamard{r.rotation});
+    if (auto done = try_rotate(policy, finite, rotation, finite.view()); !done) return done.error();
+  }
+  return tensor_scale_for(amax(policy, finite, special_values::saturate), r.rule);
+}
+
+/// Rounds column after column of the weights `current`, whose columns are in the order given, into `out`, which has
+/// their scales already, and makes up for each error by the columns that follow, as the factor says.
+template <class Policy>
+result<void> round_with_feedback(const Policy& policy, eigen_matrix<float> current,
+                                 const std::vector<std::size_t>& order, const eigen_matrix<float>& factor,
+                                 const quantize_options& options, gptq_scales scales, packed<any_format>& out) {
+  const packed_shape shape = out.shape();
+  const std::size_t span = std::max<std::size_t>(128, out.format.macro_block);  // feedback goes further once per span
+  eigen_matrix<float> errors(current.rows(), static_cast<Eigen::Index>(span));
+  for (std::size_t first = 0; first < shape.cols; first += span) {
+    const std::size_t last = std::min(shape.cols, first + span);
+    for (std::size_t block = first; block < last; block += out.format.block) {
+      const std::size_t end = std::min(last, block + out.format.block);
+      if (scales == gptq_scales::refreshed) {
+        if (auto done = refresh_scales(policy, current, block, options, out); !done) return done.error();
+      }
+      for_each_row(policy.executor, shape.rows, end - block, [&](std::size_t i) {
+        float* row = current.row(static_cast<Eigen::Index>(i)).data();
+        for (std::size_t j = block; j < end; ++j) {
+          const float* tail = factor.row(static_cast<Eigen::Index>(j)).data();
+          const std::size_t column = order[j];
+          const element_scale scale = scale_at(out, i, column);
+          const e2m1 code = scale.encode(row[j]);
+          std::uint8_t& pair = out.codes[i * shape.code_bytes_per_row() + column / 2];
+          pair =
+              static_cast<std::uint8_t>(column % 2 == 0 ? (pair & 0xF0) | code.bits : (pair & 0x0F) | code.bits << 4);
+          float error = (row[j] - scale.decode(code)) / tail[j];
+          if (!is_finite(error)) error = 0;  // of a poisoned block, or beyond what floats can make up for
+          errors(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j - first)) = error;
+          for (std::size_t l = j + 1; l < last; ++l) row[l] -= error * tail[l];
+        }
+      });
+    }
+    const auto done = static_cast<Eigen::Index>(last - first), rest = static_cast<Eigen::Index>(shape.cols - last);
+    if (rest == 0) break;
+    const auto tail = factor.block(static_cast<Eigen::Index>(first), static_cast<Eigen::Index>(last), done, rest);
+    for_each_row(policy.executor, (shape.rows + 63) / 64, 64 * span, [&](std::size_t piece) {
+      const auto i = static_cast<Eigen::Index>(64 * piece), n = std::min<Eigen::Index>(64, current.rows() - i);
+      current.block(i, static_cast<Eigen::Index>(last), n, rest).noalias() -= errors.block(i, 0, n, done) * tail;
+    });
   }
   return {};
 }
@@ -274,8 +407,9 @@ inline namespace TETROMINO_ISA {
 /// product with the calibration activations is made up for by the columns still to come. The scales are the format's
 /// own, chosen by the recipe's rules; where those compare errors, the calibration's column weights count unless the
 /// options give others. `gathered` is of the activations as they come; where the recipe rotates, its moments are
-/// rotated too. Same input, same bytes, whatever the executor. Errors: as try_quantize, and shape_mismatch for a
-/// calibration of other columns. (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", arXiv 2210.17323)
+/// rotated too. A poisoned block stays as quantize has it and feeds nothing back. Same input, same bytes, whatever the
+/// executor. Errors: as try_quantize, shape_mismatch for a calibration of other columns, and non_finite for its
+/// moments. (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", arXiv 2210.17323)
 template <class Policy, class T>
   requires(can_quantize<Policy, float>)
 result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& w, const named_recipe& way,
@@ -283,23 +417,23 @@ result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& 
                                     const gptq_options& feedback = {}) {
   if (!way) return way.error();
   const recipe& r = *way;
-  if (gathered.cols() != w.cols) {
-    return error(errc::shape_mismatch,
-                 detail::text("gptq: the weights have ", w.cols, " columns, the calibration ", gathered.cols()));
-  }
-  if (feedback.by_activation && feedback.scales != gptq_scales::fixed) {
-    return error(errc::invalid_argument, "gptq: an order by activation needs fixed scales");
-  }
-  if (options.rounding != element_rounding::nearest_even) {
-    return error(errc::invalid_argument, "gptq: error feedback rounds to nearest");
-  }
+  const detail::default_float_state usual;
+  if (auto fits = detail::check_feedback(w, gathered, options, feedback); !fits) return fits.error();
   recipe plain = r;
   plain.error_feedback = false;
   plain.rotation = 0;
 
   matrix<float> weights(w.rows, w.cols);
   for (std::size_t i = 0; i < w.rows; ++i) {
-    for (std::size_t k = 0; k < w.cols; ++k) weights(i, k) = detail::to_float(w(i, k));
+    for (std::size_t k = 0; k < w.cols; ++k) weights(i, k) = detail::admit(w(i, k), options.special);
+  }
+  float tensor_scale = 0;
+  if (r.format.scale == scale_type::e4m3 && options.special == special_values::saturate &&
+      options.tensor_scales.empty()) {
+    const auto chosen = detail::saturated_tensor_scale(policy, w, r, options);
+    if (!chosen) return chosen.error();
+    tensor_scale = *chosen;
+    if (tensor_scale != 0) options.tensor_scales = {&tensor_scale, 1};
   }
   std::optional<calibration> turned;
   if (r.rotation != 0) {
@@ -314,62 +448,21 @@ result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& 
     column_weights = seen.column_weights();
     options.column_weights = column_weights;
   }
-  auto packed_weights = try_quantize(policy, weights, plain, options);
-  if (!packed_weights || w.rows == 0 || w.cols == 0) return packed_weights;
-  packed<any_format>& out = *packed_weights;
+  auto out = try_quantize(policy, weights, plain, options);
+  if (!out || w.rows == 0 || w.cols == 0) return out;
   options.rule = plain.rule;
   options.macro = plain.macro;
 
-  std::vector<std::size_t> order(w.cols);
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  if (feedback.by_activation) {
-    const std::vector<float> mean_squares = seen.column_weights();
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::size_t a, std::size_t b) { return mean_squares[a] > mean_squares[b]; });
+  const std::vector<std::size_t> order = detail::column_order(seen, feedback);
+  eigen_matrix<float> current = detail::ordered_weights(weights, order, options.special, *out);
+  options.special = special_values::saturate;  // where feedback goes beyond the floats
+  if (auto done = detail::round_with_feedback(policy, std::move(current), order,
+                                              detail::feedback_factor(seen, feedback.damping, order), options,
+                                              feedback.scales, *out);
+      !done) {
+    return done.error();
   }
-  const eigen_matrix<float> factor = detail::feedback_factor(seen, feedback.damping, order);
-  eigen_matrix<float> current(static_cast<Eigen::Index>(w.rows), static_cast<Eigen::Index>(w.cols));
-  for (std::size_t j = 0; j < w.cols; ++j) {
-    for (std::size_t i = 0; i < w.rows; ++i) {
-      current(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j)) = weights(i, order[j]);
-    }
-  }
-
-  const packed_shape shape = out.shape();
-  const std::size_t span = std::max<std::size_t>(128, out.format.macro_block);  // feedback goes further once per span
-  eigen_matrix<float> errors(current.rows(), static_cast<Eigen::Index>(span));
-  for (std::size_t first = 0; first < w.cols; first += span) {
-    const std::size_t last = std::min(w.cols, first + span);
-    for (std::size_t block = first; block < last; block += out.format.block) {
-      const std::size_t end = std::min(last, block + out.format.block);
-      if (feedback.scales == gptq_scales::refreshed) {
-        if (auto done = detail::refresh_scales(policy, current, block, options, out); !done) return done.error();
-      }
-      detail::for_each_row(policy.executor, w.rows, end - block, [&](std::size_t i) {
-        float* row = current.row(static_cast<Eigen::Index>(i)).data();
-        for (std::size_t j = block; j < end; ++j) {
-          const float* tail = factor.row(static_cast<Eigen::Index>(j)).data();
-          const std::size_t column = order[j];
-          const detail::element_scale scale = detail::scale_at(out, i, column);
-          const e2m1 code = scale.encode(row[j]);
-          std::uint8_t& pair = out.codes[i * shape.code_bytes_per_row() + column / 2];
-          pair =
-              static_cast<std::uint8_t>(column % 2 == 0 ? (pair & 0xF0) | code.bits : (pair & 0x0F) | code.bits << 4);
-          const float error = (row[j] - scale.decode(code)) / tail[j];
-          errors(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(j - first)) = error;
-          for (std::size_t l = j + 1; l < last; ++l) row[l] -= error * tail[l];
-        }
-      });
-    }
-    const auto done = static_cast<Eigen::Index>(last - first), rest = static_cast<Eigen::Index>(w.cols - last);
-    if (rest == 0) break;
-    const auto tail = factor.block(static_cast<Eigen::Index>(first), static_cast<Eigen::Index>(last), done, rest);
-    detail::for_each_row(policy.executor, (w.rows + 63) / 64, 64 * span, [&](std::size_t piece) {
-      const auto i = static_cast<Eigen::Index>(64 * piece), n = std::min<Eigen::Index>(64, current.rows() - i);
-      current.block(i, static_cast<Eigen::Index>(last), n, rest).noalias() -= errors.block(i, 0, n, done) * tail;
-    });
-  }
-  return packed_weights;
+  return out;
 }
 
 /// Packs a batch w[matrices, rows, cols], such as a layer's experts, matrix by matrix: `calibration_of(e)` gives the
@@ -382,6 +475,7 @@ result<packed<any_format>> try_gptq(const Policy& policy, const batch_view<T>& w
                                     const gptq_options& feedback = {}) {
   if (!way) return way.error();
   const recipe& r = *way;
+  if (auto fits = detail::check_sizes(w.matrices, w.rows, w.cols); !fits) return fits.error();
   const std::size_t scales = options.tensor_scales.size();
   packed<any_format> out(r.format, w.matrices, w.rows, w.cols, scales == 1 ? 1 : w.matrices);
   for (const auto& [name, n] :

@@ -3,6 +3,7 @@
 #include "config.hpp"                // bit_cast, round_in_place
 #include "detail/for_each_row.hpp"   // for_each_row
 #include "detail/rotation_part.hpp"  // rotation_part
+#include "detail/sizes.hpp"          // check_sizes
 #include "error.hpp"                 // error, result
 #include "execution.hpp"             // scalar_t, attached
 #include "float16.hpp"               // to_float, from_float
@@ -156,6 +157,7 @@ result<rotate_job<element_of<Input>>> checked(const Input& x, const hadamard& ro
     return error(errc::shape_mismatch, text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
                                             "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
   }
+  if (auto fits = check_sizes(in.matrices, in.rows, in.cols); !fits) return fits.error();
   return rotate_job<T>{in, to, rotation, true};
 }
 

@@ -1,7 +1,8 @@
 #pragma once
 
-#include "config.hpp"   // TETROMINO_EXPECTS
-#include "float16.hpp"  // half, bfloat16
+#include "config.hpp"        // TETROMINO_EXPECTS
+#include "detail/sizes.hpp"  // element_count
+#include "float16.hpp"       // half, bfloat16
 
 #include <concepts>     // std::same_as
 #include <cstddef>      // std::size_t
@@ -148,9 +149,10 @@ struct matrix {
   std::size_t cols = 0;
 
   TETROMINO_ABI matrix() = default;
+  /// Zeros. Throws shape_mismatch for more than 2^48 of them.
   TETROMINO_ABI matrix(std::size_t rows_, std::size_t cols_) : matrix(1, rows_, cols_) {}
   TETROMINO_ABI matrix(std::size_t matrices_, std::size_t rows_, std::size_t cols_)
-      : data(matrices_ * rows_ * cols_), matrices(matrices_), rows(rows_), cols(cols_) {}
+      : data(detail::element_count(matrices_, rows_, cols_)), matrices(matrices_), rows(rows_), cols(cols_) {}
 
   [[nodiscard]] TETROMINO_ABI batch_view<T> view() noexcept { return {data.data(), matrices, rows, cols}; }
   [[nodiscard]] TETROMINO_ABI batch_view<const T> view() const noexcept { return {data.data(), matrices, rows, cols}; }

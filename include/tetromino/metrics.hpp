@@ -87,10 +87,18 @@ template <matrix_like X, matrix_like Y>
   return try_compare(x, y).value();
 }
 
-/// Signal to quantization noise of y against x, in dB.
+/// Signal to quantization noise of y against x, in dB. Errors: as try_compare.
+template <matrix_like X, matrix_like Y>
+result<double> try_qsnr(const X& x, const Y& y) {
+  const auto report = try_compare(x, y);
+  if (!report) return report.error();
+  return report->qsnr();
+}
+
+/// try_qsnr, throwing its error.
 template <matrix_like X, matrix_like Y>
 [[nodiscard]] double qsnr(const X& x, const Y& y) {
-  return compare(x, y).qsnr();
+  return try_qsnr(x, y).value();
 }
 
 }  // namespace TETROMINO_ISA

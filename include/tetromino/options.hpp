@@ -16,7 +16,15 @@ namespace TETROMINO_NAMESPACE {
 enum class special_values : std::uint8_t {
   reject,    ///< an error that names the row, the column and the value; the output's contents are then unspecified
   poison,    ///< the block's scale becomes NaN and its codes 0, so all of it decodes to NaN (OCP MX v1.0, sec. 6.3)
-  saturate,  ///< an infinity counts as the largest finite value of the input type with its sign, NaN as 0
+  saturate,  ///< an infinity counts as the largest finite value of the input type with its sign, NaN as 0; NVFP4's
+             ///< tensor scale is that of the other elements
+};
+
+/// What scale an NVFP4 block gets where E4M3 would round it to 0: where its largest magnitude is below about 2.2e-6 of
+/// that which the tensor scale is made for (3.8e-6 for four_over_six).
+enum class tiny_block_scale : std::uint8_t {
+  zero,   ///< its elements become 0; what cuBLAS and vLLM make of such blocks
+  least,  ///< 2^-9, which keeps some of its elements; what ModelOpt does
 };
 
 /// How many tensor scales an NVFP4 batch gets.
@@ -38,12 +46,15 @@ struct quantize_options {
   std::uint64_t seed = 0;
   std::uint64_t first_index = 0;
   /// Non-negative weights of the squared errors that min_error, four_over_six and macro-block searches compare, such
-  /// as the mean squared activation of each column: [cols], or [matrices, cols]. Empty: all 1.
+  /// as the mean squared activation of each column: [cols], or [matrices, cols]. Empty: all 1. Where they leave all
+  /// candidates of a block with the same error (they are 0, or so large that sums overflow), it is searched without.
   std::span<const float> column_weights{};
   /// NVFP4 tensor scales to use (decode sense): 1, or one for each matrix. Empty: from the input's largest magnitude.
   std::span<const float> tensor_scales{};
   /// NVFP4: how many tensor scales owning storage gets. Caller-provided storage says it by its size.
   tensor_scale_scope scope = tensor_scale_scope::batch;
+  /// NVFP4: what becomes of blocks that are far below the tensor's largest magnitude.
+  tiny_block_scale tiny_blocks = tiny_block_scale::zero;
   /// Rotate along K before packing, in the same pass; what is packed is the rotated tensor. Column weights then belong
   /// to the rotated columns. fake_quantize rotates back.
   std::optional<hadamard> rotation{};

@@ -1,7 +1,8 @@
 #pragma once
 
-#include "error.hpp"   // error
-#include "format.hpp"  // block_format, any_format
+#include "detail/sizes.hpp"  // check_sizes
+#include "error.hpp"         // error
+#include "format.hpp"        // block_format, any_format
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
@@ -115,9 +116,11 @@ struct packed {
 
   TETROMINO_ABI packed() = default;
   /// Zeroed storage for [matrices, rows, cols]; NVFP4 gets `tensor_scale_count` (1 or matrices) tensor scales.
+  /// Throws shape_mismatch for more than 2^48 elements.
   TETROMINO_ABI packed(Format format_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,
                        std::size_t tensor_scale_count = 1)
       : format(format_), matrices(matrices_), rows(rows_), cols(cols_) {
+    detail::check_sizes(matrices_, rows_, cols_).value();
     codes.resize(shape().code_bytes());
     scales.resize(shape().scale_bytes());
     macros.resize(shape().macro_bytes());
@@ -168,6 +171,7 @@ result<void> check_storage(const View& view) {
     return error(errc::shape_mismatch, text("packed storage: ", buffer, " needs ", expected, " entries, got ", got));
   };
   if (auto known = check_format(shape.format); !known) return known;
+  if (auto fits = check_sizes(shape.matrices, shape.rows, shape.cols); !fits) return fits;
   if (auto fits = expect("codes", shape.code_bytes(), view.codes.size()); !fits) return fits;
   if (auto fits = expect("scales", shape.scale_bytes(), view.scales.size()); !fits) return fits;
   if (auto fits = expect("macros", shape.macro_bytes(), view.macros.size()); !fits) return fits;

@@ -2,10 +2,13 @@
 
 #include "detail/cpu_backend.hpp"      // quantize_cpu
 #include "detail/explain.hpp"          // why_nothing_is_packed
+#include "detail/float_state.hpp"      // default_float_state
 #include "detail/scalar_quantize.hpp"  // scalar_kernels
+#include "detail/sizes.hpp"            // check_sizes
 #include "execution.hpp"               // scalar_t, attached
 #include "options.hpp"                 // quantize_options
 
+#include <cstdint>      // std::uint8_t
 #include <span>         // std::span
 #include <type_traits>  // std::is_const_v
 
@@ -46,10 +49,16 @@ concept can_quantize = real<T> && detail::attached<Policy, detail::has_quantize_
 
 namespace detail::inline TETROMINO_ISA {
 
+/// Where the numbers lie that options point to.
+enum class option_memory : std::uint8_t { host, device };
+template <class Policy>
+inline constexpr option_memory memory_of = device_policy<Policy> ? option_memory::device : option_memory::host;
+
 /// Checks the options against a batch of this shape and format, and the values that they point to where the host can
 /// read those; sets the rule.
 inline result<quantize_options> checked(quantize_options options, const any_format& format, std::size_t matrices,
-                                        std::size_t cols, bool is_readable) {
+                                        std::size_t cols, option_memory memory) {
+  const default_float_state usual;
   if (auto known = check_format(format); !known) return known.error();
   if (!options.rule) options.rule = default_rule(format);
   if (options.rotation) {
@@ -62,7 +71,7 @@ inline result<quantize_options> checked(quantize_options options, const any_form
     return error(errc::shape_mismatch, text("column_weights needs ", cols, " entries (one for each column) or ",
                                             matrices * cols, " (for each matrix and column), got ", n));
   }
-  for (std::size_t i = 0; is_readable && i < options.column_weights.size(); ++i) {
+  for (std::size_t i = 0; memory == option_memory::host && i < options.column_weights.size(); ++i) {
     if (!(options.column_weights[i] >= 0.0f && options.column_weights[i] <= largest<float>)) {
       return error(errc::invalid_argument, text("column_weights[", i, "]: expected a finite weight of at least 0, got ",
                                                 options.column_weights[i]));
@@ -76,7 +85,7 @@ inline result<quantize_options> checked(quantize_options options, const any_form
     return error(errc::shape_mismatch,
                  text("tensor_scales needs 1 entry or ", matrices, " (one for each matrix), got ", n));
   }
-  for (std::size_t i = 0; is_readable && i < options.tensor_scales.size(); ++i) {
+  for (std::size_t i = 0; memory == option_memory::host && i < options.tensor_scales.size(); ++i) {
     const float scale = options.tensor_scales[i];
     if (!(scale > 0.0f && scale <= largest<float>)) {
       return error(errc::invalid_argument, text("expected a positive, finite tensor scale, got ", scale));
@@ -126,7 +135,7 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, packed_view<F
   const auto in = detail::as_batch(x);
   if (auto fits = detail::check_storage(out); !fits) return fits;
   if (auto fits = detail::check_shape(out.shape(), in); !fits) return fits;
-  auto checked = detail::checked(options, any_format(out.format), in.matrices, in.cols, !device_policy<Policy>);
+  auto checked = detail::checked(options, any_format(out.format), in.matrices, in.cols, detail::memory_of<Policy>);
   if (!checked) return checked.error();
   if (checked->tensor_scales.size() > 1 && out.tensor_scales.size() == 1) {
     return error(errc::shape_mismatch, "the options give a tensor scale for each matrix, the storage holds one");
@@ -159,6 +168,7 @@ result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const 
                                     const quantize_options& options = {}) {
   const auto in = detail::as_batch(x);
   if (auto known = detail::check_format(format); !known) return known.error();
+  if (auto fits = detail::check_sizes(in.matrices, in.rows, in.cols); !fits) return fits.error();
   const bool per_matrix = options.scope == tensor_scale_scope::per_matrix || options.tensor_scales.size() > 1;
   packed<Format> out(format, in.matrices, in.rows, in.cols, per_matrix ? in.matrices : 1);
   if (auto done = try_quantize_to(policy, x, out.view(), options); !done) return done.error();
@@ -233,9 +243,10 @@ result<void> try_fake_quantize(const Policy& policy, const Input& x, const named
     return error(errc::shape_mismatch, detail::text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
                                                     "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
   }
+  if (auto fits = detail::check_sizes(in.matrices, in.rows, in.cols); !fits) return fits;
   auto settings = detail::options_of(r, options);
   if (!settings) return settings.error();
-  auto checked = detail::checked(*settings, r.format, in.matrices, in.cols, !device_policy<Policy>);
+  auto checked = detail::checked(*settings, r.format, in.matrices, in.cols, detail::memory_of<Policy>);
   if (!checked) return checked.error();
   return fake_quantize_on(policy, detail::fake_quantize_job<T>{in, to, r.format, *checked});
 }

@@ -2,6 +2,7 @@
 
 #include "config.hpp"               // TETROMINO_INLINE
 #include "detail/for_each_row.hpp"  // for_each_row
+#include "detail/sizes.hpp"         // check_sizes
 #include "error.hpp"                // error, result
 #include "options.hpp"              // device_policy
 #include "packed.hpp"               // packed, packed_view, packed_shape
@@ -114,6 +115,7 @@ inline result<void> check_storage(const repacked_view& view) {
     return error(errc::shape_mismatch, text("repacked storage: ", buffer, " needs ", expected, " entries, got ", got));
   };
   if (auto known = check_format(view.format); !known) return known;
+  if (auto fits = check_sizes(view.matrices, view.rows, view.cols); !fits) return fits;
   if (auto fits = expect("codes", shape.code_bytes(), view.codes.size()); !fits) return fits;
   if (auto fits = expect("scales", shape.scale_bytes(), view.scales.size()); !fits) return fits;
   if (auto fits = expect("macros", shape.macro_bytes(), view.macros.size()); !fits) return fits;

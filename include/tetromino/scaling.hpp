@@ -67,9 +67,11 @@ inline namespace TETROMINO_ISA {
 }
 
 /// NVFP4's tensor scale (decode sense) for the largest magnitude of a tensor: amax / (6 * 448), or amax / (6 * 256) for
-/// four_over_six, which needs headroom above the block scale that maps to 4.
+/// four_over_six, which needs headroom above the block scale that maps to 4. At least 2^-126, so that it has an inverse
+/// and is no subnormal number; 0 for amax = 0.
 [[nodiscard]] TETROMINO_HD constexpr float tensor_scale_for(float amax, scale_rule rule) noexcept {
-  return amax / (rule == scale_rule::four_over_six ? 6.0f * 256.0f : 6.0f * 448.0f);
+  const float codes = rule == scale_rule::four_over_six ? 6.0f * 256.0f : 6.0f * 448.0f;
+  return amax > 0.0f && amax < codes * 0x1p-126f ? 0x1p-126f : amax / codes;
 }
 
 /// The macro-block byte of macro_rule::from_amax: bits 22..15 of float(6 / amax), 0 for amax = 0.
@@ -106,6 +108,7 @@ inline namespace TETROMINO_ISA {
   return static_cast<int>((detail::bit_cast<std::uint32_t>(a) + carry) >> 23) - 127 - 2;
 }
 
+static_assert(tensor_scale_for(0x1p-130f, scale_rule::amax) == 0x1p-126f && tensor_scale_for(0, scale_rule::amax) == 0);
 static_assert(mx_exponent(7.0f, carry_of(scale_rule::oas)) == 0);
 static_assert(mx_exponent(7.000001f, carry_of(scale_rule::oas)) == 1);
 static_assert(mx_exponent(7.0f, carry_of(scale_rule::even)) == 1);

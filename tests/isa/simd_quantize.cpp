@@ -228,6 +228,11 @@ void compare(reference::generator& g, const recipe& r, std::size_t cols) {
     for (std::size_t k = 0; k < cols; ++k) {
       weights.push_back(g.below(8) == 0 ? 0.0f : std::ldexp(static_cast<float>(g.uniform()), 10 - int(g.below(20))));
     }
+    if (g.below(4) == 0) {  // some columns that weights cannot tell apart
+      const float same = g.below(2) == 0 ? 0.0f : 3e38f;
+      const std::size_t from = g.below(cols + 1), to = from + g.below(cols - from + 1);
+      for (std::size_t k = from; k < to; ++k) weights[k] = same;
+    }
     options.column_weights = weights;
   }
   if (r.format.scale == tetromino::scale_type::e4m3 && g.below(2) == 0) {
@@ -243,6 +248,7 @@ void compare(reference::generator& g, const recipe& r, std::size_t cols) {
   }
   const special_values policies[] = {special_values::reject, special_values::poison, special_values::saturate};
   options.special = policies[g.below(3)];
+  if (g.below(4) == 0) options.tiny_blocks = tetromino::tiny_block_scale::least;
   comparison<T> job(g, r, cols, options);
   if (variant == 3 && cols != 0) job.put_special_values();
   job.run();

@@ -25,6 +25,8 @@ struct recipe {
   unsigned macro_steps = 0;                  ///< 0: static; 16 or 256: searched
   bool poison = false;                       ///< a non-finite element poisons its block; else it is saturated
   double largest = 3.402823466385288598e38;  ///< what an infinity saturates to
+  double overflow = 3.4028235677973366e38;   ///< the least number that is rounded to infinity
+  unsigned least_scale = 0;                  ///< NVFP4: the least code of a block that is not zero
   bool scale_per_expert = true;              ///< NVFP4: one tensor scale an expert; else one for all
   std::vector<float> given_tensor_scales;    ///< none, one, or one an expert
   std::optional<std::uint64_t> seed;         ///< stochastic rounding of the elements
@@ -51,6 +53,15 @@ inline unsigned stochastic_e2m1(float y, double u) {
   return (up ? low + 1 : low) | sign;
 }
 
+/// The largest value that y >= 0 may become.
+inline float largest_element(float y, bool stochastic) {
+  if (!stochastic) return nearest_e2m1(y);
+  for (const double value : e2m1_table()) {
+    if (value >= static_cast<double>(y)) return static_cast<float>(value);
+  }
+  return 6;
+}
+
 inline std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 /// Packs x[experts, rows, cols]; `weights` is empty, [cols] or [experts, cols].
@@ -62,6 +73,10 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
   out.codes.resize(experts * rows * blocks * r.block / 2);
   out.scales.resize(experts * rows * blocks);
   out.macros.resize(experts * rows * macros);
+
+  // What tensor scales come from: all that is finite, outside of poisoned blocks.
+  std::vector<float> finite = x;
+  for (float& v : finite) v = std::isfinite(v) ? v : 0.0f;
 
   // Special values first: afterwards x is finite, and poisoned blocks are zeros.
   std::vector<bool> poisoned(out.scales.size());
@@ -75,18 +90,23 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
     }
   }
   for (std::size_t i = 0; i < x.size(); ++i) {
-    if (poisoned[i / cols * blocks + i % cols / r.block]) x[i] = 0;
+    if (poisoned[i / cols * blocks + i % cols / r.block]) x[i] = finite[i] = 0;
   }
 
   if (r.nv) {
     for (std::size_t e = 0; e < experts; ++e) {
-      const std::span<const float> all(x);
+      const std::span<const float> all(finite);
       const float a = r.scale_per_expert ? amax(all.subspan(e * rows * cols, rows * cols)) : amax(all);
       const std::vector<float>& given = r.given_tensor_scales;
       out.tensor_scales.push_back(given.empty() ? tensor_scale(r.nvfp4, a) : given[given.size() == 1 ? 0 : e]);
     }
   }
 
+  // Whether the largest of elements y decodes to what the input's type has no finite number for.
+  const auto past = [&](const std::vector<float>& y, float f, int exponent) {
+    return std::ldexp(static_cast<double>(quotient(largest_element(amax(y), r.seed.has_value()), f)), exponent) >=
+           r.overflow;
+  };
   for (std::size_t row = 0; row < experts * rows; ++row) {
     const std::span<const float> line = std::span<const float>(x).subspan(row * cols, cols);
     const auto row_weights = weights.size() > cols ? weights.subspan(row / rows * cols, cols) : weights;
@@ -114,20 +134,33 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
       std::vector<float> y;
       if (r.nv) {
         const float t = out.tensor_scales[row / rows];
-        const unsigned code = nv_scale(r.nvfp4, part, part_weights, t);
+        unsigned code = nv_scale(r.nvfp4, part, part_weights, t, r.least_scale);
+        const auto decodes_past = [&](unsigned of) {
+          const float unit = product(t, static_cast<float>(e4m3_value(of)));
+          return static_cast<double>(product(largest_element(quotient(amax(part), unit), r.seed.has_value()), unit)) >=
+                 r.overflow;
+        };
+        while (code > 1 && decodes_past(code)) --code;
         scale = static_cast<std::uint8_t>(code);
         if (code == 0) continue;
         const float unit = product(t, static_cast<float>(e4m3_value(code)));
         for (const float v : part) y.push_back(unit == 0 ? 0 : quotient(v, unit));
       } else if (r.macro != 0) {
         const float f = macro_factor(out.macros[row * macros + begin / r.macro]);
-        const macro_block_part chosen = under_factor(r.mx, part, part_weights, f);
+        macro_block_part chosen = under_factor(r.mx, part, part_weights, f);
+        while (past(chosen.y, f, chosen.exponent)) {
+          --chosen.exponent;
+          for (float& v : chosen.y) v = scaled(v, 1);
+        }
         scale = static_cast<std::uint8_t>(chosen.exponent + 127);
         y = chosen.y;
       } else {
-        const int chosen = exponent(r.mx, part, part_weights);
-        scale = static_cast<std::uint8_t>(chosen + 127);
+        int chosen = exponent(r.mx, part, part_weights);
         for (const float v : part) y.push_back(scaled(v, -chosen));
+        for (; past(y, 1, chosen); --chosen) {
+          for (float& v : y) v = scaled(v, 1);
+        }
+        scale = static_cast<std::uint8_t>(chosen + 127);
       }
       for (std::size_t i = 0; i < size; ++i) {
         const std::size_t k = begin + i;

@@ -6,7 +6,7 @@
 
 #include "numbers.hpp"  // e2m1_encode, e2m1_value, e4m3_encode, e4m3_value, floor_log2, ceil_log2, bits_of
 
-#include <algorithm>  // std::clamp, std::max
+#include <algorithm>  // std::clamp, std::max, std::none_of
 #include <array>      // std::array
 #include <cmath>      // std::fabs, std::ldexp
 #include <cstddef>    // std::size_t
@@ -88,6 +88,25 @@ inline int exponent_of_amax(mx_rule rule, double a) {
 
 inline int clamp_exponent(int exponent) { return std::clamp(exponent, -127, 127); }
 
+enum class ties { first_wins, last_wins };
+
+/// The candidate of least error. Weights count unless they leave all candidates with the
+/// same error: then `error(candidate, weights)` is looked at without them.
+template <class Candidates, class Error>
+int least_error(ties tie, const Candidates& candidates, std::span<const float> weights, const Error& error) {
+  std::vector<float> errors;
+  for (const int candidate : candidates) errors.push_back(error(candidate, weights));
+  const auto differs = [&](float e) { return e < errors[0] || e > errors[0]; };
+  if (!weights.empty() && std::none_of(errors.begin(), errors.end(), differs)) {
+    return least_error(tie, candidates, std::span<const float>{}, error);
+  }
+  std::size_t best = 0;
+  for (std::size_t i = 1; i < errors.size(); ++i) {
+    if (errors[i] < errors[best] || (tie == ties::last_wins && errors[i] == errors[best])) best = i;
+  }
+  return candidates[best];
+}
+
 /// The block exponent of x · 2^k, not all zero, clamped. `weights` is empty or as long as x.
 inline int exponent(mx_rule rule, std::span<const float> x, std::span<const float> weights = {}, int k = 0) {
   const auto a = static_cast<double>(amax(x));
@@ -95,27 +114,21 @@ inline int exponent(mx_rule rule, std::span<const float> x, std::span<const floa
 
   // Of four exponents the one with the least squared error, the larger one on ties.
   const int up = clamp_exponent(k + exponent_of_amax(mx_rule::round_up, a));
-  int best = clamp_exponent(up + 1);
-  float least = std::numeric_limits<float>::infinity();
-  for (const int candidate : {up + 1, up, up - 1, up - 2}) {
-    const int exponent = clamp_exponent(candidate);
+  const std::array<int, 4> candidates{clamp_exponent(up + 1), up, clamp_exponent(up - 1), clamp_exponent(up - 2)};
+  return least_error(ties::first_wins, candidates, weights, [&](int exponent, std::span<const float> by) {
     error_sum errors;
     for (std::size_t i = 0; i < x.size(); ++i) {
       const float y = scaled(x[i], k - exponent);
-      errors.add(difference(y, nearest_e2m1(y)), weights.empty() ? 1.0f : weights[i]);
+      errors.add(difference(y, nearest_e2m1(y)), by.empty() ? 1.0f : by[i]);
     }
-    const float error = scaled(errors.total(), 2 * (exponent - up));
-    if (error < least) {
-      least = error;
-      best = exponent;
-    }
-  }
-  return best;
+    return scaled(errors.total(), 2 * (exponent - up));
+  });
 }
 
-/// The tensor scale of NVFP4, in the sense of decoding.
+/// The tensor scale of NVFP4, in the sense of decoding; never subnormal.
 inline float tensor_scale(nv_rule rule, float tensor_amax) {
-  return quotient(tensor_amax, rule == nv_rule::four_over_six ? 1536.0f : 2688.0f);
+  const float scale = quotient(tensor_amax, rule == nv_rule::four_over_six ? 1536.0f : 2688.0f);
+  return tensor_amax == 0 ? 0 : std::max(scale, std::numeric_limits<float>::min());
 }
 
 inline float nv_error(std::span<const float> x, std::span<const float> weights, float t, unsigned code) {
@@ -128,29 +141,27 @@ inline float nv_error(std::span<const float> x, std::span<const float> weights, 
   return product(product(s, s), errors.total());
 }
 
-/// The E4M3 code of an NVFP4 block scale.
-inline unsigned nv_scale(nv_rule rule, std::span<const float> x, std::span<const float> weights, float t) {
+/// The E4M3 code of an NVFP4 block scale, which is at least `least` unless the block is zero.
+inline unsigned nv_scale(nv_rule rule, std::span<const float> x, std::span<const float> weights, float t,
+                         unsigned least = 0) {
   const float a = amax(x);
   if (a == 0 || t == 0) return 0;
-  const unsigned code6 = e4m3_encode(quotient(a, product(6, t)));
+  const unsigned code6 = std::max(least, e4m3_encode(quotient(a, product(6, t))));
   if (rule == nv_rule::amax) return code6;
+  const auto error_of = [&](ties tie, const std::vector<int>& candidates) {
+    return static_cast<unsigned>(least_error(tie, candidates, weights, [&](int code, std::span<const float> by) {
+      return nv_error(x, by, t, static_cast<unsigned>(code));
+    }));
+  };
   if (rule == nv_rule::four_over_six) {
-    const unsigned code4 = e4m3_encode(quotient(a, product(4, t)));
+    const unsigned code4 = std::max(least, e4m3_encode(quotient(a, product(4, t))));
     if (code6 == 0) return code4;
-    return nv_error(x, weights, t, code4) < nv_error(x, weights, t, code6) ? code4 : code6;
+    return error_of(ties::first_wins, {static_cast<int>(code6), static_cast<int>(code4)});
   }
   if (code6 == 0) return 0;
-  unsigned best = 0;
-  float least = 0;
-  for (int step = -8; step <= 8; ++step) {
-    const auto code = static_cast<unsigned>(std::clamp(static_cast<int>(code6) + step, 1, 126));
-    const float error = nv_error(x, weights, t, code);
-    if (best == 0 || error <= least) {
-      least = error;
-      best = code;
-    }
-  }
-  return best;
+  std::vector<int> candidates;
+  for (int step = -8; step <= 8; ++step) candidates.push_back(std::clamp(static_cast<int>(code6) + step, 1, 126));
+  return error_of(ties::last_wins, candidates);
 }
 
 /// What the macro-block factor belongs to: f = 1 + m/256.
@@ -202,16 +213,12 @@ inline float macro_error(mx_rule rule, std::span<const float> x, std::span<const
 inline unsigned searched_macro(mx_rule rule, std::span<const float> x, std::span<const float> weights,
                                std::size_t block, unsigned steps) {
   if (amax(x) == 0) return 0;
-  unsigned best = 0;
-  float least = std::numeric_limits<float>::infinity();
-  for (unsigned m = 0; m < 256; m += 256 / steps) {
-    const float error = macro_error(rule, x, weights, block, macro_factor(m));
-    if (error < least) {
-      least = error;
-      best = m;
-    }
-  }
-  return best;
+  std::vector<int> candidates;
+  for (unsigned m = 0; m < 256; m += 256 / steps) candidates.push_back(static_cast<int>(m));
+  return static_cast<unsigned>(
+      least_error(ties::first_wins, candidates, weights, [&](int m, std::span<const float> by) {
+        return macro_error(rule, x, by, block, macro_factor(static_cast<unsigned>(m)));
+      }));
 }
 
 }  // namespace reference

@@ -121,6 +121,8 @@ template <class T>
                                                                 : 256;
   out.poison = options.special == tetromino::special_values::poison;
   out.largest = largest;
+  out.overflow = largest + std::ldexp(1.0, largest < 1e5 ? 4 : largest < 3.4e38 ? 119 : 103);  // half a unit more
+  out.least_scale = options.tiny_blocks == tetromino::tiny_block_scale::least ? 1 : 0;
   out.scale_per_expert = options.scope == tetromino::tensor_scale_scope::per_matrix;
   out.given_tensor_scales.assign(options.tensor_scales.begin(), options.tensor_scales.end());
   if (options.rounding == tetromino::element_rounding::stochastic) out.seed = options.seed;

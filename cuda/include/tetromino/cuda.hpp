@@ -97,7 +97,8 @@ template <matrix_like Input, block_format Format>
   linear.scales = out.scales.first(shape.scale_bytes());
   if (auto fits = tetromino::detail::check_storage(linear); !fits) return fits;
   if (auto fits = tetromino::detail::check_shape(shape, in); !fits) return fits;
-  auto checked = tetromino::detail::checked(options, shape.format, in.matrices, in.cols, false);
+  auto checked =
+      tetromino::detail::checked(options, shape.format, in.matrices, in.cols, tetromino::detail::option_memory::device);
   if (!checked) return checked.error();
   if (auto done = detail::check(cudaMemsetAsync(out.scales.data(), 0, bytes, s.handle), "cudaMemsetAsync"); !done) {
     return done;
@@ -121,7 +122,8 @@ template <matrix_like Input, block_format Format>
                                                                ", ", shape.cols, "], the transpose of the input [",
                                                                in.matrices, ", ", in.cols, ", ", in.rows, "]"));
   }
-  auto checked = tetromino::detail::checked(options, shape.format, in.matrices, in.rows, false);
+  auto checked =
+      tetromino::detail::checked(options, shape.format, in.matrices, in.rows, tetromino::detail::option_memory::device);
   if (!checked) return checked.error();
   return detail::quantize_transposed(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked});
 }
@@ -144,4 +146,4 @@ void quantize_transposed_to(const stream& s, const Input& x, packed_view<Format,
   try_quantize_transposed_to(s, x, out, options).value();
 }
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

@@ -3,10 +3,11 @@
 #include "../execution.hpp"  // executor_ref
 #include "../hadamard.hpp"   // row_rotation
 #include "../options.hpp"    // jobs
+#include "float_state.hpp"   // default_float_state
 #include "for_each_row.hpp"  // for_each_row
 #include "row.hpp"           // row_rules, admit
 
-#include <algorithm>  // std::min, std::max
+#include <algorithm>  // std::min, std::max, std::any_of, std::fill
 #include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
@@ -52,8 +53,8 @@ template <class Kernels, real T>
 class row_packer {
  public:
   row_packer(const any_format& format, const quantize_options& options, std::size_t cols, const Kernels& kernels)
-      : kernels_(kernels), rules_{format,           *options.rule,   options.macro,
-                                  options.rounding, options.special, options.seed} {
+      : kernels_(kernels), rules_{format,          *options.rule,       options.macro, options.rounding,
+                                  options.special, options.tiny_blocks, options.seed} {
     if (options.rotation) rotation_ = row_rotation(*options.rotation, cols);
   }
 
@@ -85,6 +86,7 @@ class row_packer {
       float rotated[piece_of_row];
       const std::size_t n = std::min(piece_of_row, cols - k);
       rotate(x + k, k, n, rotated);
+      if (rules_.special == special_values::saturate) leave_out_infinities(x + k, k, n, rotated);
       largest = std::max(largest, kernels_.amax(rotated, n, rules_.special));
     }
     return largest;
@@ -101,6 +103,17 @@ class row_packer {
   }
 
  private:
+  /// Zeroes the rotated blocks that infinities have spread over.
+  void leave_out_infinities(const T* in, std::size_t first, std::size_t n, float* rotated) const {
+    const std::size_t size = rotation_.from(first).size;
+    for (std::size_t k = 0; k < n; k += size) {
+      const std::size_t end = std::min(n, k + size);
+      if (std::any_of(in + k, in + end, [](T x) { return is_infinite(to_float(x)); })) {
+        std::fill(rotated + k, rotated + end, 0.0f);
+      }
+    }
+  }
+
   /// Returns the first column that the policy rejects, or n; other values that are not finite spread over their block.
   std::size_t rotate(const T* in, std::size_t first, std::size_t n, float* out) const {
     std::uint32_t largest = 0;  // of the magnitudes' bits, which order like the magnitudes: NaN above infinity
@@ -144,6 +157,7 @@ template <class Kernels, real T>
 void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, const row_packer<Kernels, T>& packer,
                        const quantize_options& options, std::span<float> scales) {
   if (scales.empty()) return;
+  const default_float_state usual;
   if (options.tensor_scales.empty()) {
     amax_cpu<T>(
         executor, in, [&](const T* x, std::size_t cols) { return packer.amax(x, cols); }, scales);

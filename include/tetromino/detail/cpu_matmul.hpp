@@ -3,6 +3,7 @@
 #include "../activations.hpp"  // int8_view
 #include "../execution.hpp"    // executor_ref
 #include "../repacked.hpp"     // repacked_view, place_of
+#include "float_state.hpp"     // default_float_state
 #include "row.hpp"             // packed_row
 
 #include <algorithm>  // std::min
@@ -171,6 +172,7 @@ void multiply_tiles(executor_ref executor, const Product& product, std::span<con
   std::size_t tiles = 0;
   for (std::size_t e = 0; e < product.weights.matrices; ++e) tiles += (rows_of(e) + rows - 1) / rows * across;
   const auto task = [&](std::size_t i) {
+    const default_float_state usual;
     std::size_t e = 0, left = i;
     for (std::size_t n; left >= (n = (rows_of(e) + rows - 1) / rows * across); ++e) left -= n;
     const std::size_t row = row_offsets[e] + left / across * rows, col = left % across * cols;

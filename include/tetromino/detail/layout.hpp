@@ -6,13 +6,13 @@
 #include "../format.hpp"   // any_format, mxfp4, nvfp4
 #include "../packed.hpp"   // packed_shape, check_format
 #include "../scaling.hpp"  // name_of
+#include "sizes.hpp"       // check_sizes
 
 #include <algorithm>    // std::find_if
 #include <bit>          // std::endian
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t, std::uint64_t
 #include <cstring>      // std::memcpy
-#include <limits>       // std::numeric_limits
 #include <span>         // std::span
 #include <string_view>  // std::string_view
 
@@ -41,16 +41,8 @@ inline result<void> check_layout_shape(std::string_view layout, const packed_sha
     return layout_error(errc::shape_mismatch, layout,
                         text("it stores rows of whole blocks of ", multiple, ", got K = ", shape.cols));
   }
-  std::size_t room = std::numeric_limits<std::size_t>::max();
-  for (const std::size_t size : {shape.matrices, shape.rows, shape.cols}) {
-    if (size != 0) room /= size;
-  }
-  if (room == 0) {
-    return layout_error(
-        errc::shape_mismatch, layout,
-        text("expected fewer than 2^64 elements, got [", shape.matrices, ", ", shape.rows, ", ", shape.cols, "]"));
-  }
-  return {};
+  const auto fits = check_sizes(shape.matrices, shape.rows, shape.cols);
+  return fits ? fits : layout_error(fits.error().code(), layout, fits.error().what());
 }
 
 /// Says where the first block scale above `largest` is, if there is one.

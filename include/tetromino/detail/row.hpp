@@ -14,6 +14,7 @@ struct row_rules {
   macro_rule macro;
   element_rounding rounding;
   special_values special;
+  tiny_block_scale tiny_blocks;
   std::uint64_t seed;
 };
 
@@ -38,6 +39,8 @@ struct input_row {
 inline namespace TETROMINO_ISA {
 
 inline bool is_finite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7F800000u) != 0x7F800000u; }
+
+inline bool is_infinite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu) == 0x7F800000u; }
 
 /// An input value as the special-value policy sees it: saturating replaces what is not finite.
 template <real T>

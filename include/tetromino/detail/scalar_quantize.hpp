@@ -1,9 +1,10 @@
 #pragma once
 
-#include "../hadamard.hpp"  // scalar_rotation
-#include "row.hpp"          // row_rules, packed_row, input_row
+#include "../hadamard.hpp"    // scalar_rotation
+#include "finite_scales.hpp"  // finite_exponent, finite_scale
+#include "row.hpp"            // row_rules, packed_row, input_row
 
-#include <algorithm>  // std::min, std::max, std::clamp
+#include <algorithm>  // std::min, std::max, std::clamp, std::transform
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
@@ -12,7 +13,8 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 /// The reference backend: one block at a time, one element at a time, in the words of the specification. Every other
 /// backend gives the same bytes.
 struct scalar_kernels : scalar_rotation {
-  /// The largest magnitude of x[n] after the special-value policy, leaving out blocks of 16 that are not finite.
+  /// The largest magnitude of x[n], leaving out blocks of 16 that are not finite, or where they saturate the elements
+  /// that are not.
   template <real T>
   static float amax(const T* x, std::size_t n, special_values special) {
     float largest = 0;
@@ -20,9 +22,12 @@ struct scalar_kernels : scalar_rotation {
       float block = 0;
       bool finite = true;
       for (std::size_t i = k; i < std::min(n, k + nvfp4::block); ++i) {
-        const float v = magnitude(admit(x[i], special));
-        finite = finite && is_finite(v);
-        block = std::max(block, v);
+        const float v = magnitude(to_float(x[i]));
+        if (is_finite(v)) {
+          block = std::max(block, v);
+        } else if (special != special_values::saturate) {
+          finite = false;
+        }
       }
       if (finite) largest = std::max(largest, block);
     }
@@ -83,6 +88,8 @@ struct scalar_kernels : scalar_rotation {
     float x[32];
     float weight[32];  // of each squared error
     float amax;        // largest magnitude
+    float safe;        // below it, no scale makes its type overflow
+    float overflow;    // from here on, its type is infinite
     std::size_t size;  // elements in a whole block
     std::size_t used;  // elements that exist
     bool poisoned;
@@ -109,6 +116,31 @@ struct scalar_kernels : scalar_rotation {
     float partial_[16] = {};
   };
 
+  /// The candidate of least error; a search can tell its candidates apart if not all of them err alike.
+  enum class ties { first_wins, last_wins };
+  template <ties Ties>
+  class least_error {
+   public:
+    void offer(int candidate, float total) {
+      if (!any_) first_ = total;
+      tells_apart_ = tells_apart_ || total < first_ || first_ < total;
+      if (!any_ || total < least_ || (Ties == ties::last_wins && total == least_)) best_ = candidate, least_ = total;
+      any_ = true;
+    }
+    [[nodiscard]] int best() const { return best_; }
+    [[nodiscard]] bool tells_apart() const { return tells_apart_; }
+
+   private:
+    int best_ = 0;
+    float first_ = 0, least_ = 0;
+    bool any_ = false, tells_apart_ = false;
+  };
+
+  static block_values without_weights(block_values block) {
+    block.weighted = false;
+    return block;
+  }
+
   static float magnitude(float x) { return detail::bit_cast<float>(detail::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu); }
 
   /// 2^n for n in [-149, 127], and 0 below.
@@ -128,6 +160,8 @@ struct scalar_kernels : scalar_rotation {
     block.size = rules.format.block;
     block.used = std::min(block.size, in.cols - k);
     block.amax = 0;
+    block.safe = safely_finite<T>;
+    block.overflow = overflow_of<T>;
     block.poisoned = false;
     block.weighted = in.weights != nullptr;
     for (std::size_t i = 0; i < block.size; ++i) {
@@ -183,16 +217,15 @@ struct scalar_kernels : scalar_rotation {
       return clamped(scaled.exponent + mx_exponent(scaled.amax, carry_of(rules.rule)));
     }
     const int up = clamped(scaled.exponent + mx_exponent(scaled.amax, carry_of(scale_rule::round_up)));
-    int best = 0;
-    float least = 0;
+    least_error<ties::first_wins> search;
     for (const int step : {1, 0, -1, -2}) {  // the larger scale first: it keeps ties
       const int exponent = clamped(up + step);
       error_sum sum;
       add_errors(block, scaled, exponent, exponent, sum);
-      const float total = sum.total() * power_of_two(2 * (exponent - up));
-      if (step == 1 || total < least) best = exponent, least = total;
+      search.offer(exponent, sum.total() * power_of_two(2 * (exponent - up)));
     }
-    return best;
+    if (block.weighted && !search.tells_apart()) return block_exponent(rules, without_weights(block), scaled);
+    return search.best();
   }
 
   /// The macro-block byte of up to 256 elements.
@@ -203,8 +236,7 @@ struct scalar_kernels : scalar_rotation {
 
     const int unit = binary_exponent(amax);
     const int step = rules.macro == macro_rule::search ? 16 : 1;
-    int best = 0;
-    float least = 0;
+    least_error<ties::first_wins> search;
     for (int m = 0; m < 256; m += step) {
       const float factor = macro_factor(static_cast<std::uint8_t>(m));
       error_sum sum;
@@ -213,10 +245,14 @@ struct scalar_kernels : scalar_rotation {
         const scaled_block scaled = scale_by(values[b], factor);
         add_errors(values[b], scaled, block_exponent(rules, values[b], scaled), unit, sum);
       }
-      const float total = sum.total() / (factor * factor);
-      if (m == 0 || total < least) best = m, least = total;
+      search.offer(m, sum.total() / (factor * factor));
     }
-    return static_cast<std::uint8_t>(best);
+    if (values[0].weighted && !search.tells_apart()) {
+      block_values plain[max_blocks];
+      std::transform(values, values + blocks, plain, without_weights);
+      return macro_byte(rules, plain, blocks);
+    }
+    return static_cast<std::uint8_t>(search.best());
   }
 
   /// The error of an NVFP4 block under an E4M3 scale, in units of the tensor scale.
@@ -230,26 +266,36 @@ struct scalar_kernels : scalar_rotation {
     return rounded(scale.value() * scale.value()) * sum.total();
   }
 
-  /// The block's E4M3 scale; 0 where the block is zero or far below the tensor's largest magnitude.
+  /// The block's E4M3 scale; 0 where the block is zero, or tiny and to be zero.
   static e4m3 block_scale(const row_rules& rules, const block_values& block, float tensor_scale) {
     if (block.amax == 0 || tensor_scale == 0) return e4m3();
-    const e4m3 from_six = e4m3::encode(block.amax / (6.0f * tensor_scale));
+    const auto encode = [&](float scale) {
+      const e4m3 code = e4m3::encode(scale);
+      return code.bits == 0 && rules.tiny_blocks == tiny_block_scale::least ? e4m3::from_bits(1) : code;
+    };
+    const e4m3 from_six = encode(block.amax / (6.0f * tensor_scale));
     if (rules.rule == scale_rule::four_over_six) {
-      const e4m3 from_four = e4m3::encode(block.amax / (4.0f * tensor_scale));
+      const e4m3 from_four = encode(block.amax / (4.0f * tensor_scale));
       if (from_six.bits == 0) return from_four;
-      return nvfp4_error(block, from_four, tensor_scale) < nvfp4_error(block, from_six, tensor_scale) ? from_four
-                                                                                                      : from_six;
+      least_error<ties::first_wins> search;
+      for (const e4m3 scale : {from_six, from_four}) {
+        search.offer(scale.bits, nvfp4_error(block, scale, tensor_scale));
+      }
+      return chosen(rules, block, tensor_scale, search);
     }
     if (rules.rule == scale_rule::amax || from_six.bits == 0) return from_six;
-    e4m3 best;
-    float least = 0;
+    least_error<ties::last_wins> search;  // the larger scale wins ties
     const int last = std::min<int>(from_six.bits + 8, e4m3::max_finite_bits);
     for (int code = std::max(from_six.bits - 8, 1); code <= last; ++code) {
       const e4m3 scale = e4m3::from_bits(static_cast<std::uint8_t>(code));
-      const float total = nvfp4_error(block, scale, tensor_scale);
-      if (best.bits == 0 || total <= least) best = scale, least = total;  // the larger scale wins ties
+      search.offer(code, nvfp4_error(block, scale, tensor_scale));
     }
-    return best;
+    return chosen(rules, block, tensor_scale, search);
+  }
+  template <class Search>
+  static e4m3 chosen(const row_rules& rules, const block_values& block, float tensor_scale, const Search& search) {
+    if (block.weighted && !search.tells_apart()) return block_scale(rules, without_weights(block), tensor_scale);
+    return e4m3::from_bits(static_cast<std::uint8_t>(search.best()));
   }
 
   /// Chooses the block's scale and rounds its elements.
@@ -261,11 +307,16 @@ struct scalar_kernels : scalar_rotation {
       scale_byte = rules.format.scale == scale_type::e4m3 ? e4m3::nan_bits : e8m0::nan_bits;
     } else if (block.amax != 0 && rules.format.scale == scale_type::e8m0) {
       const scaled_block scaled = scale_by(block, macro_factor(m));
-      const int exponent = block_exponent(rules, block, scaled);
+      int exponent = block_exponent(rules, block, scaled);
+      if (block.amax >= block.safe) {
+        exponent = finite_exponent(exponent, block.amax, macro_factor(m), rules.rounding, block.overflow);
+      }
       scale_byte = e8m0::from_exponent(exponent).bits;
       for (std::size_t i = 0; i < block.size; ++i) y[i] = scaled.g[i] * power_of_two(scaled.exponent - exponent);
     } else if (block.amax != 0) {
-      const e4m3 scale = block_scale(rules, block, tensor_scale);
+      e4m3 scale = block_scale(rules, block, tensor_scale);
+      if (block.amax >= block.safe)
+        scale = finite_scale(scale, block.amax, tensor_scale, rules.rounding, block.overflow);
       scale_byte = scale.bits;
       if (scale.bits != 0) {
         const float divisor = rounded(tensor_scale * scale.value());

@@ -1,8 +1,9 @@
 #pragma once
 
-#include "../config.hpp"         // TETROMINO_EXPECTS
-#include "../detail/layout.hpp"  // check_layout_shape
-#include "../packed.hpp"         // packed, packed_view, packed_like
+#include "../config.hpp"              // TETROMINO_EXPECTS
+#include "../detail/float_state.hpp"  // default_float_state
+#include "../detail/layout.hpp"       // check_layout_shape
+#include "../packed.hpp"              // packed, packed_view, packed_like
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
@@ -84,6 +85,7 @@ template <packed_like Storage>
       !fits) {
     return fits.error();
   }
+  const detail::default_float_state usual;
   for (std::size_t i = 0; i < global_scales.size(); ++i) {
     if (!is_invertible(in.tensor_scales[i])) {
       return detail::layout_error(errc::invalid_argument, "compressed-tensors",
@@ -119,6 +121,7 @@ template <block_format Format>
       !fits) {
     return fits.error();
   }
+  const detail::default_float_state usual;
   for (std::size_t i = 0; i < tensor_scales.size(); ++i) {
     const float global_scale = in.weight_global_scale[i];
     if (!detail::is_positive_finite(global_scale) || !detail::is_positive_finite(detail::reciprocal(global_scale))) {

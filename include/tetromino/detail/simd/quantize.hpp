@@ -4,14 +4,15 @@
 
 #if TETROMINO_SIMD
 
-#include "../../e2m1.hpp"      // e2m1
-#include "../../e4m3.hpp"      // e4m3
-#include "../../e8m0.hpp"      // e8m0
-#include "../../rounding.hpp"  // round_stochastic, philox4x32
-#include "../row.hpp"          // row_rules, packed_row, input_row, admit
-#include "blocks.hpp"          // floats, words, block_amax, encode_e2m1, e2m1_decoder
-#include "hadamard.hpp"        // simd_rotation
-#include "scales.hpp"          // closed_form_bytes, searched_macros, nvfp4_codes
+#include "../../e2m1.hpp"        // e2m1
+#include "../../e4m3.hpp"        // e4m3
+#include "../../e8m0.hpp"        // e8m0
+#include "../../rounding.hpp"    // round_stochastic, philox4x32
+#include "../finite_scales.hpp"  // finite_exponent, finite_scale
+#include "../row.hpp"            // row_rules, packed_row, input_row, admit
+#include "blocks.hpp"            // floats, words, block_amax, encode_e2m1, e2m1_decoder
+#include "hadamard.hpp"          // simd_rotation
+#include "scales.hpp"            // closed_form_bytes, searched_macros, nvfp4_codes
 
 #include <algorithm>  // std::min, std::max, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
@@ -34,7 +35,12 @@ struct simd_kernels : simd_rotation {
       words amax = block_amax<32>(whole ? x + k : padded);
       if (any_at_least(amax, infinity)) {
         if (whole) std::copy_n(x + k, span, padded);
-        sanitize<16>(special, padded, span);
+        if (special == special_values::saturate) {
+          std::replace_if(
+              padded, padded + span, [](T v) { return !is_finite(to_float(v)); }, T{});
+        } else {
+          sanitize<16>(special, padded, span);
+        }
         amax = block_amax<32>(padded);
       }
       largest = max(largest, amax);
@@ -177,6 +183,9 @@ struct simd_kernels : simd_rotation {
 
   static constexpr std::size_t far_ahead = 4096;  // bytes; hardware looks ahead too, but not as far as this work needs
   static constexpr std::int32_t infinity = 0x7F800000;
+  /// The bits of the least magnitude for which a scale may have to be lowered.
+  template <real T>
+  static constexpr std::int32_t unsafe = detail::bit_cast<std::int32_t>(safely_finite<T>);
 
   template <class T>
   static void pad(const T* x, std::size_t n, T* out, std::size_t size) {
@@ -243,7 +252,7 @@ struct simd_kernels : simd_rotation {
       const float* weights = in.weights == nullptr ? nullptr : in.weights + k;
       if (n == span) {
         const words amax = block_amax<Block>(in.data + k);
-        if (!any_at_least(amax, infinity)) {
+        if (!any_at_least(amax, unsafe<T>)) {
           spans[next].x = in.data + k;
           spans[next].n = span;
           spans[next].first_index = index;
@@ -256,7 +265,8 @@ struct simd_kernels : simd_rotation {
         }
       }
       store_waiting();
-      // The tail of a row, or elements that are not finite: through copies of everything.
+      // The tail of a row, or elements that are not finite or so large that the next scale may make them infinite:
+      // through copies of everything.
       T x[span];
       float padded_weights[span];
       std::uint8_t codes[span / 2], scales[blocks_at_once], macros[blocks_at_once];
@@ -274,6 +284,7 @@ struct simd_kernels : simd_rotation {
       }
       span_of_blocks<T> padded{x, n, index, {codes, scales, macros, out.tensor_scale}, {}};
       choose_scales<Block, Nvfp4>(rules, weights == nullptr ? nullptr : padded_weights, amax, padded);
+      if (any_at_least(amax, unsafe<T>)) keep_finite<Nvfp4>(rules, padded);
       store_elements<Block, Nvfp4>(rules, padded);
       for (std::size_t b = 0; b < blocks_at_once; ++b) {
         if ((poisoned >> b & 1u) != 0) scales[b] = Nvfp4 ? e4m3::nan_bits : e8m0::nan_bits;
@@ -309,7 +320,7 @@ struct simd_kernels : simd_rotation {
   static void choose_scales(const row_rules& rules, const block_magnitudes<Block, Weighted>& in, const words& amax,
                             const packed_row<std::uint8_t>& out, element_scales& scales) {
     if constexpr (Nvfp4) {
-      const words code = nvfp4_codes(rules.rule, in, amax, out.tensor_scale);
+      const words code = nvfp4_codes(rules, in, amax, out.tensor_scale);
       const floats divisor = broadcast(out.tensor_scale) * decode_e4m3(code);
       scales.empty = zero_lanes(amax) | zero_lanes(bits_of(divisor));
       const floats usable = select(is_zero(code), broadcast(1.0f), divisor), inverse = broadcast(1.0f) / usable;
@@ -341,6 +352,27 @@ struct simd_kernels : simd_rotation {
       store(scales.factor, factor);
       store(scales.multiplier, factor * inverse_power(byte));
       store_bytes(out.scales, byte);
+    }
+  }
+
+  /// Lowers the scales under which elements would decode to infinities.
+  template <bool Nvfp4, class T>
+  static void keep_finite(const row_rules& rules, span_of_blocks<T>& span) {
+    element_scales& scales = span.scales;
+    for (std::size_t b = 0; b < blocks_at_once; ++b) {
+      if (scales.amax[b] < unsafe<T>) continue;
+      const float amax = detail::bit_cast<float>(scales.amax[b]);
+      std::uint8_t& byte = span.out.scales[b];
+      if constexpr (Nvfp4) {
+        byte = finite_scale(e4m3::from_bits(byte), amax, span.out.tensor_scale, rules.rounding, overflow_of<T>).bits;
+        if (byte == 0) continue;
+        scales.divisor[b] = detail::rounded(span.out.tensor_scale * e4m3::from_bits(byte).value());
+        scales.quick = false;
+      } else {
+        const int exponent = finite_exponent(byte - 127, amax, scales.factor[b], rules.rounding, overflow_of<T>);
+        byte = e8m0::from_exponent(exponent).bits;
+        scales.multiplier[b] = scales.factor[b] * e8m0::from_exponent(-exponent).value();
+      }
     }
   }
 

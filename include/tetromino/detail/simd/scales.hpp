@@ -10,8 +10,9 @@
 #include "../row.hpp"         // row_rules
 #include "blocks.hpp"         // floats, words, snap, sum_each
 
-#include <cstddef>  // std::size_t
-#include <cstdint>  // std::int32_t
+#include <algorithm>  // std::any_of
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::int32_t
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
@@ -25,6 +26,12 @@ struct block_magnitudes {
   const float* weights;
 };
 
+/// The same blocks without weights, for searches whose candidates weights leave with the same error.
+template <std::size_t Block, bool Weighted>
+TETROMINO_INLINE block_magnitudes<Block, false> without_weights(const block_magnitudes<Block, Weighted>& in) {
+  return {in.x, nullptr};
+}
+
 // Numbers -------------------------------------------------------------------------------------------------------------
 
 TETROMINO_INLINE words clamp(const words& a, std::int32_t least, std::int32_t most) {
@@ -32,6 +39,8 @@ TETROMINO_INLINE words clamp(const words& a, std::int32_t least, std::int32_t mo
 }
 /// Where a small number that is not negative is zero.
 TETROMINO_INLINE flags is_zero(const words& a) { return floats_of(a | broadcast(0x3F800000)) <= broadcast(1.0f); }
+/// Where it is not.
+TETROMINO_INLINE flags is_set(const words& a) { return broadcast(1.0f) < floats_of(a | broadcast(0x3F800000)); }
 /// The exponent field of a magnitude, kept within those whose inverse power of two is a normal float.
 TETROMINO_INLINE words exponent_field(const words& magnitude) { return clamp(shift_right<23>(magnitude), 1, 253); }
 /// 2^(127 - field) for a field in 0 ... 253; 2^-127 for 254.
@@ -92,13 +101,18 @@ TETROMINO_INLINE floats squared_errors(const block_magnitudes<Block, Weighted>& 
   return square;
 }
 
+/// Where a and b differ, or `told` says so already, 1.
+TETROMINO_INLINE words told_apart(const words& told, const floats& a, const floats& b) {
+  return select((a < b) | (b < a), broadcast(1), told);
+}
+
 /// The scale bytes of min_error.
 template <std::size_t Block, bool Weighted>
 words least_error_bytes(const block_magnitudes<Block, Weighted>& in, const words& amax, const floats& factor) {
   const words up = closed_form_bytes(amax, factor, carry_of(scale_rule::round_up));
   const floats one = broadcast(1.0f);
-  words best = up;
-  floats least = one;
+  words best = up, told = broadcast(0);
+  floats least = one, first = one;
   for (const std::int32_t step : {1, 0, -1, -2}) {  // the larger scale first: it keeps ties
     const words byte = clamp(up + broadcast(step), 0, 254);
     float multiplier[blocks_at_once], errors[blocks_at_once][lane_count];
@@ -116,12 +130,17 @@ words least_error_bytes(const block_magnitudes<Block, Weighted>& in, const words
                          floats_of(shift_left<23>(twice + broadcast(127)));
     if (step == 1) {
       best = byte;
-      least = total;
+      least = first = total;
     } else {
       const flags better = total < least;
       best = select(better, byte, best);
       least = select(better, total, least);
+      if constexpr (Weighted) told = told_apart(told, total, first);
     }
+  }
+  if constexpr (Weighted) {
+    const flags settled = is_set(told) | (floats_of(amax) <= broadcast(0.0f));
+    if (!all(settled)) best = select(settled, best, least_error_bytes(without_weights(in), amax, factor));
   }
   return best;
 }
@@ -177,7 +196,8 @@ words searched_macros(const row_rules& rules, const block_magnitudes<Block, Weig
   constexpr std::size_t candidates = lane_count;
   const std::int32_t spacing = rules.macro == macro_rule::search ? 16 : 1;
   std::int32_t best[blocks_at_once] = {};
-  float least[blocks_at_once] = {};
+  float least[blocks_at_once] = {}, of_first[blocks_at_once] = {};
+  bool told[blocks_at_once] = {};
   for (std::int32_t first = 0; first < 256; first += spacing * static_cast<std::int32_t>(candidates)) {
     float factor[candidates], scale[candidates][blocks_at_once];
     for (std::size_t c = 0; c < candidates; ++c) {
@@ -199,6 +219,8 @@ words searched_macros(const row_rules& rules, const block_magnitudes<Block, Weig
                         (all_factors * all_factors));
       for (std::size_t c = 0; c < candidates; ++c) {
         const std::int32_t m = first + spacing * static_cast<std::int32_t>(c);
+        if (m == 0) of_first[begin] = totals[c];
+        told[begin] = told[begin] || totals[c] < of_first[begin] || of_first[begin] < totals[c];
         if (m == 0 || totals[c] < least[begin]) {
           best[begin] = m;
           least[begin] = totals[c];
@@ -206,7 +228,17 @@ words searched_macros(const row_rules& rules, const block_magnitudes<Block, Weig
       }
     }
   }
-  for (std::size_t b = 0; b < blocks_at_once; ++b) best[b] = best[b / group * group];
+  std::int32_t open[blocks_at_once], largest[blocks_at_once];
+  store(largest, group_max(amax, group));
+  for (std::size_t b = 0; b < blocks_at_once; ++b) {
+    best[b] = best[b / group * group];
+    open[b] = Weighted && !told[b / group * group] && largest[b] != 0;
+  }
+  if constexpr (Weighted) {
+    if (std::any_of(open, open + blocks_at_once, [](std::int32_t is_open) { return is_open != 0; })) {
+      return select(is_zero(load(open)), load(best), searched_macros(rules, without_weights(in), amax, group));
+    }
+  }
   return load(best);
 }
 
@@ -268,32 +300,59 @@ floats nvfp4_errors(const block_magnitudes<16, Weighted>& in, const words& amax,
                                        : nvfp4_error_sums<false>(in, divisors, inverses));
 }
 
+template <bool Weighted>
+words with_open_lanes(const row_rules& rules, const block_magnitudes<16, Weighted>& in, const words& amax,
+                      float tensor_scale, const words& told, const flags& none, const words& best);
+
 /// The scale codes of 16 blocks. `in` is for the rules that compare errors.
 template <bool Weighted>
-words nvfp4_codes(scale_rule rule, const block_magnitudes<16, Weighted>& in, const words& amax, float tensor_scale) {
+words nvfp4_codes(const row_rules& rules, const block_magnitudes<16, Weighted>& in, const words& amax,
+                  float tensor_scale) {
   if (tensor_scale == 0) return broadcast(0);
   const floats a = floats_of(amax);
-  const words from_six = encode_e4m3(a / broadcast(6.0f * tensor_scale));
-  if (rule == scale_rule::amax) return from_six;
+  const auto encode = [&](const floats& scale) {
+    const words code = encode_e4m3(scale);
+    if (rules.tiny_blocks == tiny_block_scale::zero) return code;
+    return select(a <= broadcast(0.0f), code, max(code, broadcast(1)));
+  };
+  const words from_six = encode(a / broadcast(6.0f * tensor_scale));
+  if (rules.rule == scale_rule::amax) return from_six;
   const flags none = is_zero(from_six);
   const words for_six = max(from_six, broadcast(1));  // without a scale, nothing is compared
-  if (rule == scale_rule::four_over_six) {
-    const words from_four = encode_e4m3(a / broadcast(4.0f * tensor_scale));
-    const flags better = nvfp4_errors(in, amax, max(from_four, broadcast(1)), tensor_scale) <
-                         nvfp4_errors(in, amax, for_six, tensor_scale);
-    return select(better | none, from_four, from_six);
-  }
+  words told = broadcast(0);
   words best = broadcast(0);
-  floats least = broadcast(0.0f);
+  if (rules.rule == scale_rule::four_over_six) {
+    const words from_four = encode(a / broadcast(4.0f * tensor_scale));
+    const floats six = nvfp4_errors(in, amax, for_six, tensor_scale);
+    const floats four = nvfp4_errors(in, amax, max(from_four, broadcast(1)), tensor_scale);
+    if constexpr (Weighted) told = told_apart(told, four, six);
+    best = select((four < six) | none, from_four, from_six);
+    return with_open_lanes(rules, in, amax, tensor_scale, told, none, best);
+  }
+  floats least = broadcast(0.0f), first = broadcast(0.0f);
   for (std::int32_t step = -8; step <= 8; ++step) {
     const words wanted = from_six + broadcast(step), code = clamp(wanted, 1, e4m3::max_finite_bits);
     const floats error = nvfp4_errors(in, amax, code, tensor_scale);
     const flags exists = is_zero(max(wanted - code, code - wanted));
     const flags better = exists & (is_zero(best) | (error <= least));  // the larger scale wins ties
+    if constexpr (Weighted) {
+      first = select(exists & is_zero(best), error, first);
+      told = select(exists, told_apart(told, error, first), told);
+    }
     best = select(better, code, best);
     least = select(better, error, least);
   }
-  return select(none, broadcast(0), best);
+  return with_open_lanes(rules, in, amax, tensor_scale, told, none, select(none, broadcast(0), best));
+}
+/// `best`, but where weights leave all candidates of a block with the same error, what a search without them gives.
+template <bool Weighted>
+words with_open_lanes(const row_rules& rules, const block_magnitudes<16, Weighted>& in, const words& amax,
+                      float tensor_scale, const words& told, const flags& none, const words& best) {
+  if constexpr (Weighted) {
+    const flags settled = is_set(told) | none;
+    if (!all(settled)) return select(settled, best, nvfp4_codes(rules, without_weights(in), amax, tensor_scale));
+  }
+  return best;
 }
 
 }  // namespace TETROMINO_ISA

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(256) amax_kernel(const pack_args args, std::ui
     for (std::uint32_t u = 0; u < at_once; ++u) {
       std::uint32_t m = x[u].largest();
       if (m >= infinity_bits<T> && args.rules.special == special_values::saturate) {
-        x[u].saturate();
+        x[u].clear_special();
         m = x[u].largest();
       }
       if (m < infinity_bits<T>) most = max(most, m);  // others are poisoned blocks of 16
@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(256) amax_kernel(const pack_args args, std::ui
 template <class Count>
 __global__ void tensor_scales_kernel(float* scales, Count n, const float* given, bool one_given, scale_rule rule) {
   for (Count i = threadIdx.x; i < n; i += blockDim.x) {
-    scales[i] = given != nullptr ? given[one_given ? 0 : i]
-                                 : __fdiv_rn(scales[i], 6.0f * (rule == scale_rule::four_over_six ? 256.0f : 448.0f));
+    scales[i] = given != nullptr ? given[one_given ? 0 : i] : tensor_scale_for(scales[i], rule);
   }
 }
 
@@ -109,8 +108,10 @@ __global__ void __launch_bounds__(256) rotated_amax_kernel(const pack_args args,
   __shared__ std::uint32_t load_room[load_words<Source, T>];
   const chunk_place at = load_chunk<Source>(args, load_room, x);
   std::uint32_t m = 0;
+  const bool is_left_out =
+      any_in_block(args.rotation, args.rules.special == special_values::saturate && x.has_infinity());
   static_cast<void>(admit_chunk<Source, true>(args, at, x, m));
-  if (m >= infinity_bits<float>) m = 0;  // of a poisoned block of 16
+  if (is_left_out || m >= infinity_bits<float>) m = 0;  // infinities are all over the block, or it is poisoned
   const std::uint32_t most = __reduce_max_sync(full_warp, m);
   std::uint32_t* const to = out + (args.tensor_scales.per_matrix ? at.matrix : 0);
   if (!args.tensor_scales.per_matrix || __all_sync(full_warp, at.matrix == __shfl_sync(full_warp, at.matrix, 0))) {
@@ -167,4 +168,4 @@ result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, pa
   return check(cudaGetLastError(), "the launch of tensor_scales_kernel");
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -32,12 +32,17 @@ struct row_map {
 };
 
 struct pack_rules {
+  [[nodiscard]] __device__ element_rounding rounding() const {
+    return stochastic ? element_rounding::stochastic : element_rounding::nearest_even;
+  }
+
   std::uint32_t block, macro_block;
   std::uint32_t macro_shift;  ///< log2 of macro_block
   std::uint32_t carry;        ///< of the closed-form MX rules
   bool min_error;             ///< search each block's exponent instead
   std::uint32_t macro_step;   ///< between the macro bytes that a search tries; 0: from the largest magnitude
   special_values special;
+  tiny_block_scale tiny_blocks;
   bool stochastic;
   std::uint64_t seed;
 };
@@ -131,4 +136,4 @@ template <class T>
   return bit_cast<float>(static_cast<std::uint32_t>(n + 127) << 23);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -119,6 +119,22 @@ struct chunk {
     }
   }
 
+  /// Replaces what is not finite by 0.
+  __device__ void clear_special() {
+#pragma unroll
+    for (std::uint32_t i = 0; i < chunk_size; ++i) {
+      if (is_special(bits(i))) set_bits(i, 0);
+    }
+  }
+
+  [[nodiscard]] __device__ bool has_infinity() const {
+    constexpr std::uint32_t magnitude = sizeof(T) == 4 ? 0x7FFFFFFFu : 0x7FFFu;
+    bool found = false;
+#pragma unroll
+    for (std::uint32_t i = 0; i < chunk_size; ++i) found = found || (bits(i) & magnitude) == infinity_bits<T>;
+    return found;
+  }
+
   __device__ void clear() {
 #pragma unroll
     for (std::uint32_t i = 0; i < chunk_words<T>; ++i) word[i] = 0;
@@ -161,4 +177,4 @@ template <real T>
   }
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -11,9 +11,10 @@
 #include "spans.cuh"   // launch_pack_spans
 #include "load.cuh"    // load_chunk
 
-#include <tetromino/layout.hpp>   // swizzled_bytes
-#include <tetromino/options.hpp>  // quantize_job
-#include <tetromino/scaling.hpp>  // mx_exponent
+#include <tetromino/detail/finite_scales.hpp>  // finite_exponent, finite_scale
+#include <tetromino/layout.hpp>                // swizzled_bytes
+#include <tetromino/options.hpp>               // quantize_job
+#include <tetromino/scaling.hpp>               // mx_exponent
 
 #include <algorithm>    // std::max
 #include <bit>          // std::bit_width
@@ -126,17 +127,21 @@ template <real T>
 
 /// The E4M3 scale of a block with amax > 0.
 template <real T, pack_rule Rule>
-[[nodiscard]] __device__ std::uint32_t nv_scale(const chunk<T>& x, float amax, float tensor_scale, const float* weights,
-                                                std::uint32_t used) {
+[[nodiscard]] __device__ std::uint32_t nv_scale(const pack_rules& rules, const chunk<T>& x, float amax,
+                                                float tensor_scale, const float* weights, std::uint32_t used) {
   if (tensor_scale == 0.0f) return 0;
-  const std::uint32_t from_six = encode_e4m3(__fdiv_rn(amax, __fmul_rn(6.0f, tensor_scale)));
+  const std::uint32_t lowest = rules.tiny_blocks == tiny_block_scale::least ? 1 : 0;
+  const std::uint32_t from_six = max(encode_e4m3(__fdiv_rn(amax, __fmul_rn(6.0f, tensor_scale))), lowest);
   if constexpr (Rule == pack_rule::nv_amax) {
     return from_six;
   } else if constexpr (Rule == pack_rule::nv_four_over_six) {
-    const std::uint32_t from_four = encode_e4m3(__fdiv_rn(amax, __fmul_rn(4.0f, tensor_scale)));
+    const std::uint32_t from_four = max(encode_e4m3(__fdiv_rn(amax, __fmul_rn(4.0f, tensor_scale))), lowest);
     if (from_six == 0) return from_four;
-    const float six = nv_error(x, amax, tensor_scale, from_six, weights, used);
-    return nv_error(x, amax, tensor_scale, from_four, weights, used) < six ? from_four : from_six;
+    for (;; weights = nullptr) {  // once more without weights where these do not tell the two apart
+      const float six = nv_error(x, amax, tensor_scale, from_six, weights, used);
+      const float four = nv_error(x, amax, tensor_scale, from_four, weights, used);
+      if (weights == nullptr || four < six || six < four) return four < six ? from_four : from_six;
+    }
   } else {
     if (from_six == 0) return 0;
     const std::uint32_t first = from_six > 9 ? from_six - 8 : 1;
@@ -149,14 +154,19 @@ template <real T, pack_rule Rule>
         __fmul_rn(tensor_scale, decode_e4m3(last)) <= 0x1p60f && amax < 0x1p100f) {
       bound = nv_error(x, amax, tensor_scale, from_six, nullptr, used);
     }
-    std::uint32_t best = 0;
-    float least = 0;
-    for (std::uint32_t code = first; code <= last; ++code) {
-      if (nv_clamped_error(amax, tensor_scale, code) > bound) continue;
-      const float total = nv_error(x, amax, tensor_scale, code, weights, used);
-      if (best == 0 || total <= least) best = code, least = total;  // the larger scale wins ties
+    for (;; weights = nullptr) {  // once more without weights where these do not tell the scales apart
+      std::uint32_t best = 0;
+      float least = 0, of_first = 0;
+      bool tells_apart = false;
+      for (std::uint32_t code = first; code <= last; ++code) {
+        if (nv_clamped_error(amax, tensor_scale, code) > bound) continue;
+        const float total = nv_error(x, amax, tensor_scale, code, weights, used);
+        if (best == 0) of_first = total;
+        tells_apart = tells_apart || total < of_first || of_first < total;
+        if (best == 0 || total <= least) best = code, least = total;  // the larger scale wins ties
+      }
+      if (weights == nullptr || tells_apart) return best;
     }
-    return best;
   }
 }
 
@@ -184,6 +194,12 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
     mx_scale scale(amax, factor, rules.carry);
     if constexpr (Rule == pack_rule::mx_min_error) scale = mx_scale(search_scale<Block>(x, amax));
     if (m != 0) {
+      if (amax >= tetromino::detail::safely_finite<T>) {
+        const int exponent = static_cast<int>(scale.code) - 127;
+        scale = mx_scale(static_cast<std::uint32_t>(
+            127 + tetromino::detail::finite_exponent(exponent, amax, factor, rules.rounding(),
+                                                     tetromino::detail::overflow_of<T>)));
+      }
       out.scale = scale.code;
       if constexpr (Stochastic) {
         out.codes = encode_stochastic(x, amax, factor, scale.code, u, used);
@@ -201,7 +217,12 @@ template <real T, pack_rule Rule, std::uint32_t Block, bool Stochastic>
   } else if (poisoned) {
     out.scale = e4m3::nan_bits;
   } else if (m != 0) {
-    out.scale = nv_scale<T, Rule>(x, amax, tensor_scale, weights, used);
+    out.scale = nv_scale<T, Rule>(rules, x, amax, tensor_scale, weights, used);
+    if (amax >= tetromino::detail::safely_finite<T>) {
+      out.scale = tetromino::detail::finite_scale(e4m3::from_bits(static_cast<std::uint8_t>(out.scale)), amax,
+                                                  tensor_scale, rules.rounding(), tetromino::detail::overflow_of<T>)
+                      .bits;
+    }
     const float step = __fmul_rn(tensor_scale, decode_e4m3(out.scale));
     if (step != 0.0f) {
       if constexpr (Stochastic) {
@@ -465,6 +486,7 @@ result<pack_args> make_args(const stream& s, const batch_view<const T>& x, const
     rules.macro_step = options.macro == macro_rule::search ? 16 : 1;
   }
   rules.special = options.special;
+  rules.tiny_blocks = options.tiny_blocks;
   rules.stochastic = options.rounding == element_rounding::stochastic;
   rules.seed = options.seed;
 
@@ -571,4 +593,4 @@ result<void> fake_quantize(const stream& s, const tetromino::detail::fake_quanti
   return launch_packing<T>(s, *args, *job.options.rule);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -6,7 +6,8 @@
 #include "args.cuh"    // pack_args
 #include "load.cuh"    // chunk_place
 
-#include <tetromino/scaling.hpp>  // mx_exponent, macro_factor
+#include <tetromino/detail/finite_scales.hpp>  // finite_exponent
+#include <tetromino/scaling.hpp>               // mx_exponent, macro_factor
 
 #include <cstdint>  // std::uint32_t
 
@@ -29,7 +30,6 @@ struct lane_span {
   float near_one[N];  ///< magnitude times 2^-power of its block, so that no product overflows
   float weight[N];
   std::uint32_t amax[blocks];  ///< float bits
-  bool weighted;
 
   [[nodiscard]] __device__ int power(int b) const { return min(max(static_cast<int>(amax[b] >> 23) - 127, -126), 126); }
 
@@ -39,6 +39,7 @@ struct lane_span {
   }
 
   /// `partial` plus this lane's squared errors in block b under scale 2^exponent, in units of 2^unit.
+  template <bool Weighted>
   [[nodiscard]] __device__ float add_errors(int b, float factor, int exponent, int unit, float partial) const {
     const float to_scale = power_of_two(power(b) - exponent);
     const float to_unit = power_of_two(max(exponent - unit, -126));
@@ -47,43 +48,65 @@ struct lane_span {
       const float y = __fmul_rn(__fmul_rn(factor, near_one[i]), to_scale);
       const float difference = __fmul_rn(difference_to_nearest<true>(y, 1.0f), to_unit);
       float square = __fmul_rn(difference, difference);
-      if (weighted) square = __fmul_rn(weight[i], square);
+      if constexpr (Weighted) square = __fmul_rn(weight[i], square);
       partial = __fadd_rn(partial, square);
     }
     return partial;
   }
 
-  /// The E8M0 exponent of block b. All lanes of a warp call it together.
+  /// The E8M0 exponent of block b; a search goes without weights where these do not tell the exponents apart. All lanes
+  /// of a warp call it together.
+  template <bool Weighted>
   [[nodiscard]] __device__ int exponent(const pack_rules& rules, int b, float factor) const {
     const auto clamped = [](int e) { return min(max(e, -127), 127); };
     const float largest = scaled_amax(b, factor);
     if (!rules.min_error) return clamped(power(b) + mx_exponent(largest, rules.carry));
     const int up = clamped(power(b) + mx_exponent(largest, 0x3FFFFFu));
     int best = 0;
-    float least = 0;
+    float least = 0, of_first = 0;
+    bool tells_apart = false;
     for (int step = 1; step >= -2; --step) {  // the larger scale first: it keeps ties
       const int e = clamped(up + step);
-      const float total = __fmul_rn(sum_lanes(add_errors(b, factor, e, e, 0.0f)), power_of_two(2 * (e - up)));
+      const float total = __fmul_rn(sum_lanes(add_errors<Weighted>(b, factor, e, e, 0.0f)), power_of_two(2 * (e - up)));
+      if (step == 1) of_first = total;
+      tells_apart = tells_apart || total < of_first || of_first < total;
       if (step == 1 || total < least) best = e, least = total;
+    }
+    if constexpr (Weighted) {
+      if (__any_sync(full_warp, !tells_apart)) {
+        const int plain = exponent<false>(rules, b, factor);
+        if (!tells_apart) best = plain;
+      }
     }
     return best;
   }
 
-  /// The macro-block byte of least squared error. All lanes of a warp call it together.
+  /// The macro-block byte of least squared error, without weights where these do not tell the bytes apart. All lanes of
+  /// a warp call it together.
+  template <bool Weighted>
   [[nodiscard]] __device__ std::uint32_t search_macro(const pack_rules& rules, std::uint32_t most) const {
     const int unit = min(max(static_cast<int>(most >> 23) - 127, -126), 126);
     std::uint32_t best = 0;
-    float least = 0;
+    float least = 0, of_first = 0;
+    bool tells_apart = false;
     for (std::uint32_t m = 0; m < 256; m += rules.macro_step) {
       const float factor = bit_cast<float>(0x3F800000u | m << 15);
       float partial = 0;
 #pragma unroll
       for (int b = 0; b < blocks; ++b) {
-        const int e = exponent(rules, b, factor);
-        if (amax[b] != 0) partial = add_errors(b, factor, e, unit, partial);
+        const int e = exponent<Weighted>(rules, b, factor);
+        if (amax[b] != 0) partial = add_errors<Weighted>(b, factor, e, unit, partial);
       }
       const float total = __fdiv_rn(sum_lanes(partial), __fmul_rn(factor, factor));
+      if (m == 0) of_first = total;
+      tells_apart = tells_apart || total < of_first || of_first < total;
       if (m == 0 || total < least) best = m, least = total;
+    }
+    if constexpr (Weighted) {
+      if (__any_sync(full_warp, !tells_apart)) {
+        const std::uint32_t plain = search_macro<false>(rules, most);
+        if (!tells_apart) best = plain;
+      }
     }
     return most == 0 ? 0 : best;
   }
@@ -178,7 +201,7 @@ __global__ void __launch_bounds__(256) pack_spans_kernel(const pack_args args) {
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) negative |= (bit_cast<std::uint32_t>(value[i]) >> 31) << i;
-  x.weighted = args.weights.data != nullptr;
+  const bool weighted = args.weights.data != nullptr;  // in all threads alike
   std::uint32_t most = 0;
 #pragma unroll
   for (int b = 0; b < span::blocks; ++b) {
@@ -199,11 +222,14 @@ __global__ void __launch_bounds__(256) pack_spans_kernel(const pack_args args) {
 
   std::uint32_t macro = 0;
   if (args.rules.macro_step != 0) {
-    macro = x.search_macro(args.rules, most);
+    macro =
+        weighted ? x.template search_macro<true>(args.rules, most) : x.template search_macro<false>(args.rules, most);
   } else if (args.rules.macro_block != 0 && most != 0) {
     macro = bit_cast<std::uint32_t>(__fdiv_rn(6.0f, bit_cast<float>(most))) >> 15 & 0xFFu;
   }
   const float factor = bit_cast<float>(0x3F800000u | macro << 15);
+  float safe = tetromino::detail::safely_finite<T>, overflow = tetromino::detail::overflow_of<T>;
+  if (is_rotated) safe = tetromino::detail::safely_finite<float>, overflow = tetromino::detail::overflow_of<float>;
   const std::size_t first_block = static_cast<std::size_t>(row) * args.out.blocks_per_row;
   T* const to_fake =
       args.fake.data == nullptr ? nullptr : static_cast<T*>(args.fake.data) + args.fake.rows.offset(row) + col;
@@ -211,7 +237,11 @@ __global__ void __launch_bounds__(256) pack_spans_kernel(const pack_args args) {
 
 #pragma unroll
   for (int b = 0; b < span::blocks; ++b) {
-    const int e = x.exponent(args.rules, b, factor);
+    int e =
+        weighted ? x.template exponent<true>(args.rules, b, factor) : x.template exponent<false>(args.rules, b, factor);
+    if (const float amax = bit_cast<float>(x.amax[b]); amax >= safe) {
+      e = tetromino::detail::finite_exponent(e, amax, factor, args.rules.rounding(), overflow);
+    }
     const std::uint32_t column = col + block * b;
     const bool is_poisoned = (poisoned >> b & 1) != 0;
     std::uint32_t scale = x.amax[b] == 0 ? 0 : static_cast<std::uint32_t>(e + 127);
@@ -299,4 +329,4 @@ result<void> launch_pack_spans(const stream& s, const pack_args& args, std::size
   }
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -1,0 +1,198 @@
+#include "check.hpp"
+
+/// Bytes do not depend on what the program has set of its floating-point state, and the state survives every call. Run
+/// for each backend of tetromino::cpu.
+
+#include <tetromino/dequantize.hpp>
+#include <tetromino/hadamard.hpp>
+#include <tetromino/matmul.hpp>
+#include <tetromino/quantize.hpp>
+
+#include "isa/backend.hpp"
+#include "support/oracle.hpp"
+
+#include <cstdint>   // std::uint64_t
+#include <cstring>   // std::memcmp
+#include <optional>  // std::optional
+#include <string>    // std::string
+#include <thread>    // std::thread
+#include <utility>   // std::pair
+#include <vector>    // std::vector
+
+#if !TETROMINO_TEST_VECTORS
+TEST_CASE("the simd backend exists") { WARN("xsimd was not found: there is nothing to test"); }
+#else
+
+namespace {
+
+using namespace tetromino;
+using tetromino_test::vectors;
+
+#if defined(__x86_64__)
+using word = std::uint32_t;
+constexpr word exception_flags = 0x3F;
+const std::vector<std::pair<const char*, word> > states{{"flush to zero", 0x8000},
+                                                        {"denormals are zero", 0x0040},
+                                                        {"both", 0x8040},
+                                                        {"downward", 0x2000},
+                                                        {"upward", 0x4000},
+                                                        {"towards zero", 0x6000},
+                                                        {"upward, flushing", 0xC040}};
+word state() {
+  word out;
+  asm volatile("stmxcsr %0" : "=m"(out));
+  return out;
+}
+void set_state(word in) { asm volatile("ldmxcsr %0" : : "m"(in) : "memory"); }
+#elif defined(__aarch64__)
+using word = std::uint64_t;
+constexpr word exception_flags = 0;
+const std::vector<std::pair<const char*, word> > states{{"flush to zero", 1u << 24},
+                                                        {"upward", 1u << 22},
+                                                        {"downward", 2u << 22},
+                                                        {"towards zero", 3u << 22},
+                                                        {"upward, flushing", 5u << 22}};
+word state() {
+  word out;
+  asm volatile("mrs %0, fpcr" : "=r"(out));
+  return out;
+}
+void set_state(word in) { asm volatile("msr fpcr, %0" : : "r"(in) : "memory"); }
+#else
+using word = std::uint32_t;
+constexpr word exception_flags = 0;
+const std::vector<std::pair<const char*, word> > states;
+word state() { return 0; }
+void set_state(word) {}
+#endif
+
+/// Runs f with these bits set beside the usual ones, and looks whether they are still there.
+template <class F>
+auto under(word bits, const F& f) {
+  const word usual = state();
+  set_state(usual | bits);
+  auto out = f();
+  const word left = state();
+  set_state(usual);
+  CHECK((left & ~exception_flags) == ((usual | bits) & ~exception_flags));
+  return out;
+}
+
+/// Two threads that have the same bits set.
+struct odd_threads {
+  word bits;
+  void operator()(std::size_t count, task_ref task) const {
+    std::thread other([&] {
+      set_state(state() | bits);
+      for (std::size_t i = 1; i < count; i += 2) task(i);
+    });
+    for (std::size_t i = 0; i < count; i += 2) task(i);
+    other.join();
+  }
+};
+
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+bool same(const packed<any_format>& a, const packed<any_format>& b) {
+  return same(a.codes, b.codes) && same(a.scales, b.scales) && same(a.macros, b.macros) &&
+         same(a.tensor_scales, b.tensor_scales);
+}
+
+std::vector<recipe> all_recipes() {
+  std::vector<recipe> out = tetromino_test::plain_recipes();
+  for (const char* macro : {"mbs-static", "mbs-search", "mbs-search256"}) {
+    for (const recipe& r : tetromino_test::macro_recipes(macro)) out.push_back(r);
+  }
+  return out;
+}
+
+/// All that a policy makes of x, one after the other.
+template <class T>
+struct outcome {
+  std::optional<packed<any_format> > bytes;
+  std::vector<T> decoded, there_and_back;
+
+  friend bool operator==(const outcome& a, const outcome& b) {
+    return same(*a.bytes, *b.bytes) && same(a.decoded, b.decoded) && same(a.there_and_back, b.there_and_back);
+  }
+};
+template <class T, class Policy>
+outcome<T> outcome_of(const Policy& policy, const batch_view<T>& x, const recipe& r) {
+  outcome<T> out{quantize(policy, x, r, {.special = special_values::poison}), {}, {}};
+  out.decoded = dequantize<T>(policy, *out.bytes).data;
+  matrix<T> back(x.matrices, x.rows, x.cols);
+  fake_quantize(policy, x, r, back.view(), {.special = special_values::poison});
+  out.there_and_back = back.data;
+  return out;
+}
+
+template <class T>
+void compare(reference::generator& random, const recipe& r) {
+  const tetromino_test::sample<T> x(random, 1, 3, 1 + random.below(300));
+  INFO(r.name() << ", " << sizeof(T) << " bytes");
+  const outcome<T> expected = outcome_of<T>(scalar, x.view, r);
+  REQUIRE(outcome_of<T>(vectors, x.view, r) == expected);
+  for (const auto& [name, bits] : states) {
+    INFO(name);
+    odd_threads threads{bits};
+    CHECK(under(bits, [&] { return outcome_of<T>(vectors, x.view, r); }) == expected);
+    CHECK(under(bits, [&] { return outcome_of<T>(vectors.on(threads), x.view, r); }) == expected);
+    if (r.macro == macro_rule::search_256) continue;  // slow, and no other arithmetic
+    CHECK(under(bits, [&] { return outcome_of<T>(scalar, x.view, r); }) == expected);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("packing and unpacking give the same bytes in every floating-point state: every recipe") {
+  reference::generator random(tetromino_test::seed());
+  for (const recipe& r : all_recipes()) {
+    compare<float>(random, r);
+    compare<half>(random, r);
+    compare<bfloat16>(random, r);
+  }
+}
+
+TEST_CASE("a tensor scale that is subnormal is one in every floating-point state") {
+  const std::vector<float> x(32, 0x1p-130f), scale{0x1p-140f};
+  const matrix_view<const float> view(x.data(), 2, 16);
+  const auto pack = [&] { return quantize(vectors, view, recipe::parse("nvfp4/amax"), {.tensor_scales = scale}); };
+  const packed<any_format> expected = pack();
+  for (const auto& [name, bits] : states) {
+    INFO(name);
+    CHECK(same(under(bits, pack), expected));
+  }
+}
+
+TEST_CASE("rotations, products and 8-bit activations are the same in every floating-point state") {
+  reference::generator random(tetromino_test::seed());
+  const tetromino_test::sample<float> x(random, 1, 5, 160), w(random, 1, 7, 160);
+  const auto weights = quantize(vectors, w.view, recipe::parse("mxfp4-16/oas/mbs-static"));
+  const auto run = [&](const auto& policy) {
+    std::vector<std::vector<float> > out;
+    matrix<float> turned(5, 160), product(5, 7);
+    rotate(policy, x.view, hadamard{64, 3}, turned.view());
+    out.push_back(turned.data);
+    const int8_matrix small = quantize_int8(x.view);
+    out.push_back(small.scales);
+    matmul(policy, small, weights, matrix_view<float>(product.data.data(), 5, 7));
+    out.push_back(product.data);
+    matmul(policy, x.view, weights, matrix_view<float>(product.data.data(), 5, 7));
+    out.push_back(product.data);
+    out.emplace_back(small.values.begin(), small.values.end());
+    return out;
+  };
+  const auto scalar_expected = run(scalar), expected = run(vectors);
+  for (const auto& [name, bits] : states) {
+    INFO(name);
+    const auto got = under(bits, [&] { return run(vectors); }), scalar_got = under(bits, [&] { return run(scalar); });
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      CHECK(same(got[i], expected[i]));
+      CHECK(same(scalar_got[i], scalar_expected[i]));
+    }
+  }
+}
+
+#endif
