@@ -306,9 +306,18 @@ TEST_CASE("bad input is told apart") {
   CHECK(with([](local_options& o) { o.token_budget = 0.5; }) == errc::invalid_argument);
   CHECK(with([](local_options& o) { o.price_per_move = -1; }) == errc::invalid_argument);
   CHECK(with([](local_options& o) { o.sample_tokens = 0; }) == errc::invalid_argument);
-  const placement other(1, 9, cluster.slots()), partial(1, 8, cluster.slots());
+  const placement other(1, 9, cluster.slots());
   CHECK(with([&](local_options& o) { o.start = &other; }) == errc::shape_mismatch);
-  CHECK_FALSE(with([&](local_options& o) { o.start = &partial; }) == errc::shape_mismatch);
+}
+
+TEST_CASE("a start without some or all of its experts is filled") {
+  const trace t = synthetic(10, 1, 8, 2, 4, 2, 2);
+  const topology cluster = topology::uniform(2, 2, 2);
+  const placement nothing(1, 8, cluster.slots());
+  local_options o;
+  o.start = &nothing;
+  const local_plan plan = local(t.view(), cluster, o);
+  CHECK(try_validate(plan.experts, cluster).has_value());
 }
 
 TEST_CASE("recorded routing: far less traffic on the requests it was made from", "[.slow]") {
