@@ -2,13 +2,15 @@
 
 #include "support/fastest.hpp"
 
-#include <tetromino/io/gguf/pack.hpp>
+#include <tetromino/io/gguf/verify.hpp>
 
+#include <algorithm>   // std::find_if, std::reverse
 #include <cmath>       // std::isinf
 #include <filesystem>  // std::filesystem
 #include <fstream>     // std::ofstream, std::ifstream
 #include <iterator>    // std::istreambuf_iterator
 #include <limits>      // std::numeric_limits
+#include <map>         // std::map
 #include <random>      // std::mt19937_64
 #include <string>      // std::string
 #include <vector>      // std::vector
@@ -377,4 +379,109 @@ TEST_CASE("a value that cannot be packed names its tensor and row, and leaves no
                  .error()
                  .what(),
              contains("expected another file than the one being read"));
+}
+
+TEST_CASE("verifying says what was packed, and catches what a loader would not expect") {
+  const temporary_directory folder;
+  model source;
+  const auto file = source.write(folder / "in");
+  auto options = with("nvfp4/amax");
+  options.rules.push_back({"ffn_up.", recipe::parse("mxfp4-32/oas")});
+  io::pack_gguf(tetromino_test::fastest, file, io::plan_gguf(file, options), folder / "out");
+  const auto out = io::gguf_file::open(folder / "out");
+  const auto report = io::verify_gguf(tetromino_test::fastest, file, out);
+  CHECK(report.packed == 4);
+  CHECK(report.kept == 3);
+  CHECK(report.recipes == "nvfp4/amax ffn_up.=mxfp4-32/oas");
+  CHECK(report.packed_again);
+  CHECK(report.errors.qsnr() > 17);
+  CHECK(report.errors.count == 64 * 128 * 2 + 3 * 40 * 64 + 40 * 64);
+
+  // The packed file, with `change` done to it.
+  struct contents {
+    io::gguf_metadata metadata;
+    std::vector<io::gguf_declaration> tensors;
+    std::map<std::string, bytes> data;
+  };
+  const auto complaint = [&](const auto& change) {
+    contents c{out.metadata(), {}, {}};
+    for (const auto& tensor : out) {
+      c.tensors.push_back({tensor.name(), tensor.type(), tensor.shape()});
+      c.data[tensor.name()] = bytes(tensor.bytes().begin(), tensor.bytes().end());
+    }
+    change(c);
+    auto writer = io::gguf_writer::create(folder / "changed", c.metadata, c.tensors);
+    for (const auto& [name, stored] : c.data) writer.append(name, stored);
+    writer.finish();
+    const auto checked = io::try_verify_gguf(tetromino_test::fastest, file, io::gguf_file::open(folder / "changed"));
+    if (checked) return std::string("(accepted)");
+    CHECK(checked.error().code() == errc::malformed_file);
+    return std::string(checked.error().what());
+  };
+  const auto at = [](contents& c, const std::string& name) {
+    return std::find_if(c.tensors.begin(), c.tensors.end(), [&](const auto& t) { return t.name == name; });
+  };
+  CHECK(complaint([](contents&) {}) == "(accepted)");
+  CHECK_THAT(complaint([&](contents& c) {
+               c.tensors.erase(at(c, "blk.0.attn_norm.weight"));
+               c.data.erase("blk.0.attn_norm.weight");
+             }),
+             contains("tensor 'blk.0.attn_norm.weight': expected it as in the original, found none"));
+  CHECK_THAT(complaint([&](contents& c) {
+               c.tensors.push_back({"more.weight", io::ggml_type::F32, {1}});
+               c.data["more.weight"] = bytes(4);
+             }),
+             contains("tensor 'more.weight': expected no such tensor"));
+  CHECK_THAT(complaint([&](contents& c) { c.data["token_embd.weight"][3] ^= 1; }),
+             contains("tensor 'token_embd.weight': expected the bytes of the original"));
+  CHECK_THAT(complaint([&](contents& c) { c.data["blk.0.ffn_up.weight"][30] ^= 1; }),
+             contains("it does not hold what its recipe makes of the original"));
+  CHECK_THAT(complaint([&](contents& c) {
+               std::reverse(c.data["blk.0.attn_q.weight"].begin(), c.data["blk.0.attn_q.weight"].end());
+             }),
+             contains("tensor 'blk.0.attn_q.weight': "));
+  CHECK_THAT(complaint([&](contents& c) {
+               at(c, "blk.0.attn_q.weight")->shape = {64, 128};
+             }),
+             contains("expected shape [128, 64], found [64, 128]"));
+  CHECK_THAT(complaint([&](contents& c) {
+               c.tensors.erase(at(c, "blk.0.attn_q.scale"));
+               c.data.erase("blk.0.attn_q.scale");
+             }),
+             contains("tensor 'blk.0.attn_q.weight': what readers decode is not the original: QSNR"));
+  CHECK_THAT(complaint([&](contents& c) {
+               at(c, "blk.0.ffn_up_exps.scale")->shape = {1};
+               c.data["blk.0.ffn_up_exps.scale"].resize(4);
+             }),
+             contains("expected a scale for each of 3 matrices, found shape [1]"));
+  CHECK_THAT(complaint([&](contents& c) { c.data["blk.0.attn_q.scale"] = bytes(4); }),
+             contains("expected positive, finite scales, found 0"));
+  CHECK_THAT(complaint([&](contents& c) {
+               at(c, "blk.0.ffn_gate_inp.weight")->type = io::ggml_type::MXFP4;
+               c.data["blk.0.ffn_gate_inp.weight"].resize(3 * 2 * 17);
+             }),
+             contains("expected F32, since it is a router, found MXFP4"));
+  CHECK_THAT(complaint([&](contents& c) {
+               at(c, "blk.0.ffn_up.weight")->type = io::ggml_type::Q8_0;
+               c.data["blk.0.ffn_up.weight"].resize(40 * 2 * 34);
+             }),
+             contains("expected F32, MXFP4 or NVFP4, found Q8_0"));
+  CHECK_THAT(complaint([](contents& c) { c.metadata.set("general.architecture", "qwen2"); }),
+             contains("key 'general.architecture': expected the value of the original"));
+  CHECK_THAT(complaint([](contents& c) { c.metadata.set("new", true); }), contains("key 'new': expected no such key"));
+  CHECK_THAT(complaint([](contents& c) { c.metadata.set("general.file_type", std::uint32_t{1}); }),
+             contains("key 'general.file_type': expected 39, found 1"));
+  CHECK_THAT(complaint([](contents& c) { c.metadata.set("tetromino.recipe", "mxfp4-32/oas"); }),
+             contains("expected what mxfp4-32/oas makes, found NVFP4"));
+  CHECK_THAT(complaint([](contents& c) { c.metadata.set("tetromino.recipe", "nvfp4/none"); }),
+             contains("tetromino.recipe: "));
+  CHECK_THAT(complaint([](contents& c) { c.metadata.set("tetromino.recipe", "nvfp4/min-error ffn_up.=mxfp4-32/oas"); }),
+             contains("it does not hold what its recipe makes"));
+
+  model other;
+  other.architecture = "qwen2";
+  const auto unscaled = other.write(folder / "qwen2");
+  io::pack_gguf(tetromino_test::fastest, unscaled, io::plan_gguf(unscaled, with("nvfp4/amax")), folder / "qwen2.out");
+  CHECK(io::verify_gguf(tetromino_test::fastest, unscaled, io::gguf_file::open(folder / "qwen2.out")).packed_again);
+  CHECK(io::try_verify_gguf(tetromino_test::fastest, file, file).value().packed == 0);
 }

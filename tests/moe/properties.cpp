@@ -153,6 +153,7 @@ TEST_CASE("local: valid, full, within the token budget, and never dearer than it
     ++started;
     local_options still = o;
     still.max_proposals = 1;  // too few for the placement to change: requests alone are grouped
+    still.price_per_move = std::max(o.price_per_move, 1e-6);  // at no price it might start anew
     const local_plan start = local(routing.view(), t, still);
     const auto tokens = static_cast<double>(routing.view().tokens(phase::decode));
     const auto cost = [&](const local_plan& p) {

@@ -49,7 +49,7 @@ struct gguf_options {
   std::vector<std::string> pack{};          ///< patterns for tensors to pack although their role is not known
   const imatrix* column_weights = nullptr;  ///< weighs the errors that searches compare
   special_values special = special_values::reject;
-  std::function<void(std::size_t)> progress{};  ///< called with numbers of bytes of the source, as they are done
+  std::function<bool(std::size_t)> progress{};  ///< called with bytes of the source as they are done; false stops
 };
 
 /// What happens to a tensor.
@@ -243,11 +243,12 @@ class gguf_planner {
   io::gguf_plan plan_;
 };
 
-/// Packs the weights of a GGUF file into another, a few slices of rows at a time.
-template <class Policy>
+/// Packs the weights of a GGUF file, a few slices of rows at a time, into another: `Sink` is a gguf_writer, or stands
+/// for one.
+template <class Policy, class Sink>
 class gguf_packer {
  public:
-  gguf_packer(const Policy& policy, const io::gguf_file& file, const io::gguf_plan& plan, io::gguf_writer& to)
+  gguf_packer(const Policy& policy, const io::gguf_file& file, const io::gguf_plan& plan, Sink& to)
       : executor_(policy.executor), policy_(policy.on({})), file_(file), plan_(plan), to_(to) {}
 
   [[nodiscard]] result<io::gguf_report> run() {
@@ -267,16 +268,17 @@ class gguf_packer {
   static constexpr std::size_t slices_at_once = 32;
   static constexpr std::size_t sampled = 16;  // one slice in so many is compared with its source
 
-  void done(std::span<const std::uint8_t> bytes, bool is_progress = true) {
+  [[nodiscard]] result<void> done(std::span<const std::uint8_t> bytes, bool is_progress = true) const {
     file_.done_with(bytes);
-    if (is_progress && plan_.options.progress) plan_.options.progress(bytes.size());
+    if (!is_progress || !plan_.options.progress || plan_.options.progress(bytes.size())) return {};
+    return error(errc::io, "stopped");
   }
 
   [[nodiscard]] result<void> copy(const io::gguf_planned& planned) {
     for (auto rest = planned.source->bytes(); !rest.empty();) {
       const auto piece = rest.first(std::min(rest.size(), slice_bytes * 4));
       if (auto written = to_.try_append(planned.source->name(), piece); !written) return written;
-      done(piece);
+      if (auto go_on = done(piece); !go_on) return go_on;
       rest = rest.subspan(piece.size());
     }
     return {};
@@ -329,7 +331,8 @@ class gguf_packer {
       }
       if (auto written = after(slices); !written) return written;
       const std::size_t end = std::min(rows, first + step * slices);
-      done(bytes_of(matrix.subspan(first * cols, (end - first) * cols)), is_packing_);
+      const auto bytes = bytes_of(matrix.subspan(first * cols, (end - first) * cols));
+      if (auto go_on = done(bytes, is_packing_); !go_on) return go_on;
     }
     return {};
   }
@@ -416,7 +419,7 @@ class gguf_packer {
   Policy policy_;
   const io::gguf_file& file_;
   const io::gguf_plan& plan_;
-  io::gguf_writer& to_;
+  Sink& to_;
   bool is_packing_ = true;
   std::mutex report_mutex_;
   io::gguf_report report_;
@@ -424,9 +427,15 @@ class gguf_packer {
 
 inline constexpr std::string_view gguf_recipe_key = "tetromino.recipe";
 
+/// llama.cpp's number for the type that most packed values have. (llama.h, enum llama_ftype)
+constexpr std::uint32_t gguf_file_type(std::size_t mxfp4_values, std::size_t nvfp4_values) noexcept {
+  constexpr std::uint32_t mostly_mxfp4 = 38, mostly_nvfp4 = 39;
+  return mxfp4_values >= nvfp4_values ? mostly_mxfp4 : mostly_nvfp4;
+}
+
 /// The metadata of the source, with what readers look at where weights are packed, and the recipe.
 inline io::gguf_metadata gguf_packed_metadata(const io::gguf_file& file, const io::gguf_plan& plan) {
-  constexpr std::uint32_t mostly_mxfp4 = 38, mostly_nvfp4 = 39, quantization_version = 2;  // llama.h, ggml.h
+  constexpr std::uint32_t quantization_version = 2;  // ggml.h
   std::size_t mxfp4_values = 0, nvfp4_values = 0;
   for (const auto& planned : plan.tensors) {
     if (planned.is_packed) {
@@ -434,7 +443,7 @@ inline io::gguf_metadata gguf_packed_metadata(const io::gguf_file& file, const i
     }
   }
   io::gguf_metadata out = file.metadata();
-  out.set("general.file_type", mxfp4_values >= nvfp4_values ? mostly_mxfp4 : mostly_nvfp4);
+  out.set("general.file_type", gguf_file_type(mxfp4_values, nvfp4_values));
   out.set("general.quantization_version", quantization_version);
   std::string recipes;
   for (const auto& rule : plan.options.rules) {

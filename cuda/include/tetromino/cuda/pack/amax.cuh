@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(256) rotated_amax_kernel(const pack_args args,
   std::uint32_t m = 0;
   const bool is_left_out =
       any_in_block(args.rotation, args.rules.special == special_values::saturate && x.has_infinity());
-  static_cast<void>(admit_chunk<Source, true>(args, at, x, m));
+  static_cast<void>(admit_chunk<Source, true, overflowed::zero>(args, at, x, m));
   if (is_left_out || m >= infinity_bits<float>) m = 0;  // infinities are all over the block, or it is poisoned
   const std::uint32_t most = __reduce_max_sync(full_warp, m);
   std::uint32_t* const to = out + (args.tensor_scales.per_matrix ? at.matrix : 0);

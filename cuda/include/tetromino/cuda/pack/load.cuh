@@ -151,29 +151,35 @@ template <pack_source Source, real T>
   return at;
 }
 
+/// What a rotated value beyond the floats becomes where special values saturate.
+enum class overflowed : std::uint8_t {
+  largest,  ///< the largest float: what is packed
+  zero,     ///< nothing: tensor scales come from the values that are finite
+};
+
 /// The elements to pack, rotated if that is asked for, as the special-value policy admits them; their largest magnitude
 /// goes to `largest`, and the first refused value is reported. All lanes of a warp call it together.
-template <pack_source Source, bool Rotated, real T>
+template <pack_source Source, bool Rotated, overflowed Overflowed = overflowed::largest, real T>
 [[nodiscard]] __device__ chunk<std::conditional_t<Rotated, float, T>> admit_chunk(const pack_args& args,
                                                                                   const chunk_place& at, chunk<T>& x,
                                                                                   std::uint32_t& largest) {
-  const auto admit = [&](auto& y, std::uint32_t infinity) {  // false if it refuses
+  const auto admit = [&](auto& y, std::uint32_t infinity, overflowed to) {  // false if it refuses
     largest = y.largest();
     if (largest < infinity) return true;
     if (args.rules.special == special_values::saturate) {
-      y.saturate();
+      to == overflowed::zero ? y.clear_special() : y.saturate();
       largest = y.largest();
     }
     return args.rules.special != special_values::reject;
   };
-  const bool is_admitted = admit(x, infinity_bits<T>);
+  const bool is_admitted = admit(x, infinity_bits<T>, overflowed::largest);
   if (!is_admitted) report_rejection(args.rejected, at.position<Source>(args, x.first_special()));
   if constexpr (Rotated) {
     const bool is_spread = any_in_block(args.rotation, !is_admitted);  // a refused value is in all of its block now
     rotated_chunk rotated = as_floats(x);
     rotated.rotate(args.rotation, at.col, args.rows.cols);
     auto y = as_chunk<float>(rotated);
-    if (!admit(y, infinity_bits<float>) && !is_spread) {
+    if (!admit(y, infinity_bits<float>, Overflowed) && !is_spread) {
       report_rejection(args.rejected, at.position<Source>(args, y.first_special()));
     }
     return y;
@@ -197,4 +203,4 @@ template <class T>
          (args.rows.chunks_per_row * 16 / args.in.tile_cols);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail
