@@ -23,7 +23,7 @@ enum class special_values : std::uint8_t {
 /// What scale an NVFP4 block gets where E4M3 would round it to 0: where its largest magnitude is below about 2.2e-6 of
 /// that which the tensor scale is made for (3.8e-6 for four_over_six).
 enum class tiny_block_scale : std::uint8_t {
-  zero,   ///< its elements become 0; what cuBLAS and vLLM make of such blocks
+  zero,   ///< its elements become 0, as rounding to E4M3 has it
   least,  ///< 2^-9, which keeps some of its elements; what ModelOpt does
 };
 
