@@ -8,4 +8,4 @@ template result<void> multiply_factors(const stream&, const float*, const float*
 template result<void> multiply_block_scaled(const stream&, const block_scaled_job&, bfloat16*);
 template result<void> multiply_block_scaled(const stream&, const block_scaled_job&, half*);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -6,4 +6,4 @@ template result<void> dequantize(const stream&, const tetromino::detail::dequant
 template result<void> dequantize(const stream&, const tetromino::detail::dequantize_job<half>&);
 template result<void> dequantize(const stream&, const tetromino::detail::dequantize_job<bfloat16>&);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

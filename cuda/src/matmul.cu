@@ -8,4 +8,4 @@ template result<void> repack<half>(const stream&, const packed_view<any_format>&
 template result<void> matmul(const stream&, const matmul_job<bfloat16>&);
 template result<void> matmul(const stream&, const matmul_job<half>&);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -9,4 +9,4 @@ template result<void> matmul_of_kind<bfloat16, weight_kind::mx16, 1>(const strea
 template result<void> matmul_of_kind<bfloat16, weight_kind::mx16, 2>(const stream&, const matmul_job<bfloat16>&,
                                                                      const matmul_args<bfloat16>&);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

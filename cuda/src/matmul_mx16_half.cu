@@ -9,4 +9,4 @@ template result<void> matmul_of_kind<half, weight_kind::mx16, 1>(const stream&, 
 template result<void> matmul_of_kind<half, weight_kind::mx16, 2>(const stream&, const matmul_job<half>&,
                                                                  const matmul_args<half>&);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -7,4 +7,4 @@ template result<void> matmul_of_kind<bfloat16, weight_kind::nv, 0>(const stream&
 template result<void> matmul_of_kind<half, weight_kind::nv, 0>(const stream&, const matmul_job<half>&,
                                                                const matmul_args<half>&);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -14,4 +14,4 @@ template result<void> combine(const stream&, const move_job<float>&);
 template result<void> combine(const stream&, const move_job<half>&);
 template result<void> combine(const stream&, const move_job<bfloat16>&);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

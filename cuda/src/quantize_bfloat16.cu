@@ -9,4 +9,4 @@ template result<void> fake_quantize(const stream&, const tetromino::detail::fake
 template result<void> rotate(const stream&, const tetromino::detail::rotate_job<bfloat16>&);
 template result<void> amax(const stream&, const batch_view<const bfloat16>&, special_values, std::span<float>);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -4,4 +4,4 @@ namespace TETROMINO_NAMESPACE::cuda::detail {
 
 template result<void> dispatch_pack<void>(const stream&, const pack_args&, scale_rule);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -58,4 +58,4 @@ static_assert(e2m1::encode(5.0f).value() == 4.0f);  // tie to even; 5 is not a c
 static_assert(e2m1::encode(-0.0f).bits == 8);       // the sign of zero survives
 static_assert(e2m1::encode(1e30f).value() == 6.0f);
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

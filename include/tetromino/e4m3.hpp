@@ -73,4 +73,4 @@ static_assert(e4m3::encode(1.5f * e4m3::min_subnormal).bits == 2);  // tie to ev
 static_assert(e4m3::encode(0x1.fp-7f).bits == 0x08);                // rounds up into the normals
 static_assert(e4m3::encode(1e9f).value() == 448.0f && e4m3::encode(447.0f).value() == 448.0f);
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

@@ -58,4 +58,4 @@ struct e8m0 {
 static_assert(e8m0::from_bits(0).value() == 0x1p-127f && e8m0::from_bits(254).value() == 0x1p127f);
 static_assert(e8m0::encode(3.99f).value() == 2.0f && e8m0::encode(0.0f).bits == 0);
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE

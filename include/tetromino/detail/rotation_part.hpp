@@ -15,4 +15,4 @@ struct rotation_part {
   const std::uint32_t* signs;
 };
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail

@@ -147,4 +147,4 @@ template <block_format Format, class Byte>
   return try_as_block_scaled(swizzled).value();
 }
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

@@ -242,4 +242,4 @@ class block_scaled_plan {
   std::size_t rows_ = 0, outputs_ = 0, cols_ = 0, out_stride_ = 0;
 };
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

@@ -149,4 +149,4 @@ template <class X, class Weights, class Out>
   return detail::multiply(s, x, weights, row_offsets.data(), out, options);
 }
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

@@ -205,4 +205,4 @@ void combine(const stream& s, std::span<const T> y, std::span<const moe::expert_
   try_combine(s, y, calls, out, width, groups).value();
 }
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

@@ -117,4 +117,4 @@ template <activation T>
   return detail::repack<T>(s, w, shape, out.data.data());
 }
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

@@ -21,7 +21,7 @@ inline constexpr bool holds<__half, half> = true;
 template <>
 inline constexpr bool holds<__nv_bfloat16, bfloat16> = true;
 
-}  // namespace tetromino
+}  // namespace TETROMINO_NAMESPACE
 
 namespace TETROMINO_NAMESPACE::cuda {
 
@@ -137,4 +137,4 @@ inline stream stream::reporting(rejections& report) const noexcept {
   return out;
 }
 
-}  // namespace tetromino::cuda
+}  // namespace TETROMINO_NAMESPACE::cuda

@@ -139,6 +139,6 @@ const result<const cpu_kernels*>& default_kernels() {
   return chosen;
 }
 
-}  // namespace tetromino::detail
+}  // namespace TETROMINO_NAMESPACE::detail
 
 #endif

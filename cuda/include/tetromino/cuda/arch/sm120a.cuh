@@ -35,4 +35,4 @@ struct native_mma {
   }
 };
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

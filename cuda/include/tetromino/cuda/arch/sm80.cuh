@@ -114,4 +114,4 @@ __device__ inline void load_shared(std::uint32_t from, std::uint32_t& a, std::ui
   return inverse;
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -198,4 +198,4 @@ __device__ inline void take_registers() {
 
 #endif
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -45,4 +45,4 @@ template <class T>
                                        rows, ", ", pieces_per_row * 16, "]"));
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -27,4 +27,4 @@ struct divider {
 static_assert(divider(1).quotient(77) == 77 && divider(3).quotient(2147483645) == 715827881);
 static_assert(divider(7).quotient(48) == 6 && divider(7).quotient(49) == 7 && divider(64).quotient(6400) == 100);
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -65,4 +65,4 @@ __device__ inline void report_rejection(std::uint64_t* rejected, std::uint64_t p
   return tile * 512 + r % 32 * 16 + r % 128 / 32 * 4 + c % 4;
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

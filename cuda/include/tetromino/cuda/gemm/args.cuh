@@ -112,4 +112,4 @@ template <std::uint32_t Rows, class T>
   return out;
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -192,4 +192,4 @@ result<void> multiply_block_scaled(const stream& s, const block_scaled_job& job,
   return launch_block_scaled<native_mma>(s, job, out);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

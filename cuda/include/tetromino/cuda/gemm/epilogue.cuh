@@ -73,4 +73,4 @@ __device__ inline void write_pair(const matmul_args<T>& args, const row_pair& ro
   }
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

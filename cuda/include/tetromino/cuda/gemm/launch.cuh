@@ -259,4 +259,4 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
   return check(cudaGetLastError(), "the launch of any_rows_kernel");
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -55,4 +55,4 @@ struct macro_walk {
   }
 };
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

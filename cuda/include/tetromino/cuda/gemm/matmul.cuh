@@ -50,4 +50,4 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
   return matmul_of_kind<T, weight_kind::mx32, 1>(s, job, args);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -146,4 +146,4 @@ result<void> repack(const stream& s, const packed_view<any_format>& w, const rep
   return check(cudaGetLastError(), "the launch of repack_kernel");
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -181,4 +181,4 @@ result<void> launch_block_scaled(const stream& s, const block_scaled_job& job, T
   return launch_block_scaled_kind<Mma, block_scaled_kind::e8m0_32, T>(s, args);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

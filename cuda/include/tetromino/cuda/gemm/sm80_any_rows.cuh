@@ -78,4 +78,4 @@ __global__ void __launch_bounds__(128) any_rows_kernel(const matmul_args<T> args
   }
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -311,4 +311,4 @@ __global__ void __launch_bounds__(Shape::threads, 1) few_rows_kernel(const matmu
 #endif
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -339,4 +339,4 @@ __global__ void __launch_bounds__(Shape::threads, 1)
 #endif
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

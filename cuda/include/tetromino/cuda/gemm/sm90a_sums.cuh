@@ -69,4 +69,4 @@ struct stage_ring {
 
 #endif
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -171,4 +171,4 @@ struct coded_tile {
   }
 };
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -104,4 +104,4 @@ template <real T, unpack_rule Rule>
   }
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

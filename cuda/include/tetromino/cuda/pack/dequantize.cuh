@@ -134,4 +134,4 @@ result<void> dequantize(const stream& s, const tetromino::detail::dequantize_job
   return launch_unpack<T, unpack_rule::mx>(s, args);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -286,4 +286,4 @@ struct uniform_numbers {
   }
 };
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

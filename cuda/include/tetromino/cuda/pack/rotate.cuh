@@ -183,4 +183,4 @@ result<void> rotate(const stream& s, const tetromino::detail::rotate_job<T>& job
   return check(cudaGetLastError(), "the launch of rotate_kernel");
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

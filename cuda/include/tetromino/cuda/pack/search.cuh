@@ -128,4 +128,4 @@ template <std::uint32_t Block, real T>
   return static_cast<std::uint32_t>(best + 127);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

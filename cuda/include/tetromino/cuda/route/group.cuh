@@ -158,4 +158,4 @@ result<void> group(const stream& s, std::span<const Call> calls, std::size_t fir
   return check(cudaGetLastError(), "the launch of group_kernel");
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

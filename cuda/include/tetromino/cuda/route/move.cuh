@@ -152,4 +152,4 @@ result<void> combine(const stream& s, const move_job<T>& job) {
   return check(cudaGetLastError(), "the launch of combine_kernel");
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -75,4 +75,4 @@ result<void> route(const stream& s, const route_job<Logit>& job) {
   return launch_token_per_warp<32>(s, args);
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

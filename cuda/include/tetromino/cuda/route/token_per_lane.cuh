@@ -182,4 +182,4 @@ __global__ void __launch_bounds__(128, Sigmoid ? 5 : 7) token_per_lane_kernel(co
   }
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -444,4 +444,4 @@ __global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) token_per_lanes_kernel(c
   }
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -212,4 +212,4 @@ __global__ void __launch_bounds__(128) token_per_warp_kernel(const route_args ar
   if (has_one) ids[lane] = static_cast<std::uint16_t>(mine), weights[lane] = weight * factor;
 }
 
-}  // namespace tetromino::cuda::detail
+}  // namespace TETROMINO_NAMESPACE::cuda::detail
