@@ -8,6 +8,12 @@ set(packages "<(nlohmann|Eigen|fmt)/|<(mpi|nccl)[.]h>|include \"detail/dispatch/
 
 # Appends `file`, and first whatever it includes, to the global property `text`.
 function(expand file condition)
+  file(READ ${include_root}/${file} rest)
+  if(NOT rest MATCHES "(^|\n)#pragma once\n")  # one that is meant to be seen again and again
+    set_property(GLOBAL APPEND_STRING PROPERTY text "${rest}")
+    return()
+  endif()
+
   # `condition` is a chain of #if lines, outermost first; once under a shorter chain is enough.
   get_property(seen GLOBAL PROPERTY "conditions:${file}")
   foreach(earlier IN LISTS seen)
@@ -18,7 +24,6 @@ function(expand file condition)
   endforeach()
   set_property(GLOBAL APPEND PROPERTY "conditions:${file}" "${condition}|")
 
-  file(READ ${include_root}/${file} rest)
   string(REGEX REPLACE "(^|\n)#pragma once\n" "\\1" rest "${rest}")
   string(MAKE_C_IDENTIFIER "TETROMINO_SINGLE_${file}" guard)
   set_property(GLOBAL APPEND_STRING PROPERTY text "#ifndef ${guard}\n#define ${guard}\n")

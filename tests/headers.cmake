@@ -1,7 +1,8 @@
 # Every public header compiles alone, with our warnings, next to the packages that it names (those in detail/ do in a slow
 # test); and two translation units that include all of them link, in either order; they compile without exceptions and
-# without vectors too.
+# without vectors too, and after others have defined words that we use as macros.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
+list(FILTER headers EXCLUDE REGEX "/detail/macros_(off|back)[.]hpp$")  # the two ends of other headers
 set(usable "")
 set(packages_of_all "")
 set(details "")
@@ -53,14 +54,18 @@ list(TRANSFORM includes REPLACE "^${PROJECT_SOURCE_DIR}/include/(.*)$" "#include
 list(JOIN includes "" text)
 file(CONFIGURE OUTPUT odr/forward.cpp CONTENT "@text@\nint forward();\nint forward() { return 0; }\n" @ONLY)
 list(REVERSE includes)
+list(FILTER includes EXCLUDE REGEX "/detail/")  # public headers alone bear what others define
 list(JOIN includes "" text)
+set(text "#include <support/foreign_macros.hpp>\n${text}\n#if !defined(max) || !defined(slots)\n#error what others defined is lost\n#endif\n")
 file(CONFIGURE OUTPUT odr/backward.cpp CONTENT "@text@\nint forward();\nint main() { return forward(); }\n" @ONLY)
 
-set(forward ${CMAKE_CURRENT_BINARY_DIR}/odr/forward.cpp)
-add_executable(test_odr ${forward} ${CMAKE_CURRENT_BINARY_DIR}/odr/backward.cpp)
+set(backward ${CMAKE_CURRENT_BINARY_DIR}/odr/backward.cpp)
+add_executable(test_odr ${CMAKE_CURRENT_BINARY_DIR}/odr/forward.cpp ${backward})
+target_include_directories(test_odr PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_link_libraries(test_odr PRIVATE tetromino ${packages_of_all} tetromino_warnings)
 tetromino_register(headers.two_units_link package test_odr)
 
-add_library(test_bare OBJECT ${forward})
+add_library(test_bare OBJECT ${backward})
+target_include_directories(test_bare PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_compile_options(test_bare PRIVATE -fno-exceptions -DTETROMINO_SIMD=0)
 target_link_libraries(test_bare PRIVATE tetromino ${packages_of_all} tetromino_warnings)

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "detail/float_state.hpp"  // default_float_state
 #include "detail/sizes.hpp"        // check_sizes, element_count
 #include "error.hpp"               // error, result
@@ -182,3 +184,5 @@ template <matrix_like Input>
 }  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

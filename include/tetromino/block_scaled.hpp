@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "e2m1.hpp"                 // e2m1
 #include "e4m3.hpp"                 // e4m3
 #include "e8m0.hpp"                 // e8m0
@@ -329,3 +331,5 @@ template <class Policy, packed_like Storage>
 }  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

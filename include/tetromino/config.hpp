@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 /// The only header that asks the compiler anything. Everything else uses the names defined here.
 
 #if !defined(__cplusplus) || __cplusplus < 202002L
@@ -239,3 +241,5 @@ void round_in_place(float (&x)[N]) noexcept {
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
 #include "detail/precondition.hpp"  // named_values, precondition_failed
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 /// The same kernels as the `simd` policy, compiled for several instruction sets, with the best one chosen when the
 /// program runs: for programs that are built for plain x86-64. Link the target tetromino::cpu.
 
@@ -117,3 +119,5 @@ result<void> matmul_on(const cpu_t& policy, const detail::matmul_job<X, Out>& jo
 }  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

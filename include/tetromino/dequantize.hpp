@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "detail/cpu_backend.hpp"      // dequantize_cpu
 #include "detail/scalar_quantize.hpp"  // scalar_kernels
 #include "execution.hpp"               // scalar_t, attached
@@ -92,3 +94,5 @@ auto try_dequantize_to(const Policy&, const Packed&, batch_view<const T>) {
 }
 
 }  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"  // TETROMINO_HD, bit_cast
 
 #include <cstdint>  // std::uint8_t
@@ -59,3 +61,5 @@ static_assert(e2m1::encode(-0.0f).bits == 8);       // the sign of zero survives
 static_assert(e2m1::encode(1e30f).value() == 6.0f);
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"  // TETROMINO_HD, bit_cast
 
 #include <cstdint>  // std::uint8_t, std::uint32_t
@@ -74,3 +76,5 @@ static_assert(e4m3::encode(0x1.fp-7f).bits == 0x08);                // rounds up
 static_assert(e4m3::encode(1e9f).value() == 448.0f && e4m3::encode(447.0f).value() == 448.0f);
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

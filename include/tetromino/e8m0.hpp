@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"  // TETROMINO_HD, bit_cast
 
 #include <cstdint>  // std::uint8_t
@@ -59,3 +61,5 @@ static_assert(e8m0::from_bits(0).value() == 0x1p-127f && e8m0::from_bits(254).va
 static_assert(e8m0::encode(3.99f).value() == 2.0f && e8m0::encode(0.0f).bits == 0);
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

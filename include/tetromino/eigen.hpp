@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 /// Opt-in: sees dense Eigen matrices as the library's views, and the library's matrices as Eigen maps, without copies.
 
 #include "matrix.hpp"  // matrix_view
@@ -51,3 +53,5 @@ template <class Derived>
 }
 
 }  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"  // TETROMINO_EXCEPTIONS
 
 #include <cstdio>       // std::fprintf
@@ -80,9 +82,9 @@ class [[nodiscard]] result {
   [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return content_.index() == 0; }
   TETROMINO_ABI explicit operator bool() const noexcept { return has_value(); }
 
-  TETROMINO_ABI T& value() & { return check(), *std::get_if<0>(&content_); }
-  TETROMINO_ABI const T& value() const& { return check(), *std::get_if<0>(&content_); }
-  TETROMINO_ABI T&& value() && { return check(), std::move(*std::get_if<0>(&content_)); }
+  TETROMINO_ABI T& value() & { return need_value(), *std::get_if<0>(&content_); }
+  TETROMINO_ABI const T& value() const& { return need_value(), *std::get_if<0>(&content_); }
+  TETROMINO_ABI T&& value() && { return need_value(), std::move(*std::get_if<0>(&content_)); }
 
   TETROMINO_ABI T& operator*() & { return expects(), *std::get_if<0>(&content_); }
   TETROMINO_ABI const T& operator*() const& { return expects(), *std::get_if<0>(&content_); }
@@ -96,7 +98,7 @@ class [[nodiscard]] result {
   }
 
  private:
-  TETROMINO_ABI void check() const {
+  TETROMINO_ABI void need_value() const {
     if (!has_value()) detail::raise(*std::get_if<1>(&content_));
   }
   TETROMINO_ABI void expects() const {
@@ -128,3 +130,5 @@ class [[nodiscard]] result<void> {
 };
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

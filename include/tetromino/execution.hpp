@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"  // TETROMINO_EXCEPTIONS, TETROMINO_SIMD
 
 #include <algorithm>    // std::min
@@ -146,3 +148,5 @@ struct attached {
 
 }  // namespace detail
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

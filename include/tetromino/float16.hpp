@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"  // TETROMINO_HD, TETROMINO_MAY_ALIAS, bit_cast, never
 
 #include <cstdint>      // std::uint16_t, std::uint32_t, std::uint64_t
@@ -164,3 +166,5 @@ inline constexpr float largest<float> = 0x1.fffffep127f;
 
 }  // namespace detail::inline TETROMINO_ISA
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

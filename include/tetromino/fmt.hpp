@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 /// Opt-in: prints the library's types with fmt. `fmt::print("{}: {}", recipe, report)`.
 
 #include "metrics.hpp"  // error_report
@@ -61,3 +63,5 @@ struct fmt::formatter<tetromino::error_report> : fmt::formatter<std::string> {
         context);
   }
 };
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "e2m1.hpp"  // e2m1
 #include "e4m3.hpp"  // e4m3
 #include "e8m0.hpp"  // e8m0
@@ -89,3 +91,5 @@ static_assert(bits_per_weight(mxfp4{}) == 4.25 && bits_per_weight(nvfp4{}) == 4.
 static_assert(bits_per_weight(mbs<mxfp4_16>{}) == 4.5625);
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

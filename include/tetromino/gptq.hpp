@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 /// Opt-in: packing with error feedback (GPTQ). Needs Eigen.
 
 #include "detail/float_state.hpp"  // default_float_state
@@ -522,3 +524,5 @@ template <class Policy, class T, class CalibrationOf>
 }  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

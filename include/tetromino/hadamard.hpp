@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"                // bit_cast, round_in_place
 #include "detail/for_each_row.hpp"   // for_each_row
 #include "detail/rotation_part.hpp"  // rotation_part
@@ -237,3 +239,5 @@ void rotate_back(const Policy& policy, const Input& x, const hadamard& rotation,
 
 }  // namespace TETROMINO_ISA
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

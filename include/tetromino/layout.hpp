@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 /// How other engines store the same 4-bit blocks. gpt-oss, compressed-tensors and ModelOpt keep the bytes of the linear
 /// layout, so those are views, without a copy; ggml, interleaved rows and swizzled scales are other orders of the same
 /// bytes, into storage that must not overlap the source. Nothing is ever rounded: the way there and back gives the same
@@ -14,3 +16,5 @@
 #include "layout/gpt_oss.hpp"             // as_gpt_oss, from_gpt_oss, interleave_rows
 #include "layout/modelopt.hpp"            // as_modelopt, from_modelopt
 #include "layout/swizzle.hpp"             // swizzle_scales, unswizzle_scales
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "activations.hpp"           // activations_like
 #include "detail/cpu_matmul.hpp"     // matmul_job, matmul_cpu
 #include "detail/scalar_matmul.hpp"  // scalar_matmul_kernels
@@ -169,3 +171,5 @@ void matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out>
 }
 
 }  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"        // TETROMINO_EXPECTS
 #include "detail/sizes.hpp"  // element_count
 #include "float16.hpp"       // half, bfloat16
@@ -192,3 +194,5 @@ using element_of =
     std::remove_const_t<std::remove_pointer_t<decltype(detail::as_batch(std::declval<const View&>()).data)>>;
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "error.hpp"   // error
 #include "matrix.hpp"  // matrix_like
 
@@ -104,3 +106,5 @@ template <matrix_like X, matrix_like Y>
 }  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

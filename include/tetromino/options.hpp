@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "hadamard.hpp"  // hadamard
 #include "matrix.hpp"    // batch_view
 #include "packed.hpp"    // packed_view
@@ -95,3 +97,5 @@ struct fake_quantize_job {
 
 }  // namespace detail
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "detail/sizes.hpp"  // check_sizes
 #include "error.hpp"         // error
 #include "format.hpp"        // block_format, any_format
@@ -197,3 +199,5 @@ concept packed_like = requires(const Storage& storage) {
 };
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

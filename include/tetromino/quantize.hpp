@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "detail/cpu_backend.hpp"      // quantize_cpu
 #include "detail/explain.hpp"          // why_nothing_is_packed
 #include "detail/float_state.hpp"      // default_float_state
@@ -338,3 +340,5 @@ auto try_quantize_to(const Policy&, const Input&, packed_view<Format>, const qua
 }  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"               // TETROMINO_INLINE
 #include "detail/for_each_row.hpp"  // for_each_row
 #include "detail/sizes.hpp"         // check_sizes
@@ -250,3 +252,5 @@ template <class Policy, repacked_like Weights>
 }  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "config.hpp"  // TETROMINO_HD, TETROMINO_INLINE, bit_cast
 #include "e2m1.hpp"    // e2m1
 
@@ -68,3 +70,5 @@ static_assert(philox4x32(0, 0).word[0] == 0x6627E8D5u);  // Random123's known an
 }  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 #include "error.hpp"   // error, result
 #include "format.hpp"  // any_format
 
@@ -305,3 +307,5 @@ class named_recipe : public result<recipe> {
 };
 
 }  // namespace TETROMINO_NAMESPACE
+
+#include "detail/macros_back.hpp"

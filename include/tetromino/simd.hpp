@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 /// Attaches the `simd` policy, which is also `automatic`: every verb, with the widest vectors that the translation unit
 /// is compiled for. Needs xsimd; without it, `automatic` is `scalar`. tetromino.hpp attaches it to the verbs that it
 /// has, and leaves out products.
@@ -25,3 +27,5 @@ result<void> matmul_on(const simd_t& policy, const detail::matmul_job<X, Out>& j
 }  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA
 
 #endif
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "detail/macros_off.hpp"
+
 /// Packing, unpacking, layouts and errors, on the `scalar`, `simd` and `automatic` policies. By name: simd.hpp
 /// (products too), cpu.hpp, matmul.hpp, block_scaled.hpp, moe/…, and what needs more than the standard library and
 /// xsimd: eigen.hpp, fmt.hpp, gptq.hpp, io/safetensors.hpp, comm/mpi.hpp, comm/nccl.hpp.
@@ -10,3 +12,5 @@
 #include "metrics.hpp"                  // qsnr, compare
 #include "quantize.hpp"                 // quantize, fake_quantize
 #include "version.hpp"                  // TETROMINO_VERSION_MAJOR
+
+#include "detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <tetromino/detail/macros_off.hpp>
+
 /// The CUDA backend: include this header and pass tetromino::cuda::stream as the policy. It needs no CUDA compiler: the
 /// kernels are linked from the target tetromino::cuda, or compiled into a .cu file that includes cuda/kernels.cuh.
 
@@ -100,7 +102,7 @@ template <matrix_like Input, block_format Format>
   auto checked =
       tetromino::detail::checked(options, shape.format, in.matrices, in.cols, tetromino::detail::option_memory::device);
   if (!checked) return checked.error();
-  if (auto done = detail::check(cudaMemsetAsync(out.scales.data(), 0, bytes, s.handle), "cudaMemsetAsync"); !done) {
+  if (auto done = detail::status_of(cudaMemsetAsync(out.scales.data(), 0, bytes, s.handle), "cudaMemsetAsync"); !done) {
     return done;
   }
   return detail::quantize(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked},
@@ -147,3 +149,5 @@ void quantize_transposed_to(const stream& s, const Input& x, packed_view<Format,
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda
+
+#include <tetromino/detail/macros_back.hpp>

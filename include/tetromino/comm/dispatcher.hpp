@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"         // tetromino::result
 #include "../moe/dispatch.hpp"  // dispatch_plan, expert_call
 
@@ -191,3 +193,5 @@ class dispatcher {
 };
 
 }  // namespace TETROMINO_NAMESPACE::comm
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 /// Opt-in: needs MPI.
 
 #include "../error.hpp"         // tetromino::result, tetromino::error
@@ -120,3 +122,5 @@ class mpi_exchange {
 };
 
 }  // namespace TETROMINO_NAMESPACE::comm
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 /// Opt-in: needs NCCL and the CUDA run-time library.
 
 #include "../error.hpp"         // tetromino::result, tetromino::error
@@ -177,3 +179,5 @@ class nccl_exchange {
 };
 
 }  // namespace TETROMINO_NAMESPACE::comm
+
+#include "../detail/macros_back.hpp"

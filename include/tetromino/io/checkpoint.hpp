@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 /// Models as people download them: a directory with shards, their index and config.json, or a single safetensors file,
 /// as one set of named parameters with their roles. Opt-in: needs nlohmann-json and a POSIX system.
 ///
@@ -15,3 +17,5 @@
 #include "checkpoint/roles.hpp"       // IWYU pragma: export
 #include "checkpoint/rows.hpp"        // IWYU pragma: export
 #include "checkpoint/tensors.hpp"     // IWYU pragma: export
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../float16.hpp"  // half, bfloat16
 
 #include <array>        // std::array
@@ -169,3 +171,5 @@ static_assert(dtype_named("F8_E8M0") == dtype::F8_E8M0 && !dtype_named("f32") &&
 static_assert(tensor_element<bfloat16> && !tensor_element<bool> && !tensor_element<char>);
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../detail/macros_back.hpp"

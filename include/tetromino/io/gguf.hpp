@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 /// Reading and writing GGUF files, the format of ggml and llama.cpp. Opt-in: needs a POSIX system.
 
 #include "../error.hpp"                // error, result
@@ -150,3 +152,5 @@ class gguf_writer : public detail::pending_tensors {
 };
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../detail/macros_back.hpp"

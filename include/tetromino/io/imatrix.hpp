@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 /// Importance matrices of llama.cpp as column weights. Opt-in: needs a POSIX system.
 
 #include "../config.hpp"              // TETROMINO_EXPECTS
@@ -166,3 +168,5 @@ class imatrix {
 };
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../detail/macros_back.hpp"

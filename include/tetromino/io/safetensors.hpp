@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 /// Reading and writing safetensors files. Opt-in: needs nlohmann-json and a POSIX system.
 
 #include "../error.hpp"                   // error, result
@@ -160,3 +162,5 @@ class safetensors_writer : public detail::pending_tensors {
 };
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../config.hpp"              // TETROMINO_EXPECTS
 #include "../detail/float_state.hpp"  // default_float_state
 #include "../detail/layout.hpp"       // check_layout_shape
@@ -141,3 +143,5 @@ template <block_format Format>
 }
 
 }  // namespace TETROMINO_NAMESPACE::layout::inline TETROMINO_ISA
+
+#include "../detail/macros_back.hpp"

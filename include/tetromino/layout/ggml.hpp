@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../detail/layout.hpp"  // check_layout_shape
 #include "../packed.hpp"         // packed, packed_view, packed_like
 
@@ -177,3 +179,5 @@ template <block_format Format>
 }
 
 }  // namespace TETROMINO_NAMESPACE::layout::inline TETROMINO_ISA
+
+#include "../detail/macros_back.hpp"

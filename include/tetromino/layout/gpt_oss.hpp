@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../detail/layout.hpp"  // check_layout_shape
 #include "../packed.hpp"         // packed, packed_view, packed_like
 
@@ -159,3 +161,5 @@ void deinterleave_rows(const Storage& storage, packed_view<any_format, std::uint
 }
 
 }  // namespace TETROMINO_NAMESPACE::layout::inline TETROMINO_ISA
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../detail/layout.hpp"  // check_layout_shape
 #include "../packed.hpp"         // packed, packed_view, packed_like
 
@@ -64,3 +66,5 @@ template <packed_like Storage>
 }
 
 }  // namespace TETROMINO_NAMESPACE::layout::inline TETROMINO_ISA
+
+#include "../detail/macros_back.hpp"

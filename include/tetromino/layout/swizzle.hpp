@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../detail/layout.hpp"  // check_layout_shape
 #include "../packed.hpp"         // packed, packed_view, packed_like
 
@@ -131,3 +133,5 @@ inline void unswizzle_scales(std::span<const std::uint8_t> swizzled, std::size_t
 }
 
 }  // namespace TETROMINO_NAMESPACE::layout::inline TETROMINO_ISA
+
+#include "../detail/macros_back.hpp"

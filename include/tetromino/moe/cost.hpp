@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"   // tetromino::result, tetromino::error
 #include "loads.hpp"      // max_over_mean
 #include "placement.hpp"  // placement
@@ -413,3 +415,5 @@ class cost_counter {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../config.hpp"  // rounded
 #include "../error.hpp"   // tetromino::result, tetromino::error
 #include "placement.hpp"  // replica_index
@@ -322,3 +324,5 @@ struct carried_rows {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"                   // tetromino::result, tetromino::error
 #include "search/node_visits.hpp"         // detail::visits_of
 #include "search/request_assignment.hpp"  // detail::request_assigner, detail::token_room
@@ -367,3 +369,5 @@ class online_grouper {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"   // tetromino::result, tetromino::error
 #include "placement.hpp"  // placement, replica_index
 #include "topology.hpp"   // topology
@@ -229,9 +231,9 @@ class move_planner {
         from = candidate;
         continue;
       }
-      const bool near = topology_.node_of_gpu(candidate) == topology_.node_of_gpu(to),
+      const bool closer = topology_.node_of_gpu(candidate) == topology_.node_of_gpu(to),
                  was_near = topology_.node_of_gpu(from) == topology_.node_of_gpu(to);
-      if (near != was_near ? near : sends_[candidate] < sends_[from]) from = candidate;
+      if (closer != was_near ? closer : sends_[candidate] < sends_[from]) from = candidate;
     }
     return from;
   }
@@ -291,3 +293,5 @@ class move_planner {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"             // tetromino::result, tetromino::error
 #include "search/bin_packer.hpp"    // detail::bin_packer
 #include "search/eplb.hpp"          // detail::eplb_solver
@@ -351,3 +353,5 @@ inline void balance_gpus(placement& p, const topology& t, std::span<const double
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

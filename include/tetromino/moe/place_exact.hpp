@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"                   // tetromino::result, tetromino::error
 #include "search/request_assignment.hpp"  // detail::token_room
 #include "place.hpp"                      // detail::check_place_shape
@@ -265,3 +267,5 @@ class exact_search {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

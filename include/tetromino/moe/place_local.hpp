@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"              // tetromino::result, tetromino::error
 #include "search/node_spread.hpp"    // detail::has_room_for
 #include "search/local_search.hpp"   // detail::local_search
@@ -177,3 +179,5 @@ template <class Mask>
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 /// Placements as files: ours, and those of engines. Opt-in: needs nlohmann-json.
 
 #include "../error.hpp"            // tetromino::result, tetromino::error
@@ -223,3 +225,5 @@ namespace detail {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

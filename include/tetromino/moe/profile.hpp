@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"  // tetromino::result, tetromino::error
 #include "loads.hpp"     // load_view
 #include "trace.hpp"     // trace_view, routing_shape, phase
@@ -385,3 +387,5 @@ struct phase_similarity {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

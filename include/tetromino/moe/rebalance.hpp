@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"     // tetromino::result, tetromino::error
 #include "cost.hpp"         // evaluate, cost_options
 #include "group.hpp"        // node_affinity, try_group
@@ -314,3 +316,5 @@ class rebalancer {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"  // tetromino::result, tetromino::error
 #include "loads.hpp"     // load_view
 #include "trace.hpp"     // trace, phase, no_expert
@@ -353,3 +355,5 @@ class recorder {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../config.hpp"          // TETROMINO_EXPECTS
 #include "placement.hpp"          // placement
 #include "search/copy_table.hpp"  // detail::copy_table
@@ -446,3 +448,5 @@ class step_chooser {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"  // tetromino::result, tetromino::error
 #include "trace.hpp"     // detail::text
 
@@ -194,3 +196,5 @@ inline void route(std::span<const float> logits, std::size_t experts, const rout
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"  // tetromino::result, tetromino::error
 
 #include <cmath>    // std::isfinite
@@ -236,3 +238,5 @@ class topology {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 #include "../error.hpp"  // tetromino::result, tetromino::error
 
 #include <cstddef>  // std::size_t
@@ -198,3 +200,5 @@ class trace {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

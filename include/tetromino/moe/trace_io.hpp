@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../detail/macros_off.hpp"
+
 /// Reading recorded routing, loads and plans from files, ours and those of engines. Opt-in: needs nlohmann-json and a
 /// POSIX system.
 
@@ -259,3 +261,5 @@ template <class Next>
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <tetromino/detail/macros_off.hpp>
+
 #include "detail/checks.hpp"  // is_aligned
 #include "matmul.hpp"         // activation
 #include "stream.hpp"         // stream
@@ -42,14 +44,14 @@ result<void> multiply_factors(const stream& s, const Float* x, const Float* w, F
 [[nodiscard]] inline result<void> check_capability(const char* call, int least_major, int most_major,
                                                    const char* expected) {
   int device = 0, major = 0, minor = 0;
-  if (auto done = check(cudaGetDevice(&device), "cudaGetDevice"); !done) return done;
+  if (auto done = status_of(cudaGetDevice(&device), "cudaGetDevice"); !done) return done;
   if (auto done =
-          check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+          status_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
       !done) {
     return done;
   }
   if (auto done =
-          check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+          status_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
       !done) {
     return done;
   }
@@ -148,3 +150,5 @@ template <block_format Format, class Byte>
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda
+
+#include <tetromino/detail/macros_back.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <tetromino/detail/macros_off.hpp>
+
 #include "block_scaled.hpp"  // block_scaled_job, multiply_factors
 #include "stream.hpp"        // stream
 
@@ -35,7 +37,7 @@ namespace TETROMINO_NAMESPACE::cuda {
 namespace detail {
 
 /// Success, or an error with the status' name and the call that returned it.
-[[nodiscard]] inline result<void> check(cublasStatus_t status, const char* call) {
+[[nodiscard]] inline result<void> status_of(cublasStatus_t status, const char* call) {
   if (status == CUBLAS_STATUS_SUCCESS) return {};
   return error(errc::device, tetromino::detail::text("cuBLASLt: ", cublasLtGetStatusName(status), " (",
                                                      cublasLtGetStatusString(status), ") from ", call));
@@ -47,7 +49,7 @@ class cublaslt_product {
  public:
   [[nodiscard]] result<void> set_up(std::size_t rows, std::size_t outputs, std::size_t cols, std::size_t out_stride,
                                     cudaDataType_t out_type) {
-    if (auto done = check(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
+    if (auto done = status_of(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
         !done) {
       return done;
     }
@@ -74,12 +76,12 @@ class cublaslt_product {
  private:
   template <class Value>
   [[nodiscard]] result<void> set(cublasLtMatmulDescAttributes_t attribute, const Value& value) {
-    return check(cublasLtMatmulDescSetAttribute(&product, attribute, &value, sizeof value),
+    return status_of(cublasLtMatmulDescSetAttribute(&product, attribute, &value, sizeof value),
                  "cublasLtMatmulDescSetAttribute");
   }
   [[nodiscard]] static result<void> lay_out(cublasLtMatrixLayoutOpaque_t& layout, cudaDataType_t type, std::size_t rows,
                                             std::size_t cols, std::size_t stride) {
-    return check(cublasLtMatrixLayoutInit(&layout, type, rows, cols, static_cast<std::int64_t>(stride)),
+    return status_of(cublasLtMatrixLayoutInit(&layout, type, rows, cols, static_cast<std::int64_t>(stride)),
                  "cublasLtMatrixLayoutInit");
   }
 };
@@ -99,7 +101,7 @@ class cublaslt {
                    tetromino::detail::text("cuBLASLt: 4-bit operands need version 120800 (CUDA 12.8), got ", version));
     }
     cublaslt out;
-    if (auto done = detail::check(cublasLtCreate(&out.handle_), "cublasLtCreate"); !done) return done.error();
+    if (auto done = detail::status_of(cublasLtCreate(&out.handle_), "cublasLtCreate"); !done) return done.error();
     return result<cublaslt>(std::move(out));
   }
   static cublaslt create() { return try_create().value(); }
@@ -152,11 +154,11 @@ class block_scaled_plan {
     if (auto done = product.set_scales(scales, scales); !done) return done.error();
 
     cublasLtMatmulPreferenceOpaque_t preference{};
-    if (auto done = detail::check(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit"); !done) {
+    if (auto done = detail::status_of(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit"); !done) {
       return done.error();
     }
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
-      return detail::check(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value),
+      return detail::status_of(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value),
                            "cublasLtMatmulPreferenceSetAttribute");
     };
     constexpr std::uint32_t alignment = 16;
@@ -173,7 +175,7 @@ class block_scaled_plan {
         cublasLtMatmulAlgoGetHeuristic(out.library_, &product.product, &product.weights, &product.activations,
                                        &product.out, &product.out, &preference, 1, &found, &count);
     if (status == CUBLAS_STATUS_SUCCESS) status = count == 0 ? CUBLAS_STATUS_NOT_SUPPORTED : found.state;
-    if (auto done = detail::check(status, "cublasLtMatmulAlgoGetHeuristic"); !done) {
+    if (auto done = detail::status_of(status, "cublasLtMatmulAlgoGetHeuristic"); !done) {
       return error(errc::device, text(done.error().what(), " for [", rows, ", ", cols, "] x [", outputs, ", ", cols,
                                       "]; on compute capability 12.x matmul without a plan multiplies "
                                       "these operands"));
@@ -219,7 +221,7 @@ class block_scaled_plan {
     detail::cublaslt_product product;
     if (auto done = set_up(product); !done) return done;
     if (auto done = product.set_scales(w.scales.data(), x.scales.data()); !done) return done;
-    return detail::check(
+    return detail::status_of(
         cublasLtMatmul(library_, &product.product, factors, w.codes.data(), &product.weights, x.codes.data(),
                        &product.activations, factors + 1, out.data, &product.out, out.data, &product.out, &algorithm_,
                        s.workspace.data() + 256, library_workspace_, s.handle),
@@ -243,3 +245,5 @@ class block_scaled_plan {
 };
 
 }  // namespace TETROMINO_NAMESPACE::cuda
+
+#include <tetromino/detail/macros_back.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <tetromino/detail/macros_off.hpp>
+
 #include "repacked.hpp"  // repacked_view
 #include "stream.hpp"    // stream
 
@@ -150,3 +152,5 @@ template <class X, class Weights, class Out>
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda
+
+#include <tetromino/detail/macros_back.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <tetromino/detail/macros_off.hpp>
+
 #include "detail/checks.hpp"  // is_aligned
 #include "stream.hpp"         // stream
 
@@ -206,3 +208,5 @@ void combine(const stream& s, std::span<const T> y, std::span<const moe::expert_
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda
+
+#include <tetromino/detail/macros_back.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <tetromino/detail/macros_off.hpp>
+
 #include "detail/checks.hpp"  // is_aligned
 #include "stream.hpp"         // stream
 
@@ -118,3 +120,5 @@ template <activation T>
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda
+
+#include <tetromino/detail/macros_back.hpp>

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <tetromino/detail/macros_off.hpp>
+
 #include <tetromino/error.hpp>   // error, result
 #include <tetromino/matrix.hpp>  // batch_view
 
@@ -57,7 +59,7 @@ struct stream {
 namespace detail {
 
 /// Success, or an error with the CUDA error's name and the call that met it.
-[[nodiscard]] inline result<void> check(cudaError_t code, const char* call) {
+[[nodiscard]] inline result<void> status_of(cudaError_t code, const char* call) {
   if (code == cudaSuccess) return {};
   return error(errc::device, tetromino::detail::text("CUDA: ", cudaGetErrorName(code), " (", cudaGetErrorString(code),
                                                      ") from ", call));
@@ -75,11 +77,11 @@ class rejections {
   /// Allocates one word of device memory; none is reported yet. Errors: device.
   [[nodiscard]] static result<rejections> try_create() {
     rejections out;
-    if (auto done = detail::check(cudaMalloc(reinterpret_cast<void**>(&out.word_), sizeof *out.word_), "cudaMalloc");
+    if (auto done = detail::status_of(cudaMalloc(reinterpret_cast<void**>(&out.word_), sizeof *out.word_), "cudaMalloc");
         !done) {
       return done.error();
     }
-    if (auto done = detail::check(cudaMemset(out.word_, 0xFF, sizeof *out.word_), "cudaMemset"); !done) {
+    if (auto done = detail::status_of(cudaMemset(out.word_, 0xFF, sizeof *out.word_), "cudaMemset"); !done) {
       return done.error();
     }
     return result<rejections>(std::move(out));
@@ -97,7 +99,7 @@ class rejections {
 
   /// Forgets what was reported, in the order of the stream.
   [[nodiscard]] result<void> try_reset(const stream& s) {
-    return detail::check(cudaMemsetAsync(word_, 0xFF, sizeof *word_, s.handle), "cudaMemsetAsync");
+    return detail::status_of(cudaMemsetAsync(word_, 0xFF, sizeof *word_, s.handle), "cudaMemsetAsync");
   }
   void reset(const stream& s) { try_reset(s).value(); }
 
@@ -106,12 +108,12 @@ class rejections {
   template <class T>
   [[nodiscard]] result<void> try_check(const stream& s, const batch_view<T>& x) const {
     std::uint64_t position = 0;
-    if (auto done = detail::check(cudaMemcpyAsync(&position, word_, sizeof position, cudaMemcpyDeviceToHost, s.handle),
+    if (auto done = detail::status_of(cudaMemcpyAsync(&position, word_, sizeof position, cudaMemcpyDeviceToHost, s.handle),
                                   "cudaMemcpyAsync");
         !done) {
       return done;
     }
-    if (auto done = detail::check(cudaStreamSynchronize(s.handle), "cudaStreamSynchronize"); !done) return done;
+    if (auto done = detail::status_of(cudaStreamSynchronize(s.handle), "cudaStreamSynchronize"); !done) return done;
     if (position == detail::none_rejected) return {};
     return error(errc::non_finite,
                  tetromino::detail::text(
@@ -138,3 +140,5 @@ inline stream stream::reporting(rejections& report) const noexcept {
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda
+
+#include <tetromino/detail/macros_back.hpp>

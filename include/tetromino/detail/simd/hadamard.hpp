@@ -45,11 +45,11 @@ struct simd_rotation {
         const floats element = load(row + k + i * lane_count);
         x[i] = Forward ? flipped(i, element) : element;
       });
-      if constexpr (Count > 4) far<Count, 4>(x);
-      if constexpr (Count > 2) far<Count, 2>(x);
-      if constexpr (Count > 1) far<Count, 1>(x);
+      if constexpr (Count > 4) across<Count, 4>(x);
+      if constexpr (Count > 2) across<Count, 2>(x);
+      if constexpr (Count > 1) across<Count, 1>(x);
       repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA {
-        const floats sum = rounded(near<1>(near<2>(near<4>(near<8>(x[i])))) * scale);
+        const floats sum = rounded(within<1>(within<2>(within<4>(within<8>(x[i])))) * scale);
         store(row + k + i * lane_count, Forward ? sum : flipped(i, sum));
       });
     }
@@ -60,7 +60,7 @@ struct simd_rotation {
   }
   /// Sums and differences of vectors that lie `Distance` apart.
   template <std::size_t Count, std::size_t Distance>
-  static TETROMINO_INLINE void far(floats (&x)[Count]) {
+  static TETROMINO_INLINE void across(floats (&x)[Count]) {
     repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA {
       if constexpr ((i & Distance) == 0) {
         const floats a = x[i], b = x[i + Distance];
@@ -71,7 +71,7 @@ struct simd_rotation {
   }
   /// The same of lanes.
   template <int Distance>
-  static TETROMINO_INLINE floats near(const floats& x) {
+  static TETROMINO_INLINE floats within(const floats& x) {
     constexpr std::int32_t minus = -0x7FFFFFFF - 1;
     static constexpr auto negated = [] {
       struct {

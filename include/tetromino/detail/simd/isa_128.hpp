@@ -473,8 +473,8 @@ class e2m1_decoder {
     const words m = code & broadcast(7), sign = shift_left<28>(code & broadcast(8));
     // Codes 2 ... 7 are floats with one bit of mantissa; for 0 and 1, double and drop the leading one.
     const floats normal = floats_of(shift_left<22>(m) + broadcast(0x3F000000));
-    const floats small = normal + normal - broadcast(1.0f);
-    const floats value = floats_of(bits_of(select(normal < broadcast(1.0f), small, normal)) | sign);
+    const floats subnormal = normal + normal - broadcast(1.0f);
+    const floats value = floats_of(bits_of(select(normal < broadcast(1.0f), subnormal, normal)) | sign);
     return factor_ == 1.0f ? value : value / broadcast(factor_);
   }
 

@@ -128,9 +128,9 @@ TETROMINO_INLINE void copy_registers(const Register* from, char* to) {
 }
 
 /// f(0), f(1) ... f(N - 1), with the index as a constant, so that arrays of registers stay in registers.
-template <class F, std::size_t... I>
-TETROMINO_INLINE void repeat(const F& f, std::index_sequence<I...>) {
-  (f(std::integral_constant<std::size_t, I>{}), ...);
+template <class F, std::size_t... Index>
+TETROMINO_INLINE void repeat(const F& f, std::index_sequence<Index...>) {
+  (f(std::integral_constant<std::size_t, Index>{}), ...);
 }
 template <std::size_t N, class F>
 TETROMINO_INLINE void repeat(const F& f) {

@@ -258,15 +258,15 @@ class float_matmul {
       store(total[m + r], load(total[m + r]) + sum);
     }
   }
-  template <std::size_t Rows, std::size_t Outputs, std::size_t... I>
+  template <std::size_t Rows, std::size_t Outputs, std::size_t... Sum>
   TETROMINO_INLINE void each_sum(std::size_t m, std::size_t n, float (*sums)[lane_count][lane_count],
-                                 std::index_sequence<I...>) const {
+                                 std::index_sequence<Sum...>) const {
     floats sum[Rows * Outputs];
-    ((sum[I] = broadcast(0.0f)), ...);
+    ((sum[Sum] = broadcast(0.0f)), ...);
     for (std::size_t k = 0; k < used_; k += lane_count) {
-      ((sum[I] = multiply_and_add(load(&x_[m + I / Outputs][k]), load(&w_[n + I % Outputs][k]), sum[I])), ...);
+      ((sum[Sum] = multiply_and_add(load(&x_[m + Sum / Outputs][k]), load(&w_[n + Sum % Outputs][k]), sum[Sum])), ...);
     }
-    (store(sums[I / Outputs][n + I % Outputs], sum[I]), ...);
+    (store(sums[Sum / Outputs][n + Sum % Outputs], sum[Sum]), ...);
   }
 
   const float_product& product_;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../e2m1.hpp"    // e2m1
 #include "../../e4m3.hpp"    // e4m3
 #include "../../packed.hpp"  // packed_view
@@ -81,3 +83,5 @@ inline std::size_t cast_rows(const packed_view<any_format>& from, std::uint8_t t
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../version.hpp"  // TETROMINO_VERSION_MAJOR
 #include "plan.hpp"           // pack_plan
 
@@ -149,3 +151,5 @@ inline ordered_json modelopt_file(const io::pack_plan& plan) {
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail
+
+#include "../../detail/macros_back.hpp"

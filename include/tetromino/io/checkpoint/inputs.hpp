@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"    // result
 #include "../../matrix.hpp"   // matrix_view
 #include "../../options.hpp"  // quantize_options
@@ -32,3 +34,5 @@ class input_knowledge {
 };
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

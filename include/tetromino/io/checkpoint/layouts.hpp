@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../packed.hpp"    // packed_shape
 #include "../../scaling.hpp"   // recipe, name_of
 #include "../safetensors.hpp"  // tensor_declaration
@@ -219,3 +221,5 @@ inline float storable_scale(io::checkpoint_layout where, float scale) {
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../hadamard.hpp"  // rotate
 #include "../../metrics.hpp"   // error_report
 #include "../../quantize.hpp"  // try_quantize, amax
@@ -686,3 +688,5 @@ pack_report pack(const Policy& policy, const checkpoint& from, const pack_plan& 
 }
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

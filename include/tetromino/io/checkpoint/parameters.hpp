@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "roles.hpp"    // tensor_role, roles_of
 #include "tensors.hpp"  // checkpoint, checkpoint_tensor
 
@@ -316,3 +318,5 @@ inline result<std::vector<parameter>> try_parameters_of(const checkpoint& from) 
 }
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

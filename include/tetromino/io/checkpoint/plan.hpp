@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "inputs.hpp"      // input_knowledge
 #include "layouts.hpp"     // checkpoint_layout, stored_weight
 #include "parameters.hpp"  // parameter
@@ -316,3 +318,5 @@ inline result<pack_plan> try_plan(const checkpoint& from, const std::vector<para
 }
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

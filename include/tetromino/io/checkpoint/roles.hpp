@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"             // detail::text
 #include "../detail/tensor_names.hpp"  // tensor_path, linear_leaves
 
@@ -348,3 +350,5 @@ inline std::vector<tensor_kind> roles_of(std::span<const tensor_facts> tensors, 
 }
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../dequantize.hpp"  // try_dequantize_to
 #include "../../e4m3.hpp"        // e4m3
 #include "../../e8m0.hpp"        // e8m0
@@ -242,3 +244,5 @@ void visit_rows(const Policy& policy, const checkpoint& from, const parameter& p
 }
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

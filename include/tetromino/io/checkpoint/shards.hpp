@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../safetensors.hpp"          // safetensors_writer, tensor_declaration
 #include "../detail/tensor_names.hpp"  // is_one_of
 #include "tensors.hpp"                 // checkpoint
@@ -213,3 +215,5 @@ class shard_writer {
 };
 
 }  // namespace TETROMINO_NAMESPACE::detail
+
+#include "../../detail/macros_back.hpp"

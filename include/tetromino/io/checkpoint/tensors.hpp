@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"                   // error, result
 #include "../detail/file_text.hpp"           // printable
 #include "../detail/posix_file.hpp"          // file_reader
@@ -256,3 +258,5 @@ class checkpoint {
 };
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "pack.hpp"  // file_metadata's names, cast_rows, storable_scale
 
 #include <regex.h>  // ::regcomp, ::regexec
@@ -633,3 +635,5 @@ verify_report verify(const Policy& policy, const checkpoint& original, const che
 }
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

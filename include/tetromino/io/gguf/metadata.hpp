@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"          // error, result
 #include "../detail/file_text.hpp"  // printable
 #include "../dtype.hpp"             // detail::plain_integer
@@ -275,3 +277,5 @@ class gguf_metadata {
 };
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 /// Packing the weights of a GGUF file into MXFP4 or NVFP4, as llama.cpp reads them. Opt-in: needs a POSIX system.
 ///
 ///   const auto file = io::gguf_file::open("model-f16.gguf");
@@ -495,3 +497,5 @@ gguf_report pack_gguf(const Policy& policy, const gguf_file& file, const gguf_pl
 }
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

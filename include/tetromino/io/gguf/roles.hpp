@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../version.hpp"  // TETROMINO_NAMESPACE
 
 #include <algorithm>  // std::find, std::min
@@ -91,3 +93,5 @@ inline bool gguf_scale_applies(std::string_view architecture, std::string_view n
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"  // result
 
 #include <array>        // std::array
@@ -129,3 +131,5 @@ static_assert(name(ggml_type::BF16) == "BF16" && block_elements(ggml_type::MXFP4
               block_bytes(ggml_type::NVFP4) == 36);
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

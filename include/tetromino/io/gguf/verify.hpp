@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 /// Comparing a packed GGUF file with the one it was made from, by what llama.cpp reads. Opt-in: needs a POSIX system.
 
 #include "pack.hpp"  // gguf_packer, gguf_planned
@@ -68,7 +70,7 @@ class gguf_verifier {
   [[nodiscard]] result<io::gguf_verify_report> run() {
     if (auto same = check_metadata(); !same) return same.error();
     for (const auto& tensor : original_) {
-      if (auto done = check(tensor); !done) return done.error();
+      if (auto done = check_tensor(tensor); !done) return done.error();
     }
     for (const auto& tensor : packed_) {
       if (original_.find(tensor.name()) != nullptr || scales_.contains(tensor.name())) continue;
@@ -107,7 +109,7 @@ class gguf_verifier {
     return {};
   }
 
-  [[nodiscard]] result<void> check(const io::gguf_tensor& tensor) {
+  [[nodiscard]] result<void> check_tensor(const io::gguf_tensor& tensor) {
     const auto* const made = packed_.find(tensor.name());
     if (made == nullptr) return wrong(tensor.name(), "expected it as in the original, found none");
     if (made->shape() != tensor.shape()) {
@@ -307,3 +309,5 @@ gguf_verify_report verify_gguf(const Policy& policy, const gguf_file& original, 
 }
 
 }  // namespace TETROMINO_NAMESPACE::io
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include <cstdint>      // std::uint8_t, std::uint32_t
 #include <optional>     // std::optional
 #include <string_view>  // std::string_view
@@ -40,3 +42,5 @@ namespace TETROMINO_NAMESPACE::moe::detail {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"   // result, error
 #include "../loads.hpp"      // load_table
 #include "json.hpp"          // nlohmann::json
@@ -151,3 +153,5 @@ class count_table {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

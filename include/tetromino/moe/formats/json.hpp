@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"  // text
 
 #include <nlohmann/json.hpp>  // nlohmann::json
@@ -52,3 +54,5 @@ using tetromino::detail::text;
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

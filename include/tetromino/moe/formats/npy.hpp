@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 /// Arrays as NumPy writes them: one in an .npy file, several in an .npz archive (uncompressed).
 
 #include "../../error.hpp"                // result, error
@@ -146,3 +148,5 @@ struct zip_entry {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"  // text
 #include "../trace.hpp"     // no_expert
 
@@ -115,3 +117,5 @@ template <class T>
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

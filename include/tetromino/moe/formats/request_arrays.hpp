@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"                // result, error
 #include "../../io/detail/file_text.hpp"  // shape_text
 #include "../trace.hpp"                   // trace
@@ -77,3 +79,5 @@ class request_arrays {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

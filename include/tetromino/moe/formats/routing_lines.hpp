@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"     // result, error
 #include "../loads.hpp"        // load_table
 #include "../trace.hpp"        // trace
@@ -231,3 +233,5 @@ class routing_lines {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

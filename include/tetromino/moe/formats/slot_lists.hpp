@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../error.hpp"   // result, error
 #include "../placement.hpp"  // placement
 
@@ -119,3 +121,5 @@ class slot_lists {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

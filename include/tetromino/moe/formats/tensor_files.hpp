@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 /// Routing in safetensors files: traces, and the statistics that TensorRT-LLM writes.
 
 #include "../../error.hpp"                // result, error
@@ -220,3 +222,5 @@ template <class Most, class Take>
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../io/safetensors.hpp"  // io::safetensors_tensor
 #include "number_array.hpp"          // number_array
 
@@ -40,3 +42,5 @@ namespace TETROMINO_NAMESPACE::moe::detail {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../trace.hpp"        // trace
 #include "request_arrays.hpp"  // drop_layers_of_nobody, largest_id
 
@@ -212,3 +214,5 @@ class trace_builder {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

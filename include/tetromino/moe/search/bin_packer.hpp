@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../version.hpp"  // TETROMINO_NAMESPACE
 
 #include <algorithm>  // std::fill, std::max, std::sort
@@ -182,3 +184,5 @@ class bin_packer {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

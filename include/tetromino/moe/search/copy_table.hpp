@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../placement.hpp"  // placement, replica_index
 #include "../topology.hpp"   // topology
 
@@ -63,3 +65,5 @@ class copy_table {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

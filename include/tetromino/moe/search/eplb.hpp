@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 /// The algorithm of DeepSeek EPLB (github.com/deepseek-ai/EPLB), one layer at a time, on float32 as published.
 
 #include "../../version.hpp"  // TETROMINO_NAMESPACE
@@ -138,3 +140,5 @@ class eplb_solver {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

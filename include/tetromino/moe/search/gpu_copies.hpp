@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../placement.hpp"  // placement
 #include "../topology.hpp"   // topology
 
@@ -105,3 +107,5 @@ class gpu_copies {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "node_visits.hpp"  // count_visits, visits_of, visited_nodes
 #include "random.hpp"       // search_random
 #include "token_lanes.hpp"  // token_lanes
@@ -425,3 +427,5 @@ class layer_search {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

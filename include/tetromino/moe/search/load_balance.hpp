@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../topology.hpp"  // topology
 #include "bin_packer.hpp"   // bin_packer
 
@@ -154,3 +156,5 @@ inline void level_nodes(const topology& t, std::vector<double>& gpu_load, std::s
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

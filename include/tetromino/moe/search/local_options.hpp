@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../placement.hpp"  // placement
 #include "../trace.hpp"      // phase
 
@@ -66,3 +68,5 @@ struct local_plan {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "local_options.hpp"       // local_options, local_plan
 #include "../loads.hpp"            // max_over_mean
 #include "../place.hpp"            // balance_gpus
@@ -495,3 +497,5 @@ class local_search {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../placement.hpp"  // empty_slot
 #include "../topology.hpp"   // topology
 
@@ -117,3 +119,5 @@ class node_spreader {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../version.hpp"  // TETROMINO_NAMESPACE
 
 #include <bit>      // std::popcount
@@ -64,8 +66,8 @@ void count_visits(const Mask* holders, std::size_t rows, Mask last, const Mask* 
     const auto prepare = [&](Mask* row, const auto& mask_of) {  // experts at home are done, single copies decide
       for (std::size_t i = 0; i < lanes; ++i) {
         Mask m = mask_of(i);
-        const auto near = static_cast<Mask>(m & home[i]);
-        m = static_cast<Mask>(m & all_if(near == 0));
+        const auto at_home = static_cast<Mask>(m & home[i]);
+        m = static_cast<Mask>(m & all_if(at_home == 0));
         const auto others = static_cast<Mask>(m & (m - 1));
         const auto only = static_cast<Mask>(m & all_if(others == 0));
         seen[i] = static_cast<Mask>(seen[i] | only);
@@ -172,3 +174,5 @@ Mask serve_token(const Mask* holders, std::size_t count, Mask home, std::int64_t
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../../version.hpp"  // TETROMINO_NAMESPACE
 
 #include <array>    // std::array
@@ -60,3 +62,5 @@ class search_random {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "random.hpp"  // search_random
 
 #include <algorithm>  // std::max, std::sort
@@ -194,3 +196,5 @@ class request_assigner {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

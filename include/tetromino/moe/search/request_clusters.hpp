@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "request_assignment.hpp"  // request_assigner
 #include "random.hpp"              // search_random
 
@@ -41,7 +43,7 @@ inline void cluster_requests(std::span<std::int32_t> counts, std::size_t cells, 
   };
   for (std::size_t r = 0; r < requests; ++r) normalize(row(r), row(r));
 
-  // first centres far apart: each next one with probability by the square of its distance (k-means++)
+  // first centres distance apart: each next one with probability by the square of its distance (k-means++)
   std::vector<std::int32_t> centres(nodes * cells, 0);
   const auto centre = [&](std::size_t n) { return std::span(centres).subspan(n * cells, cells); };
   std::vector<std::int64_t> nearest(requests, 0), scores(requests * nodes);
@@ -51,18 +53,18 @@ inline void cluster_requests(std::span<std::int32_t> counts, std::size_t cells, 
     std::uint64_t all = 0;
     for (std::size_t r = 0; r < requests; ++r) {
       nearest[r] = std::max(nearest[r], alike(row(r), centre(n)));
-      const auto far = static_cast<std::uint64_t>(std::max<std::int64_t>(0, 65536 - nearest[r])) >> 4;
-      all += far * far;
+      const auto distance = static_cast<std::uint64_t>(std::max<std::int64_t>(0, 65536 - nearest[r])) >> 4;
+      all += distance * distance;
     }
     std::uint64_t at = all == 0 ? 0 : random.bits() % all;
     next = random.below(requests);
     for (std::size_t r = 0; r < requests && all > 0; ++r) {
-      const auto far = static_cast<std::uint64_t>(std::max<std::int64_t>(0, 65536 - nearest[r])) >> 4;
-      if (at < far * far) {
+      const auto distance = static_cast<std::uint64_t>(std::max<std::int64_t>(0, 65536 - nearest[r])) >> 4;
+      if (at < distance * distance) {
         next = r;
         break;
       }
-      at -= far * far;
+      at -= distance * distance;
     }
   }
 
@@ -84,3 +86,5 @@ inline void cluster_requests(std::span<std::int32_t> counts, std::size_t cells, 
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

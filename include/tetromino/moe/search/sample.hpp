@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "../trace.hpp"  // trace_view, phase
 #include "random.hpp"    // search_random
 
@@ -37,7 +39,7 @@ struct search_sample {
                                                std::size_t most_requests, search_random& random) {
   search_sample out;
   out.shape = from.shape;
-  const auto& [layers, experts, k] = from.shape;
+  const std::size_t layers = from.shape.layers, experts = from.shape.experts, k = from.shape.experts_per_token;
   std::vector<std::uint32_t> order;
   for (std::size_t r = 0; r < from.requests.size(); ++r) {
     if (from.requests[r].range(served).size() > 0) order.push_back(static_cast<std::uint32_t>(r));
@@ -105,3 +107,5 @@ struct search_sample {
 }
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "token_lanes.hpp"  // token_lanes
 
 #include <algorithm>  // std::min
@@ -65,3 +67,5 @@ class source_scorer {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

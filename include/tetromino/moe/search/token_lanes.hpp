@@ -1,5 +1,7 @@
 #pragma once
 
+#include "../../detail/macros_off.hpp"
+
 #include "node_visits.hpp"  // count_visits, cover_lanes
 
 #include <cstddef>  // std::byte, std::size_t
@@ -73,3 +75,5 @@ class token_lanes {
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
+
+#include "../../detail/macros_back.hpp"

@@ -131,7 +131,7 @@ __global__ void multiply_factors_kernel(const Float* x, const Float* w, Float* o
 template <class Float>
 result<void> multiply_factors(const stream& s, const Float* x, const Float* w, Float* out) {
   multiply_factors_kernel<<<1, 1, 0, s.handle>>>(x, w, out);
-  return check(cudaGetLastError(), "multiply_factors_kernel");
+  return status_of(cudaGetLastError(), "multiply_factors_kernel");
 }
 
 template <class Byte>
@@ -142,7 +142,7 @@ result<void> repack_block_scaled(const stream& s, const packed_view<any_format, 
   if (auto fits = check_packed_pointers(to.codes.data()); !fits) return fits;
   if (auto fits = check_pieces(shape.matrices, shape.rows, to.shape.padded_cols() / 16); !fits) return fits;
   if (shape.matrices == 0) return {};
-  if (auto done = check(cudaMemsetAsync(to.scales.data(), 0, to.scales.size(), s.handle), "cudaMemsetAsync"); !done) {
+  if (auto done = status_of(cudaMemsetAsync(to.scales.data(), 0, to.scales.size(), s.handle), "cudaMemsetAsync"); !done) {
     return done;
   }
   const bool is_nv = from.format.scale == scale_type::e4m3;
@@ -165,7 +165,7 @@ result<void> repack_block_scaled(const stream& s, const packed_view<any_format, 
   const dim3 pieces = grid(shape.rows * to.shape.scales_per_row());
   const bool is_block_16 = from.format.block == 16;
   if (is_rebased) {
-    if (auto done = check(cudaMemsetAsync(to.factors.data(), 0, to.factors.size_bytes(), s.handle), "cudaMemsetAsync");
+    if (auto done = status_of(cudaMemsetAsync(to.factors.data(), 0, to.factors.size_bytes(), s.handle), "cudaMemsetAsync");
         !done) {
       return done;
     }
@@ -184,7 +184,7 @@ result<void> repack_block_scaled(const stream& s, const packed_view<any_format, 
   } else {
     operand_kernel<32, 32, false><<<pieces, 256, 0, s.handle>>>(args);
   }
-  return check(cudaGetLastError(), "operand_kernel");
+  return status_of(cudaGetLastError(), "operand_kernel");
 }
 
 template <activation T>

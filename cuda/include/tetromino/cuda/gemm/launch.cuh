@@ -24,13 +24,13 @@ struct device_facts {
 [[nodiscard]] inline result<device_facts> find_device() {
   device_facts out;
   int device = 0;
-  if (auto done = check(cudaGetDevice(&device), "cudaGetDevice"); !done) return done.error();
-  if (auto done = check(cudaDeviceGetAttribute(&out.major, cudaDevAttrComputeCapabilityMajor, device),
+  if (auto done = status_of(cudaGetDevice(&device), "cudaGetDevice"); !done) return done.error();
+  if (auto done = status_of(cudaDeviceGetAttribute(&out.major, cudaDevAttrComputeCapabilityMajor, device),
                         "cudaDeviceGetAttribute");
       !done) {
     return done.error();
   }
-  if (auto done = check(cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+  if (auto done = status_of(cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device),
                         "cudaDeviceGetAttribute");
       !done) {
     return done.error();
@@ -42,7 +42,7 @@ struct device_facts {
 template <class Kernel>
 [[nodiscard]] result<bool> is_hopper_code(Kernel* kernel) {
   cudaFuncAttributes attributes{};
-  if (auto done = check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !done)
+  if (auto done = status_of(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !done)
     return done.error();
   return attributes.binaryVersion == 90;
 }
@@ -83,7 +83,7 @@ template <class Kernel, class... Args>
                                               int threads, std::uint32_t bytes, std::size_t parts,
                                               const Args&... args) {
   if (auto done =
-          check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                 "cudaFuncSetAttribute");
       !done) {
     return done;
@@ -101,7 +101,7 @@ template <class Kernel, class... Args>
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
   config.numAttrs = parts > 1 ? 2 : 1;
-  return check(cudaLaunchKernelEx(&config, kernel, args...), what);
+  return status_of(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
 /// Launches the kernel for many rows of x. `row_tiles` is how many tiles of x there can be at most.
@@ -256,7 +256,7 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
   }
   const std::size_t bytes = (args.weights.matrices + 1) * sizeof(std::uint32_t);
   any_rows_kernel<T, Kind, Macros != 0><<<static_cast<unsigned>(blocks), 128, bytes, s.handle>>>(plain);
-  return check(cudaGetLastError(), "the launch of any_rows_kernel");
+  return status_of(cudaGetLastError(), "the launch of any_rows_kernel");
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -143,7 +143,7 @@ result<void> repack(const stream& s, const packed_view<any_format>& w, const rep
   } else {
     repack_kernel<T, weight_kind::mx32><<<grid, 256, 0, s.handle>>>(args);
   }
-  return check(cudaGetLastError(), "the launch of repack_kernel");
+  return status_of(cudaGetLastError(), "the launch of repack_kernel");
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

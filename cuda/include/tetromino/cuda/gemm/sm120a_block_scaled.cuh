@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(256) block_scaled_kernel(const block_scaled_ar
 template <class Kernel>
 result<void> check_built_for_120a(Kernel kernel) {
   cudaFuncAttributes attributes{};
-  if (auto done = check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !done) return done;
+  if (auto done = status_of(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !done) return done;
   if (attributes.ptxVersion >= 120) return {};
   return error(errc::device,
                tetromino::detail::text("CUDA: matmul of block-scaled operands was not compiled for this GPU: expected "
@@ -160,7 +160,7 @@ result<void> launch_block_scaled_kind(const stream& s, const block_scaled_args& 
   const dim3 grid((args.outputs + 127) / 128, (args.rows + 127) / 128);
   if (grid.y > 65535) return error(errc::shape_mismatch, "block-scaled product: expected at most 8388480 rows");
   kernel<<<grid, 256, 0, s.handle>>>(args);
-  return check(cudaGetLastError(), "block_scaled_kernel");
+  return status_of(cudaGetLastError(), "block_scaled_kernel");
 }
 
 template <class Mma, activation T>

@@ -72,7 +72,7 @@ __global__ void tensor_scales_kernel(float* scales, Count n, const float* given,
 /// Launches the reduction of x to one largest magnitude, or one for each matrix, in device memory.
 template <real T>
 result<void> amax(const stream& s, const batch_view<const T>& x, special_values special, std::span<float> out) {
-  if (auto done = check(cudaMemsetAsync(out.data(), 0, out.size_bytes(), s.handle), "cudaMemsetAsync"); !done) {
+  if (auto done = status_of(cudaMemsetAsync(out.data(), 0, out.size_bytes(), s.handle), "cudaMemsetAsync"); !done) {
     return done;
   }
   if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
@@ -98,7 +98,7 @@ result<void> amax(const stream& s, const batch_view<const T>& x, special_values 
         tetromino::detail::text("cuda: expected at most 65535 matrices with a tensor scale each, got ", grid.y));
   }
   amax_kernel<T><<<grid, 256, 0, s.handle>>>(args, reinterpret_cast<std::uint32_t*>(out.data()));
-  return check(cudaGetLastError(), "the launch of amax_kernel");
+  return status_of(cudaGetLastError(), "the launch of amax_kernel");
 }
 
 /// The largest magnitude of each matrix once it is rotated, or of all, into float bits that start at 0.
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(256) rotated_amax_kernel(const pack_args args,
 template <real T>
 result<void> rotated_amax(const stream& s, const batch_view<const T>& x, pack_source source,
                           const quantize_options& options, std::span<float> out) {
-  if (auto done = check(cudaMemsetAsync(out.data(), 0, out.size_bytes(), s.handle), "cudaMemsetAsync"); !done) {
+  if (auto done = status_of(cudaMemsetAsync(out.data(), 0, out.size_bytes(), s.handle), "cudaMemsetAsync"); !done) {
     return done;
   }
   if (x.matrices == 0 || x.rows == 0 || x.cols == 0) return {};
@@ -148,7 +148,7 @@ result<void> rotated_amax(const stream& s, const batch_view<const T>& x, pack_so
     const auto blocks = static_cast<unsigned>((args.chunks + 255) / 256);
     rotated_amax_kernel<T, pack_source::rows><<<blocks, 256, 0, s.handle>>>(args, bits);
   }
-  return check(cudaGetLastError(), "the launch of rotated_amax_kernel");
+  return status_of(cudaGetLastError(), "the launch of rotated_amax_kernel");
 }
 
 /// The tensor scales of NVFP4 on the device: those given, or from the largest magnitudes of x or of its transpose.
@@ -165,7 +165,7 @@ result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, pa
   tensor_scales_kernel<<<1, 256, 0, s.handle>>>(scales.data(), static_cast<std::uint32_t>(scales.size()),
                                                 options.tensor_scales.data(), options.tensor_scales.size() == 1,
                                                 *options.rule);
-  return check(cudaGetLastError(), "the launch of tensor_scales_kernel");
+  return status_of(cudaGetLastError(), "the launch of tensor_scales_kernel");
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -88,7 +88,7 @@ result<void> launch_unpack(const stream& s, const unpack_args<T>& args) {
   if constexpr (sizeof(T) == 4) {
     if (args.is_flat) {
       unpack_floats_kernel<Rule><<<blocks, 256, 0, s.handle>>>(args);
-      return check(cudaGetLastError(), "the launch of unpack_floats_kernel");
+      return status_of(cudaGetLastError(), "the launch of unpack_floats_kernel");
     }
   }
   if (args.is_flat) {
@@ -96,7 +96,7 @@ result<void> launch_unpack(const stream& s, const unpack_args<T>& args) {
   } else {
     unpack_kernel<T, Rule, false><<<blocks, 256, 0, s.handle>>>(args);
   }
-  return check(cudaGetLastError(), "the launch of unpack_kernel");
+  return status_of(cudaGetLastError(), "the launch of unpack_kernel");
 }
 
 template <real T>

@@ -429,7 +429,7 @@ result<void> launch_pack(const stream& s, const pack_args& args) {
   } else {
     launch_pack_from<T, Rule, Block, false>(s, args);
   }
-  return check(cudaGetLastError(), "the launch of pack_kernel");
+  return status_of(cudaGetLastError(), "the launch of pack_kernel");
 }
 
 template <class T, std::uint32_t Block>

@@ -180,7 +180,7 @@ result<void> rotate(const stream& s, const tetromino::detail::rotate_job<T>& job
   } else {
     rotate_kernel<T, false><<<blocks, 256, 0, s.handle>>>(args);
   }
-  return check(cudaGetLastError(), "the launch of rotate_kernel");
+  return status_of(cudaGetLastError(), "the launch of rotate_kernel");
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

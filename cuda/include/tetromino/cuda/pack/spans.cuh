@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(256) pack_spans_kernel(const pack_args args) {
 template <real T, int N, int PerBlock>
 result<void> launch_pack_spans_of(const stream& s, const pack_args& args) {
   pack_spans_kernel<T, N, PerBlock><<<static_cast<unsigned>((args.chunks + 15) / 16), 256, 0, s.handle>>>(args);
-  return check(cudaGetLastError(), "the launch of pack_spans_kernel");
+  return status_of(cudaGetLastError(), "the launch of pack_spans_kernel");
 }
 
 /// Launches the search for spans of `span` elements.

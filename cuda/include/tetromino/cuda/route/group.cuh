@@ -155,7 +155,7 @@ result<void> group(const stream& s, std::span<const Call> calls, std::size_t fir
       calls.data(), static_cast<std::uint32_t>(calls.size()), static_cast<std::uint32_t>(out.calls_per_row),
       static_cast<std::uint32_t>(first_slot), static_cast<std::uint32_t>(slots), out.expert_offsets.data(),
       out.expert_rows.data(), out.pair_of_call.data());
-  return check(cudaGetLastError(), "the launch of group_kernel");
+  return status_of(cudaGetLastError(), "the launch of group_kernel");
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -136,7 +136,7 @@ result<void> permute(const stream& s, const move_job<T>& job) {
     const move_launch plan = plan_move(job.rows, job.width);
     permute_kernel<T, false><<<plan.blocks, plan.threads, 0, s.handle>>>(job);
   }
-  return check(cudaGetLastError(), "the launch of permute_kernel");
+  return status_of(cudaGetLastError(), "the launch of permute_kernel");
 }
 
 template <real T>
@@ -149,7 +149,7 @@ result<void> combine(const stream& s, const move_job<T>& job) {
     const move_launch plan = plan_move(job.rows, job.width);
     combine_kernel<T, false><<<plan.blocks, plan.threads, 0, s.handle>>>(job);
   }
-  return check(cudaGetLastError(), "the launch of combine_kernel");
+  return status_of(cudaGetLastError(), "the launch of combine_kernel");
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -14,14 +14,14 @@ namespace TETROMINO_NAMESPACE::cuda::detail {
 template <int N>
 result<void> launch_token_per_warp(const stream& s, const route_args& args) {
   token_per_warp_kernel<N><<<(args.tokens + 3) / 4, 128, 0, s.handle>>>(args);
-  return check(cudaGetLastError(), "the launch of token_per_warp_kernel");
+  return status_of(cudaGetLastError(), "the launch of token_per_warp_kernel");
 }
 
 /// For tokens of up to K experts each.
 template <int K, bool Sigmoid>
 result<void> launch_token_per_lane(const stream& s, const route_args& args) {
   token_per_lane_kernel<K, Sigmoid><<<(args.tokens + 127) / 128, 128, 0, s.handle>>>(args);
-  return check(cudaGetLastError(), "the launch of token_per_lane_kernel");
+  return status_of(cudaGetLastError(), "the launch of token_per_lane_kernel");
 }
 
 /// Lanes to a token, and fours of experts to a lane.
@@ -31,7 +31,7 @@ result<void> launch_token_per_lanes(const stream& s, const route_args& args) {
                                                         : token_per_lanes_kernel<Lanes, Fours, false>;
   constexpr std::uint32_t tokens = 4 * 32 / Lanes;
   kernel<<<(args.tokens + tokens - 1) / tokens, 128, 0, s.handle>>>(args);
-  return check(cudaGetLastError(), "the launch of token_per_lanes_kernel");
+  return status_of(cudaGetLastError(), "the launch of token_per_lanes_kernel");
 }
 
 template <class Logit>
