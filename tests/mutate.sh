@@ -15,7 +15,8 @@ trap 'rm -rf "$work"' EXIT
 export root work CXX=${CXX:-c++}
 launcher=$(command -v ccache || true)
 jobs=${TETROMINO_JOBS:-$(nproc)}
-export launcher libraries=
+eigen=$(pkg-config --cflags eigen3 2>/dev/null || echo -I /usr/include/eigen3)
+export launcher eigen libraries=
 "$CXX" -E -include catch2/catch.hpp -x c++ /dev/null >/dev/null 2>&1 || libraries=-lCatch2  # Catch2 3
 
 check_only=no
@@ -28,6 +29,8 @@ fi
 build() {
   local flags=(-D TETROMINO_SIMD=0)
   [[ $1 == isa/* ]] && flags=(-mavx2 -mfma -mf16c)
+  # shellcheck disable=SC2206  # several flags are several words
+  flags+=($eigen)
   $launcher "$CXX" -std=c++20 -O1 "${flags[@]}" -I "$2" -I "$root/tests" \
     -c "$root/tests/$1.cpp" -o "$3.o" && "$CXX" "$3.o" "$work/main.o" "$work/places.o" $libraries -pthread -o "$3"
 }
