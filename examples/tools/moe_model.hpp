@@ -255,9 +255,9 @@ struct shape {
     number("vocab", vocab);
     number("norm_eps", norm_eps);
     number("rope_base", rope_base);
-    if (hidden % (2 * heads) != 0 || top_k > experts || experts > 65'536) {
+    if (hidden % (2 * heads) != 0 || top_k > experts || experts > 65'535) {
       throw error(errc::malformed_file,
-                  fmt::format("{}: expected an even head size and top_k ≤ experts ≤ 65536, got hidden {}, heads {}, "
+                  fmt::format("{}: expected an even head size and top_k ≤ experts ≤ 65535, got hidden {}, heads {}, "
                               "top_k {}, experts {}",
                               file.path(), hidden, heads, top_k, experts));
     }

@@ -206,6 +206,54 @@ void routes() {
          "33 experts per token are too many");
 }
 
+/// A bias that is not finite is refused for every token by each kernel, and nothing else is written; a scale is refused
+/// before a launch; scores so small that a float cannot hold their sum's inverse still weigh what they should.
+void odd_biases_and_scales() {
+  for (const auto& [tokens, experts] :
+       {std::pair<std::size_t, std::size_t>{37, 64}, {17'001, 16}, {17'001, 64}, {4'099, 128}, {4'099, 1000}}) {
+    if (is_short() && tokens > 5000) continue;
+    router_options options;
+    options.rule = gating::sigmoid;
+    options.experts_per_token = 4;
+    const std::size_t k = options.experts_per_token;
+    const device<float> x(std::vector<float>(tokens * experts, 1.0f));
+    for (const float odd : {NAN, -NAN, INFINITY, -INFINITY}) {
+      std::vector<float> values(experts, 0.0f);
+      values[experts - 1] = values[experts / 2] = odd;
+      const device<float> bias(values);
+      options.bias = bias.span();
+      const device<std::uint16_t> ids(tokens * k);
+      const device<float> weights(tokens * k);
+      auto report = tetromino::cuda::rejections::create();
+      const auto stream = plain.reporting(report);
+      require(tetromino::cuda::try_route(stream, x.span(), experts, options, ids.span(), weights.span()), "route");
+      const auto found = report.try_check(stream, tetromino::batch_view<const float>(x.data(), 1, tokens, experts));
+      const std::string where = "row 0, column " + std::to_string(experts / 2);
+      expect(!found && std::string(found.error().what()).find(where) != std::string::npos,
+             "a bias of %g is reported, got %s", static_cast<double>(odd), found ? "nothing" : found.error().what());
+      const auto id = ids.values();
+      const auto w = weights.values();
+      long wrong = 0;
+      for (std::size_t i = 0; i < w.size(); ++i) wrong += id[i] != i % k || !std::isnan(w[i]);
+      expect(wrong == 0, "a bias of %g, %zu tokens, %zu experts: %ld wrong", static_cast<double>(odd), tokens, experts,
+             wrong);
+      expect(ids.is_intact() && weights.is_intact(), "written past the end");
+    }
+    options.bias = {};
+    const device<std::uint16_t> ids(tokens * k);
+    const device<float> weights(tokens * k);
+    const device<float> tiny(std::vector<float>(tokens * experts, -86.0f));
+    options.scale = 100.0f;
+    require(tetromino::cuda::try_route(plain, tiny.span(), experts, options, ids.span(), weights.span()), "route");
+    long wrong = 0;
+    for (const float w : weights.values()) wrong += !(std::fabs(w - 25.0f) <= 1e-3f);
+    expect(wrong == 0, "tiny scores, %zu tokens, %zu experts: %ld wrong weights", tokens, experts, wrong);
+    options.scale = NAN;
+    const auto refused = tetromino::cuda::try_route(plain, x.span(), experts, options, ids.span(), weights.span());
+    expect(!refused && refused.error().code() == tetromino::errc::non_finite, "a scale of NaN is refused");
+  }
+}
+
 /// A captured call of each router kernel gives what a plain call gives, each time it is replayed.
 void captured_routes() {
   for (const auto& [tokens, experts] : {std::pair<std::size_t, std::size_t>{50, 64}, {20'000, 64}, {5'000, 128}}) {
@@ -352,6 +400,36 @@ void ids_as_calls() {
   require(tetromino::cuda::try_permute<float>(plain, x.span(), to.span(), width, groups), "permute");
   require(tetromino::cuda::try_combine<float>(plain, to.span(), call_weights, out.span(), width, groups), "combine");
   expect(first_difference(expected, out.values()) < 0, "ids as calls");
+
+  // padding rows: nobody's calls get no pair, and rows of nobody add up to zero
+  auto padded = ids;
+  for (std::size_t i = 0; i < padded.size(); ++i) {
+    if (i / k % 3 == 0 || i % 7 == 0) padded[i] = tetromino::moe::no_expert;
+  }
+  const device<std::uint16_t> padded_calls(padded);
+  const std::span<const std::uint16_t> padded_ids = padded_calls.span();
+  require(tetromino::cuda::try_group_by_expert(plain, padded_ids, 0, groups), "group");
+  require(tetromino::cuda::try_permute<float>(plain, x.span(), to.span(), width, groups), "permute");
+  require(tetromino::cuda::try_combine<float>(plain, to.span(), call_weights, out.span(), width, groups), "combine");
+  const auto padded_pairs = pair_of_call.values();
+  const auto padded_out = out.values();
+  long wrong_pairs = 0;
+  for (std::size_t i = 0; i < padded.size(); ++i) {
+    wrong_pairs += (padded[i] < slots) != (padded_pairs[i] != tetromino::moe::no_slot);
+    if (i / k % 3 == 0) wrong_pairs += padded_out[i / k * width] != 0.0f;
+  }
+  expect(wrong_pairs == 0, "calls for nobody: %ld are wrong", wrong_pairs);
+  // ... also where slots go up to the last id that is one
+  const device<std::uint32_t> most_offsets(65'536), all_offsets(65'537);
+  const tetromino::cuda::expert_groups most{most_offsets, expert_rows, pair_of_call, k};
+  require(tetromino::cuda::try_group_by_expert(plain, padded_ids, 0, most), "group");
+  const auto served =
+      std::count_if(padded.begin(), padded.end(), [](auto e) { return e != tetromino::moe::no_expert; });
+  expect(most_offsets.values().back() == static_cast<std::uint32_t>(served), "65535 slots: a pair for each call");
+  const tetromino::cuda::expert_groups beyond{all_offsets, expert_rows, pair_of_call, k};
+  const auto one_slot_more = tetromino::cuda::try_group_by_expert(plain, padded_ids, 0, beyond);
+  expect(!one_slot_more && one_slot_more.error().code() == tetromino::errc::shape_mismatch, "65536 slots are too many");
+
   const tetromino::cuda::expert_groups wrong{offsets, expert_rows, pair_of_call, 7};
   const auto refused = tetromino::cuda::try_group_by_expert(plain, slot_ids, 0, wrong);
   expect(!refused && refused.error().code() == tetromino::errc::shape_mismatch, "7 calls per row do not divide 1800");
@@ -399,6 +477,7 @@ void groups_of_ids() {
 int main() {
   need_device();
   routes();
+  odd_biases_and_scales();
   captured_routes();
   all_moves<float>();
   all_moves<bfloat16>();

@@ -165,6 +165,46 @@ TEST_CASE("route: logits that cannot be routed are errors that name the token") 
   CHECK_THAT(fails({-infinity, -infinity}), contains("none that is finite"));
 }
 
+TEST_CASE("route: a bias or a scale that is not finite is an error, whatever the rule") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> logits{0, 1, 2, 3};
+  std::vector<std::uint16_t> ids{7, 7};
+  std::vector<float> weights{7, 7};
+  const auto fails = [&](const router_options& o) {
+    const auto r = moe::try_route(logits, 4, o, ids, weights);
+    REQUIRE_FALSE(r);
+    CHECK(r.error().code() == errc::non_finite);
+    CHECK(ids == std::vector<std::uint16_t>{7, 7});
+    return std::string(r.error().what());
+  };
+  for (const float odd : {std::nanf(""), -std::nanf(""), infinity, -infinity}) {
+    const std::vector<float> first{odd, 0, 0, 0}, last{0, 0, 0, odd};
+    CHECK_THAT(fails({.rule = gating::sigmoid, .experts_per_token = 2, .bias = first}), contains("for expert 0"));
+    CHECK_THAT(fails({.rule = gating::sigmoid, .experts_per_token = 2, .bias = last}), contains("for expert 3"));
+    for (const gating rule : {gating::softmax_topk, gating::topk_softmax, gating::sigmoid}) {
+      CHECK_THAT(fails({.rule = rule, .experts_per_token = 2, .scale = odd}), contains("finite scale"));
+    }
+  }
+}
+
+TEST_CASE("route: scores whose sum has no inverse in float still weigh what they should") {
+  const std::vector<float> logits(4, -88.5f);
+  const routed got = route(logits, 4, {.rule = gating::sigmoid, .experts_per_token = 2, .scale = 100});
+  CHECK(got.weights[0] == Approx(50).epsilon(1e-5));
+  CHECK(got.weights[1] == got.weights[0]);
+}
+
+TEST_CASE("route: the id that means nobody is no expert's") {
+  std::vector<float> logits(65'536);
+  std::vector<std::uint16_t> ids(1);
+  std::vector<float> weights(1);
+  CHECK(moe::try_route(logits, 65'536, {}, ids, weights).error().code() == errc::invalid_argument);
+  logits.resize(65'535);
+  logits.back() = 1;
+  CHECK(moe::try_route(logits, 65'535, {}, ids, weights));
+  CHECK(ids[0] == 65'534);
+}
+
 TEST_CASE("route: sizes and options that do not fit are errors") {
   std::vector<std::uint16_t> ids(4);
   std::vector<float> weights(4), logits(16), bias(7);

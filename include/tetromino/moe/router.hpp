@@ -7,7 +7,7 @@
 
 #include <algorithm>  // std::min, std::max
 #include <array>      // std::array
-#include <cmath>      // std::exp
+#include <cmath>      // std::abs, std::exp
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t, std::uint16_t
 #include <limits>     // std::numeric_limits
@@ -67,6 +67,8 @@ class best_experts {
   std::size_t used_ = 0;
 };
 
+[[nodiscard]] inline bool is_finite(float x) { return std::abs(x) <= std::numeric_limits<float>::max(); }
+
 [[nodiscard]] inline float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
 /// What the sigmoid rule chooses by.
@@ -124,6 +126,10 @@ inline void route_token(std::span<const float> logits, const router_options& opt
   if (options.renormalize && options.rule != gating::topk_softmax) {
     float sum = 0;
     for (const float w : weights) sum += w;
+    if (sum < 0x1p-64f) {  // whose inverse may be none
+      sum *= 0x1p64f;
+      for (float& w : weights) w *= 0x1p64f;
+    }
     if (sum > 0) factor /= sum;
   }
   for (float& w : weights) w *= factor;
@@ -132,9 +138,12 @@ inline void route_token(std::span<const float> logits, const router_options& opt
 inline result<void> check_router(std::size_t logits, std::size_t experts, const router_options& options,
                                  std::size_t ids, std::size_t weights) {
   const std::size_t k = options.experts_per_token;
-  if (experts == 0 || experts > 65'536 || k == 0 || k > experts) {
+  if (experts == 0 || experts > no_expert || k == 0 || k > experts) {
     return error(errc::invalid_argument,
-                 text("route: expected 1 ≤ experts per token ≤ experts ≤ 65536, got ", k, " of ", experts));
+                 text("route: expected 1 ≤ experts per token ≤ experts ≤ ", no_expert, ", got ", k, " of ", experts));
+  }
+  if (!is_finite(options.scale)) {
+    return error(errc::non_finite, text("route: expected a finite scale, got ", options.scale));
   }
   if (logits % experts != 0) {
     return error(errc::shape_mismatch, text("route: expected a multiple of ", experts, " logits, got ", logits));
@@ -167,12 +176,18 @@ inline result<void> check_router(std::size_t logits, std::size_t experts, const 
 
 /// Routes tokens: logits[tokens, experts] to ids[tokens, k], best first, and their weights[tokens, k], which the caller
 /// provides; nothing is allocated. Of equal scores the lower expert comes first; softmax rules compare logits. Sums run
-/// in float over ascending experts. A logit of −infinity masks an expert: it is chosen last, with weight 0. Errors:
-/// sizes or options that do not fit; NaN or +infinity among the logits, or a token without a finite one.
+/// in float over ascending experts. A logit of −infinity masks an expert: it is chosen last, with weight 0. Leave
+/// padding rows out, and give them no_expert as ids. Errors: sizes or options that do not fit; a bias or a scale that
+/// is not finite; NaN or +infinity among the logits, or a token without a finite one.
 [[nodiscard]] inline result<void> try_route(std::span<const float> logits, std::size_t experts,
                                             const router_options& options, std::span<std::uint16_t> ids,
                                             std::span<float> weights) {
   if (auto ok = detail::check_router(logits.size(), experts, options, ids.size(), weights.size()); !ok) return ok;
+  for (std::size_t e = 0; e < options.bias.size(); ++e) {
+    if (detail::is_finite(options.bias[e])) continue;
+    return error(errc::non_finite,
+                 detail::text("route: expected a finite bias, got ", options.bias[e], " for expert ", e));
+  }
   const std::size_t k = options.experts_per_token;
   for (std::size_t t = 0; t < logits.size() / experts; ++t) {
     const std::span<const float> row = logits.subspan(t * experts, experts);

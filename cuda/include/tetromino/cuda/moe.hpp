@@ -9,6 +9,7 @@
 #include <tetromino/matrix.hpp>        // real
 #include <tetromino/moe/dispatch.hpp>  // expert_call
 #include <tetromino/moe/router.hpp>    // router_options
+#include <tetromino/moe/trace.hpp>     // no_expert
 
 #include <concepts>  // std::same_as
 #include <cstddef>   // std::size_t
@@ -68,7 +69,12 @@ result<void> combine(const stream& s, const move_job<T>& job);
 template <class Call>
 concept call_like = std::same_as<Call, std::uint16_t> || std::same_as<Call, moe::expert_call>;
 
-[[nodiscard]] inline result<void> check_groups(std::size_t calls, const expert_groups& groups) {
+/// What a call that nobody serves is: above every slot, once slots are as few as here.
+template <call_like Call>
+inline constexpr std::size_t nobody = std::same_as<Call, std::uint16_t> ? moe::no_expert : moe::no_slot;
+
+template <call_like Call>
+[[nodiscard]] result<void> check_groups(std::size_t calls, std::size_t first_slot, const expert_groups& groups) {
   using tetromino::detail::text;
   if (groups.calls_per_row == 0 || calls % groups.calls_per_row != 0 || calls >= std::size_t{1} << 31) {
     return error(errc::shape_mismatch, text("expert groups: expected fewer than 2^31 calls, ", groups.calls_per_row,
@@ -80,6 +86,11 @@ concept call_like = std::same_as<Call, std::uint16_t> || std::same_as<Call, moe:
                  text("expert groups: expected room for 2 to 65537 offsets, and for a row and a pair for each of ",
                       calls, " calls, got ", groups.expert_offsets.size(), ", ", groups.expert_rows.size(), " and ",
                       groups.pair_of_call.size()));
+  }
+  if (const std::size_t slots = groups.expert_offsets.size() - 1;
+      first_slot > nobody<Call> || slots > nobody<Call> - first_slot) {
+    return error(errc::shape_mismatch, text("expert groups: expected slots below ", nobody<Call>,
+                                            ", which is a call for nobody, got ", slots, " from ", first_slot, " on"));
   }
   return {};
 }
@@ -107,8 +118,8 @@ template <real T>
 /// lower expert, and weights[tokens, k]; options.bias is device memory too. Exponentials are those of the GPU, so that
 /// weights agree with the CPU's to a few units in the last place, and by the sigmoid rule experts whose scores are that
 /// near may swap. A token whose logits the CPU would refuse gets experts 0 ... k - 1 with NaN as weights, and is noted
-/// in the stream's rejections, if it has some. Errors: as moe::try_route for sizes and options; more experts than
-/// max_routed_experts or max_experts_per_token; device.
+/// in the stream's rejections, if it has some; so do all tokens if the bias is not finite. Errors: as moe::try_route
+/// for sizes and options; more experts than max_routed_experts or max_experts_per_token; device.
 [[nodiscard]] inline result<void> try_route(const stream& s, std::span<const float> logits, std::size_t experts,
                                             const moe::router_options& options, std::span<std::uint16_t> ids,
                                             std::span<float> weights) {
@@ -131,11 +142,12 @@ template <real T>
 
 /// Groups calls by expert, for slots first_slot ... first_slot + expert_offsets.size() - 2: within an expert, rows come
 /// in their order, as moe::dispatch_plan::group_by_expert has them. A call is a router's id (its slot), or an
-/// expert_call; those for other slots get no pair. Errors: shape_mismatch; device.
+/// expert_call; those for other slots, and for nobody (moe::no_expert, moe::no_slot), get no pair. Errors:
+/// shape_mismatch; device.
 template <detail::call_like Call>
 [[nodiscard]] result<void> try_group_by_expert(const stream& s, std::span<const Call> calls, std::size_t first_slot,
                                                const expert_groups& out) {
-  if (auto fits = detail::check_groups(calls.size(), out); !fits) return fits;
+  if (auto fits = detail::check_groups<Call>(calls.size(), first_slot, out); !fits) return fits;
   return detail::group(s, calls, first_slot, out);
 }
 

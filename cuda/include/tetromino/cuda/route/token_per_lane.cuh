@@ -1,6 +1,6 @@
 #pragma once
 
-#include "token_per_warp.cuh"   // route_args, sigmoid_of
+#include "token_per_warp.cuh"  // route_args, sigmoid_of, refuse_bias
 #include "token_per_lanes.cuh"  // quick_sigmoid
 
 #include <cstdint>  // std::uint32_t
@@ -91,6 +91,7 @@ __device__ inline void choice_scores(const route_args& args, std::uint32_t e, co
 template <int K, bool Sigmoid>
 __global__ void __launch_bounds__(128, Sigmoid ? 5 : 7) token_per_lane_kernel(const route_args args) {
   __shared__ lane_room rooms[4];
+  if (Sigmoid && refuse_bias(args, 128)) return;
   lane_room& room = rooms[threadIdx.x / 32];
   const std::uint32_t lane = threadIdx.x % 32, first_token = (blockIdx.x * 4 + threadIdx.x / 32) * 32;
   if (first_token >= args.tokens) return;
@@ -152,6 +153,11 @@ __global__ void __launch_bounds__(128, Sigmoid ? 5 : 7) token_per_lane_kernel(co
   if (sums_all) {
     factor /= sum;
   } else if ((args.renormalize || !Sigmoid) && total > 0) {
+    if (Sigmoid && total < 0x1p-64f) {
+      total *= 0x1p64f;
+#pragma unroll
+      for (int i = 0; i < K; ++i) weight[i] *= 0x1p64f;
+    }
     factor /= total;  // the sum over all experts cancels
   }
   const bool refused = positive >= 0x7F800000 || negative > 0xFF800000u;

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "token_per_warp.cuh"  // route_args, order_of, sigmoid_of
+#include "token_per_warp.cuh"  // route_args, order_of, sigmoid_of, refuse_bias
 
 #include <cstdint>      // std::uint32_t
 #include <type_traits>  // std::true_type
@@ -308,6 +308,7 @@ __global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) token_per_lanes_kernel(c
   using room_type = route_room<Sigmoid ? Lanes * Fours : 4>;
   static_assert(sizeof(room_type) / 16 % 2 == 1);
   __shared__ room_type rooms[128 / lanes];
+  if (Sigmoid && refuse_bias(args, 128 / lanes)) return;
   room_type& room = rooms[threadIdx.x / lanes];
   const std::uint32_t own = threadIdx.x % lanes, place = blockIdx.x * (128 / lanes) + threadIdx.x / lanes;
   if ((blockIdx.x * 4 + threadIdx.x / 32) * (32 / lanes) >= args.tokens) return;
@@ -429,6 +430,11 @@ __global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) token_per_lanes_kernel(c
   float factor = args.scale;
   if (Sigmoid ? args.renormalize : sum_of_all == 0) {
     sum = sum_of<Lanes>(sum);
+    if (Sigmoid && sum < 0x1p-64f) {
+      sum *= 0x1p64f;
+#pragma unroll
+      for (std::uint32_t n = 0; n < per_lane; ++n) weight[n] *= 0x1p64f;
+    }
     if (sum > 0) factor = __fdividef(factor, sum);  // the sum over all experts cancels
   } else if (!Sigmoid) {
     factor = __fdividef(factor, sum_of_all);

@@ -36,6 +36,28 @@ inline constexpr float largest_float = 0x1.FFFFFEp127f;
 
 [[nodiscard]] __device__ inline float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 
+/// A bias that is not finite refuses all tokens. Called by whole blocks before anything else, for the tokens that the
+/// block routes; true if they are done with. Inlined, it would cost the kernels registers.
+[[nodiscard]] __device__ __noinline__ bool refuse_bias(const route_args& args, std::uint32_t tokens_of_block) {
+  if (args.bias == nullptr) return false;
+  const auto is_bad = [&](std::uint32_t e) { return !(fabsf(__ldg(args.bias + e)) <= largest_float); };
+  bool bad = false;
+  for (std::uint32_t e = threadIdx.x; e < args.experts; e += blockDim.x) bad = bad || is_bad(e);
+  if (__syncthreads_or(bad) == 0) return false;
+  const std::uint32_t first_token = blockIdx.x * tokens_of_block;
+  const std::uint32_t tokens = min(tokens_of_block, args.tokens - first_token);
+  for (std::uint32_t i = threadIdx.x; i < tokens * args.k; i += blockDim.x) {
+    const std::size_t to = static_cast<std::size_t>(first_token) * args.k + i;
+    args.ids[to] = static_cast<std::uint16_t>(i % args.k), args.weights[to] = bit_cast<float>(0x7FC00000u);
+  }
+  if (threadIdx.x == 0) {
+    std::uint32_t e = 0;
+    while (!is_bad(e)) ++e;
+    report_rejection(args.rejected, static_cast<std::uint64_t>(first_token) * args.experts + e);
+  }
+  return true;
+}
+
 [[nodiscard]] __device__ inline float sum_of_lanes(float x) {
 #pragma unroll
   for (int n = 16; n > 0; n /= 2) x += __shfl_xor_sync(full_warp, x, n);
@@ -98,6 +120,7 @@ __global__ void __launch_bounds__(128) token_per_warp_kernel(const route_args ar
   __shared__ float group_scores[4][moe::router_options::max_groups];
   const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const std::uint32_t token = blockIdx.x * 4 + warp;
+  if (refuse_bias(args, 4)) return;
   if (token >= args.tokens) return;
   const float* const logits = args.logits + static_cast<std::size_t>(token) * args.experts;
 
@@ -206,7 +229,8 @@ __global__ void __launch_bounds__(128) token_per_warp_kernel(const route_args ar
   }
   float factor = args.scale;
   if (args.renormalize && args.rule != moe::gating::topk_softmax) {
-    const float sum = sum_of_lanes(weight);
+    float sum = sum_of_lanes(weight);
+    if (sum < 0x1p-64f) weight *= 0x1p64f, sum *= 0x1p64f;
     if (sum > 0) factor /= sum;
   }
   if (has_one) ids[lane] = static_cast<std::uint16_t>(mine), weights[lane] = weight * factor;
