@@ -574,6 +574,37 @@ TEST_CASE("an infinity that saturates leaves the tensor scale to the other eleme
   CHECK(rotated(view).tensor_scales == rotated(finite).tensor_scales);
 }
 
+TEST_CASE("a tensor of infinities and zeros alone saturates at the largest finite values") {
+  const auto check = []<class T>(T infinity, T largest) {
+    std::vector<T> x(3 * 64);  // the second matrix is zero, the third has values beside the infinity
+    for (const std::size_t k : {3u, 40u, 41u}) x[k] = infinity;
+    x[128 + 7] = infinity, x[128 + 20] = tetromino::detail::from_float<T>(1.0f);
+    const tetromino::batch_view<const T> view(x.data(), 3, 2, 32);
+    for (const char* name : {"nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error", "nvfp4/amax/hadamard-16"}) {
+      INFO(name << ", " << sizeof(T) << " bytes");
+      const recipe r = recipe::parse(name);
+      const quantize_options options{.special = special_values::saturate, .scope = tensor_scale_scope::per_matrix};
+      const auto got = quantize(scalar, view, r, options);
+      CHECK(got.tensor_scales[0] == tensor_scale_for(tetromino::detail::to_float(largest), r.rule));
+      CHECK(got.tensor_scales[1] == 0.0f);
+      CHECK(got.tensor_scales[2] <= tensor_scale_for(1.0f, r.rule));
+      const auto fast = quantize(fastest, view, r, options);
+      CHECK(fast.tensor_scales == got.tensor_scales);
+      CHECK(fast.scales == got.scales);
+      CHECK(fast.codes == got.codes);
+      if (r.rotation != 0) continue;
+      const auto back = dequantize<T>(scalar, got);
+      const float decoded = tetromino::detail::to_float(back.data[3]);
+      CHECK(std::isfinite(decoded));
+      CHECK(decoded > 0.8f * tetromino::detail::to_float(largest));
+      CHECK(tetromino::detail::to_float(back.data[4]) == 0.0f);
+    }
+  };
+  check(half::from_bits(0x7C00), half::from_bits(0x7BFF));
+  check(bfloat16::from_bits(0x7F80), bfloat16::from_bits(0x7F7F));
+  check(std::numeric_limits<float>::infinity(), 0x1.fffffep127f);
+}
+
 TEST_CASE("tiny NVFP4 blocks vanish, or keep the least scale") {
   std::vector<float> x(48, 0.0f);
   x[0] = 1.0f, x[16] = 2e-6f, x[17] = -1e-6f;

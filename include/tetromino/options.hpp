@@ -19,7 +19,7 @@ enum class special_values : std::uint8_t {
   reject,    ///< an error that names the row, the column and the value; the output's contents are then unspecified
   poison,    ///< the block's scale becomes NaN and its codes 0, so all of it decodes to NaN (OCP MX v1.0, sec. 6.3)
   saturate,  ///< an infinity counts as the largest finite value of the input type with its sign, NaN as 0; NVFP4's
-             ///< tensor scale is that of the other elements
+             ///< tensor scale is that of the other elements, unless those are all 0
 };
 
 /// What scale an NVFP4 block gets where E4M3 would round it to 0: where its largest magnitude is below about 2.2e-6 of

@@ -281,8 +281,17 @@ void specials() {
     }
     edges[i + 40] = make<T>(-a);
   }
+  // nothing but zeros and a few infinities, in the first two of three matrices
+  const case_of lone_case{"lone infinities", 3, n / 512, 512, 512, n};
+  std::vector<T> lone(3 * n, make<T>(0.0f));
+  for (const std::size_t i : {std::size_t{77}, n / 2, n + 5, 2 * n - 1}) lone[i] = make<T>(i % 2 == 0 ? -INFINITY : INFINITY);
   for (const std::string& name : names) {
     const recipe rule = recipe::parse(name);
+    quantize_options saturating;
+    saturating.special = special_values::saturate;
+    check_case(lone_case, lone, rule, saturating, true);
+    saturating.scope = tetromino::tensor_scale_scope::per_matrix;
+    check_case(lone_case, lone, rule, saturating, true);
     for (const auto policy : {special_values::poison, special_values::saturate}) {
       quantize_options options;
       options.special = policy;

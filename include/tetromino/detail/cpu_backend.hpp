@@ -7,7 +7,7 @@
 #include "for_each_row.hpp"  // for_each_row
 #include "row.hpp"           // row_rules, admit
 
-#include <algorithm>  // std::min, std::max, std::any_of, std::fill
+#include <algorithm>  // std::min, std::max, std::any_of, std::none_of, std::fill
 #include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
@@ -152,6 +152,20 @@ void amax_cpu(executor_ref executor, const batch_view<const T>& in, const RowAma
   for (std::size_t i = 0; i < out.size(); ++i) out[i] = bit_cast<float>(largest[i].load());
 }
 
+/// Where infinities saturate and all else is 0, the largest magnitude is that of the infinities.
+template <real T>
+void count_lone_infinities(executor_ref executor, const batch_view<const T>& in, std::span<float> amax) {
+  if (std::none_of(amax.begin(), amax.end(), [](float a) { return a == 0; })) return;
+  std::vector<float> infinite(amax.size());
+  amax_cpu<T>(
+      executor, in,
+      [](const T* x, std::size_t cols) {
+        return std::any_of(x, x + cols, [](T v) { return is_infinite(to_float(v)); }) ? largest<T> : 0.0f;
+      },
+      infinite);
+  for (std::size_t i = 0; i < amax.size(); ++i) amax[i] = amax[i] == 0 ? infinite[i] : amax[i];
+}
+
 /// The tensor scales of NVFP4: those given, or from the largest magnitudes.
 template <class Kernels, real T>
 void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, const row_packer<Kernels, T>& packer,
@@ -161,6 +175,7 @@ void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, con
   if (options.tensor_scales.empty()) {
     amax_cpu<T>(
         executor, in, [&](const T* x, std::size_t cols) { return packer.amax(x, cols); }, scales);
+    if (options.special == special_values::saturate) count_lone_infinities<T>(executor, in, scales);
     for (float& scale : scales) scale = tensor_scale_for(scale, *options.rule);
   } else {
     for (std::size_t i = 0; i < scales.size(); ++i) {

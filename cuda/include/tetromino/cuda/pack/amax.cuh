@@ -69,6 +69,34 @@ __global__ void tensor_scales_kernel(float* scales, Count n, const float* given,
   }
 }
 
+/// Where infinities saturate and all else is 0, the largest magnitude is that of the infinities. Thread blocks go
+/// through the rows of a matrix (blockIdx.y), or of all; as soon as one has found an infinity, the others may stop.
+template <real T>
+__global__ void __launch_bounds__(256) lone_infinities_kernel(const batch_view<const T> x, std::uint32_t* out) {
+  std::uint32_t* const to = out + blockIdx.y;
+  const std::size_t rows = gridDim.y > 1 ? x.rows : x.matrices * x.rows;
+  bool any = false;
+  for (std::size_t row = blockIdx.x; row < rows && *static_cast<volatile std::uint32_t*>(to) == 0; row += gridDim.x) {
+    const std::size_t e = gridDim.y > 1 ? blockIdx.y : row / x.rows;
+    const T* const in = x.row(e, row % x.rows);
+    for (std::size_t c = threadIdx.x; c < x.cols; c += 256) {
+      any = any || fabsf(tetromino::detail::to_float(in[c])) > tetromino::detail::largest<float>;
+    }
+    if (any) atomicMax(to, bit_cast<std::uint32_t>(tetromino::detail::largest<T>));
+  }
+}
+
+template <real T>
+result<void> count_lone_infinities(const stream& s, const batch_view<const T>& x, std::span<float> amax) {
+  if (x.matrices == 0 || x.rows == 0) return {};
+  const bool per_matrix = amax.size() > 1;
+  const std::size_t rows = per_matrix ? x.rows : x.matrices * x.rows;
+  const dim3 grid(static_cast<unsigned>(std::min<std::size_t>(rows, 1024)),
+                  per_matrix ? static_cast<unsigned>(x.matrices) : 1u);
+  lone_infinities_kernel<T><<<grid, 256, 0, s.handle>>>(x, reinterpret_cast<std::uint32_t*>(amax.data()));
+  return check(cudaGetLastError(), "the launch of lone_infinities_kernel");
+}
+
 /// Launches the reduction of x to one largest magnitude, or one for each matrix, in device memory.
 template <real T>
 result<void> amax(const stream& s, const batch_view<const T>& x, special_values special, std::span<float> out) {
@@ -160,6 +188,9 @@ result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, pa
             options.rotation ? rotated_amax(s, x, source, options, scales) : amax(s, x, options.special, scales);
         !done) {
       return done;
+    }
+    if (options.special == special_values::saturate) {
+      if (auto done = count_lone_infinities(s, x, scales); !done) return done;
     }
   }
   tensor_scales_kernel<<<1, 256, 0, s.handle>>>(scales.data(), static_cast<std::uint32_t>(scales.size()),
