@@ -497,11 +497,11 @@ TEST_CASE("weights that cannot tell candidates apart do not count") {
                            "mxfp4-16/min-error/mbs-search256@32"}) {
     const recipe r = recipe::parse(name);
     const auto plain = quantize(scalar, x, r);
-    for (const float weight : {0.0f, 3e38f}) {
+    for (const float weight : {0.0f, 1e-45f, 1e-41f, 1e-38f, 0x1.fffffep-101f, 3e38f}) {
       INFO(name << ", weights " << weight);
       const std::vector<float> weights(256, weight);
       const auto got = quantize(scalar, x, r, {.column_weights = weights});
-      if (weight != 0.0f) {  // some sums are finite, and count
+      if (weight > 1) {  // some sums are finite, and count
         CHECK(qsnr(x, dequantize<float>(scalar, got)) > qsnr(x, dequantize<float>(scalar, plain)) - 3);
         continue;
       }
@@ -509,7 +509,18 @@ TEST_CASE("weights that cannot tell candidates apart do not count") {
       CHECK(got.scales == plain.scales);
       CHECK(got.macros == plain.macros);
       CHECK(quantize(fastest, x, r, {.column_weights = weights}).codes == plain.codes);
+      matrix<float> fake(64, 256);
+      fake_quantize(scalar, x, r, fake.view(), {.column_weights = weights});
+      CHECK(fake.data == dequantize<float>(scalar, plain).data);
     }
+    // From 2^-100 on, weights count, however many there are: only their ratios matter.
+    std::vector<float> small(256), usual(256);
+    for (std::size_t k = 0; k < 256; ++k) usual[k] = static_cast<float>(1 + k % 7), small[k] = usual[k] * 0x1p-100f;
+    const auto as_usual = quantize(scalar, x, r, {.column_weights = usual});
+    const auto as_small = quantize(scalar, x, r, {.column_weights = small});
+    CHECK(as_small.codes == as_usual.codes);
+    CHECK(as_small.scales == as_usual.scales);
+    CHECK(as_small.macros == as_usual.macros);
     // Dead columns, as calibration has them: only their own blocks are searched without weights.
     std::vector<float> weights(256, 2.0f);
     for (std::size_t k = 64; k < 128; ++k) weights[k] = 0;

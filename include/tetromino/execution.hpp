@@ -9,7 +9,9 @@
 #include <concepts>     // std::invocable
 #include <cstddef>      // std::size_t
 #include <exception>    // std::exception_ptr
+#include <new>          // std::bad_alloc
 #include <string_view>  // std::string_view
+#include <system_error>  // std::system_error
 #include <thread>       // std::thread
 #include <type_traits>  // std::remove_cvref_t
 #include <utility>      // std::forward
@@ -70,7 +72,8 @@ class thread_executor {
 
   [[nodiscard]] TETROMINO_ABI unsigned count() const noexcept { return count_; }
 
-  /// Rethrows the first exception that a task let out, after all threads have stopped.
+  /// Where the system starts fewer threads, those share the work. Rethrows the first exception that a task let out,
+  /// after all threads have stopped.
   TETROMINO_ABI void operator()(std::size_t tasks, task_ref task) const {
     std::atomic<std::size_t> next{0};
 #if TETROMINO_EXCEPTIONS
@@ -90,8 +93,17 @@ class thread_executor {
 #endif
     std::vector<std::thread> helpers;
     const std::size_t wanted = std::min<std::size_t>(count_, tasks);
+#if TETROMINO_EXCEPTIONS
+    try {
+      helpers.reserve(wanted);
+      for (std::size_t t = 1; t < wanted; ++t) helpers.emplace_back(work);
+    } catch (const std::system_error&) {  // no thread more: the limit of processes, or of memory
+    } catch (const std::bad_alloc&) {
+    }
+#else
     helpers.reserve(wanted);
     for (std::size_t t = 1; t < wanted; ++t) helpers.emplace_back(work);
+#endif
     work();
     for (auto& helper : helpers) helper.join();
 #if TETROMINO_EXCEPTIONS

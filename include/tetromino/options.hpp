@@ -50,6 +50,7 @@ struct quantize_options {
   /// Non-negative weights of the squared errors that min_error, four_over_six and macro-block searches compare, such
   /// as the mean squared activation of each column: [cols], or [matrices, cols]. Empty: all 1. Where they leave all
   /// candidates of a block with the same error (they are 0, or so large that sums overflow), it is searched without.
+  /// Weights below 2^-100 count as 0, since of such products some would vanish and others not.
   std::span<const float> column_weights{};
   /// NVFP4 tensor scales to use (decode sense): 1, or one for each matrix. Empty: from the input's largest magnitude.
   std::span<const float> tensor_scales{};
@@ -70,6 +71,8 @@ concept device_policy = requires {
 };
 
 namespace detail {
+
+inline constexpr float least_column_weight = 0x1p-100f;  ///< smaller ones count as 0
 
 /// What a backend is asked to pack; already checked.
 template <real T>

@@ -244,6 +244,10 @@ void shapes() {
       weighted.column_weights = weights;
       weighted.scope = tetromino::tensor_scale_scope::per_matrix;
       check_case(c, values, rule, weighted, true);
+      auto tiny = weights;
+      for (std::size_t i = 0; i < tiny.size(); i += 3) tiny[i] *= i % 2 == 0 ? 1e-40f : 1e-31f;
+      weighted.column_weights = tiny;
+      check_case(c, values, rule, weighted, true);
       if (rule.format.scale != tetromino::scale_type::e4m3) continue;
       for (const float scale : {1.0f, 0.001f, 1e-30f, 1e-44f, 1e30f}) {
         quantize_options given;

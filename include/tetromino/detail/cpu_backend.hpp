@@ -7,7 +7,7 @@
 #include "for_each_row.hpp"  // for_each_row
 #include "row.hpp"           // row_rules, admit
 
-#include <algorithm>  // std::min, std::max, std::any_of, std::none_of, std::fill
+#include <algorithm>  // std::min, std::max, std::any_of, std::none_of, std::fill, std::replace_if
 #include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
@@ -184,12 +184,36 @@ void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, con
   }
 }
 
+/// The column weights of a call without those that are too small to count; copied only where there are some.
+class counted_weights {
+ public:
+  explicit counted_weights(std::span<const float> given) : weights_(given) {
+    const auto is_tiny = [](float w) { return w > 0 && w < least_column_weight; };
+    if (std::none_of(given.begin(), given.end(), is_tiny)) return;
+    copy_.assign(given.begin(), given.end());
+    std::replace_if(copy_.begin(), copy_.end(), is_tiny, 0.0f);
+    weights_ = copy_;
+  }
+  counted_weights(const counted_weights&) = delete;
+  counted_weights& operator=(const counted_weights&) = delete;
+
+  /// Those of a matrix of `cols` columns.
+  [[nodiscard]] const float* of_matrix(std::size_t e, std::size_t cols) const {
+    if (weights_.empty()) return nullptr;
+    return weights_.data() + (weights_.size() > cols ? e * cols : 0);
+  }
+
+ private:
+  std::span<const float> weights_;
+  std::vector<float> copy_;
+};
+
 /// Row `row` of all rows of a batch, as input to a row kernel.
 template <real T>
-input_row<T> input_of(const batch_view<const T>& in, const quantize_options& options, std::size_t row) {
+input_row<T> input_of(const batch_view<const T>& in, const quantize_options& options, const counted_weights& counted,
+                      std::size_t row) {
   const std::size_t e = row / in.rows;
-  const float* weights = options.column_weights.empty() ? nullptr : options.column_weights.data();
-  if (options.column_weights.size() > in.cols) weights += e * in.cols;
+  const float* weights = counted.of_matrix(e, in.cols);
   return {in.row(e, row % in.rows), in.cols, weights, options.first_index + row * in.cols};
 }
 
@@ -205,9 +229,10 @@ result<void> quantize_cpu(executor_ref executor, const quantize_job<T>& job, con
   const auto& in = job.in;
   const row_packer<Kernels, T> packer(job.out.format, job.options, in.cols, kernels);
   set_tensor_scales(executor, in, packer, job.options, job.out.tensor_scales);
+  const counted_weights weights(job.options.column_weights);
   shared_minimum rejected;
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
-    const std::size_t column = packer.pack(input_of(in, job.options, row), 0, packed_row_of(job.out, row));
+    const std::size_t column = packer.pack(input_of(in, job.options, weights, row), 0, packed_row_of(job.out, row));
     if (column < in.cols) rejected.offer(row * in.cols + column);
   });
   if (rejected.value() != shared_minimum::none) return rejection(in, rejected.value());
@@ -242,10 +267,11 @@ result<void> fake_quantize_cpu(executor_ref executor, const fake_quantize_job<T>
     tensor_scales.resize(one ? 1 : in.matrices);
   }
   set_tensor_scales(executor, in, packer, job.options, tensor_scales);
+  const counted_weights weights(job.options.column_weights);
   shared_minimum rejected;
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
     const std::size_t e = row / in.rows;
-    const input_row<T> whole = input_of(in, job.options, row);
+    const input_row<T> whole = input_of(in, job.options, weights, row);
     T* out = job.out.row(e, row % in.rows);
     const float tensor_scale = tensor_scales.empty() ? 1.0f : tensor_scales[tensor_scales.size() == 1 ? 0 : e];
     std::uint8_t codes[piece_of_row / 2], scales[piece_of_row / 16], macros[piece_of_row / 32];

@@ -96,6 +96,11 @@ struct tensor_scale_args {
   bool per_matrix;
 };
 
+/// A column weight, if it is not too small to count.
+[[nodiscard]] __device__ inline float counted_weight(float w) {
+  return w >= tetromino::detail::least_column_weight ? w : 0.0f;
+}
+
 /// Column weights of the errors that a search minimizes, or null.
 struct column_weight_args {
   const float* data;

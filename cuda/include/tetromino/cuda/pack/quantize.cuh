@@ -112,7 +112,7 @@ template <real T>
   if (weights != nullptr) {
 #pragma unroll
     for (std::uint32_t i = 0; i < 16; ++i) {
-      if (i < used) square[i] = __fmul_rn(weights[i], square[i]);
+      if (i < used) square[i] = __fmul_rn(counted_weight(weights[i]), square[i]);
     }
   }
   return __fmul_rn(__fmul_rn(scale, scale), sum_halves(square));

@@ -184,8 +184,9 @@ __global__ void __launch_bounds__(256) pack_spans_kernel(const pack_args args) {
     const std::uint32_t k = 16 * i + lane;
     const bool here = exists && col + k < args.rows.cols;
     value[i] = here ? tetromino::detail::to_float(from[k * col_step]) : 0.0f;
-    x.weight[i] =
-        here && args.weights.data != nullptr ? args.weights.data[matrix * args.weights.stride + col + k] : 1.0f;
+    x.weight[i] = here && args.weights.data != nullptr
+                      ? counted_weight(args.weights.data[matrix * args.weights.stride + col + k])
+                      : 1.0f;
     if (!admit(i, tetromino::detail::largest<T>)) refuse(i), is_refused = true;
   }
   if (is_rotated) {
