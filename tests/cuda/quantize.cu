@@ -288,7 +288,8 @@ void specials() {
   // nothing but zeros and a few infinities, in the first two of three matrices
   const case_of lone_case{"lone infinities", 3, n / 512, 512, 512, n};
   std::vector<T> lone(3 * n, make<T>(0.0f));
-  for (const std::size_t i : {std::size_t{77}, n / 2, n + 5, 2 * n - 1}) lone[i] = make<T>(i % 2 == 0 ? -INFINITY : INFINITY);
+  for (const std::size_t i : {std::size_t{77}, n / 2, n + 5, 2 * n - 1})
+    lone[i] = make<T>(i % 2 == 0 ? -INFINITY : INFINITY);
   for (const std::string& name : names) {
     const recipe rule = recipe::parse(name);
     quantize_options saturating;
