@@ -472,6 +472,79 @@ void groups_of_ids() {
   }
 }
 
+/// A hop planned on the GPU: what goes to whom, the send buffer and the sums of answers are those of
+/// moe::dispatch_plan.
+void plans(std::size_t rows, std::size_t k, std::size_t ranks, tetromino::moe::row_copies copies) {
+  const std::size_t experts = 24, slots = 30, width = 24;
+  const numbers r{rows * 7 + k};
+  std::vector<std::uint32_t> slot_of_expert(experts), rank_of_slot(slots);
+  for (std::size_t e = 0; e < experts; ++e) slot_of_expert[e] = static_cast<std::uint32_t>((e * 7 + 3) % slots);
+  for (std::size_t s = 0; s < slots; ++s) rank_of_slot[s] = static_cast<std::uint32_t>(s * ranks / slots);
+  const auto ids = generate<std::uint16_t>(rows * k, [&](std::size_t i) {
+    return static_cast<std::uint16_t>(r.bits(i) % 9 == 0 ? 0xFFFF : r.bits(i + 5) % experts);
+  });
+  const auto weights = generate<float>(rows * k, [&](std::size_t i) { return r.uniform(i + 7); });
+  const auto values = generate<float>(rows * width, [&](std::size_t i) { return r.normal(i); });
+  std::vector<expert_call> calls(rows * k);
+  for (std::size_t i = 0; i < calls.size(); ++i) {
+    if (ids[i] != 0xFFFF) calls[i] = {slot_of_expert[ids[i]], weights[i]};
+  }
+  tetromino::moe::dispatch_plan plan(ranks, k);
+  plan.plan_send(calls, rank_of_slot, copies);
+  std::vector<float> sent(plan.sent() * width), sums(rows * width);
+  tetromino::moe::gather_rows<float>(plan.send_rows(), values, sent, width);
+  plan.add_copies(sent, sums, width);
+
+  const device<std::uint16_t> ids_there(ids), ranks_there(rows * k);
+  const device<float> weights_there(weights), x(values), to(sent.size()), out(sums.size());
+  const device<float> ones(std::vector<float>(rows * k, 1.0f));
+  const device<std::uint32_t> slots_there(slot_of_expert), rank_table(rank_of_slot);
+  const device<expert_call> calls_there(rows * k);
+  const device<std::uint32_t> offsets(ranks + 1), sent_rows(rows * k), position_of_call(rows * k);
+  const tetromino::cuda::expert_groups groups{offsets, sent_rows, position_of_call, k};
+  const tetromino::cuda::call_tables tables{slots_there.span(), rank_table.span()};
+  const std::span<const float> call_weights = weights_there.span();
+  require(tetromino::cuda::try_plan_copies(plain, ids_there.span(), call_weights, tables, copies, k, calls_there.span(),
+                                           ranks_there.span()),
+          "plan_copies");
+  const std::span<const std::uint16_t> rank_of_call = ranks_there.span();
+  require(tetromino::cuda::try_group_by_expert(plain, rank_of_call, 0, groups), "group");
+  require(tetromino::cuda::try_permute<float>(plain, x.span(), to.span(), width, groups), "permute");
+  const std::span<const float> one_each = ones.span();
+  require(tetromino::cuda::try_combine<float>(plain, to.span(), one_each, out.span(), width, groups), "combine");
+
+  std::vector<std::uint32_t> expected_offsets(plan.send_offsets().begin(), plan.send_offsets().end());
+  expected_offsets.push_back(static_cast<std::uint32_t>(plan.sent()));
+  auto rows_found = sent_rows.values();
+  rows_found.resize(plan.sent());
+  const char* const where = "%zu rows of %zu calls to %zu ranks, copies %d: %s";
+  const int kind = static_cast<int>(copies);
+  expect(first_difference(calls, calls_there.values()) < 0, where, rows, k, ranks, kind, "calls");
+  expect(offsets.values() == expected_offsets, where, rows, k, ranks, kind, "offsets");
+  expect(first_difference(plan.send_rows(), rows_found) < 0, where, rows, k, ranks, kind, "rows sent");
+  expect(first_difference(sent, to.values()) < 0, where, rows, k, ranks, kind, "send buffer");
+  expect(first_difference(sums, out.values()) < 0, where, rows, k, ranks, kind, "sums of answers");
+  expect(calls_there.is_intact() && ranks_there.is_intact(), where, rows, k, ranks, kind, "written past the end");
+
+  // no weights: 1 for all
+  require(tetromino::cuda::try_plan_copies(plain, ids_there.span(), {}, tables, copies, k, calls_there.span(),
+                                           ranks_there.span()),
+          "plan_copies");
+  for (auto& c : calls) c.weight = c.slot == tetromino::moe::no_slot ? 0.0f : 1.0f;
+  expect(first_difference(calls, calls_there.values()) < 0, where, rows, k, ranks, kind, "calls that weigh 1");
+  const auto refused = tetromino::cuda::try_plan_copies(plain, ids_there.span(), call_weights.first(1), tables, copies,
+                                                        k, calls_there.span(), ranks_there.span());
+  expect(!refused && refused.error().code() == tetromino::errc::shape_mismatch, "one weight for %zu calls", rows * k);
+}
+void all_plans() {
+  using enum tetromino::moe::row_copies;
+  for (const std::size_t rows : {2, 64, 1000}) {
+    for (const std::size_t ranks : {1, 3, 8}) {
+      for (const std::size_t k : {1, 8}) plans(rows, k, ranks, per_rank), plans(rows, k, ranks, per_expert);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -484,5 +557,6 @@ int main() {
   all_moves<half>();
   ids_as_calls();
   groups_of_ids();
+  all_plans();
   return finish("moe");
 }

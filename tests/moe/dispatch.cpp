@@ -189,6 +189,8 @@ TEST_CASE("dispatch_plan: what cannot be planned is an error that says why") {
   CHECK_THAT(message(plan.try_plan_receive(counts{1}), errc::shape_mismatch), contains("each of 2 ranks, got 1"));
   CHECK_THAT(message(plan.try_plan_receive(counts{1, -1}), errc::invalid_argument), contains("got -1 from rank 1"));
   CHECK_THAT(message(plan.try_plan_receive(counts{0x7FFFFFFF, 1}), errc::invalid_argument), contains("from rank 1"));
+  CHECK_THAT(message(plan.try_plan_send_counts(counts{1}), errc::shape_mismatch), contains("each of 2 ranks, got 1"));
+  CHECK_THAT(message(plan.try_plan_send_counts(counts{-1, 0}), errc::invalid_argument), contains("got -1 to rank 0"));
   plan.plan_receive(counts{1, 0});
   plan.receive_calls()[1] = {5, 1};
   CHECK_THAT(message(plan.try_group_by_expert(2, 3), errc::invalid_argument),

@@ -30,11 +30,13 @@ struct dispatch_world {
   std::vector<std::vector<std::uint16_t>> ids;    // [ranks][tokens, k]
   std::vector<std::vector<float>> weights, rows;  // [ranks][tokens, k], [ranks][tokens, width]
 
-  /// Ranks on up to four nodes of any size; some without slots, experts with or without replicas.
-  dispatch_world(std::size_t ranks, std::uint64_t seed) {
+  /// Ranks on so many nodes of about the same size, or for 0 on up to four of any size; some without slots, experts
+  /// with or without replicas.
+  dispatch_world(std::size_t ranks, std::uint64_t seed, std::size_t nodes = 0) {
     reference::generator random(seed);
     std::vector<std::size_t> gpus_per_node;
-    for (std::size_t left = ranks; left > 0; left -= gpus_per_node.back()) {
+    for (std::size_t n = 0; n < nodes; ++n) gpus_per_node.push_back(ranks / nodes + (n < ranks % nodes ? 1 : 0));
+    for (std::size_t left = nodes == 0 ? ranks : 0; left > 0; left -= gpus_per_node.back()) {
       gpus_per_node.push_back(gpus_per_node.size() == 3 ? left : 1 + random.below(left));
     }
     std::vector<std::size_t> slots(ranks);
@@ -73,6 +75,17 @@ struct dispatch_world {
       }
       rows.push_back(reference::normal_sample(random.bits(), tokens[r] * width));
     }
+  }
+
+  /// The tokens of one rank, and all experts with them on one GPU.
+  [[nodiscard]] dispatch_world alone(std::size_t rank) const {
+    dispatch_world out = *this;
+    out.cluster = moe::topology::uniform(1, 1, cluster.slots());
+    out.tokens = {tokens[rank]};
+    out.ids = {ids[rank]};
+    out.weights = {weights[rank]};
+    out.rows = {rows[rank]};
+    return out;
   }
 
   /// What expert e makes of column c of a row.

@@ -9,10 +9,11 @@
 
 #include <nccl.h>
 
-#include <cstddef>  // std::size_t, std::byte
-#include <cstdint>  // std::int32_t
-#include <span>     // std::span
-#include <vector>   // std::vector
+#include <algorithm>  // std::copy
+#include <cstddef>    // std::size_t, std::byte
+#include <cstdint>    // std::int32_t, std::uint32_t
+#include <span>       // std::span
+#include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::comm {
 
@@ -49,20 +50,22 @@ namespace TETROMINO_NAMESPACE::comm {
 
 /// Exchanges the rows of dispatch plans, which lie in device memory, over the caller's communicator and stream; both
 /// outlive it. Rows move by one group of ncclSend and ncclRecv, which is enqueued on the stream; nothing waits but
-/// try_exchange_counts. The plan's counts are read at the call, on the host.
+/// try_exchange_counts. The plan's counts are read at the call, on the host. Between ncclGroupStart and ncclGroupEnd of
+/// the caller, several calls become one kernel: activations and what travels beside them.
 ///
 /// What was run: one rank, and two on the two H200s of one host. More GPUs, and several hosts, have not been.
 class nccl_exchange {
  public:
-  /// `counts`: device memory of 2 × ranks integers for try_exchange_counts, which the caller owns too.
+  /// `counts`: device memory of ranks × (ranks + 1) integers for try_exchange_counts, which the caller owns too.
   /// Errors: what NCCL says of the communicator; too little memory for the counts.
   [[nodiscard]] static result<nccl_exchange> try_make(ncclComm_t communicator, cudaStream_t stream,
-                                                      std::span<std::int32_t> counts) {
+                                                      std::span<std::uint32_t> counts) {
     int rank = 0, ranks = 0;
     if (auto ok = check_nccl(ncclCommUserRank(communicator, &rank), "ncclCommUserRank"); !ok) return ok.error();
     if (auto ok = check_nccl(ncclCommCount(communicator, &ranks), "ncclCommCount"); !ok) return ok.error();
-    if (counts.size() < 2 * static_cast<std::size_t>(ranks)) {
-      return error(errc::shape_mismatch, detail::text("NCCL exchange: expected room for ", 2 * ranks,
+    const std::size_t room = static_cast<std::size_t>(ranks) * (static_cast<std::size_t>(ranks) + 1);
+    if (counts.size() < room) {
+      return error(errc::shape_mismatch, detail::text("NCCL exchange: expected room for ", room,
                                                       " counts in device memory, got ", counts.size()));
     }
     return nccl_exchange(communicator, stream, counts.data(), static_cast<std::size_t>(rank),
@@ -75,34 +78,36 @@ class nccl_exchange {
   /// Tells each rank how many rows it gets, and the plan how many come. Waits for the stream.
   /// Errors: a plan for another number of ranks; NCCL's; CUDA's.
   [[nodiscard]] result<void> try_exchange_counts(moe::dispatch_plan& plan) {
-    if (plan.ranks() != ranks_) {
+    if (auto ok = check_plan(plan); !ok) return ok;
+    all_offsets_.resize(ranks_ * (ranks_ + 1));
+    std::uint32_t* const mine = all_offsets_.data() + rank_ * (ranks_ + 1);
+    std::copy(plan.send_offsets().begin(), plan.send_offsets().end(), mine);
+    mine[ranks_] = static_cast<std::uint32_t>(plan.sent());
+    std::uint32_t* const mine_there = counts_ + rank_ * (ranks_ + 1);
+    if (auto ok = check_cuda(
+            cudaMemcpyAsync(mine_there, mine, (ranks_ + 1) * sizeof(std::uint32_t), cudaMemcpyHostToDevice, stream_));
+        !ok) {
+      return ok;
+    }
+    if (auto ok = gather_offsets(mine_there); !ok) return ok;
+    return plan.try_plan_receive(counts_for_me());
+  }
+
+  /// The same where rows were grouped by rank on the GPU: offsets[ranks + 1] are device memory, as
+  /// cuda::group_by_expert writes them with ranks for slots. The plan also learns from them what this rank sends.
+  /// Errors: likewise; another number of offsets.
+  [[nodiscard]] result<void> try_exchange_counts(moe::dispatch_plan& plan, std::span<const std::uint32_t> offsets) {
+    if (auto ok = check_plan(plan); !ok) return ok;
+    if (offsets.size() != ranks_ + 1) {
       return error(errc::shape_mismatch,
-                   detail::text("NCCL exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()));
+                   detail::text("NCCL exchange: expected ", ranks_ + 1, " offsets, got ", offsets.size()));
     }
-    const std::size_t bytes = ranks_ * sizeof(std::int32_t);
-    std::int32_t* const incoming = counts_ + ranks_;
-    if (auto ok =
-            check_cuda(cudaMemcpyAsync(counts_, plan.send_counts().data(), bytes, cudaMemcpyHostToDevice, stream_));
-        !ok) {
-      return ok;
-    }
-    if (auto ok = in_group([&](int r) -> result<void> {
-          if (auto sent = check_nccl(ncclSend(counts_ + r, 1, ncclInt32, r, communicator_, stream_), "ncclSend");
-              !sent) {
-            return sent;
-          }
-          return check_nccl(ncclRecv(incoming + r, 1, ncclInt32, r, communicator_, stream_), "ncclRecv");
-        });
-        !ok) {
-      return ok;
-    }
-    received_.resize(ranks_);
-    if (auto ok = check_cuda(cudaMemcpyAsync(received_.data(), incoming, bytes, cudaMemcpyDeviceToHost, stream_));
-        !ok) {
-      return ok;
-    }
-    if (auto ok = check_cuda(cudaStreamSynchronize(stream_)); !ok) return ok;
-    return plan.try_plan_receive(received_);
+    all_offsets_.resize(ranks_ * (ranks_ + 1));
+    if (auto ok = gather_offsets(offsets.data()); !ok) return ok;
+    counts_of_ranks_.resize(ranks_);
+    for (std::size_t r = 0; r < ranks_; ++r) counts_of_ranks_[r] = rows_from_to(rank_, r);
+    if (auto ok = plan.try_plan_send_counts(counts_of_ranks_); !ok) return ok;
+    return plan.try_plan_receive(counts_for_me());
   }
 
   /// from[sent, row_bytes] of each rank to to[received, row_bytes], both in device memory.
@@ -133,7 +138,8 @@ class nccl_exchange {
   }
 
  private:
-  nccl_exchange(ncclComm_t communicator, cudaStream_t stream, std::int32_t* counts, std::size_t rank, std::size_t ranks)
+  nccl_exchange(ncclComm_t communicator, cudaStream_t stream, std::uint32_t* counts, std::size_t rank,
+                std::size_t ranks)
       : communicator_(communicator), stream_(stream), counts_(counts), rank_(rank), ranks_(ranks) {}
 
   [[nodiscard]] static result<void> check_cuda(cudaError_t code) {
@@ -142,12 +148,42 @@ class nccl_exchange {
                  detail::text("NCCL exchange: ", cudaGetErrorName(code), " (", cudaGetErrorString(code), ")"));
   }
 
+  [[nodiscard]] result<void> check_plan(const moe::dispatch_plan& plan) const {
+    if (plan.ranks() == ranks_) return {};
+    return error(errc::shape_mismatch,
+                 detail::text("NCCL exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()));
+  }
+
+  /// The offsets [ranks + 1] of each rank, which lie in device memory, to all ranks. Waits for the stream.
+  [[nodiscard]] result<void> gather_offsets(const std::uint32_t* mine) {
+    if (auto ok =
+            check_nccl(ncclAllGather(mine, counts_, ranks_ + 1, ncclUint32, communicator_, stream_), "ncclAllGather");
+        !ok) {
+      return ok;
+    }
+    if (auto ok = check_cuda(cudaMemcpyAsync(all_offsets_.data(), counts_, all_offsets_.size() * sizeof(std::uint32_t),
+                                             cudaMemcpyDeviceToHost, stream_));
+        !ok) {
+      return ok;
+    }
+    return check_cuda(cudaStreamSynchronize(stream_));
+  }
+  [[nodiscard]] std::int32_t rows_from_to(std::size_t from, std::size_t to) const {
+    const std::uint32_t* const offsets = all_offsets_.data() + from * (ranks_ + 1);
+    return static_cast<std::int32_t>(offsets[to + 1] - offsets[to]);
+  }
+  [[nodiscard]] std::span<const std::int32_t> counts_for_me() {
+    counts_of_ranks_.resize(ranks_);
+    for (std::size_t r = 0; r < ranks_; ++r) counts_of_ranks_[r] = rows_from_to(r, rank_);
+    return counts_of_ranks_;
+  }
+
   /// call(rank) for all ranks, as one group; the group is closed also after an error.
   template <class Call>
   [[nodiscard]] result<void> in_group(const Call& call) const {
     if (auto ok = check_nccl(ncclGroupStart(), "ncclGroupStart"); !ok) return ok;
     result<void> first;
-    for (std::size_t r = 0; r < ranks_ && first; ++r) first = call(static_cast<int>(r));
+    for (std::size_t r = 0; r < ranks_ && first; ++r) static_cast<void>(first = call(static_cast<int>(r)));
     auto closed = check_nccl(ncclGroupEnd(), "ncclGroupEnd");
     return first ? closed : first;
   }
@@ -173,9 +209,10 @@ class nccl_exchange {
 
   ncclComm_t communicator_;
   cudaStream_t stream_;
-  std::int32_t* counts_;
+  std::uint32_t* counts_;
   std::size_t rank_, ranks_;
-  std::vector<std::int32_t> received_;  // [ranks], kept from call to call
+  std::vector<std::uint32_t> all_offsets_;     // [ranks, ranks + 1], kept from call to call
+  std::vector<std::int32_t> counts_of_ranks_;  // [ranks], likewise
 };
 
 }  // namespace TETROMINO_NAMESPACE::comm

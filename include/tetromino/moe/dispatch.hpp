@@ -8,7 +8,7 @@
 #include "topology.hpp"   // topology
 #include "trace.hpp"      // no_expert
 
-#include <algorithm>  // std::copy_n, std::fill
+#include <algorithm>  // std::copy, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int32_t, std::uint16_t, std::uint32_t
 #include <limits>     // std::numeric_limits
@@ -134,10 +134,10 @@ class dispatch_plan {
         ++send_counts_[rank_of_slot[slot]];
       }
     }
-    const std::size_t sent = offsets_of(send_counts_, send_offsets_);
+    sent_ = offsets_of(send_counts_, send_offsets_);
     next_.assign(send_offsets_.begin(), send_offsets_.end());
-    send_rows_.resize(sent);
-    send_calls_.assign(sent * k, expert_call{});
+    send_rows_.resize(sent_);
+    send_calls_.assign(sent_ * k, expert_call{});
     for (std::size_t i = 0; i < calls.size(); ++i) {
       if (calls[i].slot == no_slot) continue;
       const std::size_t first = copies == row_copies::per_expert ? i : earlier_call_to(calls, rank_of_slot, i);
@@ -161,22 +161,25 @@ class dispatch_plan {
   /// Says how many rows come from each rank: counts[ranks], the send_counts of the others for this rank.
   /// Errors: a wrong number of counts, a negative one, 2^31 rows or more.
   [[nodiscard]] result<void> try_plan_receive(std::span<const std::int32_t> counts) {
-    if (counts.size() != ranks()) {
-      return error(errc::shape_mismatch,
-                   detail::text("dispatch: expected a count for each of ", ranks(), " ranks, got ", counts.size()));
-    }
-    std::int64_t sum = 0;
-    for (std::size_t r = 0; r < counts.size(); ++r) {
-      if (counts[r] < 0 || (sum += counts[r]) > std::numeric_limits<std::int32_t>::max()) {
-        return error(errc::invalid_argument, detail::text("dispatch: expected 0 to 2^31 − 1 rows in all, got ",
-                                                          counts[r], " from rank ", r, ", ", sum, " so far"));
-      }
-    }
+    if (auto ok = check_counts(counts, "from"); !ok) return ok;
     std::copy(counts.begin(), counts.end(), receive_counts_.begin());
     receive_calls_.resize(offsets_of(receive_counts_, receive_offsets_) * calls_per_row_);
     return {};
   }
   void plan_receive(std::span<const std::int32_t> counts) { try_plan_receive(counts).value(); }
+
+  /// In place of plan_send where rows are grouped elsewhere, as on a GPU: counts[ranks] says how many rows this rank
+  /// sends to each. The plan then has counts and offsets alone: no rows and no calls. Errors: as try_plan_receive.
+  [[nodiscard]] result<void> try_plan_send_counts(std::span<const std::int32_t> counts) {
+    if (auto ok = check_counts(counts, "to"); !ok) return ok;
+    std::copy(counts.begin(), counts.end(), send_counts_.begin());
+    sent_ = offsets_of(send_counts_, send_offsets_);
+    position_of_call_.clear();
+    send_rows_.clear();
+    send_calls_.clear();
+    return {};
+  }
+  void plan_send_counts(std::span<const std::int32_t> counts) { try_plan_send_counts(counts).value(); }
 
   /// Groups the received rows by expert, for slots first_slot … first_slot + slots − 1, from receive_calls, which the
   /// exchange has filled. Within an expert, rows come in the order in which they were received: by sending rank, and as
@@ -248,7 +251,7 @@ class dispatch_plan {
   /// Rows that this rank started from.
   [[nodiscard]] std::size_t rows() const noexcept { return position_of_call_.size() / calls_per_row_; }
   /// Copies of rows in the send buffer, and in the receive buffer.
-  [[nodiscard]] std::size_t sent() const noexcept { return send_rows_.size(); }
+  [[nodiscard]] std::size_t sent() const noexcept { return sent_; }
   [[nodiscard]] std::size_t received() const noexcept { return receive_calls_.size() / calls_per_row_; }
 
   [[nodiscard]] std::span<const std::uint32_t> send_rows() const noexcept { return send_rows_; }
@@ -273,6 +276,22 @@ class dispatch_plan {
     return j;
   }
 
+  /// `way` says in errors where rows go: "from" a rank, or "to" it.
+  [[nodiscard]] result<void> check_counts(std::span<const std::int32_t> counts, const char* way) const {
+    if (counts.size() != ranks()) {
+      return error(errc::shape_mismatch,
+                   detail::text("dispatch: expected a count for each of ", ranks(), " ranks, got ", counts.size()));
+    }
+    std::int64_t sum = 0;
+    for (std::size_t r = 0; r < counts.size(); ++r) {
+      if (counts[r] < 0 || (sum += counts[r]) > std::numeric_limits<std::int32_t>::max()) {
+        return error(errc::invalid_argument, detail::text("dispatch: expected 0 to 2^31 − 1 rows in all, got ",
+                                                          counts[r], " ", way, " rank ", r, ", ", sum, " so far"));
+      }
+    }
+    return {};
+  }
+
   static std::size_t offsets_of(std::span<const std::int32_t> counts, std::span<std::int32_t> offsets) {
     std::int32_t sum = 0;
     for (std::size_t r = 0; r < counts.size(); ++r) {
@@ -283,6 +302,7 @@ class dispatch_plan {
   }
 
   std::size_t calls_per_row_ = 1;
+  std::size_t sent_ = 0;
   std::vector<std::int32_t> send_counts_, send_offsets_;        // [ranks]
   std::vector<std::int32_t> receive_counts_, receive_offsets_;  // [ranks]
   std::vector<std::uint32_t> position_of_call_;  // [rows, k] where in the send buffer the copy lies; nowhere if shared

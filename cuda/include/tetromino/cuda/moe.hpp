@@ -7,7 +7,7 @@
 
 #include <tetromino/error.hpp>         // error, result
 #include <tetromino/matrix.hpp>        // real
-#include <tetromino/moe/dispatch.hpp>  // expert_call
+#include <tetromino/moe/dispatch.hpp>  // expert_call, row_copies
 #include <tetromino/moe/router.hpp>    // router_options
 #include <tetromino/moe/trace.hpp>     // no_expert
 
@@ -34,7 +34,28 @@ struct expert_groups {
   std::size_t calls_per_row = 1;
 };
 
+/// Which rank holds each expert, for the rank that calls it: two spans of device memory.
+struct call_tables {
+  std::span<const std::uint32_t> slot_of_expert{};  ///< [experts]: the copy that this rank calls
+  std::span<const std::uint32_t> rank_of_slot{};    ///< [slots], as moe::ranks_of_slots writes them
+};
+/// What plan_copies writes where a call makes no copy of its row.
+inline constexpr std::uint16_t no_rank = 0xFFFF;
+
 namespace detail {
+
+template <class Id>
+struct copies_job {
+  const Id* ids;
+  const float* weights;  ///< or null: 1
+  const std::uint32_t *slot_of_expert, *rank_of_slot;
+  std::uint32_t experts, count, calls_per_row;
+  moe::row_copies copies;
+  moe::expert_call* calls;
+  std::uint16_t* ranks;
+};
+template <class Id>
+result<void> plan_copies(const stream& s, const copies_job<Id>& job);
 
 template <class Logit>
 struct route_job {
@@ -140,6 +161,31 @@ template <real T>
   return detail::route(s, job);
 }
 
+/// Makes the calls of rows and says where copies of the rows go, for ids[rows, k] as the router gives them:
+/// calls[i] = {slot_of_expert[ids[i]], weights[i]}, and ranks[i] is the rank of that slot, or no_rank where the call
+/// makes no copy: for row_copies::per_rank where an earlier call of the row goes to the same rank. An id from `experts`
+/// on calls nobody. No weights: 1. What follows plans a hop as moe::dispatch_plan::plan_send does, without the host:
+/// group_by_expert of the ranks, with ranks for slots; its offsets are what is sent to whom, permute fills the send
+/// buffer, and combine adds the answers up. Preconditions: slots below rank_of_slot's size, ranks below no_rank.
+/// Errors: shape_mismatch; device.
+[[nodiscard]] inline result<void> try_plan_copies(const stream& s, std::span<const std::uint16_t> ids,
+                                                  std::span<const float> weights, const call_tables& tables,
+                                                  moe::row_copies copies, std::size_t calls_per_row,
+                                                  std::span<moe::expert_call> calls, std::span<std::uint16_t> ranks) {
+  if (calls_per_row == 0 || ids.size() % calls_per_row != 0 || ids.size() >= std::size_t{1} << 31 ||
+      calls.size() != ids.size() || ranks.size() != ids.size() || (!weights.empty() && weights.size() != ids.size())) {
+    return error(errc::shape_mismatch,
+                 tetromino::detail::text("plan_copies: expected fewer than 2^31 ids, ", calls_per_row,
+                                         " for each row, and for each a call, a rank and a weight or no weights, got ",
+                                         ids.size(), ", ", calls.size(), ", ", ranks.size(), " and ", weights.size()));
+  }
+  return detail::plan_copies<std::uint16_t>(
+      s,
+      {ids.data(), weights.empty() ? nullptr : weights.data(), tables.slot_of_expert.data(), tables.rank_of_slot.data(),
+       static_cast<std::uint32_t>(tables.slot_of_expert.size()), static_cast<std::uint32_t>(ids.size()),
+       static_cast<std::uint32_t>(calls_per_row), copies, calls.data(), ranks.data()});
+}
+
 /// Groups calls by expert, for slots first_slot ... first_slot + expert_offsets.size() - 2: within an expert, rows come
 /// in their order, as moe::dispatch_plan::group_by_expert has them. A call is a router's id (its slot), or an
 /// expert_call; those for other slots, and for nobody (moe::no_expert, moe::no_slot), get no pair. Errors:
@@ -195,6 +241,12 @@ template <real T>
 inline void route(const stream& s, std::span<const float> logits, std::size_t experts,
                   const moe::router_options& options, std::span<std::uint16_t> ids, std::span<float> weights) {
   try_route(s, logits, experts, options, ids, weights).value();
+}
+/// try_plan_copies, throwing its error.
+inline void plan_copies(const stream& s, std::span<const std::uint16_t> ids, std::span<const float> weights,
+                        const call_tables& tables, moe::row_copies copies, std::size_t calls_per_row,
+                        std::span<moe::expert_call> calls, std::span<std::uint16_t> ranks) {
+  try_plan_copies(s, ids, weights, tables, copies, calls_per_row, calls, ranks).value();
 }
 /// try_group_by_expert, throwing its error.
 template <detail::call_like Call>

@@ -10,7 +10,7 @@
 #include <cstdint>   // std::uint16_t, std::uint32_t
 #include <span>      // std::span
 
-/// Grouping of calls by expert.
+/// Grouping of calls by expert, and planning of the copies that travel to other ranks.
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
 [[nodiscard]] __device__ inline std::uint32_t slot_of(std::uint16_t id) { return id; }
@@ -156,6 +156,42 @@ result<void> group(const stream& s, std::span<const Call> calls, std::size_t fir
       static_cast<std::uint32_t>(first_slot), static_cast<std::uint32_t>(slots), out.expert_offsets.data(),
       out.expert_rows.data(), out.pair_of_call.data());
   return status_of(cudaGetLastError(), "the launch of group_kernel");
+}
+
+/// A thread for each call. The calls of a row before it come from the cache.
+template <class Id, bool PerExpert>
+__global__ void __launch_bounds__(256) copies_kernel(const copies_job<Id> job) {
+  const std::uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= job.count) return;
+  const std::uint32_t id = job.ids[i];
+  if (id >= job.experts) {
+    job.calls[i] = {moe::no_slot, 0.0f};
+    job.ranks[i] = no_rank;
+    return;
+  }
+  const std::uint32_t slot = __ldg(job.slot_of_expert + id);
+  std::uint32_t rank = __ldg(job.rank_of_slot + slot);
+  job.calls[i] = {slot, job.weights == nullptr ? 1.0f : __ldg(job.weights + i)};
+  if constexpr (!PerExpert) {
+    const std::uint32_t mine = rank;
+    for (std::uint32_t j = i - i % job.calls_per_row; j < i; ++j) {
+      const std::uint32_t other = job.ids[j];
+      if (other < job.experts && __ldg(job.rank_of_slot + __ldg(job.slot_of_expert + other)) == mine) rank = no_rank;
+    }
+  }
+  job.ranks[i] = static_cast<std::uint16_t>(rank);
+}
+
+template <class Id>
+result<void> plan_copies(const stream& s, const copies_job<Id>& job) {
+  if (job.count == 0) return {};
+  const unsigned blocks = (job.count + 255) / 256;
+  if (job.copies == moe::row_copies::per_expert) {
+    copies_kernel<Id, true><<<blocks, 256, 0, s.handle>>>(job);
+  } else {
+    copies_kernel<Id, false><<<blocks, 256, 0, s.handle>>>(job);
+  }
+  return check(cudaGetLastError(), "the launch of copies_kernel");
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail
