@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the CUDA backend with nvcc alone (no CMake), then checks and times it on this machine's GPU.
 #   cuda/check.sh BUILD_FOLDER OUTPUT_FOLDER STEP...
-# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, kernels, sanitize[:TEST],
+# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, kernels, nccl_moe_layer, sanitize[:TEST],
 # bench:NAME[:ARGUMENTS] (such as "bench:grouped:--tokens 8,64 examples/data qwen3")
 set -u
 cd "$(dirname "$0")/.."
@@ -17,6 +17,15 @@ libraries="-L$cuda/lib64 -lcublas -lcublasLt"
 if [ ! -e "$cuda/lib64/libcublas.so" ]; then
   python_cublas=$(find / -name 'libcublas.so.*' -not -path '/proc/*' 2>/dev/null | head -1)
   libraries="-Xlinker $python_cublas -Xlinker $(dirname "$python_cublas")/libcublasLt.so.${python_cublas##*.so.} -Xlinker -rpath=$(dirname "$python_cublas")"
+fi
+# NCCL from a package of the system, or from Python's; without it, programs that need it are left out.
+nccl=$(ls "$cuda"/lib*/libnccl.so.2 /usr/lib/*/libnccl.so.2 /usr/local/lib/libnccl.so.2 2>/dev/null | head -1)
+[ -n "$nccl" ] || nccl=$(find / -path '*/nccl/lib/libnccl.so.2' -not -path '/proc/*' 2>/dev/null | head -1)
+with_nccl=
+if [ -n "$nccl" ]; then
+  with_nccl=yes
+  flags="$flags -I$(dirname "$(dirname "$nccl")")/include"
+  libraries="$libraries -Xlinker $nccl -Xlinker -rpath=$(dirname "$nccl")"
 fi
 
 compile() {  # source → object in the build folder
@@ -34,6 +43,7 @@ for step in "$@"; do
     build)
       start=$SECONDS
       ls cuda/src/*.cu tests/cuda/*.cu tests/bench/cuda_*.cu examples/*.cu examples/tools/*.cu |
+        if [ -n "$with_nccl" ]; then cat; else grep -v nccl; fi |
         xargs -P "$(nproc)" -I{} bash -c 'compile {}' || exit 1
       objects=$(ls "$build"/cuda_src_*.o)
       for program in "$build"/tests_cuda_*.o "$build"/tests_bench_cuda_*.o "$build"/examples_*.o; do
@@ -62,6 +72,11 @@ for step in "$@"; do
       case $argument in *:*) rest=${argument#*:} ;; esac
       echo "== bench $program $rest"
       timeout 240 "$build/tests_bench_cuda_$program" $rest 2>&1 | tee "$out/bench-$program.txt"
+      ;;
+    nccl_moe_layer)
+      echo "== $name"
+      timeout 240 "$build/examples_tools_$name" $argument 2>&1
+      echo "exit $?"
       ;;
     *)
       echo "== test $name"

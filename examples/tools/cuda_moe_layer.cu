@@ -3,11 +3,9 @@
 /// took beside what moving its bytes at the rate of a device copy would take.
 ///   cuda_moe_layer [deepseek | qwen3 | small]...     shapes like DeepSeek-V3's and Qwen3-235B-A22B's; default: both
 
-#include <tetromino/cuda.hpp>
-#include <tetromino/cuda/moe.hpp>
-#include <tetromino/scaling.hpp>
+#include "cuda_layer.cuh"
 
-#include <cuda_runtime.h>
+#include <tetromino/cuda/moe.hpp>
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <numeric>
 #include <span>
 #include <string>
 #include <vector>
@@ -23,48 +22,6 @@ namespace {
 
 namespace tt = tetromino;
 using tt::bfloat16;
-
-void check(cudaError_t code, const char* what) {
-  if (code == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(code));
-  std::exit(1);
-}
-
-template <class T>
-struct device_array {
-  explicit device_array(std::size_t n) : size(n) {
-    check(cudaMalloc(reinterpret_cast<void**>(&data), n * sizeof(T) + 16), "cudaMalloc");
-  }
-  device_array(const device_array&) = delete;
-  device_array& operator=(const device_array&) = delete;
-  ~device_array() { cudaFree(data); }
-  [[nodiscard]] std::span<T> span() const { return {data, size}; }
-  [[nodiscard]] std::vector<T> host() const {
-    std::vector<T> out(size);
-    check(cudaMemcpy(out.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
-    return out;
-  }
-  T* data = nullptr;
-  std::size_t size;
-};
-
-/// About N(0, size) from a counter: a sum of four uniform numbers.
-__device__ float normal(std::uint64_t seed, std::uint64_t i, float size) {
-  std::uint64_t z = seed * 0x9E3779B97F4A7C15u + (i + 1) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-  z ^= z >> 31;
-  const auto part = [&](int s) { return static_cast<float>(z >> s & 0xFFFF) * 0x1p-16f; };
-  return (part(0) + part(16) + part(32) + part(48) - 2.0f) * 1.7320508f * size;
-}
-
-template <class T>
-__global__ void fill(T* to, std::size_t n, std::uint64_t seed, float size) {
-  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
-       i += std::size_t{gridDim.x} * blockDim.x) {
-    to[i] = tt::detail::from_float<T>(normal(seed, i, size));
-  }
-}
 
 /// out[row, n] = Σ x[row, k] w[n, k], one warp for each sum.
 template <class Sum, class X>
@@ -101,67 +58,6 @@ struct layer {
   tt::moe::router_options router;
 };
 
-/// The packed and the repacked weights of all experts of one projection.
-struct projection {
-  tt::packed_shape shape;
-  tt::cuda::repacked_shape repacked_shape;
-  device_array<std::uint8_t> codes, scales, macros;
-  device_array<std::byte> repacked;
-
-  projection(const tt::recipe& r, std::size_t experts, std::size_t rows, std::size_t cols, tt::cuda::gating_rows gating)
-      : shape{r.format, experts, rows, cols},
-        repacked_shape{r.format, experts, rows, cols, gating},
-        codes(shape.code_bytes()),
-        scales(shape.scale_bytes()),
-        macros(shape.macro_bytes()),
-        repacked(repacked_shape.bytes()) {}
-
-  /// Experts first ... first + count - 1.
-  [[nodiscard]] tt::packed_view<tt::any_format, std::uint8_t> view(std::size_t first, std::size_t count) const {
-    const auto part = [&](const device_array<std::uint8_t>& all) {
-      const std::size_t each = all.size / shape.matrices;
-      return all.span().subspan(first * each, count * each);
-    };
-    return {shape.format, count, shape.rows, shape.cols, part(codes), part(scales), part(macros), {}};
-  }
-  [[nodiscard]] tt::cuda::repacked_view<bfloat16, std::byte> ready() const { return {repacked_shape, repacked.span()}; }
-
-  /// Packs random float weights, expert by expert, and repacks them all.
-  void make(const tt::cuda::stream& s, const tt::recipe& r, std::uint64_t seed, float* room) const {
-    tt::quantize_options options;
-    options.rule = r.rule, options.macro = r.macro, options.special = tt::special_values::poison;
-    for (std::size_t e = 0; e < shape.matrices; ++e) {
-      fill<<<1024, 256, 0, s.handle>>>(room, shape.rows * shape.cols, seed + e,
-                                       1.0f / std::sqrt(static_cast<float>(shape.cols)));
-      tt::quantize_to(s, tt::matrix_view<const float>(room, shape.rows, shape.cols), view(e, 1), options);
-    }
-    tt::repack_to(s, view(0, shape.matrices), ready());
-    check(cudaStreamSynchronize(s.handle), "packing");
-  }
-};
-
-/// Milliseconds of f, the median of nine.
-template <class F>
-double milliseconds(cudaStream_t stream, const F& f) {
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "cudaEventCreate");
-  check(cudaEventCreate(&end), "cudaEventCreate");
-  std::vector<double> all;
-  for (int i = 0; i < 11; ++i) {
-    check(cudaEventRecord(begin, stream), "cudaEventRecord");
-    f();
-    check(cudaEventRecord(end, stream), "cudaEventRecord");
-    check(cudaEventSynchronize(end), "cudaEventSynchronize");
-    float ms = 0;
-    check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
-    if (i >= 2) all.push_back(ms);
-  }
-  check(cudaEventDestroy(begin), "cudaEventDestroy");
-  check(cudaEventDestroy(end), "cudaEventDestroy");
-  std::sort(all.begin(), all.end());
-  return all[all.size() / 2];
-}
-
 bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
   const tt::recipe r = tt::recipe::parse("mxfp4-32/oas/mbs-static");
   const std::size_t k = l.router.experts_per_token, most_tokens = 4096;
@@ -170,8 +66,10 @@ bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
   const projection both(r, l.experts, 2 * l.inner, l.hidden, tt::cuda::gating_rows::halves);
   const projection down(r, l.experts, l.hidden, l.inner, tt::cuda::gating_rows::none);
   const device_array<float> room(2 * l.inner * l.hidden), router(l.experts * l.hidden);
-  both.make(s, r, 1000, room.data);
-  down.make(s, r, 2000, room.data);
+  std::vector<std::int32_t> all(l.experts);
+  std::iota(all.begin(), all.end(), 0);
+  both.make(s, r, all, 1000, room.data);
+  down.make(s, r, all, 2000, room.data);
   fill<<<1024, 256, 0, s.handle>>>(router.data, router.size, 3000, 3.0f / std::sqrt(static_cast<float>(l.hidden)));
 
   bool good = true;

@@ -5,6 +5,7 @@
 ///   cuda_grouped [--contender COMMAND] [--tokens N,N...] [DATA_FOLDER [LAYER...]]
 /// Layers: qwen3, deepseek, gpt-oss-20b, gpt-oss-20b-down, gpt-oss-120b, gpt-oss-120b-down; without names, all.
 
+#include "bundled_routing.hpp"
 #include "cuda_contender.hpp"
 #include "cuda_timing.hpp"
 
@@ -16,7 +17,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <fstream>
+#include <filesystem>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -60,22 +61,13 @@ std::vector<std::uint32_t> rows_of_experts(std::size_t tokens, std::size_t exper
 
 /// What a recorded trace (128 experts, 8 layers, top-8) chose for `tokens` tokens in layer 4; empty without the file.
 std::vector<std::uint32_t> recorded_rows(const std::string& folder, std::size_t tokens) {
-  std::ifstream file(folder + "/routing-128x8.small.safetensors", std::ios::binary);
-  if (!file) return {};
-  std::uint64_t header_bytes = 0;
-  file.read(reinterpret_cast<char*>(&header_bytes), 8);
-  std::string header(header_bytes, ' ');
-  file.read(header.data(), static_cast<std::streamsize>(header_bytes));
-  const std::size_t at = header.find("data_offsets\":[", header.find("\"experts\""));
-  if (at == std::string::npos) return {};
-  const std::uint64_t begin = std::strtoull(header.c_str() + at + 15, nullptr, 10);
+  const std::string path = folder + "/routing-128x8.small.safetensors";
+  if (!std::filesystem::exists(path)) return {};
+  const tetromino::moe::trace trace = bundled::read_routing(path);
   // One token of each of many requests in decoding, or consecutive tokens of a batch: every 5th token.
   std::vector<std::uint32_t> counts(128, 0);
   for (std::size_t t = 0; t < tokens; ++t) {
-    file.seekg(static_cast<std::streamoff>(8 + header_bytes + begin + (t * 5 * 8 + 4) * 8));
-    unsigned char chosen[8];
-    file.read(reinterpret_cast<char*>(chosen), 8);
-    for (const unsigned char e : chosen) ++counts[e];
+    for (const std::uint16_t e : trace.view().experts_of(t * 5, 4)) ++counts[e];
   }
   return counts;
 }
