@@ -40,7 +40,7 @@ struct call_tables {
   std::span<const std::uint32_t> rank_of_slot{};    ///< [slots], as moe::ranks_of_slots writes them
 };
 /// What plan_copies writes where a call makes no copy of its row.
-inline constexpr std::uint16_t no_rank = 0xFFFF;
+inline constexpr std::uint16_t no_rank = moe::no_expert;
 
 namespace detail {
 

@@ -191,7 +191,7 @@ result<void> plan_copies(const stream& s, const copies_job<Id>& job) {
   } else {
     copies_kernel<Id, false><<<blocks, 256, 0, s.handle>>>(job);
   }
-  return check(cudaGetLastError(), "the launch of copies_kernel");
+  return status_of(cudaGetLastError(), "the launch of copies_kernel");
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail
