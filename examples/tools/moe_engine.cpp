@@ -8,6 +8,7 @@
 
 #include "calibrate.hpp"
 #include "mpi_session.hpp"
+#include "output_file.hpp"
 #include "ui.hpp"
 
 #include <tetromino/comm/dispatcher.hpp>
@@ -21,7 +22,9 @@
 #include <CLI/CLI.hpp>
 
 #include <chrono>
+#include <filesystem>
 #include <fstream>
+#include <functional>
 #include <sstream>
 
 namespace {
@@ -452,10 +455,9 @@ plan plan_by_name(const workplace& w, const moe_lm::model& m) {
 
 /// Writes each document's number and loss.
 void write_losses(const workplace& w, const outcome& ran) {
-  std::FILE* const file = std::fopen(w.options.losses.c_str(), "w");
-  if (file == nullptr) throw error(errc::io, fmt::format("{}: cannot be written", w.options.losses));
-  for (std::size_t i = 0; i < w.chosen.size(); ++i) fmt::print(file, "{} {:.17g}\n", w.chosen[i], ran.losses[i]);
-  if (std::fclose(file) != 0) throw error(errc::io, fmt::format("{}: cannot be written", w.options.losses));
+  std::string lines;
+  for (std::size_t i = 0; i < w.chosen.size(); ++i) lines += fmt::format("{} {:.17g}\n", w.chosen[i], ran.losses[i]);
+  ui::write_file(w.options.losses, lines);
 }
 
 void run(const workplace& w) {
@@ -520,6 +522,10 @@ moe::topology make_cluster(const settings& s, const mpi::session& mpi, const moe
     throw error(errc::invalid_argument,
                 fmt::format("--nodes: expected a number that divides the {} ranks, got {}", ranks, s.nodes));
   }
+  if (s.replicas > size.experts) {
+    throw error(errc::invalid_argument,
+                fmt::format("--replicas: expected at most {}, one for each expert, got {}", size.experts, s.replicas));
+  }
   const std::size_t per_node = (size.experts + s.nodes - 1) / s.nodes + s.replicas;
   return moe::topology::with_node_slots(s.nodes, ranks / s.nodes, per_node);
 }
@@ -545,11 +551,53 @@ input_statistics calibrated(const settings& s, const mpi::session& mpi, const io
   auto out = moe_lm::gather_statistics(model, text, chosen, [&](std::size_t) {
     if (progress) progress->add(1);
   });
-  if (!s.statistics.empty() && mpi.is_first()) out.save(s.statistics);
+  if (!s.statistics.empty() && mpi.is_first()) {
+    const ui::stop_signals signals;  // which wait for the file to be whole
+    out.save(s.statistics);
+  }
+  return out;
+}
+
+/// What every rank has to have alike: all options, and the contents of all files.
+std::vector<std::pair<std::string, std::string>> shared_settings(const settings& s) {
+  const auto content = [](const std::string& path) {
+    if (path.empty()) return std::string();
+    const auto file = tetromino::detail::file_mapping::try_open(path);
+    const auto bytes = file.value().bytes();
+    return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  };
+  std::vector<std::pair<std::string, std::string>> out{
+      {"MODEL", content(s.model)},
+      {"HELDOUT", content(s.text)},
+      {"--calibrate", content(s.calibrate)},
+      {"--placement", std::filesystem::is_regular_file(s.placement) ? content(s.placement) : s.placement},
+      {"--weights", s.weights},
+      {"--activations", s.activations},
+      {"--route", s.route},
+      {"--half", s.half},
+      {"--losses", s.losses.empty() ? "" : "written"},
+      {"--statistics", s.statistics.empty() ? "" : "written"},
+      {"--compare", s.compare ? "yes" : "no"}};
+  for (const auto& [name, number] :
+       {std::pair{"--nodes", s.nodes}, std::pair{"--replicas", s.replicas}, std::pair{"--documents", s.documents},
+        std::pair{"--prefill", s.prefill}, std::pair{"--batch", s.batch}}) {
+    out.emplace_back(name, std::to_string(number));
+  }
   return out;
 }
 
 void run_all(const settings& s, const mpi::session& mpi) {
+  std::vector<std::pair<std::string, std::string>> shared;
+  mpi.together("moe_engine", [&] {
+    if (mpi.is_first()) {
+      ui::check_outputs(
+          {{"--losses", s.losses}, {"--statistics", s.statistics}},
+          {{"MODEL", s.model}, {"HELDOUT", s.text}, {"--calibrate", s.calibrate}, {"--placement", s.placement}});
+    }
+    shared = shared_settings(s);
+  });
+  mpi.agree("moe_engine", shared);
+  shared.clear();
   std::optional<io::safetensors_file> model_file, text_file;
   std::optional<moe_lm::shape> size;
   std::optional<moe_lm::documents> text;
@@ -576,6 +624,7 @@ void run_all(const settings& s, const mpi::session& mpi) {
   const workplace w{s, mpi, *model_file, *size, *text, chosen, *cluster, seen ? &*seen : nullptr};
   mpi::carried_to().assign(mpi.ranks(), 0);
   s.compare ? compare(w) : run(w);
+  mpi.together("moe_engine", ui::flush_output);
 }
 
 }  // namespace
@@ -595,6 +644,7 @@ extern "C" int MPI_Alltoallv(const void* from, const int* send_counts, const int
 }
 
 int main(int argc, char** argv) {
+  ui::ignore_write_signals();
   const mpi::session mpi(argc, argv);
   settings s;
   CLI::App app("Evaluates a mixture-of-experts language model on one rank or, under mpirun, on many");
@@ -623,10 +673,14 @@ int main(int argc, char** argv) {
       ->needs(calibrate);
   app.add_option("--losses", s.losses, "write each document's loss to this file");
   app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity");
+  std::function<int()> leave;  // instead of work: after --help, or a mistake
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    return mpi.is_first() ? app.exit(e) : e.get_exit_code();
+    leave = [&app, e] { return app.exit(e) == 0 ? 0 : 2; };
+  }
+  if (const std::size_t first = mpi.first_where(leave != nullptr); first < mpi.ranks()) {
+    return mpi.value_of(first, first == mpi.rank() ? leave() : 0);  // the first rank that has something to say, says it
   }
   try {
     run_all(s, mpi);

@@ -6,6 +6,7 @@
 
 #include "dense.hpp"
 #include "input_statistics.hpp"
+#include "ui.hpp"
 
 #include <tetromino/cpu.hpp>
 #include <tetromino/io/safetensors.hpp>
@@ -239,12 +240,12 @@ struct shape {
       const auto [end, code] = std::from_chars(value.data(), value.data() + value.size(), out);
       if (code != std::errc() || end != value.data() + value.size() || !(out > 0) || out > 1000000) {
         throw error(errc::malformed_file, fmt::format("{}: metadata \"{}\": expected a positive number, got \"{}\"",
-                                                      file.path(), key, value));
+                                                      file.path(), key, ui::printable(value)));
       }
     };
     if (const std::string name = text("architecture"); name != "moe-lm") {
-      throw error(errc::malformed_file,
-                  fmt::format("{}: expected the architecture \"moe-lm\", got \"{}\"", file.path(), name));
+      throw error(errc::malformed_file, fmt::format("{}: expected the architecture \"moe-lm\", got \"{}\"", file.path(),
+                                                    ui::printable(name)));
     }
     number("layers", layers);
     number("heads", heads);
@@ -406,7 +407,7 @@ struct documents {
     for (const auto& [key, value] : file.metadata()) {
       for (std::size_t at = 0; key == "domains" && at < value.size();) {
         const std::size_t end = std::min(value.find(',', at), value.size());
-        domain_names.push_back(value.substr(at, end - at));
+        domain_names.push_back(ui::printable(value.substr(at, end - at), 40));
         at = end + 1;
       }
     }

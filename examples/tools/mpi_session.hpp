@@ -5,12 +5,16 @@
 #include <fmt/format.h>
 #include <mpi.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 namespace mpi {
@@ -54,6 +58,35 @@ class session {
     throw reported();
   }
 
+  /// The first rank for which this is true; ranks() if it is so for none.
+  [[nodiscard]] std::size_t first_where(bool mine) const {
+    int first = mine ? rank_ : ranks_;
+    reduce(std::span(&first, 1), MPI_INT, MPI_MIN);
+    return static_cast<std::size_t>(first);
+  }
+
+  /// What `rank` has, on all ranks.
+  [[nodiscard]] int value_of(std::size_t rank, int mine) const {
+    check(MPI_Bcast(&mine, 1, MPI_INT, static_cast<int>(rank), MPI_COMM_WORLD));
+    return mine;
+  }
+
+  /// Ends with one line unless every rank has the same values for these names, as many on each.
+  void agree(const char* program, const std::vector<std::pair<std::string, std::string>>& settings) const {
+    std::vector<std::uint64_t> first;
+    for (const auto& [name, value] : settings) first.push_back(hash_of(value));
+    const std::vector<std::uint64_t> mine = first;
+    check(MPI_Bcast(first.data(), static_cast<int>(first.size()), MPI_UINT64_T, 0, MPI_COMM_WORLD));
+    together(program, [&] {
+      for (std::size_t i = 0; i < settings.size(); ++i) {
+        if (mine[i] == first[i]) continue;
+        throw std::runtime_error(
+            fmt::format("{}: expected the same on every rank, got something else on rank {} than on rank 0",
+                        settings[i].first, rank_));
+      }
+    });
+  }
+
   void add_up(std::span<double> values) const { reduce(values, MPI_DOUBLE, MPI_SUM); }
   void add_up(std::span<std::uint64_t> values) const { reduce(values, MPI_UINT64_T, MPI_SUM); }
   void largest(std::span<float> values) const { reduce(values, MPI_FLOAT, MPI_MAX); }
@@ -81,6 +114,15 @@ class session {
   void wait_for_all() const { check(MPI_Barrier(MPI_COMM_WORLD)); }
 
  private:
+  static std::uint64_t hash_of(std::string_view bytes) {  // FNV-1a, eight bytes at a time
+    std::uint64_t hash = 0xCBF29CE484222325 ^ bytes.size();
+    for (; !bytes.empty(); bytes.remove_prefix(std::min<std::size_t>(8, bytes.size()))) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, bytes.data(), std::min<std::size_t>(8, bytes.size()));
+      hash = (hash ^ word) * 0x100000001B3;
+    }
+    return hash;
+  }
   static void check(int code) {
     if (code != MPI_SUCCESS) throw std::runtime_error("MPI: a collective operation failed");
   }

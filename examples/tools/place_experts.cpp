@@ -6,6 +6,7 @@
 /// Plans are made from a part of the requests and judged on the decode tokens of others, which are assigned to nodes by
 /// their prefill alone. From loads alone (counts per expert, as engines log them), experts are balanced.
 
+#include "output_file.hpp"
 #include "place_report.hpp"
 #include "place_study.hpp"
 #include "ui.hpp"
@@ -16,7 +17,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include <fstream>
 #include <numeric>
 #include <optional>
 #include <variant>
@@ -59,7 +59,7 @@ class voice {
     if (page_) page_->figure(pictures, caption);
   }
   void write(const std::string& path) const {
-    page_->write(path);
+    ui::write_file(path, page_->html());
     fmt::print("\nThe report with pictures: {}\n", path);
   }
 
@@ -281,21 +281,18 @@ std::optional<placement> plan_in_force(const settings& s, const routing_shape& s
 void write_plan(const settings& s, const placement& p, const topology& t) {
   if (s.plan_path.empty()) return;
   const auto engine = [&](plan_format f) { return to_plan(fill_empty_slots(p, t), t, f); };
-  std::ofstream file(s.plan_path, std::ios::binary);
-  file << (s.format == "sglang"         ? engine(plan_format::physical_to_logical_json)
-           : s.format == "tensorrt-llm" ? engine(plan_format::tensorrt_llm_yaml)
-           : s.format == "vllm-ascend"  ? engine(plan_format::vllm_ascend_json)
-                                        : to_json(p))
-       << "\n";
-  file.close();
-  if (!file) throw std::runtime_error(fmt::format("{}: expected to write the plan there", s.plan_path));
+  ui::write_file(s.plan_path, (s.format == "sglang"         ? engine(plan_format::physical_to_logical_json)
+                               : s.format == "tensorrt-llm" ? engine(plan_format::tensorrt_llm_yaml)
+                               : s.format == "vllm-ascend"  ? engine(plan_format::vllm_ascend_json)
+                                                            : to_json(p)) +
+                                  "\n");
   fmt::print("Written to {}\n", s.plan_path);
 }
 
 /// The plan to serve with, made from all requests, and the way there from what engines start with.
-void hand_over(const settings& s, const half& everything, const topology& t, voice& out) {
+void hand_over(const settings& s, const half& everything, const std::optional<placement>& start, const topology& t,
+               voice& out) {
   const trace_view view = everything.view();
-  const std::optional<placement> start = plan_in_force(s, view.shape, t);
   const placement now = start ? *start : contiguous(view.shape.layers, view.shape.experts, t);
   local_options options;
   options.seed = s.seed;
@@ -324,6 +321,7 @@ int place_loads(const settings& s, const routing_file& file) {
   const std::size_t slots =
       s.slots_per_node.empty() ? (loads.experts + s.nodes - 1) / s.nodes : s.slots_per_node.front();
   const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
+  const auto start = plan_in_force(s, {loads.layers, loads.experts, 1}, t);
   const placement p = balanced(loads.view(), t);
   voice out(!s.report_path.empty());
   out.section("Experts balanced",
@@ -350,9 +348,7 @@ int place_loads(const settings& s, const routing_file& file) {
             {"experts", number(imbalance(loads.view()).mean, 2)},
             {"contiguous", number(on_gpus(contiguous(loads.layers, loads.experts, t)), 2)},
             {"balanced", number(on_gpus(p), 2)}};
-  if (const auto start = plan_in_force(s, {loads.layers, loads.experts, 1}, t)) {
-    r.push_back({"the plan in force", number(on_gpus(*start), 2)});
-  }
+  if (start) r.push_back({"the plan in force", number(on_gpus(*start), 2)});
   out.table(r);
   write_plan(s, p, t);
   if (!s.report_path.empty()) out.write(s.report_path);
@@ -362,8 +358,10 @@ int place_loads(const settings& s, const routing_file& file) {
 int place_all(settings s) {
   if (s.splits == 0) throw std::runtime_error("expected at least one split, got 0");
   if (s.nodes == 0) throw std::runtime_error("expected at least one node, got 0");
+  ui::check_outputs({{"--plan", s.plan_path}, {"--report", s.report_path}},
+                    {{"TRACE", s.trace_path}, {"--judge", s.judge_path}, {"--start", s.start_path}});
   routing_file file = read_routing(s.trace_path, s.reading);
-  fmt::print("{}: {}\n", s.trace_path, file.format);
+  fmt::print("{}: {}\n", ui::printable(s.trace_path), file.format);
   if (std::holds_alternative<load_table>(file.content)) return place_loads(s, file);
   if (std::holds_alternative<placement>(file.content)) {
     throw std::runtime_error(fmt::format("{}: expected routing, got a plan: give it as --start", s.trace_path));
@@ -375,13 +373,14 @@ int place_all(settings s) {
     const std::size_t enough = (recorded.shape().experts + s.nodes - 1) / s.nodes;
     s.slots_per_node = {enough, enough + (enough + 7) / 8, enough + (enough + 1) / 2};
   }
+  const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
+  const std::optional<placement> start = plan_in_force(s, recorded.shape(), t);
   voice out(!s.report_path.empty());
   describe(recorded, out);
 
-  const auto all_of = [](const trace& t) { return half{&t, {t.requests().begin(), t.requests().end()}}; };
+  const auto all_of = [](const trace& from) { return half{&from, {from.requests().begin(), from.requests().end()}}; };
   const std::vector<split> splits =
       other ? std::vector<split>{{all_of(recorded), all_of(*other)}} : random_halves(recorded, s.splits, s.seed);
-  const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
   out.section("Plans compared",
               fmt::format("{} nodes of {} GPUs. {}, judged on decode tokens; requests are assigned by their prefill. "
                           "Remote pairs: (token, expert) pairs served on another node. nodes/token: other nodes that a "
@@ -399,7 +398,7 @@ int place_all(settings s) {
                                splits.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(2, splits.size())));
   trade(s, few, all, out);
   if (!other) drift(s, recorded, few, out);
-  hand_over(s, all_of(recorded), t, out);
+  hand_over(s, all_of(recorded), start, t, out);
   if (!s.report_path.empty()) out.write(s.report_path);
   return 0;
 }

@@ -243,15 +243,11 @@ class page {
     body_ += "</table></div>\n";
   }
 
-  void write(const std::string& path) const {
-    std::ofstream out(path, std::ios::binary);
-    out << "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
-           "content=\"width=device-width,initial-scale=1\"><meta name=\"color-scheme\" content=\"light dark\"><title>"
-        << escaped(title_) << "</title><style>" << style << "</style></head><body>\n<h1>" << escaped(title_)
-        << "</h1>\n"
-        << body_ << "</body></html>\n";
-    out.close();
-    if (!out) throw std::runtime_error(fmt::format("{}: expected to write the report there", path));
+  [[nodiscard]] std::string html() const {
+    return "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" "
+           "content=\"width=device-width,initial-scale=1\"><meta name=\"color-scheme\" content=\"light dark\"><title>" +
+           escaped(title_) + "</title><style>" + std::string(style) + "</style></head><body>\n<h1>" + escaped(title_) +
+           "</h1>\n" + body_ + "</body></html>\n";
   }
 
  private:

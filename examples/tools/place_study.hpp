@@ -2,6 +2,8 @@
 
 /// Plans compared on requests they were not made from.
 
+#include "ui.hpp"
+
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/group.hpp>
 #include <tetromino/moe/place_local.hpp>
@@ -50,7 +52,7 @@ inline std::size_t domains_of(const trace& t) {
   return n;
 }
 inline std::string domain_name(const trace& t, std::size_t d) {
-  return d < t.domain_names().size() ? t.domain_names()[d] : fmt::format("domain {}", d);
+  return d < t.domain_names().size() ? ui::printable(t.domain_names()[d], 40) : fmt::format("domain {}", d);
 }
 
 /// Requests to make a plan from, and requests to judge it on; both refer to their trace.

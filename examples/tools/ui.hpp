@@ -159,17 +159,26 @@ inline std::string bytes(std::size_t count) {
   return fmt::format("{:.2f} GB", value / 1e9);
 }
 
+/// What a program writes past a limit, or to nobody, is an error of the call that does it, and no signal.
+inline void ignore_write_signals() {
+  for (const int signal : {SIGPIPE, SIGXFSZ}) std::signal(signal, SIG_IGN);
+}
+
+/// Throws if something could not be written to standard output.
+inline void flush_output() {
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return;
+  throw std::runtime_error(fmt::format("could not write to standard output: {}", std::strerror(errno)));
+}
+
 /// Runs a program's body. An error becomes one line on standard error and exit status 1, or 2 for usage errors; after a
 /// signal to stop, the status is 128 and its number. What could not be written to standard output is an error too.
 template <class Body>
 int run(const char* program, const Body& body) {
-  for (const int signal : {SIGPIPE, SIGXFSZ}) std::signal(signal, SIG_IGN);  // an error of the call that meets them
+  ignore_write_signals();
   int status = 0;
   try {
     status = body();
-    if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0) {
-      throw std::runtime_error(fmt::format("could not write to standard output: {}", std::strerror(errno)));
-    }
+    flush_output();
   } catch (const usage_error& e) {
     fmt::print(stderr, "{}: {}\n", program, e.what());
     status = 2;

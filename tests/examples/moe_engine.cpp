@@ -6,7 +6,9 @@
 #include <tetromino/moe/placement.hpp>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
+#include <filesystem>
 #include <sstream>
 
 namespace {
@@ -289,6 +291,67 @@ TEST_CASE("moe_engine: when a rank dies, the others do not wait for it") {
   INFO(run.err);
   CHECK(run.exit_code != 0);
   CHECK(run.exit_code != 124);
+}
+
+TEST_CASE("moe_engine: ranks that were told different things end with one line, soon") {
+  const temporary_directory folder;
+  const std::string program = program_path("moe_engine"), other = some_documents(2, folder / "other");
+  std::ofstream(folder / "a") << to_text(tetromino::moe::placement(4, 16, 16));
+  std::ofstream(folder / "b") << to_text(tetromino::moe::placement(4, 16, 16)) << "\n";
+  const std::string a = (folder / "a").string(), b = (folder / "b").string();
+  struct disagreement {
+    words here, there;
+    std::string says;
+  };
+  const auto begin = std::chrono::steady_clock::now();
+  const std::vector<disagreement> all{
+      {{"--nodes", "1"}, {"--nodes", "2"}, "--nodes: expected the same on every rank"},
+      {{"--placement", "local"}, {"--placement", "balanced"}, "--placement: expected the same on every rank"},
+      {{"--placement", a}, {"--placement", b}, "--placement: expected the same on every rank"},
+      {{"--weights", "mxfp4-32/oas"}, {"--weights", "mxfp4-32/floor"}, "--weights: expected the same on every rank"},
+      {{"--route", "per-rank"}, {"--route", "per-node"}, "--route: expected the same on every rank"},
+      {{"--batch", "100"}, {"--batch", "101"}, "--batch: expected the same on every rank"},
+      {{"--losses", (folder / "losses").string()}, {}, "--losses: expected the same on every rank"},
+      {{"--compare"}, {}, "--compare: expected the same on every rank"}};
+  for (const auto& [here, there, says] : all) {
+    INFO(says);
+    words command{program, model, text};
+    command.insert(command.end(), here.begin(), here.end());
+    command.insert(command.end(), {":", "-n", "1", program, model, text});
+    command.insert(command.end(), there.begin(), there.end());
+    check_refused(1, command, says);
+  }
+  check_refused(1, {program, model, text, ":", "-n", "1", program, model, other}, "HELDOUT: expected the same");
+  // one rank's bad argument
+  const outcome bad = on_ranks(1, {program, model, text, ":", "-n", "1", program, model, text, "--no-such"}, folder);
+  CHECK(bad.exit_code == 2);
+  CHECK_THAT(bad.err, contains("--no-such"));
+  // mpirun's own start is most of it
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  CHECK(seconds < 10.0 * static_cast<double>(all.size() + 2));
+}
+
+TEST_CASE("moe_engine: no output replaces an input, and what cannot be written is refused before the work") {
+  const temporary_directory folder;
+  const std::string program = program_path("moe_engine"), own = (folder / "model").string();
+  std::filesystem::copy_file(model, own);
+  const std::string part = some_documents(2, folder / "part"), out = (folder / "out").string();
+  std::filesystem::create_symlink("model", folder / "link");
+  check_refused(0, {program, own, part, "--losses", own}, "expected another file than MODEL");
+  check_refused(2, {program, own, part, "--losses", (folder / "link").string()}, "expected another file than MODEL");
+  check_refused(0, {program, own, part, "--losses", part}, "expected another file than HELDOUT");
+  check_refused(0, {program, own, text, "--calibrate", part, "--statistics", own}, "expected another file than MODEL");
+  check_refused(0, {program, own, text, "--calibrate", part, "--statistics", part}, "expected another file");
+  check_refused(0, {program, own, text, "--calibrate", part, "--statistics", out, "--losses", out},
+                "expected another file than --losses");
+  check_refused(2, {program, own, part, "--losses", (folder / "none" / "losses").string()}, "none/losses");
+  check_refused(0, {program, own, part, "--replicas", "18446744073709551615"}, "--replicas: expected at most 16");
+  CHECK(read(own) == read(model));
+  CHECK(!std::filesystem::exists(out));
+  const outcome full =
+      run_command({"sh", "-c", "exec \"$0\" \"$@\" >/dev/full", program, own, part, "--documents", "1"}, folder.path());
+  CHECK(full.exit_code == 1);
+  CHECK_THAT(full.err, contains("moe_engine: "));
 }
 
 TEST_CASE("moe_engine: options are explained, and mistakes in them are told once") {
