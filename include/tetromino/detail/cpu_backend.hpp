@@ -188,6 +188,7 @@ void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, con
 class counted_weights {
  public:
   explicit counted_weights(std::span<const float> given) : weights_(given) {
+    const default_float_state usual;  // or subnormal weights might compare as zeros
     const auto is_tiny = [](float w) { return w > 0 && w < least_column_weight; };
     if (std::none_of(given.begin(), given.end(), is_tiny)) return;
     copy_.assign(given.begin(), given.end());
