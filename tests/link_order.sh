@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Usage: link_order.sh COMPILER WORK INCLUDE...
+# Usage: link_order.sh COMPILER WORK LEVELS INCLUDE...
 # Objects compiled for different instruction sets link into one program, in any order, and none runs the other's vector
 # code: no function of ours that they share has any, and the program runs on an old CPU (qemu-x86_64, if it is there).
 # Without optimization the standard library's own templates, such as std::max<float>, are functions that objects share
 # too: then an old CPU can run the program where the plain object comes first.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/link
-compiler=$1 work=$2
-shift 2
+compiler=$1 work=$2 levels=$3
+shift 3
 includes=()
 for folder; do [[ -z $folder ]] || includes+=("-I$folder"); done
 if [[ $("$compiler" -dumpmachine) != x86_64-* ]] || ! command -v objdump nm >/dev/null; then
@@ -31,13 +31,16 @@ shared() {
 }
 
 status=0
-for level in -O0 -O2 -O3; do
+for level in $levels; do
   for set in plain avx2 avx512; do
     name=wide
     [[ $set == plain ]] && name=plain
-    # shellcheck disable=SC2086
-    "$compiler" -std=c++20 $level ${flags[$set]} "${includes[@]}" -DSET=$name -DRECIPE='"mxfp4-32/floor"' \
-      -c "$here/verbs.cpp" -o "$work/$set$level.o"
+    for part in verbs placement; do
+      # shellcheck disable=SC2086
+      "$compiler" -std=c++20 $level ${flags[$set]} "${includes[@]}" -DSET=$name -DRECIPE='"mxfp4-32/floor"' \
+        -c "$here/$part.cpp" -o "$work/$part.o"
+    done
+    ld -r "$work/verbs.o" "$work/placement.o" -o "$work/$set$level.o"
   done
   "$compiler" -std=c++20 $level -march=x86-64 "${includes[@]}" -c "$here/main.cpp" -o "$work/main$level.o"
   for set in avx2 avx512; do
@@ -56,10 +59,10 @@ for level in -O0 -O2 -O3; do
       # shellcheck disable=SC2086
       "$compiler" $order -pthread -o "$work/program"
       if [[ -n $old_cpu && ($level != -O0 || $order != "$wide"*) ]]; then
-        "$old_cpu" -cpu Nehalem "$work/program" || { echo "$order: $? on an old CPU" && status=1; }
+        "$old_cpu" -cpu Nehalem "$work/program" "$work" || { echo "$order: $? on an old CPU" && status=1; }
       fi
       if grep -qw "${set/512/512vl}" /proc/cpuinfo; then
-        "$work/program" wide || { echo "$order: $? here" && status=1; }
+        "$work/program" "$work" wide || { echo "$order: $? here" && status=1; }
       fi
     done
     echo "$set$level: $(wc -l <"$work/shared") symbols of ours shared"

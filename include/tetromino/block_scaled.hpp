@@ -168,7 +168,7 @@ inline result<void> check_block_scaled(const packed_shape& from, const block_sca
                  text("block-scaled operand: packed storage is [", from.matrices, ", ", from.rows, ", ", from.cols,
                       "], the operand [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
   }
-  return check_layout_shape("block-scaled operand", from, true, "", 1);
+  return check_layout_shape("block-scaled operand", from, {}, 1);
 }
 
 /// Says which buffer of an operand does not have its size, if one does not.

@@ -52,7 +52,7 @@ struct e2m1 {
     return detail::bit_cast<float>(sign | word);
   }
 
-  friend constexpr bool operator==(e2m1, e2m1) = default;
+  friend TETROMINO_ABI constexpr bool operator==(e2m1, e2m1) = default;
 };
 
 static_assert(e2m1::from_bits(7).value() == e2m1::max && e2m1::from_bits(11).value() == -1.5f);

@@ -65,7 +65,7 @@ struct e4m3 {
     return detail::bit_cast<float>(sign | ((magnitude << 20) + (120u << 23)));
   }
 
-  friend constexpr bool operator==(e4m3, e4m3) = default;
+  friend TETROMINO_ABI constexpr bool operator==(e4m3, e4m3) = default;
 };
 
 static_assert(e4m3::from_bits(0x7E).value() == e4m3::max && e4m3::from_bits(0x08).value() == e4m3::min_normal);

@@ -54,7 +54,7 @@ struct e8m0 {
     return detail::bit_cast<float>(bits == 0 ? 0x00400000u : static_cast<std::uint32_t>(bits) << 23);
   }
 
-  friend constexpr bool operator==(e8m0, e8m0) = default;
+  friend TETROMINO_ABI constexpr bool operator==(e8m0, e8m0) = default;
 };
 
 static_assert(e8m0::from_bits(0).value() == 0x1p-127f && e8m0::from_bits(254).value() == 0x1p127f);

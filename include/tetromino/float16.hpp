@@ -67,7 +67,7 @@ struct TETROMINO_MAY_ALIAS half {
   }
   [[nodiscard]] TETROMINO_HD explicit constexpr operator double() const noexcept { return static_cast<float>(*this); }
 
-  friend constexpr bool operator==(half, half) = default;
+  friend TETROMINO_ABI constexpr bool operator==(half, half) = default;
 
  private:
   /// The half nearest to a float that is given by its bits.
@@ -122,7 +122,7 @@ struct TETROMINO_MAY_ALIAS bfloat16 {
   }
   [[nodiscard]] TETROMINO_HD explicit constexpr operator double() const noexcept { return static_cast<float>(*this); }
 
-  friend constexpr bool operator==(bfloat16, bfloat16) = default;
+  friend TETROMINO_ABI constexpr bool operator==(bfloat16, bfloat16) = default;
 
  private:
   /// The bfloat16 nearest to a float that is given by its bits.

@@ -14,7 +14,8 @@
 
 namespace TETROMINO_NAMESPACE::comm {
 
-/// Moves the rows of a plan between ranks, in host memory: comm::mpi_exchange, or local_exchange for one rank.
+/// Moves the rows of a plan between ranks, in host memory: comm::mpi_exchange, or local_exchange for one rank. These are
+/// hooks of `dispatcher`, which is what has a throwing form of each call.
 template <class E>
 concept exchange = requires(const E& e, moe::dispatch_plan& plan, std::span<const std::byte> from,
                             std::span<std::byte> to, std::size_t row_bytes) {
@@ -31,18 +32,20 @@ concept exchange = requires(const E& e, moe::dispatch_plan& plan, std::span<cons
 /// A single rank, which sends to itself.
 class local_exchange {
  public:
-  [[nodiscard]] static std::size_t rank() noexcept { return 0; }
-  [[nodiscard]] static std::size_t ranks() noexcept { return 1; }
-  [[nodiscard]] static result<void> try_exchange_counts(moe::dispatch_plan& plan) {
+  [[nodiscard]] TETROMINO_ABI static std::size_t rank() noexcept { return 0; }
+  [[nodiscard]] TETROMINO_ABI static std::size_t ranks() noexcept { return 1; }
+  [[nodiscard]] TETROMINO_ABI static result<void> try_exchange_counts(moe::dispatch_plan& plan) {
     return plan.try_plan_receive(plan.send_counts());
   }
-  [[nodiscard]] static result<void> try_send_rows(const moe::dispatch_plan&, std::span<const std::byte> from,
-                                                  std::span<std::byte> to, std::size_t) {
+  [[nodiscard]] TETROMINO_ABI static result<void> try_send_rows(const moe::dispatch_plan&,
+                                                                std::span<const std::byte> from,
+                                                                std::span<std::byte> to, std::size_t) {
     if (!from.empty()) std::memcpy(to.data(), from.data(), from.size());
     return {};
   }
-  [[nodiscard]] static result<void> try_return_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
-                                                    std::span<std::byte> to, std::size_t row_bytes) {
+  [[nodiscard]] TETROMINO_ABI static result<void> try_return_rows(const moe::dispatch_plan& plan,
+                                                                  std::span<const std::byte> from,
+                                                                  std::span<std::byte> to, std::size_t row_bytes) {
     return try_send_rows(plan, from, to, row_bytes);
   }
 };
@@ -61,9 +64,9 @@ template <exchange Exchange>
 class dispatcher {
  public:
   /// Precondition: the topology has as many GPUs as the exchange has ranks, and stays the same.
-  dispatcher(const Exchange& through, const moe::topology& t, std::size_t calls_per_row,
-             dispatch_route route = dispatch_route::per_node,
-             moe::entry_rule entry = moe::entry_rule::same_local_number)
+  TETROMINO_ABI dispatcher(const Exchange& through, const moe::topology& t, std::size_t calls_per_row,
+                           dispatch_route route = dispatch_route::per_node,
+                           moe::entry_rule entry = moe::entry_rule::same_local_number)
       : exchange_(&through),
         copies_(route == dispatch_route::per_expert ? moe::row_copies::per_expert : moe::row_copies::per_rank),
         first_slot_(t.first_slot(through.rank())),
@@ -83,8 +86,8 @@ class dispatcher {
   /// how what came is grouped by expert. Errors: of the exchange; sizes that do not fit together; a call for a slot
   /// that does not exist.
   template <class T>
-  [[nodiscard]] result<void> try_dispatch(std::span<const moe::expert_call> calls, std::span<const T> x,
-                                          std::span<const std::uint32_t> tags, std::size_t width) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_dispatch(std::span<const moe::expert_call> calls, std::span<const T> x,
+                                                        std::span<const std::uint32_t> tags, std::size_t width) {
     const std::size_t k = hops_.front().plan.calls_per_row();
     if (calls.size() % k != 0 || tags.size() != calls.size() / k || x.size() != calls.size() / k * width) {
       return error(errc::shape_mismatch,
@@ -110,28 +113,31 @@ class dispatcher {
     return hops_.back().plan.try_group_by_expert(first_slot_, slots_);
   }
   template <class T>
-  void dispatch(std::span<const moe::expert_call> calls, std::span<const T> x, std::span<const std::uint32_t> tags,
-                std::size_t width) {
+  TETROMINO_ABI void dispatch(std::span<const moe::expert_call> calls, std::span<const T> x,
+                              std::span<const std::uint32_t> tags, std::size_t width) {
     try_dispatch(calls, x, tags, width).value();
   }
 
   /// The plan of the last hop: expert_offsets, and expert_rows as numbers of received rows.
-  [[nodiscard]] const moe::dispatch_plan& plan() const noexcept { return hops_.back().plan; }
+  [[nodiscard]] TETROMINO_ABI const moe::dispatch_plan& plan() const noexcept { return hops_.back().plan; }
   /// The plans of all hops, in order.
-  [[nodiscard]] std::size_t hops() const noexcept { return hops_.size(); }
-  [[nodiscard]] const moe::dispatch_plan& plan(std::size_t i) const noexcept { return hops_[i].plan; }
+  [[nodiscard]] TETROMINO_ABI std::size_t hops() const noexcept { return hops_.size(); }
+  [[nodiscard]] TETROMINO_ABI const moe::dispatch_plan& plan(std::size_t i) const noexcept { return hops_[i].plan; }
 
   /// What came: rows [received, width] and tags [received]. Precondition: T as dispatched.
   template <class T>
-  [[nodiscard]] std::span<const T> received_rows() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::span<const T> received_rows() const noexcept {
     const auto& bytes = hops_.back().rows;
     return {reinterpret_cast<const T*>(bytes.data()), bytes.size() / sizeof(T)};
   }
-  [[nodiscard]] std::span<const std::uint32_t> received_tags() const noexcept { return received_tags(hops_.back()); }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint32_t> received_tags() const noexcept {
+    return received_tags(hops_.back());
+  }
 
   /// Takes the experts' outputs y[pairs, width], adds them up with their weights on the way back, and writes one sum
   /// per row that this rank dispatched: out[rows, width]. Errors: of the exchange; sizes that do not fit together.
-  [[nodiscard]] result<void> try_combine(std::span<const float> y, std::span<float> out, std::size_t width) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_combine(std::span<const float> y, std::span<float> out,
+                                                       std::size_t width) {
     hop& last = hops_.back();
     if (y.size() != last.plan.expert_rows().size() * width || out.size() != hops_.front().plan.rows() * width) {
       return error(errc::shape_mismatch,
@@ -154,12 +160,12 @@ class dispatcher {
     }
     return {};
   }
-  void combine(std::span<const float> y, std::span<float> out, std::size_t width) {
+  TETROMINO_ABI void combine(std::span<const float> y, std::span<float> out, std::size_t width) {
     try_combine(y, out, width).value();
   }
 
   /// Bytes of one row's calls and tag, which travel beside it.
-  [[nodiscard]] std::size_t envelope_bytes() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t envelope_bytes() const noexcept {
     return calls_bytes(hops_.back().plan) + sizeof(std::uint32_t);
   }
 
@@ -171,15 +177,15 @@ class dispatcher {
     std::vector<float> answers, returned;
   };
 
-  [[nodiscard]] static std::size_t calls_bytes(const moe::dispatch_plan& plan) noexcept {
+  [[nodiscard]] TETROMINO_ABI static std::size_t calls_bytes(const moe::dispatch_plan& plan) noexcept {
     return plan.calls_per_row() * sizeof(moe::expert_call);
   }
-  [[nodiscard]] static std::span<const std::uint32_t> received_tags(const hop& h) noexcept {
+  [[nodiscard]] TETROMINO_ABI static std::span<const std::uint32_t> received_tags(const hop& h) noexcept {
     return {reinterpret_cast<const std::uint32_t*>(h.tags.data()), h.tags.size() / sizeof(std::uint32_t)};
   }
 
-  [[nodiscard]] result<void> send(hop& h, std::span<const std::byte> from, std::vector<std::byte>& to,
-                                  std::size_t row_bytes) {
+  [[nodiscard]] TETROMINO_ABI result<void> send(hop& h, std::span<const std::byte> from, std::vector<std::byte>& to,
+                                                std::size_t row_bytes) {
     h.outgoing.resize(h.plan.sent() * row_bytes);
     moe::gather_rows(h.plan.send_rows(), from, std::span(h.outgoing), row_bytes);
     to.resize(h.plan.received() * row_bytes);

@@ -17,6 +17,7 @@
 #include <vector>   // std::vector
 
 namespace TETROMINO_NAMESPACE::comm {
+inline namespace TETROMINO_ISA {
 
 /// Success, or an error that names the call and says what MPI says.
 [[nodiscard]] inline result<void> check_mpi(int code, const char* call) {
@@ -29,6 +30,8 @@ namespace TETROMINO_NAMESPACE::comm {
                                                  : detail::text("MPI error ", code)));
 }
 
+}  // namespace TETROMINO_ISA
+
 /// Exchanges the rows of dispatch plans over the caller's communicator, which outlives it. Calls are collective: all
 /// ranks make them in the same order. MPI's default is to end the program on an error; with
 /// MPI_Comm_set_errhandler(comm, MPI_ERRORS_RETURN) errors come back from here. An exchange does not know the other
@@ -36,7 +39,7 @@ namespace TETROMINO_NAMESPACE::comm {
 class mpi_exchange {
  public:
   /// Precondition: MPI is initialised.
-  explicit mpi_exchange(MPI_Comm communicator) : communicator_(communicator) {
+  TETROMINO_ABI explicit mpi_exchange(MPI_Comm communicator) : communicator_(communicator) {
     int rank = 0, ranks = 1;
     MPI_Comm_rank(communicator, &rank);
     MPI_Comm_size(communicator, &ranks);
@@ -44,12 +47,12 @@ class mpi_exchange {
     ranks_ = static_cast<std::size_t>(ranks);
   }
 
-  [[nodiscard]] std::size_t rank() const noexcept { return rank_; }
-  [[nodiscard]] std::size_t ranks() const noexcept { return ranks_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t rank() const noexcept { return rank_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t ranks() const noexcept { return ranks_; }
 
   /// Tells each rank how many rows it gets (MPI_Alltoall of one integer), and the plan how many come.
   /// Errors: a plan for another number of ranks; MPI's.
-  [[nodiscard]] result<void> try_exchange_counts(moe::dispatch_plan& plan) const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_exchange_counts(moe::dispatch_plan& plan) const {
     if (plan.ranks() != ranks_) {
       return error(errc::shape_mismatch,
                    detail::text("MPI exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()));
@@ -65,8 +68,9 @@ class mpi_exchange {
   }
 
   /// from[sent, row_bytes] of each rank to to[received, row_bytes]: one MPI_Alltoallv that counts rows.
-  [[nodiscard]] result<void> try_send_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
-                                           std::span<std::byte> to, std::size_t row_bytes) const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_send_rows(const moe::dispatch_plan& plan,
+                                                         std::span<const std::byte> from, std::span<std::byte> to,
+                                                         std::size_t row_bytes) const {
     TETROMINO_EXPECTS(from.size() == plan.sent() * row_bytes && to.size() == plan.received() * row_bytes,
                       "try_send_rows: from[sent, row_bytes] and to[received, row_bytes]", from.size(),
                       plan.sent() * row_bytes, to.size(), plan.received() * row_bytes);
@@ -75,8 +79,9 @@ class mpi_exchange {
   }
 
   /// The way back: from[received, row_bytes] of each rank to to[sent, row_bytes].
-  [[nodiscard]] result<void> try_return_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
-                                             std::span<std::byte> to, std::size_t row_bytes) const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_return_rows(const moe::dispatch_plan& plan,
+                                                           std::span<const std::byte> from, std::span<std::byte> to,
+                                                           std::size_t row_bytes) const {
     TETROMINO_EXPECTS(from.size() == plan.received() * row_bytes && to.size() == plan.sent() * row_bytes,
                       "try_return_rows: from[received, row_bytes] and to[sent, row_bytes]", from.size(),
                       plan.received() * row_bytes, to.size(), plan.sent() * row_bytes);
@@ -88,23 +93,23 @@ class mpi_exchange {
   /// A row as one MPI element, so that counts stay small whatever a row weighs.
   class row_type {
    public:
-    explicit row_type(std::size_t bytes) {
+    TETROMINO_ABI explicit row_type(std::size_t bytes) {
       code = MPI_Type_contiguous(static_cast<int>(bytes), MPI_BYTE, &type);
       if (code == MPI_SUCCESS) code = MPI_Type_commit(&type);
     }
     row_type(const row_type&) = delete;
     row_type& operator=(const row_type&) = delete;
-    ~row_type() {
+    TETROMINO_ABI ~row_type() {
       if (type != MPI_DATATYPE_NULL) MPI_Type_free(&type);
     }
     MPI_Datatype type = MPI_DATATYPE_NULL;
     int code;
   };
 
-  [[nodiscard]] result<void> all_to_all(std::span<const std::byte> from, std::span<const std::int32_t> send_counts,
-                                        std::span<const std::int32_t> send_offsets, std::span<std::byte> to,
-                                        std::span<const std::int32_t> receive_counts,
-                                        std::span<const std::int32_t> receive_offsets, std::size_t row_bytes) const {
+  [[nodiscard]] TETROMINO_ABI result<void> all_to_all(
+      std::span<const std::byte> from, std::span<const std::int32_t> send_counts,
+      std::span<const std::int32_t> send_offsets, std::span<std::byte> to, std::span<const std::int32_t> receive_counts,
+      std::span<const std::int32_t> receive_offsets, std::size_t row_bytes) const {
     static_assert(sizeof(int) == sizeof(std::int32_t), "MPI counts are 32-bit integers");
     if (row_bytes > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
       return error(errc::invalid_argument, detail::text("MPI exchange: expected rows below 2 GiB, got ", row_bytes));

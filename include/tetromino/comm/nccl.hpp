@@ -16,6 +16,7 @@
 #include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::comm {
+inline namespace TETROMINO_ISA {
 
 /// The name of a NCCL result, such as "ncclSystemError".
 [[nodiscard]] constexpr const char* name_of(ncclResult_t code) noexcept {
@@ -48,6 +49,8 @@ namespace TETROMINO_NAMESPACE::comm {
   return error(errc::io, detail::text(call, " failed: ", name_of(code), " (", ncclGetErrorString(code), ")"));
 }
 
+}  // namespace TETROMINO_ISA
+
 /// Exchanges the rows of dispatch plans, which lie in device memory, over the caller's communicator and stream; both
 /// outlive it. Rows move by one group of ncclSend and ncclRecv, which is enqueued on the stream; nothing waits but
 /// try_exchange_counts. The plan's counts are read at the call, on the host. Between ncclGroupStart and ncclGroupEnd of
@@ -58,8 +61,8 @@ class nccl_exchange {
  public:
   /// `counts`: device memory of ranks × (ranks + 1) integers for try_exchange_counts, which the caller owns too.
   /// Errors: what NCCL says of the communicator; too little memory for the counts.
-  [[nodiscard]] static result<nccl_exchange> try_make(ncclComm_t communicator, cudaStream_t stream,
-                                                      std::span<std::uint32_t> counts) {
+  [[nodiscard]] TETROMINO_ABI static result<nccl_exchange> try_make(ncclComm_t communicator, cudaStream_t stream,
+                                                                    std::span<std::uint32_t> counts) {
     int rank = 0, ranks = 0;
     if (auto ok = check_nccl(ncclCommUserRank(communicator, &rank), "ncclCommUserRank"); !ok) return ok.error();
     if (auto ok = check_nccl(ncclCommCount(communicator, &ranks), "ncclCommCount"); !ok) return ok.error();
@@ -71,13 +74,17 @@ class nccl_exchange {
     return nccl_exchange(communicator, stream, counts.data(), static_cast<std::size_t>(rank),
                          static_cast<std::size_t>(ranks));
   }
+  [[nodiscard]] TETROMINO_ABI static nccl_exchange make(ncclComm_t communicator, cudaStream_t stream,
+                                                        std::span<std::uint32_t> counts) {
+    return try_make(communicator, stream, counts).value();
+  }
 
-  [[nodiscard]] std::size_t rank() const noexcept { return rank_; }
-  [[nodiscard]] std::size_t ranks() const noexcept { return ranks_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t rank() const noexcept { return rank_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t ranks() const noexcept { return ranks_; }
 
   /// Tells each rank how many rows it gets, and the plan how many come. Waits for the stream.
   /// Errors: a plan for another number of ranks; NCCL's; CUDA's.
-  [[nodiscard]] result<void> try_exchange_counts(moe::dispatch_plan& plan) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_exchange_counts(moe::dispatch_plan& plan) {
     if (auto ok = check_plan(plan); !ok) return ok;
     all_offsets_.resize(ranks_ * (ranks_ + 1));
     std::uint32_t* const mine = all_offsets_.data() + rank_ * (ranks_ + 1);
@@ -96,7 +103,8 @@ class nccl_exchange {
   /// The same where rows were grouped by rank on the GPU: offsets[ranks + 1] are device memory, as
   /// cuda::group_by_expert writes them with ranks for slots. The plan also learns from them what this rank sends.
   /// Errors: likewise; another number of offsets.
-  [[nodiscard]] result<void> try_exchange_counts(moe::dispatch_plan& plan, std::span<const std::uint32_t> offsets) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_exchange_counts(moe::dispatch_plan& plan,
+                                                               std::span<const std::uint32_t> offsets) {
     if (auto ok = check_plan(plan); !ok) return ok;
     if (offsets.size() != ranks_ + 1) {
       return error(errc::shape_mismatch,
@@ -111,8 +119,9 @@ class nccl_exchange {
   }
 
   /// from[sent, row_bytes] of each rank to to[received, row_bytes], both in device memory.
-  [[nodiscard]] result<void> try_send_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
-                                           std::span<std::byte> to, std::size_t row_bytes) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_send_rows(const moe::dispatch_plan& plan,
+                                                         std::span<const std::byte> from, std::span<std::byte> to,
+                                                         std::size_t row_bytes) {
     TETROMINO_EXPECTS(from.size() == plan.sent() * row_bytes && to.size() == plan.received() * row_bytes,
                       "try_send_rows: from[sent, row_bytes] and to[received, row_bytes]", from.size(),
                       plan.sent() * row_bytes, to.size(), plan.received() * row_bytes);
@@ -121,8 +130,9 @@ class nccl_exchange {
   }
 
   /// The way back: from[received, row_bytes] of each rank to to[sent, row_bytes], both in device memory.
-  [[nodiscard]] result<void> try_return_rows(const moe::dispatch_plan& plan, std::span<const std::byte> from,
-                                             std::span<std::byte> to, std::size_t row_bytes) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_return_rows(const moe::dispatch_plan& plan,
+                                                           std::span<const std::byte> from, std::span<std::byte> to,
+                                                           std::size_t row_bytes) {
     TETROMINO_EXPECTS(from.size() == plan.received() * row_bytes && to.size() == plan.sent() * row_bytes,
                       "try_return_rows: from[received, row_bytes] and to[sent, row_bytes]", from.size(),
                       plan.received() * row_bytes, to.size(), plan.sent() * row_bytes);
@@ -131,31 +141,32 @@ class nccl_exchange {
   }
 
   /// What has gone wrong since, on the device or with another rank. Errors: NCCL's.
-  [[nodiscard]] result<void> try_check() const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_check() const {
     ncclResult_t state = ncclSuccess;
     if (auto ok = check_nccl(ncclCommGetAsyncError(communicator_, &state), "ncclCommGetAsyncError"); !ok) return ok;
     return check_nccl(state, "an earlier NCCL operation");
   }
+  TETROMINO_ABI void check() const { try_check().value(); }
 
  private:
-  nccl_exchange(ncclComm_t communicator, cudaStream_t stream, std::uint32_t* counts, std::size_t rank,
-                std::size_t ranks)
+  TETROMINO_ABI nccl_exchange(ncclComm_t communicator, cudaStream_t stream, std::uint32_t* counts, std::size_t rank,
+                              std::size_t ranks)
       : communicator_(communicator), stream_(stream), counts_(counts), rank_(rank), ranks_(ranks) {}
 
-  [[nodiscard]] static result<void> check_cuda(cudaError_t code) {
+  [[nodiscard]] TETROMINO_ABI static result<void> check_cuda(cudaError_t code) {
     if (code == cudaSuccess) return {};
     return error(errc::io,
                  detail::text("NCCL exchange: ", cudaGetErrorName(code), " (", cudaGetErrorString(code), ")"));
   }
 
-  [[nodiscard]] result<void> check_plan(const moe::dispatch_plan& plan) const {
+  [[nodiscard]] TETROMINO_ABI result<void> check_plan(const moe::dispatch_plan& plan) const {
     if (plan.ranks() == ranks_) return {};
     return error(errc::shape_mismatch,
                  detail::text("NCCL exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()));
   }
 
   /// The offsets [ranks + 1] of each rank, which lie in device memory, to all ranks. Waits for the stream.
-  [[nodiscard]] result<void> gather_offsets(const std::uint32_t* mine) {
+  [[nodiscard]] TETROMINO_ABI result<void> gather_offsets(const std::uint32_t* mine) {
     if (auto ok =
             check_nccl(ncclAllGather(mine, counts_, ranks_ + 1, ncclUint32, communicator_, stream_), "ncclAllGather");
         !ok) {
@@ -168,11 +179,11 @@ class nccl_exchange {
     }
     return check_cuda(cudaStreamSynchronize(stream_));
   }
-  [[nodiscard]] std::int32_t rows_from_to(std::size_t from, std::size_t to) const {
+  [[nodiscard]] TETROMINO_ABI std::int32_t rows_from_to(std::size_t from, std::size_t to) const {
     const std::uint32_t* const offsets = all_offsets_.data() + from * (ranks_ + 1);
     return static_cast<std::int32_t>(offsets[to + 1] - offsets[to]);
   }
-  [[nodiscard]] std::span<const std::int32_t> counts_for_me() {
+  [[nodiscard]] TETROMINO_ABI std::span<const std::int32_t> counts_for_me() {
     counts_of_ranks_.resize(ranks_);
     for (std::size_t r = 0; r < ranks_; ++r) counts_of_ranks_[r] = rows_from_to(r, rank_);
     return counts_of_ranks_;
@@ -180,7 +191,7 @@ class nccl_exchange {
 
   /// call(rank) for all ranks, as one group; the group is closed also after an error.
   template <class Call>
-  [[nodiscard]] result<void> in_group(const Call& call) const {
+  [[nodiscard]] TETROMINO_ABI result<void> in_group(const Call& call) const {
     if (auto ok = check_nccl(ncclGroupStart(), "ncclGroupStart"); !ok) return ok;
     result<void> first;
     for (std::size_t r = 0; r < ranks_ && first; ++r) static_cast<void>(first = call(static_cast<int>(r)));
@@ -188,10 +199,10 @@ class nccl_exchange {
     return first ? closed : first;
   }
 
-  [[nodiscard]] result<void> all_to_all(std::span<const std::byte> from, std::span<const std::int32_t> send_counts,
-                                        std::span<const std::int32_t> send_offsets, std::span<std::byte> to,
-                                        std::span<const std::int32_t> receive_counts,
-                                        std::span<const std::int32_t> receive_offsets, std::size_t row_bytes) const {
+  [[nodiscard]] TETROMINO_ABI result<void> all_to_all(
+      std::span<const std::byte> from, std::span<const std::int32_t> send_counts,
+      std::span<const std::int32_t> send_offsets, std::span<std::byte> to, std::span<const std::int32_t> receive_counts,
+      std::span<const std::int32_t> receive_offsets, std::size_t row_bytes) const {
     return in_group([&](int peer) -> result<void> {
       const auto r = static_cast<std::size_t>(peer);
       if (send_counts[r] > 0) {

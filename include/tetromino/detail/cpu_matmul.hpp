@@ -79,7 +79,7 @@ struct real_rows {
   std::size_t rows, row_stride, matrix_stride;  ///< of one matrix, in elements
 
   template <real T>
-  TETROMINO_INLINE element<T>* row(std::size_t m) const noexcept {
+  TETROMINO_ABI TETROMINO_INLINE element<T>* row(std::size_t m) const noexcept {
     return static_cast<element<T>*>(data) + m / rows * matrix_stride + m % rows * row_stride;
   }
 };
@@ -91,7 +91,7 @@ struct integer_rows {
   packed_view<any_format> packed;
 
   /// The block under one scale, and the macro block; 0 where there is none.
-  [[nodiscard]] TETROMINO_INLINE any_format blocks() const noexcept {
+  [[nodiscard]] TETROMINO_ABI TETROMINO_INLINE any_format blocks() const noexcept {
     return are_packed ? packed.format : any_format{scale_type::e8m0, int8_view<>::block, 0};
   }
 };

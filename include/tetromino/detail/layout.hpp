@@ -8,13 +8,15 @@
 #include "../scaling.hpp"  // name_of
 #include "sizes.hpp"       // check_sizes
 
-#include <algorithm>    // std::find_if
-#include <bit>          // std::endian
-#include <cstddef>      // std::size_t
-#include <cstdint>      // std::uint8_t, std::uint64_t
-#include <cstring>      // std::memcpy
-#include <span>         // std::span
-#include <string_view>  // std::string_view
+#include <algorithm>         // std::find, std::find_if
+#include <bit>               // std::endian
+#include <cstddef>           // std::size_t
+#include <cstdint>           // std::uint8_t, std::uint64_t
+#include <cstring>           // std::memcpy
+#include <initializer_list>  // std::initializer_list
+#include <span>              // std::span
+#include <string>            // std::string
+#include <string_view>       // std::string_view
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
@@ -28,13 +30,16 @@ inline result<void> check_layout_size(std::string_view layout, std::string_view 
   return layout_error(errc::shape_mismatch, layout, text(buffer, " needs ", expected, " entries, got ", got));
 }
 
-/// Says why a shape cannot be stored in a layout, if it cannot.
-inline result<void> check_layout_shape(std::string_view layout, const packed_shape& shape, bool has_format,
-                                       std::string_view formats, std::size_t multiple) {
+/// Says why a shape cannot be stored in a layout that stores `formats` (all, where none is named) in rows of a multiple
+/// of so many elements, if it cannot.
+inline result<void> check_layout_shape(std::string_view layout, const packed_shape& shape,
+                                       std::initializer_list<any_format> formats, std::size_t multiple) {
   if (auto known = check_format(shape.format); !known) return known;
-  if (!has_format) {
+  if (formats.size() > 0 && std::find(formats.begin(), formats.end(), shape.format) == formats.end()) {
+    std::string stored;
+    for (const any_format& f : formats) stored += text(stored.empty() ? "" : " and ", name_of(f));
     return layout_error(errc::invalid_argument, layout,
-                        text("it stores ", formats, ", got ", name_of(shape.format),
+                        text("it stores ", stored, ", got ", name_of(shape.format),
                              shape.format.macro_block == 0 ? "" : " with macro blocks"));
   }
   if (shape.cols % multiple != 0) {

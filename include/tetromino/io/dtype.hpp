@@ -77,6 +77,8 @@ inline constexpr std::array<dtype_fact, 22> dtype_facts{{
     {io::dtype::U64, "U64", 64, 8},
 }};
 
+inline namespace TETROMINO_ISA {
+
 constexpr bool dtype_facts_are_in_order() {
   for (std::size_t i = 0; i < dtype_facts.size(); ++i) {
     if (dtype_facts[i].type != static_cast<io::dtype>(i)) return false;
@@ -84,6 +86,9 @@ constexpr bool dtype_facts_are_in_order() {
   }
   return true;
 }
+
+}  // namespace TETROMINO_ISA
+
 static_assert(dtype_facts_are_in_order());
 
 /// The integer types of the language, characters and bool left out.
@@ -91,6 +96,8 @@ template <class T>
 concept plain_integer = std::same_as<T, signed char> || std::same_as<T, unsigned char> || std::same_as<T, short> ||
     std::same_as<T, unsigned short> || std::same_as<T, int> || std::same_as<T, unsigned int> || std::same_as<T, long> ||
     std::same_as<T, unsigned long> || std::same_as<T, long long> || std::same_as<T, unsigned long long>;
+
+inline namespace TETROMINO_ISA {
 
 template <plain_integer T>
 constexpr io::dtype integer_dtype() noexcept {
@@ -107,9 +114,12 @@ constexpr io::dtype integer_dtype() noexcept {
   }
 }
 
+}  // namespace TETROMINO_ISA
+
 }  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
+inline namespace TETROMINO_ISA {
 
 /// The type's name in safetensors headers, such as "BF16".
 [[nodiscard]] constexpr std::string_view name(dtype type) noexcept {
@@ -133,6 +143,8 @@ namespace TETROMINO_NAMESPACE::io {
 [[nodiscard]] constexpr std::size_t alignment(dtype type) noexcept {
   return detail::dtype_facts[static_cast<std::size_t>(type)].alignment;
 }
+
+}  // namespace TETROMINO_ISA
 
 /// Which stored type a C++ type reads: `dtype_of<float>::value == dtype::F32`. Defined for the integers, float, double,
 /// half and bfloat16; specialise it for a type of your own that is laid out as a stored type. There is none for bool,

@@ -26,12 +26,12 @@ namespace TETROMINO_NAMESPACE::io {
 /// dimension along rows, which GGUF itself names first.
 class gguf_tensor : public detail::stored_tensor {
  public:
-  [[nodiscard]] ggml_type type() const noexcept { return type_; }
+  [[nodiscard]] TETROMINO_ABI ggml_type type() const noexcept { return type_; }
 
  private:
   friend class gguf_file;
-  gguf_tensor(detail::gguf_entry&& entry, std::span<const std::uint8_t> file, std::size_t data_begin,
-              const std::string& path)
+  TETROMINO_ABI gguf_tensor(detail::gguf_entry&& entry, std::span<const std::uint8_t> file, std::size_t data_begin,
+                            const std::string& path)
       : stored_tensor(std::move(entry.name), io::name(entry.type), std::move(entry.shape),
                       file.subspan(data_begin + entry.begin, entry.end - entry.begin), data_begin + entry.begin, path),
         type_(entry.type) {}
@@ -44,8 +44,10 @@ class gguf_tensor : public detail::stored_tensor {
 /// errc::io and name the file, the key or tensor, what was expected and what was found.
 class gguf_file : public detail::mapped_tensors<gguf_tensor> {
  public:
-  [[nodiscard]] static gguf_file open(const std::filesystem::path& path) { return try_open(path).value(); }
-  [[nodiscard]] static result<gguf_file> try_open(const std::filesystem::path& path) {
+  [[nodiscard]] TETROMINO_ABI static gguf_file open(const std::filesystem::path& path) {
+    return try_open(path).value();
+  }
+  [[nodiscard]] TETROMINO_ABI static result<gguf_file> try_open(const std::filesystem::path& path) {
     auto mapping = detail::file_mapping::try_open(path);
     if (!mapping) return mapping.error();
     auto header = detail::parse_gguf(mapping->bytes(), path.string());
@@ -54,10 +56,11 @@ class gguf_file : public detail::mapped_tensors<gguf_tensor> {
   }
 
   /// Refers to the file: its values must not outlive it.
-  [[nodiscard]] const gguf_metadata& metadata() const noexcept { return metadata_; }
+  [[nodiscard]] TETROMINO_ABI const gguf_metadata& metadata() const noexcept { return metadata_; }
 
  private:
-  gguf_file(const std::filesystem::path& path, detail::file_mapping&& mapping, detail::gguf_header&& header)
+  TETROMINO_ABI gguf_file(const std::filesystem::path& path, detail::file_mapping&& mapping,
+                          detail::gguf_header&& header)
       : mapped_tensors(path, std::move(mapping)), metadata_(std::move(header.metadata)) {
     std::vector<gguf_tensor> tensors;
     tensors.reserve(header.tensors.size());
@@ -87,14 +90,16 @@ class gguf_writer : public detail::pending_tensors {
   /// Starts a file. Fails if metadata and declarations make no valid file, if a tensor's name is longer than the 63
   /// bytes that llama.cpp reads, if the path cannot be written, or if it leads to the file that `source` (optional) is
   /// reading.
-  [[nodiscard]] static gguf_writer create(const std::filesystem::path& path, const gguf_metadata& metadata,
-                                          std::span<const gguf_declaration> tensors,
-                                          const gguf_file* source = nullptr) {
+  [[nodiscard]] TETROMINO_ABI static gguf_writer create(const std::filesystem::path& path,
+                                                        const gguf_metadata& metadata,
+                                                        std::span<const gguf_declaration> tensors,
+                                                        const gguf_file* source = nullptr) {
     return try_create(path, metadata, tensors, source).value();
   }
-  [[nodiscard]] static result<gguf_writer> try_create(const std::filesystem::path& path, const gguf_metadata& metadata,
-                                                      std::span<const gguf_declaration> tensors,
-                                                      const gguf_file* source = nullptr) {
+  [[nodiscard]] TETROMINO_ABI static result<gguf_writer> try_create(const std::filesystem::path& path,
+                                                                    const gguf_metadata& metadata,
+                                                                    std::span<const gguf_declaration> tensors,
+                                                                    const gguf_file* source = nullptr) {
     const auto plan = lay_out(metadata, tensors);
     if (!plan) return error(errc::invalid_argument, detail::text(path.string(), ": ", plan.error().what()));
     auto file = try_begin(path, plan->header, source);
@@ -111,7 +116,8 @@ class gguf_writer : public detail::pending_tensors {
   }
 
  private:
-  using pending_tensors::pending_tensors;
+  TETROMINO_ABI gguf_writer(detail::pending_file&& file, std::vector<detail::pending_tensor>&& tensors)
+      : pending_tensors(std::move(file), std::move(tensors)) {}
 
   struct plan {
     std::vector<detail::gguf_entry> tensors;
@@ -120,8 +126,8 @@ class gguf_writer : public detail::pending_tensors {
   };
 
   /// Gives each tensor its place, and reads the header back as a reader would.
-  [[nodiscard]] static result<plan> lay_out(const gguf_metadata& metadata,
-                                            std::span<const gguf_declaration> declarations) {
+  [[nodiscard]] TETROMINO_ABI static result<plan> lay_out(const gguf_metadata& metadata,
+                                                          std::span<const gguf_declaration> declarations) {
     constexpr std::size_t longest_name = 63;
     constexpr auto largest = static_cast<std::size_t>(std::numeric_limits<std::int64_t>::max() / 2);
     const auto bad = [](const auto&... what) { return error(errc::invalid_argument, detail::text(what...)); };

@@ -29,8 +29,8 @@ namespace TETROMINO_NAMESPACE::io {
 /// trusts none of it; values are checked where they are asked for.
 class imatrix {
  public:
-  [[nodiscard]] static imatrix open(const std::filesystem::path& path) { return try_open(path).value(); }
-  [[nodiscard]] static result<imatrix> try_open(const std::filesystem::path& path) {
+  [[nodiscard]] TETROMINO_ABI static imatrix open(const std::filesystem::path& path) { return try_open(path).value(); }
+  [[nodiscard]] TETROMINO_ABI static result<imatrix> try_open(const std::filesystem::path& path) {
     auto mapping = detail::file_mapping::try_open(path);
     if (!mapping) return mapping.error();
     const auto start = mapping->bytes().first(std::min(mapping->bytes().size(), detail::gguf_magic.size()));
@@ -51,32 +51,33 @@ class imatrix {
     return out;
   }
 
-  [[nodiscard]] const std::string& path() const noexcept { return path_; }
+  [[nodiscard]] TETROMINO_ABI const std::string& path() const noexcept { return path_; }
   /// How many tensors it knows.
-  [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t size() const noexcept { return entries_.size(); }
   /// The texts that the activations are of, as the file names them.
-  [[nodiscard]] const std::vector<std::string>& datasets() const noexcept { return datasets_; }
+  [[nodiscard]] TETROMINO_ABI const std::vector<std::string>& datasets() const noexcept { return datasets_; }
   /// How many chunks of text there were; 0 where the file does not say.
-  [[nodiscard]] std::size_t chunks() const noexcept { return chunks_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t chunks() const noexcept { return chunks_; }
 
   /// Their names, in order.
-  [[nodiscard]] std::vector<std::string_view> tensors() const {
+  [[nodiscard]] TETROMINO_ABI std::vector<std::string_view> tensors() const {
     std::vector<std::string_view> out;
     for (const entry& one : entries_) out.push_back(one.name);
     return out;
   }
-  [[nodiscard]] bool contains(std::string_view tensor) const noexcept { return find(tensor) != nullptr; }
+  [[nodiscard]] TETROMINO_ABI bool contains(std::string_view tensor) const noexcept { return find(tensor) != nullptr; }
 
   /// The mean squared activations of matrix `matrix` of a weight tensor [matrices, rows, cols]: column_weights of
   /// quantize_options. An expert that the text never reached weighs all columns alike, as in llama-quantize.
   /// Errors: unknown_name; shape_mismatch; malformed_file where a value is no weight. Pre: matrix < matrices, and cols
   /// > 0.
-  [[nodiscard]] std::vector<float> column_weights(std::string_view tensor, std::size_t matrix, std::size_t matrices,
-                                                  std::size_t cols) const {
+  [[nodiscard]] TETROMINO_ABI std::vector<float> column_weights(std::string_view tensor, std::size_t matrix,
+                                                                std::size_t matrices, std::size_t cols) const {
     return try_column_weights(tensor, matrix, matrices, cols).value();
   }
-  [[nodiscard]] result<std::vector<float>> try_column_weights(std::string_view tensor, std::size_t matrix,
-                                                              std::size_t matrices, std::size_t cols) const {
+  [[nodiscard]] TETROMINO_ABI result<std::vector<float>> try_column_weights(std::string_view tensor, std::size_t matrix,
+                                                                            std::size_t matrices,
+                                                                            std::size_t cols) const {
     TETROMINO_EXPECTS(matrix < matrices && cols > 0, "column_weights needs a matrix of the tensor, and columns", matrix,
                       matrices, cols);
     const std::string subject = detail::text(path_, ": tensor ", detail::printable(tensor));
@@ -118,9 +119,9 @@ class imatrix {
   };
   using storage = std::variant<gguf_file, detail::file_mapping>;
 
-  explicit imatrix(std::string path) : path_(std::move(path)) {}
+  TETROMINO_ABI explicit imatrix(std::string path) : path_(std::move(path)) {}
 
-  [[nodiscard]] static result<imatrix> from_gguf(gguf_file&& file) {
+  [[nodiscard]] TETROMINO_ABI static result<imatrix> from_gguf(gguf_file&& file) {
     constexpr std::string_view sums = ".in_sum2", counts = ".counts";
     imatrix out(file.path());
     const auto bad = [&](const auto&... what) {
@@ -150,13 +151,13 @@ class imatrix {
     return out;
   }
 
-  [[nodiscard]] const entry* find(std::string_view name) const noexcept {
+  [[nodiscard]] TETROMINO_ABI const entry* find(std::string_view name) const noexcept {
     const auto found = std::lower_bound(entries_.begin(), entries_.end(), name,
                                         [](const entry& e, std::string_view n) { return e.name < n; });
     return found != entries_.end() && found->name == name ? &*found : nullptr;
   }
 
-  [[nodiscard]] static float number(std::span<const std::uint8_t> floats, std::size_t i) noexcept {
+  [[nodiscard]] TETROMINO_ABI static float number(std::span<const std::uint8_t> floats, std::size_t i) noexcept {
     return detail::load_number<float>(floats.data() + i * sizeof(float));
   }
 

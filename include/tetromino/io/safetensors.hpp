@@ -25,12 +25,12 @@ namespace TETROMINO_NAMESPACE::io {
 /// A tensor of an open safetensors_file. It refers to the file: it must not outlive it.
 class safetensors_tensor : public detail::stored_tensor {
  public:
-  [[nodiscard]] io::dtype dtype() const noexcept { return dtype_; }
+  [[nodiscard]] TETROMINO_ABI io::dtype dtype() const noexcept { return dtype_; }
 
  private:
   friend class safetensors_file;
-  safetensors_tensor(detail::safetensors_entry&& entry, std::span<const std::uint8_t> file, std::size_t data_begin,
-                     const std::string& path)
+  TETROMINO_ABI safetensors_tensor(detail::safetensors_entry&& entry, std::span<const std::uint8_t> file,
+                                   std::size_t data_begin, const std::string& path)
       : stored_tensor(std::move(entry.name), io::name(entry.type), std::move(entry.shape),
                       file.subspan(data_begin + entry.begin, entry.end - entry.begin), data_begin + entry.begin, path),
         dtype_(entry.type) {}
@@ -44,8 +44,10 @@ class safetensors_tensor : public detail::stored_tensor {
 /// process that reads the missing pages.
 class safetensors_file : public detail::mapped_tensors<safetensors_tensor> {
  public:
-  [[nodiscard]] static safetensors_file open(const std::filesystem::path& path) { return try_open(path).value(); }
-  [[nodiscard]] static result<safetensors_file> try_open(const std::filesystem::path& path) {
+  [[nodiscard]] TETROMINO_ABI static safetensors_file open(const std::filesystem::path& path) {
+    return try_open(path).value();
+  }
+  [[nodiscard]] TETROMINO_ABI static result<safetensors_file> try_open(const std::filesystem::path& path) {
     auto mapping = detail::file_mapping::try_open(path);
     if (!mapping) return mapping.error();
     auto header = detail::parse_safetensors(mapping->bytes(), mapping->bytes().size(), path.string());
@@ -53,11 +55,11 @@ class safetensors_file : public detail::mapped_tensors<safetensors_tensor> {
     return safetensors_file(path, std::move(*mapping), std::move(*header));
   }
 
-  [[nodiscard]] const safetensors_metadata& metadata() const noexcept { return metadata_; }
+  [[nodiscard]] TETROMINO_ABI const safetensors_metadata& metadata() const noexcept { return metadata_; }
 
  private:
-  safetensors_file(const std::filesystem::path& path, detail::file_mapping&& mapping,
-                   detail::safetensors_header&& header)
+  TETROMINO_ABI safetensors_file(const std::filesystem::path& path, detail::file_mapping&& mapping,
+                                 detail::safetensors_header&& header)
       : mapped_tensors(path, std::move(mapping)), metadata_(std::move(header.metadata)) {
     std::vector<safetensors_tensor> tensors;
     tensors.reserve(header.tensors.size());
@@ -77,6 +79,8 @@ struct tensor_declaration {
   std::vector<std::size_t> shape;
 };
 
+inline namespace TETROMINO_ISA {
+
 /// The declarations with the types of strictest alignment first, otherwise in the same order: so each tensor begins
 /// where readers that use it in place need it.
 [[nodiscard]] inline std::vector<tensor_declaration> aligned_order(std::vector<tensor_declaration> tensors) {
@@ -86,6 +90,8 @@ struct tensor_declaration {
   return tensors;
 }
 
+}  // namespace TETROMINO_ISA
+
 /// Writes a safetensors file piece by piece: the header first, from declarations, then bytes of any tensor at any time,
 /// each tensor from its first byte to its last. Nothing is buffered. The file has a temporary name in the same
 /// directory until `finish`; without it, or after a write that fails, nothing appears under the final name. The same
@@ -94,16 +100,16 @@ class safetensors_writer : public detail::pending_tensors {
  public:
   /// Starts a file with `tensors` in the given order. Fails if they make no valid file, if the path cannot be written,
   /// or if it leads to the file that `source` (optional) is reading.
-  [[nodiscard]] static safetensors_writer create(const std::filesystem::path& path,
-                                                 std::span<const tensor_declaration> tensors,
-                                                 const safetensors_metadata& metadata = {},
-                                                 const safetensors_file* source = nullptr) {
+  [[nodiscard]] TETROMINO_ABI static safetensors_writer create(const std::filesystem::path& path,
+                                                               std::span<const tensor_declaration> tensors,
+                                                               const safetensors_metadata& metadata = {},
+                                                               const safetensors_file* source = nullptr) {
     return try_create(path, tensors, metadata, source).value();
   }
-  [[nodiscard]] static result<safetensors_writer> try_create(const std::filesystem::path& path,
-                                                             std::span<const tensor_declaration> tensors,
-                                                             const safetensors_metadata& metadata = {},
-                                                             const safetensors_file* source = nullptr) {
+  [[nodiscard]] TETROMINO_ABI static result<safetensors_writer> try_create(const std::filesystem::path& path,
+                                                                           std::span<const tensor_declaration> tensors,
+                                                                           const safetensors_metadata& metadata = {},
+                                                                           const safetensors_file* source = nullptr) {
     auto entries = lay_out(path, tensors, metadata);
     if (!entries) return entries.error();
     const std::string header = detail::write_safetensors_header(*entries, metadata);
@@ -123,10 +129,11 @@ class safetensors_writer : public detail::pending_tensors {
   }
 
  private:
-  using pending_tensors::pending_tensors;
+  TETROMINO_ABI safetensors_writer(detail::pending_file&& file, std::vector<detail::pending_tensor>&& tensors)
+      : pending_tensors(std::move(file), std::move(tensors)) {}
 
   /// Gives each tensor its place in the data, after checking everything that a reader would.
-  [[nodiscard]] static result<std::vector<detail::safetensors_entry>> lay_out(
+  [[nodiscard]] TETROMINO_ABI static result<std::vector<detail::safetensors_entry>> lay_out(
       const std::filesystem::path& path, std::span<const tensor_declaration> tensors,
       const safetensors_metadata& metadata) {
     const auto bad = [&](const auto&... what) {

@@ -31,11 +31,7 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 inline result<void> check_compressed_tensors(const packed_shape& shape, const layout::compressed_tensors_view& view) {
   constexpr std::string_view name = "compressed-tensors";
   const bool is_mx = is_plain_mxfp4(shape.format);
-  if (auto fits =
-          check_layout_shape(name, shape, is_mx || is_nvfp4(shape.format), "mxfp4-32 and nvfp4", shape.format.block);
-      !fits) {
-    return fits;
-  }
+  if (auto fits = check_layout_shape(name, shape, {mxfp4{}, nvfp4{}}, shape.format.block); !fits) return fits;
   if (auto fits = check_layout_size(name, "weight_packed", shape.code_bytes(), view.weight_packed.size()); !fits) {
     return fits;
   }

@@ -18,9 +18,8 @@ inline constexpr std::size_t ggml_nvfp4_block_bytes = 36;  // 4 scales, 32 bytes
 inline constexpr std::size_t ggml_nvfp4_elements = 64;
 
 inline result<void> check_ggml_shape(const packed_shape& shape) {
-  const bool is_nv = is_nvfp4(shape.format);
-  return check_layout_shape("ggml", shape, is_nv || is_plain_mxfp4(shape.format), "mxfp4-32 and nvfp4",
-                            is_nv ? ggml_nvfp4_elements : mxfp4::block);
+  return check_layout_shape("ggml", shape, {mxfp4{}, nvfp4{}},
+                            is_nvfp4(shape.format) ? ggml_nvfp4_elements : mxfp4::block);
 }
 
 constexpr std::size_t ggml_block_count(const packed_shape& shape) noexcept {

@@ -28,7 +28,7 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 inline result<void> check_gpt_oss(const packed_shape& shape, std::size_t blocks, std::span<const std::uint8_t> scales) {
   constexpr std::string_view name = "gpt-oss";
-  if (auto fits = check_layout_shape(name, shape, is_plain_mxfp4(shape.format), "mxfp4-32", 32); !fits) return fits;
+  if (auto fits = check_layout_shape(name, shape, {mxfp4{}}, 32); !fits) return fits;
   if (auto fits = check_layout_size(name, "blocks", shape.code_bytes(), blocks); !fits) return fits;
   if (auto fits = check_layout_size(name, "scales", shape.scale_bytes(), scales.size()); !fits) return fits;
   return check_layout_scales(name, shape, scales, largest_e8m0);

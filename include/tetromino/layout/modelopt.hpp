@@ -27,7 +27,7 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 inline result<void> check_modelopt(const packed_shape& shape, const layout::modelopt_view& view) {
   constexpr std::string_view name = "modelopt";
-  if (auto fits = check_layout_shape(name, shape, is_nvfp4(shape.format), "nvfp4", 16); !fits) return fits;
+  if (auto fits = check_layout_shape(name, shape, {nvfp4{}}, 16); !fits) return fits;
   if (auto fits = check_layout_size(name, "weight", shape.code_bytes(), view.weight.size()); !fits) return fits;
   if (auto fits = check_layout_size(name, "weight_scale", shape.scale_bytes(), view.weight_scale.size()); !fits) {
     return fits;

@@ -58,7 +58,7 @@ struct exchange_bytes {
   double dispatch = 0;
   double combine = 0;
 
-  [[nodiscard]] double total() const noexcept { return dispatch + combine; }
+  [[nodiscard]] TETROMINO_ABI double total() const noexcept { return dispatch + combine; }
 };
 
 /// What serving a trace under a placement costs. "Pair" = (token, expert) in one layer.
@@ -95,22 +95,22 @@ struct cost_report {
   std::vector<std::uint64_t> copies_between;   ///< [nodes, nodes] activations sent from row to column, all layers
 
   /// Remote pairs as a fraction of all pairs.
-  [[nodiscard]] double remote_pair_fraction() const noexcept {
+  [[nodiscard]] TETROMINO_ABI double remote_pair_fraction() const noexcept {
     return pairs == 0 ? 0 : static_cast<double>(remote_pairs) / static_cast<double>(pairs);
   }
   /// Other nodes that one token's activation goes to in one layer, on average.
-  [[nodiscard]] double nodes_per_token() const noexcept {
+  [[nodiscard]] TETROMINO_ABI double nodes_per_token() const noexcept {
     return tokens == 0 ? 0 : static_cast<double>(remote_visits) / static_cast<double>(tokens * layers);
   }
   /// Pairs per node of one layer: [nodes].
-  [[nodiscard]] std::vector<std::uint64_t> pairs_on_nodes(std::size_t layer, const topology& t) const {
+  [[nodiscard]] TETROMINO_ABI std::vector<std::uint64_t> pairs_on_nodes(std::size_t layer, const topology& t) const {
     std::vector<std::uint64_t> out(nodes, 0);
     for (std::size_t g = 0; g < gpus; ++g) out[t.node_of_gpu(g)] += pairs_on_gpu[layer * gpus + g];
     return out;
   }
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 // Activations that cross each kind of link in one layer. Combine sends the same ones back.
 struct link_counts {
@@ -180,9 +180,9 @@ struct link_counts {
   return {};
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// Serves tokens step by step, and adds up what that costs.
 class cost_counter {
@@ -396,7 +396,9 @@ class cost_counter {
   std::uint64_t now_ = 0, step_number_ = 0;
 };
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Serves the requests of a trace under a placement and adds up what that costs; source_of_request[i] is where request
 /// i of the view runs. Exact: each token is routed in the order of the view. Precondition: the view is valid (a trace
@@ -413,6 +415,8 @@ class cost_counter {
                                           const cost_options& options = {}) {
   return try_evaluate(served, p, t, source_of_request, options).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

@@ -25,7 +25,7 @@ struct expert_call {
   std::uint32_t slot = no_slot;
   float weight = 0;
 
-  friend bool operator==(const expert_call&, const expert_call&) = default;
+  friend TETROMINO_ABI bool operator==(const expert_call&, const expert_call&) = default;
 };
 
 /// How often a row travels to one rank.
@@ -39,6 +39,8 @@ enum class entry_rule : std::uint8_t {
   same_local_number,  ///< the rank with the sender's number inside its node: all ranks carry traffic (rails)
   leader,             ///< the node's first rank
 };
+
+inline namespace TETROMINO_ISA {
 
 /// The calls of tokens in one layer: for ids, weights and serving GPUs [tokens, k] (a replica_chooser picks the GPUs),
 /// writes calls[tokens, k]; no_expert calls nobody. Precondition: equal lengths, and each GPU holds a copy of its
@@ -81,6 +83,8 @@ inline void entry_ranks(const topology& t, std::size_t from, entry_rule rule, st
   }
 }
 
+}  // namespace TETROMINO_ISA
+
 /// One hop of a dispatch as one rank sees it: which rows it sends where, what it receives, how received rows meet the
 /// experts, and the way back. A plan moves nothing itself; anything that is row-wise (activations of any type, calls,
 /// tags) travels with the same counts and offsets, which count rows and are what MPI_Alltoallv or a group of ncclSend
@@ -96,9 +100,9 @@ inline void entry_ranks(const topology& t, std::size_t from, entry_rule rule, st
 /// Memory is kept from batch to batch: none is allocated for a batch that is no larger than an earlier one.
 class dispatch_plan {
  public:
-  dispatch_plan() = default;
+  TETROMINO_ABI dispatch_plan() = default;
   /// For rows of `calls_per_row` calls among `ranks` ranks.
-  dispatch_plan(std::size_t ranks, std::size_t calls_per_row)
+  TETROMINO_ABI dispatch_plan(std::size_t ranks, std::size_t calls_per_row)
       : calls_per_row_(calls_per_row),
         send_counts_(ranks),
         send_offsets_(ranks),
@@ -111,9 +115,9 @@ class dispatch_plan {
   /// Plans what this rank sends: calls[rows, calls_per_row] of its rows, each to rank_of_slot[slot] (calls of no_slot
   /// are skipped). Within a rank's part of the send buffer, rows ascend. Errors: a slot or a rank out of range, lengths
   /// that do not fit, 2^31 rows or more.
-  [[nodiscard]] result<void> try_plan_send(std::span<const expert_call> calls,
-                                           std::span<const std::uint32_t> rank_of_slot,
-                                           row_copies copies = row_copies::per_rank) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_plan_send(std::span<const expert_call> calls,
+                                                         std::span<const std::uint32_t> rank_of_slot,
+                                                         row_copies copies = row_copies::per_rank) {
     const std::size_t k = calls_per_row_;
     if (calls.size() % k != 0 || calls.size() > std::numeric_limits<std::int32_t>::max()) {
       return error(errc::shape_mismatch,
@@ -153,24 +157,24 @@ class dispatch_plan {
     }
     return {};
   }
-  void plan_send(std::span<const expert_call> calls, std::span<const std::uint32_t> rank_of_slot,
-                 row_copies copies = row_copies::per_rank) {
+  TETROMINO_ABI void plan_send(std::span<const expert_call> calls, std::span<const std::uint32_t> rank_of_slot,
+                               row_copies copies = row_copies::per_rank) {
     try_plan_send(calls, rank_of_slot, copies).value();
   }
 
   /// Says how many rows come from each rank: counts[ranks], the send_counts of the others for this rank.
   /// Errors: a wrong number of counts, a negative one, 2^31 rows or more.
-  [[nodiscard]] result<void> try_plan_receive(std::span<const std::int32_t> counts) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_plan_receive(std::span<const std::int32_t> counts) {
     if (auto ok = check_counts(counts, "from"); !ok) return ok;
     std::copy(counts.begin(), counts.end(), receive_counts_.begin());
     receive_calls_.resize(offsets_of(receive_counts_, receive_offsets_) * calls_per_row_);
     return {};
   }
-  void plan_receive(std::span<const std::int32_t> counts) { try_plan_receive(counts).value(); }
+  TETROMINO_ABI void plan_receive(std::span<const std::int32_t> counts) { try_plan_receive(counts).value(); }
 
   /// In place of plan_send where rows are grouped elsewhere, as on a GPU: counts[ranks] says how many rows this rank
   /// sends to each. The plan then has counts and offsets alone: no rows and no calls. Errors: as try_plan_receive.
-  [[nodiscard]] result<void> try_plan_send_counts(std::span<const std::int32_t> counts) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_plan_send_counts(std::span<const std::int32_t> counts) {
     if (auto ok = check_counts(counts, "to"); !ok) return ok;
     std::copy(counts.begin(), counts.end(), send_counts_.begin());
     sent_ = offsets_of(send_counts_, send_offsets_);
@@ -179,12 +183,12 @@ class dispatch_plan {
     send_calls_.clear();
     return {};
   }
-  void plan_send_counts(std::span<const std::int32_t> counts) { try_plan_send_counts(counts).value(); }
+  TETROMINO_ABI void plan_send_counts(std::span<const std::int32_t> counts) { try_plan_send_counts(counts).value(); }
 
   /// Groups the received rows by expert, for slots first_slot … first_slot + slots − 1, from receive_calls, which the
   /// exchange has filled. Within an expert, rows come in the order in which they were received: by sending rank, and as
   /// the sender had them. Errors: a call for another slot.
-  [[nodiscard]] result<void> try_group_by_expert(std::size_t first_slot, std::size_t slots) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_group_by_expert(std::size_t first_slot, std::size_t slots) {
     expert_offsets_.assign(slots + 1, 0);
     for (std::size_t i = 0; i < receive_calls_.size(); ++i) {
       const std::uint32_t slot = receive_calls_[i].slot;
@@ -208,12 +212,14 @@ class dispatch_plan {
     }
     return {};
   }
-  void group_by_expert(std::size_t first_slot, std::size_t slots) { try_group_by_expert(first_slot, slots).value(); }
+  TETROMINO_ABI void group_by_expert(std::size_t first_slot, std::size_t slots) {
+    try_group_by_expert(first_slot, slots).value();
+  }
 
   /// Adds the outputs of experts up to one answer per received row: out[received, width] = Σ weight · y[pairs, width],
   /// in the order of the row's calls. Products are rounded before they are added, so that for two calls per row the
   /// sum is the same whether this rank adds them or the one that gets the answers.
-  void add_expert_outputs(std::span<const float> y, std::span<float> out, std::size_t width) const {
+  TETROMINO_ABI void add_expert_outputs(std::span<const float> y, std::span<float> out, std::size_t width) const {
     TETROMINO_EXPECTS(y.size() == expert_rows_.size() * width && out.size() == received() * width,
                       "add_expert_outputs: y[pairs, width] and out[received, width]", y.size(),
                       expert_rows_.size() * width, out.size(), received() * width);
@@ -231,7 +237,7 @@ class dispatch_plan {
 
   /// Adds the answers up, one per copy sent, back to the rows that this rank started from: out[rows, width] = Σ
   /// answers[sent, width], in the order of the row's calls.
-  void add_copies(std::span<const float> answers, std::span<float> out, std::size_t width) const {
+  TETROMINO_ABI void add_copies(std::span<const float> answers, std::span<float> out, std::size_t width) const {
     TETROMINO_EXPECTS(answers.size() == sent() * width && out.size() == rows() * width,
                       "add_copies: answers[sent, width] and out[rows, width]", answers.size(), sent() * width,
                       out.size(), rows() * width);
@@ -246,38 +252,41 @@ class dispatch_plan {
     }
   }
 
-  [[nodiscard]] std::size_t ranks() const noexcept { return send_counts_.size(); }
-  [[nodiscard]] std::size_t calls_per_row() const noexcept { return calls_per_row_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t ranks() const noexcept { return send_counts_.size(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t calls_per_row() const noexcept { return calls_per_row_; }
   /// Rows that this rank started from.
-  [[nodiscard]] std::size_t rows() const noexcept { return position_of_call_.size() / calls_per_row_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t rows() const noexcept { return position_of_call_.size() / calls_per_row_; }
   /// Copies of rows in the send buffer, and in the receive buffer.
-  [[nodiscard]] std::size_t sent() const noexcept { return sent_; }
-  [[nodiscard]] std::size_t received() const noexcept { return receive_calls_.size() / calls_per_row_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t sent() const noexcept { return sent_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t received() const noexcept { return receive_calls_.size() / calls_per_row_; }
 
-  [[nodiscard]] std::span<const std::uint32_t> send_rows() const noexcept { return send_rows_; }
-  [[nodiscard]] std::span<const expert_call> send_calls() const noexcept { return send_calls_; }
-  [[nodiscard]] std::span<const std::int32_t> send_counts() const noexcept { return send_counts_; }
-  [[nodiscard]] std::span<const std::int32_t> send_offsets() const noexcept { return send_offsets_; }
-  [[nodiscard]] std::span<const std::int32_t> receive_counts() const noexcept { return receive_counts_; }
-  [[nodiscard]] std::span<const std::int32_t> receive_offsets() const noexcept { return receive_offsets_; }
-  [[nodiscard]] std::span<expert_call> receive_calls() noexcept { return receive_calls_; }
-  [[nodiscard]] std::span<const expert_call> receive_calls() const noexcept { return receive_calls_; }
-  [[nodiscard]] std::span<const std::uint32_t> expert_offsets() const noexcept { return expert_offsets_; }
-  [[nodiscard]] std::span<const std::uint32_t> expert_rows() const noexcept { return expert_rows_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint32_t> send_rows() const noexcept { return send_rows_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const expert_call> send_calls() const noexcept { return send_calls_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::int32_t> send_counts() const noexcept { return send_counts_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::int32_t> send_offsets() const noexcept { return send_offsets_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::int32_t> receive_counts() const noexcept { return receive_counts_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::int32_t> receive_offsets() const noexcept {
+    return receive_offsets_;
+  }
+  [[nodiscard]] TETROMINO_ABI std::span<expert_call> receive_calls() noexcept { return receive_calls_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const expert_call> receive_calls() const noexcept { return receive_calls_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint32_t> expert_offsets() const noexcept { return expert_offsets_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint32_t> expert_rows() const noexcept { return expert_rows_; }
 
  private:
   static constexpr std::uint32_t nowhere = 0xFFFF'FFFF;
 
   /// The first call of the same row that goes to the same rank; i itself if there is none before it.
-  [[nodiscard]] std::size_t earlier_call_to(std::span<const expert_call> calls,
-                                            std::span<const std::uint32_t> rank_of_slot, std::size_t i) const {
+  [[nodiscard]] TETROMINO_ABI std::size_t earlier_call_to(std::span<const expert_call> calls,
+                                                          std::span<const std::uint32_t> rank_of_slot,
+                                                          std::size_t i) const {
     std::size_t j = i - i % calls_per_row_;
     while (j < i && (calls[j].slot == no_slot || rank_of_slot[calls[j].slot] != rank_of_slot[calls[i].slot])) ++j;
     return j;
   }
 
   /// `way` says in errors where rows go: "from" a rank, or "to" it.
-  [[nodiscard]] result<void> check_counts(std::span<const std::int32_t> counts, const char* way) const {
+  [[nodiscard]] TETROMINO_ABI result<void> check_counts(std::span<const std::int32_t> counts, const char* way) const {
     if (counts.size() != ranks()) {
       return error(errc::shape_mismatch,
                    detail::text("dispatch: expected a count for each of ", ranks(), " ranks, got ", counts.size()));
@@ -292,7 +301,7 @@ class dispatch_plan {
     return {};
   }
 
-  static std::size_t offsets_of(std::span<const std::int32_t> counts, std::span<std::int32_t> offsets) {
+  TETROMINO_ABI static std::size_t offsets_of(std::span<const std::int32_t> counts, std::span<std::int32_t> offsets) {
     std::int32_t sum = 0;
     for (std::size_t r = 0; r < counts.size(); ++r) {
       offsets[r] = sum;
@@ -315,6 +324,8 @@ class dispatch_plan {
   std::vector<std::size_t> next_;                // where the next row of a rank, or pair of an expert, goes
 };
 
+inline namespace TETROMINO_ISA {
+
 /// Copies rows into a buffer: to[i, width] = from[rows[i], width]. This fills a send buffer (rows = send_rows) and the
 /// input of a grouped matrix product (rows = expert_rows). Precondition: row numbers inside `from`.
 template <class T>
@@ -324,11 +335,15 @@ void gather_rows(std::span<const std::uint32_t> rows, std::span<const T> from, s
     std::copy_n(from.data() + rows[i] * width, width, to.data() + i * width);
 }
 
+}  // namespace TETROMINO_ISA
+
 /// Rows that a hop carries over each kind of link; those that stay on their rank use none.
 struct carried_rows {
   std::uint64_t between_nodes = 0;
   std::uint64_t inside_nodes = 0;
 };
+
+inline namespace TETROMINO_ISA {
 
 /// What `rank` sends in a hop. Precondition: as many ranks as the topology has GPUs.
 [[nodiscard]] inline carried_rows rows_carried(const dispatch_plan& plan, const topology& t, std::size_t rank) {
@@ -342,6 +357,8 @@ struct carried_rows {
   }
   return out;
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

@@ -23,7 +23,7 @@ struct signature_options {
   std::size_t top_experts = 0;    ///< the most used experts of each layer; 0: all
   std::size_t layer_buckets = 0;  ///< layers are hashed into so many and added up; 0: each layer by itself
 
-  friend bool operator==(const signature_options&, const signature_options&) = default;
+  friend TETROMINO_ABI bool operator==(const signature_options&, const signature_options&) = default;
 };
 
 /// What experts a prompt used, by layer (or bucket of layers), as a short list.
@@ -41,33 +41,33 @@ struct request_signature {
 class signature_builder {
  public:
   /// Preconditions: a shape without zero.
-  explicit signature_builder(const routing_shape& shape, const signature_options& options = {})
+  TETROMINO_ABI explicit signature_builder(const routing_shape& shape, const signature_options& options = {})
       : shape_(shape), options_(options), weights_(buckets() * shape.experts, 0) {
     TETROMINO_EXPECTS(shape.layers > 0 && shape.experts > 0 && shape.experts_per_token > 0,
                       "signature_builder: a shape without zero", shape.layers, shape.experts, shape.experts_per_token);
   }
 
-  [[nodiscard]] const routing_shape& shape() const noexcept { return shape_; }
-  [[nodiscard]] const signature_options& options() const noexcept { return options_; }
+  [[nodiscard]] TETROMINO_ABI const routing_shape& shape() const noexcept { return shape_; }
+  [[nodiscard]] TETROMINO_ABI const signature_options& options() const noexcept { return options_; }
   /// Rows of layers that are told apart.
-  [[nodiscard]] std::size_t buckets() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t buckets() const noexcept {
     return options_.layer_buckets == 0 ? shape_.layers : std::min(options_.layer_buckets, shape_.layers);
   }
   /// The bucket of a layer.
-  [[nodiscard]] std::size_t bucket(std::size_t layer) const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t bucket(std::size_t layer) const noexcept {
     if (buckets() == shape_.layers) return layer;
     return static_cast<std::size_t>(((layer + 1) * 0x9E3779B97F4A7C15u) >> 33) % buckets();
   }
 
   /// Starts a prompt of that many tokens; forgets what was collected.
-  void begin(std::uint64_t prompt_tokens) {
+  TETROMINO_ABI void begin(std::uint64_t prompt_tokens) {
     for (const std::uint32_t c : touched_) weights_[c] = 0;
     touched_.clear();
     left_ = prompt_tokens;
   }
   /// Adds the next token of the prompt: ids[layers, experts per token]. Preconditions: that many ids, each below
   /// `experts` or no_expert.
-  void add(std::span<const std::uint16_t> ids) {
+  TETROMINO_ABI void add(std::span<const std::uint16_t> ids) {
     TETROMINO_EXPECTS(ids.size() == shape_.ids_per_token(), "signature_builder: the ids of one token", ids.size(),
                       shape_.ids_per_token());
     if (left_ > 0) --left_;
@@ -85,7 +85,7 @@ class signature_builder {
     }
   }
   /// Writes what was collected, cells ascending. Reuses the memory of `out`.
-  void write(request_signature& out) {
+  TETROMINO_ABI void write(request_signature& out) {
     out.entries.clear();
     std::sort(touched_.begin(), touched_.end());
     for (std::size_t i = 0; i < touched_.size();) {
@@ -109,6 +109,8 @@ class signature_builder {
   std::uint64_t left_ = 0;
 };
 
+inline namespace TETROMINO_ISA {
+
 /// The signature of one recorded request, from its prompt.
 [[nodiscard]] inline request_signature signature_of(const trace_view& from, const request& r,
                                                     signature_builder& builder) {
@@ -119,6 +121,8 @@ class signature_builder {
   builder.write(out);
   return out;
 }
+
+}  // namespace TETROMINO_ISA
 
 /// How grouping weighs traffic and spreads tokens; the weights as in `local_options`.
 struct group_options {
@@ -134,8 +138,9 @@ class node_affinity {
  public:
   /// Learns from at most 16,384 evenly spaced tokens of the view, prompts and answers alike. Errors: a placement that
   /// does not fit view or topology, more than 64 nodes or experts per token, options out of range.
-  [[nodiscard]] static result<node_affinity> try_make(const placement& p, const topology& t, const trace_view& recorded,
-                                                      const group_options& options = {}) {
+  [[nodiscard]] TETROMINO_ABI static result<node_affinity> try_make(const placement& p, const topology& t,
+                                                                    const trace_view& recorded,
+                                                                    const group_options& options = {}) {
     const routing_shape& s = recorded.shape;
     if (p.layers() != s.layers || p.experts() != s.experts) {
       return error(errc::shape_mismatch,
@@ -161,20 +166,22 @@ class node_affinity {
     out.learn(p, t, recorded);
     return out;
   }
-  [[nodiscard]] static node_affinity make(const placement& p, const topology& t, const trace_view& recorded,
-                                          const group_options& options = {}) {
+  [[nodiscard]] TETROMINO_ABI static node_affinity make(const placement& p, const topology& t,
+                                                        const trace_view& recorded, const group_options& options = {}) {
     return try_make(p, t, recorded, options).value();
   }
 
-  [[nodiscard]] std::size_t nodes() const noexcept { return gpus_.size(); }
-  [[nodiscard]] std::span<const std::size_t> gpus_of_nodes() const noexcept { return gpus_; }
-  [[nodiscard]] const group_options& options() const noexcept { return options_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t nodes() const noexcept { return gpus_.size(); }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::size_t> gpus_of_nodes() const noexcept { return gpus_; }
+  [[nodiscard]] TETROMINO_ABI const group_options& options() const noexcept { return options_; }
   /// A builder of the signatures that this reads.
-  [[nodiscard]] signature_builder builder() const { return signature_builder(shape_, options_.signature); }
+  [[nodiscard]] TETROMINO_ABI signature_builder builder() const {
+    return signature_builder(shape_, options_.signature);
+  }
 
   /// Writes what each node is worth: scores[nodes]; more is better. Preconditions: a signature of `builder()`,
   /// scores.size() == nodes().
-  void score(const request_signature& signature, std::span<std::int64_t> scores) const {
+  TETROMINO_ABI void score(const request_signature& signature, std::span<std::int64_t> scores) const {
     TETROMINO_EXPECTS(scores.size() == nodes(), "node_affinity: a score for each node", scores.size(), nodes());
     std::fill(scores.begin(), scores.end(), 0);
     for (const request_signature::entry& e : signature.entries) {
@@ -187,7 +194,7 @@ class node_affinity {
   }
 
  private:
-  node_affinity(const topology& t, const routing_shape& shape, const group_options& options)
+  TETROMINO_ABI node_affinity(const topology& t, const routing_shape& shape, const group_options& options)
       : shape_(shape), options_(options) {
     for (std::size_t n = 0; n < t.nodes(); ++n) gpus_.push_back(t.gpus_on_node(n));
   }
@@ -200,7 +207,7 @@ class node_affinity {
     std::vector<std::int64_t> uses;   // [buckets, experts]
   };
 
-  void learn(const placement& p, const topology& t, const trace_view& recorded) {
+  TETROMINO_ABI void learn(const placement& p, const topology& t, const trace_view& recorded) {
     const std::size_t k = shape_.experts_per_token, experts = shape_.experts;
     const signature_builder rows(shape_, options_.signature);
     prices price{};
@@ -238,8 +245,8 @@ class node_affinity {
   }
 
   // An expert saves a visit to a node that holds it, shared with the token's other experts there.
-  void learn_token(std::span<const std::uint16_t> ids, std::span<const std::uint64_t> holders, const prices& price,
-                   std::size_t row, sums& learnt) const {
+  TETROMINO_ABI void learn_token(std::span<const std::uint16_t> ids, std::span<const std::uint64_t> holders,
+                                 const prices& price, std::size_t row, sums& learnt) const {
     std::uint64_t held[64];
     for (std::size_t i = 0; i < ids.size(); ++i) {
       held[i] = ids[i] == no_expert ? 0 : holders[ids[i]];
@@ -266,6 +273,8 @@ class node_affinity {
   std::vector<std::size_t> gpus_;    // [nodes]
   std::vector<std::int32_t> value_;  // [buckets, experts, nodes]
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Assigns a batch of requests to nodes within the token budget. tokens[i] is what request i counts. Errors: lengths
 /// that disagree. A budget that whole requests cannot meet is exceeded by less than one request.
@@ -295,6 +304,8 @@ class node_affinity {
   return try_group(affinity, signatures, tokens).value();
 }
 
+}  // namespace TETROMINO_ISA
+
 /// How requests are taken in one by one.
 struct online_options {
   /// Tokens in flight that the budget is reckoned for while fewer are: lets the first requests choose freely.
@@ -309,7 +320,7 @@ class online_grouper {
   static constexpr std::uint32_t anywhere = 0xFFFF'FFFF;
 
   /// Precondition: the affinity outlives this; stickiness is 0 or more.
-  explicit online_grouper(const node_affinity& affinity, const online_options& options = {})
+  TETROMINO_ABI explicit online_grouper(const node_affinity& affinity, const online_options& options = {})
       : affinity_(&affinity), options_(options), used_(affinity.nodes(), 0), scores_(affinity.nodes(), 0) {
     TETROMINO_EXPECTS(options.stickiness >= 0, "online_grouper: stickiness of 0 or more", options.stickiness);
     for (const std::size_t g : affinity.gpus_of_nodes()) gpus_ += g;
@@ -317,7 +328,8 @@ class online_grouper {
 
   /// The node for a request that counts `tokens`: the best one within budget, `previous` (where an earlier turn of it
   /// ran) unless another is clearly better; where no node is within budget, the one with the fewest tokens per GPU.
-  std::uint32_t assign(const request_signature& signature, std::uint64_t tokens, std::uint32_t previous = anywhere) {
+  TETROMINO_ABI std::uint32_t assign(const request_signature& signature, std::uint64_t tokens,
+                                     std::uint32_t previous = anywhere) {
     TETROMINO_EXPECTS(previous == anywhere || previous < used_.size(), "online_grouper: previous node out of range",
                       previous, used_.size());
     affinity_->score(signature, scores_);
@@ -342,7 +354,7 @@ class online_grouper {
   }
   /// Goes on with what is known of another placement, which outlives this; requests in flight keep their nodes.
   /// Precondition: as many nodes.
-  void use(const node_affinity& affinity) {
+  TETROMINO_ABI void use(const node_affinity& affinity) {
     TETROMINO_EXPECTS(affinity.nodes() == used_.size(), "online_grouper: an affinity of as many nodes",
                       affinity.nodes(), used_.size());
     affinity_ = &affinity;
@@ -350,14 +362,14 @@ class online_grouper {
     for (const std::size_t g : affinity.gpus_of_nodes()) gpus_ += g;
   }
   /// A request has ended. Precondition: the node had that many tokens.
-  void release(std::uint32_t node, std::uint64_t tokens) {
+  TETROMINO_ABI void release(std::uint32_t node, std::uint64_t tokens) {
     TETROMINO_EXPECTS(node < used_.size() && used_[node] >= tokens, "online_grouper: tokens that the node had", node,
                       used_.size(), used_[node], tokens);
     used_[node] -= tokens;
     all_ -= tokens;
   }
   /// Tokens in flight: [nodes].
-  [[nodiscard]] std::span<const std::uint64_t> tokens_on_node() const noexcept { return used_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint64_t> tokens_on_node() const noexcept { return used_; }
 
  private:
   const node_affinity* affinity_;

@@ -20,12 +20,14 @@ struct load_view {
   std::size_t experts = 0;
   std::span<const double> values;
 
-  [[nodiscard]] std::span<const double> layer(std::size_t l) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const double> layer(std::size_t l) const {
     TETROMINO_EXPECTS(l < layers && values.size() == layers * experts, "load_view: layer number or size out of range",
                       l, layers, values.size(), layers * experts);
     return values.subspan(l * experts, experts);
   }
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Checks loads: at least one layer and expert, sizes that agree, each value finite and 0 or more.
 [[nodiscard]] inline result<void> try_validate(const load_view& loads) {
@@ -49,19 +51,21 @@ struct load_view {
 
 inline void validate(const load_view& loads) { try_validate(loads).value(); }
 
+}  // namespace TETROMINO_ISA
+
 /// Loads that own their values: values[layers, experts].
 struct load_table {
   std::size_t layers = 0;
   std::size_t experts = 0;
   std::vector<double> values;
 
-  [[nodiscard]] load_view view() const& { return {layers, experts, values}; }
+  [[nodiscard]] TETROMINO_ABI load_view view() const& { return {layers, experts, values}; }
   load_view view() const&& = delete;  // would dangle
 
-  friend bool operator==(const load_table&, const load_table&) = default;
+  friend TETROMINO_ABI bool operator==(const load_table&, const load_table&) = default;
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// Max over units of load by speed, over what it would be if all were equally busy; 1 without any load. speed(i) is 0
 /// for units that cannot serve.
@@ -82,7 +86,9 @@ template <class Load, class Speed>
   return max_over_mean(std::span<const Load>(loads), speed);
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Loads from counts of any kind that an engine keeps: counts[layers, experts]. Errors: as try_validate.
 template <class Count>
@@ -98,6 +104,8 @@ template <class Count>
 [[nodiscard]] load_table to_loads(std::size_t layers, std::size_t experts, std::span<const Count> counts) {
   return try_to_loads(layers, experts, counts).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

@@ -23,7 +23,7 @@ struct expert_move {
   std::uint32_t to_gpu;
   std::uint32_t to_slot;
 
-  friend bool operator==(const expert_move&, const expert_move&) = default;
+  friend TETROMINO_ABI bool operator==(const expert_move&, const expert_move&) = default;
 };
 
 /// Moves that run at the same time: each GPU sends at most once, receives at most once, and talks to one peer only.
@@ -46,7 +46,7 @@ struct missing_expert {
   std::uint32_t to_gpu;
   std::uint32_t to_slot;
 
-  friend bool operator==(const missing_expert&, const missing_expert&) = default;
+  friend TETROMINO_ABI bool operator==(const missing_expert&, const missing_expert&) = default;
 };
 
 /// How to get from one placement to the next.
@@ -59,7 +59,7 @@ struct migration {
   double seconds = 0;  ///< all rounds of all layers one after the other, each as long as its slowest move
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 [[nodiscard]] inline result<void> check_migration(const placement& current, const placement& next, const topology& t) {
   if (current.layers() != next.layers() || current.experts() != next.experts() || current.slots() != next.slots()) {
@@ -131,7 +131,9 @@ namespace detail {
   return rounds;
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Renames what `next` leaves open so that it looks like `current`: GPUs of a node that have equally many slots are
 /// exchanged, and experts change slots on a GPU, where that lets more experts stay where they are. No expert changes
@@ -179,7 +181,9 @@ inline void align(placement& next, const placement& current, const topology& t) 
   }
 }
 
-namespace detail {
+}  // namespace TETROMINO_ISA
+
+namespace detail::inline TETROMINO_ISA {
 
 /// Finds out which weights have to get where, layer by layer.
 class move_planner {
@@ -247,7 +251,9 @@ class move_planner {
   std::vector<std::int32_t> held_;
 };
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Plans the way from `current` to `next`, layer by layer. An expert that its GPU holds already, in whatever slot, does
 /// not move. Each other comes from a GPU of the same node if one has it, else from another node; among several, from
@@ -291,6 +297,8 @@ class move_planner {
                                        double bytes_per_expert) {
   return try_migrate(current, next, t, bytes_per_expert).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

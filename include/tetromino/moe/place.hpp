@@ -20,7 +20,7 @@
 
 namespace TETROMINO_NAMESPACE::moe {
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 [[nodiscard]] inline result<void> check_place_shape(std::size_t layers, std::size_t experts, const topology& t) {
   if (layers == 0 || experts == 0 || experts > placement::max_experts) {
@@ -71,7 +71,9 @@ namespace detail {
   return out;
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Expert e in slot e; where there are more slots than experts, each GPU gets its share of neighbouring experts and
 /// leaves the rest of its slots empty. What engines do by default. Errors: fewer slots than experts.
@@ -113,6 +115,8 @@ namespace detail {
   return try_round_robin(layers, experts, t).value();
 }
 
+}  // namespace TETROMINO_ISA
+
 /// The sizes that DeepSeek EPLB is called with.
 struct eplb_options {
   std::size_t replicas = 0;  ///< slots per layer: a multiple of `gpus`, and at least the number of experts
@@ -120,6 +124,8 @@ struct eplb_options {
   std::size_t nodes = 1;
   std::size_t gpus = 1;  ///< a multiple of `nodes`
 };
+
+inline namespace TETROMINO_ISA {
 
 /// The index tensors that DeepSeek EPLB computes for the same input: hierarchical (groups to nodes, copies within
 /// nodes, copies to GPUs) when `nodes` divides `groups`, global otherwise. Two copies of an expert may meet on one GPU;
@@ -176,6 +182,8 @@ struct eplb_options {
   return try_balanced_eplb(loads, options).value();
 }
 
+}  // namespace TETROMINO_ISA
+
 /// What `balanced` keeps together.
 struct balanced_options {
   /// Experts fall into this many groups of neighbours, each kept on one node (for routing that picks groups first);
@@ -187,6 +195,8 @@ struct balanced_options {
   /// None: as many as there are slots.
   std::span<const std::size_t> copies_per_layer{};
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Spreads load evenly over GPUs, and as far as that leaves a choice over nodes, with copies of the experts that carry
 /// most, and never two copies of one expert on a GPU; takes any shape. All slots are used, but those of a GPU beyond
@@ -351,6 +361,8 @@ inline void balance_gpus(placement& p, const topology& t, std::span<const double
     }
   }
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

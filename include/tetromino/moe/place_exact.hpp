@@ -37,7 +37,7 @@ struct exact_plan {
   std::uint64_t steps = 0;                       ///< experts that were put on a node by way of trial
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// Branch and bound over sources of requests, and for each choice of them over the nodes of experts, layer by layer.
 class exact_search {
@@ -219,7 +219,9 @@ class exact_search {
   std::uint64_t steps_ = 0;
 };
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// The plan of least traffic that there is, one copy per expert, by branch and bound: to tell how far `local` is from
 /// it on small cases. The time grows as nodes^(experts + requests). Errors: more than 8 nodes, 12 experts, 12 requests
@@ -265,6 +267,8 @@ class exact_search {
 [[nodiscard]] inline exact_plan exact(const trace_view& served, const topology& t, const exact_options& options = {}) {
   return try_exact(served, t, options).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

@@ -20,7 +20,7 @@
 
 namespace TETROMINO_NAMESPACE::moe {
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 [[nodiscard]] inline result<void> check_local(const trace_view& calibration, const topology& t,
                                               const local_options& o) {
@@ -155,7 +155,9 @@ template <class Mask>
   return best;
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Places experts and groups requests together so that tokens stay near, within an imbalance limit: grouping and layers
 /// are improved in turns, layers by annealing on exact counts of a sample of tokens. Requests that were not sampled are
@@ -177,6 +179,8 @@ template <class Mask>
                                       const local_options& options = {}) {
   return try_local(calibration, t, options).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

@@ -27,16 +27,17 @@ class placement {
  public:
   static constexpr std::size_t max_experts = 65'535;
 
-  placement() = default;
+  TETROMINO_ABI placement() = default;
 
   /// All slots empty: experts[layers, slots].
-  placement(std::size_t layers, std::size_t experts, std::size_t slots)
+  TETROMINO_ABI placement(std::size_t layers, std::size_t experts, std::size_t slots)
       : layers_(layers), experts_(experts), slots_(slots), slot_to_expert_(layers * slots, empty_slot) {}
 
   /// From slot_to_expert[layers, slots]. Errors: a size that is zero or does not fit, an entry outside −1 … experts
   /// − 1.
-  [[nodiscard]] static result<placement> try_make(std::size_t layers, std::size_t experts, std::size_t slots,
-                                                  std::vector<std::int32_t> slot_to_expert) {
+  [[nodiscard]] TETROMINO_ABI static result<placement> try_make(std::size_t layers, std::size_t experts,
+                                                                std::size_t slots,
+                                                                std::vector<std::int32_t> slot_to_expert) {
     if (layers == 0 || slots == 0 || slots > topology::max_slots || experts == 0 || experts > max_experts) {
       return error(errc::invalid_argument,
                    detail::text("placement: expected layers ≥ 1, slots 1 to ", topology::max_slots,
@@ -60,28 +61,28 @@ class placement {
     p.slot_to_expert_ = std::move(slot_to_expert);
     return p;
   }
-  [[nodiscard]] static placement make(std::size_t layers, std::size_t experts, std::size_t slots,
-                                      std::vector<std::int32_t> slot_to_expert) {
+  [[nodiscard]] TETROMINO_ABI static placement make(std::size_t layers, std::size_t experts, std::size_t slots,
+                                                    std::vector<std::int32_t> slot_to_expert) {
     return try_make(layers, experts, slots, std::move(slot_to_expert)).value();
   }
 
-  [[nodiscard]] std::size_t layers() const noexcept { return layers_; }
-  [[nodiscard]] std::size_t experts() const noexcept { return experts_; }
-  [[nodiscard]] std::size_t slots() const noexcept { return slots_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t layers() const noexcept { return layers_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t experts() const noexcept { return experts_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t slots() const noexcept { return slots_; }
 
   /// slot → expert of one layer: [slots].
-  [[nodiscard]] std::span<const std::int32_t> layer(std::size_t l) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const std::int32_t> layer(std::size_t l) const {
     TETROMINO_EXPECTS(l < layers_, "placement: layer number out of range", l, layers_);
     return std::span(slot_to_expert_).subspan(l * slots_, slots_);
   }
-  [[nodiscard]] std::span<std::int32_t> layer(std::size_t l) {
+  [[nodiscard]] TETROMINO_ABI std::span<std::int32_t> layer(std::size_t l) {
     TETROMINO_EXPECTS(l < layers_, "placement: layer number out of range", l, layers_);
     return std::span(slot_to_expert_).subspan(l * slots_, slots_);
   }
   /// slot → expert of all layers: [layers, slots].
-  [[nodiscard]] std::span<const std::int32_t> slot_to_expert() const noexcept { return slot_to_expert_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::int32_t> slot_to_expert() const noexcept { return slot_to_expert_; }
 
-  friend bool operator==(const placement&, const placement&) = default;
+  friend TETROMINO_ABI bool operator==(const placement&, const placement&) = default;
 
  private:
   std::size_t layers_ = 0;
@@ -93,8 +94,9 @@ class placement {
 /// expert → its slots, for all layers of a placement; slots ascend, so the first copy comes first.
 class replica_index {
  public:
-  replica_index() = default;
-  explicit replica_index(const placement& p) : experts_(p.experts()), first_(p.layers() * p.experts() + 1, 0) {
+  TETROMINO_ABI replica_index() = default;
+  TETROMINO_ABI explicit replica_index(const placement& p)
+      : experts_(p.experts()), first_(p.layers() * p.experts() + 1, 0) {
     for (std::size_t l = 0; l < p.layers(); ++l) {
       for (const std::int32_t e : p.layer(l)) {
         if (e != empty_slot) ++first_[l * experts_ + static_cast<std::size_t>(e) + 1];
@@ -114,7 +116,7 @@ class replica_index {
   }
 
   /// Slots that hold `expert` in `layer`, ascending; none if it is not placed.
-  [[nodiscard]] std::span<const std::uint32_t> slots_of(std::size_t layer, std::size_t expert) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint32_t> slots_of(std::size_t layer, std::size_t expert) const {
     const std::size_t i = layer * experts_ + expert;
     TETROMINO_EXPECTS(expert < experts_ && i + 1 < first_.size(), "replica_index: layer or expert out of range", expert,
                       experts_, i + 1, first_.size());
@@ -133,6 +135,8 @@ struct placement_rules {
   bool each_expert = true;           ///< false: experts may be missing, as after the loss of a GPU
   std::size_t nodes_per_expert = 1;  ///< on how many nodes at least each expert that is there has a copy
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Checks a placement against a cluster: slots as many as the topology has, and by the rules: each expert in each layer
 /// at least once, no expert twice on one GPU, copies on enough nodes. Errors name layer and expert.
@@ -264,6 +268,8 @@ inline constexpr std::uint32_t new_gpu = 0xFFFF'FFFF;
   return try_fill_empty_slots(std::move(p), t).value();
 }
 
+}  // namespace TETROMINO_ISA
+
 /// The three tensors that callers of DeepSeek EPLB expect, row-major.
 struct index_tensors {
   std::size_t layers = 0;
@@ -274,8 +280,10 @@ struct index_tensors {
   std::vector<std::int64_t> logical_to_physical;  ///< [layers, experts, max_copies], −1 where there is no further copy
   std::vector<std::int64_t> count;                ///< [layers, experts]
 
-  friend bool operator==(const index_tensors&, const index_tensors&) = default;
+  friend TETROMINO_ABI bool operator==(const index_tensors&, const index_tensors&) = default;
 };
+
+inline namespace TETROMINO_ISA {
 
 /// The index tensors of a placement, copies in slot order; empty slots are −1 in physical_to_logical.
 [[nodiscard]] inline index_tensors to_index_tensors(const placement& p) {
@@ -326,7 +334,9 @@ struct index_tensors {
   return out;
 }
 
-namespace detail {
+}  // namespace TETROMINO_ISA
+
+namespace detail::inline TETROMINO_ISA {
 
 /// Words and numbers of a text, with the line they stand on.
 class word_reader {
@@ -362,7 +372,9 @@ class word_reader {
   std::size_t line_ = 1;
 };
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Reads what `to_text` wrote. Errors name the line.
 [[nodiscard]] inline result<placement> try_placement_from_text(std::string_view written) {
@@ -395,6 +407,8 @@ class word_reader {
 [[nodiscard]] inline placement placement_from_text(std::string_view written) {
   return try_placement_from_text(written).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

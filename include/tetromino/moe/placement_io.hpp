@@ -21,6 +21,7 @@
 #include <vector>       // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
+inline namespace TETROMINO_ISA {
 
 /// A placement as one line of JSON: `{"experts":E,"layers":L,"slot_to_expert":[[…],…],"slots":S}`, −1 for empty slots.
 [[nodiscard]] inline std::string to_json(const placement& p) {
@@ -33,7 +34,9 @@ namespace TETROMINO_NAMESPACE::moe {
   return out.dump();
 }
 
-namespace detail {
+}  // namespace TETROMINO_ISA
+
+namespace detail::inline TETROMINO_ISA {
 
 [[nodiscard]] inline result<placement> placement_of_json(const nlohmann::json& j) {
   std::size_t sizes[3] = {};
@@ -68,7 +71,9 @@ namespace detail {
   return lists.finish(sizes[1]);
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Reads what `to_json` wrote; other keys are ignored. Errors say which key is missing or wrong.
 [[nodiscard]] inline result<placement> try_placement_from_json(std::string_view written) {
@@ -82,6 +87,8 @@ namespace detail {
   return try_placement_from_json(written).value();
 }
 
+}  // namespace TETROMINO_ISA
+
 /// How engines write down where experts live.
 enum class plan_format : std::uint8_t {
   physical_to_logical_json,  ///< SGLang (--init-expert-location) and vLLM: `{"physical_to_logical_map": [[…], …]}`
@@ -94,6 +101,8 @@ struct plan_write_options {
   std::size_t first_layer = 0;             ///< number in the model of the placement's layer 0, after dense ones (YAML)
   std::size_t layer_updates_per_iter = 0;  ///< TensorRT-LLM: 0 keeps the plan as it is
 };
+
+inline namespace TETROMINO_ISA {
 
 /// A plan as an engine reads it. Errors: slots that are empty (see fill_empty_slots), since no engine takes those; a
 /// placement for another topology.
@@ -146,13 +155,15 @@ struct plan_write_options {
   return try_to_plan(p, t, format, options).value();
 }
 
+}  // namespace TETROMINO_ISA
+
 /// A placement out of a file, and whose file it is.
 struct plan_file {
   std::string format;
   placement experts;
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 [[nodiscard]] inline result<plan_file> plan_of_json(const nlohmann::json& j, std::size_t experts) {
   if (j.contains("slot_to_expert")) {
@@ -187,7 +198,9 @@ namespace detail {
   return plan_file{by_device ? "vllm-ascend expert map (JSON)" : "physical_to_logical_map (JSON)", std::move(*p)};
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Reads a plan in any of the formats that are written here, `to_json` and `to_text` included, and says which it is.
 /// `experts` is how many there are; 0: the largest number + 1. GPUs are not in it, so that slots count: a topology of
@@ -223,6 +236,8 @@ namespace detail {
 [[nodiscard]] inline plan_file read_plan(std::string_view written, std::size_t experts = 0) {
   return try_read_plan(written, experts).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

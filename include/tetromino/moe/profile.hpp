@@ -26,7 +26,7 @@ struct profile_options {
   bool co_activation = false;  ///< keeps how often two experts serve the same token in a layer
   bool transitions = false;    ///< keeps how often expert a in a layer is followed by expert b in the next
 
-  friend bool operator==(const profile_options&, const profile_options&) = default;
+  friend TETROMINO_ABI bool operator==(const profile_options&, const profile_options&) = default;
 };
 
 /// Whose token is added.
@@ -40,7 +40,7 @@ struct token_origin {
 class profile {
  public:
   /// All counts zero. Errors: a shape that has a zero, or experts per token above experts.
-  [[nodiscard]] static result<profile> try_make(const profile_options& options) {
+  [[nodiscard]] TETROMINO_ABI static result<profile> try_make(const profile_options& options) {
     const routing_shape& s = options.shape;
     if (s.layers == 0 || s.experts == 0 || s.experts > 65'535 || s.experts_per_token == 0 ||
         s.experts_per_token > s.experts) {
@@ -58,23 +58,23 @@ class profile {
     if (options.transitions) p.transitions_.assign((s.layers - 1) * s.experts * s.experts, 0.0);
     return p;
   }
-  [[nodiscard]] static profile make(const profile_options& options) { return try_make(options).value(); }
+  [[nodiscard]] TETROMINO_ABI static profile make(const profile_options& options) { return try_make(options).value(); }
 
-  [[nodiscard]] const profile_options& options() const noexcept { return options_; }
-  [[nodiscard]] const routing_shape& shape() const noexcept { return options_.shape; }
+  [[nodiscard]] TETROMINO_ABI const profile_options& options() const noexcept { return options_; }
+  [[nodiscard]] TETROMINO_ABI const routing_shape& shape() const noexcept { return options_.shape; }
   /// Tokens added so far, less what decay took away.
-  [[nodiscard]] double tokens(phase p = phase::all) const noexcept {
+  [[nodiscard]] TETROMINO_ABI double tokens(phase p = phase::all) const noexcept {
     return p == phase::prefill ? tokens_[0] : p == phase::decode ? tokens_[1] : tokens_[0] + tokens_[1];
   }
   /// Bytes that the counts occupy.
-  [[nodiscard]] std::size_t memory_bytes() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t memory_bytes() const noexcept {
     return sizeof(double) * (loads_.size() + domain_loads_.size() + co_activation_.size() + transitions_.size()) +
            sizeof(float) * signatures_.size();
   }
 
   /// Adds one token: ids[layers, experts per token], no_expert where nobody serves. Errors (nothing is added then):
   /// another number of ids, an id, a domain or a request out of range, phase::all.
-  [[nodiscard]] result<void> try_add(std::span<const std::uint16_t> ids, const token_origin& origin) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_add(std::span<const std::uint16_t> ids, const token_origin& origin) {
     const routing_shape& s = options_.shape;
     if (ids.size() != s.ids_per_token()) {
       return error(errc::shape_mismatch, detail::text("profile: expected ", s.layers, " × ", s.experts_per_token,
@@ -94,11 +94,13 @@ class profile {
     add_checked(ids, origin);
     return {};
   }
-  void add(std::span<const std::uint16_t> ids, const token_origin& origin) { try_add(ids, origin).value(); }
+  TETROMINO_ABI void add(std::span<const std::uint16_t> ids, const token_origin& origin) {
+    try_add(ids, origin).value();
+  }
 
   /// Adds all requests of a view; request i becomes signature first_request + i. Precondition: the view is valid (a
   /// trace made it). Errors (nothing is added then): another shape, a domain or a request out of range.
-  [[nodiscard]] result<void> try_add(const trace_view& from, std::uint32_t first_request = 0) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_add(const trace_view& from, std::uint32_t first_request = 0) {
     if (from.shape != options_.shape) {
       return error(errc::shape_mismatch, detail::text("profile: expected routing of ", shape_text(options_.shape),
                                                       ", got ", shape_text(from.shape)));
@@ -118,10 +120,12 @@ class profile {
     }
     return {};
   }
-  void add(const trace_view& from, std::uint32_t first_request = 0) { try_add(from, first_request).value(); }
+  TETROMINO_ABI void add(const trace_view& from, std::uint32_t first_request = 0) {
+    try_add(from, first_request).value();
+  }
 
   /// Adds the counts of another profile, e.g. one that another rank kept. Errors: other options.
-  [[nodiscard]] result<void> try_merge(const profile& other) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_merge(const profile& other) {
     if (other.options_ != options_) {
       return error(errc::shape_mismatch,
                    detail::text("profile: expected to merge a profile with the same options, got one of ",
@@ -137,11 +141,11 @@ class profile {
     add_to(transitions_, other.transitions_);
     return {};
   }
-  void merge(const profile& other) { try_merge(other).value(); }
+  TETROMINO_ABI void merge(const profile& other) { try_merge(other).value(); }
 
   /// Multiplies all counts by `factor`, so that the past fades: called every so many tokens, the weight of a token
   /// falls exponentially. Errors: a factor outside 0 … 1.
-  [[nodiscard]] result<void> try_decay(double factor) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_decay(double factor) {
     if (!(factor >= 0 && factor <= 1)) {
       return error(errc::invalid_argument, detail::text("profile: expected a factor from 0 to 1, got ", factor));
     }
@@ -157,30 +161,30 @@ class profile {
     scale(transitions_);
     return {};
   }
-  void decay(double factor) { try_decay(factor).value(); }
+  TETROMINO_ABI void decay(double factor) { try_decay(factor).value(); }
 
   /// Pairs per layer and expert in one phase (prefill or decode): [layers, experts].
-  [[nodiscard]] load_view loads(phase p) const {
+  [[nodiscard]] TETROMINO_ABI load_view loads(phase p) const {
     return {options_.shape.layers, options_.shape.experts, part(loads_, 0, p)};
   }
   /// Prefill and decode together: [layers, experts].
-  [[nodiscard]] std::vector<double> total_loads() const {
+  [[nodiscard]] TETROMINO_ABI std::vector<double> total_loads() const {
     std::vector<double> out(loads_.begin(), loads_.begin() + static_cast<std::ptrdiff_t>(cells()));
     for (std::size_t i = 0; i < out.size(); ++i) out[i] += loads_[cells() + i];
     return out;
   }
   /// The same counts for the tokens of one domain.
-  [[nodiscard]] load_view domain_loads(std::size_t domain, phase p) const {
+  [[nodiscard]] TETROMINO_ABI load_view domain_loads(std::size_t domain, phase p) const {
     TETROMINO_EXPECTS(domain < options_.domains, "profile: domain number out of range", domain, options_.domains);
     return {options_.shape.layers, options_.shape.experts, part(domain_loads_, domain, p)};
   }
   /// How often one request used each expert in one phase: [layers, experts].
-  [[nodiscard]] std::span<const float> signature(std::size_t request, phase p) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const float> signature(std::size_t request, phase p) const {
     TETROMINO_EXPECTS(request < options_.requests, "profile: request number out of range", request, options_.requests);
     return part(signatures_, request, p);
   }
   /// Tokens for which both experts were chosen in `layer`; 0 for a == b. Precondition: co-activation is kept.
-  [[nodiscard]] double co_activation(std::size_t layer, std::size_t a, std::size_t b) const {
+  [[nodiscard]] TETROMINO_ABI double co_activation(std::size_t layer, std::size_t a, std::size_t b) const {
     TETROMINO_EXPECTS(options_.co_activation && layer < options_.shape.layers && a < options_.shape.experts &&
                           b < options_.shape.experts,
                       "profile: co-activation is kept, layer and experts in range", layer, options_.shape.layers, a,
@@ -188,7 +192,7 @@ class profile {
     return a == b ? 0.0 : co_activation_[pair_index(layer, a, b)];
   }
   /// How often b in layer + 1 followed a in `layer`, for all b: [experts]. Precondition: transitions are kept.
-  [[nodiscard]] std::span<const double> transitions(std::size_t layer, std::size_t a) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const double> transitions(std::size_t layer, std::size_t a) const {
     TETROMINO_EXPECTS(options_.transitions && layer + 1 < options_.shape.layers && a < options_.shape.experts,
                       "profile: transitions are kept, layer has a next one, expert in range", layer + 1,
                       options_.shape.layers, a, options_.shape.experts);
@@ -197,33 +201,36 @@ class profile {
   }
 
  private:
-  profile() = default;
+  TETROMINO_ABI profile() = default;
 
-  [[nodiscard]] static std::size_t pairs(std::size_t n) { return n * (n - 1) / 2; }
-  [[nodiscard]] static std::string shape_text(const routing_shape& s) {
+  [[nodiscard]] TETROMINO_ABI static std::size_t pairs(std::size_t n) { return n * (n - 1) / 2; }
+  [[nodiscard]] TETROMINO_ABI static std::string shape_text(const routing_shape& s) {
     return detail::text(s.layers, " layers × ", s.experts_per_token, " of ", s.experts, " experts");
   }
-  [[nodiscard]] std::size_t cells() const noexcept { return options_.shape.layers * options_.shape.experts; }
+  [[nodiscard]] TETROMINO_ABI std::size_t cells() const noexcept {
+    return options_.shape.layers * options_.shape.experts;
+  }
 
-  [[nodiscard]] std::size_t pair_index(std::size_t layer, std::size_t a, std::size_t b) const {
+  [[nodiscard]] TETROMINO_ABI std::size_t pair_index(std::size_t layer, std::size_t a, std::size_t b) const {
     if (a < b) std::swap(a, b);
     return layer * pairs(options_.shape.experts) + a * (a - 1) / 2 + b;
   }
 
   // Counts are kept as [owner, prefill and decode, layers, experts].
   template <class Number>
-  [[nodiscard]] std::span<const Number> part(const std::vector<Number>& counts, std::size_t owner, phase p) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const Number> part(const std::vector<Number>& counts, std::size_t owner,
+                                                           phase p) const {
     TETROMINO_EXPECTS(p != phase::all, "profile: counts are kept for prefill and for decode");
     return std::span(counts).subspan((2 * owner + (p == phase::decode ? 1 : 0)) * cells(), cells());
   }
 
-  [[nodiscard]] static result<void> check_origin(const char* what, std::size_t number, std::size_t kept) {
+  [[nodiscard]] TETROMINO_ABI static result<void> check_origin(const char* what, std::size_t number, std::size_t kept) {
     if (kept == 0 || number < kept) return {};
     return error(errc::invalid_argument,
                  detail::text("profile: expected a ", what, " number below ", kept, ", got ", number));
   }
 
-  void add_checked(std::span<const std::uint16_t> ids, const token_origin& origin) {
+  TETROMINO_ABI void add_checked(std::span<const std::uint16_t> ids, const token_origin& origin) {
     const auto& [layers, experts, k] = options_.shape;
     const std::size_t half = origin.when == phase::decode ? cells() : 0;
     double* const load = loads_.data() + half;
@@ -243,7 +250,7 @@ class profile {
       if (options_.transitions && l + 1 < layers) add_transitions(l, {now, k}, {now + k, k});
     }
   }
-  void add_co_activation(std::size_t l, std::span<const std::uint16_t> ids) {
+  TETROMINO_ABI void add_co_activation(std::size_t l, std::span<const std::uint16_t> ids) {
     for (std::size_t i = 1; i < ids.size(); ++i) {
       for (std::size_t j = 0; j < i; ++j) {
         if (ids[i] == ids[j] || ids[i] == no_expert || ids[j] == no_expert) continue;
@@ -251,7 +258,8 @@ class profile {
       }
     }
   }
-  void add_transitions(std::size_t l, std::span<const std::uint16_t> now, std::span<const std::uint16_t> next) {
+  TETROMINO_ABI void add_transitions(std::size_t l, std::span<const std::uint16_t> now,
+                                     std::span<const std::uint16_t> next) {
     const std::size_t experts = options_.shape.experts;
     for (const std::uint16_t a : now) {
       if (a == no_expert) continue;
@@ -263,7 +271,7 @@ class profile {
   }
 
   template <class Number>
-  static void add_to(std::vector<Number>& counts, const std::vector<Number>& more) {
+  TETROMINO_ABI static void add_to(std::vector<Number>& counts, const std::vector<Number>& more) {
     for (std::size_t i = 0; i < counts.size(); ++i) counts[i] += more[i];
   }
 
@@ -282,6 +290,8 @@ struct load_imbalance {
   double worst = 0;             ///< of the worst layer
   std::size_t worst_layer = 0;  ///< the first such layer
 };
+
+inline namespace TETROMINO_ISA {
 
 /// First finding: how unevenly experts are used. A layer without load counts as even (1). Errors: bad loads.
 /// (arXiv 2604.23150)
@@ -347,12 +357,16 @@ struct load_imbalance {
   return out;
 }
 
+}  // namespace TETROMINO_ISA
+
 /// Cosine between the prefill and the decode signature, of one request and of different ones.
 struct phase_similarity {
   double same_request = 0;
   double across_requests = 0;
   std::size_t requests = 0;  ///< those with prefill and decode tokens
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Third finding: a request's prefill predicts its decode. Means over requests, and over ordered pairs of different
 /// requests. Time and memory grow linearly with requests. (arXiv 2604.23150)
@@ -385,6 +399,8 @@ struct phase_similarity {
   if (out.requests > 1) out.across_requests = (all - same) / (n * (n - 1));
   return out;
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

@@ -71,7 +71,8 @@ struct rebalance_report {
 class rebalancer {
  public:
   /// Errors: a placement that is not valid on the topology, weights, limits or sizes out of range.
-  [[nodiscard]] static result<rebalancer> try_make(placement current, topology t, rebalance_options options) {
+  [[nodiscard]] TETROMINO_ABI static result<rebalancer> try_make(placement current, topology t,
+                                                                 rebalance_options options) {
     if (auto ok = try_validate(current, t, {.one_copy_per_gpu = false}); !ok) return ok.error();
     const auto usable = [](double x) { return std::isfinite(x) && x >= 0; };
     if (!usable(options.divergence) || !usable(options.node_imbalance) || !usable(options.bytes_per_expert) ||
@@ -81,20 +82,22 @@ class rebalancer {
     }
     return rebalancer(std::move(current), std::move(t), std::move(options));
   }
-  [[nodiscard]] static rebalancer make(placement current, topology t, rebalance_options options) {
+  [[nodiscard]] TETROMINO_ABI static rebalancer make(placement current, topology t, rebalance_options options) {
     return try_make(std::move(current), std::move(t), std::move(options)).value();
   }
 
   /// The plan to serve under now: the layers committed are new, the others as before.
-  [[nodiscard]] const placement& current() const noexcept { return current_; }
-  [[nodiscard]] const topology& cluster() const noexcept { return topology_; }
+  [[nodiscard]] TETROMINO_ABI const placement& current() const noexcept { return current_; }
+  [[nodiscard]] TETROMINO_ABI const topology& cluster() const noexcept { return topology_; }
   /// What assigns requests under it: none before the first plan. Stays where it is until a plan's last layer is
   /// committed, and is then replaced (online_grouper::use).
-  [[nodiscard]] const node_affinity* affinity() const noexcept { return affinity_ ? &*affinity_ : nullptr; }
-  [[nodiscard]] const rebalance_options& options() const noexcept { return options_; }
+  [[nodiscard]] TETROMINO_ABI const node_affinity* affinity() const noexcept {
+    return affinity_ ? &*affinity_ : nullptr;
+  }
+  [[nodiscard]] TETROMINO_ABI const rebalance_options& options() const noexcept { return options_; }
 
   /// Looks at tokens served lately and decides. Errors: of local, for routing that does not fit the placement.
-  [[nodiscard]] result<rebalance_report> try_consider(const trace_view& seen) {
+  [[nodiscard]] TETROMINO_ABI result<rebalance_report> try_consider(const trace_view& seen) {
     rebalance_report out;
     if (!layers_.empty()) {
       out.verdict = rebalance_verdict::migrating;
@@ -140,23 +143,23 @@ class rebalancer {
     begin(std::move(*found), std::move(loads), out.way);
     return out;
   }
-  rebalance_report consider(const trace_view& seen) { return try_consider(seen).value(); }
+  TETROMINO_ABI rebalance_report consider(const trace_view& seen) { return try_consider(seen).value(); }
   /// The same, with what a recorder has kept.
-  [[nodiscard]] result<rebalance_report> try_consider(const recorder& seen) {
+  [[nodiscard]] TETROMINO_ABI result<rebalance_report> try_consider(const recorder& seen) {
     const trace recorded = seen.to_trace();
     return try_consider(recorded.view());
   }
-  rebalance_report consider(const recorder& seen) { return try_consider(seen).value(); }
+  TETROMINO_ABI rebalance_report consider(const recorder& seen) { return try_consider(seen).value(); }
 
   /// The next layer to migrate, with its rounds; null when there is none. The slots of its experts are those of `next`.
-  [[nodiscard]] const layer_migration* next_layer() const noexcept {
+  [[nodiscard]] TETROMINO_ABI const layer_migration* next_layer() const noexcept {
     return layers_.empty() ? nullptr : &layers_.front();
   }
   /// The plan that is on its way; the one in force when there is none.
-  [[nodiscard]] const placement& next() const noexcept { return layers_.empty() ? current_ : next_; }
+  [[nodiscard]] TETROMINO_ABI const placement& next() const noexcept { return layers_.empty() ? current_ : next_; }
   /// The weights of next_layer() are where they shall be: it is served as planned from now on. Precondition: there is
   /// such a layer.
-  void commit_layer() {
+  TETROMINO_ABI void commit_layer() {
     TETROMINO_EXPECTS(!layers_.empty(), "rebalancer: a layer that is being migrated");
     const std::size_t l = layers_.front().layer;
     std::copy(next_.layer(l).begin(), next_.layer(l).end(), current_.layer(l).begin());
@@ -167,7 +170,8 @@ class rebalancer {
   /// The cluster is another one from now on: what GPUs of `t` hold is what gpu_before says they held (see carry_over).
   /// A plan on its way is given up. Experts may be missing then; the next `consider` makes a whole plan, whatever it
   /// moves. Errors: as carry_over; a cluster with fewer slots than experts.
-  [[nodiscard]] result<void> try_change_cluster(topology t, std::span<const std::uint32_t> gpu_before = {}) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_change_cluster(topology t,
+                                                              std::span<const std::uint32_t> gpu_before = {}) {
     if (t.slots() < current_.experts()) {
       return error(errc::infeasible, detail::text("rebalance: expected a slot for each of ", current_.experts(),
                                                   " experts, got ", t.slots()));
@@ -181,7 +185,7 @@ class rebalancer {
     loads_ = {};
     return {};
   }
-  void change_cluster(topology t, std::span<const std::uint32_t> gpu_before = {}) {
+  TETROMINO_ABI void change_cluster(topology t, std::span<const std::uint32_t> gpu_before = {}) {
     try_change_cluster(std::move(t), gpu_before).value();
   }
 
@@ -192,10 +196,10 @@ class rebalancer {
     cost_report cost;
   };
 
-  rebalancer(placement current, topology t, rebalance_options options)
+  TETROMINO_ABI rebalancer(placement current, topology t, rebalance_options options)
       : current_(std::move(current)), topology_(std::move(t)), options_(std::move(options)) {}
 
-  [[nodiscard]] load_table loads_of(const trace_view& seen) const {
+  [[nodiscard]] TETROMINO_ABI load_table loads_of(const trace_view& seen) const {
     const routing_shape& s = seen.shape;
     load_table out{s.layers, s.experts, std::vector<double>(s.layers * s.experts, 0.0)};
     for (const request& r : seen.requests) {
@@ -211,8 +215,8 @@ class rebalancer {
   }
 
   // What the tokens seen cost under a plan, each request on the node that it would be assigned to.
-  [[nodiscard]] result<cost_report> judge(const placement& p, const node_affinity* affinity,
-                                          const trace_view& seen) const {
+  [[nodiscard]] TETROMINO_ABI result<cost_report> judge(const placement& p, const node_affinity* affinity,
+                                                        const trace_view& seen) const {
     std::optional<node_affinity> learnt;
     if (affinity == nullptr) {
       auto made = node_affinity::try_make(p, topology_, seen, options_.group);
@@ -234,7 +238,8 @@ class rebalancer {
     return try_evaluate(seen, p, topology_, *sources, cost);
   }
 
-  [[nodiscard]] result<candidate> find(const trace_view& seen, const std::optional<cost_report>& now) const {
+  [[nodiscard]] TETROMINO_ABI result<candidate> find(const trace_view& seen,
+                                                     const std::optional<cost_report>& now) const {
     local_options how = options_.plan;
     how.start = &current_;
     auto plan = try_local(seen, topology_, how);
@@ -253,7 +258,8 @@ class rebalancer {
   }
 
   // Gives up the layers that gain least for what they move; true if there are any.
-  [[nodiscard]] bool keep_within_budget(placement& next, const cost_report& now, const cost_report& then) const {
+  [[nodiscard]] TETROMINO_ABI bool keep_within_budget(placement& next, const cost_report& now,
+                                                      const cost_report& then) const {
     struct of_layer {
       std::size_t layer;
       double bytes, gain;
@@ -286,7 +292,7 @@ class rebalancer {
     return any;
   }
 
-  [[nodiscard]] bool pays(const rebalance_report& r) const {
+  [[nodiscard]] TETROMINO_ABI bool pays(const rebalance_report& r) const {
     if (r.way.moves == 0) return false;
     if (r.node_imbalance >= options_.node_imbalance && r.planned_node_imbalance < r.node_imbalance) return true;
     const double saved = (r.nodes_per_token - r.planned_nodes_per_token) * static_cast<double>(current_.layers()) *
@@ -294,7 +300,7 @@ class rebalancer {
     return saved > options_.least_return * r.way.bytes_between_nodes;
   }
 
-  void begin(candidate found, load_table loads, const migration& way) {
+  TETROMINO_ABI void begin(candidate found, load_table loads, const migration& way) {
     next_ = std::move(found.experts);
     next_affinity_ = std::move(found.affinity);
     loads_ = std::move(loads);

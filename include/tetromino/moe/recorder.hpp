@@ -27,7 +27,7 @@ struct recorder_options {
       1;  ///< of how many tokens one is kept, chosen by a fixed sequence, so that they span longer
   double half_life_tokens = 0;  ///< tokens after which loads count half; 0: loads are of all tokens ever
 
-  friend bool operator==(const recorder_options&, const recorder_options&) = default;
+  friend TETROMINO_ABI bool operator==(const recorder_options&, const recorder_options&) = default;
 };
 
 /// A row of a forward pass: whose token it is.
@@ -42,7 +42,7 @@ struct recorded_row {
 class recorder {
  public:
   /// Errors: a shape that has a zero or more than 65,535 experts, experts per token above experts, no token kept.
-  [[nodiscard]] static result<recorder> try_make(const recorder_options& options) {
+  [[nodiscard]] TETROMINO_ABI static result<recorder> try_make(const recorder_options& options) {
     const routing_shape& s = options.shape;
     if (s.layers == 0 || s.experts == 0 || s.experts > 65'535 || s.experts_per_token == 0 ||
         s.experts_per_token > s.experts) {
@@ -63,19 +63,21 @@ class recorder {
     for (std::vector<double>& loads : r.loads_) loads.assign(s.layers * s.experts, 0.0);
     return r;
   }
-  [[nodiscard]] static recorder make(const recorder_options& options) { return try_make(options).value(); }
+  [[nodiscard]] TETROMINO_ABI static recorder make(const recorder_options& options) {
+    return try_make(options).value();
+  }
 
-  [[nodiscard]] const recorder_options& options() const noexcept { return options_; }
+  [[nodiscard]] TETROMINO_ABI const recorder_options& options() const noexcept { return options_; }
   /// Tokens of a phase that `loads` counts, the older ones less.
-  [[nodiscard]] double tokens(phase p = phase::all) const noexcept {
+  [[nodiscard]] TETROMINO_ABI double tokens(phase p = phase::all) const noexcept {
     return p == phase::prefill ? tokens_[0] : p == phase::decode ? tokens_[1] : tokens_[0] + tokens_[1];
   }
   /// Tokens kept with their experts.
-  [[nodiscard]] std::size_t kept() const noexcept { return rows_.size(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t kept() const noexcept { return rows_.size(); }
 
   /// Begins a forward pass of these rows. A request's tokens come in their order. Errors: phase::all; a pass begun
   /// before and not ended.
-  [[nodiscard]] result<void> try_begin_pass(std::span<const recorded_row> rows) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_begin_pass(std::span<const recorded_row> rows) {
     if (in_pass_) return error(errc::invalid_argument, "recorder: expected the pass before to have ended");
     for (std::size_t i = 0; i < rows.size(); ++i) {
       if (rows[i].when == phase::all) {
@@ -91,13 +93,13 @@ class recorder {
     for (std::size_t i = 0; i < rows.size(); ++i) place_[i] = keeps_next() && i >= first ? keep(rows[i]) : not_kept;
     return {};
   }
-  void begin_pass(std::span<const recorded_row> rows) { try_begin_pass(rows).value(); }
+  TETROMINO_ABI void begin_pass(std::span<const recorded_row> rows) { try_begin_pass(rows).value(); }
 
   /// Adds one layer of the pass: ids[rows, experts per token], best first; −1 (or the largest number of an unsigned
   /// type) is nobody, as in rows of padding. Errors (nothing is added then): no pass, another number of ids, a layer or
   /// an id out of range, an expert twice for one token.
   template <std::integral Id>
-  [[nodiscard]] result<void> try_add_layer(std::size_t layer, std::span<const Id> ids) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_add_layer(std::size_t layer, std::span<const Id> ids) {
     const auto& [layers, experts, k] = options_.shape;
     if (!in_pass_ || layer >= layers || ids.size() != pass_.size() * k) {
       return error(errc::shape_mismatch,
@@ -130,12 +132,12 @@ class recorder {
     return {};
   }
   template <std::integral Id>
-  void add_layer(std::size_t layer, std::span<const Id> ids) {
+  TETROMINO_ABI void add_layer(std::size_t layer, std::span<const Id> ids) {
     try_add_layer(layer, ids).value();
   }
 
   /// Ends the pass. Layers that were not added had nobody. Errors: no pass.
-  [[nodiscard]] result<void> try_end_pass() {
+  [[nodiscard]] TETROMINO_ABI result<void> try_end_pass() {
     if (!in_pass_) return error(errc::invalid_argument, "recorder: expected a pass to have begun");
     in_pass_ = false;
     for (const recorded_row& row : pass_) tokens_[row.when == phase::decode ? 1 : 0] += 1;
@@ -151,12 +153,12 @@ class recorder {
     }
     return {};
   }
-  void end_pass() { try_end_pass().value(); }
+  TETROMINO_ABI void end_pass() { try_end_pass().value(); }
 
   /// A whole pass at once, in the order in which engines hold it: ids[layers, rows, experts per token]. Errors: as
   /// begin_pass and add_layer; what was added before the error stays.
   template <std::integral Id>
-  [[nodiscard]] result<void> try_add_pass(std::span<const recorded_row> rows, std::span<const Id> ids) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_add_pass(std::span<const recorded_row> rows, std::span<const Id> ids) {
     const std::size_t of_layer = rows.size() * options_.shape.experts_per_token;
     if (ids.size() != of_layer * options_.shape.layers) {
       return error(errc::shape_mismatch, detail::text("recorder: expected ", options_.shape.layers, " × ", of_layer,
@@ -172,18 +174,18 @@ class recorder {
     return try_end_pass();
   }
   template <std::integral Id>
-  void add_pass(std::span<const recorded_row> rows, std::span<const Id> ids) {
+  TETROMINO_ABI void add_pass(std::span<const recorded_row> rows, std::span<const Id> ids) {
     try_add_pass(rows, ids).value();
   }
 
   /// Pairs of all tokens, per layer and expert in one phase: [layers, experts]. Precondition: prefill or decode.
-  [[nodiscard]] load_view loads(phase p) const {
+  [[nodiscard]] TETROMINO_ABI load_view loads(phase p) const {
     TETROMINO_EXPECTS(p != phase::all, "recorder: loads are kept for prefill and for decode");
     return {options_.shape.layers, options_.shape.experts, loads_[p == phase::decode ? 1 : 0]};
   }
 
   /// The tokens kept, as a trace: requests by when their oldest token was seen, each with its prompt first.
-  [[nodiscard]] trace to_trace() const {
+  [[nodiscard]] TETROMINO_ABI trace to_trace() const {
     std::unordered_map<std::uint64_t, std::uint32_t> number_of_request;
     std::vector<request> requests;
     struct entry {
@@ -218,7 +220,7 @@ class recorder {
   }
 
   /// Adds what another recorder has, as if its passes came after. Errors: another shape; a pass that has not ended.
-  [[nodiscard]] result<void> try_merge(const recorder& other) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_merge(const recorder& other) {
     if (other.options_.shape != options_.shape || in_pass_ || other.in_pass_) {
       return error(errc::shape_mismatch, "recorder: expected to merge one of the same shape, both between passes");
     }
@@ -235,11 +237,11 @@ class recorder {
     }
     return {};
   }
-  void merge(const recorder& other) { try_merge(other).value(); }
+  TETROMINO_ABI void merge(const recorder& other) { try_merge(other).value(); }
 
   /// All that it has as bytes, for another rank to merge (the same byte order and library there). Precondition: between
   /// passes.
-  [[nodiscard]] std::vector<std::byte> to_bytes() const {
+  [[nodiscard]] TETROMINO_ABI std::vector<std::byte> to_bytes() const {
     TETROMINO_EXPECTS(!in_pass_, "recorder: between passes");
     const auto& [layers, experts, k] = options_.shape;
     std::vector<std::byte> out;
@@ -262,7 +264,7 @@ class recorder {
 
   /// Merges the bytes of another rank's recorder. Errors (nothing is merged then): bytes of another shape, cut short or
   /// changed on their way.
-  [[nodiscard]] result<void> try_merge(std::span<const std::byte> bytes) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_merge(std::span<const std::byte> bytes) {
     const auto bad = [&] {
       return error(errc::malformed_file,
                    detail::text("recorder: expected the bytes of a recorder of the same shape, got ", bytes.size(),
@@ -303,22 +305,22 @@ class recorder {
     if (auto ok = try_validate(trace_view{options_.shape, other.kept_, all}); !ok) return ok;
     return try_merge(other);
   }
-  void merge(std::span<const std::byte> bytes) { try_merge(bytes).value(); }
+  TETROMINO_ABI void merge(std::span<const std::byte> bytes) { try_merge(bytes).value(); }
 
  private:
   static constexpr std::size_t not_kept = ~std::size_t{0};
 
-  recorder() = default;
+  TETROMINO_ABI recorder() = default;
 
-  [[nodiscard]] std::uint16_t* kept_ids(std::size_t place) {
+  [[nodiscard]] TETROMINO_ABI std::uint16_t* kept_ids(std::size_t place) {
     return kept_.data() + place * options_.shape.ids_per_token();
   }
-  [[nodiscard]] const std::uint16_t* kept_ids(std::size_t place) const {
+  [[nodiscard]] TETROMINO_ABI const std::uint16_t* kept_ids(std::size_t place) const {
     return kept_.data() + place * options_.shape.ids_per_token();
   }
 
   // A fixed sequence that follows no pattern of batches. (SplitMix64)
-  [[nodiscard]] bool keeps_next() {
+  [[nodiscard]] TETROMINO_ABI bool keeps_next() {
     std::uint64_t z = seen_++ * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
@@ -326,7 +328,7 @@ class recorder {
   }
 
   // Room for a token, with nobody in all its layers; the oldest goes where all room is taken.
-  std::size_t keep(const recorded_row& row) {
+  TETROMINO_ABI std::size_t keep(const recorded_row& row) {
     std::size_t place = rows_.size();
     if (place < options_.tokens) {
       rows_.push_back(row);

@@ -28,10 +28,14 @@ enum class replica_choice : std::uint8_t {
                     ///< decoding waits for (arXiv 2512.09277 approximates it)
 };
 
+inline namespace TETROMINO_ISA {
+
 /// True where the choice is made for a whole step.
 [[nodiscard]] constexpr bool is_step_choice(replica_choice c) noexcept {
   return c == replica_choice::step_pairs || c == replica_choice::step_activation;
 }
+
+}  // namespace TETROMINO_ISA
 
 /// How copies are chosen.
 struct replica_options {
@@ -57,7 +61,7 @@ class replica_chooser {
  public:
   /// Preconditions: `p` is valid on `t` (two copies on one GPU are fine); the choice is none of a whole step. Memory: 4
   /// bytes per copy and 16 per layer and GPU; nothing is allocated afterwards.
-  replica_chooser(const placement& p, const topology& t, const replica_options& options = {})
+  TETROMINO_ABI replica_chooser(const placement& p, const topology& t, const replica_options& options = {})
       : options_(options), copies_(p, t), recent_on_gpu_(p.layers() * t.gpus(), 0) {
     TETROMINO_EXPECTS(!is_step_choice(options.choice), "replica_chooser: a choice for single tokens");
     pairs_on_gpu_.assign(recent_on_gpu_.size(), 0);
@@ -76,8 +80,8 @@ class replica_chooser {
 
   /// Writes into gpus[i] the GPU that serves experts[i], for one token in one layer; no_gpu for no_expert. The token is
   /// on `home_gpu`. Preconditions: gpus.size() == experts.size(); layer, experts and home_gpu in range.
-  void choose(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
-              std::span<std::uint32_t> gpus) {
+  TETROMINO_ABI void choose(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
+                            std::span<std::uint32_t> gpus) {
     TETROMINO_EXPECTS(gpus.size() == experts.size() && home_gpu < copies_.gpus() && layer < copies_.layers(),
                       "replica_chooser: a GPU for each expert, layer and home GPU in range", gpus.size(),
                       experts.size(), home_gpu, copies_.gpus(), layer, copies_.layers());
@@ -105,20 +109,20 @@ class replica_chooser {
   }
 
   /// Pairs served so far: [layers, GPUs].
-  [[nodiscard]] std::span<const std::uint64_t> pairs_on_gpu() const noexcept { return pairs_on_gpu_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint64_t> pairs_on_gpu() const noexcept { return pairs_on_gpu_; }
 
  private:
   static constexpr std::uint32_t undecided = no_gpu - 1;
 
-  void visit(std::uint32_t gpu, std::uint64_t* load) {
+  TETROMINO_ABI void visit(std::uint32_t gpu, std::uint64_t* load) {
     ++load[gpu];
     visited_gpu_[gpu] = now_;
     visited_node_[copies_.node_of(gpu)] = now_;
   }
 
   // Relieves what is above its limit, adds the token's pairs up, and forgets.
-  void count(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
-             std::uint64_t* load, bool open) {
+  TETROMINO_ABI void count(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
+                           std::uint64_t* load, bool open) {
     for (const std::uint32_t gpu : gpus) recent_[layer] += gpu == no_gpu ? 0U : 1U;
     const bool keeps_near =
         options_.choice == replica_choice::nearest || options_.choice == replica_choice::fewest_nodes;
@@ -142,8 +146,8 @@ class replica_chooser {
     if (!recent_on_node_.empty()) halve(recent_on_node_, visited_node_.size());
   }
 
-  void choose_copies(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
-                     std::span<std::uint32_t> gpus, std::uint64_t* load) {
+  TETROMINO_ABI void choose_copies(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
+                                   std::span<std::uint32_t> gpus, std::uint64_t* load) {
     if (options_.choice == replica_choice::even || options_.choice == replica_choice::least_loaded) {
       for (std::size_t i = 0; i < experts.size(); ++i) {
         if (gpus[i] != undecided) continue;
@@ -192,8 +196,8 @@ class replica_chooser {
   }
 
   // The node that holds most of the experts still open; the one that served least lately among equals.
-  [[nodiscard]] std::size_t busiest_open_node(std::size_t layer, std::span<const std::uint16_t> experts,
-                                              std::span<const std::uint32_t> gpus) {
+  [[nodiscard]] TETROMINO_ABI std::size_t busiest_open_node(std::size_t layer, std::span<const std::uint16_t> experts,
+                                                            std::span<const std::uint32_t> gpus) {
     std::fill(open_on_node_.begin(), open_on_node_.end(), 0);
     for (std::size_t i = 0; i < experts.size(); ++i) {
       if (gpus[i] != undecided) continue;
@@ -215,8 +219,8 @@ class replica_chooser {
   }
 
   // Takes pairs off nodes above the limit, to the visited node that has served least of those that hold a copy.
-  void relieve_nodes(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
-                     std::uint64_t* load) {
+  TETROMINO_ABI void relieve_nodes(std::size_t layer, std::span<const std::uint16_t> experts,
+                                   std::span<std::uint32_t> gpus, std::uint64_t* load) {
     const std::uint64_t* const served = recent_on_node_.data() + layer * visited_node_.size();
     const double most =
         options_.node_limit * static_cast<double>(recent_[layer]) / static_cast<double>(nodes_with_slots_);
@@ -233,8 +237,8 @@ class replica_chooser {
     }
   }
   // Takes pairs off GPUs above the limit, to the GPU on a visited node that has served least of those with a copy.
-  void relieve_gpus(std::size_t layer, std::span<const std::uint16_t> experts, std::span<std::uint32_t> gpus,
-                    std::uint64_t* load) {
+  TETROMINO_ABI void relieve_gpus(std::size_t layer, std::span<const std::uint16_t> experts,
+                                  std::span<std::uint32_t> gpus, std::uint64_t* load) {
     const double most = options_.gpu_limit * 1024 * static_cast<double>(recent_[layer]) / speed_of_gpus_;
     for (std::size_t i = 0; i < experts.size(); ++i) {
       if (gpus[i] == no_gpu || static_cast<double>(busy(gpus[i], load)) <= most) continue;
@@ -245,7 +249,7 @@ class replica_chooser {
       move(gpus[i], best, load);
     }
   }
-  void move(std::uint32_t& gpu, std::uint32_t to, std::uint64_t* load) {
+  TETROMINO_ABI void move(std::uint32_t& gpu, std::uint32_t to, std::uint64_t* load) {
     if (to == gpu) return;
     --load[gpu];
     visit(to, load);
@@ -254,8 +258,8 @@ class replica_chooser {
 
   // The home GPU if it is among the accepted, else one the token visits anyway, else the least loaded.
   template <class Accepted>
-  [[nodiscard]] std::uint32_t best_of(std::span<const std::uint32_t> from, std::uint32_t home_gpu,
-                                      const std::uint64_t* load, const Accepted& accepted) const {
+  [[nodiscard]] TETROMINO_ABI std::uint32_t best_of(std::span<const std::uint32_t> from, std::uint32_t home_gpu,
+                                                    const std::uint64_t* load, const Accepted& accepted) const {
     for (const std::uint32_t gpu : from) {
       if (gpu == home_gpu && accepted(gpu)) return gpu;
     }
@@ -265,8 +269,8 @@ class replica_chooser {
   }
 
   template <class Accepted>
-  [[nodiscard]] std::uint32_t least_loaded(std::span<const std::uint32_t> from, const std::uint64_t* load,
-                                           const Accepted& accepted) const {
+  [[nodiscard]] TETROMINO_ABI std::uint32_t least_loaded(std::span<const std::uint32_t> from, const std::uint64_t* load,
+                                                         const Accepted& accepted) const {
     std::uint32_t best = undecided;
     for (const std::uint32_t gpu : from) {
       if (accepted(gpu) && (best == undecided || busy(gpu, load) < busy(best, load))) best = gpu;
@@ -274,7 +278,7 @@ class replica_chooser {
     return best;
   }
   // How long a GPU takes for what it serves.
-  [[nodiscard]] std::uint64_t busy(std::uint32_t gpu, const std::uint64_t* load) const {
+  [[nodiscard]] TETROMINO_ABI std::uint64_t busy(std::uint32_t gpu, const std::uint64_t* load) const {
     return load[gpu] * copies_.time_of_pair(gpu);
   }
 
@@ -301,7 +305,7 @@ class replica_chooser {
 class step_chooser {
  public:
   /// Preconditions: `p` is valid on `t` (two copies on one GPU are fine); the choice is one of a whole step.
-  step_chooser(const placement& p, const topology& t, replica_choice choice)
+  TETROMINO_ABI step_chooser(const placement& p, const topology& t, replica_choice choice)
       : choice_(choice),
         copies_(p, t),
         units_(p.experts(), 0),
@@ -333,7 +337,8 @@ class step_chooser {
 
   /// Writes into gpus[tokens, k] the GPUs that serve ids[tokens, k] of one layer; no_gpu for no_expert. Returns the
   /// pairs, or experts, of the busiest GPU. Preconditions: as many GPUs as ids; layer and experts in range.
-  std::size_t choose(std::size_t layer, std::span<const std::uint16_t> ids, std::span<std::uint32_t> gpus) {
+  TETROMINO_ABI std::size_t choose(std::size_t layer, std::span<const std::uint16_t> ids,
+                                   std::span<std::uint32_t> gpus) {
     TETROMINO_EXPECTS(gpus.size() == ids.size() && layer < copies_.layers(),
                       "step_chooser: a GPU for each expert, layer in range", gpus.size(), ids.size(), layer,
                       copies_.layers());
@@ -360,7 +365,7 @@ class step_chooser {
   };
 
   // Gives each expert's work to its copy on the least loaded GPU; those without a choice come first.
-  void begin(std::size_t layer) {
+  TETROMINO_ABI void begin(std::size_t layer) {
     std::fill(load_.begin(), load_.end(), 0);
     for (const bool choice : {false, true}) {
       for (const std::uint16_t e : active_) {
@@ -379,7 +384,7 @@ class step_chooser {
 
   // Moves work along a shortest chain of copies from the busiest GPU to one that has at least two less. If there is no
   // chain, what the GPUs within reach carry cannot leave them, and they are as even as whole numbers can be.
-  bool relieve_busiest(std::size_t layer) {
+  TETROMINO_ABI bool relieve_busiest(std::size_t layer) {
     busiest_ = 0;
     for (std::size_t g = 1; g < load_.size(); ++g) {
       if (load_[g] > load_[busiest_]) busiest_ = g;
@@ -408,7 +413,7 @@ class step_chooser {
   }
 
   // As much as the chain lets through, and no more than makes both ends alike.
-  void shift(std::uint32_t target) {
+  TETROMINO_ABI void shift(std::uint32_t target) {
     std::uint64_t amount = (load_[busiest_] - load_[target]) / 2;
     for (std::uint32_t gpu = target; gpu != busiest_; gpu = copies_.gpu_of_copy(came_by_[gpu].from)) {
       amount = std::min(amount, on_copy_[came_by_[gpu].from]);
@@ -421,7 +426,7 @@ class step_chooser {
     load_[target] += amount;
   }
 
-  [[nodiscard]] std::uint32_t take(std::size_t layer, std::uint16_t expert) {
+  [[nodiscard]] TETROMINO_ABI std::uint32_t take(std::size_t layer, std::uint16_t expert) {
     std::size_t c = copies_.first_copy(layer, expert);
     if (choice_ == replica_choice::step_activation) {
       while (on_copy_[c] == 0) ++c;

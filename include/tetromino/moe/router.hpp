@@ -38,7 +38,7 @@ struct router_options {
   static constexpr std::size_t max_groups = 64;
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// Keeps the best `ids.size()` of the experts offered, best first; of equal scores, the lower expert comes first.
 class best_experts {
@@ -172,7 +172,9 @@ inline result<void> check_router(std::size_t logits, std::size_t experts, const 
   return {};
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Routes tokens: logits[tokens, experts] to ids[tokens, k], best first, and their weights[tokens, k], which the caller
 /// provides; nothing is allocated. Of equal scores the lower expert comes first; softmax rules compare logits. Sums run
@@ -209,6 +211,8 @@ inline void route(std::span<const float> logits, std::size_t experts, const rout
                   std::span<std::uint16_t> ids, std::span<float> weights) {
   try_route(logits, experts, options, ids, weights).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

@@ -21,7 +21,7 @@ struct link {
   double bytes_per_second;
   double latency_seconds;
 
-  friend bool operator==(const link&, const link&) = default;
+  friend TETROMINO_ABI bool operator==(const link&, const link&) = default;
 };
 
 /// What connects the GPUs: `inside` a node (e.g. NVLink) and `between` nodes (e.g. one 400 Gb/s port per GPU). A node's
@@ -30,7 +30,7 @@ struct fabric {
   link inside{450e9, 2e-6};
   link between{50e9, 6e-6};
 
-  friend bool operator==(const fabric&, const fabric&) = default;
+  friend TETROMINO_ABI bool operator==(const fabric&, const fabric&) = default;
 };
 
 /// Nodes, their GPUs and the expert slots of each GPU, in one numbering: GPUs are counted node after node, slots GPU
@@ -41,22 +41,23 @@ class topology {
   static constexpr std::size_t max_slots = std::size_t{1} << 24;
 
   /// `nodes` × `gpus_per_node` GPUs of `slots_per_gpu` slots each. Errors: a count of zero, or too large.
-  [[nodiscard]] static result<topology> try_uniform(std::size_t nodes, std::size_t gpus_per_node,
-                                                    std::size_t slots_per_gpu, fabric links = {}) {
+  [[nodiscard]] TETROMINO_ABI static result<topology> try_uniform(std::size_t nodes, std::size_t gpus_per_node,
+                                                                  std::size_t slots_per_gpu, fabric links = {}) {
     if (auto bad = check_counts(nodes, gpus_per_node); !bad) return bad.error();
     const std::vector<std::size_t> gpus(nodes, gpus_per_node);
     const std::vector<std::size_t> slots(nodes * gpus_per_node, slots_per_gpu);
     return try_make(gpus, slots, links);
   }
-  [[nodiscard]] static topology uniform(std::size_t nodes, std::size_t gpus_per_node, std::size_t slots_per_gpu,
-                                        fabric links = {}) {
+  [[nodiscard]] TETROMINO_ABI static topology uniform(std::size_t nodes, std::size_t gpus_per_node,
+                                                      std::size_t slots_per_gpu, fabric links = {}) {
     return try_uniform(nodes, gpus_per_node, slots_per_gpu, links).value();
   }
 
   /// `nodes` × `gpus_per_node` GPUs where each node has `slots_per_node` slots, spread as evenly as they go (the first
   /// GPUs of a node have one more). Errors: a count of zero, or too large.
-  [[nodiscard]] static result<topology> try_with_node_slots(std::size_t nodes, std::size_t gpus_per_node,
-                                                            std::size_t slots_per_node, fabric links = {}) {
+  [[nodiscard]] TETROMINO_ABI static result<topology> try_with_node_slots(std::size_t nodes, std::size_t gpus_per_node,
+                                                                          std::size_t slots_per_node,
+                                                                          fabric links = {}) {
     if (auto bad = check_counts(nodes, gpus_per_node); !bad) return bad.error();
     const std::vector<std::size_t> gpus(nodes, gpus_per_node);
     std::vector<std::size_t> slots(nodes * gpus_per_node);
@@ -65,16 +66,17 @@ class topology {
     }
     return try_make(gpus, slots, links);
   }
-  [[nodiscard]] static topology with_node_slots(std::size_t nodes, std::size_t gpus_per_node,
-                                                std::size_t slots_per_node, fabric links = {}) {
+  [[nodiscard]] TETROMINO_ABI static topology with_node_slots(std::size_t nodes, std::size_t gpus_per_node,
+                                                              std::size_t slots_per_node, fabric links = {}) {
     return try_with_node_slots(nodes, gpus_per_node, slots_per_node, links).value();
   }
 
   /// Any shape: `gpus_per_node[nodes]`, and `slots_per_gpu[GPUs]` counted node after node. Errors: no node, a node
   /// without GPU, lengths that disagree, no slot at all, more than max_gpus or max_slots, a bandwidth that is not
   /// positive and finite, a latency that is negative or not finite.
-  [[nodiscard]] static result<topology> try_make(std::span<const std::size_t> gpus_per_node,
-                                                 std::span<const std::size_t> slots_per_gpu, fabric links = {}) {
+  [[nodiscard]] TETROMINO_ABI static result<topology> try_make(std::span<const std::size_t> gpus_per_node,
+                                                               std::span<const std::size_t> slots_per_gpu,
+                                                               fabric links = {}) {
     if (gpus_per_node.empty()) return error(errc::invalid_argument, "topology: expected at least one node, got none");
     topology t;
     t.links_ = links;
@@ -114,14 +116,14 @@ class topology {
     }
     return t;
   }
-  [[nodiscard]] static topology make(std::span<const std::size_t> gpus_per_node,
-                                     std::span<const std::size_t> slots_per_gpu, fabric links = {}) {
+  [[nodiscard]] TETROMINO_ABI static topology make(std::span<const std::size_t> gpus_per_node,
+                                                   std::span<const std::size_t> slots_per_gpu, fabric links = {}) {
     return try_make(gpus_per_node, slots_per_gpu, links).value();
   }
 
   /// The same GPUs, with no slot on those named: what is left to plan for when they are dead or shall leave. GPUs keep
   /// their numbers, slots do not (see carry_over). Errors: a GPU that is not there, no slot left.
-  [[nodiscard]] result<topology> try_without(std::span<const std::uint32_t> gone) const {
+  [[nodiscard]] TETROMINO_ABI result<topology> try_without(std::span<const std::uint32_t> gone) const {
     std::vector<std::size_t> gpus_per_node, slots_per_gpu;
     for (std::size_t n = 0; n < nodes(); ++n) gpus_per_node.push_back(gpus_on_node(n));
     for (std::size_t g = 0; g < gpus(); ++g) slots_per_gpu.push_back(slots_on_gpu(g));
@@ -135,12 +137,14 @@ class topology {
     if (left) left->speeds_ = speeds_;
     return left;
   }
-  [[nodiscard]] topology without(std::span<const std::uint32_t> gone) const { return try_without(gone).value(); }
+  [[nodiscard]] TETROMINO_ABI topology without(std::span<const std::uint32_t> gone) const {
+    return try_without(gone).value();
+  }
 
   /// The same GPUs, as fast as `speeds` says: [GPUs], in any unit (a GPU of speed 2 serves twice as many pairs in the
   /// same time). `balanced`, copy choices and the imbalances of the cost go by it. Errors: another number of GPUs, a
   /// speed outside 1/64 to 64 times the fastest's.
-  [[nodiscard]] result<topology> try_with_speeds(std::span<const double> speeds) const {
+  [[nodiscard]] TETROMINO_ABI result<topology> try_with_speeds(std::span<const double> speeds) const {
     if (speeds.size() != gpus()) {
       return error(errc::shape_mismatch,
                    detail::text("topology: expected a speed for each of ", gpus(), " GPUs, got ", speeds.size()));
@@ -159,14 +163,16 @@ class topology {
     }
     return t;
   }
-  [[nodiscard]] topology with_speeds(std::span<const double> speeds) const { return try_with_speeds(speeds).value(); }
+  [[nodiscard]] TETROMINO_ABI topology with_speeds(std::span<const double> speeds) const {
+    return try_with_speeds(speeds).value();
+  }
   /// Speed of a GPU over that of the fastest.
-  [[nodiscard]] double speed(std::size_t gpu) const {
+  [[nodiscard]] TETROMINO_ABI double speed(std::size_t gpu) const {
     TETROMINO_EXPECTS(gpu < gpus(), "topology: node, GPU or slot number out of range");
     return speeds_.empty() ? 1.0 : speeds_[gpu];
   }
   /// Sum over the GPUs of a node that have slots.
-  [[nodiscard]] double speed_of_node(std::size_t node) const {
+  [[nodiscard]] TETROMINO_ABI double speed_of_node(std::size_t node) const {
     double sum = 0;
     for (std::size_t g = first_gpu(node); g < first_gpu(node) + gpus_on_node(node); ++g) {
       sum += slots_on_gpu(g) > 0 ? speed(g) : 0;
@@ -174,28 +180,36 @@ class topology {
     return sum;
   }
 
-  [[nodiscard]] std::size_t nodes() const noexcept { return first_gpu_.size() - 1; }
-  [[nodiscard]] std::size_t gpus() const noexcept { return first_gpu_.back(); }
-  [[nodiscard]] std::size_t slots() const noexcept { return gpu_of_slot_.size(); }
-  [[nodiscard]] const fabric& links() const noexcept { return links_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t nodes() const noexcept { return first_gpu_.size() - 1; }
+  [[nodiscard]] TETROMINO_ABI std::size_t gpus() const noexcept { return first_gpu_.back(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t slots() const noexcept { return gpu_of_slot_.size(); }
+  [[nodiscard]] TETROMINO_ABI const fabric& links() const noexcept { return links_; }
 
   /// GPUs of `node`: first_gpu(node) … first_gpu(node) + gpus_on_node(node) − 1.
-  [[nodiscard]] std::size_t first_gpu(std::size_t node) const { return at(first_gpu_, node); }
-  [[nodiscard]] std::size_t gpus_on_node(std::size_t node) const { return at(first_gpu_, node + 1) - first_gpu(node); }
-  [[nodiscard]] std::size_t node_of_gpu(std::size_t gpu) const { return at(node_of_gpu_, gpu); }
+  [[nodiscard]] TETROMINO_ABI std::size_t first_gpu(std::size_t node) const { return at(first_gpu_, node); }
+  [[nodiscard]] TETROMINO_ABI std::size_t gpus_on_node(std::size_t node) const {
+    return at(first_gpu_, node + 1) - first_gpu(node);
+  }
+  [[nodiscard]] TETROMINO_ABI std::size_t node_of_gpu(std::size_t gpu) const { return at(node_of_gpu_, gpu); }
 
   /// Slots of `gpu`: first_slot(gpu) … first_slot(gpu) + slots_on_gpu(gpu) − 1.
-  [[nodiscard]] std::size_t first_slot(std::size_t gpu) const { return at(first_slot_, gpu); }
-  [[nodiscard]] std::size_t slots_on_gpu(std::size_t gpu) const { return at(first_slot_, gpu + 1) - first_slot(gpu); }
-  [[nodiscard]] std::size_t gpu_of_slot(std::size_t slot) const { return at(gpu_of_slot_, slot); }
-  [[nodiscard]] std::size_t node_of_slot(std::size_t slot) const { return node_of_gpu(gpu_of_slot(slot)); }
-  [[nodiscard]] std::size_t first_slot_of_node(std::size_t node) const { return at(first_slot_, first_gpu(node)); }
-  [[nodiscard]] std::size_t slots_on_node(std::size_t node) const {
+  [[nodiscard]] TETROMINO_ABI std::size_t first_slot(std::size_t gpu) const { return at(first_slot_, gpu); }
+  [[nodiscard]] TETROMINO_ABI std::size_t slots_on_gpu(std::size_t gpu) const {
+    return at(first_slot_, gpu + 1) - first_slot(gpu);
+  }
+  [[nodiscard]] TETROMINO_ABI std::size_t gpu_of_slot(std::size_t slot) const { return at(gpu_of_slot_, slot); }
+  [[nodiscard]] TETROMINO_ABI std::size_t node_of_slot(std::size_t slot) const {
+    return node_of_gpu(gpu_of_slot(slot));
+  }
+  [[nodiscard]] TETROMINO_ABI std::size_t first_slot_of_node(std::size_t node) const {
+    return at(first_slot_, first_gpu(node));
+  }
+  [[nodiscard]] TETROMINO_ABI std::size_t slots_on_node(std::size_t node) const {
     return at(first_slot_, at(first_gpu_, node + 1)) - first_slot_of_node(node);
   }
 
   /// True when all nodes have equally many GPUs and all GPUs equally many slots.
-  [[nodiscard]] bool is_uniform() const {
+  [[nodiscard]] TETROMINO_ABI bool is_uniform() const {
     for (std::size_t n = 0; n < nodes(); ++n) {
       if (gpus_on_node(n) != gpus_on_node(0)) return false;
     }
@@ -206,25 +220,25 @@ class topology {
   }
 
   /// Most copies that one expert can have when no GPU holds it twice: the GPUs that have a slot.
-  [[nodiscard]] std::size_t gpus_with_slots() const {
+  [[nodiscard]] TETROMINO_ABI std::size_t gpus_with_slots() const {
     std::size_t count = 0;
     for (std::size_t g = 0; g < gpus(); ++g) count += slots_on_gpu(g) > 0 ? 1U : 0U;
     return count;
   }
 
-  friend bool operator==(const topology&, const topology&) = default;
+  friend TETROMINO_ABI bool operator==(const topology&, const topology&) = default;
 
  private:
-  topology() = default;
+  TETROMINO_ABI topology() = default;
 
-  static result<void> check_counts(std::size_t nodes, std::size_t gpus_per_node) {
+  TETROMINO_ABI static result<void> check_counts(std::size_t nodes, std::size_t gpus_per_node) {
     if (nodes == 0 || gpus_per_node == 0 || nodes > max_gpus || gpus_per_node > max_gpus / nodes) {
       return error(errc::invalid_argument, detail::text("topology: expected 1 to ", max_gpus, " GPUs, got ", nodes,
                                                         " nodes × ", gpus_per_node, " GPUs"));
     }
     return {};
   }
-  static std::uint32_t at(const std::vector<std::uint32_t>& values, std::size_t i) {
+  TETROMINO_ABI static std::uint32_t at(const std::vector<std::uint32_t>& values, std::size_t i) {
     TETROMINO_EXPECTS(i < values.size(), "topology: node, GPU or slot number out of range", i, values.size());
     return values[i];
   }

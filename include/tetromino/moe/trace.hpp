@@ -29,7 +29,7 @@ struct token_range {
   std::uint64_t first;
   std::uint64_t last;
 
-  [[nodiscard]] std::uint64_t size() const noexcept { return last - first; }
+  [[nodiscard]] TETROMINO_ABI std::uint64_t size() const noexcept { return last - first; }
 };
 
 /// One request of a trace: tokens first_token … first_token + tokens − 1, of which the first `prefill_length` are its
@@ -40,7 +40,7 @@ struct request {
   std::uint32_t prefill_length = 0;
   std::uint32_t domain = 0;
 
-  [[nodiscard]] token_range range(phase p = phase::all) const noexcept {
+  [[nodiscard]] TETROMINO_ABI token_range range(phase p = phase::all) const noexcept {
     const std::uint64_t middle = first_token + prefill_length;
     const std::uint64_t last = first_token + tokens;
     if (p == phase::prefill) return {first_token, middle};
@@ -48,7 +48,7 @@ struct request {
     return {first_token, last};
   }
 
-  friend bool operator==(const request&, const request&) = default;
+  friend TETROMINO_ABI bool operator==(const request&, const request&) = default;
 };
 
 /// The size of a routing decision: each token picks `experts_per_token` of `experts` in each of `layers` layers.
@@ -58,9 +58,9 @@ struct routing_shape {
   std::size_t experts_per_token = 0;
 
   /// Ids that one token carries.
-  [[nodiscard]] std::size_t ids_per_token() const noexcept { return layers * experts_per_token; }
+  [[nodiscard]] TETROMINO_ABI std::size_t ids_per_token() const noexcept { return layers * experts_per_token; }
 
-  friend bool operator==(const routing_shape&, const routing_shape&) = default;
+  friend TETROMINO_ABI bool operator==(const routing_shape&, const routing_shape&) = default;
 };
 
 /// Routing that someone else owns: expert ids [tokens, layers, experts_per_token], best expert first, no_expert where
@@ -75,26 +75,28 @@ struct trace_view {
   std::span<const request> requests;
 
   /// All ids of one token: [layers, experts_per_token].
-  [[nodiscard]] std::span<const std::uint16_t> token(std::uint64_t t) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint16_t> token(std::uint64_t t) const {
     TETROMINO_EXPECTS((t + 1) * shape.ids_per_token() <= ids.size(), "trace_view: token number out of range",
                       (t + 1) * shape.ids_per_token(), ids.size());
     return ids.subspan(static_cast<std::size_t>(t) * shape.ids_per_token(), shape.ids_per_token());
   }
   /// The experts of one token in one layer, best first.
-  [[nodiscard]] std::span<const std::uint16_t> experts_of(std::uint64_t t, std::size_t layer) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint16_t> experts_of(std::uint64_t t, std::size_t layer) const {
     TETROMINO_EXPECTS(layer < shape.layers, "trace_view: layer number out of range", layer, shape.layers);
     return token(t).subspan(layer * shape.experts_per_token, shape.experts_per_token);
   }
   /// The same ids seen through other requests, which must lie inside them (e.g. made by `select`).
-  [[nodiscard]] trace_view with(std::span<const request> others) const { return {shape, ids, others}; }
+  [[nodiscard]] TETROMINO_ABI trace_view with(std::span<const request> others) const { return {shape, ids, others}; }
 
   /// Tokens of the requests looked at, in one phase.
-  [[nodiscard]] std::uint64_t tokens(phase p = phase::all) const {
+  [[nodiscard]] TETROMINO_ABI std::uint64_t tokens(phase p = phase::all) const {
     std::uint64_t sum = 0;
     for (const request& r : requests) sum += r.range(p).size();
     return sum;
   }
 };
+
+inline namespace TETROMINO_ISA {
 
 /// The requests of `from` with the given numbers, in that order. Precondition: numbers below from.requests.size().
 [[nodiscard]] inline std::vector<request> select(const trace_view& from, std::span<const std::uint32_t> numbers) {
@@ -154,14 +156,16 @@ struct trace_view {
 
 inline void validate(const trace_view& view) { try_validate(view).value(); }
 
+}  // namespace TETROMINO_ISA
+
 /// Recorded routing that owns its ids: what `try_make` was given, validated, ready to be viewed.
 class trace {
  public:
   /// Takes ids [tokens, layers, experts_per_token] and requests over those tokens. `domain_names` may be empty; else
   /// each request's domain is an index into it. Errors: see try_validate.
-  [[nodiscard]] static result<trace> try_make(routing_shape shape, std::vector<std::uint16_t> ids,
-                                              std::vector<request> requests,
-                                              std::vector<std::string> domain_names = {}) {
+  [[nodiscard]] TETROMINO_ABI static result<trace> try_make(routing_shape shape, std::vector<std::uint16_t> ids,
+                                                            std::vector<request> requests,
+                                                            std::vector<std::string> domain_names = {}) {
     if (auto ok = try_validate(trace_view{shape, ids, requests}); !ok) return ok.error();
     for (std::size_t i = 0; i < requests.size(); ++i) {
       if (!domain_names.empty() && requests[i].domain >= domain_names.size()) {
@@ -176,22 +180,23 @@ class trace {
     t.domain_names_ = std::move(domain_names);
     return t;
   }
-  [[nodiscard]] static trace make(routing_shape shape, std::vector<std::uint16_t> ids, std::vector<request> requests,
-                                  std::vector<std::string> domain_names = {}) {
+  [[nodiscard]] TETROMINO_ABI static trace make(routing_shape shape, std::vector<std::uint16_t> ids,
+                                                std::vector<request> requests,
+                                                std::vector<std::string> domain_names = {}) {
     return try_make(shape, std::move(ids), std::move(requests), std::move(domain_names)).value();
   }
 
-  [[nodiscard]] trace_view view() const& noexcept { return {shape_, ids_, requests_}; }
+  [[nodiscard]] TETROMINO_ABI trace_view view() const& noexcept { return {shape_, ids_, requests_}; }
   trace_view view() const&& = delete;  // would dangle
 
-  [[nodiscard]] const routing_shape& shape() const noexcept { return shape_; }
-  [[nodiscard]] std::size_t tokens() const noexcept { return ids_.size() / shape_.ids_per_token(); }
-  [[nodiscard]] std::span<const request> requests() const noexcept { return requests_; }
+  [[nodiscard]] TETROMINO_ABI const routing_shape& shape() const noexcept { return shape_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t tokens() const noexcept { return ids_.size() / shape_.ids_per_token(); }
+  [[nodiscard]] TETROMINO_ABI std::span<const request> requests() const noexcept { return requests_; }
   /// Names of the domains that requests refer to; empty when nobody named them.
-  [[nodiscard]] std::span<const std::string> domain_names() const noexcept { return domain_names_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::string> domain_names() const noexcept { return domain_names_; }
 
  private:
-  trace() = default;
+  TETROMINO_ABI trace() = default;
 
   routing_shape shape_;
   std::vector<std::uint16_t> ids_;

@@ -43,7 +43,7 @@ struct routing_file {
   std::variant<trace, load_table, placement> content;
 };
 
-namespace detail {
+namespace detail::inline TETROMINO_ISA {
 
 /// An error of a reader that does not know the file's name.
 [[nodiscard]] inline error in_file(const std::string& name, const error& e) {
@@ -146,7 +146,9 @@ template <class Next>
   return routing_file{"NumPy array of counts", std::move(*loads)};
 }
 
-}  // namespace detail
+}  // namespace detail::inline TETROMINO_ISA
+
+inline namespace TETROMINO_ISA {
 
 /// Reads a trace from a log of JSON lines, one per token and layer:
 /// `{"req_id": "a", "token_idx": 0, "layer": 3, "topk_ids": [17, 4]}`, in any order, −1 for nobody. Optional keys:
@@ -259,6 +261,8 @@ template <class Next>
 [[nodiscard]] inline trace read_trace(const std::filesystem::path& path, const trace_read_options& options = {}) {
   return try_read_trace(path, options).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

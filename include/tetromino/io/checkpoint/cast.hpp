@@ -11,7 +11,7 @@
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// E4M3 holds the powers of two from 2^-9 to 2^8: with the largest scale of a matrix at 2^8, scales down to 2^-17 of it
 /// are exact. Below, they stay at 2^-9 and the codes shrink, which may round.
@@ -82,6 +82,6 @@ inline std::size_t cast_rows(const packed_view<any_format>& from, std::uint8_t t
   return rounded;
 }
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

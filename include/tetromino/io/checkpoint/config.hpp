@@ -14,7 +14,7 @@
 
 /// What readers of each layout look for in config.json and beside it. (compressed-tensors 0.20, transformers 5.24,
 /// vLLM's ModelOptNvFp4Config, ModelOpt's export)
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 using nlohmann::ordered_json;
 
@@ -150,6 +150,6 @@ inline ordered_json modelopt_file(const io::pack_plan& plan) {
             {"exclude_modules", config["ignore"]}}}};
 }
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -29,6 +29,8 @@ enum class checkpoint_layout : std::uint8_t {
 inline constexpr std::array<std::string_view, 4> checkpoint_layout_names{"linear", "gpt-oss", "compressed-tensors",
                                                                          "modelopt"};
 
+inline namespace TETROMINO_ISA {
+
 [[nodiscard]] constexpr std::string_view name(checkpoint_layout layout) noexcept {
   return checkpoint_layout_names[static_cast<std::size_t>(layout)];
 }
@@ -63,6 +65,8 @@ inline constexpr std::array<std::string_view, 4> checkpoint_layout_names{"linear
                             r.format.macro_block == 0 ? "" : " with macro blocks"));
 }
 
+}  // namespace TETROMINO_ISA
+
 /// Rows of a weight that a layout stores as one matrix, or one stack of them: rows first_row, first_row + row_step, ...
 /// of matrices [matrix, matrix + matrices); and the tensors that hold them. An empty name: there is no such part.
 struct stored_weight {
@@ -73,7 +77,7 @@ struct stored_weight {
   std::size_t rows = 0;
   tensor_declaration codes{}, scales{}, macros{}, tensor_scale{}, input_scale{};
 
-  [[nodiscard]] std::vector<const tensor_declaration*> parts() const {
+  [[nodiscard]] TETROMINO_ABI std::vector<const tensor_declaration*> parts() const {
     std::vector<const tensor_declaration*> all;
     for (const auto* part : {&codes, &scales, &macros, &tensor_scale, &input_scale}) {
       if (!part->name.empty()) all.push_back(part);
@@ -84,7 +88,7 @@ struct stored_weight {
 
 }  // namespace TETROMINO_NAMESPACE::io
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// The name of the module that a weight belongs to.
 inline std::string module_of(std::string_view name) {
@@ -220,6 +224,6 @@ inline float storable_scale(io::checkpoint_layout where, float scale) {
   return where == io::checkpoint_layout::compressed_tensors ? 1.0f / (1.0f / scale) : scale;
 }
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

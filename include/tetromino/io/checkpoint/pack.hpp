@@ -55,7 +55,7 @@ struct pack_report {
 
 }  // namespace TETROMINO_NAMESPACE::io
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// The first error of several threads; work stops once there is one.
 class shared_failure {
@@ -512,9 +512,9 @@ class packer {
   io::pack_report report_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// The metadata of one file: that of the source, what was asked for, and for the linear layout, whose shapes do not say
 /// it, the shape [matrices, rows, K] and the recipe of each packed weight in it.
@@ -622,9 +622,9 @@ inline result<std::vector<std::string>> write_beside(const io::checkpoint& from,
   return left;
 }
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-namespace TETROMINO_NAMESPACE::io {
+namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 
 /// Packs a model as planned. `to` becomes a directory that readers of the layout open, with config.json and the other
 /// files of the model; or a single file, if its name ends with .safetensors. Work is split over the policy's executor;
@@ -687,6 +687,6 @@ pack_report pack(const Policy& policy, const checkpoint& from, const pack_plan& 
   return try_pack(policy, from, plan, to, options).value();
 }
 
-}  // namespace TETROMINO_NAMESPACE::io
+}  // namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

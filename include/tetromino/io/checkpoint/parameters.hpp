@@ -42,13 +42,15 @@ struct parameter {
   /// for all of them, or one for each expert.
   std::size_t set = 0;
 
-  [[nodiscard]] bool is_weight() const noexcept { return kind.kept_because.empty(); }
-  [[nodiscard]] std::size_t elements() const noexcept {
+  [[nodiscard]] TETROMINO_ABI bool is_weight() const noexcept { return kind.kept_because.empty(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t elements() const noexcept {
     std::size_t n = 1;
     for (const std::size_t size : shape) n *= size;
     return n;
   }
 };
+
+inline namespace TETROMINO_ISA {
 
 /// All parameters of a checkpoint with their roles, in the order of their bytes. Every tensor is a parameter or a part
 /// of one. Fails with errc::invalid_argument for formats that cannot be read, by their names: GPTQ, AWQ and other
@@ -57,6 +59,8 @@ struct parameter {
 [[nodiscard]] inline std::vector<parameter> parameters_of(const checkpoint& from) {
   return try_parameters_of(from).value();
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::io
 
@@ -83,6 +87,8 @@ inline constexpr std::array<std::array<std::string_view, 3>, 18> fused_leaves{{
     {"ffn_gate", "ffn_up", ""},
     {"ffn_gate_exps", "ffn_up_exps", ""},
 }};
+
+inline namespace TETROMINO_ISA {
 
 /// The name of the set that a weight belongs to; its own where it stands alone.
 inline std::string fused_name(const io::parameter& weight) {
@@ -309,14 +315,16 @@ class parameter_finder {
   std::vector<io::parameter> found_;
 };
 
+}  // namespace TETROMINO_ISA
+
 }  // namespace TETROMINO_NAMESPACE::detail
 
-namespace TETROMINO_NAMESPACE::io {
+namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 
 inline result<std::vector<parameter>> try_parameters_of(const checkpoint& from) {
   return detail::parameter_finder(from).find();
 }
 
-}  // namespace TETROMINO_NAMESPACE::io
+}  // namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

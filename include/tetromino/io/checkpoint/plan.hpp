@@ -52,7 +52,9 @@ struct planned_parameter {
   std::string reason{};                 ///< why it is kept or decoded
   std::vector<stored_weight> stored{};  ///< where it is packed, cast or copied
 
-  [[nodiscard]] bool is_packed() const noexcept { return action != pack_action::keep && action != pack_action::decode; }
+  [[nodiscard]] TETROMINO_ABI bool is_packed() const noexcept {
+    return action != pack_action::keep && action != pack_action::decode;
+  }
 };
 
 /// What happens to all parameters of a model, in their order.
@@ -61,6 +63,8 @@ struct pack_plan {
   std::vector<planned_parameter> parameters;
   std::size_t sets = 0;  ///< parameter::set is less
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Decides what happens to each parameter. Weights that readers run as one matrix are packed alike or kept together.
 /// `parameters` are those of `from`, and must outlive the plan. Errors: invalid_argument for recipes that the layout
@@ -73,9 +77,11 @@ struct pack_plan {
   return try_plan(from, parameters, std::move(options)).value();
 }
 
+}  // namespace TETROMINO_ISA
+
 }  // namespace TETROMINO_NAMESPACE::io
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 inline bool matches(const std::string& name, const std::string& pattern) {
   return ::fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
@@ -308,15 +314,15 @@ class planner {
   io::pack_plan plan_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-namespace TETROMINO_NAMESPACE::io {
+namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 
 inline result<pack_plan> try_plan(const checkpoint& from, const std::vector<parameter>& parameters,
                                   plan_options options) {
   return detail::planner(from, parameters, std::move(options)).make();
 }
 
-}  // namespace TETROMINO_NAMESPACE::io
+}  // namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

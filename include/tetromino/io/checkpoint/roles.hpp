@@ -42,10 +42,14 @@ inline constexpr std::array<std::string_view, 13> tensor_role_names{
     "embedding", "lm_head",       "norm",          "convolution", "state space",
     "bias",      "scale",         "other"};
 
+inline namespace TETROMINO_ISA {
+
 /// The role's name for people: "routed expert".
 [[nodiscard]] constexpr std::string_view name(tensor_role role) noexcept {
   return tensor_role_names[static_cast<std::size_t>(role)];
 }
+
+}  // namespace TETROMINO_ISA
 
 /// What is known of a tensor before its role is.
 struct tensor_facts {
@@ -61,10 +65,14 @@ struct tensor_kind {
   std::string kept_because;    ///< empty where it is a matrix product's weight that may be packed
 };
 
+inline namespace TETROMINO_ISA {
+
 /// The roles of all tensors of a model, from their names, their neighbours, their shapes and config.json. What is not
 /// known to be a matrix product's weight says so in `kept_because`: an unknown name never counts as one.
 [[nodiscard]] std::vector<tensor_kind> roles_of(std::span<const tensor_facts> tensors,
                                                 const nlohmann::json& config = nullptr);
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::io
 
@@ -72,6 +80,8 @@ namespace TETROMINO_NAMESPACE::detail {
 
 /// Which way the matrices of a module lie: [.., outputs, K] or [.., K, outputs].
 enum class direction : std::uint8_t { unknown, straight, transposed };
+
+inline namespace TETROMINO_ISA {
 
 /// Sizes that config.json gives, at the top or in the part for the language model; 0 where it gives none.
 inline std::size_t config_size(const nlohmann::json& config, std::initializer_list<const char*> keys) {
@@ -337,9 +347,11 @@ class role_finder {
   std::unordered_map<std::string, direction> directions_;
 };
 
+}  // namespace TETROMINO_ISA
+
 }  // namespace TETROMINO_NAMESPACE::detail
 
-namespace TETROMINO_NAMESPACE::io {
+namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 
 inline std::vector<tensor_kind> roles_of(std::span<const tensor_facts> tensors, const nlohmann::json& config) {
   const detail::role_finder finder(tensors, config);
@@ -349,6 +361,6 @@ inline std::vector<tensor_kind> roles_of(std::span<const tensor_facts> tensors, 
   return out;
 }
 
-}  // namespace TETROMINO_NAMESPACE::io
+}  // namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

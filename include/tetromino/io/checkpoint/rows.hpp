@@ -35,7 +35,7 @@ struct row_buffers {
 
 }  // namespace TETROMINO_NAMESPACE::io
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// [rows, cols] to [cols, rows], by tiles that stay in the cache.
 template <class T>
@@ -191,9 +191,9 @@ result<void> visit_packed(const io::checkpoint& from, const io::parameter& p, co
   return f(packed_view<any_format>{format, 1, range.count, p.cols, *codes, *scales, {}, one});
 }
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-namespace TETROMINO_NAMESPACE::io {
+namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 
 /// Reads rows of a weight and calls f(matrix_view<const T> [count, cols]), with T as stored, or float where it is
 /// decoded from FP8 or 4-bit codes. f returns result<void>; its error comes back. The rows stay valid within the call.
@@ -243,6 +243,6 @@ void visit_rows(const Policy& policy, const checkpoint& from, const parameter& p
   }).value();
 }
 
-}  // namespace TETROMINO_NAMESPACE::io
+}  // namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -20,7 +20,7 @@
 #include <utility>        // std::move
 #include <vector>         // std::vector
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// A directory under construction: it has a temporary name beside its final one until `try_commit`; without that, it is
 /// removed with all that is in it. Nothing that exists is replaced, but an empty directory.
@@ -214,6 +214,6 @@ class shard_writer {
   std::size_t total_bytes_ = 0;
 };
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

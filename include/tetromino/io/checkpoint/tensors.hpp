@@ -23,7 +23,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// A whole JSON file of at most 256 MB, which is more than an index of a million tensors.
 inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
@@ -48,7 +48,7 @@ inline std::string json_text(const nlohmann::json& object, const char* key) {
   return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
 }
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
 namespace TETROMINO_NAMESPACE::io {
 
@@ -61,7 +61,7 @@ struct checkpoint_tensor {
   std::uint64_t begin = 0;         ///< its first byte in that file
   std::size_t bytes = 0;
 
-  [[nodiscard]] std::size_t elements() const noexcept { return bytes * 8 / bits_per_element(dtype); }
+  [[nodiscard]] TETROMINO_ABI std::size_t elements() const noexcept { return bytes * 8 / bits_per_element(dtype); }
 };
 
 /// A model as Hugging Face saves it, seen as one set of named tensors: a directory with config.json and
@@ -70,8 +70,10 @@ struct checkpoint_tensor {
 /// meanwhile gives an error. Errors are of kind errc::malformed_file or errc::io and name the file and the tensor.
 class checkpoint {
  public:
-  [[nodiscard]] static checkpoint open(const std::filesystem::path& path) { return try_open(path).value(); }
-  [[nodiscard]] static result<checkpoint> try_open(const std::filesystem::path& path) {
+  [[nodiscard]] TETROMINO_ABI static checkpoint open(const std::filesystem::path& path) {
+    return try_open(path).value();
+  }
+  [[nodiscard]] TETROMINO_ABI static result<checkpoint> try_open(const std::filesystem::path& path) {
     checkpoint out;
     out.path_ = path;
     std::error_code ignored;
@@ -90,35 +92,41 @@ class checkpoint {
   }
 
   /// What `open` was given.
-  [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+  [[nodiscard]] TETROMINO_ABI const std::filesystem::path& path() const noexcept { return path_; }
   /// Where config.json and the other files of the model are.
-  [[nodiscard]] const std::filesystem::path& folder() const noexcept { return folder_; }
-  [[nodiscard]] bool is_single_file() const noexcept { return is_single_file_; }
+  [[nodiscard]] TETROMINO_ABI const std::filesystem::path& folder() const noexcept { return folder_; }
+  [[nodiscard]] TETROMINO_ABI bool is_single_file() const noexcept { return is_single_file_; }
   /// config.json; null if there is none.
-  [[nodiscard]] const nlohmann::json& config() const noexcept { return config_; }
+  [[nodiscard]] TETROMINO_ABI const nlohmann::json& config() const noexcept { return config_; }
   /// Free text of the files' headers, together.
-  [[nodiscard]] const safetensors_metadata& metadata() const noexcept { return metadata_; }
+  [[nodiscard]] TETROMINO_ABI const safetensors_metadata& metadata() const noexcept { return metadata_; }
 
   /// Free text of one file's header.
-  [[nodiscard]] const safetensors_metadata& metadata(std::size_t file) const noexcept { return file_metadata_[file]; }
+  [[nodiscard]] TETROMINO_ABI const safetensors_metadata& metadata(std::size_t file) const noexcept {
+    return file_metadata_[file];
+  }
 
   /// All tensors, by file and then by their place in it.
-  [[nodiscard]] std::span<const checkpoint_tensor> tensors() const noexcept { return tensors_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const checkpoint_tensor> tensors() const noexcept { return tensors_; }
   /// The files that hold them.
-  [[nodiscard]] std::size_t file_count() const noexcept { return files_.size(); }
-  [[nodiscard]] const std::filesystem::path& file(std::size_t i) const noexcept { return files_[i].path(); }
-  [[nodiscard]] detail::file_identity identity(std::size_t i) const noexcept { return files_[i].identity(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t file_count() const noexcept { return files_.size(); }
+  [[nodiscard]] TETROMINO_ABI const std::filesystem::path& file(std::size_t i) const noexcept {
+    return files_[i].path();
+  }
+  [[nodiscard]] TETROMINO_ABI detail::file_identity identity(std::size_t i) const noexcept {
+    return files_[i].identity();
+  }
 
   /// The tensor of that name, or null.
-  [[nodiscard]] const checkpoint_tensor* find(std::string_view name) const noexcept {
+  [[nodiscard]] TETROMINO_ABI const checkpoint_tensor* find(std::string_view name) const noexcept {
     const auto found = std::lower_bound(by_name_.begin(), by_name_.end(), name,
                                         [&](std::size_t i, std::string_view n) { return tensors_[i].name < n; });
     return found != by_name_.end() && tensors_[*found].name == name ? &tensors_[*found] : nullptr;
   }
 
   /// Reads `to.size()` bytes of a tensor, from its byte `offset` on. Pre: they lie within it.
-  [[nodiscard]] result<void> try_read(const checkpoint_tensor& tensor, std::size_t offset,
-                                      std::span<std::uint8_t> to) const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_read(const checkpoint_tensor& tensor, std::size_t offset,
+                                                    std::span<std::uint8_t> to) const {
     TETROMINO_EXPECTS(offset <= tensor.bytes && to.size() <= tensor.bytes - offset, "a read lies within its tensor",
                       offset, tensor.bytes, to.size(), tensor.bytes - offset);
     auto read = files_[tensor.file].try_read_at(tensor.begin + offset, to);
@@ -126,24 +134,24 @@ class checkpoint {
     return error(read.error().code(),
                  detail::text("tensor ", detail::printable(tensor.name), ": ", read.error().what()));
   }
-  void read(const checkpoint_tensor& tensor, std::size_t offset, std::span<std::uint8_t> to) const {
+  TETROMINO_ABI void read(const checkpoint_tensor& tensor, std::size_t offset, std::span<std::uint8_t> to) const {
     try_read(tensor, offset, to).value();
   }
 
   /// Fails if a file has changed since it was opened: what was read may be of two models.
-  [[nodiscard]] result<void> try_unchanged() const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_unchanged() const {
     for (const auto& file : files_) {
       if (auto same = file.try_unchanged(); !same) return same;
     }
     return {};
   }
-  void unchanged() const { try_unchanged().value(); }
+  TETROMINO_ABI void unchanged() const { try_unchanged().value(); }
 
  private:
   static constexpr const char* index_name = "model.safetensors.index.json";
 
   /// The shards that an index names; without an index, the one file there is, or all files named as shards.
-  [[nodiscard]] result<void> add_files(const std::filesystem::path& index) {
+  [[nodiscard]] TETROMINO_ABI result<void> add_files(const std::filesystem::path& index) {
     std::error_code ignored;
     if (std::filesystem::exists(index, ignored)) return add_indexed(index);
     if (index.filename() != index_name) return detail::io_error(index, "open", ENOENT);
@@ -168,7 +176,7 @@ class checkpoint {
     return {};
   }
 
-  [[nodiscard]] result<void> add_indexed(const std::filesystem::path& index) {
+  [[nodiscard]] TETROMINO_ABI result<void> add_indexed(const std::filesystem::path& index) {
     auto json = detail::read_json(index);
     if (!json) return json.error();
     const auto malformed = [&](const auto&... what) {
@@ -209,7 +217,7 @@ class checkpoint {
     return {};
   }
 
-  [[nodiscard]] result<void> add_file(const std::filesystem::path& path) {
+  [[nodiscard]] TETROMINO_ABI result<void> add_file(const std::filesystem::path& path) {
     auto file = detail::file_reader::try_open(path);
     if (!file) return file.error();
     std::vector<std::uint8_t> head(std::min<std::uint64_t>(file->size(), detail::safetensors_prefix));
@@ -231,7 +239,7 @@ class checkpoint {
   }
 
   /// Each name once, also across files.
-  [[nodiscard]] result<void> check_names() {
+  [[nodiscard]] TETROMINO_ABI result<void> check_names() {
     by_name_.resize(tensors_.size());
     std::iota(by_name_.begin(), by_name_.end(), std::size_t{0});
     std::sort(by_name_.begin(), by_name_.end(),

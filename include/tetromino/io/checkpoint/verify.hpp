@@ -37,7 +37,7 @@ struct verify_report {
 
 }  // namespace TETROMINO_NAMESPACE::io
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// How one parameter of the original is stored in the packed model.
 struct found_parameter {
@@ -612,9 +612,9 @@ class verifier {
   io::verify_report report_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-namespace TETROMINO_NAMESPACE::io {
+namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 
 /// Reads a packed model as readers of its layout do, by names, types, scales and config.json alone, beside the
 /// original: every value is decoded with the tensor scale that readers take, and where the files say by which recipe,
@@ -634,6 +634,6 @@ verify_report verify(const Policy& policy, const checkpoint& original, const che
   return try_verify(policy, original, packed, options).value();
 }
 
-}  // namespace TETROMINO_NAMESPACE::io
+}  // namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -13,7 +13,7 @@
 #include <utility>      // std::pair
 #include <vector>       // std::vector
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// Text out of a file, fit for a message: in quotes, control characters escaped, long text cut.
 inline std::string printable(std::string_view raw, std::size_t longest = 100) {
@@ -92,4 +92,4 @@ std::string nearest_names(std::string_view wanted, const Entries& entries, const
   return nearest.empty() ? "there are no tensors" : text("the nearest names are ", out);
 }
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

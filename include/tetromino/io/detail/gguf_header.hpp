@@ -26,6 +26,8 @@ inline constexpr std::size_t gguf_default_alignment = 32;
 inline constexpr std::size_t gguf_most_dimensions = 4;
 inline constexpr std::size_t gguf_longest_key = 65535;
 
+inline namespace TETROMINO_ISA {
+
 /// Bytes of a GGUF tensor of this row-major shape, or why there is no such number. Dimensions of zero do not excuse an
 /// overflow of the others.
 inline result<std::size_t> ggml_tensor_bytes(io::ggml_type type, std::span<const std::size_t> shape) {
@@ -54,6 +56,8 @@ constexpr std::size_t gguf_padded(std::size_t bytes, std::size_t alignment) noex
   return (bytes + alignment - 1) & ~(alignment - 1);
 }
 
+}  // namespace TETROMINO_ISA
+
 /// One tensor as the header describes it; `begin` and `end` count from the start of the data.
 struct gguf_entry {
   std::string name;
@@ -70,6 +74,8 @@ struct gguf_header {
   std::size_t alignment = gguf_default_alignment;
   std::size_t data_begin = 0;
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Goes through the bytes of a header once, and stops at the first error, kept in `problem`. Nothing is allocated
 /// before the file has been seen to hold what it is for.
@@ -349,5 +355,7 @@ inline std::vector<std::uint8_t> write_gguf_header(const io::gguf_metadata& meta
   out.resize(gguf_padded(out.size(), alignment));
   return out;
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::detail

@@ -14,7 +14,7 @@
 #include <utility>      // std::move
 #include <vector>       // std::vector
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// Sums of one tensor in an imatrix file of the form before GGUF.
 struct legacy_imatrix_entry {
@@ -109,4 +109,4 @@ class legacy_imatrix_parser {
   std::string subject_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

@@ -27,26 +27,26 @@ static_assert(std::endian::native == std::endian::little, "the files are little-
 /// A tensor of an open file, whatever its format. It refers to the file: it must not outlive it.
 class stored_tensor {
  public:
-  [[nodiscard]] const std::string& name() const noexcept { return name_; }
+  [[nodiscard]] TETROMINO_ABI const std::string& name() const noexcept { return name_; }
   /// Row-major; empty for a scalar.
-  [[nodiscard]] const std::vector<std::size_t>& shape() const noexcept { return shape_; }
+  [[nodiscard]] TETROMINO_ABI const std::vector<std::size_t>& shape() const noexcept { return shape_; }
   /// The product of the shape.
-  [[nodiscard]] std::size_t elements() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t elements() const noexcept {
     std::size_t product = 1;
     for (const std::size_t dimension : shape_) product *= dimension;
     return product;
   }
   /// The elements as they are stored, mapped from the file.
-  [[nodiscard]] std::span<const std::uint8_t> bytes() const noexcept { return bytes_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint8_t> bytes() const noexcept { return bytes_; }
 
   /// The elements in place. Fails if the stored type is another one, or if the file puts them at an address that `T`
   /// cannot be read from; `copy_as` takes any address.
   template <io::tensor_element T>
-  [[nodiscard]] std::span<const T> as() const {
+  [[nodiscard]] TETROMINO_ABI std::span<const T> as() const {
     return try_as<T>().value();
   }
   template <io::tensor_element T>
-  [[nodiscard]] result<std::span<const T>> try_as() const {
+  [[nodiscard]] TETROMINO_ABI result<std::span<const T>> try_as() const {
     if (auto same = check_type<T>(); !same) return same.error();
     if (bytes_.empty()) return std::span<const T>{};
     if (reinterpret_cast<std::uintptr_t>(bytes_.data()) % alignof(T) != 0) {
@@ -59,11 +59,11 @@ class stored_tensor {
 
   /// A copy of the elements. Fails if the stored type is another one.
   template <io::tensor_element T>
-  [[nodiscard]] std::vector<T> copy_as() const {
+  [[nodiscard]] TETROMINO_ABI std::vector<T> copy_as() const {
     return try_copy_as<T>().value();
   }
   template <io::tensor_element T>
-  [[nodiscard]] result<std::vector<T>> try_copy_as() const {
+  [[nodiscard]] TETROMINO_ABI result<std::vector<T>> try_copy_as() const {
     if (auto same = check_type<T>(); !same) return same.error();
     std::vector<T> copy(bytes_.size() / sizeof(T));
     if (!copy.empty()) std::memcpy(copy.data(), bytes_.data(), bytes_.size());
@@ -72,8 +72,8 @@ class stored_tensor {
 
  protected:
   /// `bytes` begin at `offset` of the file; `type_name` is what an io::dtype of the same elements is called, if any is.
-  stored_tensor(std::string&& name, std::string_view type_name, std::vector<std::size_t>&& shape,
-                std::span<const std::uint8_t> bytes, std::size_t offset, const std::string& path)
+  TETROMINO_ABI stored_tensor(std::string&& name, std::string_view type_name, std::vector<std::size_t>&& shape,
+                              std::span<const std::uint8_t> bytes, std::size_t offset, const std::string& path)
       : name_(std::move(name)),
         type_name_(type_name),
         shape_(std::move(shape)),
@@ -82,10 +82,10 @@ class stored_tensor {
         path_(&path) {}
 
  private:
-  [[nodiscard]] std::string subject() const { return text(*path_, ": tensor ", printable(name_)); }
+  [[nodiscard]] TETROMINO_ABI std::string subject() const { return text(*path_, ": tensor ", printable(name_)); }
 
   template <io::tensor_element T>
-  [[nodiscard]] result<void> check_type() const {
+  [[nodiscard]] TETROMINO_ABI result<void> check_type() const {
     constexpr io::dtype asked = io::dtype_of<T>::value;
     static_assert(sizeof(T) * 8 == bits_per_element(asked), "dtype_of names a type of another size");
     if (io::name(asked) == type_name_) return {};
@@ -107,26 +107,26 @@ template <class Tensor>
 class mapped_tensors {
  public:
   /// The path that it was opened by; empty after a move, as all the rest is.
-  [[nodiscard]] const std::string& path() const noexcept {
+  [[nodiscard]] TETROMINO_ABI const std::string& path() const noexcept {
     static const std::string none;
     return path_ ? *path_ : none;
   }
   /// All tensors, in the order of their data in the file.
-  [[nodiscard]] std::span<const Tensor> tensors() const noexcept { return tensors_; }
-  [[nodiscard]] auto begin() const noexcept { return tensors_.begin(); }
-  [[nodiscard]] auto end() const noexcept { return tensors_.end(); }
-  [[nodiscard]] std::size_t size() const noexcept { return tensors_.size(); }
+  [[nodiscard]] TETROMINO_ABI std::span<const Tensor> tensors() const noexcept { return tensors_; }
+  [[nodiscard]] TETROMINO_ABI auto begin() const noexcept { return tensors_.begin(); }
+  [[nodiscard]] TETROMINO_ABI auto end() const noexcept { return tensors_.end(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t size() const noexcept { return tensors_.size(); }
 
   /// The tensor of that name, or null.
-  [[nodiscard]] const Tensor* find(std::string_view name) const noexcept {
+  [[nodiscard]] TETROMINO_ABI const Tensor* find(std::string_view name) const noexcept {
     const auto found = std::lower_bound(by_name_.begin(), by_name_.end(), name,
                                         [&](std::size_t i, std::string_view n) { return tensors_[i].name() < n; });
     return found != by_name_.end() && tensors_[*found].name() == name ? &tensors_[*found] : nullptr;
   }
 
   /// The tensor of that name. Fails with errc::unknown_name and the names nearest to it.
-  [[nodiscard]] const Tensor& operator[](std::string_view name) const { return *try_get(name).value(); }
-  [[nodiscard]] result<const Tensor*> try_get(std::string_view name) const {
+  [[nodiscard]] TETROMINO_ABI const Tensor& operator[](std::string_view name) const { return *try_get(name).value(); }
+  [[nodiscard]] TETROMINO_ABI result<const Tensor*> try_get(std::string_view name) const {
     if (const auto* tensor = find(name)) return tensor;
     const auto name_of = [](const Tensor& t) -> std::string_view { return t.name(); };
     return error(errc::unknown_name,
@@ -136,23 +136,23 @@ class mapped_tensors {
   /// Says that `part` of some tensor's bytes has been read: its pages leave this process's memory, so that streaming
   /// through a file of any size needs no more than the parts in use. The bytes stay valid; reading them again fetches
   /// them again. Pre: `part` lies in the bytes of this file.
-  void done_with(std::span<const std::uint8_t> part) const {
+  TETROMINO_ABI void done_with(std::span<const std::uint8_t> part) const {
     TETROMINO_EXPECTS(part.empty() || mapping_.holds(part), "done_with needs bytes of this file");
     mapping_.drop(part);
   }
 
   /// Which file this is, whatever name it was opened by.
-  [[nodiscard]] const file_identity& identity() const noexcept { return mapping_.identity(); }
+  [[nodiscard]] TETROMINO_ABI const file_identity& identity() const noexcept { return mapping_.identity(); }
 
  protected:
-  mapped_tensors(const std::filesystem::path& path, file_mapping&& mapping)
+  TETROMINO_ABI mapped_tensors(const std::filesystem::path& path, file_mapping&& mapping)
       : path_(std::make_unique<const std::string>(path.string())), mapping_(std::move(mapping)) {}
 
   /// The whole file.
-  [[nodiscard]] std::span<const std::uint8_t> contents() const noexcept { return mapping_.bytes(); }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint8_t> contents() const noexcept { return mapping_.bytes(); }
 
   /// Pre: no two have one name.
-  void set_tensors(std::vector<Tensor>&& tensors) {
+  TETROMINO_ABI void set_tensors(std::vector<Tensor>&& tensors) {
     tensors_ = std::move(tensors);
     by_name_.resize(tensors_.size());
     std::iota(by_name_.begin(), by_name_.end(), std::size_t{0});

@@ -34,8 +34,10 @@ class pending_tensors {
  public:
   /// Adds the next bytes of a tensor. Fails if it does not exist, if there are more bytes than it has left, or if the
   /// file cannot be written; the file is then gone.
-  void append(std::string_view name, std::span<const std::uint8_t> bytes) { try_append(name, bytes).value(); }
-  [[nodiscard]] result<void> try_append(std::string_view name, std::span<const std::uint8_t> bytes) {
+  TETROMINO_ABI void append(std::string_view name, std::span<const std::uint8_t> bytes) {
+    try_append(name, bytes).value();
+  }
+  [[nodiscard]] TETROMINO_ABI result<void> try_append(std::string_view name, std::span<const std::uint8_t> bytes) {
     const auto found = find(name);
     if (!found) return found.error();
     return append_to(**found, bytes);
@@ -43,11 +45,11 @@ class pending_tensors {
 
   /// Adds the next elements of a tensor. Fails as `append` does, and if the tensor was declared with another type.
   template <io::tensor_element T>
-  void append_values(std::string_view name, std::span<const T> values) {
+  TETROMINO_ABI void append_values(std::string_view name, std::span<const T> values) {
     try_append_values<T>(name, values).value();
   }
   template <io::tensor_element T>
-  [[nodiscard]] result<void> try_append_values(std::string_view name, std::span<const T> values) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_append_values(std::string_view name, std::span<const T> values) {
     const auto found = find(name);
     if (!found) return found.error();
     constexpr std::string_view got = io::name(io::dtype_of<T>::value);
@@ -60,11 +62,11 @@ class pending_tensors {
 
   /// Writes bytes of a tensor from its byte `offset` on: for those who write pieces of their own, each byte once, in
   /// any order and from any threads. Fails as `append` does, and leaves the file open.
-  void write_at(std::string_view name, std::size_t offset, std::span<const std::uint8_t> bytes) {
+  TETROMINO_ABI void write_at(std::string_view name, std::size_t offset, std::span<const std::uint8_t> bytes) {
     try_write_at(name, offset, bytes).value();
   }
-  [[nodiscard]] result<void> try_write_at(std::string_view name, std::size_t offset,
-                                          std::span<const std::uint8_t> bytes) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_write_at(std::string_view name, std::size_t offset,
+                                                        std::span<const std::uint8_t> bytes) {
     const auto found = find(name);
     if (!found) return found.error();
     pending_tensor& tensor = **found;
@@ -79,8 +81,8 @@ class pending_tensors {
 
   /// Makes the file durable and gives it its final name, replacing what was there. Fails if bytes are missing (then
   /// they can still be added), or if the system refuses.
-  void finish() { try_finish().value(); }
-  [[nodiscard]] result<void> try_finish() {
+  TETROMINO_ABI void finish() { try_finish().value(); }
+  [[nodiscard]] TETROMINO_ABI result<void> try_finish() {
     for (const pending_tensor& tensor : tensors_) {
       if (file_.is_open() && tensor.written != tensor.size) {
         return error(errc::shape_mismatch, text(subject(tensor), ": expected ", tensor.size,
@@ -91,7 +93,7 @@ class pending_tensors {
   }
 
  protected:
-  pending_tensors(pending_file&& file, std::vector<pending_tensor>&& tensors)
+  TETROMINO_ABI pending_tensors(pending_file&& file, std::vector<pending_tensor>&& tensors)
       : file_(std::move(file)), tensors_(std::move(tensors)) {
     std::sort(tensors_.begin(), tensors_.end(),
               [](const pending_tensor& a, const pending_tensor& b) { return a.name < b.name; });
@@ -99,8 +101,9 @@ class pending_tensors {
 
   /// Starts a file with its header, unless the path leads to the file that `source` (optional) is reading.
   template <class Source>
-  [[nodiscard]] static result<pending_file> try_begin(const std::filesystem::path& path,
-                                                      std::span<const std::uint8_t> header, const Source* source) {
+  [[nodiscard]] TETROMINO_ABI static result<pending_file> try_begin(const std::filesystem::path& path,
+                                                                    std::span<const std::uint8_t> header,
+                                                                    const Source* source) {
     if (source != nullptr && identity_of(path) == source->identity()) {
       return error(errc::invalid_argument,
                    text(path.string(), ": expected another file than the one being read, ", source->path()));
@@ -112,11 +115,11 @@ class pending_tensors {
   }
 
  private:
-  [[nodiscard]] std::string subject(const pending_tensor& tensor) const {
+  [[nodiscard]] TETROMINO_ABI std::string subject(const pending_tensor& tensor) const {
     return text(file_.path().string(), ": tensor ", printable(tensor.name));
   }
 
-  [[nodiscard]] result<pending_tensor*> find(std::string_view name) {
+  [[nodiscard]] TETROMINO_ABI result<pending_tensor*> find(std::string_view name) {
     const auto found =
         std::lower_bound(tensors_.begin(), tensors_.end(), name,
                          [](const pending_tensor& tensor, std::string_view n) { return tensor.name < n; });
@@ -126,7 +129,7 @@ class pending_tensors {
                                           "; ", nearest_names(name, tensors_, name_of)));
   }
 
-  [[nodiscard]] result<void> append_to(pending_tensor& tensor, std::span<const std::uint8_t> bytes) {
+  [[nodiscard]] TETROMINO_ABI result<void> append_to(pending_tensor& tensor, std::span<const std::uint8_t> bytes) {
     if (bytes.size() > tensor.size - tensor.written) {
       return error(errc::shape_mismatch, text(subject(tensor), ": expected at most ", tensor.size - tensor.written,
                                               " more bytes of ", tensor.size, ", got ", bytes.size()));

@@ -22,18 +22,23 @@
 #include <utility>       // std::exchange, std::move, std::swap
 
 namespace TETROMINO_NAMESPACE::detail {
+inline namespace TETROMINO_ISA {
 
 /// "path: could not do it: No space left on device", from errno unless a reason is given.
 inline error io_error(const std::filesystem::path& path, std::string_view what, int reason = errno) {
   return error(errc::io, text(path.string(), ": could not ", what, ": ", std::generic_category().message(reason)));
 }
 
+}  // namespace TETROMINO_ISA
+
 /// Which file a path leads to, whatever its name: device and inode.
 struct file_identity {
   dev_t device{};
   ino_t inode{};
-  friend bool operator==(const file_identity&, const file_identity&) = default;
+  friend TETROMINO_ABI bool operator==(const file_identity&, const file_identity&) = default;
 };
+
+inline namespace TETROMINO_ISA {
 
 /// "path: expected a regular file, found a directory".
 inline error not_a_file(const std::filesystem::path& path, const struct ::stat& facts, std::string_view expected) {
@@ -48,23 +53,25 @@ inline std::optional<file_identity> identity_of(const std::filesystem::path& pat
   return file_identity{facts.st_dev, facts.st_ino};
 }
 
+}  // namespace TETROMINO_ISA
+
 /// An open file, closed at the end of its scope.
 class file_descriptor {
  public:
-  file_descriptor() = default;
-  explicit file_descriptor(int number) noexcept : number_(number) {}
-  file_descriptor(file_descriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
-  file_descriptor& operator=(file_descriptor&& other) noexcept {
+  TETROMINO_ABI file_descriptor() = default;
+  TETROMINO_ABI explicit file_descriptor(int number) noexcept : number_(number) {}
+  TETROMINO_ABI file_descriptor(file_descriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
+  TETROMINO_ABI file_descriptor& operator=(file_descriptor&& other) noexcept {
     std::swap(number_, other.number_);
     return *this;
   }
-  ~file_descriptor() { close(); }
+  TETROMINO_ABI ~file_descriptor() { close(); }
 
-  [[nodiscard]] bool is_open() const noexcept { return number_ >= 0; }
-  [[nodiscard]] int number() const noexcept { return number_; }
+  [[nodiscard]] TETROMINO_ABI bool is_open() const noexcept { return number_ >= 0; }
+  [[nodiscard]] TETROMINO_ABI int number() const noexcept { return number_; }
 
   /// 0, or the errno of a close that failed. The descriptor is gone either way.
-  int close() noexcept {
+  TETROMINO_ABI int close() noexcept {
     if (number_ < 0) return 0;
     return ::close(std::exchange(number_, -1)) == 0 || errno == EINTR ? 0 : errno;
   }
@@ -72,6 +79,8 @@ class file_descriptor {
  private:
   int number_ = -1;
 };
+
+inline namespace TETROMINO_ISA {
 
 /// ::open that is not interrupted by signals.
 inline file_descriptor open_file(const std::filesystem::path& path, int flags, mode_t mode = 0) noexcept {
@@ -97,11 +106,13 @@ inline int write_all(int file, std::uint64_t offset, std::span<const std::uint8_
   return 0;
 }
 
+}  // namespace TETROMINO_ISA
+
 /// A regular file that is read piece by piece, from any thread: a file that gets shorter meanwhile gives an error,
 /// where a mapping would end the process.
 class file_reader {
  public:
-  [[nodiscard]] static result<file_reader> try_open(const std::filesystem::path& path) {
+  [[nodiscard]] TETROMINO_ABI static result<file_reader> try_open(const std::filesystem::path& path) {
     file_reader reader;
     reader.path_ = path;
     // Without O_NONBLOCK, opening a pipe would wait for a writer before it could be refused.
@@ -112,12 +123,14 @@ class file_reader {
     return reader;
   }
 
-  [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
-  [[nodiscard]] std::uint64_t size() const noexcept { return static_cast<std::uint64_t>(opened_.st_size); }
-  [[nodiscard]] file_identity identity() const noexcept { return {opened_.st_dev, opened_.st_ino}; }
+  [[nodiscard]] TETROMINO_ABI const std::filesystem::path& path() const noexcept { return path_; }
+  [[nodiscard]] TETROMINO_ABI std::uint64_t size() const noexcept {
+    return static_cast<std::uint64_t>(opened_.st_size);
+  }
+  [[nodiscard]] TETROMINO_ABI file_identity identity() const noexcept { return {opened_.st_dev, opened_.st_ino}; }
 
   /// Reads `to.size()` bytes at `offset`. Errors: io; malformed_file where the file ends before.
-  [[nodiscard]] result<void> try_read_at(std::uint64_t offset, std::span<std::uint8_t> to) const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_read_at(std::uint64_t offset, std::span<std::uint8_t> to) const {
     constexpr std::size_t most_at_once = std::size_t{1} << 30;
     while (!to.empty()) {
       const ssize_t got =
@@ -135,7 +148,7 @@ class file_reader {
   }
 
   /// Fails if the file has been written to, or replaced by a shorter or longer one in place, since it was opened.
-  [[nodiscard]] result<void> try_unchanged() const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_unchanged() const {
     struct ::stat now {};
     if (::fstat(file_.number(), &now) != 0) return io_error(path_, "stat");
     if (now.st_size == opened_.st_size && now.st_mtim.tv_sec == opened_.st_mtim.tv_sec &&
@@ -147,7 +160,7 @@ class file_reader {
   }
 
  private:
-  file_reader() = default;
+  TETROMINO_ABI file_reader() = default;
 
   std::filesystem::path path_;
   file_descriptor file_;
@@ -157,7 +170,7 @@ class file_reader {
 /// A regular file mapped read-only, unmapped at the end of its scope. Its bytes stay where they are when it is moved.
 class file_mapping {
  public:
-  [[nodiscard]] static result<file_mapping> try_open(const std::filesystem::path& path) {
+  [[nodiscard]] TETROMINO_ABI static result<file_mapping> try_open(const std::filesystem::path& path) {
     // Without O_NONBLOCK, opening a pipe would wait for a writer before it could be refused.
     const file_descriptor file = open_file(path, O_RDONLY | O_NONBLOCK);
     if (!file.is_open()) return io_error(path, "open");
@@ -178,27 +191,28 @@ class file_mapping {
     return mapping;
   }
 
-  file_mapping(file_mapping&& other) noexcept : bytes_(std::exchange(other.bytes_, {})), identity_(other.identity_) {}
-  file_mapping& operator=(file_mapping&& other) noexcept {
+  TETROMINO_ABI file_mapping(file_mapping&& other) noexcept
+      : bytes_(std::exchange(other.bytes_, {})), identity_(other.identity_) {}
+  TETROMINO_ABI file_mapping& operator=(file_mapping&& other) noexcept {
     std::swap(bytes_, other.bytes_);
     std::swap(identity_, other.identity_);
     return *this;
   }
-  ~file_mapping() {
+  TETROMINO_ABI ~file_mapping() {
     if (!bytes_.empty()) ::munmap(const_cast<std::uint8_t*>(bytes_.data()), bytes_.size());
   }
 
-  [[nodiscard]] std::span<const std::uint8_t> bytes() const noexcept { return bytes_; }
-  [[nodiscard]] const file_identity& identity() const noexcept { return identity_; }
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint8_t> bytes() const noexcept { return bytes_; }
+  [[nodiscard]] TETROMINO_ABI const file_identity& identity() const noexcept { return identity_; }
 
-  [[nodiscard]] bool holds(std::span<const std::uint8_t> part) const noexcept {
+  [[nodiscard]] TETROMINO_ABI bool holds(std::span<const std::uint8_t> part) const noexcept {
     constexpr std::less_equal<const std::uint8_t*> before;
     return before(bytes_.data(), part.data()) && before(part.data() + part.size(), bytes_.data() + bytes_.size());
   }
 
   /// Takes the pages of `part` out of this process's resident memory. The page where it ends stays, since the next
   /// part begins there; reading `part` again brings it back from the file.
-  void drop(std::span<const std::uint8_t> part) const noexcept {
+  TETROMINO_ABI void drop(std::span<const std::uint8_t> part) const noexcept {
     if (part.empty()) return;
     const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
     const auto begin = static_cast<std::size_t>(part.data() - bytes_.data()) / page * page;
@@ -208,7 +222,7 @@ class file_mapping {
   }
 
  private:
-  file_mapping() = default;
+  TETROMINO_ABI file_mapping() = default;
 
   std::span<const std::uint8_t> bytes_{};
   file_identity identity_{};
@@ -220,7 +234,7 @@ class pending_file {
  public:
   /// Refuses a path that names something else than a regular file: renaming over a device would replace it. What a link
   /// leads to is replaced, not the link, and the new file has the mode and owner of the one that it replaces.
-  [[nodiscard]] static result<pending_file> try_create(const std::filesystem::path& asked) {
+  [[nodiscard]] TETROMINO_ABI static result<pending_file> try_create(const std::filesystem::path& asked) {
     std::error_code unresolved;
     const bool is_link = std::filesystem::is_symlink(asked, unresolved);
     std::filesystem::path path = is_link ? std::filesystem::weakly_canonical(asked, unresolved) : asked;
@@ -253,8 +267,8 @@ class pending_file {
     return io_error(path, text("create the temporary file ", pending.temporary_.filename().string(), " beside it"));
   }
 
-  pending_file(pending_file&&) noexcept = default;
-  pending_file& operator=(pending_file&& other) noexcept {
+  TETROMINO_ABI pending_file(pending_file&&) noexcept = default;
+  TETROMINO_ABI pending_file& operator=(pending_file&& other) noexcept {
     discard();
     path_ = std::move(other.path_);
     temporary_ = std::move(other.temporary_);
@@ -262,12 +276,12 @@ class pending_file {
     owner_ = other.owner_;
     return *this;
   }
-  ~pending_file() { discard(); }
+  TETROMINO_ABI ~pending_file() { discard(); }
 
-  [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
-  [[nodiscard]] bool is_open() const noexcept { return file_.is_open(); }
+  [[nodiscard]] TETROMINO_ABI const std::filesystem::path& path() const noexcept { return path_; }
+  [[nodiscard]] TETROMINO_ABI bool is_open() const noexcept { return file_.is_open(); }
 
-  [[nodiscard]] result<void> try_write_at(std::uint64_t offset, std::span<const std::uint8_t> bytes) {
+  [[nodiscard]] TETROMINO_ABI result<void> try_write_at(std::uint64_t offset, std::span<const std::uint8_t> bytes) {
     if (!is_open()) return closed();
     if (const int reason = write_all(file_.number(), offset, bytes); reason != 0) {
       return discard(text("write ", bytes.size(), " bytes at ", offset), reason);
@@ -276,7 +290,8 @@ class pending_file {
   }
 
   /// The same, but a failure leaves the file as it is, since other threads may be writing to it.
-  [[nodiscard]] result<void> try_fill_at(std::uint64_t offset, std::span<const std::uint8_t> bytes) const {
+  [[nodiscard]] TETROMINO_ABI result<void> try_fill_at(std::uint64_t offset,
+                                                       std::span<const std::uint8_t> bytes) const {
     if (!is_open()) return closed();
     const int reason = write_all(file_.number(), offset, bytes);
     if (reason != 0) return io_error(path_, text("write ", bytes.size(), " bytes at ", offset), reason);
@@ -284,7 +299,7 @@ class pending_file {
   }
 
   /// Makes the contents durable, then moves them under the final name in one step.
-  [[nodiscard]] result<void> try_commit() {
+  [[nodiscard]] TETROMINO_ABI result<void> try_commit() {
     if (!is_open()) return closed();
     if (::fsync(file_.number()) != 0) return discard("flush it to the disk", errno);
     if (const int reason = file_.close(); reason != 0) {
@@ -306,19 +321,19 @@ class pending_file {
   }
 
   /// Closes and removes the temporary file; in a forked child, which shares it with its parent, only closes it.
-  void discard() noexcept {
+  TETROMINO_ABI void discard() noexcept {
     if (!is_open()) return;
     file_.close();
     if (owner_ == ::getpid()) ::unlink(temporary_.c_str());
   }
 
  private:
-  pending_file() = default;
+  TETROMINO_ABI pending_file() = default;
 
-  [[nodiscard]] error closed() const {
+  [[nodiscard]] TETROMINO_ABI error closed() const {
     return error(errc::io, text(path_.string(), ": it was already finished, or a write to it failed"));
   }
-  [[nodiscard]] error discard(std::string_view what, int reason) {
+  [[nodiscard]] TETROMINO_ABI error discard(std::string_view what, int reason) {
     discard();
     return io_error(path_, what, reason);
   }

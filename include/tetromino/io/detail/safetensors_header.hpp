@@ -33,6 +33,8 @@ inline constexpr std::uint64_t safetensors_header_limit = 100'000'000;
 inline constexpr std::size_t safetensors_prefix = 8;  // bytes of the header's length, in front of it
 inline constexpr std::string_view safetensors_metadata_key = "__metadata__";
 
+inline namespace TETROMINO_ISA {
+
 /// Bytes of a tensor, or why there is no such number: "its 12 bits are not whole bytes". Dimensions of zero do not
 /// excuse an overflow of the others.
 inline result<std::size_t> tensor_bytes(io::dtype type, std::span<const std::size_t> shape) {
@@ -60,6 +62,8 @@ inline result<std::size_t> tensor_bytes(io::dtype type, std::span<const std::siz
   return *bits / 8;
 }
 
+}  // namespace TETROMINO_ISA
+
 /// One tensor as the header describes it; `begin` and `end` count from the end of the header.
 struct safetensors_entry {
   std::string name;
@@ -75,6 +79,8 @@ struct safetensors_header {
   io::safetensors_metadata metadata;
   std::size_t data_begin = 0;
 };
+
+inline namespace TETROMINO_ISA {
 
 /// Follows the JSON text event by event, so that nothing is accepted that the format does not have, and duplicate names
 /// are seen. Stops at the first error, kept in `problem`.
@@ -389,5 +395,7 @@ inline std::string write_safetensors_header(std::span<const safetensors_entry> t
   }
   return out += json;
 }
+
+}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::detail

@@ -13,7 +13,7 @@
 
 /// What the names of a model's tensors say. The lists are of published model definitions (transformers, vLLM,
 /// llama.cpp); what they lack is not known, and is kept.
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 inline std::string lower(std::string_view text) {
   std::string out(text);
@@ -123,4 +123,4 @@ inline constexpr std::array<std::string_view, 11> head_pieces{"lm_head",    "emb
                                                               "qa_outputs", "pooler",    "cls",        "shared_head",
                                                               "head",       "heads",     "predictions"};
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

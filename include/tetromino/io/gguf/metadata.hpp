@@ -62,12 +62,18 @@ inline constexpr std::array<gguf_type_fact, 13> gguf_type_facts{{
     {"float64", 8},
 }};
 
+inline namespace TETROMINO_ISA {
+
 constexpr const gguf_type_fact& fact_of(io::gguf_type type) noexcept {
   return gguf_type_facts[static_cast<std::size_t>(type)];
 }
 
+}  // namespace TETROMINO_ISA
+
 template <class T>
 concept gguf_number = plain_integer<T> || std::same_as<T, bool> || std::same_as<T, float> || std::same_as<T, double>;
+
+inline namespace TETROMINO_ISA {
 
 template <class T>
 constexpr io::gguf_type gguf_type_of() noexcept {
@@ -111,6 +117,8 @@ inline void append_string(std::vector<std::uint8_t>& out, std::string_view value
   out.insert(out.end(), value.begin(), value.end());
 }
 
+}  // namespace TETROMINO_ISA
+
 }  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
@@ -124,18 +132,18 @@ concept gguf_element = detail::gguf_number<T> || std::same_as<T, std::string_vie
 class gguf_value {
  public:
   template <gguf_element T>
-  gguf_value(T value) : type_(detail::gguf_type_of<T>()) {
+  TETROMINO_ABI gguf_value(T value) : type_(detail::gguf_type_of<T>()) {
     if constexpr (std::same_as<T, std::string_view>) {
       detail::append_string(own_, value);
     } else {
       detail::append_number(own_, value);
     }
   }
-  gguf_value(const std::string& value) : gguf_value(std::string_view(value)) {}
-  gguf_value(const char* value) : gguf_value(std::string_view(value)) {}
+  TETROMINO_ABI gguf_value(const std::string& value) : gguf_value(std::string_view(value)) {}
+  TETROMINO_ABI gguf_value(const char* value) : gguf_value(std::string_view(value)) {}
   /// An array.
   template <gguf_element T>
-  explicit gguf_value(std::span<const T> values) : type_(gguf_type::array) {
+  TETROMINO_ABI explicit gguf_value(std::span<const T> values) : type_(gguf_type::array) {
     detail::append_number(own_, static_cast<std::uint32_t>(detail::gguf_type_of<T>()));
     detail::append_number(own_, std::uint64_t{values.size()});
     for (const T& value : values) {
@@ -147,21 +155,21 @@ class gguf_value {
     }
   }
   /// Stored bytes of a value whose type is `type`. Pre: they are whole, as a checked file's are.
-  gguf_value(gguf_type type, std::span<const std::uint8_t> stored) : type_(type), stored_(stored) {}
+  TETROMINO_ABI gguf_value(gguf_type type, std::span<const std::uint8_t> stored) : type_(type), stored_(stored) {}
 
-  [[nodiscard]] gguf_type type() const noexcept { return type_; }
+  [[nodiscard]] TETROMINO_ABI gguf_type type() const noexcept { return type_; }
   /// As they stand in a file, after the type.
-  [[nodiscard]] std::span<const std::uint8_t> bytes() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint8_t> bytes() const noexcept {
     return own_.empty() ? stored_ : std::span<const std::uint8_t>(own_);
   }
 
   /// The value. Fails if the stored type is another one. A string refers to this value's bytes.
   template <gguf_element T>
-  [[nodiscard]] T as() const {
+  [[nodiscard]] TETROMINO_ABI T as() const {
     return try_as<T>().value();
   }
   template <gguf_element T>
-  [[nodiscard]] result<T> try_as() const {
+  [[nodiscard]] TETROMINO_ABI result<T> try_as() const {
     if (type_ != detail::gguf_type_of<T>()) return wrong_type("", detail::gguf_type_of<T>());
     std::span<const std::uint8_t> rest = bytes();
     return next<T>(rest);
@@ -169,11 +177,11 @@ class gguf_value {
 
   /// The values of an array. Fails if it is none, or if the stored type is another one.
   template <gguf_element T>
-  [[nodiscard]] std::vector<T> as_array() const {
+  [[nodiscard]] TETROMINO_ABI std::vector<T> as_array() const {
     return try_as_array<T>().value();
   }
   template <gguf_element T>
-  [[nodiscard]] result<std::vector<T>> try_as_array() const {
+  [[nodiscard]] TETROMINO_ABI result<std::vector<T>> try_as_array() const {
     std::span<const std::uint8_t> rest = bytes();
     if (type_ != gguf_type::array || element_type() != detail::gguf_type_of<T>()) {
       return wrong_type("an array of ", detail::gguf_type_of<T>());
@@ -187,17 +195,17 @@ class gguf_value {
   }
 
   /// The same type and the same bytes.
-  friend bool operator==(const gguf_value& a, const gguf_value& b) noexcept {
+  friend TETROMINO_ABI bool operator==(const gguf_value& a, const gguf_value& b) noexcept {
     const auto left = a.bytes(), right = b.bytes();
     return a.type_ == b.type_ && std::equal(left.begin(), left.end(), right.begin(), right.end());
   }
 
  private:
-  [[nodiscard]] gguf_type element_type() const noexcept {
+  [[nodiscard]] TETROMINO_ABI gguf_type element_type() const noexcept {
     return static_cast<gguf_type>(detail::load_number<std::uint32_t>(bytes().data()));
   }
 
-  [[nodiscard]] error wrong_type(std::string_view kind, gguf_type expected) const {
+  [[nodiscard]] TETROMINO_ABI error wrong_type(std::string_view kind, gguf_type expected) const {
     const bool is_array = type_ == gguf_type::array;
     return error(errc::invalid_argument,
                  detail::text("expected ", kind, detail::fact_of(expected).name, ", found ",
@@ -206,7 +214,7 @@ class gguf_value {
 
   /// Takes one value off the front.
   template <gguf_element T>
-  [[nodiscard]] static T next(std::span<const std::uint8_t>& rest) noexcept {
+  [[nodiscard]] TETROMINO_ABI static T next(std::span<const std::uint8_t>& rest) noexcept {
     if constexpr (std::same_as<T, std::string_view>) {
       const auto size = static_cast<std::size_t>(next<std::uint64_t>(rest));
       const std::string_view value(reinterpret_cast<const char*>(rest.data()), size);
@@ -233,12 +241,12 @@ class gguf_metadata {
     gguf_value value;
   };
 
-  [[nodiscard]] auto begin() const noexcept { return entries_.begin(); }
-  [[nodiscard]] auto end() const noexcept { return entries_.end(); }
-  [[nodiscard]] std::size_t size() const noexcept { return entries_.size(); }
+  [[nodiscard]] TETROMINO_ABI auto begin() const noexcept { return entries_.begin(); }
+  [[nodiscard]] TETROMINO_ABI auto end() const noexcept { return entries_.end(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t size() const noexcept { return entries_.size(); }
 
   /// The value of that key, or null.
-  [[nodiscard]] const gguf_value* find(std::string_view key) const noexcept {
+  [[nodiscard]] TETROMINO_ABI const gguf_value* find(std::string_view key) const noexcept {
     const auto found = std::find_if(begin(), end(), [&](const entry& e) { return e.key == key; });
     return found == end() ? nullptr : &found->value;
   }
@@ -246,11 +254,11 @@ class gguf_metadata {
   /// The value of that key as a T. Fails with errc::unknown_name where there is none, and with errc::invalid_argument
   /// where its type is another one.
   template <gguf_element T>
-  [[nodiscard]] T get(std::string_view key) const {
+  [[nodiscard]] TETROMINO_ABI T get(std::string_view key) const {
     return try_get<T>(key).value();
   }
   template <gguf_element T>
-  [[nodiscard]] result<T> try_get(std::string_view key) const {
+  [[nodiscard]] TETROMINO_ABI result<T> try_get(std::string_view key) const {
     const gguf_value* const value = find(key);
     if (value == nullptr) {
       return error(errc::unknown_name, detail::text("expected a key ", detail::printable(key), ", found none"));
@@ -261,7 +269,7 @@ class gguf_metadata {
   }
 
   /// Gives a key a value: in its place if it has one, else at the end.
-  void set(std::string_view key, gguf_value value) {
+  TETROMINO_ABI void set(std::string_view key, gguf_value value) {
     const auto found = std::find_if(entries_.begin(), entries_.end(), [&](const entry& e) { return e.key == key; });
     if (found != entries_.end()) {
       found->value = std::move(value);
@@ -270,7 +278,9 @@ class gguf_metadata {
     }
   }
   /// Adds a key that is not there yet.
-  void append(std::string key, gguf_value value) { entries_.push_back({std::move(key), std::move(value)}); }
+  TETROMINO_ABI void append(std::string key, gguf_value value) {
+    entries_.push_back({std::move(key), std::move(value)});
+  }
 
  private:
   std::vector<entry> entries_;

@@ -63,12 +63,14 @@ struct gguf_planned {
   std::string scale_name{};  ///< the tensor of its NVFP4 tensor scales; empty where there is none, and they are 1
   bool is_weighted = false;  ///< whether the importance matrix knows it
 
-  [[nodiscard]] std::size_t matrices() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t matrices() const noexcept {
     return source->shape().size() == 3 ? source->shape().front() : 1;
   }
-  [[nodiscard]] std::size_t cols() const noexcept { return source->shape().back(); }
-  [[nodiscard]] std::size_t rows() const noexcept { return cols() == 0 ? 0 : source->elements() / matrices() / cols(); }
-  [[nodiscard]] ggml_type type() const noexcept {
+  [[nodiscard]] TETROMINO_ABI std::size_t cols() const noexcept { return source->shape().back(); }
+  [[nodiscard]] TETROMINO_ABI std::size_t rows() const noexcept {
+    return cols() == 0 ? 0 : source->elements() / matrices() / cols();
+  }
+  [[nodiscard]] TETROMINO_ABI ggml_type type() const noexcept {
     if (!is_packed) return source->type();
     return how.format.scale == scale_type::e4m3 ? ggml_type::NVFP4 : ggml_type::MXFP4;
   }
@@ -87,7 +89,7 @@ struct gguf_tensor_report {
   double weighted_squared_errors = 0;  ///< of the errors
 
   /// Signal to noise in dB, by column weights.
-  [[nodiscard]] double weighted_qsnr() const noexcept {
+  [[nodiscard]] TETROMINO_ABI double weighted_qsnr() const noexcept {
     if (weighted_squared_errors == 0) return std::numeric_limits<double>::infinity();
     return 10.0 * std::log10(weighted_squares / weighted_squared_errors);
   }
@@ -95,6 +97,8 @@ struct gguf_tensor_report {
 
 /// What packing a file did, tensor by tensor in the order of the plan.
 using gguf_report = std::vector<gguf_tensor_report>;
+
+inline namespace TETROMINO_ISA {
 
 /// Decides what happens to each tensor of a GGUF file in F32, F16 or BF16. Errors: invalid_argument for recipes that
 /// ggml cannot hold, for patterns that match nothing or ask to pack what cannot be, for a part of a split file, and
@@ -104,9 +108,12 @@ using gguf_report = std::vector<gguf_tensor_report>;
   return try_plan_gguf(file, std::move(options)).value();
 }
 
+}  // namespace TETROMINO_ISA
+
 }  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail {
+inline namespace TETROMINO_ISA {
 
 inline bool is_gguf_pattern(std::string_view pattern) noexcept {
   return pattern.find_first_of("*?[") != std::string_view::npos;
@@ -427,7 +434,11 @@ class gguf_packer {
   io::gguf_report report_;
 };
 
+}  // namespace TETROMINO_ISA
+
 inline constexpr std::string_view gguf_recipe_key = "tetromino.recipe";
+
+inline namespace TETROMINO_ISA {
 
 /// llama.cpp's number for the type that most packed values have. (llama.h, enum llama_ftype)
 constexpr std::uint32_t gguf_file_type(std::size_t mxfp4_values, std::size_t nvfp4_values) noexcept {
@@ -461,9 +472,11 @@ inline io::gguf_metadata gguf_packed_metadata(const io::gguf_file& file, const i
   return out;
 }
 
+}  // namespace TETROMINO_ISA
+
 }  // namespace TETROMINO_NAMESPACE::detail
 
-namespace TETROMINO_NAMESPACE::io {
+namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 
 inline result<gguf_plan> try_plan_gguf(const gguf_file& file, gguf_options options) {
   return detail::gguf_planner(file, std::move(options)).make();
@@ -496,6 +509,6 @@ gguf_report pack_gguf(const Policy& policy, const gguf_file& file, const gguf_pl
   return try_pack_gguf(policy, file, plan, to).value();
 }
 
-}  // namespace TETROMINO_NAMESPACE::io
+}  // namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -11,7 +11,7 @@
 #include <span>              // std::span
 #include <string_view>       // std::string_view
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// "blk.3.ffn_up_exps.weight" in its parts.
 struct gguf_name {
@@ -92,6 +92,6 @@ inline bool gguf_scale_applies(std::string_view architecture, std::string_view n
                                   "ffn_up_exps", "ffn_down_exps"});
 }
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -100,6 +100,8 @@ inline constexpr std::array<ggml_fact, 35> ggml_facts{{
     {io::ggml_type::Q2_0, "Q2_0", 64, 18},
 }};
 
+inline namespace TETROMINO_ISA {
+
 /// Null for a number that is no type, which a file may hold.
 constexpr const ggml_fact* find_ggml_fact(std::uint32_t number) noexcept {
   for (const auto& fact : ggml_facts) {
@@ -108,9 +110,12 @@ constexpr const ggml_fact* find_ggml_fact(std::uint32_t number) noexcept {
   return nullptr;
 }
 
+}  // namespace TETROMINO_ISA
+
 }  // namespace TETROMINO_NAMESPACE::detail
 
 namespace TETROMINO_NAMESPACE::io {
+inline namespace TETROMINO_ISA {
 
 /// The type's name, such as "MXFP4"; plain numbers have the names that io::dtype gives them.
 [[nodiscard]] constexpr std::string_view name(ggml_type type) noexcept {
@@ -126,6 +131,8 @@ namespace TETROMINO_NAMESPACE::io {
 [[nodiscard]] constexpr std::size_t block_bytes(ggml_type type) noexcept {
   return detail::find_ggml_fact(static_cast<std::uint32_t>(type))->bytes;
 }
+
+}  // namespace TETROMINO_ISA
 
 static_assert(name(ggml_type::BF16) == "BF16" && block_elements(ggml_type::MXFP4) == 32 &&
               block_bytes(ggml_type::NVFP4) == 36);

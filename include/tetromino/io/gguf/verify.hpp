@@ -34,7 +34,7 @@ struct gguf_verify_report {
 
 }  // namespace TETROMINO_NAMESPACE::io
 
-namespace TETROMINO_NAMESPACE::detail {
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// Takes the place of a gguf_writer: compares what it is given with a file.
 class gguf_comparison {
@@ -287,9 +287,9 @@ class gguf_verifier {
   io::gguf_verify_report report_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::detail
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-namespace TETROMINO_NAMESPACE::io {
+namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 
 /// Compares a packed GGUF file with the one it was made from, by what llama.cpp reads: every packed weight decoded,
 /// with the tensor scales that its graphs apply; every other tensor and key as it was, and none besides. Where the file
@@ -308,6 +308,6 @@ gguf_verify_report verify_gguf(const Policy& policy, const gguf_file& original, 
   return try_verify_gguf(policy, original, packed, options).value();
 }
 
-}  // namespace TETROMINO_NAMESPACE::io
+}  // namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -7,7 +7,7 @@
 #include <string_view>  // std::string_view
 #include <vector>       // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// The bytes of a base64 text (RFC 4648, either alphabet, padded or not); nothing if it is none.
 [[nodiscard]] inline std::optional<std::vector<std::uint8_t>> from_base64(std::string_view written) {
@@ -41,6 +41,6 @@ namespace TETROMINO_NAMESPACE::moe::detail {
   return out;
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

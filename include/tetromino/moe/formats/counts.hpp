@@ -18,7 +18,7 @@
 #include <system_error>  // std::errc
 #include <vector>        // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// How often experts were used, added up as a file tells it.
 class count_table {
@@ -152,6 +152,6 @@ class count_table {
   return {};
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

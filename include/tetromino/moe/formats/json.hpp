@@ -13,7 +13,7 @@
 #include <unordered_set>  // std::unordered_set
 #include <vector>         // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 using tetromino::detail::text;
 
@@ -53,6 +53,6 @@ using tetromino::detail::text;
   return true;
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

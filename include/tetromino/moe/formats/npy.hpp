@@ -22,7 +22,7 @@
 #include <utility>       // std::move
 #include <vector>        // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 inline constexpr std::string_view npy_magic = "\x93NUMPY";
 inline constexpr std::string_view zip_magic = "PK\x03\x04";
@@ -147,6 +147,6 @@ struct zip_entry {
   return out;
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -14,7 +14,7 @@
 #include <utility>    // std::move
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Leaves out layers in which no token has an expert: the dense ones of a model, which some engines record too.
 inline void drop_layers_of_nobody(routing_shape& shape, std::vector<std::uint16_t>& ids) {
@@ -78,6 +78,6 @@ class request_arrays {
   std::uint64_t tokens_ = 0;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -20,7 +20,7 @@
 #include <variant>      // std::variant
 #include <vector>       // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// What the lines of a log hold.
 enum class line_kind : std::uint8_t {
@@ -232,6 +232,6 @@ class routing_lines {
   count_table counts_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -17,7 +17,7 @@
 #include <utility>       // std::exchange, std::move
 #include <vector>        // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// The slots of a plan, layer by layer, as a file lists them.
 class slot_lists {
@@ -120,6 +120,6 @@ class slot_lists {
   return to.layers() == 0 ? "expected at least one layer" : "";
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

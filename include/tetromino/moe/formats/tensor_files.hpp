@@ -24,7 +24,7 @@
 #include <utility>       // std::move, std::pair
 #include <vector>        // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// An integer tensor [expected], as 64-bit numbers.
 [[nodiscard]] inline result<std::vector<std::int64_t>> read_integers(const io::safetensors_file& file,
@@ -221,6 +221,6 @@ template <class Most, class Take>
   return loads;
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

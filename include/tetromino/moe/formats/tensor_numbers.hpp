@@ -7,7 +7,7 @@
 
 #include <optional>  // std::optional
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// The numbers of a tensor; nothing if it holds none of these types.
 [[nodiscard]] inline std::optional<number_array> numbers_of(const io::safetensors_tensor& t) {
@@ -41,6 +41,6 @@ namespace TETROMINO_NAMESPACE::moe::detail {
   return number_array{*type, t.shape(), t.bytes()};
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

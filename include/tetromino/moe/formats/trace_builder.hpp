@@ -15,7 +15,7 @@
 #include <utility>        // std::move
 #include <vector>         // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// One line of a routing log: the experts of one token in one layer, no_expert where nobody serves.
 struct routing_record {
@@ -213,6 +213,6 @@ class trace_builder {
   std::unordered_map<std::uint64_t, pass> passes_;  // by request and layer
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -11,7 +11,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// A copy of an expert and the load it carries.
 struct pack_item {
@@ -183,6 +183,6 @@ class bin_packer {
   std::vector<std::uint32_t> unplaced_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

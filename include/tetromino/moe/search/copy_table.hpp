@@ -15,7 +15,7 @@ namespace TETROMINO_NAMESPACE::moe::detail {
 /// The GPUs that hold each expert, in the order of their slots.
 class copy_table {
  public:
-  copy_table(const placement& p, const topology& t) : layers_(p.layers()), experts_(p.experts()) {
+  TETROMINO_ABI copy_table(const placement& p, const topology& t) : layers_(p.layers()), experts_(p.experts()) {
     const replica_index where(p);
     first_.reserve(layers_ * experts_ + 1);
     for (std::size_t l = 0; l < layers_; ++l) {
@@ -33,25 +33,25 @@ class copy_table {
     }
   }
 
-  [[nodiscard]] std::size_t layers() const noexcept { return layers_; }
-  [[nodiscard]] std::size_t experts() const noexcept { return experts_; }
-  [[nodiscard]] std::size_t gpus() const noexcept { return node_of_gpu_.size(); }
-  [[nodiscard]] std::uint32_t node_of(std::size_t gpu) const { return node_of_gpu_[gpu]; }
+  [[nodiscard]] TETROMINO_ABI std::size_t layers() const noexcept { return layers_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t experts() const noexcept { return experts_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t gpus() const noexcept { return node_of_gpu_.size(); }
+  [[nodiscard]] TETROMINO_ABI std::uint32_t node_of(std::size_t gpu) const { return node_of_gpu_[gpu]; }
   /// How long a GPU takes for a pair, in whole numbers: 1024 for the fastest.
-  [[nodiscard]] std::uint64_t time_of_pair(std::size_t gpu) const { return time_of_pair_[gpu]; }
+  [[nodiscard]] TETROMINO_ABI std::uint64_t time_of_pair(std::size_t gpu) const { return time_of_pair_[gpu]; }
 
   /// Copies are numbered through all experts of all layers.
-  [[nodiscard]] std::size_t first_copy(std::size_t layer, std::size_t expert) const {
+  [[nodiscard]] TETROMINO_ABI std::size_t first_copy(std::size_t layer, std::size_t expert) const {
     return first_[layer * experts_ + expert];
   }
-  [[nodiscard]] std::size_t last_copy(std::size_t layer, std::size_t expert) const {
+  [[nodiscard]] TETROMINO_ABI std::size_t last_copy(std::size_t layer, std::size_t expert) const {
     return first_[layer * experts_ + expert + 1];
   }
-  [[nodiscard]] std::size_t copies() const noexcept { return gpu_of_copy_.size(); }
-  [[nodiscard]] std::uint32_t gpu_of_copy(std::size_t copy) const { return gpu_of_copy_[copy]; }
+  [[nodiscard]] TETROMINO_ABI std::size_t copies() const noexcept { return gpu_of_copy_.size(); }
+  [[nodiscard]] TETROMINO_ABI std::uint32_t gpu_of_copy(std::size_t copy) const { return gpu_of_copy_[copy]; }
 
   /// GPUs of one expert's copies.
-  [[nodiscard]] std::span<const std::uint32_t> gpus_of(std::size_t layer, std::size_t expert) const {
+  [[nodiscard]] TETROMINO_ABI std::span<const std::uint32_t> gpus_of(std::size_t layer, std::size_t expert) const {
     const std::size_t first = first_copy(layer, expert);
     return std::span(gpu_of_copy_).subspan(first, last_copy(layer, expert) - first);
   }

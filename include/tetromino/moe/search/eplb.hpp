@@ -12,7 +12,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 struct eplb_shape {
   std::size_t experts, replicas, groups, nodes, gpus;
@@ -139,6 +139,6 @@ class eplb_solver {
   std::vector<weighed> items_, heap_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -10,7 +10,7 @@
 #include <span>     // std::span
 #include <vector>   // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Gives experts that overload their GPU a second slot on the same node, so that no token travels further: an empty
 /// slot, or the slot of a copy that is served elsewhere too and carries least.
@@ -106,6 +106,6 @@ class gpu_copies {
   std::vector<double> gpu_load_;   // [gpus]
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

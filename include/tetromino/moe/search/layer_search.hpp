@@ -13,7 +13,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// What a search may do and what it pays. Costs are whole numbers: 65,536 is one visit (or pair) at full price.
 struct search_rules {
@@ -426,6 +426,6 @@ class layer_search {
   std::vector<std::uint8_t> new_visits_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

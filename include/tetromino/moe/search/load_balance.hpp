@@ -12,7 +12,7 @@
 #include <utility>    // std::swap
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Spreads experts with copies over neighbouring GPUs of any sizes, none twice on one GPU.
 class load_balancer {
@@ -155,6 +155,6 @@ inline void level_nodes(const topology& t, std::vector<double>& gpu_load, std::s
   }
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

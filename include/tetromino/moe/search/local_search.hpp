@@ -26,7 +26,7 @@
 #include <utility>    // std::move
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// One run of `local`; a Mask has a bit per node.
 template <class Mask>
@@ -496,6 +496,6 @@ class local_search {
   local_progress reached_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -11,7 +11,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Gives each expert of a layer copies on at least so many nodes, so that none is lost with a node: in place of copies
 /// that experts have beyond that, those that carry least first.
@@ -118,6 +118,6 @@ class node_spreader {
   return least_nodes <= nodes && room / least_nodes >= experts;
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

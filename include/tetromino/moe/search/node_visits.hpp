@@ -8,7 +8,7 @@
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int64_t, std::uint8_t
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Tokens that are looked at together; one lane each. A Mask has a bit per node.
 inline constexpr std::size_t cover_lanes = 64;
@@ -173,6 +173,6 @@ Mask serve_token(const Mask* holders, std::size_t count, Mask home, std::int64_t
   return seen;
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

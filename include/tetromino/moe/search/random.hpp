@@ -8,7 +8,7 @@
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int64_t, std::uint32_t, std::uint64_t
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 // −ln((i + ½) / 1024) in units of 2⁻¹⁶, by repeated squaring in whole numbers, so that it is the same everywhere.
 [[nodiscard]] constexpr std::array<std::uint32_t, 1024> make_exponential_table() {
@@ -61,6 +61,6 @@ class search_random {
   std::uint64_t state_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -13,7 +13,7 @@
 #include <utility>    // std::swap
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Requests to be spread over nodes: scores[requests, nodes] (more is better), tokens[requests], and the tokens that
 /// each node may take.
@@ -195,6 +195,6 @@ class request_assigner {
   std::vector<mover> there_, back_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

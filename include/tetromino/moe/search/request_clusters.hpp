@@ -11,7 +11,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 [[nodiscard]] constexpr std::uint64_t integer_root(std::uint64_t x) {
   std::uint64_t root = 0;
@@ -85,6 +85,6 @@ inline void cluster_requests(std::span<std::int32_t> counts, std::size_t cells, 
   }
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -12,7 +12,7 @@
 #include <utility>    // std::swap
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Tokens that stand for a trace: of at most so many requests, evenly spaced within each, in random order. Where nobody
 /// serves, the id is shape.experts: one more expert, which no node ever holds.
@@ -106,6 +106,6 @@ struct search_sample {
   return out;
 }
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -11,7 +11,7 @@
 #include <span>       // std::span
 #include <vector>     // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// What it is worth to run requests on each node, given who holds the experts of one layer.
 template <class Mask>
@@ -66,6 +66,6 @@ class source_scorer {
   std::vector<Mask> held_;  // [experts per token, lanes]
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

@@ -9,7 +9,7 @@
 #include <cstring>  // std::memcpy
 #include <vector>   // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Nodes of tokens and of the holders of their experts, 64 tokens side by side: a chunk is a row of 64 homes, then a
 /// row of 64 holders for each of `rows` experts. A Mask is kept in as few bytes as the nodes need, since most of a
@@ -74,6 +74,6 @@ class token_lanes {
   std::vector<std::byte> bytes_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"

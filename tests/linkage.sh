@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Usage: linkage.sh NM COMPILER INCLUDE OBJECT [FLAG]...
+# OBJECT is all headers, compiled with the flags, -O0 and -fkeep-inline-functions: each function that linkers keep one
+# copy of bears the name of the instruction set, so that objects for different sets never share one. Left out are the
+# constructors, destructors and assignments that compilers add to data types by themselves, which copy and destroy
+# members one by one; link_order.sh looks into them where they are optimized.
+set -euo pipefail
+nm=$1 compiler=$2 include=$3 object=$4
+shift 4
+set_name=$("$compiler" -std=c++20 "$@" -I "$include" -E -dM -include tetromino/config.hpp -x c++ /dev/null |
+  awk '$2 == "TETROMINO_ISA" { print $3 }')
+ours=$("$nm" --defined-only "$object" | awk '$2 == "W" { print $3 }' |
+  grep -E '^_Z(Z|GVZ|Th?[0-9_]*)?N?[KVRO]*9tetromino' || true)
+added='([CD][0-9]Ev|(C[12]E|aSE)(RK|O)S[0-9A-Z]*_)$'
+if grep -vE "[0-9]$set_name|$added" <<<"$ours" | c++filt | grep .; then
+  echo "^ objects for other instruction sets have these functions too: see TETROMINO_ABI in config.hpp"
+  exit 1
+fi
+count=$(grep -cE "[0-9]$set_name" <<<"$ours" || true)
+echo "$count functions of ours with $set_name in their names"
+[ "$count" -gt 1000 ] || { echo "expected more than 1000" && exit 1; }
