@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(256) lone_infinities_kernel(const batch_view<c
   bool any = false;
   for (std::size_t row = blockIdx.x; row < rows && *static_cast<volatile std::uint32_t*>(to) == 0; row += gridDim.x) {
     const std::size_t e = gridDim.y > 1 ? blockIdx.y : row / x.rows;
-    const T* const in = x.row(e, row % x.rows);
+    const T* const in = x.data + e * x.matrix_stride + row % x.rows * x.row_stride;
     for (std::size_t c = threadIdx.x; c < x.cols; c += 256) {
       any = any || fabsf(tetromino::detail::to_float(in[c])) > tetromino::detail::largest<float>;
     }
@@ -94,7 +94,7 @@ result<void> count_lone_infinities(const stream& s, const batch_view<const T>& x
   const dim3 grid(static_cast<unsigned>(std::min<std::size_t>(rows, 1024)),
                   per_matrix ? static_cast<unsigned>(x.matrices) : 1u);
   lone_infinities_kernel<T><<<grid, 256, 0, s.handle>>>(x, reinterpret_cast<std::uint32_t*>(amax.data()));
-  return check(cudaGetLastError(), "the launch of lone_infinities_kernel");
+  return status_of(cudaGetLastError(), "the launch of lone_infinities_kernel");
 }
 
 /// Launches the reduction of x to one largest magnitude, or one for each matrix, in device memory.
