@@ -40,6 +40,12 @@ class topology {
   static constexpr std::size_t max_gpus = 65'535;
   static constexpr std::size_t max_slots = std::size_t{1} << 24;
 
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI topology(const topology&) = default;
+  TETROMINO_ABI topology(topology&&) = default;
+  TETROMINO_ABI topology& operator=(const topology&) = default;
+  TETROMINO_ABI topology& operator=(topology&&) = default;
+
   /// `nodes` × `gpus_per_node` GPUs of `slots_per_gpu` slots each. Errors: a count of zero, or too large.
   [[nodiscard]] TETROMINO_ABI static result<topology> try_uniform(std::size_t nodes, std::size_t gpus_per_node,
                                                                   std::size_t slots_per_gpu, fabric links = {}) {
