@@ -1,9 +1,13 @@
 // Packing into memory of the engine's own, and the layouts of other engines.
 #include <tetromino/layout.hpp>
+#include <tetromino/layout/ggml_rows.hpp>
 #include <tetromino/tetromino.hpp>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdio>
+#include <span>
 #include <vector>
 
 int main() {
@@ -14,30 +18,26 @@ int main() {
   const tt::matrix_view<const tt::bfloat16> w(checkpoint.data(), rows, cols);
 
   // Buffers of the sizes that the shape says; here from one allocation.
-  const tt::packed_shape shape{tt::nvfp4{}, 1, rows, cols};
+  const tt::packed_shape shape(tt::nvfp4{}, rows, cols);
   std::vector<std::uint8_t> arena(shape.code_bytes() + shape.scale_bytes());
-  float tensor_scale = 0;
-  const tt::packed_view<tt::nvfp4, std::uint8_t> packed{
-      .matrices = 1,
-      .rows = rows,
-      .cols = cols,
-      .codes = {arena.data(), shape.code_bytes()},
-      .scales = {arena.data() + shape.code_bytes(), shape.scale_bytes()},
-      .tensor_scales = {&tensor_scale, 1},
-  };
-  tt::quantize_to(tt::automatic, w, packed);
+  const std::span<std::uint8_t> bytes(arena);
+  std::array<float, 1> tensor_scale{};
+  const auto packed = shape.view(bytes.first(shape.code_bytes()), bytes.subspan(shape.code_bytes()), tensor_scale);
+  // The inverse of the tensor scale must give it back, because compressed-tensors stores the inverse.
+  tt::quantize_to(tt::automatic, w, packed, {.invertible_tensor_scales = true});
   std::printf("codes %zu, scales %zu bytes, tensor scale %g\n", packed.codes.size(), packed.scales.size(),
-              tensor_scale);
+              double(tensor_scale[0]));
 
   // ggml's blocks, for llama.cpp; compressed-tensors, for vLLM; the 128x4 swizzle, for Blackwell's tensor cores.
-  const std::vector<std::uint8_t> blocks = tt::layout::to_ggml(packed);
+  std::vector<std::uint8_t> blocks = tt::layout::to_ggml(packed);
   float global_scale = 0;  // its inverse, which that layout stores
   const auto tensors = tt::layout::as_compressed_tensors(packed, {&global_scale, 1});
   const auto swizzled = tt::layout::swizzled_scales(packed);
   std::printf("ggml %zu, swizzled scales %zu bytes; weight_global_scale %g\n", blocks.size(), swizzled.size(),
               double(tensors.weight_global_scale[0]));
 
-  // And back: the same codes and scales, to the bit.
+  // Blocks straight from the weights, with the same tensor scale; and back to linear storage.
+  tt::quantize_to(tt::automatic, w, "nvfp4", tt::layout::ggml_rows{blocks}, {.tensor_scales = packed.tensor_scales});
   const auto again = tt::layout::from_ggml(tt::nvfp4{}, blocks, 1, rows, cols, packed.tensor_scales);
   return std::equal(again.codes.begin(), again.codes.end(), packed.codes.begin()) ? 0 : 1;
 }

@@ -26,9 +26,10 @@ int main() {
   const auto cluster = moe::topology::uniform(2, 2, 5);  // 2 nodes of 2 GPUs, 5 slots each: 4 to spare
 
   // What DeepSeek EPLB would do with the same loads: its index tensors.
-  std::vector<double> loads(shape.layers * shape.experts);  // from float or int64 counters: copy them
-  for (std::size_t i = 0; i < ids.size(); ++i) loads[i / 2 % 2 * shape.experts + ids[i]] += 1;
-  const moe::index_tensors eplb = moe::balanced_eplb({2, 16, loads}, {.replicas = 20, .nodes = 2, .gpus = 4});
+  std::vector<std::int64_t> counts(shape.layers * shape.experts);  // or float, double, any integer
+  for (std::size_t i = 0; i < ids.size(); ++i) counts[i / 2 % 2 * shape.experts + ids[i]] += 1;
+  const moe::index_tensors eplb =
+      moe::balanced_eplb(moe::to_loads(2, 16, counts), {.replicas = 20, .nodes = 2, .gpus = 4});
 
   // A plan that also looks at who meets whom, and says where each request is served best.
   const moe::local_plan plan = moe::local(recorded.view(), cluster);

@@ -50,6 +50,8 @@ int main(int argc, char** argv) {
 
   // Now and then, a plan for what was seen, and the way there: rounds of transfers beside the traffic.
   const moe::local_plan next = moe::local(recorded.view(), cluster, {.start = &current, .effort = 0.1});
-  const moe::migration way = moe::migrate(current, next.experts, cluster, 3.0 * 7168 * 2048 * 0.53);
-  std::printf("\n%zu layers to move, %.1f ms\n", way.layers.size(), 1e3 * way.seconds);
+  const double expert_bytes = 3.0 * 7168 * 2048 * 0.53;
+  const auto part = moe::migrate_within(current, next.experts, cluster, expert_bytes, {.bytes_between_nodes = 100e6});
+  std::printf("\n%zu layers to move, %.1f ms; %zu are left for later\n", part.way.layers.size(), 1e3 * part.way.seconds,
+              part.layers_left.size());
 }

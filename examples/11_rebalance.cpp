@@ -30,7 +30,7 @@ int main() {
     for (std::uint64_t t = r.first_token; t < r.first_token + r.tokens; ++t) {  // the engine: a pass of one token
       const bool prefill = t < r.first_token + r.prefill_length;
       const moe::recorded_row row{served, prefill ? moe::phase::prefill : moe::phase::decode};
-      recorder.add_pass<std::uint16_t>({&row, 1}, traffic.view().token(t));
+      recorder.add_pass({&row, 1}, traffic.view().token(t));
     }
     if (served % 20 != 19) continue;
 

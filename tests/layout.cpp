@@ -1,11 +1,13 @@
 #include "check.hpp"
 
 #include <tetromino/layout.hpp>
+#include <tetromino/layout/ggml_rows.hpp>
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>
 
 #include "reference/layouts.hpp"
+#include "support/fastest.hpp"
 
 #include <algorithm>  // std::count, std::count_if
 #include <bit>        // std::bit_cast
@@ -21,6 +23,7 @@ namespace layout = tetromino::layout;
 using bytes = std::vector<std::uint8_t>;
 using tetromino::errc;
 using tetromino::packed;
+using tetromino::scalar;
 using tetromino_test::contains;
 
 namespace {
@@ -208,6 +211,75 @@ TEST_CASE("compressed-tensors keeps the bytes and inverts the tensor scales, exa
                        errc::non_finite),
                contains("expected a positive, finite weight_global_scale with a finite inverse, got "));
   }
+}
+
+TEST_CASE("with invertible tensor scales every matrix can be stored with their inverses") {
+  std::mt19937_64 random(tetromino_test::seed());
+  std::size_t refused = 0;
+  float global_scale = 0;
+  for (int i = 0; i < 200; ++i) {
+    std::vector<float> x(64);
+    for (float& value : x) value = static_cast<float>(random() % 4001) / 997.0f - 2.0f;
+    const tetromino::matrix_view view(x.data(), 2, 32);
+    refused += !layout::try_as_compressed_tensors(quantize(scalar, view, "nvfp4"), {&global_scale, 1});
+    const auto packed = quantize(scalar, view, "nvfp4", {.invertible_tensor_scales = true});
+    REQUIRE(layout::try_as_compressed_tensors(packed, {&global_scale, 1}));
+    REQUIRE(global_scale == Approx(1 / quantize(scalar, view, "nvfp4").tensor_scales[0]).epsilon(1e-6));
+    REQUIRE(quantize(tetromino_test::fastest, view, "nvfp4", {.invertible_tensor_scales = true}).codes == packed.codes);
+  }
+  CHECK(refused > 10);  // what the option is for
+  const std::vector<float> zeros(32);
+  const auto nothing =
+      quantize(scalar, tetromino::matrix_view(zeros.data(), 1, 32), "nvfp4", {.invertible_tensor_scales = true});
+  CHECK(nothing.tensor_scales[0] == 1.0f);
+}
+
+TEST_CASE("ggml's blocks straight from rows are those of the packed rows") {
+  std::mt19937_64 random(tetromino_test::seed());
+  std::vector<float> x(3 * 70 * 448), weights(3 * 384);
+  for (float& value : x) value = static_cast<float>(random() % 4001) / 997.0f - 2.0f;
+  for (float& weight : weights) weight = static_cast<float>(random() % 7);
+  const tetromino::batch_view view(x.data(), 3, 70, 384, 448, 70 * 448);  // with gaps
+  const tetromino::thread_executor threads(3);
+  const std::vector<float> given = {0.001f, 0.002f, 0.0015f};
+  const auto same = [&](const char* recipe, const tetromino::quantize_options& options, std::size_t scale_count) {
+    INFO(recipe);
+    const auto format = tetromino::recipe::parse(recipe).format;
+    tetromino::packed<tetromino::any_format> linear(format, 3, 70, 384, scale_count);
+    quantize_to(scalar, view, recipe, linear, options);
+    bytes blocks(layout::ggml_bytes(linear.shape()));
+    std::vector<float> scales(linear.tensor_scales.size());
+    quantize_to(tetromino_test::fastest.on(threads), view, recipe, layout::ggml_rows{blocks, scales}, options);
+    CHECK(blocks == layout::to_ggml(linear));
+    CHECK(scales == linear.tensor_scales);
+  };
+  same("mxfp4-32/oas", {}, 1);
+  same("mxfp4-32/min-error", {.column_weights = weights}, 1);
+  same("mxfp4-32/floor", {.rounding = tetromino::element_rounding::stochastic, .seed = 7, .first_index = 5}, 1);
+  same("nvfp4/four-over-six", {}, 1);
+  same("nvfp4/min-error", {.invertible_tensor_scales = true}, 3);
+  same("nvfp4/amax", {.tensor_scales = given}, 3);
+  same("nvfp4/amax/hadamard-64", {}, 3);
+
+  bytes blocks(layout::ggml_bytes({tetromino::nvfp4{}, 3, 70, 384})), plain = blocks;
+  const float one = 1.0f;
+  quantize_to(scalar, view, "nvfp4", layout::ggml_rows{blocks});
+  quantize_to(scalar, view, "nvfp4", layout::ggml_rows{plain}, {.tensor_scales = {&one, 1}});
+  CHECK(blocks == plain);  // for a tensor scale of 1
+
+  std::vector<float> two(2);
+  CHECK_THAT(refusal(try_quantize_to(scalar, view, "nvfp4", layout::ggml_rows{blocks, two}), errc::shape_mismatch),
+             contains("expected room for 1 tensor scale or 3"));
+  CHECK_THAT(refusal(try_quantize_to(scalar, view, "nvfp4", layout::ggml_rows{blocks, {two.data(), 1}},
+                                     {.tensor_scales = given}),
+                     errc::shape_mismatch),
+             contains("a tensor scale for each matrix"));
+  CHECK_THAT(refusal(try_quantize_to(scalar, view, "mxfp4-32", layout::ggml_rows{blocks}), errc::shape_mismatch),
+             contains("blocks"));
+  CHECK(refusal(try_quantize_to(scalar, view, "mxfp4-16", layout::ggml_rows{blocks}), errc::invalid_argument) != "");
+  x[(70 + 69) * 448 + 3] = std::numeric_limits<float>::quiet_NaN();
+  CHECK_THAT(refusal(try_quantize_to(scalar, view, "nvfp4", layout::ggml_rows{blocks}), errc::non_finite),
+             contains("matrix 1, row 69, column 3"));
 }
 
 TEST_CASE("a scale that has been inverted once survives any number of inversions") {

@@ -27,6 +27,17 @@ TEST_CASE("a product goes into a matrix as into its view") {
   CHECK(out.data == viewed.data);
   CHECK(out(1, 1) == 8.0f);
   CHECK(try_matmul(scalar, x, w, two).error().code() == errc::shape_mismatch);
+  CHECK(try_matmul(scalar, x, w, two.view()).error().code() == errc::shape_mismatch);
+
+  matrix<float> batch(1, 2, 2), grouped(2, 2);
+  matmul(scalar, x, w, batch.view());
+  CHECK(batch.data == out.data);
+  const std::array<std::uint32_t, 2> all{0, 2};
+  grouped_matmul(scalar, x, w, all, grouped);
+  CHECK(grouped.data == out.data);
+  grouped.data.assign(4, 0.0f);
+  grouped_matmul(scalar, x, w, all, grouped.view());
+  CHECK(grouped.data == out.data);
 }
 
 TEST_CASE("matmul: every pair of formats and every kind of activation, at ragged sizes") {

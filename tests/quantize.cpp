@@ -18,7 +18,7 @@
 #include <limits>     // std::numeric_limits
 #include <span>       // std::span
 #include <string>     // std::string, std::to_string
-#include <utility>    // std::pair
+#include <utility>    // std::as_const, std::pair
 #include <vector>     // std::vector
 
 namespace {
@@ -644,4 +644,51 @@ TEST_CASE("tiny tensors get a tensor scale that has an inverse") {
       CHECK(dequantize<float>(scalar, got)(0, 0) <= 1.2f * tiny);
     }
   }
+}
+
+TEST_CASE("a shape makes views of a caller's buffers, to write to and to read") {
+  std::vector<float> x(2 * 3 * 128);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 97) / 31 - 1.5f;
+  const batch_view<const float> view(x.data(), 2, 3, 128);
+  for (const char* name : {"nvfp4", "mxfp4-32", "mxfp4-16/oas/mbs-search"}) {
+    INFO(name);
+    const auto expected = quantize(scalar, view, name, {.scope = tensor_scale_scope::per_matrix});
+    const packed_shape shape(recipe::parse(name).format, 2, 3, 128);
+    std::vector<std::uint8_t> codes(shape.code_bytes()), scales(shape.scale_bytes()), macros(shape.macro_bytes());
+    std::vector<float> tensor_scales(expected.tensor_scales.size());
+    const auto out = shape.view(codes, std::span(scales), macros, tensor_scales);
+    static_assert(std::is_same_v<decltype(out), const packed_view<any_format, std::uint8_t>>);
+    quantize_to(scalar, view, name, out);
+    CHECK(codes == expected.codes);
+    CHECK(scales == expected.scales);
+    CHECK(macros == expected.macros);
+    CHECK(tensor_scales == expected.tensor_scales);
+    const auto in = shape.view(std::as_const(codes), scales, macros, tensor_scales);
+    static_assert(std::is_same_v<decltype(in), const packed_view<any_format>>);
+    CHECK(dequantize<float>(scalar, in).data == dequantize<float>(scalar, expected).data);
+  }
+  const packed_shape one(mxfp4{}, 3, 128);
+  CHECK(one.matrices == 1);
+  std::vector<std::uint8_t> codes(one.code_bytes()), scales(one.scale_bytes() - 1);
+  CHECK(try_quantize_to(scalar, view[0], one.view(codes, scales)).error().code() == errc::shape_mismatch);
+}
+
+TEST_CASE("experts in allocations of their own share a tensor scale") {
+  std::vector<std::vector<float>> weights(3, std::vector<float>(4 * 64));
+  std::vector<float> together;
+  std::vector<matrix_view<const float>> experts;
+  for (std::size_t e = 0; e < 3; ++e) {
+    for (std::size_t i = 0; i < 4 * 64; ++i) weights[e][i] = static_cast<float>((i * 7 + e * 13) % 101) / 50 - 1;
+    experts.emplace_back(weights[e].data(), 4, 64);
+    together.insert(together.end(), weights[e].begin(), weights[e].end());
+  }
+  const auto expected = quantize<nvfp4>(scalar, batch_view<const float>(together.data(), 3, 4, 64));
+  const float scale = tensor_scale_for(amax(scalar, experts), scale_rule::amax);
+  packed<nvfp4> got({}, 3, 4, 64);
+  for (std::size_t e = 0; e < 3; ++e) {
+    quantize_to(scalar, experts[e], got.view()[e], {.tensor_scales = {&scale, 1}});
+  }
+  CHECK(got.codes == expected.codes);
+  CHECK(got.scales == expected.scales);
+  CHECK(got.tensor_scales == expected.tensor_scales);
 }

@@ -113,8 +113,9 @@ TETROMINO_C_API tetromino_status tetromino_balanced_eplb(const void* loads, tetr
 
 /**
  * Places experts such that tokens visit few nodes, from recorded ids[tokens, layers, experts_per_token], best expert
- * first, of requests that follow each other with request_tokens[requests] tokens each: slot_to_expert[layers, slots],
- * -1 for a slot without expert, and node_of_request[requests], where each request is served best (NULL: not wanted).
+ * first, -1 for nobody (padding), of requests that follow each other with request_tokens[requests] tokens each:
+ * slot_to_expert[layers, slots], -1 for a slot without expert, and node_of_request[requests], where each request is
+ * served best (NULL: not wanted).
  */
 TETROMINO_C_API tetromino_status tetromino_local(const int32_t* ids, size_t layers, size_t experts,
                                                  size_t experts_per_token, const uint32_t* request_tokens,

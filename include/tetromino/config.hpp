@@ -159,10 +159,11 @@ static_assert(sizeof(1.0) == sizeof(double),
 /// States a precondition of a public call, what it means, and the numbers to show when it is broken: checked in debug
 /// builds, or whenever TETROMINO_CHECKED is defined.
 #if (!defined(NDEBUG) || defined(TETROMINO_CHECKED)) && !TETROMINO_DEVICE_CODE
-#define TETROMINO_EXPECTS(condition, message, ...)                \
-  ((condition) ? static_cast<void>(0)                             \
-               : static_cast<void>(TETROMINO_PRECONDITION_FAILED( \
-                     message, ::tetromino::detail::named_values(#__VA_ARGS__ __VA_OPT__(, ) __VA_ARGS__).text)))
+#define TETROMINO_EXPECTS(condition, message, ...)                                                                  \
+  static_cast<void>((condition) ||                                                                                  \
+                    (TETROMINO_PRECONDITION_FAILED(                                                                 \
+                         message, ::tetromino::detail::named_values(#__VA_ARGS__ __VA_OPT__(, ) __VA_ARGS__).text), \
+                     false))
 #else
 #define TETROMINO_EXPECTS(condition, message, ...) static_cast<void>(0)
 #endif

@@ -56,7 +56,7 @@ struct TETROMINO_MAY_ALIAS half {
 
   /// The value, exactly.
   [[nodiscard]] TETROMINO_HD explicit constexpr operator float() const noexcept {
-    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
+    const std::uint32_t sign = (bits & 0x8000u) << 16;
     const std::uint32_t magnitude = bits & 0x7FFFu;
     if (magnitude >= 0x7C00u) return detail::bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
     if (magnitude < 0x400u) {

@@ -354,7 +354,7 @@ result<float> saturated_tensor_scale(const Policy& policy, const matrix_view<T>&
     const hadamard rotation = options.rotation.value_or(hadamard{r.rotation});
     if (auto done = try_rotate(policy, finite, rotation, finite.view()); !done) return done.error();
   }
-  return tensor_scale_for(amax(policy, finite, special_values::saturate), r.rule);
+  return tensor_scale_for(amax(policy, finite, special_values::saturate), r.rule, options.invertible_tensor_scales);
 }
 
 /// Rounds column after column of the weights `current`, whose columns are in the order given, into `out`, which has

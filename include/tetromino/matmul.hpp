@@ -13,7 +13,8 @@
 #include <cstdint>      // std::uint32_t
 #include <limits>       // std::numeric_limits
 #include <span>         // std::span
-#include <type_traits>  // std::remove_const_t
+#include <type_traits>  // std::remove_const_t, std::remove_pointer_t
+#include <utility>      // std::declval
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
@@ -22,6 +23,23 @@ concept has_matmul_on = requires(const Policy& policy,
                                  const matmul_job<decltype(as_activations(std::declval<const X&>())), Out>& job) {
   { matmul_on(policy, job) } -> std::same_as<result<void>>;
 };
+
+/// The one matrix of a batch that a product goes to.
+template <class T>
+result<matrix_view<T>> one_product(const batch_view<T>& out) {
+  if (out.matrices == 1) return out[0];
+  return error(errc::shape_mismatch, text("matmul: the product is one matrix, got room for ", out.matrices));
+}
+template <real T>
+result<matrix_view<T>> one_product(matrix<T>& out) {
+  return one_product(out.view());
+}
+template <class Product>
+concept batch_of_products = requires(Product&& out) {
+  one_product(out);
+};
+template <batch_of_products Product>
+using product_element = std::remove_pointer_t<decltype(one_product(std::declval<Product&>()).value().data)>;
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
@@ -106,21 +124,6 @@ result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matr
   return try_grouped_matmul(policy, x, w, all, out);
 }
 
-/// The same into a matrix that owns its elements [M, N].
-template <class Policy, activations_like X, weights_like Weights, real Out>
-  requires(can_matmul<Policy, X, Out>)
-result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matrix<Out>& out) {
-  if (out.matrices != 1) {
-    return error(errc::shape_mismatch, detail::text("a product is one matrix, got room for ", out.matrices));
-  }
-  return try_matmul(policy, x, w, out.view()[0]);
-}
-template <class Policy, activations_like X, weights_like Weights, real Out>
-  requires(can_matmul<Policy, X, Out>)
-void matmul(const Policy& policy, const X& x, const Weights& w, matrix<Out>& out) {
-  try_matmul(policy, x, w, out).value();
-}
-
 /// The same two on a device: operands and row offsets are memory of the device, w is what repack_to has put in order,
 /// and `options` are those of the policy's backend, such as cuda::matmul_options. A backend attaches by declaring
 /// matmul_on and grouped_matmul_on. Errors: shape_mismatch; those of the backend.
@@ -168,6 +171,32 @@ template <class Policy, activations_like X, weights_like Weights, class Out>
   requires(can_matmul<Policy, X, Out>)
 void matmul(const Policy& policy, const X& x, const Weights& w, matrix_view<Out> out) {
   try_matmul(policy, x, w, out).value();
+}
+
+/// The same four into a batch of one matrix, or a matrix that owns its elements.
+template <class Policy, activations_like X, weights_like Weights, detail::batch_of_products Product>
+  requires(can_matmul<Policy, X, detail::product_element<Product>>)
+result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights& w,
+                                std::span<const std::uint32_t> row_offsets, Product&& out) {
+  const auto one = detail::one_product(out);
+  return one ? try_grouped_matmul(policy, x, w, row_offsets, *one) : one.error();
+}
+template <class Policy, activations_like X, weights_like Weights, detail::batch_of_products Product>
+  requires(can_matmul<Policy, X, detail::product_element<Product>>)
+result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, Product&& out) {
+  const auto one = detail::one_product(out);
+  return one ? try_matmul(policy, x, w, *one) : one.error();
+}
+template <class Policy, activations_like X, weights_like Weights, detail::batch_of_products Product>
+  requires(can_matmul<Policy, X, detail::product_element<Product>>)
+void grouped_matmul(const Policy& policy, const X& x, const Weights& w, std::span<const std::uint32_t> row_offsets,
+                    Product&& out) {
+  try_grouped_matmul(policy, x, w, row_offsets, detail::one_product(out).value()).value();
+}
+template <class Policy, activations_like X, weights_like Weights, detail::batch_of_products Product>
+  requires(can_matmul<Policy, X, detail::product_element<Product>>)
+void matmul(const Policy& policy, const X& x, const Weights& w, Product&& out) {
+  try_matmul(policy, x, w, detail::one_product(out).value()).value();
 }
 
 }  // namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA

@@ -54,6 +54,9 @@ struct quantize_options {
   std::span<const float> column_weights{};
   /// NVFP4 tensor scales to use (decode sense): 1, or one for each matrix. Empty: from the input's largest magnitude.
   std::span<const float> tensor_scales{};
+  /// NVFP4: tensor scales that are made get a value which its inverse gives back, for layouts that store the inverse
+  /// (compressed-tensors; see layout::invertible). Those given stay as they are.
+  bool invertible_tensor_scales = false;
   /// NVFP4: how many tensor scales owning storage gets. Caller-provided storage says it by its size.
   tensor_scale_scope scope = tensor_scale_scope::batch;
   /// NVFP4: what becomes of blocks that are far below the tensor's largest magnitude.

@@ -8,8 +8,9 @@
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
+#include <iterator>     // std::data
 #include <span>         // std::span
-#include <type_traits>  // std::conditional_t
+#include <type_traits>  // std::conditional_t, std::is_same_v
 #include <vector>       // std::vector
 
 namespace TETROMINO_NAMESPACE {
@@ -19,10 +20,17 @@ namespace TETROMINO_NAMESPACE {
 /// - scales [matrices, rows, blocks_per_row]: E8M0 or E4M3 bytes
 /// - macros [matrices, rows, macros_per_row]: macro-block bytes; empty without macro blocks
 struct packed_shape {
-  any_format format;
+  any_format format{};
   std::size_t matrices = 0;
   std::size_t rows = 0;
   std::size_t cols = 0;
+
+  TETROMINO_ABI constexpr packed_shape() = default;
+  TETROMINO_ABI constexpr packed_shape(any_format format_, std::size_t rows_, std::size_t cols_) noexcept
+      : packed_shape(format_, 1, rows_, cols_) {}
+  TETROMINO_ABI constexpr packed_shape(any_format format_, std::size_t matrices_, std::size_t rows_,
+                                       std::size_t cols_) noexcept
+      : format(format_), matrices(matrices_), rows(rows_), cols(cols_) {}
 
   [[nodiscard]] TETROMINO_ABI constexpr std::size_t blocks_per_row() const noexcept {
     return cols / format.block + (cols % format.block != 0);
@@ -42,6 +50,12 @@ struct packed_shape {
   [[nodiscard]] TETROMINO_ABI constexpr std::size_t macro_bytes() const noexcept {
     return matrices * rows * macros_per_row();
   }
+
+  /// Buffers of these sizes as packed storage: spans, vectors or arrays of bytes, and behind them what the format has
+  /// besides: macro bytes, or 1 or `matrices` floats for the tensor scales of NVFP4. The view is for reading if any of
+  /// the bytes is const. Calls that take it check the sizes.
+  template <class Codes, class Scales, class... More>
+  [[nodiscard]] TETROMINO_ABI constexpr auto view(Codes&& codes, Scales&& scales, More&&... more) const;
 
   friend TETROMINO_ABI constexpr bool operator==(const packed_shape&, const packed_shape&) = default;
 };
@@ -143,6 +157,29 @@ struct packed {
     return {format, matrices, rows, cols, codes, scales, macros, tensor_scales};
   }
 };
+
+template <class Codes, class Scales, class... More>
+TETROMINO_ABI constexpr auto packed_shape::view(Codes&& codes, Scales&& scales, More&&... more) const {
+  using code = std::remove_pointer_t<decltype(std::data(codes))>;
+  using scale = std::remove_pointer_t<decltype(std::data(scales))>;
+  using byte = std::conditional_t<std::is_const_v<scale>, const code, code>;
+  static_assert(std::is_same_v<const code, const std::uint8_t> && std::is_same_v<const scale, const std::uint8_t>,
+                "codes and scales are std::uint8_t");
+  packed_view<any_format, byte> out{format, matrices, rows, cols, codes, scales};
+  [[maybe_unused]] const auto take = [&out](auto& buffer) {
+    using element = std::remove_pointer_t<decltype(std::data(buffer))>;
+    constexpr bool is_macro = std::is_same_v<const element, const std::uint8_t>;
+    static_assert(is_macro || std::is_same_v<const element, const float>,
+                  "behind codes and scales: macro bytes (std::uint8_t) or tensor scales (float)");
+    if constexpr (is_macro) {
+      out.macros = buffer;
+    } else {
+      out.tensor_scales = buffer;
+    }
+  };
+  (take(more), ...);
+  return out;
+}
 
 namespace detail::inline TETROMINO_ISA {
 

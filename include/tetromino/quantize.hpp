@@ -10,9 +10,12 @@
 #include "execution.hpp"               // scalar_t, attached
 #include "options.hpp"                 // quantize_options
 
+#include <algorithm>    // std::max
 #include <cstdint>      // std::uint8_t
+#include <iterator>     // std::data
 #include <span>         // std::span
-#include <type_traits>  // std::is_const_v
+#include <type_traits>  // std::is_const_v, std::remove_cvref_t
+#include <utility>      // std::declval
 
 namespace TETROMINO_NAMESPACE {
 
@@ -123,6 +126,15 @@ template <class Policy, matrix_like Input>
 [[nodiscard]] float amax(const Policy& policy, const Input& x, special_values special = special_values::reject) {
   float largest = 0;
   amax_on(policy, detail::as_batch(x), special, std::span<float>(&largest, 1));
+  return largest;
+}
+
+/// The same over matrices that lie apart, such as experts in allocations of their own that shall share a tensor scale.
+template <class Policy, class Inputs, class Input = std::remove_cvref_t<decltype(*std::data(std::declval<Inputs>()))>>
+  requires(matrix_like<Input>&& can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
+[[nodiscard]] float amax(const Policy& policy, const Inputs& xs, special_values special = special_values::reject) {
+  float largest = 0;
+  for (const Input& x : xs) largest = std::max(largest, amax(policy, x, special));
   return largest;
 }
 

@@ -70,10 +70,14 @@ inline namespace TETROMINO_ISA {
 
 /// NVFP4's tensor scale (decode sense) for the largest magnitude of a tensor: amax / (6 * 448), or amax / (6 * 256) for
 /// four_over_six, which needs headroom above the block scale that maps to 4. At least 2^-126, so that it has an inverse
-/// and is no subnormal number; 0 for amax = 0.
-[[nodiscard]] TETROMINO_HD constexpr float tensor_scale_for(float amax, scale_rule rule) noexcept {
+/// and is no subnormal number; 0 for amax = 0. `invertible`: 1 for amax = 0, otherwise that scale or a neighbour of it
+/// which is the inverse of its inverse.
+[[nodiscard]] TETROMINO_HD constexpr float tensor_scale_for(float amax, scale_rule rule,
+                                                            bool invertible = false) noexcept {
   const float codes = rule == scale_rule::four_over_six ? 6.0f * 256.0f : 6.0f * 448.0f;
-  return amax > 0.0f && amax < codes * 0x1p-126f ? 0x1p-126f : amax / codes;
+  const float scale = amax > 0.0f && amax < codes * 0x1p-126f ? 0x1p-126f : amax / codes;
+  if (!invertible) return scale;
+  return scale == 0.0f ? 1.0f : 1.0f / (1.0f / scale);
 }
 
 /// The macro-block byte of macro_rule::from_amax: bits 22..15 of float(6 / amax), 0 for amax = 0.

@@ -189,10 +189,13 @@ static void check_local(void) {
     CHECK(node_of_expert[i] == node_of_expert[i % 2]);
     CHECK((int)node_of_request[i] == node_of_expert[i % 2]);
   }
-  ids[7] = -1;
+  ids[7] = -1; /* padding */
+  CHECK(tetromino_local(ids, 1, 8, 2, tokens, 8, &cluster, expert_of_slot, NULL, message, sizeof message) ==
+        TETROMINO_OK);
+  ids[7] = 8;
   CHECK(tetromino_local(ids, 1, 8, 2, tokens, 8, &cluster, expert_of_slot, NULL, message, sizeof message) ==
         TETROMINO_INVALID_ARGUMENT);
-  CHECK(strstr(message, "got -1 in token 3") != NULL);
+  CHECK(strstr(message, "got 8 in token 3") != NULL);
 }
 
 int main(void) {

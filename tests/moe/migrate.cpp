@@ -6,10 +6,11 @@
 #include "code_of.hpp"
 #include "reference/generators.hpp"
 
-#include <algorithm>  // std::count, std::max
+#include <algorithm>  // std::count, std::equal, std::max
 #include <cmath>      // std::nan
 #include <map>        // std::map
 #include <set>        // std::set
+#include <utility>    // std::swap
 #include <vector>     // std::vector
 
 namespace {
@@ -259,4 +260,60 @@ TEST_CASE("dead GPUs are no source, leaving ones no target, and what is lost is 
   const topology t = topology::uniform(1, 2, 1);
   CHECK(code_of(t.try_without(std::vector<std::uint32_t>{2})) == errc::invalid_argument);
   CHECK(code_of(t.try_without(std::vector<std::uint32_t>{0, 1})) == errc::invalid_argument);
+}
+
+TEST_CASE("a budget buys whole layers, those of most worth first, and the next call goes on") {
+  generator g(tetromino_test::seed());
+  const topology t = topology::uniform(3, 2, 4);
+  const std::size_t layers = 9, experts = 20;
+  for (int i = 0; i < 100; ++i) {
+    const auto random = [&] { return balanced({layers, experts, random_loads(g, layers * experts)}, t); };
+    const placement current = random(), next = random();
+    const migration whole = migrate(current, next, t, 10);
+    std::vector<double> gains(layers);
+    for (double& gain : gains) gain = g.uniform();
+    const migration_budget budget{whole.bytes_between_nodes / 3, whole.bytes_inside_nodes / 2};
+    placement at = current;
+    std::size_t steps = 0;
+    for (std::vector<std::size_t> left{0}; !left.empty() && steps < 20; ++steps) {
+      const partial_migration part = migrate_within(at, next, t, 10, budget, gains);
+      REQUIRE(part.way.bytes_between_nodes <= budget.bytes_between_nodes);
+      REQUIRE(part.way.bytes_inside_nodes <= budget.bytes_inside_nodes);
+      validate(part.reached, t, {.one_copy_per_gpu = false});
+      for (std::size_t l = 0; l < layers; ++l) {
+        const bool is_left = std::count(part.layers_left.begin(), part.layers_left.end(), l) > 0;
+        const auto expected = is_left ? at.layer(l) : next.layer(l), got = part.reached.layer(l);
+        REQUIRE(std::equal(got.begin(), got.end(), expected.begin()));
+      }
+      at = part.reached;
+      left = part.layers_left;
+    }
+    REQUIRE(at == next);
+    REQUIRE(steps > 2);
+  }
+
+  const placement current = contiguous(2, 12, t);
+  placement next = current;
+  std::swap(next.layer(0)[0], next.layer(0)[20]);  // one expert each way between nodes
+  std::swap(next.layer(1)[0], next.layer(1)[20]);
+  const auto reached = [&](double bytes, std::vector<double> gains) {
+    return migrate_within(current, next, t, 10, {.bytes_between_nodes = bytes}, gains).layers_left;
+  };
+  CHECK(reached(20, {1, 2}) == std::vector<std::size_t>{0});
+  CHECK(reached(20, {2, 1}) == std::vector<std::size_t>{1});
+  CHECK(reached(40, {1, 2}).empty());
+  CHECK(reached(19, {1, 2}) == std::vector<std::size_t>{1, 0});
+
+  placement lacking = current;
+  lacking.layer(0)[0] = empty_slot;
+  const auto must = migrate_within(lacking, next, t, 10, {0, 0});
+  CHECK(must.layers_left == std::vector<std::size_t>{1});
+  CHECK(must.way.missing.size() == 1);
+
+  CHECK(code_of(try_migrate_within(current, next, t, 10, {-1, 0})) == errc::invalid_argument);
+  CHECK(code_of(try_migrate_within(current, next, t, 10, {0, std::nan("")})) == errc::invalid_argument);
+  CHECK(code_of(try_migrate_within(current, next, t, 10, {}, std::vector<double>{1})) == errc::shape_mismatch);
+  CHECK(code_of(try_migrate_within(current, next, t, 10, {}, std::vector<double>{1, std::nan("")})) ==
+        errc::invalid_argument);
+  CHECK(code_of(try_migrate_within(current, next, t, -1, {})) == errc::invalid_argument);
 }

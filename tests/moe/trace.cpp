@@ -56,6 +56,24 @@ TEST_CASE("an empty trace is a trace without tokens") {
   CHECK(trace::try_make({2, 4, 2}, {}, {{0, 0, 0, 0}}).has_value());
 }
 
+TEST_CASE("ids of any integers, token after token or layer after layer, make the same trace") {
+  const trace t = trace::make({2, 8, 2}, {0, 1, 2, 3, 4, no_expert, 6, 7, no_expert, no_expert, 1, 0}, {{0, 3}});
+  const std::vector<std::int64_t> by_token = {0, 1, 2, 3, 4, -1, 6, 7, -1, -1, 1, 0};
+  const std::int32_t by_layer[] = {0, 1, 4, -1, -1, -1, 2, 3, 6, 7, 1, 0};
+  const auto same = [&](const trace& other) {
+    const auto a = t.view().ids, b = other.view().ids;
+    return std::equal(a.begin(), a.end(), b.begin(), b.end()) && t.requests().size() == other.requests().size();
+  };
+  CHECK(same(trace::make({2, 8, 2}, by_token, {{0, 3}})));
+  CHECK(same(trace::from_layers({2, 8, 2}, by_layer, {{0, 3}})));
+  CHECK_THROWS_WITH(trace::make({2, 8, 2}, std::vector<int>{0, 1, 2, 3, 4, 5, 6, -2}, {}),
+                    contains("expected expert ids below 8 or -1, got -2 in token 1"));
+  CHECK_THROWS_WITH(trace::from_layers({2, 8, 2}, std::vector<int>{0, 1, 4, 70'000, 2, 3, 6, 7}, {}),
+                    contains("got 70000 in token 1"));
+  CHECK(code_of(trace::try_from_layers({2, 8, 2}, std::vector<int>(6), {})) == errc::shape_mismatch);
+  CHECK(code_of(trace::try_from_layers({2, 8, 0}, std::vector<int>(6), {})) == errc::shape_mismatch);
+}
+
 TEST_CASE("broken traces are errors") {
   CHECK(code_of(trace::try_make({0, 4, 2}, {}, {})) == errc::invalid_argument);
   CHECK(code_of(trace::try_make({1, 0, 0}, {}, {})) == errc::invalid_argument);

@@ -24,7 +24,7 @@ class generator {
   /// Uniform in (0, 1].
   double uniform() { return (static_cast<double>(bits() >> 11) + 1.0) / 9007199254740992.0; }
   /// Uniform in 0 … n − 1.
-  std::size_t below(std::size_t n) { return static_cast<std::size_t>(bits() % n); }
+  std::size_t below(std::size_t n) { return bits() % n; }
   /// Normal, mean 0, variance 1. (Box and Muller 1958)
   double normal() {
     constexpr double two_pi = 6.283185307179586477;

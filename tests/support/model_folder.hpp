@@ -38,8 +38,7 @@ inline std::size_t product(const std::vector<std::size_t>& shape) {
 
 /// The values that a model's tensor has: normal numbers from a seed and its name, every row of its own size.
 inline std::vector<float> model_values(const model_tensor& tensor) {
-  std::seed_seq seed{static_cast<std::uint64_t>(tetromino_test::seed()),
-                     static_cast<std::uint64_t>(std::hash<std::string>{}(tensor.name))};
+  std::seed_seq seed{tetromino_test::seed(), std::hash<std::string>{}(tensor.name)};
   std::mt19937_64 random(seed);
   std::normal_distribution<float> normal;
   std::uniform_real_distribution<float> size(0.5f, 2.0f);

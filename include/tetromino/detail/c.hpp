@@ -4,11 +4,11 @@
 #if defined(TETROMINO_C_INSTANCE)
 
 #include "../c.h"
-#include "../cpu.hpp"              // cpu
-#include "../layout.hpp"           // try_to_ggml, try_from_ggml
-#include "../moe/place_local.hpp"  // try_local
-#include "../moe/place.hpp"        // try_balanced_eplb
-#include "../version.hpp"          // TETROMINO_VERSION_STRING
+#include "../cpu.hpp"               // cpu
+#include "../layout/ggml_rows.hpp"  // try_quantize_to, try_from_ggml
+#include "../moe/place_local.hpp"   // try_local
+#include "../moe/place.hpp"         // try_balanced_eplb, try_to_loads
+#include "../version.hpp"           // TETROMINO_VERSION_MAJOR
 
 #include <algorithm>    // std::copy, std::min
 #include <atomic>       // std::atomic
@@ -167,33 +167,6 @@ inline quantize_options options_for(const c_shape& shape, const tetromino_option
   return out;
 }
 
-/// ggml blocks straight from the rows, a few rows at a time: they are turned while they are in the cache.
-template <real T>
-result<void> quantize_to_ggml(const cpu_t& policy, const T* x, const c_shape& shape, const quantize_options& options,
-                              std::uint8_t* blocks) {
-  const std::size_t cols = shape.packed.cols, rows = shape.packed.rows;
-  const std::size_t rows_at_once = std::max<std::size_t>(1, 16384 / std::max<std::size_t>(cols, 1));
-  const std::size_t row_bytes = layout::ggml_bytes({shape.packed.format, 1, 1, cols});
-  const std::size_t parts = rows / rows_at_once + (rows % rows_at_once != 0);
-  std::atomic<bool> failed{false};
-  const auto part = [&](std::size_t i) {
-    if (failed.load(std::memory_order_relaxed)) return;
-    const std::size_t first = i * rows_at_once, count = std::min(rows_at_once, rows - first);
-    packed<any_format> some(shape.packed.format, 1, count, cols);
-    const matrix_view<const T> in(x + first * cols, count, cols);
-    const cpu_t alone{{}, policy.kernels};
-    const std::span<std::uint8_t> to(blocks + first * row_bytes, count * row_bytes);
-    if (!try_quantize_to(alone, in, shape.way, some.view(), options) || !layout::try_to_ggml(some, to)) failed = true;
-  };
-  policy.executor(parts, part);
-  if (!failed) return {};
-  // Once more as one piece, for the error: it names the row.
-  packed<any_format> all(shape.packed.format, 1, rows, cols);
-  const matrix_view<const T> in(x, rows, cols);
-  if (auto done = try_quantize_to(policy, in, shape.way, all.view(), options); !done) return done;
-  return layout::try_to_ggml(all, {blocks, rows * row_bytes});
-}
-
 template <real T>
 result<void> quantize_rows(const cpu_t& policy, const T* x, const c_shape& shape, const tetromino_options& chosen,
                            const tetromino_packed& out) {
@@ -207,14 +180,10 @@ result<void> quantize_rows(const cpu_t& policy, const T* x, const c_shape& shape
   }
   const auto bytes = layout::try_ggml_bytes(shape.packed);
   if (!bytes) return bytes.error();
-  auto* const blocks = static_cast<std::uint8_t*>(out.ggml);
-  if (shape.packed.format.scale != scale_type::e4m3 || tensor_scale != 0) {
-    return quantize_to_ggml(policy, x, shape, options_for(shape, chosen, tensor_scale), blocks);
-  }
-  auto all = try_quantize(policy, in, shape.way, options_for(shape, chosen, tensor_scale));
-  if (!all) return all.error();
-  *out.tensor_scale = all->tensor_scales[0];
-  return layout::try_to_ggml(*all, {blocks, *bytes});
+  layout::ggml_rows to{{static_cast<std::uint8_t*>(out.ggml), *bytes}};
+  const bool is_asked = shape.packed.format.scale == scale_type::e4m3 && tensor_scale == 0;
+  if (is_asked) to.tensor_scales = {out.tensor_scale, 1};
+  return try_quantize_to(policy, in, shape.way, to, options_for(shape, chosen, tensor_scale));
 }
 
 template <real T>
@@ -236,25 +205,18 @@ result<void> dequantize_rows(const cpu_t& policy, const c_shape& shape, const te
   return try_dequantize_to(policy, linear, batch_view<T>(out));
 }
 
-/// Loads of any type as doubles.
-inline result<std::vector<double>> loads_of(const void* loads, tetromino_type type, std::size_t count) {
-  std::vector<double> out(count);
-  const auto copy = [&]<class T>(const T* from) {
-    for (std::size_t i = 0; i < count; ++i) out[i] = static_cast<double>(from[i]);
-  };
+/// Calls f(values) for loads of any type.
+template <class F>
+result<void> with_loads(const void* loads, tetromino_type type, std::size_t count, const F& f) {
   switch (type) {
     case TETROMINO_FLOAT:
-      copy(static_cast<const float*>(loads));
-      return out;
+      return f(std::span(static_cast<const float*>(loads), count));
     case TETROMINO_DOUBLE:
-      copy(static_cast<const double*>(loads));
-      return out;
+      return f(std::span(static_cast<const double*>(loads), count));
     case TETROMINO_INT64:
-      copy(static_cast<const std::int64_t*>(loads));
-      return out;
+      return f(std::span(static_cast<const std::int64_t*>(loads), count));
     case TETROMINO_INT32:
-      copy(static_cast<const std::int32_t*>(loads));
-      return out;
+      return f(std::span(static_cast<const std::int32_t*>(loads), count));
     default:
       return error(errc::invalid_argument,
                    text("loads are float, double, int64 or int32, got type ", static_cast<int>(type)));
@@ -294,15 +256,7 @@ inline result<moe::trace> trace_of(const std::int32_t* ids, const moe::routing_s
     requests.push_back({tokens, n, 0, 0});
     tokens += n;
   }
-  std::vector<std::uint16_t> narrow(tokens * shape.ids_per_token());
-  for (std::size_t i = 0; i < narrow.size(); ++i) {
-    if (ids[i] < 0 || static_cast<std::size_t>(ids[i]) >= std::min<std::size_t>(shape.experts, 65535)) {
-      return error(errc::invalid_argument, text("ids: expected experts from 0 to ", shape.experts, ", got ", ids[i],
-                                                " in token ", i / shape.ids_per_token()));
-    }
-    narrow[i] = static_cast<std::uint16_t>(ids[i]);
-  }
-  return moe::trace::try_make(shape, std::move(narrow), std::move(requests));
+  return moe::trace::try_make(shape, std::span(ids, tokens * shape.ids_per_token()), std::move(requests));
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail
@@ -369,9 +323,10 @@ tetromino_status tetromino_balanced_eplb(const void* loads, tetromino_type type,
     const d::eplb_tensors out{physical_to_logical, logical_to_physical, copies};
     const bool is_given = loads && cluster && physical_to_logical && logical_to_physical && copies;
     if (auto given = d::expect_given(is_given, "loads, a cluster and three tensors"); !given) return given;
-    const auto values = d::loads_of(loads, type, layers * experts);
-    if (!values) return values.error();
-    return d::write_eplb({layers, experts, *values}, groups, *cluster, out);
+    return d::with_loads(loads, type, layers * experts, [&](auto values) -> tetromino::result<void> {
+      const auto table = tetromino::moe::try_to_loads(layers, experts, values);
+      return table ? d::write_eplb(*table, groups, *cluster, out) : table.error();
+    });
   });
 }
 

@@ -176,7 +176,7 @@ void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, con
     amax_cpu<T>(
         executor, in, [&](const T* x, std::size_t cols) { return packer.amax(x, cols); }, scales);
     if (options.special == special_values::saturate) count_lone_infinities<T>(executor, in, scales);
-    for (float& scale : scales) scale = tensor_scale_for(scale, *options.rule);
+    for (float& scale : scales) scale = tensor_scale_for(scale, *options.rule, options.invertible_tensor_scales);
   } else {
     for (std::size_t i = 0; i < scales.size(); ++i) {
       scales[i] = options.tensor_scales[options.tensor_scales.size() == 1 ? 0 : i];

@@ -56,7 +56,7 @@ class signature_builder {
   /// The bucket of a layer.
   [[nodiscard]] TETROMINO_ABI std::size_t bucket(std::size_t layer) const noexcept {
     if (buckets() == shape_.layers) return layer;
-    return static_cast<std::size_t>(((layer + 1) * 0x9E3779B97F4A7C15u) >> 33) % buckets();
+    return (((layer + 1) * 0x9E3779B97F4A7C15u) >> 33) % buckets();
   }
 
   /// Starts a prompt of that many tokens; forgets what was collected.

@@ -3,14 +3,14 @@
 #include "../detail/macros_off.hpp"
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
-#include "trace.hpp"     // detail::text
+#include "trace.hpp"     // detail::text, number_array
 
-#include <algorithm>    // std::max, std::transform
-#include <cmath>        // std::isfinite
-#include <cstddef>      // std::size_t
-#include <span>         // std::span
-#include <type_traits>  // std::is_arithmetic_v
-#include <vector>       // std::vector
+#include <algorithm>  // std::max, std::transform
+#include <cmath>      // std::isfinite
+#include <cstddef>    // std::size_t
+#include <iterator>   // std::data, std::size
+#include <span>       // std::span
+#include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
 
@@ -61,6 +61,8 @@ struct load_table {
 
   [[nodiscard]] TETROMINO_ABI load_view view() const& { return {layers, experts, values}; }
   load_view view() const&& = delete;  // would dangle
+  /// What solvers take, also of loads made for one call: balanced(to_loads(1, 64, counts), cluster).
+  TETROMINO_ABI operator load_view() const noexcept { return {layers, experts, values}; }
 
   friend TETROMINO_ABI bool operator==(const load_table&, const load_table&) = default;
 };
@@ -90,18 +92,18 @@ template <class Load, class Speed>
 
 inline namespace TETROMINO_ISA {
 
-/// Loads from counts of any kind that an engine keeps: counts[layers, experts]. Errors: as try_validate.
-template <class Count>
-  requires std::is_arithmetic_v<Count>
-[[nodiscard]] result<load_table> try_to_loads(std::size_t layers, std::size_t experts, std::span<const Count> counts) {
-  load_table out{layers, experts, std::vector<double>(counts.size())};
-  std::transform(counts.begin(), counts.end(), out.values.begin(), [](Count c) { return static_cast<double>(c); });
+/// Loads from counts of any kind that an engine keeps, counts[layers, experts]: a vector, span or array of float,
+/// double or integers. Errors: as try_validate.
+template <number_array Counts>
+[[nodiscard]] result<load_table> try_to_loads(std::size_t layers, std::size_t experts, const Counts& counts) {
+  load_table out{layers, experts, std::vector<double>(std::size(counts))};
+  std::transform(std::data(counts), std::data(counts) + std::size(counts), out.values.begin(),
+                 [](auto count) { return static_cast<double>(count); });
   if (auto ok = try_validate(out.view()); !ok) return ok.error();
   return out;
 }
-template <class Count>
-  requires std::is_arithmetic_v<Count>
-[[nodiscard]] load_table to_loads(std::size_t layers, std::size_t experts, std::span<const Count> counts) {
+template <number_array Counts>
+[[nodiscard]] load_table to_loads(std::size_t layers, std::size_t experts, const Counts& counts) {
   return try_to_loads(layers, experts, counts).value();
 }
 

@@ -6,10 +6,11 @@
 #include "placement.hpp"  // placement, replica_index
 #include "topology.hpp"   // topology
 
-#include <algorithm>  // std::fill, std::find, std::max, std::max_element, std::stable_sort, std::swap_ranges
+#include <algorithm>  // std::copy, std::fill, std::find, std::max, std::max_element, std::stable_sort, std::swap_ranges
 #include <cmath>      // std::isfinite
 #include <cstddef>    // std::ptrdiff_t, std::size_t
 #include <cstdint>    // std::int32_t, std::uint32_t
+#include <limits>     // std::numeric_limits
 #include <span>       // std::span
 #include <utility>    // std::move, std::swap
 #include <vector>     // std::vector
@@ -296,6 +297,90 @@ inline namespace TETROMINO_ISA {
 [[nodiscard]] inline migration migrate(const placement& current, const placement& next, const topology& t,
                                        double bytes_per_expert) {
   return try_migrate(current, next, t, bytes_per_expert).value();
+}
+
+}  // namespace TETROMINO_ISA
+
+/// What a migration may move, in bytes. A way between nodes costs more than one inside, so each has its own limit.
+struct migration_budget {
+  double bytes_between_nodes = std::numeric_limits<double>::infinity();
+  double bytes_inside_nodes = std::numeric_limits<double>::infinity();
+};
+
+/// What a budget buys of the way from one placement to the next.
+struct partial_migration {
+  placement reached;                     ///< to serve under when `way` is done: each layer is that of either placement
+  migration way;                         ///< from the current placement to `reached`
+  std::vector<std::size_t> layers_left;  ///< that differ from the next placement still, in the order of their worth
+};
+
+inline namespace TETROMINO_ISA {
+
+/// The part of the way from `current` to `next` that a budget allows. A layer is migrated whole or not at all, those
+/// first that gain most for each byte between nodes: `gain_of_layer` [layers] is what a layer is worth, such as the
+/// visits of other nodes that it saves (cost_report::visits_of_layer before, less those after); without it all are
+/// worth the same, so that most layers are reached. Layers in which `current` lacks experts are migrated whatever that
+/// takes. A second call from `reached` goes on. Errors: as try_migrate; a budget that is negative or NaN, gains of
+/// another number or not finite.
+[[nodiscard]] inline result<partial_migration> try_migrate_within(const placement& current, placement next,
+                                                                  const topology& t, double bytes_per_expert,
+                                                                  const migration_budget& budget,
+                                                                  std::span<const double> gain_of_layer = {}) {
+  auto whole = try_migrate(current, next, t, bytes_per_expert);
+  if (!whole) return whole.error();
+  if (!(budget.bytes_between_nodes >= 0) || !(budget.bytes_inside_nodes >= 0)) {
+    return error(errc::invalid_argument,
+                 detail::text("migrate: expected a budget of 0 or more bytes, got ", budget.bytes_between_nodes,
+                              " between and ", budget.bytes_inside_nodes, " inside nodes"));
+  }
+  if (!gain_of_layer.empty() && gain_of_layer.size() != current.layers()) {
+    return error(errc::shape_mismatch, detail::text("migrate: expected a gain for each of ", current.layers(),
+                                                    " layers, got ", gain_of_layer.size()));
+  }
+  struct of_layer {
+    std::size_t layer;
+    double between, inside, gain;
+    bool must;
+  };
+  std::vector<of_layer> order;
+  for (const layer_migration& l : whole->layers) {
+    of_layer cost{l.layer, 0, 0, gain_of_layer.empty() ? 1 : gain_of_layer[l.layer], false};
+    if (!std::isfinite(cost.gain)) {
+      return error(errc::invalid_argument,
+                   detail::text("migrate: expected finite gains, got ", cost.gain, " of layer ", l.layer));
+    }
+    for (const migration_round& round : l.rounds) {
+      for (const expert_move& m : round.moves) {
+        (t.node_of_gpu(m.from_gpu) == t.node_of_gpu(m.to_gpu) ? cost.inside : cost.between) += bytes_per_expert;
+      }
+    }
+    for (const missing_expert& m : whole->missing) cost.must = cost.must || m.layer == l.layer;
+    order.push_back(cost);
+  }
+  std::stable_sort(order.begin(), order.end(), [](const of_layer& a, const of_layer& b) {
+    return a.must != b.must ? a.must : a.gain * b.between > b.gain * a.between;
+  });
+  double between = 0, inside = 0;
+  std::vector<std::size_t> left;
+  for (const of_layer& l : order) {
+    if (l.must ||
+        (between + l.between <= budget.bytes_between_nodes && inside + l.inside <= budget.bytes_inside_nodes)) {
+      between += l.between;
+      inside += l.inside;
+      continue;
+    }
+    std::copy(current.layer(l.layer).begin(), current.layer(l.layer).end(), next.layer(l.layer).begin());
+    left.push_back(l.layer);
+  }
+  if (left.empty()) return partial_migration{std::move(next), std::move(*whole), {}};
+  auto way = try_migrate(current, next, t, bytes_per_expert);
+  if (!way) return way.error();
+  return partial_migration{std::move(next), std::move(*way), std::move(left)};
+}
+[[nodiscard]] inline partial_migration migrate_within(const placement& current, placement next, const topology& t,
+                                                      double bytes_per_expert, const migration_budget& budget,
+                                                      std::span<const double> gain_of_layer = {}) {
+  return try_migrate_within(current, std::move(next), t, bytes_per_expert, budget, gain_of_layer).value();
 }
 
 }  // namespace TETROMINO_ISA

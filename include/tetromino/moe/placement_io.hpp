@@ -47,7 +47,7 @@ namespace detail::inline TETROMINO_ISA {
     if (found == j.end() || !whole_number(*found, ~std::uint64_t{0}, n)) {
       return error(errc::malformed_file, text("placement: expected ", keys[i], ", a whole number"));
     }
-    sizes[i] = static_cast<std::size_t>(n);
+    sizes[i] = n;
   }
   if (sizes[1] == 0 || sizes[1] > placement::max_experts) {
     return error(errc::malformed_file,

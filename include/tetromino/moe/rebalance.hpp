@@ -14,7 +14,7 @@
 #include "topology.hpp"     // topology
 #include "trace.hpp"        // trace_view
 
-#include <algorithm>  // std::copy, std::equal, std::find_if, std::max, std::stable_sort
+#include <algorithm>  // std::copy, std::equal, std::find_if, std::max
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t, std::uint32_t, std::uint64_t
 #include <deque>      // std::deque
@@ -260,36 +260,14 @@ class rebalancer {
   // Gives up the layers that gain least for what they move; true if there are any.
   [[nodiscard]] TETROMINO_ABI bool keep_within_budget(placement& next, const cost_report& now,
                                                       const cost_report& then) const {
-    struct of_layer {
-      std::size_t layer;
-      double bytes, gain;
-    };
-    std::vector<of_layer> order;
-    const migration way = migrate(current_, next, topology_, options_.bytes_per_expert);
-    for (const layer_migration& l : way.layers) {
-      double moves = 0;
-      for (const migration_round& round : l.rounds) {
-        for (const expert_move& m : round.moves) {
-          moves += topology_.node_of_gpu(m.from_gpu) == topology_.node_of_gpu(m.to_gpu) ? 0 : 1;
-        }
-      }
-      order.push_back(
-          {l.layer, moves * options_.bytes_per_expert,
-           static_cast<double>(now.visits_of_layer[l.layer]) - static_cast<double>(then.visits_of_layer[l.layer])});
+    std::vector<double> gains;
+    for (std::size_t l = 0; l < current_.layers(); ++l) {
+      gains.push_back(static_cast<double>(now.visits_of_layer[l]) - static_cast<double>(then.visits_of_layer[l]));
     }
-    std::stable_sort(order.begin(), order.end(),
-                     [](const of_layer& a, const of_layer& b) { return a.gain * b.bytes > b.gain * a.bytes; });
-    double spent = 0;
-    bool any = false;
-    for (const of_layer& l : order) {
-      if (spent + l.bytes <= options_.byte_budget) {
-        spent += l.bytes;
-        continue;
-      }
-      std::copy(current_.layer(l.layer).begin(), current_.layer(l.layer).end(), next.layer(l.layer).begin());
-      any = true;
-    }
-    return any;
+    auto part = migrate_within(current_, std::move(next), topology_, options_.bytes_per_expert,
+                               {.bytes_between_nodes = options_.byte_budget}, gains);
+    next = std::move(part.reached);
+    return !part.layers_left.empty();
   }
 
   [[nodiscard]] TETROMINO_ABI bool pays(const rebalance_report& r) const {

@@ -4,17 +4,16 @@
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
 #include "loads.hpp"     // load_view
-#include "trace.hpp"     // trace, phase, no_expert
+#include "trace.hpp"     // trace, phase, id_array, no_expert
 
 #include <algorithm>      // std::copy, std::copy_n, std::fill_n, std::max, std::min, std::stable_sort
 #include <cmath>          // std::exp2, std::isfinite
-#include <concepts>       // std::integral
 #include <cstddef>        // std::byte, std::size_t
 #include <cstdint>        // std::uint16_t, std::uint32_t, std::uint64_t
 #include <cstring>        // std::memcpy
 #include <span>           // std::span
 #include <unordered_map>  // std::unordered_map
-#include <utility>        // std::cmp_greater_equal, std::cmp_less, std::move
+#include <utility>        // std::move
 #include <vector>         // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
@@ -98,8 +97,9 @@ class recorder {
   /// Adds one layer of the pass: ids[rows, experts per token], best first; −1 (or the largest number of an unsigned
   /// type) is nobody, as in rows of padding. Errors (nothing is added then): no pass, another number of ids, a layer or
   /// an id out of range, an expert twice for one token.
-  template <std::integral Id>
-  [[nodiscard]] TETROMINO_ABI result<void> try_add_layer(std::size_t layer, std::span<const Id> ids) {
+  template <id_array Ids>
+  [[nodiscard]] TETROMINO_ABI result<void> try_add_layer(std::size_t layer, const Ids& all) {
+    const std::span ids(std::data(all), std::size(all));
     const auto& [layers, experts, k] = options_.shape;
     if (!in_pass_ || layer >= layers || ids.size() != pass_.size() * k) {
       return error(errc::shape_mismatch,
@@ -108,14 +108,14 @@ class recorder {
     }
     ids_.resize(ids.size());
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      const bool nobody = ids[i] == static_cast<Id>(-1);
-      if (!nobody && (std::cmp_less(ids[i], 0) || std::cmp_greater_equal(ids[i], experts))) {
+      const std::uint32_t id = detail::to_id(ids[i], experts);
+      if (id == detail::no_id) {
         return error(errc::invalid_argument, detail::text("recorder: expected experts below ", experts, " or -1, got ",
                                                           ids[i], " in row ", i / k, ", layer ", layer));
       }
-      ids_[i] = nobody ? no_expert : static_cast<std::uint16_t>(ids[i]);
+      ids_[i] = static_cast<std::uint16_t>(id);
       for (std::size_t j = i - i % k; j < i; ++j) {
-        if (!nobody && ids_[j] == ids_[i]) {
+        if (id != no_expert && ids_[j] == ids_[i]) {
           return error(errc::invalid_argument, detail::text("recorder: expected distinct experts, got ", ids[i],
                                                             " twice in row ", i / k, ", layer ", layer));
         }
@@ -131,8 +131,8 @@ class recorder {
     }
     return {};
   }
-  template <std::integral Id>
-  TETROMINO_ABI void add_layer(std::size_t layer, std::span<const Id> ids) {
+  template <id_array Ids>
+  TETROMINO_ABI void add_layer(std::size_t layer, const Ids& ids) {
     try_add_layer(layer, ids).value();
   }
 
@@ -157,8 +157,9 @@ class recorder {
 
   /// A whole pass at once, in the order in which engines hold it: ids[layers, rows, experts per token]. Errors: as
   /// begin_pass and add_layer; what was added before the error stays.
-  template <std::integral Id>
-  [[nodiscard]] TETROMINO_ABI result<void> try_add_pass(std::span<const recorded_row> rows, std::span<const Id> ids) {
+  template <id_array Ids>
+  [[nodiscard]] TETROMINO_ABI result<void> try_add_pass(std::span<const recorded_row> rows, const Ids& all) {
+    const std::span ids(std::data(all), std::size(all));
     const std::size_t of_layer = rows.size() * options_.shape.experts_per_token;
     if (ids.size() != of_layer * options_.shape.layers) {
       return error(errc::shape_mismatch, detail::text("recorder: expected ", options_.shape.layers, " × ", of_layer,
@@ -173,8 +174,8 @@ class recorder {
     }
     return try_end_pass();
   }
-  template <std::integral Id>
-  TETROMINO_ABI void add_pass(std::span<const recorded_row> rows, std::span<const Id> ids) {
+  template <id_array Ids>
+  TETROMINO_ABI void add_pass(std::span<const recorded_row> rows, const Ids& ids) {
     try_add_pass(rows, ids).value();
   }
 
@@ -294,7 +295,7 @@ class recorder {
         !(other.tokens_[0] >= 0) || !(other.tokens_[1] >= 0)) {
       return bad();
     }
-    other.options_.tokens = std::max<std::size_t>(static_cast<std::size_t>(head[3]), 1);
+    other.options_.tokens = std::max<std::size_t>(head[3], 1);
     for (std::uint64_t i = 0; i < head[3]; ++i) {
       std::uint64_t row[2] = {};
       if (!take(row, sizeof row) || row[1] > 1) return bad();

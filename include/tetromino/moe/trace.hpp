@@ -4,12 +4,16 @@
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
 
-#include <cstddef>  // std::size_t
-#include <cstdint>  // std::uint16_t, std::uint32_t, std::uint64_t
-#include <span>     // std::span
-#include <string>   // std::string
-#include <utility>  // std::move
-#include <vector>   // std::vector
+#include <algorithm>    // std::max
+#include <concepts>     // std::integral
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint16_t, std::uint32_t, std::uint64_t
+#include <iterator>     // std::data, std::size
+#include <span>         // std::span
+#include <string>       // std::string
+#include <type_traits>  // std::is_arithmetic_v, std::remove_cvref_t
+#include <utility>      // std::cmp_greater_equal, std::cmp_less, std::move
+#include <vector>       // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
 
@@ -78,7 +82,7 @@ struct trace_view {
   [[nodiscard]] TETROMINO_ABI std::span<const std::uint16_t> token(std::uint64_t t) const {
     TETROMINO_EXPECTS((t + 1) * shape.ids_per_token() <= ids.size(), "trace_view: token number out of range",
                       (t + 1) * shape.ids_per_token(), ids.size());
-    return ids.subspan(static_cast<std::size_t>(t) * shape.ids_per_token(), shape.ids_per_token());
+    return ids.subspan(t * shape.ids_per_token(), shape.ids_per_token());
   }
   /// The experts of one token in one layer, best first.
   [[nodiscard]] TETROMINO_ABI std::span<const std::uint16_t> experts_of(std::uint64_t t, std::size_t layer) const {
@@ -158,6 +162,30 @@ inline void validate(const trace_view& view) { try_validate(view).value(); }
 
 }  // namespace TETROMINO_ISA
 
+/// Numbers that follow each other in memory: a span, vector or array of integers, float or double.
+template <class Numbers>
+concept number_array = requires(const Numbers& numbers) {
+  requires std::is_arithmetic_v<std::remove_cvref_t<decltype(*std::data(numbers))>>;
+  std::size(numbers);
+};
+/// The same of integers, as expert ids are: −1 (or the largest number of an unsigned type) is nobody, as in padding.
+template <class Ids>
+concept id_array = number_array<Ids> && requires(const Ids& ids) {
+  requires std::integral<std::remove_cvref_t<decltype(*std::data(ids))>>;
+};
+
+namespace detail::inline TETROMINO_ISA {
+
+/// The id as traces and recorders keep it; `no_id` where it is neither nobody nor one that could be an expert.
+inline constexpr std::uint32_t no_id = 0x10000;
+template <std::integral Id>
+[[nodiscard]] constexpr std::uint32_t to_id(Id id, std::size_t experts) noexcept {
+  if (id == static_cast<Id>(-1)) return no_expert;
+  return std::cmp_less(id, 0) || std::cmp_greater_equal(id, experts) ? no_id : static_cast<std::uint32_t>(id);
+}
+
+}  // namespace detail::inline TETROMINO_ISA
+
 /// Recorded routing that owns its ids: what `try_make` was given, validated, ready to be viewed.
 class trace {
  public:
@@ -186,6 +214,50 @@ class trace {
     return try_make(shape, std::move(ids), std::move(requests), std::move(domain_names)).value();
   }
 
+  /// From ids of any integer type, such as int32 or torch's int64, −1 for nobody.
+  template <id_array Ids>
+  [[nodiscard]] TETROMINO_ABI static result<trace> try_make(const routing_shape& shape, const Ids& ids, std::vector<request> requests,
+                                              std::vector<std::string> domain_names = {}) {
+    std::vector<std::uint16_t> narrow(std::size(ids));
+    for (std::size_t i = 0; i < narrow.size(); ++i) {
+      if (auto kept = keep(shape, i / std::max<std::size_t>(shape.ids_per_token(), 1), std::data(ids)[i], narrow[i]);
+          !kept) {
+        return kept.error();
+      }
+    }
+    return try_make(shape, std::move(narrow), std::move(requests), std::move(domain_names));
+  }
+  template <id_array Ids>
+  [[nodiscard]] TETROMINO_ABI static trace make(const routing_shape& shape, const Ids& ids, std::vector<request> requests,
+                                  std::vector<std::string> domain_names = {}) {
+    return try_make(shape, ids, std::move(requests), std::move(domain_names)).value();
+  }
+
+  /// From ids in the order in which engines hold a batch: [layers, tokens, experts_per_token].
+  template <id_array Ids>
+  [[nodiscard]] TETROMINO_ABI static result<trace> try_from_layers(const routing_shape& shape, const Ids& ids,
+                                                     std::vector<request> requests,
+                                                     std::vector<std::string> domain_names = {}) {
+    const std::size_t k = shape.experts_per_token, size = std::size(ids);
+    if (shape.ids_per_token() == 0 || size % shape.ids_per_token() != 0) {
+      return error(errc::shape_mismatch,
+                   detail::text("trace: expected a multiple of ", shape.layers, " × ", k, " ids, got ", size));
+    }
+    const std::size_t tokens = size / shape.ids_per_token();
+    std::vector<std::uint16_t> ordered(size);
+    for (std::size_t i = 0; i < size; ++i) {
+      const std::size_t layer = i / k / tokens, token = i / k % tokens;
+      std::uint16_t& to = ordered[(token * shape.layers + layer) * k + i % k];
+      if (auto kept = keep(shape, token, std::data(ids)[i], to); !kept) return kept.error();
+    }
+    return try_make(shape, std::move(ordered), std::move(requests), std::move(domain_names));
+  }
+  template <id_array Ids>
+  [[nodiscard]] TETROMINO_ABI static trace from_layers(const routing_shape& shape, const Ids& ids, std::vector<request> requests,
+                                         std::vector<std::string> domain_names = {}) {
+    return try_from_layers(shape, ids, std::move(requests), std::move(domain_names)).value();
+  }
+
   [[nodiscard]] TETROMINO_ABI trace_view view() const& noexcept { return {shape_, ids_, requests_}; }
   trace_view view() const&& = delete;  // would dangle
 
@@ -197,6 +269,17 @@ class trace {
 
  private:
   TETROMINO_ABI trace() = default;
+
+  template <class Id>
+  TETROMINO_ABI static result<void> keep(const routing_shape& shape, std::size_t token, Id id, std::uint16_t& to) {
+    const std::uint32_t known = detail::to_id(id, shape.experts);
+    if (known == detail::no_id) {
+      return error(errc::invalid_argument, detail::text("trace: expected expert ids below ", shape.experts,
+                                                        " or -1, got ", id, " in token ", token));
+    }
+    to = static_cast<std::uint16_t>(known);
+    return {};
+  }
 
   routing_shape shape_;
   std::vector<std::uint16_t> ids_;

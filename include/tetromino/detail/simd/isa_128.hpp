@@ -153,12 +153,12 @@ TETROMINO_INLINE floats subtract_product(const floats& c, const floats& a, const
 
 using byte_register = __m128i;
 TETROMINO_INLINE byte_register load_register(const void* x) { return _mm_loadu_si128(static_cast<const __m128i*>(x)); }
-TETROMINO_INLINE word_register as_words(byte_register a) { return word_register(a); }
+TETROMINO_INLINE word_register as_words(byte_register a) { return a; }
 /// Sixteen bytes, or eight halfwords in two registers, each in the lanes of words.
 TETROMINO_INLINE words spread_halfwords(byte_register a, byte_register b) {
   const __m128i zero = _mm_setzero_si128();
-  return words(word_register(_mm_unpacklo_epi16(a, zero)), word_register(_mm_unpackhi_epi16(a, zero)),
-               word_register(_mm_unpacklo_epi16(b, zero)), word_register(_mm_unpackhi_epi16(b, zero)));
+  return words(_mm_unpacklo_epi16(a, zero), _mm_unpackhi_epi16(a, zero), _mm_unpacklo_epi16(b, zero),
+               _mm_unpackhi_epi16(b, zero));
 }
 TETROMINO_INLINE words spread_bytes(byte_register a) {
   const __m128i zero = _mm_setzero_si128();
@@ -192,35 +192,35 @@ TETROMINO_INLINE void part_codes(byte_register pairs, byte_register& first, byte
   second = _mm_unpackhi_epi8(even, odd);
 }
 TETROMINO_INLINE word_register larger_halfwords(const word_register& a, const word_register& b) {
-  return word_register(_mm_max_epi16(a, b));
+  return _mm_max_epi16(a, b);
 }
 template <int Distance>
 TETROMINO_INLINE word_register exchange_within(const word_register& a) {
-  return word_register(_mm_shuffle_epi32(a, Distance == 2 ? 0x4E : 0xB1));
+  return _mm_shuffle_epi32(a, Distance == 2 ? 0x4E : 0xB1);
 }
 template <class Op>
 TETROMINO_INLINE word_register join_four(const Op& op, word_register a, word_register b, word_register c,
                                          word_register d) {
-  const word_register ab = op(word_register(_mm_unpacklo_epi32(a, b)), word_register(_mm_unpackhi_epi32(a, b)));
-  const word_register cd = op(word_register(_mm_unpacklo_epi32(c, d)), word_register(_mm_unpackhi_epi32(c, d)));
-  return op(word_register(_mm_unpacklo_epi64(ab, cd)), word_register(_mm_unpackhi_epi64(ab, cd)));
+  const word_register ab = op(_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
+  const word_register cd = op(_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
+  return op(_mm_unpacklo_epi64(ab, cd), _mm_unpackhi_epi64(ab, cd));
 }
 /// Column j of four rows of words, for j = 0 ... 3.
 TETROMINO_INLINE void transpose_four(word_register a, word_register b, word_register c, word_register d,
                                      word_register& c0, word_register& c1, word_register& c2, word_register& c3) {
   const __m128i ab_low = _mm_unpacklo_epi32(a, b), ab_high = _mm_unpackhi_epi32(a, b);
   const __m128i cd_low = _mm_unpacklo_epi32(c, d), cd_high = _mm_unpackhi_epi32(c, d);
-  c0 = word_register(_mm_unpacklo_epi64(ab_low, cd_low));
-  c1 = word_register(_mm_unpackhi_epi64(ab_low, cd_low));
-  c2 = word_register(_mm_unpacklo_epi64(ab_high, cd_high));
-  c3 = word_register(_mm_unpackhi_epi64(ab_high, cd_high));
+  c0 = _mm_unpacklo_epi64(ab_low, cd_low);
+  c1 = _mm_unpackhi_epi64(ab_low, cd_low);
+  c2 = _mm_unpacklo_epi64(ab_high, cd_high);
+  c3 = _mm_unpackhi_epi64(ab_high, cd_high);
 }
 /// Lanes 0 and 2 of a, then of b; lanes 1 and 3.
 TETROMINO_INLINE float_register even_lanes(const float_register& a, const float_register& b) {
-  return float_register(_mm_shuffle_ps(a, b, 0x88));
+  return _mm_shuffle_ps(a, b, 0x88);
 }
 TETROMINO_INLINE float_register odd_lanes(const float_register& a, const float_register& b) {
-  return float_register(_mm_shuffle_ps(a, b, 0xDD));
+  return _mm_shuffle_ps(a, b, 0xDD);
 }
 /// Of each byte's low four bits, a code: twice its value. Without a shuffle of bytes: m + max(m - 4, 0) + 2 max(m - 6,
 /// 0) is 0, 1, 2, 3, 4, 6, 8, 12 for m = 0 ... 7.
@@ -230,7 +230,7 @@ TETROMINO_INLINE word_register twice_values(const word_register& codes) {
   const __m128i twice =
       _mm_add_epi8(_mm_add_epi8(m, _mm_subs_epu8(m, _mm_set1_epi8(4))), _mm_add_epi8(above_6, above_6));
   const __m128i negative = _mm_cmpeq_epi8(sign, _mm_set1_epi8(8));
-  return word_register(_mm_sub_epi8(_mm_xor_si128(twice, negative), negative));
+  return _mm_sub_epi8(_mm_xor_si128(twice, negative), negative);
 }
 /// 16 signed bytes, made ready to be multiplied four at a time.
 class product_factors {
@@ -243,7 +243,7 @@ class product_factors {
         _mm_add_epi32(products(a, _mm_shuffle_epi32(x_, 0x00)), products(b, _mm_shuffle_epi32(x_, 0x55)));
     const __m128i cd =
         _mm_add_epi32(products(c, _mm_shuffle_epi32(x_, 0xAA)), products(d, _mm_shuffle_epi32(x_, 0xFF)));
-    return word_register(_mm_add_epi32(sum, _mm_add_epi32(ab, cd)));
+    return _mm_add_epi32(sum, _mm_add_epi32(ab, cd));
   }
 
  private:

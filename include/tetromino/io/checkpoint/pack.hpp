@@ -604,7 +604,7 @@ inline result<std::vector<std::string>> write_beside(const io::checkpoint& from,
   if (!from.config().is_null()) {
     const auto file = file_reader::try_open(path);  // once more, for the order of its keys
     if (!file) return file.error();
-    std::vector<std::uint8_t> bytes(static_cast<std::size_t>(file->size()));
+    std::vector<std::uint8_t> bytes(file->size());
     if (auto read = file->try_read_at(0, bytes); !read) return read.error();
     config = ordered_json::parse(bytes.begin(), bytes.end(), nullptr, false);
     if (!config.is_object()) return error(errc::malformed_file, path.string() + ": expected a JSON object");

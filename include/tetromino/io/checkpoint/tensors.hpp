@@ -34,7 +34,7 @@ inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
     return error(errc::malformed_file,
                  text(path.string(), ": expected at most ", largest, " bytes of JSON, found ", file->size()));
   }
-  std::vector<std::uint8_t> bytes(static_cast<std::size_t>(file->size()));
+  std::vector<std::uint8_t> bytes(file->size());
   if (auto read = file->try_read_at(0, bytes); !read) return read.error();
   auto json = nlohmann::json::parse(bytes.begin(), bytes.end(), nullptr, false);
   if (json.is_discarded()) return error(errc::malformed_file, path.string() + ": expected JSON");

@@ -119,7 +119,7 @@ class gguf_parser {
     if (count > left()) {
       return fail("expected ", count, " bytes for ", what, ", found ", left(), " (is the file cut short?)");
     }
-    out = bytes_.subspan(at_, static_cast<std::size_t>(count));
+    out = bytes_.subspan(at_, count);
     at_ += out.size();
     return true;
   }

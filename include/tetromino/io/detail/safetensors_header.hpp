@@ -101,7 +101,7 @@ class safetensors_events {
   bool number_unsigned(std::uint64_t value) {
     if (place_ != place::shape && place_ != place::offsets) return wrong(text(value));
     if (value > static_cast<std::size_t>(-1)) return wrong(text(value, ", too large for this machine"));
-    const auto number = static_cast<std::size_t>(value);
+    const std::size_t number = value;
     if (place_ == place::shape) {
       tensors.back().shape.push_back(number);
       return true;
@@ -318,7 +318,7 @@ inline result<std::size_t> safetensors_header_bytes(std::span<const std::uint8_t
     return malformed("expected a header of ", length, " bytes after the header length, found only ",
                      file_bytes - safetensors_prefix, " (is the file cut short?)");
   }
-  return static_cast<std::size_t>(length);
+  return length;
 }
 
 /// Reads and checks the header of a safetensors file of `file_bytes`, of which `file` holds at least the header; `path`
@@ -344,8 +344,7 @@ inline result<safetensors_header> parse_safetensors(std::span<const std::uint8_t
   safetensors_events events;
   if (!nlohmann::json::sax_parse(json.begin(), json.end(), &events)) return malformed(events.problem);
   const std::size_t data_begin = safetensors_prefix + json.size();
-  const std::string problem =
-      check_safetensors_entries(events.tensors, static_cast<std::size_t>(file_bytes) - data_begin);
+  const std::string problem = check_safetensors_entries(events.tensors, file_bytes - data_begin);
   if (!problem.empty()) return malformed(problem);
   return safetensors_header{std::move(events.tensors), std::move(events.metadata), data_begin};
 }

@@ -187,7 +187,7 @@ class gguf_value {
       return wrong_type("an array of ", detail::gguf_type_of<T>());
     }
     rest = rest.subspan(4);
-    const auto count = static_cast<std::size_t>(next<std::uint64_t>(rest));
+    const std::size_t count = next<std::uint64_t>(rest);
     std::vector<T> out;
     out.reserve(count);
     for (std::size_t i = 0; i < count; ++i) out.push_back(next<T>(rest));
@@ -216,7 +216,7 @@ class gguf_value {
   template <gguf_element T>
   [[nodiscard]] TETROMINO_ABI static T next(std::span<const std::uint8_t>& rest) noexcept {
     if constexpr (std::same_as<T, std::string_view>) {
-      const auto size = static_cast<std::size_t>(next<std::uint64_t>(rest));
+      const std::size_t size = next<std::uint64_t>(rest);
       const std::string_view value(reinterpret_cast<const char*>(rest.data()), size);
       rest = rest.subspan(size);
       return value;

@@ -166,7 +166,7 @@ class routing_lines {
   void take_meta(const nlohmann::json& j) {
     std::uint64_t n = 0;
     const auto found = j.find("num_experts");
-    if (found != j.end() && whole_number(*found, 65'535, n)) experts_in_meta_ = static_cast<std::size_t>(n);
+    if (found != j.end() && whole_number(*found, 65'535, n)) experts_in_meta_ = n;
   }
 
   /// prompt_tokens of an object, or 0.

@@ -51,7 +51,7 @@ class search_random {
     return z ^ (z >> 31);
   }
   /// Uniform in 0 … n − 1, for n < 2³².
-  std::size_t below(std::size_t n) { return static_cast<std::size_t>(((bits() >> 32) * n) >> 32); }
+  std::size_t below(std::size_t n) { return ((bits() >> 32) * n) >> 32; }
   /// Exponential with mean `temperature`: a worsening below it is accepted with the probability of Metropolis.
   std::int64_t exponential(std::int64_t temperature) {
     return (temperature * static_cast<std::int64_t>(exponential_table[bits() >> 54])) >> 16;

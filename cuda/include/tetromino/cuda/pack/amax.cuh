@@ -63,9 +63,10 @@ __global__ void __launch_bounds__(256) amax_kernel(const pack_args args, std::ui
 
 /// Tensor scales from those given, or in place from the largest magnitudes.
 template <class Count>
-__global__ void tensor_scales_kernel(float* scales, Count n, const float* given, bool one_given, scale_rule rule) {
+__global__ void tensor_scales_kernel(float* scales, Count n, const float* given, bool one_given, scale_rule rule,
+                                     bool invertible) {
   for (Count i = threadIdx.x; i < n; i += blockDim.x) {
-    scales[i] = given != nullptr ? given[one_given ? 0 : i] : tensor_scale_for(scales[i], rule);
+    scales[i] = given != nullptr ? given[one_given ? 0 : i] : tensor_scale_for(scales[i], rule, invertible);
   }
 }
 
@@ -195,7 +196,7 @@ result<void> set_tensor_scales(const stream& s, const batch_view<const T>& x, pa
   }
   tensor_scales_kernel<<<1, 256, 0, s.handle>>>(scales.data(), static_cast<std::uint32_t>(scales.size()),
                                                 options.tensor_scales.data(), options.tensor_scales.size() == 1,
-                                                *options.rule);
+                                                *options.rule, options.invertible_tensor_scales);
   return status_of(cudaGetLastError(), "the launch of tensor_scales_kernel");
 }
 
