@@ -17,8 +17,10 @@
 
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <numeric>
 #include <optional>
+#include <thread>
 #include <variant>
 
 namespace {
@@ -33,6 +35,7 @@ struct settings {
   std::size_t splits = 5;
   std::uint64_t seed = 1;
   double limit = 1.01;
+  unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   double expert_megabytes = 44;  // DeepSeek-V3 in FP8: 3 × 7168 × 2048
 };
 
@@ -107,7 +110,17 @@ struct measured {
   std::string name;
   std::size_t slots;
   outcome result;
+  cost_report first;  // of the first split
 };
+
+/// Runs all experiments on the threads there are, telling how far it got.
+std::vector<finding> run_all(const settings& s, const char* label, const std::vector<experiment>& list) {
+  ui::progress progress(label, list.size());
+  const tetromino::thread_executor threads(s.threads);
+  return run(list, threads, [&](std::size_t done) { progress.add(done); });
+}
+
+const std::string nodes_plan = "local, for nodes/token", pairs_plan = "local, for remote pairs";
 
 /// All contenders on all splits, for each number of slots; baselines for the first number alone.
 std::vector<measured> compare(const settings& s, const std::vector<split>& splits, voice& out) {
@@ -120,20 +133,25 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
     plans.emplace_back(s.slots_per_node.front(), c);
   }
   for (const std::size_t slots : s.slots_per_node) {
-    plans.emplace_back(slots, contender{"local, for nodes/token", experts_by::local, requests_by::prefill, nodes});
-    plans.emplace_back(slots, contender{"local, for remote pairs", experts_by::local, requests_by::prefill, pairs});
+    plans.emplace_back(slots, contender{nodes_plan, experts_by::local, requests_by::prefill, nodes});
+    plans.emplace_back(slots, contender{pairs_plan, experts_by::local, requests_by::prefill, pairs});
   }
+  std::vector<topology> clusters;
+  for (const auto& plan : plans) {
+    clusters.push_back(topology::with_node_slots(s.nodes, s.gpus_per_node, plan.first));
+  }
+  std::vector<experiment> list;
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    // of equal size, the first: what is planned for it is planned once
+    const topology& cluster = *std::find(clusters.begin(), clusters.end(), clusters[i]);
+    for (const split& part : splits) list.push_back({&plans[i].second, &part.calibration, &part.judged, &cluster});
+  }
+  const std::vector<finding> found = run_all(s, "comparing plans", list);
   std::vector<measured> all;
-  {
-    ui::progress progress("comparing plans", plans.size() * splits.size());
-    for (const auto& [slots, c] : plans) {
-      const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
-      all.push_back({c.name, slots, {}});
-      for (const split& part : splits) {
-        run(c, part.calibration, part.judged, t, all.back().result);
-        progress.add(1);
-      }
-    }
+  for (std::size_t i = 0; i < plans.size(); ++i) {
+    const finding* const of_plan = found.data() + i * splits.size();
+    all.push_back({plans[i].second.name, plans[i].first, {}, of_plan->cost});
+    for (std::size_t j = 0; j < splits.size(); ++j) all.back().result.add(of_plan[j]);
   }
   rows r = {{"plan", "slots/node", "remote pairs", "nodes/token", "node imbalance", "GPU imbalance", "kB/token",
              "s to place"}};
@@ -156,31 +174,40 @@ void trade(const settings& s, const std::vector<split>& splits, const std::vecto
                           splits.size()));
   report::curve nodes{"Nodes per token", "node imbalance on judged requests", "nodes per token", {}};
   report::curve pairs{"Remote pairs", "node imbalance on judged requests", "remote pairs", {}};
-  rows r = {{"slots/node", "limit", "objective", "remote pairs", "nodes/token", "node imbalance"}};
-  {
-    ui::progress progress("drawing the curve", s.slots_per_node.size() * limits.size() * 2 * splits.size());
-    for (const std::size_t slots : s.slots_per_node) {
-      const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
-      for (const bool for_pairs : {false, true}) {
-        report::curve& c = for_pairs ? pairs : nodes;
-        c.lines.push_back({fmt::format("local, {} slots/node", slots), {}, true});
-        for (const double limit : limits) {
-          outcome o;
-          const contender plan = contender{"", experts_by::local, requests_by::prefill, {s.seed, limit, for_pairs}};
-          for (const split& part : splits) {
-            run(plan, part.calibration, part.judged, t, o);
-            progress.add(1);
-          }
-          c.lines.back().points.emplace_back(o.node_imbalance.mean(),
-                                             (for_pairs ? o.remote_pairs : o.nodes_per_token).mean());
-          r.push_back({std::to_string(slots), number(limit, 2), for_pairs ? "remote pairs" : "nodes/token",
-                       number(o.remote_pairs), number(o.nodes_per_token, 2), number(o.node_imbalance, 2)});
-        }
+  struct point {
+    std::size_t slots;
+    topology cluster;
+    contender plan;
+  };
+  std::vector<point> points;
+  for (const std::size_t slots : s.slots_per_node) {
+    const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
+    for (const bool for_pairs : {false, true}) {
+      for (const double limit : limits) {
+        points.push_back({slots, t, {"", experts_by::local, requests_by::prefill, {s.seed, limit, for_pairs}}});
       }
     }
   }
+  std::vector<experiment> list;
+  for (const point& p : points) {
+    for (const split& part : splits) list.push_back({&p.plan, &part.calibration, &part.judged, &p.cluster});
+  }
+  const std::vector<finding> found = run_all(s, "drawing the curve", list);
+  rows r = {{"slots/node", "limit", "objective", "remote pairs", "nodes/token", "node imbalance"}};
+  for (std::size_t i = 0; i < points.size(); ++i) {
+    const auto& [slots, t, plan] = points[i];
+    const bool for_pairs = plan.to.pairs;
+    outcome o;
+    for (std::size_t j = 0; j < splits.size(); ++j) o.add(found[i * splits.size() + j]);
+    report::curve& c = for_pairs ? pairs : nodes;
+    if (i % limits.size() == 0) c.lines.push_back({fmt::format("local, {} slots/node", slots), {}, true});
+    c.lines.back().points.emplace_back(o.node_imbalance.mean(),
+                                       (for_pairs ? o.remote_pairs : o.nodes_per_token).mean());
+    r.push_back({std::to_string(slots), number(plan.to.limit, 2), for_pairs ? "remote pairs" : "nodes/token",
+                 number(o.remote_pairs), number(o.nodes_per_token, 2), number(o.node_imbalance, 2)});
+  }
   for (const measured& m : lone) {
-    if (m.name.starts_with("local,")) continue;
+    if (m.name == nodes_plan || m.name == pairs_plan) continue;
     const double x = m.result.node_imbalance.mean();
     nodes.lines.push_back({m.name, {{x, m.result.nodes_per_token.mean()}}, false});
     pairs.lines.push_back({m.name, {{x, m.result.remote_pairs.mean()}}, false});
@@ -200,30 +227,49 @@ void drift(const settings& s, const trace& recorded, const std::vector<split>& s
                           s.slots_per_node.front()));
   const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
   const contender local{"", experts_by::local, requests_by::prefill, {s.seed, s.limit, false}};
-  rows r = {{"served", "contiguous", "balanced, on all", "local, on all", "local, on the served", "local, on another"}};
-  {
-    ui::progress progress("letting traffic drift", splits.size() * n * (n + 3));
-    for (std::size_t served = 0; served < n; ++served) {
-      std::vector<outcome> o(5);
-      for (const split& part : splits) {
-        const half judged = part.judged.of_domain(served);
-        const auto serve = [&](const contender& c, const half& calibration, outcome& to) {
-          if (!calibration.requests.empty() && !judged.requests.empty()) run(c, calibration, judged, t, to);
-          progress.add(1);
-        };
-        serve(by_default, part.calibration, o[0]);
-        serve(by_load, part.calibration, o[1]);
-        serve(local, part.calibration, o[2]);
-        for (std::size_t d = 0; d < n; ++d) serve(local, part.calibration.of_domain(d), o[d == served ? 3 : 4]);
-      }
-      std::vector<std::string> row = {domain_name(recorded, served)};
-      for (const outcome& x : o) {
-        row.push_back(x.nodes_per_token.count() == 0
-                          ? "–"
-                          : fmt::format("{:.2f} ({:.2f})", x.nodes_per_token.mean(), x.node_imbalance.mean()));
-      }
-      r.push_back(row);
+  struct parts {
+    std::vector<half> calibration, judged;  // [domains]
+  };
+  std::vector<parts> by_domain;
+  for (const split& part : splits) {
+    parts& of = by_domain.emplace_back();
+    for (std::size_t d = 0; d < n; ++d) {
+      of.calibration.push_back(part.calibration.of_domain(d));
+      of.judged.push_back(part.judged.of_domain(d));
     }
+  }
+  const std::size_t columns = 5;
+  std::vector<experiment> list;
+  std::vector<std::size_t> cell;  // of the table, for each experiment
+  const auto serve = [&](std::size_t served, std::size_t column, const experiment& e) {
+    list.push_back(e);
+    cell.push_back(served * columns + column);
+  };
+  for (std::size_t served = 0; served < n; ++served) {
+    for (std::size_t i = 0; i < splits.size(); ++i) {
+      const half* const all = &splits[i].calibration;
+      const half* const judged = &by_domain[i].judged[served];
+      serve(served, 0, {&by_default, all, judged, &t});
+      serve(served, 1, {&by_load, all, judged, &t});
+      serve(served, 2, {&local, all, judged, &t});
+      for (std::size_t d = 0; d < n; ++d) {
+        serve(served, d == served ? 3 : 4, {&local, &by_domain[i].calibration[d], judged, &t});
+      }
+    }
+  }
+  const std::vector<finding> found = run_all(s, "letting traffic drift", list);
+  std::vector<outcome> cells(n * columns);
+  for (std::size_t i = 0; i < found.size(); ++i) cells[cell[i]].add(found[i]);
+  rows r = {{"served", "contiguous", "balanced, on all", "local, on all", "local, on the served", "local, on another"}};
+  for (std::size_t served = 0; served < n; ++served) {
+    std::vector<std::string> row = {domain_name(recorded, served)};
+    for (std::size_t c = 0; c < columns; ++c) {
+      const outcome& o = cells[served * columns + c];
+      row.push_back(o.nodes_per_token.count() == 0
+                        ? "–"
+                        : fmt::format("{:.2f} ({:.2f})", o.nodes_per_token.mean(), o.node_imbalance.mean()));
+    }
+    r.push_back(row);
   }
   out.table(r);
 }
@@ -390,10 +436,8 @@ int place_all(settings s) {
                                 : fmt::format("Planned on half of the requests and judged on the other half, {} times",
                                               splits.size())));
   const std::vector<measured> all = compare(s, splits, out);
-  const split& first = splits.front();
-  const contender best{"", experts_by::local, requests_by::prefill, {s.seed, s.limit, false}};
-  draw(judge(make(by_default, first.calibration, first.judged, t), first.judged.view(), t),
-       judge(make(best, first.calibration, first.judged, t), first.judged.view(), t), t, out);
+  const auto best = std::find_if(all.begin(), all.end(), [](const measured& m) { return m.name == nodes_plan; });
+  draw(all.front().first, best->first, t, out);
   const std::vector<split> few(splits.begin(),
                                splits.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(2, splits.size())));
   trade(s, few, all, out);
@@ -418,6 +462,7 @@ int main(int argc, char** argv) {
   app.add_option("--seed", s.seed, "seed of the halves and of the solver")->capture_default_str();
   app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")
       ->capture_default_str();
+  app.add_option("--threads", s.threads, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
   app.add_option("--start", s.start_path, "the plan in force, in any format: the last plan starts from it");
   app.add_option("--plan", s.plan_path, "write the placement made from all of TRACE here");
   app.add_option("--format", s.format, "as what: json, sglang (and vLLM), tensorrt-llm or vllm-ascend")

@@ -4,6 +4,7 @@
 
 #include "ui.hpp"
 
+#include <tetromino/execution.hpp>
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/group.hpp>
 #include <tetromino/moe/place_local.hpp>
@@ -102,17 +103,13 @@ inline std::vector<double> decode_loads(const trace_view& of) {
   return {loads.values.begin(), loads.values.end()};
 }
 
-/// Where experts are, and where each judged request runs.
-struct plan {
-  placement experts;
-  std::vector<std::uint32_t> sources;
-};
-
 /// What a plan is made for.
 struct aim {
   std::uint64_t seed = 1;
   double limit = 1.01;  ///< most load of a node, over the mean
   bool pairs = false;   ///< few remote pairs, instead of few nodes per token
+
+  friend bool operator==(const aim&, const aim&) = default;
 };
 
 enum class experts_by { contiguous, eplb, local };
@@ -167,42 +164,84 @@ inline std::vector<std::uint32_t> assign(const contender& c, const placement& p,
 }
 
 /// Copies on other visited nodes relieve a node above `node_limit` × the mean.
-inline cost_report judge(const plan& p, const trace_view& judged, const topology& t, double node_limit = 1.05) {
+inline cost_report judge(const placement& p, const std::vector<std::uint32_t>& sources, const trace_view& judged,
+                         const topology& t, double node_limit) {
   cost_options options;
   options.replicas.choice = replica_choice::fewest_nodes;
   options.replicas.node_limit = node_limit;
-  return evaluate(judged, p.experts, t, p.sources, options);
+  return evaluate(judged, p, t, sources, options);
 }
+
+/// A contender on one part of the requests; what it refers to outlives it.
+struct experiment {
+  const contender* plan;
+  const half* calibration;
+  const half* judged;
+  const topology* cluster;
+};
+struct finding {
+  cost_report cost;
+  double seconds_to_place = 0;
+};
 
 /// What a contender costs, over all splits.
 struct outcome {
   statistic remote_pairs, nodes_per_token, node_imbalance, gpu_imbalance, bytes_per_token, seconds_to_place;
 
-  void add(const cost_report& r, double seconds) {
+  void add(const finding& f) {
+    const cost_report& r = f.cost;
+    if (r.tokens == 0) return;
     remote_pairs.add(r.remote_pair_fraction());
     nodes_per_token.add(r.nodes_per_token());
     node_imbalance.add(r.node_imbalance);
     gpu_imbalance.add(r.gpu_imbalance);
-    bytes_per_token.add(r.tokens == 0 ? 0 : r.between_nodes.total() / static_cast<double>(r.tokens));
-    seconds_to_place.add(seconds);
+    bytes_per_token.add(r.between_nodes.total() / static_cast<double>(r.tokens));
+    seconds_to_place.add(f.seconds_to_place);
   }
 };
 
-inline plan make(const contender& c, const half& calibration, const half& judged, const topology& t) {
-  placement experts = place(c, calibration.view(), t);
-  std::vector<std::uint32_t> sources = assign(c, experts, calibration.view(), judged.view(), t);
-  return {std::move(experts), std::move(sources)};
+[[nodiscard]] inline bool same_placement(const experiment& a, const experiment& b) {
+  return a.calibration == b.calibration && a.cluster == b.cluster && a.plan->experts == b.plan->experts &&
+         a.plan->to == b.plan->to;
 }
 
-/// Plans and judges once.
-inline void run(const contender& c, const half& calibration, const half& judged, const topology& t, outcome& to) {
-  const auto start = std::chrono::steady_clock::now();
-  placement experts = place(c, calibration.view(), t);
-  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-  std::vector<std::uint32_t> sources = assign(c, experts, calibration.view(), judged.view(), t);
-  // relief costs no visit, but remote pairs: none of it where those are the aim
-  const double node_limit = c.to.pairs ? 0 : std::max(c.to.limit, 1.05);
-  to.add(judge({std::move(experts), std::move(sources)}, judged.view(), t, node_limit), took.count());
+/// Plans and judges every experiment, each placement once, on the threads given. Experiments without requests to plan
+/// from or to judge find nothing. `done` is called after each, from any thread.
+template <class Done>
+[[nodiscard]] std::vector<finding> run(const std::vector<experiment>& list, tetromino::executor_ref threads,
+                                       const Done& done) {
+  std::vector<std::vector<std::size_t>> groups;  // experiments of one placement
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    const auto group = std::find_if(groups.begin(), groups.end(),
+                                    [&](const auto& g) { return same_placement(list[g.front()], list[i]); });
+    if (group == groups.end()) {
+      groups.push_back({i});
+    } else {
+      group->push_back(i);
+    }
+  }
+  std::vector<finding> out(list.size());
+  const auto work = [&](std::size_t g) {
+    const experiment& first = list[groups[g].front()];
+    if (first.calibration->requests.empty()) return done(groups[g].size());
+    const auto start = std::chrono::steady_clock::now();
+    const placement experts = place(*first.plan, first.calibration->view(), *first.cluster);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    for (const std::size_t i : groups[g]) {
+      const experiment& e = list[i];
+      const contender& c = *e.plan;
+      if (!e.judged->requests.empty()) {
+        // relief costs no visit, but remote pairs: none of it where those are the aim
+        const double node_limit = c.to.pairs ? 0 : std::max(c.to.limit, 1.05);
+        const trace_view judged = e.judged->view();
+        const std::vector<std::uint32_t> sources = assign(c, experts, e.calibration->view(), judged, *e.cluster);
+        out[i] = {judge(experts, sources, judged, *e.cluster, node_limit), took.count()};
+      }
+      done(1);
+    }
+  };
+  threads(groups.size(), work);
+  return out;
 }
 
 /// What engines do by default, and today's balancer.

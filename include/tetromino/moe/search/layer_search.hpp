@@ -65,7 +65,11 @@ class layer_search {
         worked_out_(visits_added_.size(), 0),
         load_(rules.nodes, 0),
         correction_(rules.nodes, 0),
-        lanes_(rules.nodes, rules.experts_per_token - 1) {}
+        lanes_(rules.nodes, rules.experts_per_token - 1) {
+    for (std::size_t n = 0; n < rules.nodes; ++n) {
+      node_of_slot_.resize(rules.first_slot[n + 1], static_cast<std::uint32_t>(n));
+    }
+  }
 
   /// Takes up a layer. The first `active` tokens stand for all of them where visits are counted.
   void bind(const layer_tokens<Mask>& tokens, layer_state<Mask>& state, std::size_t active) {
@@ -280,7 +284,7 @@ class layer_search {
   void propose(search_random& random, std::int64_t tolerated) {
     const std::size_t slots = rules_->first_slot.back(), nodes = rules_->nodes;
     const std::size_t slot_x = random.below(slots);
-    const std::size_t a = node_of_slot(slot_x);
+    const std::size_t a = node_of_slot_[slot_x];
     const std::uint32_t ex = state_->slots[slot_x];
     half x{ex, a, nodes, 0}, y{};
     std::size_t slot_y = slots;
@@ -293,7 +297,7 @@ class layer_search {
       y = {ey, nodes, a, static_cast<Mask>(state_->holders[ey] | bit(a))};
     } else {
       slot_y = random.below(slots);
-      const std::size_t b = node_of_slot(slot_y);
+      const std::size_t b = node_of_slot_[slot_y];
       const std::uint32_t ey = state_->slots[slot_y];
       if (a == b || ex == ey) return;
       const Mask held_y = ey == nobody ? Mask{0} : state_->holders[ey];
@@ -303,12 +307,6 @@ class layer_search {
       y = {ey, b, a, static_cast<Mask>((held_y & ~bit(b)) | bit(a))};
     }
     consider(x, y, slot_x, slot_y, tolerated);
-  }
-
-  [[nodiscard]] std::size_t node_of_slot(std::size_t slot) const {
-    std::size_t n = 0;
-    while (rules_->first_slot[n + 1] <= slot) ++n;
-    return n;
   }
 
   void consider(const half& x, const half& y, std::size_t slot_x, std::size_t slot_y, std::int64_t tolerated) {
@@ -382,14 +380,17 @@ class layer_search {
     if (rules_->visit_price == 0) return;
     const std::size_t k = rules_->experts_per_token;
     visits_if(h.expert, h.then, new_visits_.data());
+    told_.resize((first_[h.expert + 1] - first_[h.expert]) * (k - 1));
+    std::uint32_t* told = told_.data();
     for (std::size_t i = first_[h.expert]; i < first_[h.expert + 1]; ++i) {
       const std::size_t t = list_[i];
       const std::uint16_t* const e = ids(t);
       std::size_t mine = 0;
       while (e[mine] != h.expert) ++mine;
       const std::uint32_t* const lane = place_.data() + t * k;
-      for (std::size_t j = 0; j < mine; ++j) lanes_.set(lane[j] + cover_lanes * mine, h.then);
-      for (std::size_t j = mine + 1; j < k; ++j) lanes_.set(lane[j] + cover_lanes * (mine + 1), h.then);
+      const auto row = static_cast<std::uint32_t>(cover_lanes * mine);
+      for (std::size_t j = 0; j < mine; ++j) *told++ = lane[j] + row;
+      for (std::size_t j = mine + 1; j < k; ++j) *told++ = lane[j] + row + std::uint32_t{cover_lanes};
       const std::uint8_t new_visits = new_visits_[i - first_[h.expert]];
       if (new_visits != visits_[t]) {
         const std::int64_t more = static_cast<std::int64_t>(new_visits) - static_cast<std::int64_t>(visits_[t]);
@@ -397,6 +398,7 @@ class layer_search {
         for (std::size_t j = 0; j < k; ++j) list_visits_[e[j]] += more;
       }
     }
+    lanes_.set(told_, h.then);
   }
 
   const search_rules* rules_;
@@ -404,6 +406,8 @@ class layer_search {
   layer_state<Mask>* state_ = nullptr;
   std::size_t count_ = 0, active_ = 0, words_ = 0;
   std::int64_t scale_ = 256;  // what a visit of an active token stands for, in 1/256
+
+  std::vector<std::uint32_t> node_of_slot_;  // [slots]
 
   std::size_t stride_;                      // nodes and nowhere
   std::vector<std::int32_t> visits_added_;  // [experts, stride, stride] more visits, when last worked out
@@ -424,6 +428,7 @@ class layer_search {
   std::vector<std::uint8_t> visits_;                       // [active]
   std::vector<std::int64_t> list_visits_;                  // [experts] sum over the tokens of each
   std::vector<std::uint8_t> new_visits_;
+  std::vector<std::uint32_t> told_;  // lanes that hear of a change
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA

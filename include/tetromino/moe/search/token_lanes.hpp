@@ -7,6 +7,7 @@
 #include <cstddef>  // std::byte, std::size_t
 #include <cstdint>  // std::uint8_t, std::uint16_t, std::uint32_t
 #include <cstring>  // std::memcpy
+#include <span>     // std::span
 #include <vector>   // std::vector
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
@@ -28,6 +29,8 @@ class token_lanes {
     return chunk * chunk_lanes() + token;
   }
   void set(std::size_t lane, Mask nodes) { kernels_.set(bytes_.data() + lane * kernels_.bytes, nodes); }
+  /// The same nodes in many lanes.
+  void set(std::span<const std::uint32_t> lanes, Mask nodes) { kernels_.set_many(bytes_.data(), lanes, nodes); }
   /// The same home for all tokens of a chunk.
   void set_homes(std::size_t chunk, Mask home) {
     for (std::size_t i = 0; i < cover_lanes; ++i) set(lane(chunk, i), home);
@@ -44,6 +47,7 @@ class token_lanes {
   struct kernel_table {
     std::size_t bytes;
     void (*set)(std::byte* to, Mask nodes);
+    void (*set_many)(std::byte* to, std::span<const std::uint32_t> lanes, Mask nodes);
     void (*with_copies)(const std::byte* chunk, std::size_t rows, Mask last, std::uint8_t* visits);
     void (*without)(const std::byte* chunk, std::size_t rows, Mask last, std::uint8_t* visits);
   };
@@ -53,6 +57,11 @@ class token_lanes {
     const auto narrow = static_cast<Lane>(nodes);
     std::memcpy(to, &narrow, sizeof narrow);
   }
+  template <class Lane>
+  static void set_lanes(std::byte* to, std::span<const std::uint32_t> lanes, Mask nodes) {
+    const auto narrow = static_cast<Lane>(nodes);
+    for (const std::uint32_t lane : lanes) std::memcpy(to + lane * sizeof narrow, &narrow, sizeof narrow);
+  }
   template <class Lane, bool Copies>
   static void count_chunk(const std::byte* chunk, std::size_t rows, Mask last, std::uint8_t* visits) {
     const auto* const home = reinterpret_cast<const Lane*>(chunk);  // vectors of bytes are aligned for any number
@@ -60,7 +69,7 @@ class token_lanes {
   }
   template <class Lane>
   [[nodiscard]] static kernel_table kernels_of() {
-    return {sizeof(Lane), &set_lane<Lane>, &count_chunk<Lane, true>, &count_chunk<Lane, false>};
+    return {sizeof(Lane), &set_lane<Lane>, &set_lanes<Lane>, &count_chunk<Lane, true>, &count_chunk<Lane, false>};
   }
   [[nodiscard]] static kernel_table kernels_for(std::size_t nodes) {
     if (nodes <= 8) return kernels_of<std::uint8_t>();
