@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs clang-tidy (.clang-tidy says what it looks for) on the lines of C++ that differ from a commit.
+# Runs clang-tidy (.clang-tidy says what it looks for) on the lines of C++ that differ from a commit, and looks whether
+# all files are formatted where clang-format 14 is there (other versions break lines otherwise).
 #   tests/tidy.sh [COMMIT]          by default where this branch left main; on main itself, the commit before
 #   tests/tidy.sh --all FILE...     on whole files
-# CLANG_TIDY picks the program.
+# CLANG_TIDY and CLANG_FORMAT pick the programs.
 set -euo pipefail
 unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,6 +17,11 @@ case $(uname -m) in x86_64) flags+=(-march=x86-64-v3) ;; esac
 for folder in /usr/include/eigen3 /usr/lib/*/openmpi/include /usr/local/cuda/include; do
   [ ! -d "$folder" ] || flags+=(-isystem "$folder")
 done
+
+format=${CLANG_FORMAT:-clang-format}
+if "$format" --version 2>/dev/null | grep -q 'version 14[.]' && git rev-parse --verify -q HEAD >/dev/null 2>&1; then
+  git ls-files -z '*.hpp' '*.cpp' '*.h' '*.c' '*.cuh' '*.cu' | xargs -0 "$format" --dry-run -Werror
+fi
 
 files=() options=()
 if [ "${1:-}" = --all ]; then

@@ -4,18 +4,18 @@
 
 #include "config.hpp"  // TETROMINO_EXCEPTIONS, TETROMINO_SIMD
 
-#include <algorithm>    // std::min
-#include <atomic>       // std::atomic
-#include <concepts>     // std::invocable
-#include <cstddef>      // std::size_t
-#include <exception>    // std::exception_ptr
-#include <new>          // std::bad_alloc
-#include <string_view>  // std::string_view
+#include <algorithm>     // std::min
+#include <atomic>        // std::atomic
+#include <concepts>      // std::invocable
+#include <cstddef>       // std::size_t
+#include <exception>     // std::exception_ptr
+#include <new>           // std::bad_alloc
+#include <string_view>   // std::string_view
 #include <system_error>  // std::system_error
-#include <thread>       // std::thread
-#include <type_traits>  // std::remove_cvref_t
-#include <utility>      // std::forward
-#include <vector>       // std::vector
+#include <thread>        // std::thread
+#include <type_traits>   // std::remove_cvref_t
+#include <utility>       // std::forward
+#include <vector>        // std::vector
 
 namespace TETROMINO_NAMESPACE {
 

@@ -5,12 +5,12 @@
 #include <string.h>
 
 static int failures = 0;
-#define CHECK(condition)                                                  \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #condition);      \
-      ++failures;                                                         \
-    }                                                                     \
+#define CHECK(condition)                                             \
+  do {                                                               \
+    if (!(condition)) {                                              \
+      printf("%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                    \
+    }                                                                \
   } while (0)
 
 static const float steps[8] = {0.0f, 0.5f, -1.0f, 1.5f, 2.0f, -3.0f, 4.0f, 6.0f};
@@ -44,7 +44,8 @@ static void check_blocks(void) {
   CHECK(tetromino_dequantize("mxfp4-32/floor", &linear, 2, 32, NULL, brains, TETROMINO_BFLOAT16, NULL, 0) == 0);
   CHECK(brains[1] == 0x3F00 && brains[5] == 0xC040);
   memset(codes, 0, sizeof codes);
-  CHECK(tetromino_quantize("mxfp4-32/floor", brains, TETROMINO_BFLOAT16, 2, 32, NULL, &linear, NULL, 0) == TETROMINO_OK);
+  CHECK(tetromino_quantize("mxfp4-32/floor", brains, TETROMINO_BFLOAT16, 2, 32, NULL, &linear, NULL, 0) ==
+        TETROMINO_OK);
   CHECK(codes[0] == 0x10 && codes[1] == 0x3A && codes[31] == 0x76);
 }
 
@@ -144,8 +145,8 @@ static void check_errors(void) {
 
 /* The example of DeepSeek EPLB's own documentation. */
 static void check_eplb(void) {
-  static const int32_t loads[24] = {90, 132, 40, 61, 104, 165, 39,  4,   73,  56, 183, 86,
-                                    20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16,  27};
+  static const int32_t loads[24] = {90, 132, 40,  61, 104, 165, 39,  4,   73,  56, 183, 86,
+                                    20, 107, 104, 64, 19,  197, 187, 157, 172, 86, 16,  27};
   static const int64_t published[32] = {5, 6,  5, 7, 8, 4,  3, 4, 10, 9, 10, 2, 0, 1, 11, 1,
                                         7, 10, 6, 8, 6, 11, 8, 9, 2,  4, 5,  1, 5, 0, 3,  1};
   const tetromino_cluster cluster = {2, 4, 2};

@@ -1,5 +1,5 @@
-// expect: error: static.* tetromino::simd and tetromino::automatic need #include <tetromino/simd.hpp>|error: static.*"tetromino::simd and tetromino::automatic need
-// #include <tetromino/simd.hpp> A policy's kernels come with its header: the first error says which.
+// expect: error: static.*tetromino::simd and tetromino::automatic need #include <tetromino/simd.hpp>
+// A policy's kernels come with its header: the first error says which.
 #include <tetromino/quantize.hpp>
 #if !defined(MUST_FAIL)
 #include <tetromino/simd.hpp>

@@ -445,8 +445,8 @@ void transposed() {
         r.rotation = std::size_t{16} << seed % 4;
         options.rotation = tetromino::hadamard{r.rotation, seed};
       }
-      const auto expected =
-          tetromino::quantize(tetromino::scalar, batch_view<const T>(transposed.data(), matrices, cols, rows), r, options);
+      const auto expected = tetromino::quantize(
+          tetromino::scalar, batch_view<const T>(transposed.data(), matrices, cols, rows), r, options);
       options.rule = r.rule, options.macro = r.macro;
       if (!options.column_weights.empty()) options.column_weights = device_weights.span();
       const device<T> x(values);

@@ -14,8 +14,8 @@
 
 namespace TETROMINO_NAMESPACE::comm {
 
-/// Moves the rows of a plan between ranks, in host memory: comm::mpi_exchange, or local_exchange for one rank. These are
-/// hooks of `dispatcher`, which is what has a throwing form of each call.
+/// Moves the rows of a plan between ranks, in host memory: comm::mpi_exchange, or local_exchange for one rank. These
+/// are hooks of `dispatcher`, which is what has a throwing form of each call.
 template <class E>
 concept exchange = requires(const E& e, moe::dispatch_plan& plan, std::span<const std::byte> from,
                             std::span<std::byte> to, std::size_t row_bytes) {

@@ -45,13 +45,13 @@ result<void> multiply_factors(const stream& s, const Float* x, const Float* w, F
                                                    const char* expected) {
   int device = 0, major = 0, minor = 0;
   if (auto done = status_of(cudaGetDevice(&device), "cudaGetDevice"); !done) return done;
-  if (auto done =
-          status_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  if (auto done = status_of(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+                            "cudaDeviceGetAttribute");
       !done) {
     return done;
   }
-  if (auto done =
-          status_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  if (auto done = status_of(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+                            "cudaDeviceGetAttribute");
       !done) {
     return done;
   }

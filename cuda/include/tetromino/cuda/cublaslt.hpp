@@ -49,7 +49,8 @@ class cublaslt_product {
  public:
   [[nodiscard]] result<void> set_up(std::size_t rows, std::size_t outputs, std::size_t cols, std::size_t out_stride,
                                     cudaDataType_t out_type) {
-    if (auto done = status_of(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
+    if (auto done =
+            status_of(cublasLtMatmulDescInit(&product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescInit");
         !done) {
       return done;
     }
@@ -77,12 +78,12 @@ class cublaslt_product {
   template <class Value>
   [[nodiscard]] result<void> set(cublasLtMatmulDescAttributes_t attribute, const Value& value) {
     return status_of(cublasLtMatmulDescSetAttribute(&product, attribute, &value, sizeof value),
-                 "cublasLtMatmulDescSetAttribute");
+                     "cublasLtMatmulDescSetAttribute");
   }
   [[nodiscard]] static result<void> lay_out(cublasLtMatrixLayoutOpaque_t& layout, cudaDataType_t type, std::size_t rows,
                                             std::size_t cols, std::size_t stride) {
     return status_of(cublasLtMatrixLayoutInit(&layout, type, rows, cols, static_cast<std::int64_t>(stride)),
-                 "cublasLtMatrixLayoutInit");
+                     "cublasLtMatrixLayoutInit");
   }
 };
 
@@ -154,12 +155,13 @@ class block_scaled_plan {
     if (auto done = product.set_scales(scales, scales); !done) return done.error();
 
     cublasLtMatmulPreferenceOpaque_t preference{};
-    if (auto done = detail::status_of(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit"); !done) {
+    if (auto done = detail::status_of(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
+        !done) {
       return done.error();
     }
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, const auto& value) {
       return detail::status_of(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value),
-                           "cublasLtMatmulPreferenceSetAttribute");
+                               "cublasLtMatmulPreferenceSetAttribute");
     };
     constexpr std::uint32_t alignment = 16;
     for (const auto& done : {prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, most_workspace),

@@ -77,7 +77,8 @@ class rejections {
   /// Allocates one word of device memory; none is reported yet. Errors: device.
   [[nodiscard]] static result<rejections> try_create() {
     rejections out;
-    if (auto done = detail::status_of(cudaMalloc(reinterpret_cast<void**>(&out.word_), sizeof *out.word_), "cudaMalloc");
+    if (auto done =
+            detail::status_of(cudaMalloc(reinterpret_cast<void**>(&out.word_), sizeof *out.word_), "cudaMalloc");
         !done) {
       return done.error();
     }
@@ -108,8 +109,8 @@ class rejections {
   template <class T>
   [[nodiscard]] result<void> try_check(const stream& s, const batch_view<T>& x) const {
     std::uint64_t position = 0;
-    if (auto done = detail::status_of(cudaMemcpyAsync(&position, word_, sizeof position, cudaMemcpyDeviceToHost, s.handle),
-                                  "cudaMemcpyAsync");
+    if (auto done = detail::status_of(
+            cudaMemcpyAsync(&position, word_, sizeof position, cudaMemcpyDeviceToHost, s.handle), "cudaMemcpyAsync");
         !done) {
       return done;
     }

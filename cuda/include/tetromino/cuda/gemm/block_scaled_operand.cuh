@@ -142,7 +142,8 @@ result<void> repack_block_scaled(const stream& s, const packed_view<any_format, 
   if (auto fits = check_packed_pointers(to.codes.data()); !fits) return fits;
   if (auto fits = check_pieces(shape.matrices, shape.rows, to.shape.padded_cols() / 16); !fits) return fits;
   if (shape.matrices == 0) return {};
-  if (auto done = status_of(cudaMemsetAsync(to.scales.data(), 0, to.scales.size(), s.handle), "cudaMemsetAsync"); !done) {
+  if (auto done = status_of(cudaMemsetAsync(to.scales.data(), 0, to.scales.size(), s.handle), "cudaMemsetAsync");
+      !done) {
     return done;
   }
   const bool is_nv = from.format.scale == scale_type::e4m3;
@@ -165,7 +166,8 @@ result<void> repack_block_scaled(const stream& s, const packed_view<any_format, 
   const dim3 pieces = grid(shape.rows * to.shape.scales_per_row());
   const bool is_block_16 = from.format.block == 16;
   if (is_rebased) {
-    if (auto done = status_of(cudaMemsetAsync(to.factors.data(), 0, to.factors.size_bytes(), s.handle), "cudaMemsetAsync");
+    if (auto done =
+            status_of(cudaMemsetAsync(to.factors.data(), 0, to.factors.size_bytes(), s.handle), "cudaMemsetAsync");
         !done) {
       return done;
     }

@@ -26,12 +26,12 @@ struct device_facts {
   int device = 0;
   if (auto done = status_of(cudaGetDevice(&device), "cudaGetDevice"); !done) return done.error();
   if (auto done = status_of(cudaDeviceGetAttribute(&out.major, cudaDevAttrComputeCapabilityMajor, device),
-                        "cudaDeviceGetAttribute");
+                            "cudaDeviceGetAttribute");
       !done) {
     return done.error();
   }
   if (auto done = status_of(cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device),
-                        "cudaDeviceGetAttribute");
+                            "cudaDeviceGetAttribute");
       !done) {
     return done.error();
   }
@@ -84,7 +84,7 @@ template <class Kernel, class... Args>
                                               const Args&... args) {
   if (auto done =
           status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-                "cudaFuncSetAttribute");
+                    "cudaFuncSetAttribute");
       !done) {
     return done;
   }

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "token_per_warp.cuh"  // route_args, sigmoid_of, refuse_bias
+#include "token_per_warp.cuh"   // route_args, sigmoid_of, refuse_bias
 #include "token_per_lanes.cuh"  // quick_sigmoid
 
 #include <cstdint>  // std::uint32_t
