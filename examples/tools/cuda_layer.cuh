@@ -29,7 +29,7 @@ template <class T>
 __global__ void fill(T* to, std::size_t n, std::uint64_t seed, float size) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
        i += std::size_t{gridDim.x} * blockDim.x) {
-    to[i] = tetromino::detail::from_float<T>(normal(seed, i, size));
+    to[i] = T(normal(seed, i, size));
   }
 }
 

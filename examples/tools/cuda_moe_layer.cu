@@ -30,11 +30,7 @@ __global__ void multiply_slowly(const X* x, const float* w, Sum* out, std::size_
   if (n >= outputs) return;
   Sum sum = 0;
   for (std::size_t k = threadIdx.x % 32; k < cols; k += 32) {
-    if constexpr (sizeof(X) == 2) {
-      sum += static_cast<Sum>(tt::detail::to_float(x[row * cols + k])) * static_cast<Sum>(w[n * cols + k]);
-    } else {
-      sum += static_cast<Sum>(x[row * cols + k]) * static_cast<Sum>(w[n * cols + k]);
-    }
+    sum += static_cast<Sum>(x[row * cols + k]) * static_cast<Sum>(w[n * cols + k]);
   }
   for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, step);
   if (threadIdx.x % 32 == 0) out[row * outputs + n] = sum;
