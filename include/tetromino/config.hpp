@@ -134,6 +134,16 @@ static_assert(sizeof(1.0) == sizeof(double),
 #define TETROMINO_INLINE_LAMBDA
 #endif
 
+/// Marks a function that stays one, and is not copied into its callers; and one that is seldom called besides, such as
+/// one that makes an error: compilers then look for a short program rather than a quick one.
+#if defined(__GNUC__)
+#define TETROMINO_OUTLINE __attribute__((noinline))
+#define TETROMINO_COLD __attribute__((noinline, cold))
+#else
+#define TETROMINO_OUTLINE
+#define TETROMINO_COLD
+#endif
+
 /// Around code that uses vector intrinsics: those of g++ 12 leave a register undefined on purpose, and are warned of it
 /// where they are inlined; without optimization some are macros that mix signs.
 #if defined(__GNUC__) && !defined(__clang__)

@@ -19,51 +19,80 @@ inline namespace TETROMINO_ISA {
 
 struct simd_rotation {
   /// See scalar_rotation.
-  static void rotate(const rotation_part& part, float* row, std::size_t n) { each_block<true>(part, row, n); }
-  static void revert(const rotation_part& part, float* row, std::size_t n) { each_block<false>(part, row, n); }
+  static void rotate(const rotation_part& part, float* row, std::size_t n) { each_block(part, row, n, true); }
+  static void revert(const rotation_part& part, float* row, std::size_t n) { each_block(part, row, n, false); }
 
  private:
-  template <bool Forward>
-  static void each_block(const rotation_part& part, float* row, std::size_t n) {
-    if (part.size == 16) return blocks<1, Forward>(part, row, n);
-    if (part.size == 32) return blocks<2, Forward>(part, row, n);
-    if (part.size == 64) return blocks<4, Forward>(part, row, n);
-    blocks<8, Forward>(part, row, n);
+  static void each_block(const rotation_part& part, float* row, std::size_t n, bool is_forward) {
+    const auto* const signs = reinterpret_cast<const std::int32_t*>(part.signs);
+    const std::int32_t *const before = is_forward ? signs : nullptr, *const after = is_forward ? nullptr : signs;
+    if (part.size == 16) return blocks<1>(part, before, after, row, n);
+    if (part.size == 32) return blocks<2>(part, before, after, row, n);
+    if constexpr (registers > 2) return blocks_in_place(part, before, after, row, n);
+    if (part.size == 64) return blocks<4>(part, before, after, row, n);
+    blocks<8>(part, before, after, row, n);
   }
 
-  template <std::size_t Count, bool Forward>
-  static void blocks(const rotation_part& part, float* row, std::size_t n) {
-    constexpr std::size_t size = Count * lane_count;
-    const floats scale = broadcast(part.scale);
-    for (std::size_t k = 0; k + size <= n; k += size) {
-      const auto flipped = [&](std::size_t i, const floats& x) TETROMINO_INLINE_LAMBDA {
-        if (part.signs == nullptr) return x;
-        return exclusive_or(x, load(reinterpret_cast<const std::int32_t*>(part.signs + k + i * lane_count)));
-      };
+  /// Blocks of `Count` vectors that fit the registers. Signs are flipped before or after, or not at all (null).
+  template <std::size_t Count>
+  TETROMINO_OUTLINE static void blocks(const rotation_part& part, const std::int32_t* before, const std::int32_t* after,
+                                       float* row, std::size_t n) {
+    for (std::size_t k = 0; k + Count * lane_count <= n; k += Count * lane_count) {
       floats x[Count];
+      repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA { x[i] = flipped_load(row, before, k + i * lane_count); });
+      across(x);
+      repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA { store_within(part, x[i], row, after, k + i * lane_count); });
+    }
+  }
+  /// Blocks of 64 or 128 where they do not fit: register by register as far as vectors meet vectors.
+  TETROMINO_OUTLINE static void blocks_in_place(const rotation_part& part, const std::int32_t* before,
+                                                const std::int32_t* after, float* row, std::size_t n) {
+    for (std::size_t k = 0; k + part.size <= n; k += part.size) {
+      if (part.size == 128) across_in_place<8>(row, before, k);
+      if (part.size == 64) across_in_place<4>(row, before, k);
+      for (std::size_t i = k; i < k + part.size; i += lane_count) store_within(part, load(row + i), row, after, i);
+    }
+  }
+  template <std::size_t Count>
+  static TETROMINO_INLINE void across_in_place(float* row, const std::int32_t* signs, std::size_t k) {
+    for (std::size_t j = k; j < k + lane_count; j += float_batch::size) {
+      float_register x[Count];
       repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA {
-        const floats element = load(row + k + i * lane_count);
-        x[i] = Forward ? flipped(i, element) : element;
+        x[i] = load_lanes(row + j + i * lane_count);
+        if (signs != nullptr) x[i] = floats_of(bits_of(x[i]) ^ load_lanes(signs + j + i * lane_count));
       });
-      if constexpr (Count > 4) across<Count, 4>(x);
-      if constexpr (Count > 2) across<Count, 2>(x);
-      if constexpr (Count > 1) across<Count, 1>(x);
-      repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA {
-        const floats sum = rounded(within<1>(within<2>(within<4>(within<8>(x[i])))) * scale);
-        store(row + k + i * lane_count, Forward ? sum : flipped(i, sum));
-      });
+      across(x);
+      repeat<Count>([&](auto i)
+                        TETROMINO_INLINE_LAMBDA { float_batch(x[i]).store_unaligned(row + j + i * lane_count); });
     }
   }
 
+  /// Vector row[i ...], with the signs of some of its elements flipped where there are such.
+  static TETROMINO_INLINE floats flipped_load(const float* row, const std::int32_t* signs, std::size_t i) {
+    const floats x = load(row + i);
+    return signs == nullptr ? x : exclusive_or(x, load(signs + i));
+  }
+  /// Stores what becomes of a vector in itself.
+  static TETROMINO_INLINE void store_within(const rotation_part& part, const floats& x, float* row,
+                                            const std::int32_t* signs, std::size_t i) {
+    const floats sum = rounded(within<1>(within<2>(within<4>(within<8>(x)))) * broadcast(part.scale));
+    store(row + i, signs == nullptr ? sum : exclusive_or(sum, load(signs + i)));
+  }
   static TETROMINO_INLINE floats exclusive_or(const floats& x, const words& bits) {
     return floats_of(bits_of(x) ^ bits);
   }
-  /// Sums and differences of vectors that lie `Distance` apart.
-  template <std::size_t Count, std::size_t Distance>
-  static TETROMINO_INLINE void across(floats (&x)[Count]) {
+  /// Sums and differences of vectors, or registers, that lie 4, 2, 1 apart.
+  template <class Vector, std::size_t Count>
+  static TETROMINO_INLINE void across(Vector (&x)[Count]) {
+    if constexpr (Count > 4) across<4>(x);
+    if constexpr (Count > 2) across<2>(x);
+    if constexpr (Count > 1) across<1>(x);
+  }
+  template <std::size_t Distance, class Vector, std::size_t Count>
+  static TETROMINO_INLINE void across(Vector (&x)[Count]) {
     repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA {
       if constexpr ((i & Distance) == 0) {
-        const floats a = x[i], b = x[i + Distance];
+        const Vector a = x[i], b = x[i + Distance];
         x[i] = a + b;
         x[i + Distance] = a - b;
       }

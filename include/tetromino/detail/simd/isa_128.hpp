@@ -331,12 +331,14 @@ TETROMINO_INLINE std::uint32_t zero_lanes(const words& a) {
   return out;
 }
 
-/// Lane b is the join of the four lanes of get(b), at distances 2 and 1.
+/// Lane b is the join of the four lanes of get(b), at distances 2 and 1. A loop: written out, it is long to compile.
 template <class Op, class Get>
 TETROMINO_INLINE words join_each(const Op& op, const Get& get) {
-  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-    return join_four(op, get(4 * i), get(4 * i + 1), get(4 * i + 2), get(4 * i + 3));
-  });
+  words out;
+  for (std::size_t i = 0; i < registers; ++i) {
+    out.r[i] = join_four(op, get(4 * i), get(4 * i + 1), get(4 * i + 2), get(4 * i + 3));
+  }
+  return out;
 }
 
 /// Lane b is the sum of all lanes of get(b), by halves.
@@ -352,33 +354,32 @@ TETROMINO_INLINE floats sum_each(const Get& get) {
 
 /// The largest magnitude, as bits of a float, of each of 16 consecutive blocks.
 template <std::size_t Block>
-TETROMINO_INLINE words block_amax(const float* x) {
+TETROMINO_INLINE words block_amax(std::size_t block, const float* x) {
+  static_assert(Block == any_size);
   const auto largest = [](word_register a, word_register b) TETROMINO_INLINE_LAMBDA { return larger(a, b); };
   return join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
     const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-      return as_words(load_register(x + b * Block + i)) & word_register(word_batch(0x7FFFFFFF));
+      return as_words(load_register(x + b * block + i)) & all_lanes(0x7FFFFFFF);
     };
     word_register most = largest(largest(get(0), get(4)), largest(get(8), get(12)));
-    if constexpr (Block == 32) {
-      most = largest(most, largest(largest(get(16), get(20)), largest(get(24), get(28))));
-    }
+    if (block == 32) most = largest(most, largest(largest(get(16), get(20)), largest(get(24), get(28))));
     return most;
   });
 }
 /// The same of 16-bit numbers, which compare as their bits do until the end.
 template <std::size_t Block, class T>
   requires(sizeof(T) == 2)
-TETROMINO_INLINE words block_amax(const T* x) {
-  const words pairs =
-      join_each([](word_register a, word_register b) TETROMINO_INLINE_LAMBDA { return larger_halfwords(a, b); },
-                [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
-                  const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-                    return as_words(load_register(x + b * Block + i)) & word_register(word_batch(0x7FFF7FFF));
-                  };
-                  word_register most = larger_halfwords(get(0), get(8));
-                  if constexpr (Block == 32) most = larger_halfwords(most, larger_halfwords(get(16), get(24)));
-                  return most;
-                });
+TETROMINO_INLINE words block_amax(std::size_t block, const T* x) {
+  static_assert(Block == any_size);
+  const auto largest = [](word_register a, word_register b) TETROMINO_INLINE_LAMBDA { return larger_halfwords(a, b); };
+  const words pairs = join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
+    const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+      return as_words(load_register(x + b * block + i)) & all_lanes(0x7FFF7FFF);
+    };
+    word_register most = largest(get(0), get(8));
+    if (block == 32) most = largest(most, largest(get(16), get(24)));
+    return most;
+  });
   const words one = max(pairs & broadcast(0xFFFF), shift_right<16>(pairs));
   if constexpr (std::is_same_v<T, bfloat16>) return bits_of(widen_bfloat16(one));
   return bits_of(widen_half(one));

@@ -151,7 +151,7 @@ TETROMINO_INLINE floats sum_each(const Get& get) {
 
 /// The largest magnitude, as bits of a float, of each of 16 consecutive blocks.
 template <std::size_t Block>
-TETROMINO_INLINE words block_amax(const float* x) {
+TETROMINO_INLINE words block_amax(std::size_t /*block*/, const float* x) {
   const auto largest = [](__m256i a, __m256i b) TETROMINO_INLINE_LAMBDA { return _mm256_max_epi32(a, b); };
   return join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
     const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
@@ -165,7 +165,7 @@ TETROMINO_INLINE words block_amax(const float* x) {
 /// The same of 16-bit numbers, which compare as their bits do until the end.
 template <std::size_t Block, class T>
   requires(sizeof(T) == 2)
-TETROMINO_INLINE words block_amax(const T* x) {
+TETROMINO_INLINE words block_amax(std::size_t /*block*/, const T* x) {
   const auto largest = [](__m256i a, __m256i b) TETROMINO_INLINE_LAMBDA { return _mm256_max_epu16(a, b); };
   const words pairs = join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
     const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {

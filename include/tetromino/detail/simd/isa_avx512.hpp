@@ -134,7 +134,7 @@ TETROMINO_INLINE floats sum_each(const Get& get) {
 
 /// The largest magnitude, as bits of a float, of each of 16 consecutive blocks.
 template <std::size_t Block>
-TETROMINO_INLINE words block_amax(const float* x) {
+TETROMINO_INLINE words block_amax(std::size_t /*block*/, const float* x) {
   const auto largest = [](__m512i a, __m512i b) TETROMINO_INLINE_LAMBDA { return _mm512_max_epi32(a, b); };
   const __m512i sign_out = _mm512_set1_epi32(0x7FFFFFFF);
   return lanes(join_each(largest, [&](std::size_t b) TETROMINO_INLINE_LAMBDA {
@@ -146,7 +146,7 @@ TETROMINO_INLINE words block_amax(const float* x) {
 /// The same of 16-bit numbers, which compare as their bits do until the end.
 template <std::size_t Block, class T>
   requires(sizeof(T) == 2)
-TETROMINO_INLINE words block_amax(const T* x) {
+TETROMINO_INLINE words block_amax(std::size_t /*block*/, const T* x) {
   const auto largest = [](__m512i a, __m512i b) TETROMINO_INLINE_LAMBDA { return _mm512_max_epu16(a, b); };
   const auto get = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
     return _mm512_and_si512(_mm512_loadu_si512(x + i * 32), _mm512_set1_epi32(0x7FFF7FFF));

@@ -105,6 +105,29 @@ inline constexpr std::size_t lane_count = 16;
 inline constexpr std::size_t registers = lane_count * 32 / TETROMINO_VECTOR_BITS;
 static_assert(float_batch::size * registers == lane_count);
 
+/// The size of blocks where it is a template parameter: this, where it is known at run time only.
+inline constexpr std::size_t any_size = 0;
+/// f<Block>() for blocks of 16 or 32 elements. Where a kernel works on many registers, a loop costs little beside what
+/// it repeats, and what is written out for each size takes long to compile: there, Block is any_size.
+template <class F>
+TETROMINO_INLINE auto with_block(std::size_t block, const F& f) {
+  if constexpr (registers > 2) {
+    return static_cast<void>(block), f.template operator()<any_size>();
+  } else {
+    return block == 16 ? f.template operator()<16>() : f.template operator()<32>();
+  }
+}
+
+/// The size of such a block, and in which one element k is; without a division.
+template <std::size_t Block>
+constexpr std::size_t size_of(std::size_t block) {
+  return Block == any_size ? block : Block;
+}
+template <std::size_t Block>
+constexpr std::size_t block_at(std::size_t block, std::size_t k) {
+  return Block == any_size ? k >> (block == 16 ? 4 : 5) : k / Block;
+}
+
 /// Copies registers one by one: g++ moves arrays of them through memory.
 template <class Register>
 TETROMINO_INLINE void copy_registers(const Register* from, Register* to) {
@@ -210,8 +233,8 @@ TETROMINO_LANEWISE(floats, operator+(const floats& a, const floats& b), a.r[i] +
 TETROMINO_LANEWISE(floats, operator-(const floats& a, const floats& b), a.r[i] - b.r[i])
 TETROMINO_LANEWISE(floats, operator*(const floats& a, const floats& b), a.r[i] * b.r[i])
 TETROMINO_LANEWISE(floats, operator/(const floats& a, const floats& b), a.r[i] / b.r[i])
-TETROMINO_LANEWISE(words, operator+(const words& a, const words& b), word_of(unsigned_of(a.r[i]) + unsigned_of(b.r[i])))
-TETROMINO_LANEWISE(words, operator-(const words& a, const words& b), word_of(unsigned_of(a.r[i]) - unsigned_of(b.r[i])))
+TETROMINO_LANEWISE(words, operator+(const words& a, const words& b), word_register(unsigned_lanes(a.r[i]) + unsigned_lanes(b.r[i])))
+TETROMINO_LANEWISE(words, operator-(const words& a, const words& b), word_register(unsigned_lanes(a.r[i]) - unsigned_lanes(b.r[i])))
 TETROMINO_LANEWISE(words, operator&(const words& a, const words& b), a.r[i] & b.r[i])
 TETROMINO_LANEWISE(words, operator|(const words& a, const words& b), a.r[i] | b.r[i])
 TETROMINO_LANEWISE(words, operator^(const words& a, const words& b), a.r[i] ^ b.r[i])
@@ -228,15 +251,15 @@ TETROMINO_LANEWISE(floats, select(const flags& f, const floats& a, const floats&
                    choose(f.r[i], a.r[i], b.r[i]))
 
 template <int N>
-TETROMINO_LANEWISE(words, shift_left(const words& a), word_of(unsigned_of(a.r[i]) << N))
+TETROMINO_LANEWISE(words, shift_left(const words& a), word_register(unsigned_lanes(a.r[i]) << N))
 /// Keeps the sign.
 template <int N>
-TETROMINO_LANEWISE(words, shift_right(const words& a), word_of(lanes_of(a.r[i]) >> N))
+TETROMINO_LANEWISE(words, shift_right(const words& a), word_register(signed_lanes(a.r[i]) >> N))
 /// The upper halves of lanes, alone.
-TETROMINO_LANEWISE(words, upper_halves(const words& a), word_of(unsigned_of(a.r[i]) >> 16))
+TETROMINO_LANEWISE(words, upper_halves(const words& a), word_register(unsigned_lanes(a.r[i]) >> 16))
 
-TETROMINO_LANEWISE(words, bits_of(const floats& a), bits_of(a.r[i]))
-TETROMINO_LANEWISE(floats, floats_of(const words& a), floats_of(a.r[i]))
+TETROMINO_LANEWISE(words, bits_of(const floats& a), word_register(a.r[i]))
+TETROMINO_LANEWISE(floats, floats_of(const words& a), float_register(a.r[i]))
 TETROMINO_LANEWISE(floats, to_floats(const words& a), xsimd::to_float(word_batch(a.r[i])))
 
 TETROMINO_LANEWISE(floats, broadcast(float x), (static_cast<void>(i), all_lanes(x)))

@@ -14,14 +14,15 @@
 #include "hadamard.hpp"          // simd_rotation
 #include "scales.hpp"            // closed_form_bytes, searched_macros, nvfp4_codes
 
-#include <algorithm>  // std::min, std::max, std::copy_n, std::fill
+#include <algorithm>  // std::min, std::copy_n, std::fill, std::find_if, std::replace_if
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
-/// Row kernels on vectors, 16 blocks at a time; byte for byte what scalar_kernels give.
+/// Row kernels on vectors, 16 blocks at a time; byte for byte what scalar_kernels give. Only what loads and stores
+/// elements is compiled for each of their types.
 struct simd_kernels : simd_rotation {
   /// See scalar_kernels::amax.
   template <real T>
@@ -32,16 +33,11 @@ struct simd_kernels : simd_rotation {
       T padded[span];
       const bool whole = n - k >= span;
       if (!whole) pad(x + k, n - k, padded, span);
-      words amax = block_amax<32>(whole ? x + k : padded);
+      words amax = amax_of_blocks(32, whole ? x + k : padded);
       if (any_at_least(amax, infinity)) {
         if (whole) std::copy_n(x + k, span, padded);
-        if (special == special_values::saturate) {
-          std::replace_if(
-              padded, padded + span, [](T v) { return !is_finite(to_float(v)); }, T{});
-        } else {
-          sanitize<16>(special, padded, span);
-        }
-        amax = block_amax<32>(padded);
+        leave_out_special(special, padded, span);
+        amax = amax_of_blocks(32, padded);
       }
       largest = max(largest, amax);
     }
@@ -53,42 +49,31 @@ struct simd_kernels : simd_rotation {
   /// See scalar_kernels::quantize_row.
   template <real T>
   static std::size_t quantize_row(const row_rules& rules, const input_row<T>& in, const packed_row<std::uint8_t>& out) {
-    if (rules.format.scale == scale_type::e4m3) return quantize_blocks<16, true>(rules, in, out);
-    if (rules.format.block == 16) return quantize_blocks<16, false>(rules, in, out);
-    return quantize_blocks<32, false>(rules, in, out);
+    return with_block(rules.format.block, [&]<std::size_t Block>() { return quantize_blocks<Block>(rules, in, out); });
   }
 
   /// See scalar_kernels::dequantize_row.
   template <real T>
   static void dequantize_row(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t cols,
                              T* out) {
-    if (format.block == 16) return dequantize_blocks<16>(format, in, cols, out);
-    return dequantize_blocks<32>(format, in, cols, out);
+    with_block(format.block, [&]<std::size_t Block>() { dequantize_blocks<Block>(format, in, cols, out); });
   }
 
   /// The same past the caches, for output that they could not hold anyway.
   template <real T>
   static void dequantize_row_past_caches(const any_format& format, const packed_row<const std::uint8_t>& in,
                                          std::size_t cols, T* out) {
-    if (format.block == 16) return dequantize_past_caches<16>(format, in, cols, out);
-    return dequantize_past_caches<32>(format, in, cols, out);
-  }
-
- private:
-  template <std::size_t Block, real T>
-  static void dequantize_past_caches(const any_format& format, const packed_row<const std::uint8_t>& in,
-                                     std::size_t cols, T* out) {
-    constexpr std::size_t span = Block * blocks_at_once, line = 64 / sizeof(T);
+    constexpr std::size_t span = 32 * blocks_at_once, line = 64 / sizeof(T);
     const std::size_t macro = format.macro_block;
     alignas(64) T staged[line + span];
     // staged[0] belongs at an address that is a multiple of 64; the first `begin` elements are not ours.
     std::size_t begin = reinterpret_cast<std::uintptr_t>(out) % 64 / sizeof(T), filled = begin;
     for (std::size_t k = 0; k < cols; k += span) {
       const std::size_t n = std::min(span, cols - k);
-      dequantize_blocks<Block>(
-          format,
-          {in.codes + k / 2, in.scales + k / Block, macro == 0 ? nullptr : in.macros + k / macro, in.tensor_scale}, n,
-          staged + filled);
+      dequantize_row(format,
+                     {in.codes + k / 2, in.scales + k / format.block, macro == 0 ? nullptr : in.macros + k / macro,
+                      in.tensor_scale},
+                     n, staged + filled);
       filled += n;
       std::size_t done = 0;
       if (begin != 0 && filled >= line) {
@@ -104,27 +89,31 @@ struct simd_kernels : simd_rotation {
     end_streaming();
   }
 
+ private:
   template <std::size_t Block, real T>
-  static void dequantize_blocks(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t cols,
-                                T* out) {
-    constexpr std::size_t span = Block * blocks_at_once;
-    const std::size_t macro = format.macro_block;
+  TETROMINO_OUTLINE static void dequantize_blocks(const any_format& format, const packed_row<const std::uint8_t>& in,
+                                                  std::size_t cols, T* out) {
+    const std::size_t block = size_of<Block>(format.block), span = block * blocks_at_once, macro = format.macro_block;
     for (std::size_t k = 0; k < cols; k += span) {
       const std::size_t n = std::min(span, cols - k);
-      const packed_row<const std::uint8_t> from{in.codes + k / 2, in.scales + k / Block,
-                                                macro == 0 ? nullptr : in.macros + k / macro, in.tensor_scale};
-      if (n == span) {
+      const bool whole = n == span;
+      packed_row<const std::uint8_t> from{in.codes + k / 2, in.scales + block_at<Block>(block, k),
+                                          macro == 0 ? nullptr : in.macros + k / macro, in.tensor_scale};
+      if ((Block != any_size || sizeof(T) == 2) && whole) {  // a loop of known length
         unpack<Block>(format, from, span, out + k);
         continue;
       }
-      std::uint8_t codes[span / 2], scales[blocks_at_once], macros[blocks_at_once];
-      T x[span];
-      const std::size_t blocks = (n + Block - 1) / Block;
-      pad(from.codes, blocks * (Block / 2), codes, span / 2);
-      pad(from.scales, blocks, scales, blocks_at_once);
-      if (macro != 0) pad(from.macros, (n + macro - 1) / macro, macros, blocks_at_once);
-      unpack<Block>(format, {codes, scales, macros, in.tensor_scale}, n, x);
-      std::copy_n(x, n, out + k);
+      std::uint8_t codes[16 * blocks_at_once], scales[blocks_at_once], macros[blocks_at_once];
+      T x[32 * blocks_at_once];
+      if (!whole) {
+        const std::size_t blocks = (n + block - 1) / block;
+        pad(from.codes, blocks * (block / 2), codes, span / 2);
+        pad(from.scales, blocks, scales, blocks_at_once);
+        if (macro != 0) pad(from.macros, (n + macro - 1) / macro, macros, blocks_at_once);
+        from = {codes, scales, macros, in.tensor_scale};
+      }
+      unpack<Block>(format, from, n, whole ? out + k : x);
+      if (!whole) std::copy_n(x, n, out + k);
     }
   }
 
@@ -135,7 +124,7 @@ struct simd_kernels : simd_rotation {
     const words bytes = load_bytes(in.scales);
     const floats scales =
         format.scale == scale_type::e4m3 ? broadcast(in.tensor_scale) * decode_e4m3(bytes) : decode_e8m0(bytes);
-    float scale[blocks_at_once];
+    alignas(64) float scale[blocks_at_once];
     store(scale, scales);
     if (!is_split<T> || any_at_least(bits_of(magnitude(scales)), infinity)) {
       unpack_with<Block>(format, in, n, out, scale, unpack_in_order{});
@@ -146,35 +135,35 @@ struct simd_kernels : simd_rotation {
     }
   }
 
-  /// step(out, decode, codes, scale) does 32 elements.
+  /// step(block size, out, decode, codes, scale) does 32 elements.
   template <std::size_t Block, real T, class Step>
   TETROMINO_INLINE static void unpack_with(const any_format& format, const packed_row<const std::uint8_t>& in,
                                            std::size_t n, T* out, const float* scale, const Step& step) {
-    const std::size_t macro = format.macro_block == 0 ? n : format.macro_block;
+    const std::size_t block = size_of<Block>(format.block), macro = format.macro_block == 0 ? n : format.macro_block;
     for (std::size_t begin = 0; begin < n; begin += macro) {
       const e2m1_decoder decode =
           format.macro_block == 0 ? e2m1_decoder() : e2m1_decoder(macro_factor(in.macros[begin / macro]));
       for (std::size_t k = begin; k < std::min(n, begin + macro); k += 32) {
-        step.template operator()<Block>(out + k, decode, in.codes + k / 2, scale + k / Block);
+        step.template operator()<Block>(block, out + k, decode, in.codes + k / 2, scale + block_at<Block>(block, k));
       }
     }
   }
   struct unpack_in_order {
     template <std::size_t Block, real T>
-    TETROMINO_INLINE void operator()(T* out, const e2m1_decoder& decode, const std::uint8_t* codes,
+    TETROMINO_INLINE void operator()(std::size_t block, T* out, const e2m1_decoder& decode, const std::uint8_t* codes,
                                      const float* scale) const {
-      const floats_pair q = decode(codes);
-      store(out, q.first * broadcast(scale[0]));
-      store(out + lane_count, q.second * broadcast(scale[lane_count / Block]));
+      const floats_pair q = decode(codes), s = spread<float, Block>(block, scale);
+      store(out, q.first * s.first);
+      store(out + lane_count, q.second * s.second);
     }
   };
   /// bfloat16, without NaN. An element of a plain MX format times its scale is one already.
   template <bool Rounds>
   struct unpack_split {
     template <std::size_t Block, real T>
-    TETROMINO_INLINE void operator()(T* out, const e2m1_decoder& decode, const std::uint8_t* codes,
+    TETROMINO_INLINE void operator()(std::size_t block, T* out, const e2m1_decoder& decode, const std::uint8_t* codes,
                                      const float* scale) const {
-      const floats_pair q = decode.split(codes), s = spread<bfloat16, Block>(scale);
+      const floats_pair q = decode.split(codes), s = spread<bfloat16, Block>(block, scale);
       const floats even = q.first * s.first, odd = q.second * s.second;
       store_words(out, Rounds ? join_upper_halves(round_bfloat16(even), round_bfloat16(odd))
                               : join_upper_halves(bits_of(even), bits_of(odd)));
@@ -193,32 +182,51 @@ struct simd_kernels : simd_rotation {
     std::fill(out + n, out + size, T{});
   }
 
-  /// Makes x[n] finite, as the saturating or the poisoning policy wants it; returns which blocks are poisoned.
+  /// The largest magnitudes of 16 blocks, as bits.
   template <std::size_t Block, real T>
-  static std::uint32_t sanitize(special_values special, T* x, std::size_t n) {
+  TETROMINO_OUTLINE static words amax_of_blocks(std::size_t block, const T* x) {
+    return block_amax<Block>(block, x);
+  }
+  template <real T>
+  static words amax_of_blocks(std::size_t block, const T* x) {
+    return with_block(block, [&]<std::size_t Block>() { return amax_of_blocks<Block>(block, x); });
+  }
+
+  /// Zeroes what tensor scales are not made for: what is not finite under `saturate`, else 16 elements with such a one.
+  template <real T>
+  TETROMINO_COLD static void leave_out_special(special_values special, T* x, std::size_t n) {
+    if (special != special_values::saturate) return static_cast<void>(sanitize(special, 16, x, n));
+    std::replace_if(
+        x, x + n, [](T v) { return !is_finite(to_float(v)); }, T{});
+  }
+  /// Makes x[n] finite, as the saturating or the poisoning policy wants it; returns which blocks are poisoned.
+  template <real T>
+  TETROMINO_COLD static std::uint32_t sanitize(special_values special, std::size_t block, T* x, std::size_t n) {
     std::uint32_t poisoned = 0;
-    for (std::size_t k = 0; k < n; k += Block) {
+    for (std::size_t k = 0; k < n; k += block) {
       bool finite = true;
-      for (std::size_t i = k; i < k + Block; ++i) {
+      for (std::size_t i = k; i < k + block; ++i) {
         if (is_finite(to_float(x[i]))) continue;
         x[i] = from_float<T>(admit(x[i], special));
         finite = finite && is_finite(to_float(x[i]));
       }
       if (finite) continue;
-      std::fill(x + k, x + k + Block, T{});
-      poisoned |= std::uint32_t{1} << (k / Block % 32);
+      std::fill(x + k, x + k + block, T{});
+      poisoned |= std::uint32_t{1} << (k / block % 32);
     }
     return poisoned;
   }
 
+  /// What is done to elements: NVFP4 divides, by inverses where quotients can be had from those.
+  enum class rescaling : std::uint8_t { multiply, multiply_by_inverse, divide };
   /// How the elements of 16 blocks become E2M1: times a power of two and a macro-block factor, or over a divisor.
   struct element_scales {
-    float multiplier[blocks_at_once];   // MX: f 2^-E. NVFP4: 1 / divisor
-    float divisor[blocks_at_once];      // NVFP4
-    float factor[blocks_at_once];       // MX: f
-    std::int32_t amax[blocks_at_once];  // bits
-    std::uint32_t empty;                // blocks whose codes are all 0
-    bool quick;                         // NVFP4: quotients can be had from inverses
+    alignas(64) float multiplier[blocks_at_once];  // MX: f 2^-E. NVFP4: 1 / divisor
+    float divisor[blocks_at_once];                 // NVFP4
+    alignas(64) float factor[blocks_at_once];      // MX: f
+    std::int32_t amax[blocks_at_once];             // bits
+    std::uint32_t empty;                           // blocks whose codes are all 0
+    rescaling how;
   };
   /// The first n elements of 16 blocks, all of them finite and with zeros after the n-th, and their scales.
   template <class T>
@@ -230,10 +238,10 @@ struct simd_kernels : simd_rotation {
     element_scales scales;
   };
 
-  template <std::size_t Block, bool Nvfp4, real T>
-  static std::size_t quantize_blocks(const row_rules& rules, const input_row<T>& in,
-                                     const packed_row<std::uint8_t>& out) {
-    constexpr std::size_t span = Block * blocks_at_once;
+  template <std::size_t Block, real T>
+  TETROMINO_OUTLINE static std::size_t quantize_blocks(const row_rules& rules, const input_row<T>& in,
+                                                       const packed_row<std::uint8_t>& out) {
+    const std::size_t block = size_of<Block>(rules.format.block), span = block * blocks_at_once;
     const std::size_t macro = rules.format.macro_block;
     // Scales are chosen one span ahead of the elements: meanwhile the next span comes from memory, and what waits for
     // the scales does not wait for long.
@@ -241,23 +249,22 @@ struct simd_kernels : simd_rotation {
     std::size_t next = 0;
     bool is_waiting = false;
     const auto store_waiting = [&] {
-      if (is_waiting) store_elements<Block, Nvfp4>(rules, spans[1 - next]);
+      if (is_waiting) store_elements<Block>(rules, spans[1 - next]);
       is_waiting = false;
     };
     for (std::size_t k = 0; k < in.cols; k += span) {
       const std::size_t n = std::min(span, in.cols - k);
-      const std::uint64_t index = in.first_index + k;
-      const packed_row<std::uint8_t> to{out.codes + k / 2, out.scales + k / Block,
+      const input_row<T> part{in.data + k, n, in.weights == nullptr ? nullptr : in.weights + k, in.first_index + k};
+      const packed_row<std::uint8_t> to{out.codes + k / 2, out.scales + block_at<Block>(block, k),
                                         macro == 0 ? nullptr : out.macros + k / macro, out.tensor_scale};
-      const float* weights = in.weights == nullptr ? nullptr : in.weights + k;
       if (n == span) {
-        const words amax = block_amax<Block>(in.data + k);
+        const words amax = block_amax<Block>(block, part.data);
         if (!any_at_least(amax, unsafe<T>)) {
-          spans[next].x = in.data + k;
+          spans[next].x = part.data;
           spans[next].n = span;
-          spans[next].first_index = index;
+          spans[next].first_index = part.first_index;
           spans[next].out = to;
-          choose_scales<Block, Nvfp4>(rules, weights, amax, spans[next]);
+          choose_scales(rules, part.weights, amax, spans[next]);
           store_waiting();
           is_waiting = true;
           next = 1 - next;
@@ -265,192 +272,211 @@ struct simd_kernels : simd_rotation {
         }
       }
       store_waiting();
-      // The tail of a row, or elements that are not finite or so large that the next scale may make them infinite:
-      // through copies of everything.
-      T x[span];
-      float padded_weights[span];
-      std::uint8_t codes[span / 2], scales[blocks_at_once], macros[blocks_at_once];
-      pad(in.data + k, n, x, span);
-      if (weights != nullptr) pad(weights, n, padded_weights, span);
-      words amax = block_amax<Block>(x);
-      std::uint32_t poisoned = 0;
-      if (any_at_least(amax, infinity)) {
-        if (rules.special == special_values::reject) {
-          while (is_finite(to_float(in.data[k]))) ++k;
-          return k;
-        }
-        poisoned = sanitize<Block>(rules.special, x, span);
-        amax = block_amax<Block>(x);
-      }
-      span_of_blocks<T> padded{x, n, index, {codes, scales, macros, out.tensor_scale}, {}};
-      choose_scales<Block, Nvfp4>(rules, weights == nullptr ? nullptr : padded_weights, amax, padded);
-      if (any_at_least(amax, unsafe<T>)) keep_finite<Nvfp4>(rules, padded);
-      store_elements<Block, Nvfp4>(rules, padded);
-      for (std::size_t b = 0; b < blocks_at_once; ++b) {
-        if ((poisoned >> b & 1u) != 0) scales[b] = Nvfp4 ? e4m3::nan_bits : e8m0::nan_bits;
-      }
-      const std::size_t blocks = (n + Block - 1) / Block;
-      std::copy_n(codes, blocks * (Block / 2), to.codes);
-      std::copy_n(scales, blocks, to.scales);
-      if (macro != 0) std::copy_n(macros, (n + macro - 1) / macro, to.macros);
+      const std::size_t rejected = quantize_copies<Block>(rules, part, to);
+      if (rejected < n) return k + rejected;
     }
     store_waiting();
     return in.cols;
   }
 
-  template <std::size_t Block, bool Nvfp4, class T>
-  static void choose_scales(const row_rules& rules, const float* weights, const words& amax, span_of_blocks<T>& span) {
-    const bool compares = Nvfp4 ? rules.rule != scale_rule::amax
-                                : rules.rule == scale_rule::min_error ||
-                                      (rules.format.macro_block != 0 && rules.macro != macro_rule::from_amax);
-    store(span.scales.amax, amax);
-    if (!compares) {
-      return choose_scales<Nvfp4>(rules, block_magnitudes<Block, false>{}, amax, span.out, span.scales);
-    }
-    alignas(64) float x[Block * blocks_at_once];
-    for (std::size_t i = 0; i < Block * blocks_at_once; i += lane_count) store(x + i, magnitude(load(span.x + i)));
-    if (weights == nullptr) {
-      choose_scales<Nvfp4>(rules, block_magnitudes<Block, false>{x, nullptr}, amax, span.out, span.scales);
-    } else {
-      choose_scales<Nvfp4>(rules, block_magnitudes<Block, true>{x, weights}, amax, span.out, span.scales);
-    }
-  }
-
-  template <bool Nvfp4, std::size_t Block, bool Weighted>
-  static void choose_scales(const row_rules& rules, const block_magnitudes<Block, Weighted>& in, const words& amax,
-                            const packed_row<std::uint8_t>& out, element_scales& scales) {
-    if constexpr (Nvfp4) {
-      const words code = nvfp4_codes(rules, in, amax, out.tensor_scale);
-      const floats divisor = broadcast(out.tensor_scale) * decode_e4m3(code);
-      scales.empty = zero_lanes(amax) | zero_lanes(bits_of(divisor));
-      const floats usable = select(is_zero(code), broadcast(1.0f), divisor), inverse = broadcast(1.0f) / usable;
-      scales.quick = has_quick_quotients(amax, usable, inverse);
-      store(scales.divisor, usable);
-      store(scales.multiplier, inverse);
-      store_bytes(out.scales, code);
-    } else {
-      const std::size_t macro = rules.format.macro_block;
-      floats factor = broadcast(1.0f);
-      if (macro != 0) {
-        const std::size_t group = macro / Block;
-        const words m = rules.macro == macro_rule::from_amax ? static_macros(group_max(amax, group))
-                                                             : searched_macros(rules, in, amax, group);
-        std::int32_t lane[lane_count];
-        store(lane, m);
-        for (std::size_t i = 0; i * group < lane_count; ++i) out.macros[i] = static_cast<std::uint8_t>(lane[i * group]);
-        factor = macro_factors(m);
+  /// The tail of a row, or 16 blocks with elements that are not finite or so large that the next scale may make them
+  /// infinite: through copies of everything.
+  template <std::size_t Block, real T>
+  TETROMINO_OUTLINE static std::size_t quantize_copies(const row_rules& rules, const input_row<T>& in,
+                                                       const packed_row<std::uint8_t>& out) {
+    const std::size_t block = size_of<Block>(rules.format.block), span = block * blocks_at_once;
+    const std::size_t macro = rules.format.macro_block, n = in.cols;
+    T x[32 * blocks_at_once];
+    float weights[32 * blocks_at_once];
+    std::uint8_t codes[16 * blocks_at_once], scales[blocks_at_once], macros[blocks_at_once];
+    pad(in.data, n, x, span);
+    if (in.weights != nullptr) pad(in.weights, n, weights, span);
+    words amax = amax_of_blocks<Block>(block, x);
+    std::uint32_t poisoned = 0;
+    if (any_at_least(amax, infinity)) {
+      if (rules.special == special_values::reject) {
+        return static_cast<std::size_t>(std::find_if(x, x + n, [](T v) { return !is_finite(to_float(v)); }) - x);
       }
-      words byte;
-      if (rules.rule == scale_rule::min_error) {
-        byte = select(floats_of(amax) <= broadcast(0.0f), broadcast(0), least_error_bytes(in, amax, factor));
-      } else if (macro == 0) {
-        byte = closed_form_bytes(amax, carry_of(rules.rule));
-      } else {
-        byte = closed_form_bytes(amax, factor, carry_of(rules.rule));
-      }
-      scales.empty = zero_lanes(amax);
-      store(scales.factor, factor);
-      store(scales.multiplier, factor * inverse_power(byte));
-      store_bytes(out.scales, byte);
+      poisoned = sanitize(rules.special, block, x, span);
+      amax = amax_of_blocks<Block>(block, x);
     }
-  }
-
-  /// Lowers the scales under which elements would decode to infinities.
-  template <bool Nvfp4, class T>
-  static void keep_finite(const row_rules& rules, span_of_blocks<T>& span) {
-    element_scales& scales = span.scales;
+    span_of_blocks<T> padded{x, n, in.first_index, {codes, scales, macros, out.tensor_scale}, {}};
+    choose_scales(rules, in.weights == nullptr ? nullptr : weights, amax, padded);
+    if (any_at_least(amax, unsafe<T>)) keep_finite(rules, unsafe<T>, overflow_of<T>, padded.out, padded.scales);
+    store_elements<Block>(rules, padded);
     for (std::size_t b = 0; b < blocks_at_once; ++b) {
-      if (scales.amax[b] < unsafe<T>) continue;
+      if ((poisoned >> b & 1u) != 0) scales[b] = is_nvfp4(rules) ? e4m3::nan_bits : e8m0::nan_bits;
+    }
+    const std::size_t blocks = (n + block - 1) / block;
+    std::copy_n(codes, blocks * (block / 2), out.codes);
+    std::copy_n(scales, blocks, out.scales);
+    if (macro != 0) std::copy_n(macros, (n + macro - 1) / macro, out.macros);
+    return n;
+  }
+
+  static bool is_nvfp4(const row_rules& rules) { return rules.format.scale == scale_type::e4m3; }
+
+  template <class T>
+  static void choose_scales(const row_rules& rules, const float* weights, const words& amax, span_of_blocks<T>& span) {
+    const bool compares = is_nvfp4(rules) ? rules.rule != scale_rule::amax
+                                          : rules.rule == scale_rule::min_error ||
+                                                (rules.format.macro_block != 0 && rules.macro != macro_rule::from_amax);
+    const auto choose = is_nvfp4(rules) ? &choose_nvfp4 : &choose_mx;
+    store(span.scales.amax, amax);
+    if (!compares) return choose(rules, {nullptr, nullptr, rules.format.block}, amax, span.out, span.scales);
+    alignas(64) float x[32 * blocks_at_once];
+    for (std::size_t i = 0; i < rules.format.block * blocks_at_once; i += lane_count) {
+      store(x + i, magnitude(load(span.x + i)));
+    }
+    choose(rules, {x, weights, rules.format.block}, amax, span.out, span.scales);
+  }
+
+  TETROMINO_OUTLINE static void choose_nvfp4(const row_rules& rules, const block_magnitudes& in, const words& amax,
+                                             const packed_row<std::uint8_t>& out, element_scales& scales) {
+    const words code = nvfp4_codes(rules, in, amax, out.tensor_scale);
+    const floats divisor = broadcast(out.tensor_scale) * decode_e4m3(code);
+    scales.empty = zero_lanes(amax) | zero_lanes(bits_of(divisor));
+    const floats usable = select(is_zero(code), broadcast(1.0f), divisor), inverse = broadcast(1.0f) / usable;
+    scales.how = has_quick_quotients(amax, usable, inverse) ? rescaling::multiply_by_inverse : rescaling::divide;
+    store(scales.divisor, usable);
+    store(scales.multiplier, inverse);
+    store_bytes(out.scales, code);
+  }
+
+  TETROMINO_OUTLINE static void choose_mx(const row_rules& rules, const block_magnitudes& in, const words& amax,
+                                          const packed_row<std::uint8_t>& out, element_scales& scales) {
+    const std::size_t macro = rules.format.macro_block;
+    floats factor = broadcast(1.0f);
+    if (macro != 0) {
+      const std::size_t group = block_at<any_size>(in.block, macro);
+      const words m = rules.macro == macro_rule::from_amax ? static_macros(group_max(amax, group))
+                                                           : searched_macros(rules, in, amax, group);
+      std::int32_t lane[lane_count];
+      store(lane, m);
+      for (std::size_t i = 0; i * group < lane_count; ++i) out.macros[i] = static_cast<std::uint8_t>(lane[i * group]);
+      factor = macro_factors(m);
+    }
+    words byte;
+    if (rules.rule == scale_rule::min_error) {
+      byte = select(floats_of(amax) <= broadcast(0.0f), broadcast(0), least_error_bytes(in, amax, factor));
+    } else if (macro == 0) {
+      byte = closed_form_bytes(amax, carry_of(rules.rule));
+    } else {
+      byte = closed_form_bytes(part(amax), factor, carry_of(rules.rule));
+    }
+    scales.empty = zero_lanes(amax);
+    scales.how = rescaling::multiply;
+    store(scales.factor, factor);
+    store(scales.multiplier, factor * inverse_power(byte));
+    store_bytes(out.scales, byte);
+  }
+
+  /// Lowers the scales under which elements would decode to infinities, of blocks with an amax of `unsafe` or more.
+  TETROMINO_COLD static void keep_finite(const row_rules& rules, std::int32_t unsafe, float overflow,
+                                         const packed_row<std::uint8_t>& out, element_scales& scales) {
+    for (std::size_t b = 0; b < blocks_at_once; ++b) {
+      if (scales.amax[b] < unsafe) continue;
       const float amax = detail::bit_cast<float>(scales.amax[b]);
-      std::uint8_t& byte = span.out.scales[b];
-      if constexpr (Nvfp4) {
-        byte = finite_scale(e4m3::from_bits(byte), amax, span.out.tensor_scale, rules.rounding, overflow_of<T>).bits;
+      std::uint8_t& byte = out.scales[b];
+      if (is_nvfp4(rules)) {
+        byte = finite_scale(e4m3::from_bits(byte), amax, out.tensor_scale, rules.rounding, overflow).bits;
         if (byte == 0) continue;
-        scales.divisor[b] = detail::rounded(span.out.tensor_scale * e4m3::from_bits(byte).value());
-        scales.quick = false;
+        scales.divisor[b] = detail::rounded(out.tensor_scale * e4m3::from_bits(byte).value());
+        scales.how = rescaling::divide;
       } else {
-        const int exponent = finite_exponent(byte - 127, amax, scales.factor[b], rules.rounding, overflow_of<T>);
+        const int exponent = finite_exponent(byte - 127, amax, scales.factor[b], rules.rounding, overflow);
         byte = e8m0::from_exponent(exponent).bits;
         scales.multiplier[b] = scales.factor[b] * e8m0::from_exponent(-exponent).value();
       }
     }
   }
 
-  template <std::size_t Block, bool Nvfp4, class T>
-  static void store_elements(const row_rules& rules, const span_of_blocks<T>& span) {
+  template <std::size_t Block, class T>
+  TETROMINO_OUTLINE static void store_elements(const row_rules& rules, const span_of_blocks<T>& span) {
+    const std::size_t block = size_of<Block>(rules.format.block);
     const element_scales& scales = span.scales;
     if (rules.rounding == element_rounding::stochastic) {
-      store_stochastic<Block, Nvfp4>(rules, span);
-    } else if constexpr (!Nvfp4) {
-      store_nearest<Block>(span, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
-        const floats_pair m = spread<T, Block>(scales.multiplier + b);
-        return floats_pair{v.first * m.first, v.second * m.second};
-      });
-    } else if (scales.quick) {
-      store_nearest<Block>(span, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
-        const floats_pair d = spread<T, Block>(scales.divisor + b), i = spread<T, Block>(scales.multiplier + b);
-        return floats_pair{quotient_for_code(v.first, d.first, i.first),
-                           quotient_for_code(v.second, d.second, i.second)};
-      });
+      float x[32 * blocks_at_once];
+      for (std::size_t i = 0; i < block * blocks_at_once; i += lane_count) store(x + i, load(span.x + i));
+      store_stochastic(rules, x, span.n, span.first_index, span.out, scales);
+    } else if constexpr (Block == any_size) {
+      store_nearest<Block>(block, span, scales.how);
+    } else if (scales.how == rescaling::multiply) {
+      store_nearest<Block>(block, span, rescaling::multiply);
+    } else if (scales.how == rescaling::multiply_by_inverse) {
+      store_nearest<Block>(block, span, rescaling::multiply_by_inverse);
     } else {
-      store_nearest<Block>(span, [&](const floats_pair& v, std::size_t b) TETROMINO_INLINE_LAMBDA {
-        const floats_pair d = spread<T, Block>(scales.divisor + b);
-        return floats_pair{v.first / d.first, v.second / d.second};
-      });
+      store_nearest<Block>(block, span, rescaling::divide);
     }
     for (std::size_t b = 0; b < blocks_at_once && scales.empty >> b != 0; ++b) {
-      if ((scales.empty >> b & 1u) != 0 && b * Block < span.n)
-        std::fill_n(span.out.codes + b * (Block / 2), Block / 2, std::uint8_t{0});
+      if ((scales.empty >> b & 1u) != 0 && b * block < span.n)
+        std::fill_n(span.out.codes + b * (block / 2), block / 2, std::uint8_t{0});
     }
   }
 
   /// The scales of the elements that load_pair gives, when the first of them belongs to the block of scale[0].
   template <class T, std::size_t Block>
-  TETROMINO_INLINE static floats_pair spread(const float* scale) {
+  TETROMINO_INLINE static floats_pair spread([[maybe_unused]] std::size_t block, const float* scale) {
     if constexpr (Block == 32) {
       const floats one = broadcast(scale[0]);
       return {one, one};
-    } else if constexpr (is_split<T>) {
-      const floats halves = broadcast_halves(scale[0], scale[1]);
-      return {halves, halves};
-    } else {
-      return {broadcast(scale[0]), broadcast(scale[1])};
     }
+    const float second = scale[Block == any_size && block == 32 ? 0 : 1];
+    if constexpr (is_split<T>) {
+      const floats halves = broadcast_halves(scale[0], second);
+      return {halves, halves};
+    }
+    return {broadcast(scale[0]), broadcast(second)};
   }
 
-  /// Stores the codes of y = rescale(pair of x, its first block), 64 at a time.
-  template <std::size_t Block, class T, class Rescale>
-  TETROMINO_INLINE static void store_nearest(const span_of_blocks<T>& span, const Rescale& rescale) {
+  /// A pair of elements, the first of them in block b, as E2M1 takes them.
+  template <std::size_t Block, class T>
+  TETROMINO_INLINE static floats_pair rescale(std::size_t block, const span_of_blocks<T>& span, rescaling how,
+                                              const floats_pair& v, std::size_t b) {
+    const float *divisor = span.scales.divisor + b, *multiplier = span.scales.multiplier + b;
+    if (how == rescaling::multiply) {
+      const floats_pair m = spread<T, Block>(block, multiplier);
+      return {v.first * m.first, v.second * m.second};
+    }
+    const floats_pair d = spread<T, Block>(block, divisor);
+    if (TETROMINO_HAS_FMA && how == rescaling::multiply_by_inverse) {
+      const floats_pair i = spread<T, Block>(block, multiplier);
+      return {quotient_for_code(v.first, d.first, i.first), quotient_for_code(v.second, d.second, i.second)};
+    }
+    return {v.first / d.first, v.second / d.second};
+  }
+
+  /// Stores the codes of elements, 64 at a time.
+  template <std::size_t Block, class T>
+  TETROMINO_INLINE static void store_nearest(std::size_t block, const span_of_blocks<T>& span, rescaling how) {
     std::uint8_t* const codes = span.out.codes;
     for (std::size_t k = 0; k < span.n; k += 64) {
       const floats_pair a = load_pair(span.x + k), b = load_pair(span.x + k + 32);
       for (std::size_t i = 0; i < 64 * sizeof(T); i += 64) prefetch(span.x + k, far_ahead + i);
-      const floats_pair ya = rescale(a, k / Block), yb = rescale(b, (k + 32) / Block);
+      const floats_pair ya = rescale<Block>(block, span, how, a, block_at<Block>(block, k));
+      const floats_pair yb = rescale<Block>(block, span, how, b, block_at<Block>(block, k + 32));
       store_codes<T>(codes + k / 2, encode_e2m1(ya.first, a.first), encode_e2m1(ya.second, a.second),
                      encode_e2m1(yb.first, b.first), encode_e2m1(yb.second, b.second));
     }
   }
 
   /// The same with stochastic rounding, where tiny y matter: in the two steps of the reference.
-  template <std::size_t Block, bool Nvfp4, class T>
-  static void store_stochastic(const row_rules& rules, const span_of_blocks<T>& span) {
-    const auto& [x, n, first_index, out, scales] = span;
+  TETROMINO_OUTLINE static void store_stochastic(const row_rules& rules, const float* x, std::size_t n,
+                                                 std::uint64_t first_index, const packed_row<std::uint8_t>& out,
+                                                 const element_scales& scales) {
+    const std::size_t block = rules.format.block;
     float to_one[blocks_at_once], to_scale[blocks_at_once];
     const words field = exponent_field(load(scales.amax));
     store(to_one, inverse_power(field));
     store(to_scale, floats_of(shift_left<23>(field - load_bytes(out.scales) + broadcast(127))));
-    std::fill_n(out.codes, Block * blocks_at_once / 2, std::uint8_t{0});
+    std::fill_n(out.codes, block * blocks_at_once / 2, std::uint8_t{0});
     philox_words random{};
     for (std::size_t i = 0; i < n; ++i) {
       const std::uint64_t index = first_index + i;
       if (i == 0 || index % 4 == 0) random = philox4x32(index / 4, rules.seed);
-      const std::size_t b = i / Block;
-      float y = to_float(x[i]);
-      if constexpr (Nvfp4) {
-        y = y / scales.divisor[b];
-      } else {
-        y = detail::rounded(scales.factor[b] * (y * to_one[b])) * to_scale[b];
-      }
+      const std::size_t b = block_at<any_size>(block, i);
+      const float y = is_nvfp4(rules) ? x[i] / scales.divisor[b]
+                                      : detail::rounded(scales.factor[b] * (x[i] * to_one[b])) * to_scale[b];
       const unsigned code = round_stochastic(y, uniform(random, index)).bits;
       out.codes[i / 2] = static_cast<std::uint8_t>(out.codes[i / 2] | code << (i % 2 * 4));
     }
