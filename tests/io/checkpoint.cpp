@@ -59,7 +59,7 @@ std::vector<float> values_of(const io::checkpoint& model, const io::parameter& p
   return out;
 }
 
-const io::parameter& named(const std::vector<io::parameter>& all, const std::string& name) {
+const io::parameter& named(const std::vector<io::parameter>& all, std::string_view name) {
   INFO(name);
   const auto found = std::find_if(all.begin(), all.end(), [&](const auto& p) { return p.name == name; });
   REQUIRE(found != all.end());

@@ -64,9 +64,12 @@ inline float largest_element(float y, bool stochastic) {
 
 inline std::size_t ceil_div(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
-/// Packs x[experts, rows, cols]; `weights` is empty, [cols] or [experts, cols].
+/// Packs x[experts, rows, cols]; `given_weights` is empty, [cols] or [experts, cols]. Those below 2^-100 count as 0.
 inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, std::size_t cols, std::vector<float> x,
-                       std::span<const float> weights = {}) {
+                       std::span<const float> given_weights = {}) {
+  std::vector<float> counted(given_weights.begin(), given_weights.end());
+  for (float& w : counted) w = w < std::ldexp(1.0, -100) ? 0.0f : w;
+  const std::span<const float> weights(counted);
   const std::size_t blocks = ceil_div(cols, r.block);
   const std::size_t macros = r.macro == 0 ? 0 : ceil_div(cols, r.macro);
   packed out{experts, rows, cols, {}, {}, {}, {}};
@@ -74,7 +77,8 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
   out.scales.resize(experts * rows * blocks);
   out.macros.resize(experts * rows * macros);
 
-  // What tensor scales come from: all that is finite, outside of poisoned blocks.
+  // What tensor scales come from: all that is finite, outside of poisoned blocks; what infinities saturate to where
+  // that is all 0.
   std::vector<float> finite = x;
   for (float& v : finite) v = std::isfinite(v) ? v : 0.0f;
 
@@ -95,8 +99,10 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
 
   if (r.nv) {
     for (std::size_t e = 0; e < experts; ++e) {
-      const std::span<const float> all(finite);
-      const float a = r.scale_per_expert ? amax(all.subspan(e * rows * cols, rows * cols)) : amax(all);
+      const auto largest_of = [&](std::span<const float> all) {
+        return amax(r.scale_per_expert ? all.subspan(e * rows * cols, rows * cols) : all);
+      };
+      const float a = largest_of(finite) > 0 ? largest_of(finite) : largest_of(x);
       const std::vector<float>& given = r.given_tensor_scales;
       out.tensor_scales.push_back(given.empty() ? tensor_scale(r.nvfp4, a) : given[given.size() == 1 ? 0 : e]);
     }

@@ -78,11 +78,11 @@ inline std::string_view gguf_kept_because(std::string_view name, std::span<const
 /// most weights, but the graphs of most architectures leave it out; and where the module has a bias, some apply it too
 /// late. A weight without it is packed with a tensor scale of 1. (llama.cpp of 2026-10: load_tensors in
 /// src/llama-model.cpp, the graphs in src/models, build_ffn in src/llama-graph.cpp)
-inline bool gguf_scale_applies(std::string_view architecture, std::string_view name, bool has_bias) noexcept {
+inline bool gguf_scale_applies(std::string_view family, std::string_view name, bool has_bias) noexcept {
   const gguf_name parts = split_gguf_name(name);
   if (!parts.in_layer || !parts.tower.empty() || !parts.is_weight) return false;
-  if (!is_one_of(architecture, {"llama", "qwen3", "qwen3moe", "qwen35", "qwen35moe", "mistral3", "nemotron_h",
-                                "nemotron_h_moe", "cohere2", "cohere2moe", "mellum", "nanbeige"})) {
+  if (!is_one_of(family, {"llama", "qwen3", "qwen3moe", "qwen35", "qwen35moe", "mistral3", "nemotron_h",
+                          "nemotron_h_moe", "cohere2", "cohere2moe", "mellum", "nanbeige"})) {
     return false;
   }
   if (is_one_of(parts.module, {"ffn_gate", "ffn_up", "ffn_down", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"})) {

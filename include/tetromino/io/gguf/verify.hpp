@@ -158,9 +158,9 @@ class gguf_verifier {
     const std::string module = name.substr(0, name.rfind('.'));
     const auto* const scale = packed_.find(module + ".scale");
     if (scale == nullptr || original_.find(scale->name()) != nullptr) return ones;
-    std::string_view architecture;
-    if (const auto known = packed_.metadata().try_get<std::string_view>("general.architecture")) architecture = *known;
-    if (!gguf_scale_applies(architecture, name, original_.find(module + ".bias") != nullptr)) {
+    std::string_view family;
+    if (const auto known = packed_.metadata().try_get<std::string_view>("general.architecture")) family = *known;
+    if (!gguf_scale_applies(family, name, original_.find(module + ".bias") != nullptr)) {
       return wrong(scale->name(), "expected none, since llama.cpp does not multiply by it here");
     }
     if (scale->shape() != std::vector<std::size_t>{planned.matrices()}) {
