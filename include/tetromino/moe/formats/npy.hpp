@@ -124,7 +124,7 @@ struct zip_entry {
   while (number(end, 4) != 0x0605'4B50 && end > first_end) --end;
   if (number(end, 4) != 0x0605'4B50) return bad("expected the directory of a zip archive at the end, found none");
   const std::size_t count = number(end + 10, 2);
-  std::size_t at = number(end + 16, 4);
+  std::size_t at = number(end + 16, 4), left = file.size();
   std::vector<zip_entry> out;
   for (std::size_t i = 0; i < count; ++i) {
     if (at > end || end - at < entry_bytes || number(at, 4) != 0x0201'4B50) {
@@ -138,9 +138,13 @@ struct zip_entry {
     if (method != 0 || packed != size) {
       return bad("expected an archive without compression (np.savez), got one with it (np.savez_compressed)");
     }
-    if (local > end || end - local < local_bytes) return bad("expected ", title.substr(0, 40), " inside the archive");
+    if (local > end || end - local < local_bytes)
+      return bad("expected ", tetromino::detail::printable(title, 40), " inside the archive");
     const std::size_t data = local + local_bytes + number(local + 26, 2) + number(local + 28, 2);
-    if (data > end || size > end - data) return bad("expected ", title.substr(0, 40), " inside the archive");
+    if (data > end || size > end - data)
+      return bad("expected ", tetromino::detail::printable(title, 40), " inside the archive");
+    if (size > left) return bad("expected files of the archive that do not overlap");
+    left -= size;
     out.push_back({title, file.subspan(data, size)});
     at += entry_bytes + name + more;
   }

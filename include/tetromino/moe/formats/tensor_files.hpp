@@ -214,7 +214,9 @@ template <class Most, class Take>
         return bad.empty();
       });
     }
-    if (!bad.empty()) return error(errc::malformed_file, text(file.path(), ": tensor ", t.name(), ": ", bad));
+    if (!bad.empty())
+      return error(errc::malformed_file,
+                   text(file.path(), ": tensor ", tetromino::detail::printable(t.name(), 40), ": ", bad));
   }
   auto loads = counts.finish(experts);
   if (!loads) return error(loads.error().code(), text(file.path(), ": ", loads.error().what()));
