@@ -340,7 +340,9 @@ void hand_over(const settings& s, const half& everything, const std::optional<pl
                voice& out) {
   const trace_view view = everything.view();
   const placement now = start ? *start : contiguous(view.shape.layers, view.shape.experts, t);
+  const tetromino::thread_executor threads(s.threads);
   local_options options;
+  options.executor = threads;
   options.seed = s.seed;
   options.node_imbalance = s.limit;
   options.start = start ? &now : nullptr;

@@ -1,5 +1,6 @@
 #include "check.hpp"
 
+#include <tetromino/execution.hpp>
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/trace_io.hpp>
@@ -185,6 +186,39 @@ TEST_CASE("the same seed gives the same plan, another seed another") {
     CHECK(a.source_of_request == b.source_of_request);
     options.seed = 8;
     CHECK_FALSE(local(t.view(), cluster, options).experts == a.experts);
+  }
+}
+
+TEST_CASE("the plan is the same on any number of threads") {
+  const trace t = synthetic(12, 5, 32, 4, 90, 0, 12);
+  const topology cluster = topology::uniform(4, 2, 5);
+  const tetromino::thread_executor threads(3);
+  const auto backwards = [](std::size_t count, tetromino::task_ref task) {
+    while (count > 0) task(--count);
+  };
+  for (const double pairs : {0.0, 1.0}) {
+    local_options options;
+    options.node_weight = 1 - pairs;
+    options.pair_weight = pairs;
+    options.effort = 0.2;
+    options.sample_requests = 20;  // those that are not sampled are assigned in pieces
+    const local_plan alone = local(t.view(), cluster, options);
+    for (const tetromino::executor_ref e : {tetromino::executor_ref(threads), tetromino::executor_ref(backwards)}) {
+      options.executor = e;
+      const local_plan shared = local(t.view(), cluster, options);
+      CHECK(shared.experts == alone.experts);
+      CHECK(shared.source_of_request == alone.source_of_request);
+      CHECK(shared.reached.nodes_per_token == alone.reached.nodes_per_token);
+      CHECK(shared.reached.remote_pair_fraction == alone.reached.remote_pair_fraction);
+      CHECK(shared.reached.node_imbalance == alone.reached.node_imbalance);
+      options.start = &alone.experts;
+      options.price_per_move = 1;
+      const local_plan warm = local(t.view(), cluster, options);
+      options.executor = {};
+      CHECK(warm.experts == local(t.view(), cluster, options).experts);
+      options.price_per_move = 0;
+      options.start = nullptr;
+    }
   }
 }
 

@@ -2,8 +2,9 @@
 
 #include "../../detail/macros_off.hpp"
 
-#include "../placement.hpp"  // placement
-#include "../trace.hpp"      // phase
+#include "../../execution.hpp"  // executor_ref
+#include "../placement.hpp"     // placement
+#include "../trace.hpp"         // phase
 
 #include <cstddef>     // std::size_t
 #include <cstdint>     // std::uint32_t, std::uint64_t
@@ -47,6 +48,7 @@ struct local_options {
   /// tokens of its layer.
   double price_per_move = 0;
 
+  executor_ref executor{};  ///< layers are searched on its threads: the plan is the same on any number of them
   std::uint64_t seed = 1;
   double effort = 1;                    ///< scales the number of proposals
   std::uint64_t max_proposals = 0;      ///< per layer; 0: as many as effort says

@@ -15,6 +15,7 @@
 #include "request_assignment.hpp"  // request_assigner
 #include "request_clusters.hpp"    // cluster_requests
 #include "sample.hpp"              // take_sample
+#include "workspaces.hpp"          // workspaces
 
 #include <algorithm>  // std::fill, std::find, std::max, std::min, std::sort
 #include <bit>        // std::countr_zero, std::popcount
@@ -22,6 +23,7 @@
 #include <cmath>      // std::llround, std::sqrt
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int32_t, std::int64_t, std::uint32_t, std::uint64_t
+#include <memory>     // std::make_unique, std::unique_ptr
 #include <span>       // std::span
 #include <utility>    // std::move
 #include <vector>     // std::vector
@@ -39,11 +41,10 @@ class local_search {
         random_(options.seed),
         sample_(take_sample(calibration, options.served, options.sample_tokens, options.sample_requests, random_)),
         rules_(make_rules()),
-        search_(rules_),
-        scorer_(t.nodes(), calibration.shape.experts_per_token, rules_.visit_price, rules_.pair_price),
         layers_(calibration.shape.layers),
         source_(sample_.requests.size(), 0),
         source_of_token_(sample_.tokens(), 0) {
+    for (std::size_t l = 0; l < layers_.size(); ++l) random_of_layer_.emplace_back(random_.bits());
     std::size_t with_slots = 0;
     for (std::size_t n = 0; n < t.nodes(); ++n) {
       gpus_.push_back(t.gpus_on_node(n));
@@ -69,11 +70,14 @@ class local_search {
       const double next_heat = heat * plan.ratio;
       const bool last = step + 1 == plan.steps;
       const std::size_t active = last ? sample_.tokens() : active_tokens(heat);
-      for (std::size_t l = 0; l < layers_.size(); ++l) {
+      for_each_layer([&](std::size_t l) {
         const layer_tokens<Mask> tokens = tokens_of(l);
-        search_.bind(tokens, layers_[l], active);
-        search_.anneal(random_, temperature(heat), temperature(next_heat), plan.proposals);
-      }
+        searches_.lend([&] { return std::make_unique<layer_search<Mask>>(rules_); },
+                       [&](layer_search<Mask>& search) {
+                         search.bind(tokens, layers_[l], active);
+                         search.anneal(random_of_layer_[l], temperature(heat), temperature(next_heat), plan.proposals);
+                       });
+      });
       heat = next_heat;
       regroup(last ? 0.0 : heat);
       reached_.step = step + 1;
@@ -103,6 +107,21 @@ class local_search {
     std::size_t proposals;  // per step and layer
   };
   static constexpr std::uint32_t nobody = layer_state<Mask>::nobody;
+
+  // What scores requests, and what it has added up: [requests, nodes].
+  struct score_sheet {
+    source_scorer<Mask> scorer;
+    std::vector<std::int64_t> scores;
+  };
+
+  template <class Work>
+  void for_each_layer(const Work& work) const {
+    options_.executor(layers_.size(), work);
+  }
+  [[nodiscard]] std::unique_ptr<score_sheet> new_sheet() const {
+    const source_scorer<Mask> scorer(rules_.nodes, rules_.experts_per_token, rules_.visit_price, rules_.pair_price);
+    return std::make_unique<score_sheet>(score_sheet{scorer, {}});
+  }
 
   [[nodiscard]] double seconds() const {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
@@ -171,7 +190,7 @@ class local_search {
       regroup(0.0);
     }
     spread_sources();
-    for (std::size_t l = 0; l < layers_.size(); ++l) fill_layer(l);
+    for_each_layer([&](std::size_t l) { fill_layer(l); });
   }
 
   // Groups by use of experts, in at most 2,048 cells: all layers if they fit, else evenly chosen ones.
@@ -323,15 +342,24 @@ class local_search {
   // Scores each sampled request on each node under the present holders.
   void score_sample() {
     const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token;
-    scores_.assign(source_.size() * nodes, 0);
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
+    sheets_.for_each([](score_sheet& sheet) { sheet.scores.clear(); });
+    for_each_layer([&](std::size_t l) {
       const std::uint16_t* const ids = sample_.layer(l).data();
-      scorer_.score(
-          layers_[l].holders, rules_.copies, sample_.tokens(), [&](std::size_t t) { return ids + t * k; },
-          [&](std::size_t t, std::size_t n, std::int64_t s) {
-            scores_[sample_.request_of_token[t] * nodes + n] += 256 * s;
-          });
-    }
+      sheets_.lend([&] { return new_sheet(); },
+                   [&](score_sheet& sheet) {
+                     sheet.scores.resize(source_.size() * nodes, 0);
+                     sheet.scorer.score(
+                         layers_[l].holders, rules_.copies, sample_.tokens(),
+                         [&](std::size_t t) { return ids + t * k; },
+                         [&](std::size_t t, std::size_t n, std::int64_t s) {
+                           sheet.scores[sample_.request_of_token[t] * nodes + n] += 256 * s;
+                         });
+                   });
+    });
+    scores_.assign(source_.size() * nodes, 0);
+    sheets_.for_each([&](const score_sheet& sheet) {
+      for (std::size_t i = 0; i < sheet.scores.size(); ++i) scores_[i] += sheet.scores[i];
+    });
   }
   void regroup(double heat) {
     score_sample();
@@ -350,15 +378,17 @@ class local_search {
 
   // Sets reached_ from the sample: visits from the scores' own rule, loads as tokens are served.
   void measure() {
-    std::int64_t visits = 0, remote = 0;
-    std::size_t pairs = 0;
-    double imbalance = 0;
+    struct measured {
+      std::int64_t visits = 0, remote = 0;
+      double imbalance = 0;
+    };
     const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token, tokens = sample_.tokens();
     loads_.assign(layers_.size() * nodes * rules_.experts, 0);
-    std::vector<std::int64_t> load(nodes);
-    std::vector<Mask> held(k);
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
-      std::fill(load.begin(), load.end(), 0);
+    std::vector<measured> of_layer(layers_.size());
+    for_each_layer([&](std::size_t l) {
+      measured& m = of_layer[l];
+      std::vector<std::int64_t> load(nodes, 0);
+      std::vector<Mask> held(k);
       std::int64_t* const of_expert = loads_.data() + l * nodes * rules_.experts;
       const std::uint16_t* e = sample_.layer(l).data();
       for (std::size_t t = 0; t < tokens; ++t, e += k) {
@@ -366,17 +396,25 @@ class local_search {
         const Mask home = bit(source_of_token_[t]);
         const Mask seen = serve_token(held.data(), k, home, load.data(), [&](std::size_t i, std::size_t n) {
           ++of_expert[e[i] * nodes + n];
-          remote += n == source_of_token_[t] ? 0 : 1;
+          m.remote += n == source_of_token_[t] ? 0 : 1;
         });
-        visits += std::popcount(seen);
+        m.visits += std::popcount(seen);
       }
-      imbalance += max_over_mean(load, [&](std::size_t n) { return topology_.slots_on_node(n) > 0 ? 1.0 : 0.0; });
+      m.imbalance = max_over_mean(load, [&](std::size_t n) { return topology_.slots_on_node(n) > 0 ? 1.0 : 0.0; });
+    });
+    measured all;
+    std::size_t pairs = 0;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      all.visits += of_layer[l].visits;
+      all.remote += of_layer[l].remote;
+      all.imbalance += of_layer[l].imbalance;
       pairs += sample_.pairs[l];
     }
     const double layers = static_cast<double>(layers_.size());
-    reached_.nodes_per_token = static_cast<double>(visits) / static_cast<double>(tokens) / layers;
-    reached_.remote_pair_fraction = static_cast<double>(remote) / static_cast<double>(std::max<std::size_t>(pairs, 1));
-    reached_.node_imbalance = imbalance / layers;
+    reached_.nodes_per_token = static_cast<double>(all.visits) / static_cast<double>(tokens) / layers;
+    reached_.remote_pair_fraction =
+        static_cast<double>(all.remote) / static_cast<double>(std::max<std::size_t>(pairs, 1));
+    reached_.node_imbalance = all.imbalance / layers;
   }
 
   [[nodiscard]] local_plan finish() {
@@ -453,22 +491,33 @@ class local_search {
     std::vector<std::uint64_t> tokens(out.size());
     std::uint64_t all = 0, largest = 0;
     for (std::size_t r = 0; r < out.size(); ++r) {
+      tokens[r] = calibration_.requests[r].range(options_.served).size();
+      all += tokens[r];
+      largest = std::max(largest, tokens[r]);
+    }
+    const auto score = [&](std::size_t r, score_sheet& sheet) {
       const token_range range = calibration_.requests[r].range(options_.served);
-      tokens[r] = range.size();
-      all += range.size();
-      largest = std::max(largest, range.size());
       const std::uint64_t looked_at = std::min<std::uint64_t>(range.size(), 64);
-      if (looked_at == 0) continue;
+      if (looked_at == 0) return;
       const auto weight = static_cast<std::int64_t>(256 * range.size() / looked_at);
       for (std::size_t l = 0; l < layers_.size(); ++l) {
-        scorer_.score(
+        sheet.scorer.score(
             layers_[l].holders, rules_.copies, static_cast<std::size_t>(looked_at),
             [&](std::size_t i) {
               return calibration_.token(range.first + i * range.size() / looked_at).data() + l * k;
             },
             [&](std::size_t, std::size_t n, std::int64_t s) { scores[r * nodes + n] += weight * s; });
       }
-    }
+    };
+    constexpr std::size_t together = 64;  // requests of one task
+    const auto work = [&](std::size_t piece) {
+      sheets_.lend([&] { return new_sheet(); },
+                   [&](score_sheet& sheet) {
+                     const std::size_t last = std::min(out.size(), (piece + 1) * together);
+                     for (std::size_t r = piece * together; r < last; ++r) score(r, sheet);
+                   });
+    };
+    options_.executor((out.size() + together - 1) / together, work);
     const std::vector<std::uint64_t> room = token_room(all, largest, gpus_, options_.token_budget);
     assigner_.assign({scores, tokens, room}, out);
     return out;
@@ -481,8 +530,9 @@ class local_search {
   search_random random_;
   search_sample sample_;
   search_rules rules_;
-  layer_search<Mask> search_;
-  source_scorer<Mask> scorer_;
+  std::vector<search_random> random_of_layer_;  // so that layers need not wait for each other
+  workspaces<layer_search<Mask>> searches_;
+  workspaces<score_sheet> sheets_;
   request_assigner assigner_;
   std::vector<layer_state<Mask>> layers_;
   std::vector<std::uint32_t> source_;           // [sampled requests]
