@@ -1,6 +1,7 @@
-# Every public header compiles alone, with our warnings, next to the packages that it names (those in detail/ do in a slow
-# test); and two translation units that include all of them link, in either order; they compile without exceptions and
-# without vectors too, and after others have defined words that we use as macros.
+# Every public header compiles alone, with our warnings, next to the packages that it names (those that only headers of
+# ours include do in a slow test: detail/, moe/search, moe/formats); and two translation units that include all of them
+# link, in either order; they compile without exceptions and without vectors too, and after others have defined words that
+# we use as macros.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
 list(FILTER headers EXCLUDE REGEX "/detail/macros_(off|back)[.]hpp$")  # the two ends of other headers
 set(usable "")
@@ -23,7 +24,7 @@ foreach(header IN LISTS headers)
   endif()
   list(APPEND usable ${header})
   list(APPEND packages_of_all ${targets})
-  if(header MATCHES "/detail/")
+  if(header MATCHES "/detail/|/moe/(search|formats)/")
     cmake_path(RELATIVE_PATH header BASE_DIRECTORY ${PROJECT_SOURCE_DIR}/include OUTPUT_VARIABLE name)
     set(source ${CMAKE_CURRENT_BINARY_DIR}/alone/${name}.cpp)
     file(CONFIGURE OUTPUT ${source} CONTENT "#include <${name}>\n")

@@ -20,7 +20,8 @@ done
 
 format=${CLANG_FORMAT:-clang-format}
 if "$format" --version 2>/dev/null | grep -q 'version 14[.]' && git rev-parse --verify -q HEAD >/dev/null 2>&1; then
-  git ls-files -z '*.hpp' '*.cpp' '*.h' '*.c' '*.cuh' '*.cu' | xargs -0 "$format" --dry-run -Werror
+  git ls-files -z '*.hpp' '*.cpp' '*.h' '*.c' '*.cuh' '*.cu' | xargs -0 "$format" --dry-run -Werror ||
+    { echo "clang-format has complaints, see above" && exit 1; }
 fi
 
 files=() options=()

@@ -54,31 +54,88 @@ struct layer {
   tt::moe::router_options router;
 };
 
+/// The experts' weights, and the router's.
+struct layer_weights {
+  projection both, down;
+  device_array<float> room;  ///< one expert's unpacked weights
+  device_array<float> router;
+
+  layer_weights(const layer& l, const tt::recipe& r, const tt::cuda::stream& s)
+      : both(r, l.experts, 2 * l.inner, l.hidden, tt::cuda::gating_rows::halves),
+        down(r, l.experts, l.hidden, l.inner, tt::cuda::gating_rows::none),
+        room(2 * l.inner * l.hidden),
+        router(l.experts * l.hidden) {
+    std::vector<std::int32_t> all(l.experts);
+    std::iota(all.begin(), all.end(), 0);
+    both.make(s, r, all, 1000, room.data);
+    down.make(s, r, all, 2000, room.data);
+    fill<<<1024, 256, 0, s.handle>>>(router.data, router.size, 3000, 3.0f / std::sqrt(static_cast<float>(l.hidden)));
+  }
+};
+
+/// Tokens, who serves them, and what comes out.
+struct batch {
+  device_array<bfloat16> x, out;
+  device_array<std::uint16_t> ids;
+  device_array<float> weights;
+
+  batch(const layer& l, std::size_t tokens)
+      : x(tokens * l.hidden),
+        out(tokens * l.hidden),
+        ids(tokens * l.router.experts_per_token),
+        weights(tokens * l.router.experts_per_token) {}
+};
+
+/// How far sampled tokens are from sums in float64, of the unpacked weights of the experts that were chosen.
+double relative_error(const layer& l, const tt::cuda::stream& s, const layer_weights& w, const batch& b,
+                      std::size_t tokens) {
+  const std::size_t k = l.router.experts_per_token;
+  const auto chosen = b.ids.host();
+  const auto shares = b.weights.host();
+  const auto got = b.out.host();
+  const device_array<double> sums(2 * l.inner), gated(l.inner), output(l.hidden);
+  double error = 0, energy = 0;
+  for (const std::size_t t : {std::size_t{0}, tokens / 2, tokens - 1}) {
+    std::vector<double> expected(l.hidden, 0.0);
+    for (std::size_t i = 0; i < k; ++i) {
+      const std::size_t e = chosen[t * k + i];
+      tt::dequantize_to(s, w.both.view(e, 1), tt::matrix_view<float>(w.room.data, 2 * l.inner, l.hidden));
+      check(cudaStreamSynchronize(s.handle), "unpacking");
+      multiply_slowly<double>(b.x.data + t * l.hidden, 1, w.room.data, sums.data, 2 * l.inner, l.hidden);
+      gate_slowly<<<static_cast<unsigned>((l.inner + 255) / 256), 256>>>(sums.data, gated.data, l.inner);
+      check(cudaDeviceSynchronize(), "the reference");
+      tt::dequantize_to(s, w.down.view(e, 1), tt::matrix_view<float>(w.room.data, l.hidden, l.inner));
+      check(cudaStreamSynchronize(s.handle), "unpacking");
+      multiply_slowly<double>(gated.data, 1, w.room.data, output.data, l.hidden, l.inner);
+      check(cudaDeviceSynchronize(), "the reference");
+      const auto part = output.host();
+      for (std::size_t n = 0; n < l.hidden; ++n) expected[n] += static_cast<double>(shares[t * k + i]) * part[n];
+    }
+    for (std::size_t n = 0; n < l.hidden; ++n) {
+      const double d = static_cast<double>(got[t * l.hidden + n]) - expected[n];
+      error += d * d, energy += expected[n] * expected[n];
+    }
+  }
+  return std::sqrt(error / energy);
+}
+
 bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
   const tt::recipe r = tt::recipe::parse("mxfp4-32/oas/mbs-static");
   const std::size_t k = l.router.experts_per_token, most_tokens = 4096;
   std::printf("%s: hidden %zu, inner %zu, %zu experts, top-%zu, %s weights\n", l.name.c_str(), l.hidden, l.inner,
               l.experts, k, r.name().c_str());
-  const projection both(r, l.experts, 2 * l.inner, l.hidden, tt::cuda::gating_rows::halves);
-  const projection down(r, l.experts, l.hidden, l.inner, tt::cuda::gating_rows::none);
-  const device_array<float> room(2 * l.inner * l.hidden), router(l.experts * l.hidden);
-  std::vector<std::int32_t> all(l.experts);
-  std::iota(all.begin(), all.end(), 0);
-  both.make(s, r, all, 1000, room.data);
-  down.make(s, r, all, 2000, room.data);
-  fill<<<1024, 256, 0, s.handle>>>(router.data, router.size, 3000, 3.0f / std::sqrt(static_cast<float>(l.hidden)));
+  const layer_weights w(l, r, s);
 
   bool good = true;
   for (const std::size_t tokens : {std::size_t{16}, std::size_t{256}, most_tokens}) {
     const std::size_t calls = tokens * k;
-    const device_array<bfloat16> x(tokens * l.hidden), grouped(calls * l.hidden), h(calls * l.inner),
-        y(calls * l.hidden), out(tokens * l.hidden);
-    const device_array<float> logits(tokens * l.experts), weights(calls);
-    const device_array<std::uint16_t> ids(calls);
+    const batch b(l, tokens);
+    const device_array<bfloat16> grouped(calls * l.hidden), h(calls * l.inner), y(calls * l.hidden);
+    const device_array<float> logits(tokens * l.experts);
     const device_array<std::uint32_t> offsets(l.experts + 1), rows(calls), pairs(calls);
-    fill<<<1024, 256, 0, s.handle>>>(x.data, x.size, 4000 + tokens, 1.0f);
+    fill<<<1024, 256, 0, s.handle>>>(b.x.data, b.x.size, 4000 + tokens, 1.0f);
     check(cudaStreamSynchronize(s.handle), "fill");
-    multiply_slowly<float>(x.data, tokens, router.data, logits.data, l.experts, l.hidden);
+    multiply_slowly<float>(b.x.data, tokens, w.router.data, logits.data, l.experts, l.hidden);
     check(cudaDeviceSynchronize(), "the router's product");
 
     tt::cuda::expert_groups groups;
@@ -87,58 +144,31 @@ bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
     const auto matrix = [](const device_array<bfloat16>& a, std::size_t m, std::size_t n) {
       return tt::matrix_view<const bfloat16>(a.data, m, n);
     };
-    const auto route = [&] { tt::cuda::route(s, logits.span(), l.experts, l.router, ids.span(), weights.span()); };
-    const auto group = [&] { tt::cuda::group_by_expert(s, std::span<const std::uint16_t>(ids.span()), 0, groups); };
-    const auto permute = [&] { tt::cuda::permute<bfloat16>(s, x.span(), grouped.span(), l.hidden, groups); };
+    const auto route = [&] { tt::cuda::route(s, logits.span(), l.experts, l.router, b.ids.span(), b.weights.span()); };
+    const auto group = [&] { tt::cuda::group_by_expert(s, std::span<const std::uint16_t>(b.ids.span()), 0, groups); };
+    const auto permute = [&] { tt::cuda::permute<bfloat16>(s, b.x.span(), grouped.span(), l.hidden, groups); };
     const auto multiply_in = [&] {
-      tt::grouped_matmul(s, matrix(grouped, calls, l.hidden), both.ready(), offsets.span(),
+      tt::grouped_matmul(s, matrix(grouped, calls, l.hidden), w.both.ready(), offsets.span(),
                          tt::matrix_view<bfloat16>(h.data, calls, l.inner));
     };
     const auto multiply_out = [&] {
-      tt::grouped_matmul(s, matrix(h, calls, l.inner), down.ready(), offsets.span(),
+      tt::grouped_matmul(s, matrix(h, calls, l.inner), w.down.ready(), offsets.span(),
                          tt::matrix_view<bfloat16>(y.data, calls, l.hidden));
     };
     const auto combine = [&] {
-      tt::cuda::combine<bfloat16>(s, y.span(), weights.span(), out.span(), l.hidden, groups);
+      tt::cuda::combine<bfloat16>(s, y.span(), b.weights.span(), b.out.span(), l.hidden, groups);
     };
-    check(cudaMemset(out.data, 0xFF, out.size * sizeof(bfloat16)), "cudaMemset");
+    check(cudaMemset(b.out.data, 0xFF, b.out.size * sizeof(bfloat16)), "cudaMemset");
     const auto layer_once = [&] { route(), group(), permute(), multiply_in(), multiply_out(), combine(); };
     layer_once();
     check(cudaStreamSynchronize(s.handle), "the layer");
 
-    // Sampled tokens in float64, from the unpacked weights and the experts that were chosen.
-    const auto chosen = ids.host();
-    const auto shares = weights.host();
-    const auto got = out.host();
-    const device_array<double> sums(2 * l.inner), gated(l.inner), output(l.hidden);
-    double error = 0, energy = 0;
-    for (const std::size_t t : {std::size_t{0}, tokens / 2, tokens - 1}) {
-      std::vector<double> expected(l.hidden, 0.0);
-      for (std::size_t i = 0; i < k; ++i) {
-        const std::size_t e = chosen[t * k + i];
-        tt::dequantize_to(s, both.view(e, 1), tt::matrix_view<float>(room.data, 2 * l.inner, l.hidden));
-        check(cudaStreamSynchronize(s.handle), "unpacking");
-        multiply_slowly<double>(x.data + t * l.hidden, 1, room.data, sums.data, 2 * l.inner, l.hidden);
-        gate_slowly<<<static_cast<unsigned>((l.inner + 255) / 256), 256>>>(sums.data, gated.data, l.inner);
-        check(cudaDeviceSynchronize(), "the reference");
-        tt::dequantize_to(s, down.view(e, 1), tt::matrix_view<float>(room.data, l.hidden, l.inner));
-        check(cudaStreamSynchronize(s.handle), "unpacking");
-        multiply_slowly<double>(gated.data, 1, room.data, output.data, l.hidden, l.inner);
-        check(cudaDeviceSynchronize(), "the reference");
-        const auto part = output.host();
-        for (std::size_t n = 0; n < l.hidden; ++n) expected[n] += static_cast<double>(shares[t * k + i]) * part[n];
-      }
-      for (std::size_t n = 0; n < l.hidden; ++n) {
-        const double d = static_cast<double>(got[t * l.hidden + n]) - expected[n];
-        error += d * d, energy += expected[n] * expected[n];
-      }
-    }
-    const double relative = std::sqrt(error / energy);
+    const double relative = relative_error(l, s, w, b, tokens);
     const bool agrees = relative <= 1e-2;  // three roundings to bfloat16 lie between; NaN does not pass
     good = good && agrees;
 
     std::vector<bool> used(l.experts, false);
-    for (const std::uint16_t e : chosen) used[e] = true;
+    for (const std::uint16_t e : b.ids.host()) used[e] = true;
     const auto active = static_cast<double>(std::count(used.begin(), used.end(), true));
     const double bits = tt::bits_per_weight(r.format) / 8, d_calls = static_cast<double>(calls);
     const auto row = [](std::size_t n) { return 2.0 * static_cast<double>(n); };

@@ -216,8 +216,9 @@ class trace {
 
   /// From ids of any integer type, such as int32 or torch's int64, −1 for nobody.
   template <id_array Ids>
-  [[nodiscard]] TETROMINO_ABI static result<trace> try_make(const routing_shape& shape, const Ids& ids, std::vector<request> requests,
-                                              std::vector<std::string> domain_names = {}) {
+  [[nodiscard]] TETROMINO_ABI static result<trace> try_make(const routing_shape& shape, const Ids& ids,
+                                                            std::vector<request> requests,
+                                                            std::vector<std::string> domain_names = {}) {
     std::vector<std::uint16_t> narrow(std::size(ids));
     for (std::size_t i = 0; i < narrow.size(); ++i) {
       if (auto kept = keep(shape, i / std::max<std::size_t>(shape.ids_per_token(), 1), std::data(ids)[i], narrow[i]);
@@ -228,16 +229,17 @@ class trace {
     return try_make(shape, std::move(narrow), std::move(requests), std::move(domain_names));
   }
   template <id_array Ids>
-  [[nodiscard]] TETROMINO_ABI static trace make(const routing_shape& shape, const Ids& ids, std::vector<request> requests,
-                                  std::vector<std::string> domain_names = {}) {
+  [[nodiscard]] TETROMINO_ABI static trace make(const routing_shape& shape, const Ids& ids,
+                                                std::vector<request> requests,
+                                                std::vector<std::string> domain_names = {}) {
     return try_make(shape, ids, std::move(requests), std::move(domain_names)).value();
   }
 
   /// From ids in the order in which engines hold a batch: [layers, tokens, experts_per_token].
   template <id_array Ids>
   [[nodiscard]] TETROMINO_ABI static result<trace> try_from_layers(const routing_shape& shape, const Ids& ids,
-                                                     std::vector<request> requests,
-                                                     std::vector<std::string> domain_names = {}) {
+                                                                   std::vector<request> requests,
+                                                                   std::vector<std::string> domain_names = {}) {
     const std::size_t k = shape.experts_per_token, size = std::size(ids);
     if (shape.ids_per_token() == 0 || size % shape.ids_per_token() != 0) {
       return error(errc::shape_mismatch,
@@ -253,8 +255,9 @@ class trace {
     return try_make(shape, std::move(ordered), std::move(requests), std::move(domain_names));
   }
   template <id_array Ids>
-  [[nodiscard]] TETROMINO_ABI static trace from_layers(const routing_shape& shape, const Ids& ids, std::vector<request> requests,
-                                         std::vector<std::string> domain_names = {}) {
+  [[nodiscard]] TETROMINO_ABI static trace from_layers(const routing_shape& shape, const Ids& ids,
+                                                       std::vector<request> requests,
+                                                       std::vector<std::string> domain_names = {}) {
     return try_from_layers(shape, ids, std::move(requests), std::move(domain_names)).value();
   }
 
