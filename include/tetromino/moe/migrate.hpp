@@ -148,21 +148,21 @@ inline void align(placement& next, const placement& current, const topology& t) 
     const std::span<std::int32_t> row = next.layer(l);
     const std::span<const std::int32_t> old = current.layer(l);
     const auto of_gpu = [&](auto r, std::size_t g) { return r.subspan(t.first_slot(g), t.slots_on_gpu(g)); };
+    const auto stay = [&](std::size_t x, std::size_t y) {
+      return detail::common_experts(of_gpu(std::span<const std::int32_t>(row), x), of_gpu(old, y), scratch);
+    };
+    const auto exchange_where_better = [&](std::size_t a, std::size_t b) {
+      if (t.slots_on_gpu(a) != t.slots_on_gpu(b) || stay(a, b) + stay(b, a) <= stay(a, a) + stay(b, b)) return false;
+      const std::span<std::int32_t> on_a = of_gpu(row, a), on_b = of_gpu(row, b);
+      std::swap_ranges(on_a.begin(), on_a.end(), on_b.begin());
+      return true;
+    };
     for (std::size_t n = 0; n < t.nodes(); ++n) {
       const std::size_t first = t.first_gpu(n), last = first + t.gpus_on_node(n);
       for (bool better = true; better;) {  // each exchange adds experts that stay, so this ends
         better = false;
         for (std::size_t a = first; a < last; ++a) {
-          for (std::size_t b = a + 1; b < last; ++b) {
-            if (t.slots_on_gpu(a) != t.slots_on_gpu(b)) continue;
-            const auto stay = [&](std::size_t x, std::size_t y) {
-              return detail::common_experts(of_gpu(std::span<const std::int32_t>(row), x), of_gpu(old, y), scratch);
-            };
-            if (stay(a, b) + stay(b, a) <= stay(a, a) + stay(b, b)) continue;
-            const std::span<std::int32_t> on_a = of_gpu(row, a), on_b = of_gpu(row, b);
-            std::swap_ranges(on_a.begin(), on_a.end(), on_b.begin());
-            better = true;
-          }
+          for (std::size_t b = a + 1; b < last; ++b) better = exchange_where_better(a, b) || better;
         }
       }
     }

@@ -196,6 +196,50 @@ struct balanced_options {
   std::span<const std::size_t> copies_per_layer{};
 };
 
+namespace detail::inline TETROMINO_ISA {
+
+/// The groups of so many experts that nodes have room for, counted on: node n has those from its own entry to the next.
+[[nodiscard]] inline std::vector<std::uint32_t> first_groups(const topology& t, std::size_t group_size) {
+  std::vector<std::uint32_t> first(1, 0);
+  for (std::size_t n = 0; n < t.nodes(); ++n) {
+    first.push_back(first.back() + static_cast<std::uint32_t>(t.slots_on_node(n) / group_size));
+  }
+  return first;
+}
+
+[[nodiscard]] inline result<void> check_balanced(const load_view& loads, const topology& t,
+                                                 const balanced_options& options) {
+  if (auto ok = try_validate(loads); !ok) return ok;
+  if (auto ok = check_place_shape(loads.layers, loads.experts, t); !ok) return ok;
+  if (options.groups == 0 || loads.experts % options.groups != 0) {
+    return error(errc::invalid_argument,
+                 text("balanced: expected groups that divide ", loads.experts, " experts, got ", options.groups));
+  }
+  const std::size_t group_size = loads.experts / options.groups, room = first_groups(t, group_size).back();
+  if (options.groups > 1 && room < options.groups) {
+    return error(errc::infeasible, text("balanced: expected nodes with slots for ", options.groups, " whole groups of ",
+                                        group_size, " experts, got slots for ", room));
+  }
+  if (!options.copies_per_layer.empty() && (options.copies_per_layer.size() != loads.layers || options.groups > 1)) {
+    return error(errc::shape_mismatch,
+                 text("balanced: expected copies for each of ", loads.layers, " layers, without groups, got ",
+                      options.copies_per_layer.size(), " and ", options.groups, " groups"));
+  }
+  if (options.nodes_per_expert == 0 || (options.nodes_per_expert > 1 && options.groups > 1)) {
+    return error(errc::invalid_argument,
+                 text("balanced: expected copies on at least 1 node, and no groups for more than 1, got ",
+                      options.nodes_per_expert, " nodes and ", options.groups, " groups"));
+  }
+  if (!has_room_for(t, loads.experts, options.nodes_per_expert)) {
+    return error(errc::infeasible,
+                 text("balanced: expected room for ", loads.experts, " experts on ", options.nodes_per_expert,
+                      " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"));
+  }
+  return {};
+}
+
+}  // namespace detail::inline TETROMINO_ISA
+
 inline namespace TETROMINO_ISA {
 
 /// Spreads load evenly over GPUs, and as far as that leaves a choice over nodes, with copies of the experts that carry
@@ -205,39 +249,9 @@ inline namespace TETROMINO_ISA {
 /// that many nodes.
 [[nodiscard]] inline result<placement> try_balanced(const load_view& loads, const topology& t,
                                                     const balanced_options& options = {}) {
-  if (auto ok = try_validate(loads); !ok) return ok.error();
-  if (auto ok = detail::check_place_shape(loads.layers, loads.experts, t); !ok) return ok.error();
-  if (options.groups == 0 || loads.experts % options.groups != 0) {
-    return error(errc::invalid_argument, detail::text("balanced: expected groups that divide ", loads.experts,
-                                                      " experts, got ", options.groups));
-  }
+  if (auto ok = detail::check_balanced(loads, t, options); !ok) return ok.error();
   const std::size_t group_size = loads.experts / options.groups;
-  std::vector<std::uint32_t> first_group(1, 0);  // room of nodes, counted in groups
-  for (std::size_t n = 0; n < t.nodes(); ++n) {
-    first_group.push_back(first_group.back() + static_cast<std::uint32_t>(t.slots_on_node(n) / group_size));
-  }
-  if (options.groups > 1 && first_group.back() < options.groups) {
-    return error(errc::infeasible,
-                 detail::text("balanced: expected nodes with slots for ", options.groups, " whole groups of ",
-                              group_size, " experts, got slots for ", first_group.back()));
-  }
-
-  if (!options.copies_per_layer.empty() && (options.copies_per_layer.size() != loads.layers || options.groups > 1)) {
-    return error(errc::shape_mismatch,
-                 detail::text("balanced: expected copies for each of ", loads.layers, " layers, without groups, got ",
-                              options.copies_per_layer.size(), " and ", options.groups, " groups"));
-  }
-  if (options.nodes_per_expert == 0 || (options.nodes_per_expert > 1 && options.groups > 1)) {
-    return error(errc::invalid_argument,
-                 detail::text("balanced: expected copies on at least 1 node, and no groups for more than 1, got ",
-                              options.nodes_per_expert, " nodes and ", options.groups, " groups"));
-  }
-  if (!detail::has_room_for(t, loads.experts, options.nodes_per_expert)) {
-    return error(errc::infeasible,
-                 detail::text("balanced: expected room for ", loads.experts, " experts on ", options.nodes_per_expert,
-                              " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"));
-  }
-
+  const std::vector<std::uint32_t> first_group = detail::first_groups(t, group_size);
   placement out(loads.layers, loads.experts, t.slots());
   const std::vector<std::uint32_t> first_slot = detail::first_slots(t);
   const std::vector<double> speeds = detail::speeds_of(t);
