@@ -22,7 +22,7 @@ int main() {
 
   // W4A8: activations rounded to int8 by block; weights that stay are faster once they are repacked.
   const auto fast = tt::repack(tt::automatic, packed);
-  const auto x8 = tt::quantize_int8(x);
+  const auto x8 = tt::quantize_int8(tt::automatic, x);
   const std::vector<std::uint32_t> first_row = {0, 2, 2, 5, 6};  // expert e has the rows from first_row[e] on
   tt::matrix<float> grouped(tokens, outputs);
   tt::grouped_matmul(tt::automatic, x8, fast, first_row, grouped.view()[0]);

@@ -259,7 +259,7 @@ TEST_CASE("int8 activations: scale amax / 127, elements to nearest even") {
     std::vector<float> x(rows * cols);
     awkward_numbers numbers(random.bits());
     for (float& v : x) v = numbers();
-    const auto packed_x = tetromino::quantize_int8(matrix_view<const float>(x.data(), rows, cols));
+    const auto packed_x = tetromino::quantize_int8(scalar, matrix_view<const float>(x.data(), rows, cols));
     for (std::size_t r = 0; r < rows; ++r) {
       for (std::size_t b = 0; b < (cols + 31) / 32; ++b) {
         const std::size_t first = r * cols + b * 32, n = std::min<std::size_t>(32, cols - b * 32);
@@ -289,14 +289,14 @@ TEST_CASE("int8 activations: values that are not finite are errors that name the
   for (const float bad : {std::nanf(""), HUGE_VALF, -HUGE_VALF}) {
     std::vector<float> x(3 * 40, 1.0f);
     x[2 * 40 + 33] = bad;
-    const auto r = tetromino::try_quantize_int8(matrix_view<const float>(x.data(), 3, 40));
+    const auto r = tetromino::try_quantize_int8(scalar, matrix_view<const float>(x.data(), 3, 40));
     REQUIRE_FALSE(r);
     CHECK(r.error().code() == errc::non_finite);
     CHECK_THAT(r.error().what(), contains("row 2, columns 32 to 39"));
   }
   tetromino::int8_matrix small(2, 40);
   const std::vector<float> x(3 * 40);
-  CHECK(tetromino::try_quantize_int8_to(matrix_view<const float>(x.data(), 3, 40), small.view()).error().code() ==
+  CHECK(tetromino::try_quantize_int8_to(scalar, matrix_view<const float>(x.data(), 3, 40), small.view()).error().code() ==
         errc::shape_mismatch);
 }
 

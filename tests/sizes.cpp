@@ -82,7 +82,7 @@ TEST_CASE("matrices that claim them are refused") {
   check_refused(try_quantize_to(scalar, x, packed_view<mxfp4, std::uint8_t>{mxfp4{}, 1, huge, 128, {}, {}, {}, {}}));
   check_refused(try_fake_quantize(scalar, x, recipe::parse("mxfp4-32/oas"), x));
   check_refused(try_rotate(scalar, x, hadamard{}, x));
-  check_refused(try_quantize_int8(x));
+  check_refused(try_quantize_int8(scalar, x));
   const packed<mxfp4> w(mxfp4{}, 1, 1, 128);
   check_rows(try_matmul(scalar, x, w, matrix_view<float>(&number, huge, 1)));
 }

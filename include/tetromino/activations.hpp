@@ -2,14 +2,15 @@
 
 #include "detail/macros_off.hpp"
 
-#include "detail/float_state.hpp"  // default_float_state
-#include "detail/sizes.hpp"        // check_sizes, element_count
-#include "error.hpp"               // error, result
-#include "execution.hpp"           // executor_ref
-#include "matrix.hpp"              // matrix_like
-#include "packed.hpp"              // packed_view, packed_like
+#include "detail/for_each_row.hpp"  // for_each_row, shared_minimum
+#include "detail/sizes.hpp"         // check_sizes, element_count
+#include "error.hpp"                // error, result
+#include "execution.hpp"            // scalar_t, attached, executor_ref
+#include "matrix.hpp"               // matrix_like
+#include "packed.hpp"               // packed_view, packed_like
 
-#include <algorithm>    // std::min, std::max
+#include <algorithm>    // std::clamp, std::min, std::max
+#include <concepts>     // std::same_as
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::int8_t
 #include <span>         // std::span
@@ -60,27 +61,42 @@ struct int8_matrix {
 
 namespace detail::inline TETROMINO_ISA {
 
-/// Rounds one block to 8 bits: scale = amax / 127, values to nearest even of x * (127 / amax). Returns false where a
-/// value is not finite.
-template <real T>
-bool quantize_int8_block(const T* x, std::size_t n, std::int8_t* values, float& scale) {
-  std::uint32_t largest_bits = 0;  // magnitudes compare as their bits do, and NaN and infinity come last
-  for (std::size_t i = 0; i < n; ++i) {
-    largest_bits = std::max(largest_bits, detail::bit_cast<std::uint32_t>(to_float(x[i])) & 0x7FFFFFFFu);
+/// Rounds rows to 8 bits one element at a time: the reference.
+struct scalar_int8 {
+  /// Rounds x[cols] to values[cols] and a scale for each block; returns the first block that holds NaN or an infinity,
+  /// or the number of blocks.
+  template <real T>
+  static std::size_t quantize_int8_row(const T* x, std::size_t cols, std::int8_t* values, float* scales) {
+    constexpr std::size_t block = int8_view<>::block;
+    std::size_t b = 0;
+    for (std::size_t k = 0; k < cols; k += block, ++b) {
+      if (!round_block(x + k, std::min(block, cols - k), values + k, scales[b])) break;
+    }
+    return b;
   }
-  if (largest_bits >= 0x7F800000u) return false;
-  const float amax = detail::bit_cast<float>(largest_bits);
-  scale = amax / 127.0f;
-  // 127 / amax overflows below 2^-121: such blocks become zero.
-  const float inverse = amax < 0x1p-120f ? 0.0f : 127.0f / amax;
-  if (inverse == 0.0f) scale = 0.0f;
-  constexpr float shift = 0x1.8p23f;  // adding it leaves an integer, rounded to nearest even, in the low bits
-  for (std::size_t i = 0; i < n; ++i) {
-    const float y = rounded(to_float(x[i]) * inverse) + shift;
-    values[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(detail::bit_cast<std::uint32_t>(y) & 0xFFu));
+
+ private:
+  /// scale = amax / 127, values to nearest even of x * (127 / amax). Returns false where a value is not finite.
+  template <real T>
+  static bool round_block(const T* x, std::size_t n, std::int8_t* values, float& scale) {
+    std::uint32_t largest_bits = 0;  // magnitudes compare as their bits do, and NaN and infinity come last
+    for (std::size_t i = 0; i < n; ++i) {
+      largest_bits = std::max(largest_bits, detail::bit_cast<std::uint32_t>(to_float(x[i])) & 0x7FFFFFFFu);
+    }
+    if (largest_bits >= 0x7F800000u) return false;
+    const float amax = detail::bit_cast<float>(largest_bits);
+    scale = amax / 127.0f;
+    // 127 / amax overflows below 2^-121: such blocks become zero.
+    const float inverse = amax < 0x1p-120f ? 0.0f : 127.0f / amax;
+    if (inverse == 0.0f) scale = 0.0f;
+    constexpr float shift = 0x1.8p23f;  // adding it leaves an integer, rounded to nearest even, in the low bits
+    for (std::size_t i = 0; i < n; ++i) {
+      const float y = rounded(to_float(x[i]) * inverse) + shift;
+      values[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(detail::bit_cast<std::uint32_t>(y) & 0xFFu));
+    }
+    return true;
   }
-  return true;
-}
+};
 
 /// Says which buffer of 8-bit activations does not fit their shape, if one does not.
 template <class Value>
@@ -125,6 +141,49 @@ std::size_t row_count(const X& x) noexcept {
 
 }  // namespace detail::inline TETROMINO_ISA
 
+namespace detail {
+
+/// What a backend is asked to round to 8 bits; already checked.
+template <real T>
+struct quantize_int8_job {
+  batch_view<const T> in;
+  int8_view<std::int8_t> out;
+};
+
+}  // namespace detail
+
+namespace detail::inline TETROMINO_ISA {
+
+/// Rounds rows on the CPU with the kernels of one backend.
+template <class Kernels, real T>
+result<void> quantize_int8_cpu(executor_ref executor, const quantize_int8_job<T>& job, const Kernels& kernels = {}) {
+  const auto& [in, out] = job;
+  const std::size_t blocks = out.blocks_per_row();
+  // Little work for an element: few of them make a task while there are few, so that each of many threads has some.
+  const std::size_t elements_per_task = std::clamp<std::size_t>(out.rows * out.cols / 256, 1 << 12, 1 << 16);
+  shared_minimum rejected;
+  for_each_row(
+      executor, out.rows, out.cols,
+      [&](std::size_t r) {
+        const T* row = in.row(r / in.rows, r % in.rows);
+        const std::size_t b =
+            kernels.quantize_int8_row(row, out.cols, out.values.data() + r * out.cols, out.scales.data() + r * blocks);
+        if (b < blocks) rejected.offer(r * blocks + b);
+      },
+      elements_per_task);
+  if (rejected.value() == shared_minimum::none) return {};
+  const std::size_t r = rejected.value() / blocks, k = rejected.value() % blocks * out.block;
+  return error(errc::non_finite, text("expected finite values, got NaN or infinity in row ", r, ", columns ", k, " to ",
+                                      std::min(k + out.block, out.cols) - 1));
+}
+
+template <class Policy, class T>
+concept has_quantize_int8_on = requires(const Policy& policy, const quantize_int8_job<T>& job) {
+  { quantize_int8_on(policy, job) } -> std::same_as<result<void>>;
+};
+
+}  // namespace detail::inline TETROMINO_ISA
+
 inline namespace TETROMINO_ISA {
 
 /// Anything that matmul takes as activations: matrices of float, half or bfloat16, int8 activations, packed storage.
@@ -133,52 +192,54 @@ concept activations_like = requires(const X& x) {
   detail::as_activations(x);
 };
 
+/// The hook of the scalar backend; see quantize.hpp.
+template <real T>
+result<void> quantize_int8_on(const scalar_t& policy, const detail::quantize_int8_job<T>& job) {
+  return detail::quantize_int8_cpu<detail::scalar_int8>(policy.executor, job);
+}
+
+/// A policy whose backend can round elements of type T to 8 bits.
+template <class Policy, class T>
+concept can_quantize_int8 = real<T> && detail::attached<Policy, detail::has_quantize_int8_on<Policy, T>>::value;
+
 /// Rounds x[matrices, rows, cols] to 8-bit activations [matrices * rows, cols], storage that the caller provides:
 /// blocks of 32 along K with scale amax / 127, elements to nearest even. A block below 2^-120 becomes zero.
 /// Errors: shape_mismatch; non_finite.
-template <matrix_like Input>
-result<void> try_quantize_int8_to(const Input& x, int8_view<std::int8_t> out) {
+template <class Policy, matrix_like Input>
+  requires(can_quantize_int8<Policy, element_of<Input>>)
+result<void> try_quantize_int8_to(const Policy& policy, const Input& x, int8_view<std::int8_t> out) {
   const auto in = detail::as_batch(x);
   if (auto fits = detail::check_storage(out); !fits) return fits;
   if (out.rows != in.matrices * in.rows || out.cols != in.cols) {
     return error(errc::shape_mismatch, detail::text("the input is [", in.matrices * in.rows, ", ", in.cols,
                                                     "], the int8 activations are [", out.rows, ", ", out.cols, "]"));
   }
-  const detail::default_float_state usual;
-  const std::size_t blocks = out.blocks_per_row();
-  for (std::size_t r = 0; r < out.rows; ++r) {
-    const auto* row = in.row(r / in.rows, r % in.rows);
-    for (std::size_t b = 0; b < blocks; ++b) {
-      const std::size_t k = b * out.block, n = std::min(out.block, in.cols - k);
-      if (!detail::quantize_int8_block(row + k, n, &out.values[r * in.cols + k], out.scales[r * blocks + b])) {
-        return error(errc::non_finite, detail::text("expected finite values, got NaN or infinity in row ", r,
-                                                    ", columns ", k, " to ", k + n - 1));
-      }
-    }
-  }
-  return {};
+  return quantize_int8_on(policy, detail::quantize_int8_job<element_of<Input>>{in, out});
 }
 
 /// try_quantize_int8_to, throwing its error.
-template <matrix_like Input>
-void quantize_int8_to(const Input& x, int8_view<std::int8_t> out) {
-  try_quantize_int8_to(x, out).value();
+template <class Policy, matrix_like Input>
+  requires(can_quantize_int8<Policy, element_of<Input>>)
+void quantize_int8_to(const Policy& policy, const Input& x, int8_view<std::int8_t> out) {
+  try_quantize_int8_to(policy, x, out).value();
 }
 
 /// try_quantize_int8_to into storage of its own.
-template <matrix_like Input>
-result<int8_matrix> try_quantize_int8(const Input& x) {
+template <class Policy, matrix_like Input>
+  requires(can_quantize_int8<Policy, element_of<Input>>)
+result<int8_matrix> try_quantize_int8(const Policy& policy, const Input& x) {
   const auto in = detail::as_batch(x);
   if (auto fits = detail::check_storage(in); !fits) return fits.error();
   int8_matrix out(in.matrices * in.rows, in.cols);
-  if (auto done = try_quantize_int8_to(x, out.view()); !done) return done.error();
+  if (auto done = try_quantize_int8_to(policy, x, out.view()); !done) return done.error();
   return out;
 }
 
 /// try_quantize_int8, throwing its error.
-template <matrix_like Input>
-[[nodiscard]] int8_matrix quantize_int8(const Input& x) {
-  return try_quantize_int8(x).value();
+template <class Policy, matrix_like Input>
+  requires(can_quantize_int8<Policy, element_of<Input>>)
+[[nodiscard]] int8_matrix quantize_int8(const Policy& policy, const Input& x) {
+  return try_quantize_int8(policy, x).value();
 }
 
 }  // namespace TETROMINO_ISA

@@ -5,6 +5,7 @@
 /// The same kernels as the `simd` policy, compiled for several instruction sets, with the best one chosen when the
 /// program runs: for programs that are built for plain x86-64. Link the target tetromino::cpu.
 
+#include "activations.hpp"              // quantize_int8_on
 #include "dequantize.hpp"               // dequantize_on
 #include "detail/dispatch/kernels.hpp"  // default_kernels
 #include "hadamard.hpp"                 // rotate_on
@@ -107,6 +108,12 @@ result<void> dequantize_on(const cpu_t& policy, const detail::dequantize_job<T>&
   const auto kernels = detail::kernels_of(policy);
   if (!kernels) return kernels.error();
   return detail::dequantize_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+}
+template <real T>
+result<void> quantize_int8_on(const cpu_t& policy, const detail::quantize_int8_job<T>& job) {
+  const auto kernels = detail::kernels_of(policy);
+  if (!kernels) return kernels.error();
+  return detail::quantize_int8_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
 }
 template <class X, real Out>
 result<void> matmul_on(const cpu_t& policy, const detail::matmul_job<X, Out>& job) {

@@ -7,6 +7,7 @@
 /// has, and leaves out products.
 
 #include "detail/simd/quantize_on.hpp"  // quantize_on, amax_on, fake_quantize_on, dequantize_on, rotate_on
+#include "activations.hpp"              // quantize_int8
 #include "dequantize.hpp"               // dequantize
 #include "hadamard.hpp"                 // rotate
 #include "matmul.hpp"                   // matmul
@@ -14,10 +15,15 @@
 
 #if TETROMINO_SIMD
 
-#include "detail/simd/matmul.hpp"  // simd_matmul_kernels
+#include "detail/simd/activations.hpp"  // simd_int8
+#include "detail/simd/matmul.hpp"       // simd_matmul_kernels
 
 namespace TETROMINO_NAMESPACE::inline TETROMINO_ISA {
 
+template <real T>
+result<void> quantize_int8_on(const simd_t& policy, const detail::quantize_int8_job<T>& job) {
+  return detail::quantize_int8_cpu<detail::simd_int8>(policy.executor, job);
+}
 template <class X, real Out>
 result<void> matmul_on(const simd_t& policy, const detail::matmul_job<X, Out>& job) {
   detail::matmul_cpu<detail::simd_matmul_kernels>(policy.executor, job);

@@ -16,7 +16,8 @@
 ///                quantize_row_mxfp4_ref(x.data(), blocks->data(), static_cast<std::int64_t>(n)); }}};
 ///   }
 ///
-/// and so on for quantize_row_nvfp4_ref, dequantize_row_mxfp4, dequantize_row_nvfp4 and, after ggml_cpu_init(),
+/// and so on for quantize_row_nvfp4_ref, quantize_row_q8_0 (34 bytes for 32 values; beside quantize_int8, which writes
+/// 36), dequantize_row_mxfp4, dequantize_row_nvfp4 and, after ggml_cpu_init(),
 /// ggml_vec_dot_mxfp4_q8_0 and ggml_vec_dot_nvfp4_q8_0, whose cycles for 32 weights stand beside those of bench_matmul
 /// with one row.
 

@@ -79,7 +79,7 @@ void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_m
     activations a;
     a.x = normal_matrix(rows);
     a.x16 = as_bfloat16(a.x);
-    a.x8 = quantize_int8(a.x);
+    a.x8 = quantize_int8(simd, a.x);
     a.x4 = quantize(simd, a.x, r);
     a.out = matrix<float>(rows, outputs);
     activations& stored = all.emplace_back(std::move(a));
@@ -127,7 +127,7 @@ void bench_experts(const recipe& r, std::size_t bytes, int repetitions) {
     for (std::size_t e = 0; e <= experts; ++e) offsets.push_back(static_cast<std::uint32_t>(e * each));
     const matrix<float> x = normal_matrix(experts * each);
     tokens& t =
-        all.emplace_back(tokens{std::move(offsets), as_bfloat16(x), quantize_int8(x), matrix<float>(x.rows, outputs)});
+        all.emplace_back(tokens{std::move(offsets), as_bfloat16(x), quantize_int8(simd, x), matrix<float>(x.rows, outputs)});
     const double products = static_cast<double>(outputs * cols) * static_cast<double>(x.rows);
     const auto add = [&](const char* name, const auto& activations, const auto& w) {
       table.add(

@@ -1,4 +1,4 @@
-/// Speed of quantize, dequantize and fake_quantize on the CPU, as a share of what the memory allows.
+/// Speed of quantize, quantize_int8, dequantize and fake_quantize on the CPU, as a share of what the memory allows.
 ///
 ///   bench_quantize [--mib N] [--repetitions N] [--threads N] [--only TEXT]
 ///
@@ -100,6 +100,13 @@ void bench_type(std::size_t bytes, int repetitions, const char* where) {
         },
         read);
   }
+  int8_matrix activations(rows, cols);
+  table.add(
+      "quantize_int8", type_name<T>, size(x.size()), static_cast<double>(x.size()),
+      [&x, &activations, rows] {
+        quantize_int8_to(simd, matrix_view<const T>(x.data(), rows, cols), activations.view());
+      },
+      read);
   const auto write =
       table.add("(memset)", type_name<T>, size(y.size()), 0, [&] { bench::write_all(y.data(), y.size() * sizeof(T)); });
   for (const char* name : unpacked_recipes) {
@@ -131,6 +138,7 @@ void bench_threads(std::size_t bytes, int repetitions, unsigned most) {
   std::vector<float> y(x.size());
   std::vector<packed<any_format>> storage;
   storage.reserve(3);
+  int8_matrix activations(rows, cols), few(16, cols);
   bench::table table("threads, float, by the wall clock", false);
   const double size = static_cast<double>(x.size() * sizeof(float)), weights = static_cast<double>(x.size());
   for (unsigned threads = 1; threads <= most; threads *= 2) {
@@ -161,6 +169,12 @@ void bench_threads(std::size_t bytes, int repetitions, unsigned most) {
           },
           read);
     }
+    table.add(
+        "quantize_int8", count, size, weights,
+        [in, &activations, executor] { quantize_int8_to(simd.on(executor), in, activations.view()); }, read);
+    table.add("quantize_int8, 16 rows", count, 16 * cols * sizeof(float), 16 * cols, [&x, &few, executor] {
+      quantize_int8_to(simd.on(executor), matrix_view<const float>(x.data(), 16, cols), few.view());
+    });
   }
   table.run(repetitions);
   table.print();

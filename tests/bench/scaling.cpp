@@ -39,7 +39,7 @@ void bench_size(std::size_t bytes, int repetitions) {
   const matrix_view<float> all(x.data(), rows, cols);
   const float tensor_scale = 5.0f / (6 * 448);
   packed<any_format> mx(mxfp4{}, 1, rows, cols), nv(nvfp4{}, 1, rows, cols);
-  const int8_matrix one = quantize_int8(matrix_view<const float>(sample.data(), 1, cols));
+  const int8_matrix one = quantize_int8(simd, matrix_view<const float>(sample.data(), 1, cols));
   std::vector<float> out(rows);
 
   bench::table table(size_name(bytes) + ", " + std::string(simd.isa()));
@@ -83,7 +83,7 @@ void bench_threads(std::size_t bytes, unsigned most, int repetitions) {
   for (std::size_t i = 0; i < w.codes.size(); ++i) w.codes[i] = static_cast<std::uint8_t>(i * 37 >> 3);
   for (auto& s : w.scales) s = 120;
   const matrix_view<const float> few(sample.data(), 16, cols);
-  const int8_matrix x = quantize_int8(few);
+  const int8_matrix x = quantize_int8(simd, few);
   std::vector<float> out(16 * rows);
   const repacked fast = repack(simd, w);
   const std::vector<float> x32 = reference::normal_sample(2, std::size_t{1} << 24);

@@ -206,7 +206,7 @@ TEST_CASE("rotations, products and 8-bit activations are the same in every float
     matrix<float> turned(5, 160), product(5, 7);
     rotate(policy, x.view, hadamard{64, 3}, turned.view());
     out.push_back(turned.data);
-    const int8_matrix small = quantize_int8(x.view);
+    const int8_matrix small = quantize_int8(policy, x.view);
     out.push_back(small.scales);
     matmul(policy, small, weights, matrix_view<float>(product.data.data(), 5, 7));
     out.push_back(product.data);

@@ -100,6 +100,12 @@ void add_dequantize(std::vector<work>& all, const char* name, const char* type) 
                  [in = quantize(simd, normal_matrix<float>(1), recipe::parse(name)),
                   out = matrix<T>(1, cols)]() mutable { dequantize_to(simd, in, out.view()); }});
 }
+template <class T>
+void add_quantize_int8(std::vector<work>& all, const char* type) {
+  all.push_back({std::string(type) + " -> int8", cols, [x = normal_matrix<T>(1), out = int8_matrix(1, cols)]() mutable {
+                   quantize_int8_to(simd, x, out.view());
+                 }});
+}
 template <class X>
 void add_matmul(std::vector<work>& all, const char* name, const char* type, const X& x, std::size_t rows) {
   const recipe r = recipe::parse(name);
@@ -125,17 +131,20 @@ std::vector<work> all_work() {
   add_quantize<bfloat16>(all, "nvfp4/amax", "bfloat16");
   add_quantize<half>(all, "mxfp4-32/oas", "half");
   add_quantize<half>(all, "nvfp4/amax", "half");
+  add_quantize_int8<float>(all, "float");
+  add_quantize_int8<bfloat16>(all, "bfloat16");
+  add_quantize_int8<half>(all, "half");
   for (const char* name : {"mxfp4-32/oas", "nvfp4/amax"}) {
     add_dequantize<float>(all, name, "float");
     add_dequantize<bfloat16>(all, name, "bfloat16");
     const matrix<float> one = normal_matrix<float>(1), four = normal_matrix<float>(4);
-    add_matmul(all, name, "int8", quantize_int8(one), 1);
-    add_matmul(all, name, "int8", quantize_int8(four), 4);
+    add_matmul(all, name, "int8", quantize_int8(simd, one), 1);
+    add_matmul(all, name, "int8", quantize_int8(simd, four), 4);
     add_matmul(all, name, "packed", quantize(simd, one, recipe::parse(name)), 1);
     add_matmul(all, name, "bfloat16", normal_matrix<bfloat16>(1), 1);
     add_matmul(all, name, "bfloat16", normal_matrix<bfloat16>(4), 4);
-    add_repacked(all, name, "int8", quantize_int8(one), 1);
-    add_repacked(all, name, "int8", quantize_int8(normal_matrix<float>(8)), 8);
+    add_repacked(all, name, "int8", quantize_int8(simd, one), 1);
+    add_repacked(all, name, "int8", quantize_int8(simd, normal_matrix<float>(8)), 8);
     add_repacked(all, name, "packed", quantize(simd, one, recipe::parse(name)), 1);
     add_repacked(all, name, "bfloat16", normal_matrix<bfloat16>(1), 1);
   }
@@ -165,6 +174,9 @@ constexpr expected_count expected[] = {
     {"bfloat16 -> nvfp4/amax", 199.8, 130.3},
     {"half -> mxfp4-32/oas", 210.5, 97.1},
     {"half -> nvfp4/amax", 273.9, 127.0},
+    {"float -> int8", 0, 0},
+    {"bfloat16 -> int8", 0, 0},
+    {"half -> int8", 0, 0},
     {"mxfp4-32/oas -> float", 75.2, 52.7},
     {"mxfp4-32/oas -> bfloat16", 81.8, 51.8},
     {"int8 x mxfp4-32/oas, M = 1", 16.4, 11.3},

@@ -60,8 +60,8 @@ bool multiplies(const tt::matrix<float>& x) {
   if (tt::to_packed(tt::scalar, repacked).codes != w.codes) return false;
   tt::matrix<float> a(16, 8), b(16, 8);
   const std::uint32_t offsets[] = {0, 9, 16};
-  tt::grouped_matmul(tt::scalar, tt::quantize_int8(x), w, offsets, a.view()[0]);
-  tt::grouped_matmul(tt::scalar, tt::quantize_int8(x), repacked, offsets, b.view()[0]);
+  tt::grouped_matmul(tt::scalar, tt::quantize_int8(tt::automatic, x), w, offsets, a.view()[0]);
+  tt::grouped_matmul(tt::scalar, tt::quantize_int8(tt::automatic, x), repacked, offsets, b.view()[0]);
   return a.data == b.data;
 }
 

@@ -4,33 +4,17 @@
 #include "../hadamard.hpp"   // row_rotation
 #include "../options.hpp"    // jobs
 #include "float_state.hpp"   // default_float_state
-#include "for_each_row.hpp"  // for_each_row
+#include "for_each_row.hpp"  // for_each_row, shared_minimum
 #include "row.hpp"           // row_rules, admit
 
 #include <algorithm>  // std::min, std::max, std::any_of, std::none_of, std::fill, std::replace_if
 #include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
-#include <limits>     // std::numeric_limits
 #include <span>       // std::span
 #include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
-
-/// The least of the values that several threads offer.
-class shared_minimum {
- public:
-  static constexpr std::size_t none = std::numeric_limits<std::size_t>::max();
-  void offer(std::size_t value) noexcept {
-    std::size_t seen = value_.load(std::memory_order_relaxed);
-    while (value < seen && !value_.compare_exchange_weak(seen, value)) {
-    }
-  }
-  [[nodiscard]] std::size_t value() const noexcept { return value_.load(); }
-
- private:
-  std::atomic<std::size_t> value_{none};
-};
 
 /// The error for the first element, in reading order, that special_values::reject refuses.
 template <real T>

@@ -12,7 +12,8 @@
 #if defined(TETROMINO_CPU_INSTANCE)
 #include "kernels.hpp"  // quantize_table, matmul_table
 #if TETROMINO_CPU_ROWS
-#include "../simd/quantize.hpp"  // simd_kernels
+#include "../simd/activations.hpp"  // simd_int8
+#include "../simd/quantize.hpp"     // simd_kernels
 #else
 #include "../simd/matmul.hpp"  // simd_matmul_kernels
 #endif
@@ -22,7 +23,7 @@ inline namespace TETROMINO_ISA {
 
 #if TETROMINO_CPU_ROWS
 extern const quantize_table rows_table;
-constinit const quantize_table rows_table = table_of<simd_kernels>::quantize(isa_name);
+constinit const quantize_table rows_table = table_of<simd_kernels>::quantize<simd_int8>(isa_name);
 #else
 extern const matmul_table products_table;
 constinit const matmul_table products_table = table_of<simd_matmul_kernels>::matmul(isa_name);

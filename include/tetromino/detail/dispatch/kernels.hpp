@@ -16,13 +16,14 @@
 
 namespace TETROMINO_NAMESPACE::detail {
 
-/// The kernels for rows of one element type; see scalar_kernels.
+/// The kernels for rows of one element type; see scalar_kernels and scalar_int8.
 template <real T>
 struct row_kernels {
   float (*amax)(const T*, std::size_t, special_values);
   std::size_t (*quantize)(const row_rules&, const input_row<T>&, const packed_row<std::uint8_t>&);
   void (*dequantize)(const any_format&, const packed_row<const std::uint8_t>&, std::size_t, T*);
   void (*dequantize_past_caches)(const any_format&, const packed_row<const std::uint8_t>&, std::size_t, T*);
+  std::size_t (*quantize_int8)(const T*, std::size_t, std::int8_t*, float*);
 };
 struct quantize_table {
   const char* isa;  ///< what the compiler was told to use where this table was made
@@ -80,6 +81,10 @@ struct dispatched_rows {
                                   T* out) const {
     of<T>().dequantize_past_caches(format, in, cols, out);
   }
+  template <real T>
+  std::size_t quantize_int8_row(const T* x, std::size_t cols, std::int8_t* values, float* scales) const {
+    return of<T>().quantize_int8(x, cols, values, scales);
+  }
   void rotate(const rotation_part& part, float* row, std::size_t n) const { table->rotate(part, row, n); }
   void revert(const rotation_part& part, float* row, std::size_t n) const { table->revert(part, row, n); }
 };
@@ -105,13 +110,18 @@ struct table_of {
       Kernels::dequantize_row(format, in, cols, out);
     }
   }
-  template <real T>
+  template <real T, class Int8>
   static constexpr row_kernels<T> rows() {
     return {&Kernels::template amax<T>, &Kernels::template quantize_row<T>, &Kernels::template dequantize_row<T>,
-            &table_of::dequantize_past_caches<T>};
+            &table_of::dequantize_past_caches<T>, &Int8::template quantize_int8_row<T>};
   }
+  /// `Int8` are the same backend's for 8-bit activations.
+  template <class Int8>
   static constexpr quantize_table quantize(const char* isa) {
-    return {isa, {rows<float>(), rows<half>(), rows<bfloat16>()}, &Kernels::rotate, &Kernels::revert};
+    return {isa,
+            {rows<float, Int8>(), rows<half, Int8>(), rows<bfloat16, Int8>()},
+            &Kernels::rotate,
+            &Kernels::revert};
   }
   static constexpr matmul_table matmul(const char* isa) { return {isa, &Kernels::multiply, &Kernels::multiply}; }
 };
