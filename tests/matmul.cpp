@@ -296,8 +296,9 @@ TEST_CASE("int8 activations: values that are not finite are errors that name the
   }
   tetromino::int8_matrix small(2, 40);
   const std::vector<float> x(3 * 40);
-  CHECK(tetromino::try_quantize_int8_to(scalar, matrix_view<const float>(x.data(), 3, 40), small.view()).error().code() ==
-        errc::shape_mismatch);
+  CHECK(
+      tetromino::try_quantize_int8_to(scalar, matrix_view<const float>(x.data(), 3, 40), small.view()).error().code() ==
+      errc::shape_mismatch);
 }
 
 }  // namespace

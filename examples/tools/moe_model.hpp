@@ -108,7 +108,8 @@ class rounded_rows {
     }
     kind_ = p.int8_activations ? kind::int8 : p.activations ? kind::packed : kind::plain;
     if (kind_ == kind::int8) {
-      int8_ = tetromino::quantize_int8(tetromino::cpu, tetromino::matrix_view<const float>(plain_.data(), rows(), cols));
+      int8_ =
+          tetromino::quantize_int8(tetromino::cpu, tetromino::matrix_view<const float>(plain_.data(), rows(), cols));
     } else if (kind_ == kind::packed) {
       // one matrix per row: so each row can have the tensor scale of its group
       const tetromino::batch_view<const float> each_row(plain_.data(), rows(), 1, cols);

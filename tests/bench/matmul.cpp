@@ -126,8 +126,8 @@ void bench_experts(const recipe& r, std::size_t bytes, int repetitions) {
     std::vector<std::uint32_t> offsets;
     for (std::size_t e = 0; e <= experts; ++e) offsets.push_back(static_cast<std::uint32_t>(e * each));
     const matrix<float> x = normal_matrix(experts * each);
-    tokens& t =
-        all.emplace_back(tokens{std::move(offsets), as_bfloat16(x), quantize_int8(simd, x), matrix<float>(x.rows, outputs)});
+    tokens& t = all.emplace_back(
+        tokens{std::move(offsets), as_bfloat16(x), quantize_int8(simd, x), matrix<float>(x.rows, outputs)});
     const double products = static_cast<double>(outputs * cols) * static_cast<double>(x.rows);
     const auto add = [&](const char* name, const auto& activations, const auto& w) {
       table.add(

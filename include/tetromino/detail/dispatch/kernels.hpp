@@ -118,10 +118,7 @@ struct table_of {
   /// `Int8` are the same backend's for 8-bit activations.
   template <class Int8>
   static constexpr quantize_table quantize(const char* isa) {
-    return {isa,
-            {rows<float, Int8>(), rows<half, Int8>(), rows<bfloat16, Int8>()},
-            &Kernels::rotate,
-            &Kernels::revert};
+    return {isa, {rows<float, Int8>(), rows<half, Int8>(), rows<bfloat16, Int8>()}, &Kernels::rotate, &Kernels::revert};
   }
   static constexpr matmul_table matmul(const char* isa) { return {isa, &Kernels::multiply, &Kernels::multiply}; }
 };
