@@ -118,7 +118,8 @@ struct simd_int8 {
   /// Rounds the first `used` of 16 blocks, and writes all 16 scales; returns the first that is not finite, or 16.
   template <real T>
   static std::size_t round_blocks(const T* x, std::size_t used, std::int8_t* values, float* scales) {
-    const words bits = block_amax<registers > 2 ? any_size : block>(block, x);
+    constexpr std::size_t known_size = registers > 2 ? any_size : block;
+    const words bits = block_amax<known_size>(block, x);
     if (any_at_least(bits, infinity)) return first_at_least(bits, infinity);
     const floats amax = floats_of(bits), zero = broadcast(0.0f), largest = broadcast(127.0f);
     const flags tiny = amax < broadcast(0x1p-120f);
