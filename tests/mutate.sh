@@ -4,12 +4,12 @@
 #   tests/mutate.sh                 all of them
 #   tests/mutate.sh router e2m1-    those whose names contain one of the words
 #   tests/mutate.sh --check         only whether each fault still applies
-# CXX and TETROMINO_JOBS pick the compiler and how many run at once.
+# CXX and TETROMINO_JOBS pick the compiler and how many run at once, TETROMINO_FAULTS another list of faults.
 set -euo pipefail
 export LC_ALL=C
 unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-list=$root/tests/mutations.txt
+list=${TETROMINO_FAULTS:-$root/tests/mutations.txt}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export root work CXX=${CXX:-c++}
