@@ -3,6 +3,7 @@
 /// Sizes whose products wrap: every door refuses them before it reads or allocates anything.
 
 #include <tetromino/block_scaled.hpp>
+#include <tetromino/layout.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/repacked.hpp>
 #include <tetromino/tetromino.hpp>
@@ -50,6 +51,24 @@ TEST_CASE("storage of more elements than there can be is not made") {
   check_thrown([] { packed<nvfp4> p(nvfp4{}, huge, 16, 1); });
   check_thrown([] { int8_matrix x(huge, 32); });
   CHECK_NOTHROW(matrix<float>(std::size_t{1} << 48, 0));
+}
+
+TEST_CASE("rows without columns take no time, however many there are") {
+  const std::size_t most = std::size_t{1} << 48;
+  float number = 0;
+  const batch_view<float> x(&number, 1, most, 0);
+  CHECK(try_quantize_to(scalar, x, packed_view<any_format, std::uint8_t>{mxfp4{}, 1, most, 0, {}, {}, {}, {}}));
+  CHECK(try_dequantize_to(scalar, packed_view<any_format>{mxfp4{}, 1, most, 0, {}, {}, {}, {}}, x));
+  CHECK(try_quantize(scalar, x, recipe::parse("mxfp4-32/oas/mbs-search/hadamard-32")));
+  CHECK(amax(scalar, x) == 0.0f);
+}
+
+TEST_CASE("no room is made for what storage only claims") {
+  const packed_view<any_format> claims{mxfp4{}, 1, std::size_t{1} << 41, 64, {}, {}, {}, {}};
+  CHECK(layout::try_to_ggml(claims).error().code() == errc::shape_mismatch);
+  CHECK(layout::try_swizzled_scales(claims).error().code() == errc::shape_mismatch);
+  CHECK(try_dequantize<float>(scalar, claims).error().code() == errc::shape_mismatch);
+  CHECK(try_repack(scalar, claims).error().code() == errc::shape_mismatch);
 }
 
 TEST_CASE("storage that claims them is refused") {

@@ -30,6 +30,7 @@ class shared_minimum {
 template <class F>
 void for_each_row(executor_ref executor, std::size_t rows, std::size_t cols, const F& f,
                   std::size_t elements_per_task = 1 << 16) {
+  if (cols == 0) return;  // however many rows there are, nothing is in them
   const std::size_t piece =
       std::max<std::size_t>(1, executor.is_parallel() ? elements_per_task / std::max<std::size_t>(1, cols) : rows);
   const auto task = [&](std::size_t i) {

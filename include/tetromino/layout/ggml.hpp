@@ -123,8 +123,10 @@ void to_ggml(const Storage& storage, std::span<std::uint8_t> blocks) {
 }
 template <packed_like Storage>
 [[nodiscard]] result<std::vector<std::uint8_t>> try_to_ggml(const Storage& storage) {
-  const auto bytes = try_ggml_bytes(detail::as_packed(storage).shape());
+  const auto in = detail::as_packed(storage);
+  const auto bytes = try_ggml_bytes(in.shape());
   if (!bytes) return bytes.error();
+  if (auto fits = detail::check_storage(in); !fits) return fits.error();  // before room is made for what it claims
   std::vector<std::uint8_t> blocks(*bytes);
   if (auto done = try_to_ggml(storage, blocks); !done) return done.error();
   return blocks;
