@@ -293,7 +293,7 @@ result<std::size_t> try_repack_to(const Policy& policy, const Storage& storage,
                                                       *negative));
   }
   std::vector<std::size_t> rounded(in.matrices);
-  detail::for_each_row(policy.executor, in.matrices, in.rows * in.cols,
+  detail::for_each_row(policy.executor, in.matrices, std::max<std::size_t>(1, in.rows * in.cols),
                        [&](std::size_t e) { rounded[e] = detail::write_operand(in, e, out[e]); });
   return std::accumulate(rounded.begin(), rounded.end(), std::size_t{0});
 }
