@@ -11,7 +11,7 @@
 #include "options.hpp"              // device_policy
 #include "packed.hpp"               // packed_view, packed_like
 
-#include <algorithm>    // std::copy_n, std::fill, std::any_of, std::find_if
+#include <algorithm>    // std::copy_n, std::fill, std::any_of, std::find_if, std::max
 #include <cmath>        // std::ldexp
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
