@@ -18,4 +18,4 @@ if grep -vE "[0-9]$set_name|$added" <<<"$ours" | c++filt | grep .; then
 fi
 count=$(grep -cE "[0-9]$set_name" <<<"$ours" || true)
 echo "$count functions of ours with $set_name in their names"
-[ "$count" -gt 1000 ] || { echo "expected more than 1000" && exit 1; }
+[ "$count" -gt 500 ] || { echo "expected more than 500" && exit 1; }
