@@ -9,10 +9,10 @@ int place_wide(const char* folder);
 tetromino::packed<tetromino::any_format> packed_wide();
 bool reads_plain(const tetromino::packed<tetromino::any_format>& other);
 
-/// Arguments: a folder to write to, and whatever asks for the other code.
+/// Arguments: a folder to write to, without which nothing is placed or read; and whatever asks for the other code.
 int main(int count, char** words) {
-  if (count < 2) return 9;
-  const int status = count == 2 ? run_plain() : reads_plain(packed_wide()) ? run_wide() : 3;
-  if (status != 0) return status;
-  return count == 2 ? place_plain(words[1]) : place_wide(words[1]);
+  if (count == 1) return run_plain();
+  if (count == 2) return place_plain(words[1]);
+  const int status = reads_plain(packed_wide()) ? run_wide() : 3;
+  return status != 0 ? status : place_wide(words[1]);
 }
