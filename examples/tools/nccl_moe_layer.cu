@@ -34,11 +34,13 @@ struct tokens {
   device_array<float> logits, weights;
   device_array<std::uint16_t> ids;
 
-  tokens(const tt::cuda::stream& s, std::size_t n)
-      : count(n), x(n * hidden), logits(n * experts), weights(n * k), ids(n * k) {
+  /// Each rank's tokens are routed in a call of their own, as the rank does it: in a call with more tokens another
+  /// kernel may route them, to weights that differ in the last places.
+  tokens(const tt::cuda::stream& s, std::size_t ranks, std::size_t each)
+      : count(ranks * each), x(count * hidden), logits(count * experts), weights(count * k), ids(count * k) {
     fill<<<1024, 256, 0, s.handle>>>(x.data, x.size, 4000, 1.0f);
     fill<<<1024, 256, 0, s.handle>>>(logits.data, logits.size, 5000, 2.0f);
-    route(s, 0, n);
+    for (std::size_t r = 0; r < ranks; ++r) route(s, r * each, each);
   }
   void route(const tt::cuda::stream& s, std::size_t first, std::size_t n) const {
     tt::moe::router_options options;
@@ -108,7 +110,7 @@ int run(const gpu_ranks::team& team, std::size_t tokens_each) {
   const std::size_t first = team.rank() * tokens_each;
   bool good = true;
   {
-    const tokens all(s, team.ranks() * tokens_each);
+    const tokens all(s, team.ranks(), tokens_each);
     const std::vector<bfloat16> expected = on_one_gpu(s, all, cluster, where);
     expert_weights held(s, weights_as,
                         where.layer(0).subspan(cluster.first_slot(team.rank()), cluster.slots_on_gpu(team.rank())),

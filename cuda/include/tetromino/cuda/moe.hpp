@@ -138,9 +138,10 @@ template <real T>
 /// Routes tokens as moe::route does: logits[tokens, experts] to ids[tokens, k], best first and of equal scores the
 /// lower expert, and weights[tokens, k]; options.bias is device memory too. Exponentials are those of the GPU, so that
 /// weights agree with the CPU's to a few units in the last place, and by the sigmoid rule experts whose scores are that
-/// near may swap. A token whose logits the CPU would refuse gets experts 0 ... k - 1 with NaN as weights, and is noted
-/// in the stream's rejections, if it has some; so do all tokens if the bias is not finite. Errors: as moe::try_route
-/// for sizes and options; more experts than max_routed_experts or max_experts_per_token; device.
+/// near may swap. So it is between calls with few tokens and with many (4096, or more): other kernels route them. A
+/// token whose logits the CPU would refuse gets experts 0 ... k - 1 with NaN as weights, and is noted in the stream's
+/// rejections, if it has some; so do all tokens if the bias is not finite. Errors: as moe::try_route for sizes and
+/// options; more experts than max_routed_experts or max_experts_per_token; device.
 [[nodiscard]] inline result<void> try_route(const stream& s, std::span<const float> logits, std::size_t experts,
                                             const moe::router_options& options, std::span<std::uint16_t> ids,
                                             std::span<float> weights) {
