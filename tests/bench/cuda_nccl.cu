@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -290,10 +291,9 @@ void by_plan(bench_rank& b, const halves& h) {
         "nodes experts     copies       rows/token  between nodes       MB    rows  dispatch  combine\n",
         tokens);
   }
-  for (const std::size_t nodes : {std::size_t{1}, std::size_t{2}, ranks}) {
-    if (ranks % nodes != 0 || (nodes == 2 && ranks == 2)) continue;  // two of two come last
+  for (const std::size_t nodes : std::set<std::size_t>{1, 2, ranks}) {
+    if (ranks % nodes != 0) continue;
     for (const bool is_local : {false, true}) {
-      if (is_local && nodes == 1) continue;  // no node is nearer than another
       const plan p = is_local ? local(h, nodes, ranks) : contiguous(h, nodes, ranks);
       for (const row_copies copies : {row_copies::per_rank, row_copies::per_expert}) {
         const measured m = measure(b, h, p, tokens, copies);
