@@ -362,6 +362,11 @@ void moves(std::size_t rows, std::size_t k, std::size_t slots, std::size_t width
 
 template <class T>
 void all_moves() {
+  // from 1024 rows on, a thread moves several pieces of a row at a time, also where the last of them is not there
+  moves<T>(1030, 8, 40, 1032, false);
+  moves<T>(1024, 9, 12, 24, false);
+  moves<T>(1025, 40, 60, 72, false);  // more calls than a word has bits
+  moves<T>(1031, 3, 7, 7, false);
   for (const std::size_t rows : {1, 3, 64, 700}) {
     if (is_short() && rows > 64) continue;
     for (const std::size_t width : {64, 7, 136, 2880}) {
@@ -472,6 +477,35 @@ void groups_of_ids() {
   }
 }
 
+/// Expert calls at multiples of 16 bytes and between them, around what a warp looks at together.
+void groups_of_calls() {
+  const numbers r{12};
+  for (const std::size_t calls : {1, 255, 256, 1025, 4097, 16390}) {
+    for (const std::size_t before : {0, 1}) {
+      const std::size_t first_slot = 3, slots = 20;
+      const auto list = generate<expert_call>(calls + before, [&](std::size_t i) {
+        return expert_call{r.bits(i) % 5 == 0 ? tetromino::moe::no_slot : static_cast<std::uint32_t>(r.bits(i) % 30),
+                           1};
+      });
+      std::vector<std::uint32_t> offsets(slots + 1, 0), pairs(calls, tetromino::moe::no_slot);
+      std::uint32_t pair = 0;
+      for (std::size_t s = 0; s < slots; ++s) {
+        for (std::size_t i = 0; i < calls; ++i) {
+          if (list[before + i].slot == first_slot + s) pairs[i] = pair++;
+        }
+        offsets[s + 1] = pair;
+      }
+      const device<expert_call> on_device(list);
+      const device<std::uint32_t> got_offsets(slots + 1), got_rows(calls), got_pairs(calls);
+      const tetromino::cuda::expert_groups groups{got_offsets, got_rows, got_pairs, 1};
+      require(tetromino::cuda::try_group_by_expert(
+                  plain, std::span<const expert_call>(on_device.span().subspan(before)), first_slot, groups),
+              "group");
+      expect(got_offsets.values() == offsets && got_pairs.values() == pairs, "%zu calls, %zu in front", calls, before);
+    }
+  }
+}
+
 /// A hop planned on the GPU: what goes to whom, the send buffer and the sums of answers are those of
 /// moe::dispatch_plan.
 void plans(std::size_t rows, std::size_t k, std::size_t ranks, tetromino::moe::row_copies copies) {
@@ -557,6 +591,7 @@ int main() {
   all_moves<half>();
   ids_as_calls();
   groups_of_ids();
+  groups_of_calls();
   all_plans();
   return finish("moe");
 }

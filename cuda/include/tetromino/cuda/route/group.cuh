@@ -5,10 +5,9 @@
 #include "../detail/checks.hpp"  // is_aligned
 #include "../detail/values.cuh"  // full_warp
 
-#include <concepts>  // std::same_as
-#include <cstddef>   // std::size_t
-#include <cstdint>   // std::uint16_t, std::uint32_t
-#include <span>      // std::span
+#include <cstddef>  // std::size_t, offsetof
+#include <cstdint>  // std::uint16_t, std::uint32_t
+#include <span>     // std::span
 
 /// Grouping of calls by expert, and planning of the copies that travel to other ranks.
 namespace TETROMINO_NAMESPACE::cuda::detail {
@@ -38,6 +37,16 @@ __device__ inline void load_whole_slots(const std::uint16_t* ids, std::uint32_t 
     slot[2 * j] = (word[j] & 0xFFFFu) - first_slot, slot[2 * j + 1] = (word[j] >> 16) - first_slot;
   }
 }
+/// The same for expert calls.
+__device__ inline void load_whole_slots(const moe::expert_call* calls, std::uint32_t i, std::uint32_t first_slot,
+                                        std::uint32_t (&slot)[calls_of_lane]) {
+  static_assert(sizeof(moe::expert_call) == 8 && offsetof(moe::expert_call, slot) == 0);
+#pragma unroll
+  for (std::uint32_t j = 0; j < calls_of_lane; j += 2) {
+    const uint4 two = __ldg(reinterpret_cast<const uint4*>(calls + i + j));
+    slot[j] = two.x - first_slot, slot[j + 1] = two.z - first_slot;
+  }
+}
 
 /// A bit for each of a lane's calls: whether it is for `slot`.
 [[nodiscard]] __device__ inline std::uint32_t calls_for(std::uint32_t slot, const std::uint32_t (&of)[calls_of_lane]) {
@@ -49,7 +58,7 @@ __device__ inline void load_whole_slots(const std::uint16_t* ids, std::uint32_t 
 
 /// One thread block for each slot counts the calls for lower slots and for its own, and numbers the latter in order.
 /// All blocks read all calls, which come from the cache: no block waits for another, and one launch is enough. `Whole`:
-/// calls are ids at a multiple of 16 bytes.
+/// calls lie at a multiple of 16 bytes.
 template <class Call, bool Whole>
 __global__ void __launch_bounds__(512)
     group_kernel(const Call* calls, std::uint32_t n, std::uint32_t k, std::uint32_t first_slot, std::uint32_t slots,
@@ -147,10 +156,7 @@ __global__ void __launch_bounds__(512)
 template <class Call>
 result<void> group(const stream& s, std::span<const Call> calls, std::size_t first_slot, const expert_groups& out) {
   const std::size_t slots = out.expert_offsets.size() - 1;
-  auto* kernel = group_kernel<Call, false>;
-  if constexpr (std::same_as<Call, std::uint16_t>) {
-    if (is_aligned(calls.data(), 16)) kernel = group_kernel<Call, true>;
-  }
+  auto* const kernel = is_aligned(calls.data(), 16) ? group_kernel<Call, true> : group_kernel<Call, false>;
   kernel<<<static_cast<unsigned>(slots), 512, 0, s.handle>>>(
       calls.data(), static_cast<std::uint32_t>(calls.size()), static_cast<std::uint32_t>(out.calls_per_row),
       static_cast<std::uint32_t>(first_slot), static_cast<std::uint32_t>(slots), out.expert_offsets.data(),
