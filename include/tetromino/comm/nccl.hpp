@@ -56,7 +56,9 @@ inline namespace TETROMINO_ISA {
 /// try_exchange_counts. The plan's counts are read at the call, on the host. Between ncclGroupStart and ncclGroupEnd of
 /// the caller, several calls become one kernel: activations and what travels beside them.
 ///
-/// What was run: one rank, and two on the two H200s of one host. More GPUs, and several hosts, have not been.
+/// What was run, with NCCL 2.28.9: one rank, and two on two H200s of one host, joined by NVLink, multicast off; there
+/// the bytes sent were those of the plan, and the outputs of a layer those of one GPU. Four and eight GPUs, and several
+/// hosts, have not been.
 class nccl_exchange {
  public:
   /// `counts`: device memory of ranks × (ranks + 1) integers for try_exchange_counts, which the caller owns too.
