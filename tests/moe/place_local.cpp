@@ -222,6 +222,48 @@ TEST_CASE("the plan is the same on any number of threads") {
   }
 }
 
+TEST_CASE("layers that may not change stay as they are, and the others still get better") {
+  const trace t = synthetic(13, 4, 32, 4, 40, 0, 16);
+  for (const std::size_t slots : {4u, 5u}) {
+    const topology cluster = topology::uniform(4, 2, slots);
+    const placement start = contiguous(4, 32, cluster);
+    local_options options;
+    options.start = &start;
+    options.layers = {2, 0, 2};
+    options.gpu_imbalance = 1.2;
+    const local_plan some = local(t.view(), cluster, options);
+    try_validate(some.experts, cluster).value();
+    const cost_report cost = judge(t, cluster, some);
+    local_plan none{start, some.source_of_request, {}, 0};
+    const cost_report before = judge(t, cluster, none);
+    for (const std::size_t l : {0u, 1u, 2u, 3u}) {
+      CAPTURE(l);
+      const bool same = std::equal(start.layer(l).begin(), start.layer(l).end(), some.experts.layer(l).begin());
+      CHECK(same == (l % 2 == 1));
+      CHECK((l % 2 == 1 || cost.visits_of_layer[l] < before.visits_of_layer[l]));
+    }
+    CHECK(some.reached.nodes_per_token == Approx(cost.nodes_per_token()).epsilon(0.03));
+    CHECK(some.copies_moved == detail::copies_moved(start, some.experts, cluster));
+  }
+
+  const topology cluster = topology::uniform(4, 2, 5);
+  const placement start = contiguous(4, 32, cluster);
+  local_options options;
+  options.layers = {1};
+  CHECK(code_of(try_local(t.view(), cluster, options)) == errc::invalid_argument);  // nothing to stay as
+  options.start = &start;
+  options.replicas = false;
+  CHECK(code_of(try_local(t.view(), cluster, options)) == errc::invalid_argument);
+  options.replicas = true;
+  options.layers = {1, 4};
+  CHECK(code_of(try_local(t.view(), cluster, options)) == errc::invalid_argument);
+  options.layers = {1};
+  placement lost = start;
+  for (std::int32_t& e : lost.layer(3)) e = e == 7 ? empty_slot : e;
+  options.start = &lost;
+  CHECK_FALSE(try_local(t.view(), cluster, options).has_value());
+}
+
 TEST_CASE("a plan in force is kept where moves cost more than they save") {
   const trace t = synthetic(6, 2, 32, 4, 40, 0, 16);
   const topology cluster = topology::uniform(4, 2, 4);

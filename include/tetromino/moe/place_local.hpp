@@ -73,7 +73,17 @@ namespace detail::inline TETROMINO_ISA {
                    text("local: expected a start of ", calibration.shape.layers, " layers × ",
                         calibration.shape.experts, " experts, got ", o.start->layers(), " × ", o.start->experts()));
     }
-    if (auto ok = try_validate(*o.start, t, {.one_copy_per_gpu = false, .each_expert = false}); !ok) return ok;
+    if (auto ok = try_validate(*o.start, t, {.one_copy_per_gpu = false, .each_expert = !o.layers.empty()}); !ok)
+      return ok;
+  }
+  if (!o.layers.empty() && (o.start == nullptr || !o.replicas)) {
+    return error(errc::invalid_argument, "local: expected a start, with replicas, where only some layers may change");
+  }
+  for (const std::uint32_t l : o.layers) {
+    if (l >= calibration.shape.layers) {
+      return error(errc::invalid_argument,
+                   text("local: expected layers below ", calibration.shape.layers, ", got ", l));
+    }
   }
   return {};
 }
@@ -125,7 +135,7 @@ template <class Mask>
   still.progress = nullptr;
   local_plan kept = local_search<Mask>(calibration, t, still).run();
   if (is_whole(kept, t, options) && !(value(best) < value(kept))) best = std::move(kept);
-  if (options.price_per_move > 0) return best;
+  if (options.price_per_move > 0 || !options.layers.empty()) return best;
   local_options cold = options;
   cold.start = nullptr;
   local_plan anew = local_search<Mask>(calibration, t, cold).run();
@@ -161,7 +171,8 @@ inline namespace TETROMINO_ISA {
 
 /// Places experts and groups requests together so that tokens stay near, within an imbalance limit: grouping and layers
 /// are improved in turns, layers by annealing on exact counts of a sample of tokens. Requests that were not sampled are
-/// assigned to the placement found. From a plan in force at no price, the plan is never worse than without one. Errors:
+/// assigned to the placement found. From a plan in force at no price, the plan is never worse than without one, if all
+/// layers may change. Errors:
 /// fewer slots than experts, no room for copies on that many nodes, more than 64 nodes, no token of the served phase,
 /// options out of range, a start of another shape. Precondition: the view is valid (a trace made it).
 /// (arXiv 2604.23150)

@@ -44,6 +44,10 @@ struct local_options {
   /// GPU (see carry_over).
   const placement* start = nullptr;
 
+  /// Layers that may change; all others stay as they are in `start`, which then has to hold each expert. None: all may.
+  /// Requests are grouped for all layers, whichever change.
+  std::vector<std::uint32_t> layers{};
+
   /// What a copy that was not on its node in `start` must save to be worth its move, in visits (or pairs) per 1,000
   /// tokens of its layer.
   double price_per_move = 0;

@@ -17,7 +17,7 @@
 #include "sample.hpp"              // take_sample
 #include "workspaces.hpp"          // workspaces
 
-#include <algorithm>  // std::fill, std::find, std::max, std::min, std::sort
+#include <algorithm>  // std::copy_n, std::fill, std::find, std::max, std::min, std::sort
 #include <bit>        // std::countr_zero, std::popcount
 #include <chrono>     // std::chrono::steady_clock
 #include <cmath>      // std::llround, std::sqrt
@@ -44,7 +44,12 @@ class local_search {
         layers_(calibration.shape.layers),
         source_(sample_.requests.size(), 0),
         source_of_token_(sample_.tokens(), 0) {
-    for (std::size_t l = 0; l < layers_.size(); ++l) random_of_layer_.emplace_back(random_.bits());
+    std::vector<bool> may_change(layers_.size(), options.layers.empty());
+    for (const std::uint32_t l : options.layers) may_change[l] = true;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      random_of_layer_.emplace_back(random_.bits());
+      (may_change[l] ? searched_ : kept_).push_back(l);
+    }
     std::size_t with_slots = 0;
     for (std::size_t n = 0; n < t.nodes(); ++n) {
       gpus_.push_back(t.gpus_on_node(n));
@@ -70,7 +75,7 @@ class local_search {
       const double next_heat = heat * plan.ratio;
       const bool last = step + 1 == plan.steps;
       const std::size_t active = last ? sample_.tokens() : active_tokens(heat);
-      for_each_layer([&](std::size_t l) {
+      for_each_searched([&](std::size_t l) {
         const layer_tokens<Mask> tokens = tokens_of(l);
         searches_.lend([&] { return std::make_unique<layer_search<Mask>>(rules_); },
                        [&](layer_search<Mask>& search) {
@@ -118,6 +123,12 @@ class local_search {
   void for_each_layer(const Work& work) const {
     options_.executor(layers_.size(), work);
   }
+  // Those that may change.
+  template <class Work>
+  void for_each_searched(const Work& work) const {
+    const auto task = [&](std::size_t i) { work(searched_[i]); };
+    options_.executor(searched_.size(), task);
+  }
   [[nodiscard]] std::unique_ptr<score_sheet> new_sheet() const {
     const source_scorer<Mask> scorer(rules_.nodes, rules_.experts_per_token, rules_.visit_price, rules_.pair_price);
     return std::make_unique<score_sheet>(score_sheet{scorer, {}});
@@ -160,7 +171,7 @@ class local_search {
       }
     }
     double size = static_cast<double>(rules_.first_slot.back()) / 128.0;
-    const double all = size * static_cast<double>(layers_.size());
+    const double all = size * static_cast<double>(searched_.size());
     if (all > 16) size *= std::sqrt(16 / all);  // where there is much to place, a little less care for each expert
     s.proposals = static_cast<std::size_t>((rules_.visit_price > 0 ? 40'000.0 : 5'000.0) * size * options_.effort);
     if (options_.max_proposals > 0) {
@@ -190,7 +201,7 @@ class local_search {
       regroup(0.0);
     }
     spread_sources();
-    for_each_layer([&](std::size_t l) { fill_layer(l); });
+    for_each_searched([&](std::size_t l) { fill_layer(l); });
   }
 
   // Groups by use of experts, in at most 2,048 cells: all layers if they fit, else evenly chosen ones.
@@ -420,7 +431,7 @@ class local_search {
   [[nodiscard]] local_plan finish() {
     local_plan out{placement(layers_.size(), rules_.experts, topology_.slots()), {}, {}, 0};
     const bool keep = options_.start != nullptr && options_.price_per_move > 0;
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
+    for (const std::size_t l : searched_) {
       const std::span<std::int32_t> row = out.experts.layer(l);
       for (std::size_t n = 0; n < rules_.nodes; ++n) {
         std::vector<std::int32_t> here;
@@ -438,6 +449,9 @@ class local_search {
     if (!keep) balance_gpus(out.experts, topology_, slot_loads(out.experts));
     if (options_.gpu_imbalance > 0 && options_.replicas) {
       gpu_copies(topology_, options_.gpu_imbalance, options_.nodes_per_expert).relieve(out.experts, loads_);
+    }
+    for (const std::size_t l : kept_) {
+      std::copy_n(options_.start->layer(l).begin(), topology_.slots(), out.experts.layer(l).begin());
     }
     out.source_of_request = assign_all();
     out.reached = reached_;
@@ -535,6 +549,7 @@ class local_search {
   workspaces<score_sheet> sheets_;
   request_assigner assigner_;
   std::vector<layer_state<Mask>> layers_;
+  std::vector<std::size_t> searched_, kept_;    // layers that may change, and that stay
   std::vector<std::uint32_t> source_;           // [sampled requests]
   std::vector<std::uint32_t> source_of_token_;  // [sampled tokens]
   std::vector<std::size_t> gpus_;               // [nodes]
