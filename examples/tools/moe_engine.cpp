@@ -7,6 +7,7 @@
 /// a replica_chooser their copies, a dispatcher carries the rows there and the answers back.
 
 #include "calibrate.hpp"
+#include "command_line.hpp"
 #include "mpi_session.hpp"
 #include "output_file.hpp"
 #include "ui.hpp"
@@ -19,7 +20,7 @@
 #include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/place.hpp>
 
-#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
 
 #include <chrono>
 #include <filesystem>
@@ -42,7 +43,7 @@ struct settings {
   std::string losses;
   std::string calibrate, statistics, half;
   std::size_t nodes = 1, replicas = 0, documents = 0, prefill = 64, batch = 2048;
-  bool compare = false;
+  bool compare = false, json = false, quiet = false;
 };
 
 /// The whole run's setting, the same on every rank.
@@ -140,7 +141,7 @@ class engine {
     const auto start = std::chrono::steady_clock::now();
     {
       std::optional<ui::progress> progress;
-      if (w_.mpi.is_first()) progress.emplace(label, steps);
+      if (w_.mpi.is_first()) progress.emplace(label, steps, w_.options.quiet);
       for (std::uint64_t i = 0; i < steps; ++i) {
         step(i < batches.size() ? batches[i] : std::vector<std::size_t>{}, at_most, out);
         if (progress) progress->add(1);
@@ -321,6 +322,15 @@ std::vector<std::string> header_of(const workplace& w, std::vector<std::string> 
   return first;
 }
 
+/// The same for programs, by domain.
+nlohmann::ordered_json perplexities_json(const workplace& w, const std::vector<double>& losses) {
+  nlohmann::ordered_json out;
+  const std::vector<std::string> names = header_of(w, {});
+  const std::vector<double> values = perplexities(w, losses);
+  for (std::size_t i = 0; i < names.size(); ++i) out[names[i]] = values[i];
+  return out;
+}
+
 /// Bits and QSNR of all matrices that a recipe packs, then perplexity, recipe by recipe.
 void compare(const workplace& w) {
   struct row {
@@ -340,6 +350,7 @@ void compare(const workplace& w) {
     rows.push_back({"nvfp4/min-error/gptq", "nvfp4/min-error", true});
   }
   ui::table table(header_of(w, {"weights", "activations", "bits", "QSNR dB"}));
+  nlohmann::ordered_json json = {{"documents", w.chosen.size()}};
   const moe::placement p = moe::contiguous(w.size.layers, w.size.experts, w.cluster);
   for (const auto& [weights, activations, calibrated] : rows) {
     auto rounding = moe_lm::precision::parse(weights, activations);
@@ -348,6 +359,8 @@ void compare(const workplace& w) {
     const outcome ran = engine(w, model, p).run(w.in_turn(), std::string::npos, weights.c_str());
     std::vector<std::string> line{weights, activations, "32", "-"};
     const auto& recipe = model.rounding.weights;
+    nlohmann::ordered_json found = {{"weights", weights}, {"activations", activations}, {"calibrated", calibrated}};
+    found["bits"] = recipe ? bits_per_weight(recipe->format) : 32.0;
     if (recipe) line[2] = fmt::format("{:.3f}", bits_per_weight(recipe->format));
     if (recipe && !calibrated) {  // calibrated weights are not the nearest ones, on purpose
       tetromino::error_report report;
@@ -363,11 +376,15 @@ void compare(const workplace& w) {
         report.add(compare(x, tetromino::dequantize<float>(tetromino::cpu, packed)));
       }
       line[3] = fmt::format("{:.2f}", report.qsnr());
+      found["qsnr_db"] = report.qsnr();
     }
     for (const double perplexity : perplexities(w, ran.losses)) line.push_back(fmt::format("{:.3f}", perplexity));
     table.add(std::move(line));
+    found["perplexity"] = perplexities_json(w, ran.losses);
+    json["recipes"].push_back(std::move(found));
   }
-  if (!w.mpi.is_first()) return;
+  if (!w.mpi.is_first() || w.options.quiet) return;
+  if (w.options.json) return fmt::print("{}\n", json.dump(2));
   fmt::print("perplexity of {} documents; weights and activations of experts and attention\n", w.chosen.size());
   table.print();
 }
@@ -476,7 +493,28 @@ void run(const workplace& w) {
   const prediction here = predict(w, ran, chosen.placement, chosen.source_of_document, envelope);
   const prediction plain =
       predict(w, ran, moe::contiguous(w.size.layers, w.size.experts, w.cluster), w.in_turn(), envelope);
-  if (!w.mpi.is_first()) return;
+  if (!w.mpi.is_first() || w.options.quiet) return;
+  if (w.options.json) {
+    const auto sent = [](const traffic& t) {
+      return nlohmann::ordered_json{{"between_nodes", t.between_nodes}, {"inside_nodes", t.inside_nodes}};
+    };
+    nlohmann::ordered_json out = {{"weights", w.options.weights}, {"activations", w.options.activations},
+                                  {"documents", w.chosen.size()}, {"ranks", w.mpi.ranks()},
+                                  {"nodes", w.cluster.nodes()},   {"placement", w.options.placement}};
+    out["perplexity"] = perplexities_json(w, ran.losses);
+    out["worst_difference"] = worst_difference(w, ran.losses);
+    out["tokens"] = ran.tokens;
+    out["seconds"] = ran.seconds;
+    out["bytes"] = {{"measured", sent(ran.measured)}};
+    if (w.options.route != "per-rank") {
+      out["bytes"]["predicted"] = sent(here.bytes);
+      out["bytes"]["contiguous"] = sent(plain.bytes);
+    }
+    out["nodes_per_token"] = here.nodes_per_token;
+    out["gpu_imbalance"] = here.gpu_imbalance;
+    out["node_imbalance"] = here.node_imbalance;
+    return fmt::print("{}\n", out.dump(2));
+  }
 
   fmt::print("weights {}, activations {}; {} documents on {} ranks, {} nodes; experts placed: {}\n\n",
              w.options.weights, w.options.activations, w.chosen.size(), w.mpi.ranks(), w.cluster.nodes(),
@@ -547,7 +585,7 @@ input_statistics calibrated(const settings& s, const mpi::session& mpi, const io
     if (!same || (d % 2 == 0) != (s.half == "even")) chosen.push_back(d);
   }
   std::optional<ui::progress> progress;
-  if (mpi.is_first()) progress.emplace("calibrating", chosen.size());
+  if (mpi.is_first()) progress.emplace("calibrating", chosen.size(), s.quiet);
   auto out = moe_lm::gather_statistics(model, text, chosen, [&](std::size_t) {
     if (progress) progress->add(1);
   });
@@ -647,12 +685,20 @@ int main(int argc, char** argv) {
   ui::ignore_write_signals();
   const mpi::session mpi(argc, argv);
   settings s;
-  CLI::App app("Evaluates a mixture-of-experts language model on one rank or, under mpirun, on many");
-  app.add_option("MODEL", s.model, "the model (safetensors)")->required();
-  app.add_option("HELDOUT", s.text, "documents to evaluate (safetensors)")->required();
-  app.add_option("--weights", s.weights, "float32, or a recipe such as mxfp4-16/oas/mbs-search")->capture_default_str();
-  app.add_option("--activations", s.activations, "float32, int8, or a recipe")->capture_default_str();
+  ui::command_line app("moe_engine",
+                       "Evaluates a mixture-of-experts language model on one rank or, under mpirun, on many",
+                       {"MODEL HELDOUT --compare", "MODEL HELDOUT --weights nvfp4/min-error --activations int8",
+                        "MODEL HELDOUT --calibrate HELDOUT --half even --statistics statistics.safetensors"});
+  app.add_file("MODEL", s.model, "the model (safetensors)")->required();
+  app.add_file("HELDOUT", s.text, "documents to evaluate (safetensors)")->required();
+  app.add_option("--weights", s.weights, "float32, or a recipe such as mxfp4-16/oas/mbs-search")
+      ->type_name("RECIPE")
+      ->capture_default_str();
+  app.add_option("--activations", s.activations, "float32, int8, or a recipe")
+      ->type_name("RECIPE")
+      ->capture_default_str();
   app.add_option("--placement", s.placement, "contiguous, balanced, local, or a file with a placement")
+      ->type_name("NAME or FILE")
       ->capture_default_str();
   app.add_option("--replicas", s.replicas, "slots that each node has beyond its share of the experts")
       ->capture_default_str();
@@ -665,20 +711,15 @@ int main(int argc, char** argv) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_option("--batch", s.batch, "tokens that a rank runs together")->capture_default_str();
-  auto* const calibrate = app.add_option(
+  auto* const calibrate = app.add_file(
       "--calibrate", s.calibrate, "text (safetensors) that weighs errors in searched scales and makes gptq possible");
   app.add_option("--half", s.half, "evaluate every second document; --calibrate on the same file takes the others")
       ->check(CLI::IsMember({"even", "odd"}));
-  app.add_option("--statistics", s.statistics, "write what calibration found, for quantize_checkpoint")
-      ->needs(calibrate);
-  app.add_option("--losses", s.losses, "write each document's loss to this file");
+  app.add_file("--statistics", s.statistics, "write what calibration found, for quantize_checkpoint")->needs(calibrate);
+  app.add_file("--losses", s.losses, "write each document's loss to this file");
   app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity");
-  std::function<int()> leave;  // instead of work: after --help, or a mistake
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    leave = [&app, e] { return app.exit(e) == 0 ? 0 : 2; };
-  }
+  app.add_output(s.json, s.quiet);
+  const auto leave = app.read(argc, argv);  // instead of work: after --help, or a mistake
   if (const std::size_t first = mpi.first_where(leave != nullptr); first < mpi.ranks()) {
     return mpi.value_of(first, first == mpi.rank() ? leave() : 0);  // the first rank that has something to say, says it
   }

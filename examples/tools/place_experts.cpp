@@ -6,6 +6,7 @@
 /// Plans are made from a part of the requests and judged on the decode tokens of others, which are assigned to nodes by
 /// their prefill alone. From loads alone (counts per expert, as engines log them), experts are balanced.
 
+#include "command_line.hpp"
 #include "output_file.hpp"
 #include "place_report.hpp"
 #include "place_study.hpp"
@@ -15,9 +16,12 @@
 #include <tetromino/moe/placement_io.hpp>
 #include <tetromino/moe/trace_io.hpp>
 
-#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
 
 #include <algorithm>
+#include <chrono>
+#include <ctime>
+#include <filesystem>
 #include <numeric>
 #include <optional>
 #include <thread>
@@ -37,38 +41,75 @@ struct settings {
   double limit = 1.01;
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   double expert_megabytes = 44;  // DeepSeek-V3 in FP8: 3 × 7168 × 2048
+  bool json = false, quiet = false;
+  std::string command;  // as it was called
 };
 
 using rows = std::vector<std::vector<std::string>>;
+using nlohmann::ordered_json;
 
-/// Everything said goes to the terminal and, if there is one, to the report.
+/// Everything said goes to the terminal and, if there is one, to the report; with --json, what was found goes to
+/// standard output instead, as one object.
 class voice {
  public:
-  explicit voice(bool report) {
-    if (report) page_.emplace("Where the experts live");
+  explicit voice(const settings& s) : report_path_(s.report_path), speaks_(!s.json && !s.quiet), json_(s.json) {
+    found = {{"program", "place_experts"}, {"version", ui::version()}, {"input", s.trace_path}};
+    if (report_path_.empty()) return;
+    page_.emplace(fmt::format("Where the experts of {} live",
+                              ui::printable(std::filesystem::path(s.trace_path).filename().string())));
+    const std::time_t now = std::chrono::system_clock::to_time_t(std::chrono::system_clock::now());
+    char date[32] = "";
+    std::tm utc{};
+    if (gmtime_r(&now, &utc) != nullptr) std::strftime(date, sizeof date, "%Y-%m-%d %H:%M UTC", &utc);
+    page_->origin(fmt::format("{}, Tetromino {}: {}", date, ui::version(), ui::printable(s.command, 1000)));
   }
 
+  void line(const std::string& text) const {
+    if (speaks_) fmt::print("{}\n", text);
+  }
   void section(const std::string& title, const std::string& text) {
-    fmt::print("\n{}\n{}\n\n", title, text);
+    line(fmt::format("\n{}\n{}\n", title, text));
     if (page_) page_->heading(title), page_->paragraph(text);
   }
-  void table(const rows& r) {
-    ui::table out(r.front());
-    for (std::size_t i = 1; i < r.size(); ++i) out.add(r[i]);
-    out.print();
-    if (page_) page_->table(r);
+  /// `best` is the row to point out; 0 is none.
+  void table(const rows& r, std::size_t best = 0) {
+    if (speaks_) {
+      ui::table out(r.front());
+      for (std::size_t i = 1; i < r.size(); ++i) {
+        out.add(r[i]);
+        if (i == best) out.mark_last();
+      }
+      out.print();
+    }
+    if (page_) page_->table(r, best);
   }
   void figure(const std::vector<std::string>& pictures, const std::string& caption) {
     if (page_) page_->figure(pictures, caption);
   }
-  void write(const std::string& path) const {
-    ui::write_file(path, page_->html());
-    fmt::print("\nThe report with pictures: {}\n", path);
+  /// What was gained, in one sentence: the report begins with it, the terminal ends with it.
+  void summary(const std::string& text) {
+    summary_ = text;
+    if (page_) page_->lead(text);
+  }
+  void end(const std::string& plan_path) {
+    if (page_) ui::write_file(report_path_, page_->html());
+    if (!summary_.empty()) line("\n" + summary_);
+    if (!plan_path.empty()) line(fmt::format("The plan: {}", plan_path)), found["plan_file"] = plan_path;
+    if (page_) line(fmt::format("The report with pictures: {}", report_path_)), found["report_file"] = report_path_;
+    if (json_) fmt::print("{}\n", found.dump(2));
   }
 
+  ordered_json found;
+
  private:
+  std::string report_path_, summary_;
+  bool speaks_, json_;
   std::optional<report::page> page_;
 };
+
+ordered_json json_of(const statistic& s) {
+  return {{"mean", s.mean()}, {"deviation", s.deviation()}, {"count", s.count()}};
+}
 
 std::string number(double x, int digits = 3) { return fmt::format("{:.{}f}", x, digits); }
 std::string number(const statistic& s, int digits = 3) {
@@ -94,16 +135,57 @@ void describe(const trace& t, voice& out) {
                 {fmt::format("busiest expert / mean, worst layer ({})", busiest.worst_layer), number(busiest.worst, 2)},
                 {"cosine of prefill and decode use, same request", number(similar.same_request, 2)},
                 {"cosine of prefill and decode use, different requests", number(similar.across_requests, 2)}};
-  const std::vector<double> apart = domain_divergence(p);
+  ordered_json& json = out.found["routing"] = {{"requests", t.requests().size()},
+                                               {"tokens", t.tokens()},
+                                               {"decode_tokens", t.view().tokens(phase::decode)},
+                                               {"layers", t.shape().layers},
+                                               {"experts", t.shape().experts},
+                                               {"experts_per_token", t.shape().experts_per_token},
+                                               {"busiest_expert", busiest.mean},
+                                               {"busiest_expert_worst_layer", busiest.worst},
+                                               {"cosine_same_request", similar.same_request},
+                                               {"cosine_other_requests", similar.across_requests}};
   const std::size_t n = p.options().domains;
+  if (n < 2) return out.table(found);
+  const std::vector<double> apart = domain_divergence(p);
+  std::vector<std::string> names;
+  std::pair<std::size_t, std::size_t> alike{0, 1}, different{0, 1};
   for (std::size_t a = 0; a < n; ++a) {
+    names.push_back(domain_name(t, a));
+    json["domains"].push_back(names.back());
+    json["divergence_bits"].push_back(std::vector<double>(apart.begin() + static_cast<std::ptrdiff_t>(a * n),
+                                                          apart.begin() + static_cast<std::ptrdiff_t>((a + 1) * n)));
     for (std::size_t b = a + 1; b < n; ++b) {
-      found.push_back(
-          {fmt::format("divergence of {} and {}, bits (0 alike, 1 disjoint)", domain_name(t, a), domain_name(t, b)),
-           number(apart[a * n + b], 2)});
+      if (apart[a * n + b] < apart[alike.first * n + alike.second]) alike = {a, b};
+      if (apart[a * n + b] > apart[different.first * n + different.second]) different = {a, b};
     }
   }
+  const auto add = [&](const char* what, std::pair<std::size_t, std::size_t> pair) {
+    found.push_back({fmt::format("bits between {}: {} and {}", what, names[pair.first], names[pair.second]),
+                     number(apart[pair.first * n + pair.second], 2)});
+  };
+  if (n > 2) add("the domains most alike", alike);
+  add(n > 2 ? "the domains least alike" : "the domains", different);
   out.table(found);
+  const double most = apart[different.first * n + different.second];
+  if (n > 2) {
+    std::string picture = "\nHow far apart the domains are:\n";
+    static constexpr const char* shades[] = {"·", "░", "▒", "▓", "█"};
+    for (std::size_t a = 0; a < n; ++a) {
+      picture += "  ";
+      for (std::size_t b = 0; b < n; ++b) {
+        const double share = most > 0 ? apart[a * n + b] / most : 0;
+        picture += fmt::format("{} ", a == b ? " " : shades[static_cast<std::size_t>(share * 4 + 0.5)]);
+      }
+      picture += fmt::format(" {}\n", names[a]);
+    }
+    out.line(picture + fmt::format("  · 0 bits  █ {:.2f} bits", most));
+  }
+  report::heat_map map{"Divergence of domains", "", "", n, n, apart, 0, most, &report::sequential, "bits", 0, true};
+  map.row_names = map.column_names = names;
+  out.figure({report::svg(map)},
+             "How differently two domains use the experts while decoding, in bits (Jensen and Shannon): 0 is alike, 1 "
+             "shares no expert.");
 }
 
 struct measured {
@@ -115,7 +197,7 @@ struct measured {
 
 /// Runs all experiments on the threads there are, telling how far it got.
 std::vector<finding> run_all(const settings& s, const char* label, const std::vector<experiment>& list) {
-  ui::progress progress(label, list.size());
+  ui::progress progress(label, list.size(), s.quiet);
   const tetromino::thread_executor threads(s.threads);
   return run(list, threads, [&](std::size_t done) { progress.add(done); });
 }
@@ -155,13 +237,36 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
   }
   rows r = {{"plan", "slots/node", "remote pairs", "nodes/token", "node imbalance", "GPU imbalance", "kB/token",
              "s to place"}};
+  const auto fewest = [](const measured& a, const measured& b) {
+    return a.result.nodes_per_token.mean() < b.result.nodes_per_token.mean();
+  };
+  const auto best = static_cast<std::size_t>(std::min_element(all.begin(), all.end(), fewest) - all.begin());
   for (const measured& m : all) {
     const outcome& o = m.result;
+    out.found["plans"].push_back({{"name", m.name},
+                                  {"slots_per_node", m.slots},
+                                  {"best", &m == &all[best]},
+                                  {"remote_pairs", json_of(o.remote_pairs)},
+                                  {"nodes_per_token", json_of(o.nodes_per_token)},
+                                  {"node_imbalance", json_of(o.node_imbalance)},
+                                  {"gpu_imbalance", json_of(o.gpu_imbalance)},
+                                  {"bytes_per_token", json_of(o.bytes_per_token)},
+                                  {"seconds_to_place", json_of(o.seconds_to_place)}});
     r.push_back({m.name, std::to_string(m.slots), number(o.remote_pairs), number(o.nodes_per_token, 2),
                  number(o.node_imbalance, 2), number(o.gpu_imbalance, 2), number(o.bytes_per_token.mean() * 1e-3, 0),
                  number(o.seconds_to_place.mean(), 2)});
   }
-  out.table(r);
+  out.table(r, best + 1);
+  const outcome &before = all.front().result, &after = all[best].result;
+  const double was = before.nodes_per_token.mean(), is = after.nodes_per_token.mean();
+  out.summary(fmt::format(
+      "On requests that were not planned with, a token visits {:.2f} other nodes in a layer instead of {:.2f} ({:.0f} "
+      "% "
+      "fewer; {}, {} slots per node), with the busiest node at {:.2f} of the mean instead of {:.2f} and the busiest "
+      "GPU "
+      "at {:.2f} instead of {:.2f}.",
+      is, was, was > 0 ? 100 * (1 - is / was) : 0, all[best].name, all[best].slots, after.node_imbalance.mean(),
+      before.node_imbalance.mean(), after.gpu_imbalance.mean(), before.gpu_imbalance.mean()));
   return all;
 }
 
@@ -203,6 +308,12 @@ void trade(const settings& s, const std::vector<split>& splits, const std::vecto
     if (i % limits.size() == 0) c.lines.push_back({fmt::format("local, {} slots/node", slots), {}, true});
     c.lines.back().points.emplace_back(o.node_imbalance.mean(),
                                        (for_pairs ? o.remote_pairs : o.nodes_per_token).mean());
+    out.found["limits"].push_back({{"slots_per_node", slots},
+                                   {"limit", plan.to.limit},
+                                   {"objective", for_pairs ? "remote_pairs" : "nodes_per_token"},
+                                   {"remote_pairs", o.remote_pairs.mean()},
+                                   {"nodes_per_token", o.nodes_per_token.mean()},
+                                   {"node_imbalance", o.node_imbalance.mean()}});
     r.push_back({std::to_string(slots), number(plan.to.limit, 2), for_pairs ? "remote pairs" : "nodes/token",
                  number(o.remote_pairs), number(o.nodes_per_token, 2), number(o.node_imbalance, 2)});
   }
@@ -265,6 +376,10 @@ void drift(const settings& s, const trace& recorded, const std::vector<split>& s
     std::vector<std::string> row = {domain_name(recorded, served)};
     for (std::size_t c = 0; c < columns; ++c) {
       const outcome& o = cells[served * columns + c];
+      out.found["drift"].push_back({{"served", row.front()},
+                                    {"plan", r.front()[c + 1]},
+                                    {"nodes_per_token", json_of(o.nodes_per_token)},
+                                    {"node_imbalance", json_of(o.node_imbalance)}});
       row.push_back(o.nodes_per_token.count() == 0
                         ? "–"
                         : fmt::format("{:.2f} ({:.2f})", o.nodes_per_token.mean(), o.node_imbalance.mean()));
@@ -297,12 +412,17 @@ std::vector<double> traffic(const cost_report& r) {
 
 void draw(const cost_report& before, const cost_report& after, const topology& t, voice& out) {
   const auto loads = [&](const char* title, const cost_report& r) {
-    return report::svg(report::heat_map{title, "layer", "GPU", r.layers, r.gpus, relative_loads(r), 0, 2,
-                                        &report::diverging, "load / mean", t.gpus_on_node(0), false});
+    report::heat_map map{
+        title,         "layer",           "GPU", r.layers, r.gpus, relative_loads(r), 0, 2, &report::diverging,
+        "load / mean", t.gpus_on_node(0), false};
+    map.high_name = "2 or more";
+    return report::svg(map);
   };
   out.figure({loads("Before: contiguous", before), loads("After", after)},
-             "Load of each GPU in each layer, over the layer's mean: white is the mean, red is overload. Gaps separate "
-             "nodes.");
+             fmt::format("Load of each GPU in each layer, over the layer's mean: white is the mean, red is overload. "
+                         "Gaps separate nodes. The busiest GPU of a layer has {:.2f} times the mean before and {:.2f} "
+                         "times after (mean over layers).",
+                         before.gpu_imbalance, after.gpu_imbalance));
   const std::vector<double> was = traffic(before), is = traffic(after);
   const double most = std::max(*std::max_element(was.begin(), was.end()), *std::max_element(is.begin(), is.end()));
   const auto matrix = [&](const char* title, const std::vector<double>& values) {
@@ -332,7 +452,6 @@ void write_plan(const settings& s, const placement& p, const topology& t) {
                                : s.format == "vllm-ascend"  ? engine(plan_format::vllm_ascend_json)
                                                             : to_json(p)) +
                                   "\n");
-  fmt::print("Written to {}\n", s.plan_path);
 }
 
 /// The plan to serve with, made from all requests, and the way there from what engines start with.
@@ -360,18 +479,24 @@ void hand_over(const settings& s, const half& everything, const std::optional<pl
                           "with buffers for {} experts per GPU.",
                           start ? "the plan in force" : "contiguous", way.moves, s.expert_megabytes,
                           ui::bytes(static_cast<std::size_t>(way.bytes_between_nodes)), rounds, way.seconds, buffers));
+  out.found["migration"] = {{"from", start ? "start" : "contiguous"},
+                            {"experts_moved", way.moves},
+                            {"bytes_between_nodes", way.bytes_between_nodes},
+                            {"bytes_inside_nodes", way.bytes_inside_nodes},
+                            {"rounds", rounds},
+                            {"seconds", way.seconds},
+                            {"buffers_per_gpu", buffers}};
   write_plan(s, next, t);
 }
 
 /// Loads alone: how uneven they are, and what balancing makes of them.
-int place_loads(const settings& s, const routing_file& file) {
+int place_loads(const settings& s, const routing_file& file, voice& out) {
   const load_table& loads = std::get<load_table>(file.content);
   const std::size_t slots =
       s.slots_per_node.empty() ? (loads.experts + s.nodes - 1) / s.nodes : s.slots_per_node.front();
   const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
   const auto start = plan_in_force(s, {loads.layers, loads.experts, 1}, t);
   const placement p = balanced(loads.view(), t);
-  voice out(!s.report_path.empty());
   out.section("Experts balanced",
               fmt::format("{}: {} layers × {} experts, without requests; {} nodes of {} GPUs, {} slots "
                           "per node. Busiest / mean, mean over layers.",
@@ -392,25 +517,36 @@ int place_loads(const settings& s, const routing_file& file) {
     }
     return sum / static_cast<double>(loads.layers);
   };
-  rows r = {{"plan", "GPU imbalance"},
-            {"experts", number(imbalance(loads.view()).mean, 2)},
-            {"contiguous", number(on_gpus(contiguous(loads.layers, loads.experts, t)), 2)},
-            {"balanced", number(on_gpus(p), 2)}};
-  if (start) r.push_back({"the plan in force", number(on_gpus(*start), 2)});
-  out.table(r);
+  out.found["loads"] = {
+      {"layers", loads.layers}, {"experts", loads.experts}, {"busiest_expert", imbalance(loads.view()).mean}};
+  rows r = {{"plan", "GPU imbalance"}, {"experts", number(imbalance(loads.view()).mean, 2)}};
+  const auto add = [&](const char* name, const placement& plan, bool is_best) {
+    const double on_gpu = on_gpus(plan);
+    r.push_back({name, number(on_gpu, 2)});
+    out.found["plans"].push_back(
+        {{"name", name}, {"slots_per_node", slots}, {"best", is_best}, {"gpu_imbalance", on_gpu}});
+    return on_gpu;
+  };
+  const double was = add("contiguous", contiguous(loads.layers, loads.experts, t), false);
+  if (start) add("the plan in force", *start, false);
+  const double is = add("balanced", p, true);
+  out.table(r, r.size() - 1);
+  out.summary(
+      fmt::format("The busiest GPU of a layer has {:.2f} times the mean instead of {:.2f} (contiguous).", is, was));
   write_plan(s, p, t);
-  if (!s.report_path.empty()) out.write(s.report_path);
+  out.end(s.plan_path);
   return 0;
 }
 
 int place_all(settings s) {
-  if (s.splits == 0) throw std::runtime_error("expected at least one split, got 0");
-  if (s.nodes == 0) throw std::runtime_error("expected at least one node, got 0");
   ui::check_outputs({{"--plan", s.plan_path}, {"--report", s.report_path}},
                     {{"TRACE", s.trace_path}, {"--judge", s.judge_path}, {"--start", s.start_path}});
   routing_file file = read_routing(s.trace_path, s.reading);
-  fmt::print("{}: {}\n", ui::printable(s.trace_path), file.format);
-  if (std::holds_alternative<load_table>(file.content)) return place_loads(s, file);
+  voice out(s);
+  out.found["format"] = file.format;
+  out.found["cluster"] = {{"nodes", s.nodes}, {"gpus_per_node", s.gpus_per_node}};
+  out.line(fmt::format("{}: {}", ui::printable(s.trace_path), file.format));
+  if (std::holds_alternative<load_table>(file.content)) return place_loads(s, file, out);
   if (std::holds_alternative<placement>(file.content)) {
     throw std::runtime_error(fmt::format("{}: expected routing, got a plan: give it as --start", s.trace_path));
   }
@@ -423,7 +559,6 @@ int place_all(settings s) {
   }
   const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
   const std::optional<placement> start = plan_in_force(s, recorded.shape(), t);
-  voice out(!s.report_path.empty());
   describe(recorded, out);
 
   const auto all_of = [](const trace& from) { return half{&from, {from.requests().begin(), from.requests().end()}}; };
@@ -435,8 +570,8 @@ int place_all(settings s) {
                           "token is sent to, per layer. Imbalance: busiest / mean, mean over layers.",
                           s.nodes, s.gpus_per_node,
                           other ? std::string("Planned on one trace and judged on the other")
-                                : fmt::format("Planned on half of the requests and judged on the other half, {} times",
-                                              splits.size())));
+                                : fmt::format("Planned on half of the requests and judged on the other half{}",
+                                              splits.size() == 1 ? "" : fmt::format(", {} times", splits.size()))));
   const std::vector<measured> all = compare(s, splits, out);
   const auto best = std::find_if(all.begin(), all.end(), [](const measured& m) { return m.name == nodes_plan; });
   draw(all.front().first, best->first, t, out);
@@ -445,7 +580,7 @@ int place_all(settings s) {
   trade(s, few, all, out);
   if (!other) drift(s, recorded, few, out);
   hand_over(s, all_of(recorded), start, t, out);
-  if (!s.report_path.empty()) out.write(s.report_path);
+  out.end(s.plan_path);
   return 0;
 }
 
@@ -453,26 +588,42 @@ int place_all(settings s) {
 
 int main(int argc, char** argv) {
   settings s;
-  CLI::App app{"Places experts on nodes and GPUs, and requests on nodes, so that tokens stay close to their experts."};
-  app.add_option("TRACE", s.trace_path, "recorded routing or loads, as engines write them")->required();
-  app.add_option("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
-  app.add_option("--nodes", s.nodes, "nodes")->capture_default_str();
-  app.add_option("--gpus", s.gpus_per_node, "GPUs per node")->capture_default_str();
-  app.add_option("--slots", s.slots_per_node, "expert slots per node and layer; several: 16,18,24")->delimiter(',');
-  app.add_option("--limit", s.limit, "most load of a node, over the mean")->capture_default_str();
-  app.add_option("--splits", s.splits, "random halves to plan and judge on")->capture_default_str();
+  ui::command_line app(
+      "place_experts",
+      "Places experts on nodes and GPUs, and requests on nodes, so that tokens stay close to their experts.",
+      {"TRACE --nodes 8 --gpus 8 --slots 16,18,24 --report report.html", "TRACE --judge OTHER --plan plan.json",
+       "LOADS --start plan.json --plan location.json --format sglang"});
+  app.add_file("TRACE", s.trace_path, "recorded routing or loads, as engines write them")->required();
+  app.add_file("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
+  app.add_option("--nodes", s.nodes, "nodes")->check(CLI::Range(1u, 65535u))->capture_default_str();
+  app.add_option("--gpus", s.gpus_per_node, "GPUs per node")->check(CLI::Range(1u, 65535u))->capture_default_str();
+  app.add_option("--slots", s.slots_per_node, "expert slots per node and layer; several: 16,18,24")
+      ->delimiter(',')
+      ->check(CLI::Range(1u, 1u << 24));
+  app.add_option("--limit", s.limit, "most load of a node, over the mean")
+      ->check(CLI::Range(1.0, 1e6))
+      ->capture_default_str();
+  app.add_option("--splits", s.splits, "random halves to plan and judge on")
+      ->check(CLI::Range(1u, 1000u))
+      ->capture_default_str();
   app.add_option("--seed", s.seed, "seed of the halves and of the solver")->capture_default_str();
   app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")
+      ->check(CLI::Range(0.0, 1e9))
       ->capture_default_str();
-  app.add_option("--threads", s.threads, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
-  app.add_option("--start", s.start_path, "the plan in force, in any format: the last plan starts from it");
-  app.add_option("--plan", s.plan_path, "write the placement made from all of TRACE here");
+  app.add_threads(s.threads);
+  app.add_file("--start", s.start_path, "the plan in force, in any format: the last plan starts from it");
+  auto* const plan = app.add_file("--plan", s.plan_path, "write the placement made from all of TRACE here");
   app.add_option("--format", s.format, "as what: json, sglang (and vLLM), tensorrt-llm or vllm-ascend")
       ->check(CLI::IsMember({"json", "sglang", "tensorrt-llm", "vllm-ascend"}))
-      ->capture_default_str();
+      ->capture_default_str()
+      ->needs(plan);
   app.add_option("--layers", s.reading.layers, "layers, where TRACE is bare ids (SGLang)");
   app.add_option("--top-k", s.reading.experts_per_token, "experts per token, likewise");
-  app.add_option("--report", s.report_path, "write a page with pictures here (HTML)");
-  CLI11_PARSE(app, argc, argv);
+  app.add_file("--report", s.report_path, "write a page with pictures here (HTML)");
+  app.add_output(s.json, s.quiet);
+  if (const auto leave = app.read(argc, argv)) return leave();
+  for (int i = 0; i < argc; ++i) {
+    s.command += (i == 0 ? "" : " ") + (i == 0 ? std::string("place_experts") : std::string(argv[i]));
+  }
   return ui::run("place_experts", [&] { return place_all(s); });
 }

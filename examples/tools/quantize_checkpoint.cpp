@@ -9,10 +9,9 @@
 /// name ends with .safetensors. Memory stays bounded whatever the model's size; with gptq, by its largest matrix.
 
 #include "checkpoint.hpp"
+#include "command_line.hpp"
 #include "compare_recipes.hpp"
 #include "pack_gguf.hpp"
-
-#include <CLI/CLI.hpp>
 
 #include <filesystem>
 #include <map>
@@ -284,38 +283,39 @@ int run(const settings& s) {
 
 int main(int argc, char** argv) {
   settings s;
-  CLI::App app("Packs the linear and expert weights of a model into 4-bit blocks");
-  app.set_version_flag("--version", fmt::format("quantize_checkpoint {}.{}.{}", TETROMINO_VERSION_MAJOR,
-                                                TETROMINO_VERSION_MINOR, TETROMINO_VERSION_PATCH));
-  app.add_option("IN", s.input, "model to read: a directory, an index, a .safetensors or a .gguf file")->required();
-  app.add_option("OUT", s.output, "what to write: a directory that does not exist, or a .safetensors file");
+  ui::command_line app("quantize_checkpoint", "Packs the linear and expert weights of a model into 4-bit blocks",
+                       {"MODEL --compare", "MODEL OUT --recipe nvfp4/four-over-six --layout modelopt",
+                        "MODEL OUT --recipe nvfp4/amax --recipe experts=mxfp4-32/oas --dry-run --list",
+                        "model.gguf packed.gguf --recipe mxfp4-32/min-error --imatrix imatrix.gguf"});
+  app.add_file("IN", s.input, "model to read: a directory, an index, a .safetensors or a .gguf file")->required();
+  app.add_file("OUT", s.output, "what to write: a directory that does not exist, or a .safetensors or .gguf file");
   app.add_option("--recipe", s.recipes,
                  "FORMAT/RULE[/MACRO][/hadamard-N][/gptq], such as nvfp4/min-error; or WEIGHTS=RECIPE for some weights "
-                 "(experts, linear, a part of names, or a pattern), later ones before earlier ones; or a .json file");
-  app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")->capture_default_str();
-  app.add_option("--keep", s.keep, "leave tensors whose name matches this pattern (* and ?) as they are");
-  app.add_option("--pack", s.pack, "pack tensors whose name matches this pattern although they are not known");
+                 "(experts, linear, a part of names, or a pattern), later ones before earlier ones; or a .json file")
+      ->type_name("RECIPE");
+  app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")
+      ->type_name("LAYOUT")
+      ->capture_default_str();
+  app.add_option("--keep", s.keep, "leave tensors whose name matches this pattern (* and ?) as they are")
+      ->type_name("PATTERN");
+  app.add_option("--pack", s.pack, "pack tensors whose name matches this pattern although they are not known")
+      ->type_name("PATTERN");
   app.add_flag("--separate-scales", s.separate_scales,
                "NVFP4: a tensor scale for each weight, also where readers take one for q, k and v or gate and up");
   app.add_option("--on-special", s.special, "NaN and infinities: reject, poison (the block) or saturate")
       ->check(CLI::IsMember({"reject", "poison", "saturate"}))
       ->capture_default_str();
-  app.add_option("--statistics", s.statistics,
-                 "calibration statistics of the weights' inputs: they weigh errors in searches, and gptq needs them");
-  app.add_option("--imatrix", s.imatrix, "llama.cpp's importance matrix, which weighs errors; for GGUF files");
+  app.add_file("--statistics", s.statistics,
+               "calibration statistics of the weights' inputs: they weigh errors in searches, and gptq needs them");
+  app.add_file("--imatrix", s.imatrix, "llama.cpp's importance matrix, which weighs errors; for GGUF files");
   app.add_option("--shard-size", s.shard_gigabytes, "largest file to write, in GB")
       ->check(CLI::Range(0.001, 1e6))
       ->capture_default_str();
-  app.add_option("--threads", s.threads, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
+  app.add_threads(s.threads);
   app.add_flag("--dry-run", s.dry_run, "print what would be packed and what kept, and write nothing");
   app.add_flag("--compare", s.compare, "print the recipes side by side and write nothing");
   app.add_flag("--list", s.list, "print every tensor with its role, too");
-  app.add_flag("--json", s.json, "print the report as JSON");
-  app.add_flag("--quiet", s.quiet, "print nothing but errors");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
+  app.add_output(s.json, s.quiet);
+  if (const auto leave = app.read(argc, argv)) return leave();
   return ui::run("quantize_checkpoint", [&] { return run(s); });
 }

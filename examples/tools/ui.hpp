@@ -126,6 +126,8 @@ class table {
   explicit table(std::vector<std::string> header) { rows_.push_back(std::move(header)); }
 
   void add(std::vector<std::string> row) { rows_.push_back(std::move(row)); }
+  /// Points the last row out as the best.
+  void mark_last() { rows_.back().front() += " (best)"; }
 
   void print() const {
     std::vector<std::size_t> width(rows_.front().size());

@@ -6,11 +6,10 @@
 /// packed again where --statistics gives them.
 
 #include "checkpoint.hpp"
+#include "command_line.hpp"
 
 #include <tetromino/io/checkpoint/verify.hpp>
 #include <tetromino/io/gguf/verify.hpp>
-
-#include <CLI/CLI.hpp>
 
 #include <memory>
 #include <optional>
@@ -114,21 +113,16 @@ int verify_all(const settings& s) {
 
 int main(int argc, char** argv) {
   settings s;
-  CLI::App app("Reads a packed model back and compares it with the one it was made from");
-  app.set_version_flag("--version", fmt::format("verify_checkpoint {}.{}.{}", TETROMINO_VERSION_MAJOR,
-                                                TETROMINO_VERSION_MINOR, TETROMINO_VERSION_PATCH));
-  app.add_option("MODEL", s.original, "model that was packed: a directory, an index, a .safetensors or a .gguf file")
+  ui::command_line app("verify_checkpoint", "Reads a packed model back and compares it with the one it was made from",
+                       {"MODEL PACKED", "MODEL PACKED --statistics statistics.safetensors --json",
+                        "model.gguf packed.gguf --imatrix imatrix.gguf"});
+  app.add_file("MODEL", s.original, "model that was packed: a directory, an index, a .safetensors or a .gguf file")
       ->required();
-  app.add_option("PACKED", s.packed, "what quantize_checkpoint wrote, or another packer")->required();
-  app.add_option("--statistics", s.statistics, "what the model was packed with, to pack it again");
-  app.add_option("--imatrix", s.imatrix, "what a GGUF file was packed with, to pack it again");
-  app.add_option("--threads", s.threads, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
-  app.add_flag("--json", s.json, "print the report as JSON");
-  app.add_flag("--quiet", s.quiet, "print nothing but errors");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
-  }
+  app.add_file("PACKED", s.packed, "what quantize_checkpoint wrote, or another packer")->required();
+  app.add_file("--statistics", s.statistics, "what the model was packed with, to pack it again");
+  app.add_file("--imatrix", s.imatrix, "what a GGUF file was packed with, to pack it again");
+  app.add_threads(s.threads);
+  app.add_output(s.json, s.quiet);
+  if (const auto leave = app.read(argc, argv)) return leave();
   return ui::run("verify_checkpoint", [&] { return verify_all(s); });
 }

@@ -1,0 +1,58 @@
+#pragma once
+
+/// The options that the example programs have in common, and what they do about mistakes in them.
+
+#include <tetromino/version.hpp>
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace ui {
+
+inline std::string version() {
+  return fmt::format("{}.{}.{}", TETROMINO_VERSION_MAJOR, TETROMINO_VERSION_MINOR, TETROMINO_VERSION_PATCH);
+}
+
+/// A program's options: --help with examples and --version are there already.
+class command_line : public CLI::App {
+ public:
+  /// `examples` are arguments to call the program with.
+  command_line(const std::string& program, const std::string& description, const std::vector<std::string>& examples)
+      : CLI::App(description, program) {
+    set_version_flag("--version", fmt::format("{} {}", program, ui::version()));
+    std::string text = "Examples:\n";
+    for (const std::string& example : examples) text += fmt::format("  {} {}\n", program, example);
+    footer(text);
+  }
+
+  /// An option, or an argument, that names a file.
+  CLI::Option* add_file(const std::string& name, std::string& to, const std::string& help) {
+    return add_option(name, to, help)->type_name("FILE");
+  }
+  void add_threads(unsigned& to) {
+    add_option("--threads", to, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
+  }
+  /// What is printed: tables for people, JSON for programs, or nothing but errors.
+  void add_output(bool& json, bool& quiet) {
+    auto* const as_json = add_flag("--json", json, "print the report as JSON");
+    add_flag("--quiet", quiet, "print nothing but errors")->excludes(as_json);
+  }
+
+  /// Reads the arguments. What it returns, if it holds anything, is to be called and its result to be left with, before
+  /// any work: it says what --help and --version ask for (status 0), or what is wrong (2).
+  [[nodiscard]] std::function<int()> read(int argc, char** argv) {
+    try {
+      parse(argc, argv);
+      return {};
+    } catch (const CLI::ParseError& e) {
+      return [this, e] { return exit(e) == 0 ? 0 : 2; };
+    }
+  }
+};
+
+}  // namespace ui
