@@ -604,7 +604,7 @@ int main(int argc, char** argv) {
       ->check(CLI::Range(1.0, 1e6))
       ->capture_default_str();
   app.add_option("--splits", s.splits, "random halves to plan and judge on")
-      ->check(CLI::Range(1u, 1000u))
+      ->check(CLI::Range(1u, 1000000u))
       ->capture_default_str();
   app.add_option("--seed", s.seed, "seed of the halves and of the solver")->capture_default_str();
   app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")

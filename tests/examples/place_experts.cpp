@@ -1,7 +1,10 @@
 #include "check.hpp"
 
+#include <tetromino/version.hpp>
+
 #include "examples/program.hpp"
 
+#include <nlohmann/json.hpp>
 #include <sys/stat.h>
 
 #include <algorithm>
@@ -29,8 +32,8 @@ std::string read(const fs::path& path) {
 /// Counts of four experts in two layers.
 const std::string loads = "layer,expert,count\n0,0,9\n0,1,1\n0,2,4\n0,3,2\n1,0,1\n1,1,7\n1,2,2\n1,3,2\n";
 
-/// Routing of a few requests of two domains, whose names hold what would act on a terminal.
-std::string routing() {
+/// Routing of a few requests of two domains, or of so many, whose names hold what would act on a terminal.
+std::string routing(int domains = 2) {
   std::string out;
   for (int r = 0; r < 12; ++r) {
     for (int token = 0; token < 6; ++token) {
@@ -38,7 +41,9 @@ std::string routing() {
         out += R"({"req_id": ")" + std::to_string(r) + R"(", "token_idx": )" + std::to_string(token) +
                R"(, "layer": )" + std::to_string(layer) + R"(, "topk_ids": [)" + std::to_string((r + layer) % 4) +
                ", " + std::to_string((r + token) % 4 == (r + layer) % 4 ? (r + token + 1) % 4 : (r + token) % 4) +
-               R"(], "prefill_length": 3, "domain": ")" + (r % 2 == 0 ? "plain" : "\\u001b[31mred") + "\"}\n";
+               R"(], "prefill_length": 3, "domain": ")" +
+               (r % domains == 0 ? "plain" : "\\u001b[31mred" + (domains > 2 ? std::to_string(r % domains) : "")) +
+               "\"}\n";
       }
     }
   }
@@ -74,6 +79,110 @@ TEST_CASE("place_experts: a trace becomes a plan and a report, and names act on 
   CHECK_THAT(run.out, contains("\\x1b[31mred"));
   CHECK(run.out.find('\033') == std::string::npos);
   CHECK(files_in(folder.path()) == 3);
+}
+
+TEST_CASE("place_experts: options say what they are, and mistakes in them are found before the work") {
+  const temporary_directory folder;
+  const auto asked = [&](const words& options) { return run_program("place_experts", options, folder.path()); };
+  CHECK_THAT(asked({"--version"}).out, contains("place_experts " + std::to_string(TETROMINO_VERSION_MAJOR) + "."));
+  const auto help = asked({"--help"});
+  CHECK(help.exit_code == 0);
+  CHECK_THAT(help.out, contains("Examples:\n  place_experts TRACE") && contains("--report FILE"));
+  for (const words& wrong :
+       {words{"none", "--nodes", "0"}, words{"none", "--splits", "0"}, words{"none", "--limit", "0"},
+        words{"none", "--format", "sglang"}, words{"none", "--json", "--quiet"}, words{}}) {
+    const auto run = asked(wrong);
+    CHECK(run.exit_code == 2);
+    CHECK(run.out.empty());
+    CHECK(!run.err.empty());
+  }
+}
+
+TEST_CASE("place_experts: what it finds as JSON, or nothing") {
+  const temporary_directory folder;
+  write(folder / "trace", routing(5));
+  const auto run = run_program("place_experts", on_two_nodes((folder / "trace").string(), {"--slots", "2,3", "--json"}),
+                               folder.path());
+  REQUIRE(run.exit_code == 0);
+  const auto found = nlohmann::json::parse(run.out);
+  CHECK(found.at("routing").at("requests") == 12);
+  CHECK(found.at("routing").at("divergence_bits").size() == 5);
+  REQUIRE(found.at("plans").size() == 8);
+  int best = 0;
+  double fewest = 1e9, of_best = 0;
+  for (const auto& plan : found.at("plans")) {
+    fewest = std::min(fewest, plan.at("nodes_per_token").at("mean").get<double>());
+    if (!plan.at("best").get<bool>()) continue;
+    ++best;
+    of_best = plan.at("nodes_per_token").at("mean").get<double>();
+  }
+  CHECK(best == 1);
+  CHECK(of_best == fewest);
+  CHECK(found.at("limits").size() == 24);
+  CHECK(found.at("drift").size() == 25);
+  CHECK(found.at("migration").at("from") == "contiguous");
+  CHECK(
+      run_program("place_experts", on_two_nodes((folder / "trace").string(), {"--quiet"}), folder.path()).out.empty());
+}
+
+TEST_CASE("place_experts: of many domains, the extremes have names and the others a picture") {
+  const temporary_directory folder;
+  write(folder / "trace", routing(12));
+  const auto run = run_program("place_experts", on_two_nodes((folder / "trace").string(), {}), folder.path());
+  REQUIRE(run.exit_code == 0);
+  const std::string seen = run.out.substr(0, run.out.find("Plans compared"));
+  CHECK_THAT(seen, contains("the domains most alike: ") && contains("the domains least alike: ") && contains("█"));
+  CHECK(std::count(seen.begin(), seen.end(), '\n') < 35);
+  CHECK_THAT(run.out, contains("(best)") && contains("On requests that were not planned with, a token visits "));
+}
+
+TEST_CASE("place_experts: the report in a browser, on a phone, by keyboard and by touch") {
+  const temporary_directory folder;
+  write(folder / "trace", routing(4));
+  const std::string report = (folder / "report.html").string();
+  REQUIRE(run_program("place_experts", on_two_nodes((folder / "trace").string(), {"--report", report}), folder.path())
+              .exit_code == 0);
+  const std::string page = read(report);
+  CHECK_THAT(page, contains("<title>Where the experts of trace live</title>") &&
+                       contains("prefers-color-scheme:dark") && contains("--nodes 2") && contains("2 or more") &&
+                       contains("<tr class=\"best\">") && contains("<th scope=\"col\">") &&
+                       contains("Divergence of domains"));
+
+  const std::string probe = R"(<script>onload = () => {
+  const svg = document.querySelectorAll("svg")[1];
+  svg.focus();
+  for (const key of ["ArrowRight", "ArrowDown"]) svg.dispatchEvent(new KeyboardEvent("keydown", {key, cancelable: true}));
+  const cell = document.querySelector("svg rect title").parentNode;
+  cell.dispatchEvent(new PointerEvent("pointerdown", {bubbles: true}));
+  parent.postMessage({fits: document.documentElement.scrollWidth <= innerWidth, inner: innerWidth,
+                      focused: document.activeElement === svg, keys: svg.nextElementSibling.textContent,
+                      touch: document.querySelector("output").textContent}, "*");
+}</script></body>)";
+  const std::size_t end = page.rfind("</body>");
+  write(folder / "probe.html", page.substr(0, end) + probe + page.substr(end + 7));
+  write(folder / "phone.html",
+        R"(<iframe src="probe.html" style="width:360px;height:900px;border:0"></iframe><pre></pre>
+<script>onmessage = e => document.querySelector("pre").textContent = "said " + JSON.stringify(e.data)</script>)");
+  outcome browser;
+  for (const char* name : {"chromium", "chromium-browser", "google-chrome"}) {
+    browser = run_command({name, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000",
+                           "--allow-file-access-from-files", "--user-data-dir=" + (folder / "profile").string(),
+                           "--dump-dom", "file://" + (folder / "phone.html").string()},
+                          folder.path());
+    if (browser.exit_code == 0) break;
+  }
+  if (browser.exit_code != 0) {
+    WARN("skipped: no Chromium that runs is installed");
+    return;
+  }
+  const std::size_t said = browser.out.find("said {");
+  REQUIRE(said != std::string::npos);
+  const auto found = nlohmann::json::parse(browser.out.substr(said + 5, browser.out.find("</pre>") - said - 5));
+  CHECK(found.at("inner") == 360);
+  CHECK(found.at("fits") == true);
+  CHECK(found.at("focused") == true);
+  CHECK_THAT(found.at("keys").get<std::string>(), contains("layer 1, GPU 0: ") && contains("(load / mean)"));
+  CHECK_THAT(found.at("touch").get<std::string>(), contains("plain, plain: 0 (bits)"));
 }
 
 TEST_CASE("place_experts: no output replaces an input or another output, by whatever name") {
