@@ -4,14 +4,17 @@
 
 #include "config.hpp"  // TETROMINO_EXCEPTIONS
 
-#include <cstdio>       // std::fprintf
-#include <optional>     // std::optional
-#include <stdexcept>    // std::runtime_error
-#include <string>       // std::string, std::to_string
-#include <string_view>  // std::string_view
-#include <type_traits>  // std::is_arithmetic_v
-#include <utility>      // std::move
-#include <variant>      // std::variant
+#include <cstddef>           // std::size_t
+#include <cstdint>           // std::uint8_t
+#include <cstdio>            // std::fprintf, std::snprintf
+#include <initializer_list>  // std::initializer_list
+#include <optional>          // std::optional
+#include <stdexcept>         // std::runtime_error
+#include <string>            // std::string, std::to_string
+#include <string_view>       // std::string_view
+#include <type_traits>       // std::is_arithmetic_v
+#include <utility>           // std::move
+#include <variant>           // std::variant
 
 namespace TETROMINO_NAMESPACE {
 
@@ -48,26 +51,53 @@ namespace detail::inline TETROMINO_ISA {
 #endif
 }
 
-inline void append_text(std::string& out, std::string_view piece) { out += piece; }
-inline void append_text(std::string& out, char piece) { out += piece; }
-template <class Number>
-  requires std::is_arithmetic_v<Number>
-void append_text(std::string& out, Number piece) {
-  if constexpr (std::is_floating_point_v<Number>) {
-    char digits[32];
-    std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(piece));
-    out += digits;
-  } else {
-    out += std::to_string(piece);
-  }
-}
+/// A string, a character or a number, as part of a message.
+class text_piece {
+ public:
+  text_piece(std::string_view piece) : string_(piece) {}
+  text_piece(const std::string& piece) : string_(piece) {}
+  text_piece(const char* piece) : string_(piece) {}
+  text_piece(const char& piece) : string_(&piece, 1) {}
+  template <class Number>
+    requires std::is_arithmetic_v<Number> text_piece(Number piece)
+        : kind_(std::is_floating_point_v<Number> ? real
+                : std::is_signed_v<Number>       ? whole
+                                                 : natural) {
+      if constexpr (std::is_floating_point_v<Number>) {
+        real_ = piece;
+      } else if constexpr (std::is_signed_v<Number>) {
+        whole_ = piece;
+      } else {
+        natural_ = piece;
+      }
+    }
+    void append_to(std::string& out) const {
+      char digits[32];
+      if (kind_ == string) out += string_;
+      if (kind_ == real)
+        out.append(digits, static_cast<std::size_t>(std::snprintf(digits, sizeof digits, "%.9g", real_)));
+      if (kind_ == whole) out += std::to_string(whole_);
+      if (kind_ == natural) out += std::to_string(natural_);
+    }
 
+   private:
+    enum : std::uint8_t { string, real, whole, natural } kind_ = string;
+    union {
+      std::string_view string_;
+      double real_;
+      long long whole_;
+      unsigned long long natural_;
+    };
+};
+TETROMINO_COLD inline std::string joined(std::initializer_list<text_piece> pieces) {
+  std::string out;
+  for (const text_piece& piece : pieces) piece.append_to(out);
+  return out;
+}
 /// Joins strings and numbers into one message.
 template <class... Pieces>
 [[nodiscard]] std::string text(const Pieces&... pieces) {
-  std::string out;
-  (append_text(out, pieces), ...);
-  return out;
+  return joined({text_piece(pieces)...});
 }
 
 }  // namespace detail::inline TETROMINO_ISA

@@ -193,38 +193,49 @@ packed_view<any_format> as_packed(const packed<Format>& storage) noexcept {
 }
 
 /// Says why a format known at run time is none, if it is none.
+TETROMINO_COLD inline result<void> unknown_format(const any_format& f) {
+  return error(errc::invalid_argument, text("not a 4-bit block format: ", f.scale == scale_type::e8m0 ? "MX" : "NVFP4",
+                                            " with block ", f.block, ", macro block ", f.macro_block));
+}
 inline result<void> check_format(const any_format& f) {
   const bool has_block = f.block == 16 || (f.block == 32 && f.scale == scale_type::e8m0);
   const bool has_macro = f.macro_block == 32 || f.macro_block == 64 || f.macro_block == 128 || f.macro_block == 256;
   if (has_block && (f.macro_block == 0 || (has_macro && f.scale == scale_type::e8m0))) return {};
-  return error(errc::invalid_argument, text("not a 4-bit block format: ", f.scale == scale_type::e8m0 ? "MX" : "NVFP4",
-                                            " with block ", f.block, ", macro block ", f.macro_block));
+  return unknown_format(f);
 }
 
-/// Says which buffer of a packed view does not fit its shape, if one does not.
-template <class View>
-result<void> check_storage(const View& view) {
-  const packed_shape shape = view.shape();
-  const auto expect = [](const char* buffer, std::size_t expected, std::size_t got) -> result<void> {
-    if (expected == got) return {};
-    return error(errc::shape_mismatch, text("packed storage: ", buffer, " needs ", expected, " entries, got ", got));
-  };
+TETROMINO_COLD inline error wrong_storage(const char* buffer, std::size_t expected, std::size_t got) {
+  return error(errc::shape_mismatch, text("packed storage: ", buffer, " needs ", expected, " entries, got ", got));
+}
+/// Says which buffer of storage of this shape has not its size, if one has not.
+inline result<void> check_storage(const packed_shape& shape, std::size_t codes, std::size_t scales, std::size_t macros,
+                                  std::size_t tensor_scales) {
   if (auto known = check_format(shape.format); !known) return known;
   if (auto fits = check_sizes(shape.matrices, shape.rows, shape.cols); !fits) return fits;
-  if (auto fits = expect("codes", shape.code_bytes(), view.codes.size()); !fits) return fits;
-  if (auto fits = expect("scales", shape.scale_bytes(), view.scales.size()); !fits) return fits;
-  if (auto fits = expect("macros", shape.macro_bytes(), view.macros.size()); !fits) return fits;
-  const std::size_t tensor_scales = view.tensor_scales.size();
-  if (shape.format.scale == scale_type::e8m0) return expect("tensor_scales", 0, tensor_scales);
-  return tensor_scales == view.matrices ? result<void>{} : expect("tensor_scales", 1, tensor_scales);
+  if (codes != shape.code_bytes()) return wrong_storage("codes", shape.code_bytes(), codes);
+  if (scales != shape.scale_bytes()) return wrong_storage("scales", shape.scale_bytes(), scales);
+  if (macros != shape.macro_bytes()) return wrong_storage("macros", shape.macro_bytes(), macros);
+  const std::size_t wanted = shape.format.scale == scale_type::e8m0 ? 0 : 1;
+  if (tensor_scales == wanted || (wanted == 1 && tensor_scales == shape.matrices)) return {};
+  return wrong_storage("tensor_scales", wanted, tensor_scales);
+}
+/// The same of a view.
+template <class View>
+result<void> check_storage(const View& view) {
+  return check_storage(view.shape(), view.codes.size(), view.scales.size(), view.macros.size(),
+                       view.tensor_scales.size());
 }
 
+TETROMINO_COLD inline error wrong_shape(const packed_shape& shape, std::size_t matrices, std::size_t rows,
+                                        std::size_t cols) {
+  return error(errc::shape_mismatch, text("packed storage is [", shape.matrices, ", ", shape.rows, ", ", shape.cols,
+                                          "], the matrices are [", matrices, ", ", rows, ", ", cols, "]"));
+}
 /// Says how a packed shape differs from the matrices it is meant for, if it does.
 template <class Input>
 result<void> check_shape(const packed_shape& shape, const Input& in) {
   if (shape.matrices == in.matrices && shape.rows == in.rows && shape.cols == in.cols) return {};
-  return error(errc::shape_mismatch, text("packed storage is [", shape.matrices, ", ", shape.rows, ", ", shape.cols,
-                                          "], the matrices are [", in.matrices, ", ", in.rows, ", ", in.cols, "]"));
+  return wrong_shape(shape, in.matrices, in.rows, in.cols);
 }
 
 }  // namespace detail::inline TETROMINO_ISA

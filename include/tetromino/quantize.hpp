@@ -100,7 +100,7 @@ inline result<quantize_options> checked(quantize_options options, const any_form
 }
 
 /// The options with the rules that a recipe names. A rotation given with signs stays, if it is of the recipe's size.
-inline result<quantize_options> options_of(const recipe& r, quantize_options options) {
+TETROMINO_COLD inline result<quantize_options> options_of(const recipe& r, quantize_options options) {
   if (r.error_feedback) {
     return error(errc::invalid_argument, text("recipe ", r.name(), " needs calibration: pack with gptq() instead"));
   }

@@ -149,7 +149,7 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
                                                          {"mbs-search256", macro_rule::search_256}}};
 
 /// How many letters have to be added, dropped or changed to make one word of the other; 3 where that is more than 2.
-[[nodiscard]] inline std::size_t edits_between(std::string_view a, std::string_view b) {
+[[nodiscard]] TETROMINO_COLD inline std::size_t edits_between(std::string_view a, std::string_view b) {
   constexpr std::size_t longest = 24, many = 3;
   if (a.size() > longest || b.size() > longest) return many;
   std::array<std::size_t, longest + 1> row{};
@@ -167,7 +167,7 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
 }
 
 /// The word of the recipes' language that a misspelt one is closest to; empty where none is near.
-[[nodiscard]] inline std::string_view nearest_recipe_word(std::string_view word) {
+[[nodiscard]] TETROMINO_COLD inline std::string_view nearest_recipe_word(std::string_view word) {
   std::string_view nearest;
   std::size_t least = word.size() < 4 ? 2 : 3;  // short words have many neighbours
   const auto consider = [&](std::string_view candidate) {
@@ -217,7 +217,7 @@ inline namespace TETROMINO_ISA {
 
 }  // namespace TETROMINO_ISA
 
-inline std::string recipe::name() const {
+TETROMINO_COLD inline std::string recipe::name() const {
   std::string out = detail::text(name_of(format), '/', name_of(rule));
   if (format.macro_block != 0) {
     for (const auto& [name, value] : detail::macro_names) {
@@ -230,7 +230,7 @@ inline std::string recipe::name() const {
   return out;
 }
 
-inline result<recipe> recipe::try_parse(std::string_view name) {
+TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
   constexpr std::size_t shown = 60;  // characters of a wrong name that a message repeats
   const auto unknown = [&](std::string_view what, std::string_view piece) {
     const std::string_view meant = detail::nearest_recipe_word(piece);

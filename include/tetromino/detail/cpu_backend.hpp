@@ -18,7 +18,7 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// The error for the first element, in reading order, that special_values::reject refuses.
 template <real T>
-error rejection(const batch_view<const T>& in, std::size_t position) {
+TETROMINO_COLD error rejection(const batch_view<const T>& in, std::size_t position) {
   const std::size_t col = position % in.cols, row = position / in.cols % in.rows, e = position / in.cols / in.rows;
   const float value = to_float(in.row(e, row)[col]);
   const char* what = is_finite(value) ? "one that overflows when rotated"
