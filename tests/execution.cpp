@@ -50,6 +50,14 @@ TEST_CASE("an executor runs each task once, on at most as many threads as it say
   CHECK(thread_executor(0).count() == 1);
 }
 
+TEST_CASE("an executor with a count says how many threads it has") {
+  const auto silent = [](std::size_t, task_ref) {};
+  const thread_executor three(3);
+  CHECK(tetromino::executor_ref(three).threads() == 3);
+  CHECK(tetromino::executor_ref(silent).threads() == 0);
+  CHECK(tetromino::executor_ref().threads() == 0);
+}
+
 TEST_CASE("an executor rethrows what a task lets out, when all threads have stopped") {
   const auto task = [](std::size_t i) {
     if (i == 7) throw std::runtime_error("seven");

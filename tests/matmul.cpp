@@ -8,6 +8,7 @@
 #include "support/matmul_cases.hpp"
 #include "support/oracle.hpp"
 
+#include <algorithm>
 #include <array>
 
 namespace {
@@ -114,6 +115,72 @@ TEST_CASE("matmul: more rows and outputs than a tile has") {
       CHECK(worst_error(fastest, x, meaning(x), w, all, out) <= 56);
     }
   }
+}
+
+/// An executor of this many threads, as it says; all tasks run on the caller's.
+struct counted_executor {
+  std::size_t threads;
+  std::size_t tasks = 0;
+
+  [[nodiscard]] std::size_t count() const { return threads; }
+  void operator()(std::size_t n, tetromino::task_ref task) {
+    tasks = n;
+    for (std::size_t i = 0; i < n; ++i) task(i);
+  }
+};
+
+TEST_CASE("matmul: tiles cover a product once, and none is more than a thread's share, whoever has the rows") {
+  constexpr std::size_t depth = 4096, outputs = 1000;
+  using offsets = std::vector<std::uint32_t>;
+  for (const offsets& rows :
+       {offsets{0, 0, 64, 64, 64}, offsets{0, 16}, offsets{0, 1}, offsets{0, 1, 2, 3, 300, 301}, offsets{0, 40, 80}}) {
+    for (const std::size_t threads : {1u, 2u, 4u, 8u, 16u}) {
+      counted_executor executor{threads};
+      const tetromino::detail::tiling tiles(64, 128, depth, outputs, rows, executor);
+      INFO(threads << " threads, " << rows.back() << " rows of " << rows.size() - 1 << " experts");
+      std::vector<int> seen(rows.back() * outputs);
+      std::size_t largest = 0;
+      for (std::size_t i = 0; i < tiles.count(); ++i) {
+        const tetromino::detail::matmul_tile t = tiles.tile(i);
+        REQUIRE(t.first_row >= rows[t.matrix]);
+        REQUIRE(t.last_row <= rows[t.matrix + 1]);
+        REQUIRE(t.first_col % 32 == 0);
+        for (std::size_t m = t.first_row; m < t.last_row; ++m) {
+          for (std::size_t n = t.first_col; n < t.last_col; ++n) ++seen[m * outputs + n];
+        }
+        largest = std::max(largest, (t.last_row - t.first_row) * (t.last_col - t.first_col));
+      }
+      CHECK(std::count(seen.begin(), seen.end(), 1) == static_cast<std::ptrdiff_t>(seen.size()));
+      CHECK(largest * threads <= seen.size() * 11 / 10);
+      if (threads > 1) continue;
+      std::size_t most_rows = 0;
+      for (std::size_t e = 1; e < rows.size(); ++e) most_rows = std::max<std::size_t>(most_rows, rows[e] - rows[e - 1]);
+      CHECK(largest == std::min<std::size_t>(64, most_rows) * 128);
+    }
+  }
+}
+
+TEST_CASE("matmul: however finely a product is cut, its bits are the same") {
+  constexpr std::size_t experts = 3, rows = 70, outputs = 130, cols = 8192;
+  const std::vector<float> numbers = reference::normal_sample(seed(), (rows + experts * outputs) * cols);
+  const matrix_view<const float> x(numbers.data(), rows, cols);
+  const auto w = quantize(
+      fastest, tetromino::batch_view<const float>(numbers.data() + rows * cols, experts, outputs, cols), "mxfp4");
+  const std::vector<std::uint32_t> all_in_one{0, 0, rows, rows};
+  const auto compare = [&](const auto& activations) {
+    matrix<float> expected(rows, outputs), got(rows, outputs);
+    grouped_matmul(fastest, activations, w, all_in_one, expected);
+    std::size_t tasks = 0;
+    for (const std::size_t threads : {1u, 2u, 5u, 16u, 64u}) {
+      counted_executor executor{threads};
+      grouped_matmul(fastest.on(executor), activations, w, all_in_one, got);
+      CHECK(same_bits(expected.data, got.data));
+      CHECK(executor.tasks >= std::max(tasks, std::min<std::size_t>(threads, 15)));
+      tasks = executor.tasks;
+    }
+  };
+  compare(x);
+  compare(quantize_int8(scalar, x));
 }
 
 TEST_CASE("matmul: what quantize packs is multiplied as what dequantize gives") {

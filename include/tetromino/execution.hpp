@@ -6,7 +6,7 @@
 
 #include <algorithm>     // std::min
 #include <atomic>        // std::atomic
-#include <concepts>      // std::invocable
+#include <concepts>      // std::invocable, std::convertible_to
 #include <cstddef>       // std::size_t
 #include <exception>     // std::exception_ptr
 #include <new>           // std::bad_alloc
@@ -35,7 +35,8 @@ class task_ref {
 };
 
 /// Something that runs task(0) ... task(count - 1), in any order and on any threads, and returns when all are done.
-/// This is how callers lend their threads: the library starts none of its own.
+/// This is how callers lend their threads: the library starts none of its own. One with a count() is taken to say how
+/// many threads it has, which decides how finely small work is split.
 template <class E>
 concept executor = requires(E& e, std::size_t count, task_ref task) {
   e(count, task);
@@ -49,7 +50,9 @@ class executor_ref {
     requires(!std::same_as<std::remove_cv_t<E>, executor_ref>)
   TETROMINO_ABI constexpr executor_ref(E& e) noexcept
       : context_(const_cast<std::remove_const_t<E>*>(&e)),
-        run_([](void* context, std::size_t count, task_ref task) { (*static_cast<E*>(context))(count, task); }) {}
+        run_([](void* context, std::size_t count, task_ref task) { (*static_cast<E*>(context))(count, task); }) {
+    if constexpr (requires { { e.count() } -> std::convertible_to<std::size_t>; }) threads_ = e.count();
+  }
 
   TETROMINO_ABI void operator()(std::size_t count, task_ref task) const {
     if (run_ != nullptr && count > 1) return run_(context_, count, task);
@@ -58,10 +61,13 @@ class executor_ref {
 
   /// False where work runs on the calling thread alone.
   [[nodiscard]] TETROMINO_ABI constexpr bool is_parallel() const noexcept { return run_ != nullptr; }
+  /// How many threads the executor says it has; 0 where it does not say.
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t threads() const noexcept { return threads_; }
 
  private:
   void* context_ = nullptr;
   void (*run_)(void*, std::size_t, task_ref) = nullptr;
+  std::size_t threads_ = 0;
 };
 
 /// A plain executor: `count` std::threads for the length of one call (the calling thread is one of them).

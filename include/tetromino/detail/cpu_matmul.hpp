@@ -6,9 +6,11 @@
 #include "float_state.hpp"     // default_float_state
 #include "row.hpp"             // packed_row
 
-#include <algorithm>  // std::min
+#include <algorithm>  // std::min, std::max
+#include <bit>        // std::countr_zero
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint32_t
+#include <limits>     // std::numeric_limits
 #include <span>       // std::span
 
 namespace TETROMINO_NAMESPACE::detail {
@@ -161,25 +163,85 @@ TETROMINO_INLINE packed_row<const std::uint8_t> read_row(const weights_view& w, 
 /// The smaller of two block sizes.
 constexpr std::size_t common_block(std::size_t a, std::size_t b) noexcept { return std::min(a, b); }
 
+/// How a product is cut into tiles: those of `rows` by `cols` that kernels are made for, smaller ones where few of
+/// those would leave threads without work, or one of them would be a large part of it all.
+class tiling {
+ public:
+  /// Powers of two.
+  tiling(std::size_t rows, std::size_t cols, std::size_t depth, std::size_t outputs,
+         std::span<const std::uint32_t> row_offsets, executor_ref executor)
+      : rows_(rows), cols_(cols), outputs_(outputs), row_offsets_(row_offsets) {
+    if (!executor.is_parallel()) return;
+    std::size_t all = 0;
+    for (std::size_t e = 0; e + 1 < row_offsets.size(); ++e) all += rows_of(e) == 0 ? 0 : cost(rows_of(e), outputs);
+    // Fewer columns at once prepare the activations more often, so no more tiles than threads, at first; and none with
+    // fewer products than take a few microseconds.
+    constexpr std::size_t usual_threads = 16, least_work = std::size_t{1} << 19;
+    const std::size_t threads = executor.threads() == 0 ? usual_threads : executor.threads();
+    most_ = std::max((all + threads - 1) / threads, least_work / std::max<std::size_t>(1, depth));
+  }
+
+  [[nodiscard]] std::size_t count() const {
+    std::size_t out = 0;
+    for (std::size_t e = 0; e + 1 < row_offsets_.size(); ++e) out += tiles_of(e);
+    return out;
+  }
+  /// Tile i of count().
+  [[nodiscard]] matmul_tile tile(std::size_t i) const {
+    std::size_t e = 0;
+    for (std::size_t n; i >= (n = tiles_of(e)); ++e) i -= n;
+    const shape s = shape_of(rows_of(e));
+    const std::size_t across = parts(outputs_, s.cols);
+    const std::size_t row = row_offsets_[e] + i / across * s.rows, col = i % across * s.cols;
+    return {e, row, std::min<std::size_t>(row + s.rows, row_offsets_[e + 1]), col, std::min(col + s.cols, outputs_)};
+  }
+
+ private:
+  struct shape {
+    std::size_t rows, cols;
+  };
+
+  [[nodiscard]] std::size_t rows_of(std::size_t e) const { return std::size_t{row_offsets_[e + 1]} - row_offsets_[e]; }
+  /// In products of one row: reading the weights takes as long as two.
+  static constexpr std::size_t cost(std::size_t rows, std::size_t cols) { return (rows + 2) * cols; }
+  static constexpr std::size_t parts(std::size_t n, std::size_t size) {
+    return (n + size - 1) >> std::countr_zero(size);
+  }
+
+  /// The tiles of an expert with so many rows. Fewer rows at once read the weights more often: only where fewer columns
+  /// are not enough by half.
+  [[nodiscard]] shape shape_of(std::size_t rows) const {
+    constexpr std::size_t least_rows = 16, least_cols = 32;
+    shape s{rows_, cols_};
+    const auto is_above = [&](std::size_t most) { return cost(std::min(rows, s.rows), s.cols) > most; };
+    while (s.cols > least_cols && is_above(most_)) s.cols /= 2;
+    while (s.rows > least_rows && is_above(2 * most_)) s.rows /= 2;
+    return s;
+  }
+  [[nodiscard]] std::size_t tiles_of(std::size_t e) const {
+    const std::size_t rows = rows_of(e);
+    if (rows == 0) return 0;
+    const shape s = shape_of(rows);
+    return parts(rows, s.rows) * parts(outputs_, s.cols);
+  }
+
+  std::size_t rows_, cols_, outputs_;
+  std::span<const std::uint32_t> row_offsets_;
+  std::size_t most_ = std::numeric_limits<std::size_t>::max() / 2;  // the most that a tile may cost
+};
+
 /// Multiplies on the CPU, tile by tile, with the kernels of one backend. An output depends on its own row of
 /// activations and row of weights alone: kernels must not let the shape of a tile change the order of a sum.
 template <class Kernels, class Product>
 void multiply_tiles(executor_ref executor, const Product& product, std::span<const std::uint32_t> row_offsets,
                     const Kernels& kernels) {
-  constexpr std::size_t rows = Kernels::tile_rows, cols = Kernels::tile_cols;
-  const std::size_t outputs = product.weights.rows, across = (outputs + cols - 1) / cols;
-  const auto rows_of = [&](std::size_t e) { return std::size_t{row_offsets[e + 1]} - row_offsets[e]; };
-  std::size_t tiles = 0;
-  for (std::size_t e = 0; e < product.weights.matrices; ++e) tiles += (rows_of(e) + rows - 1) / rows * across;
+  const tiling tiles(Kernels::tile_rows, Kernels::tile_cols, product.weights.cols, product.weights.rows, row_offsets,
+                     executor);
   const auto task = [&](std::size_t i) {
     const default_float_state usual;
-    std::size_t e = 0, left = i;
-    for (std::size_t n; left >= (n = (rows_of(e) + rows - 1) / rows * across); ++e) left -= n;
-    const std::size_t row = row_offsets[e] + left / across * rows, col = left % across * cols;
-    kernels.multiply(product, matmul_tile{e, row, std::min<std::size_t>(row + rows, row_offsets[e + 1]), col,
-                                          std::min(col + cols, outputs)});
+    kernels.multiply(product, tiles.tile(i));
   };
-  executor(tiles, task);
+  executor(tiles.count(), task);
 }
 template <class Kernels, class X, real Out>
 void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job, const Kernels& kernels = {}) {
