@@ -86,6 +86,12 @@ void bench_threads(std::size_t bytes, unsigned most, int repetitions) {
   const int8_matrix x = quantize_int8(simd, few);
   std::vector<float> out(16 * rows);
   const repacked fast = repack(simd, w);
+  packed<any_format> experts(mxfp4{}, 8, 1024, cols);
+  std::copy_n(w.codes.begin(), std::min(w.codes.size(), experts.codes.size()), experts.codes.begin());
+  for (auto& e : experts.scales) e = 120;
+  const repacked fast_experts = repack(simd, experts);
+  const std::vector<std::uint32_t> all_to_one{0, 0, 0, 16, 16, 16, 16, 16, 16};
+  matrix<float> of_one(16, 1024);
   const std::vector<float> x32 = reference::normal_sample(2, std::size_t{1} << 24);
   const matrix_view<const float> floats(x32.data(), x32.size() / cols, cols);
   packed<any_format> codes(mxfp4{}, 1, floats.rows, cols);
@@ -102,6 +108,9 @@ void bench_threads(std::size_t bytes, unsigned most, int repetitions) {
     table.add(
         "mxfp4-32/oas", count, static_cast<double>(x32.size() * sizeof(float)), static_cast<double>(x32.size()),
         [&, executor] { quantize_to(simd.on(executor), floats, codes.view()); }, read);
+    table.add(
+        "grouped_matmul, one of 8, M = 16", count, static_cast<double>(experts.bytes()) / 8, 16 * 1024 * cols,
+        [&, executor] { grouped_matmul(simd.on(executor), x, fast_experts, all_to_one, of_one); }, read);
     for (const std::size_t m : {1u, 16u}) {
       const int8_view<> part{m, cols, std::span(x.values).first(m * cols), std::span(x.scales).first(m * cols / 32)};
       const std::string suffix = ", M = " + std::to_string(m);
