@@ -2,14 +2,14 @@
 
 #include "../../detail/macros_off.hpp"
 
-#include "../../version.hpp"  // TETROMINO_NAMESPACE
+#include "../../config.hpp"  // TETROMINO_NAMESPACE, TETROMINO_ISA
 
 #include <memory>   // std::unique_ptr
 #include <mutex>    // std::mutex, std::scoped_lock
 #include <utility>  // std::move
 #include <vector>   // std::vector
 
-namespace TETROMINO_NAMESPACE::moe::detail {
+namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Working memory of tasks that run on a caller's threads: as many pieces as tasks have run at once.
 template <class T>
@@ -43,6 +43,6 @@ class workspaces {
   std::vector<std::unique_ptr<T>> free_;
 };
 
-}  // namespace TETROMINO_NAMESPACE::moe::detail
+}  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
 #include "../../detail/macros_back.hpp"
