@@ -12,7 +12,7 @@
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
-#include <cstdint>    // std::uint8_t
+#include <cstdint>    // std::uint8_t, std::uintptr_t
 
 TETROMINO_VECTOR_CODE_BEGIN
 
@@ -75,11 +75,11 @@ class row_panel {
       // The next panel's rows: hardware sees too many short runs to look ahead by itself.
       if (used == most_cols) {
         repeat<most_cols / 128>([&](auto i)
-                                    TETROMINO_INLINE_LAMBDA { prefetch(codes + 64 * i, lane_count * row_bytes); });
+                                    TETROMINO_INLINE_LAMBDA { prefetch_row(codes + 64 * i, lane_count * row_bytes); });
       } else {
-        for (std::size_t i = 0; i < bytes; i += 64) prefetch(codes + i, lane_count * row_bytes);
+        for (std::size_t i = 0; i < bytes; i += 64) prefetch_row(codes + i, lane_count * row_bytes);
       }
-      prefetch(scales, lane_count * row_scales);
+      prefetch_row(scales, lane_count * row_scales);
       if (l < last) codes += row_bytes, scales += row_scales;
     }
     for (std::size_t l = 0; l < lane_count && macros != 0; ++l) {
@@ -109,6 +109,15 @@ class row_panel {
   }
 
  private:
+  /// Into the second cache: rows are often a power of two apart, and so many of them drive each other out of the few
+  /// places that the first cache has for such addresses.
+  static TETROMINO_INLINE void prefetch_row([[maybe_unused]] const std::uint8_t* x,
+                                            [[maybe_unused]] std::size_t ahead) {
+#if defined(__GNUC__)
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + ahead), 0, 2);
+#endif
+  }
+
   [[nodiscard]] std::size_t code_bytes() const { return blocks_ * format_.block / 2; }
 
   /// The first n of 16 bytes of each row, the rest zero.
