@@ -37,16 +37,16 @@ state() {
   shift 2
   taken=$(seconds "$@")
   awk -v t="$taken" -v u="$unit" -v l="$limit" -v n="$name" \
-    'BEGIN { printf "%8.2f %8.2f %6s  %s%s\n", t, t / u, l, n, t > l * u ? "   OVER" : ""; exit t > l * u }' || status=1
+    'BEGIN { printf "%8.2f %8.2f %6s  %s%s\n", t, t / u, l, n, (t > l * u ? "   OVER" : ""); exit (t > l * u) }' || status=1
 }
 
 echo '#include <tetromino/tetromino.hpp>' >"$work/umbrella.cpp"
 sed -n '/^```cpp$/,/^```$/p' "$root/README.md" | sed '/^```$/,$d' | grep -v '^```' >"$work/example.cpp"
 sed 's@<tetromino/tetromino.hpp>@&\n#include <tetromino/cpu.hpp>@; s/tt::automatic/tt::cpu/g' "$work/example.cpp" >"$work/example_cpu.cpp"
 grep -q 'tt::cpu' "$work/example_cpu.cpp" || { echo "the README's first example does not say tt::automatic" >&2; exit 2; }
-state 1.2 "<tetromino/tetromino.hpp>" 5 compile "$work/umbrella.cpp"
-state 4 "README, first example" 3 compile "$work/example.cpp"
-state 2.5 "README, first example, through tetromino::cpu" 3 compile "$work/example_cpu.cpp"
+state 2.2 "<tetromino/tetromino.hpp>" 5 compile "$work/umbrella.cpp"
+state 7.5 "README, first example" 3 compile "$work/example.cpp"
+state 5.5 "README, first example, through tetromino::cpu" 3 compile "$work/example_cpu.cpp"
 
 # The compiler's commands, as CMake writes them.
 tests=OFF
