@@ -238,10 +238,8 @@ void check_output(const settings& s) {
 int run_gguf(const settings& s) {
   io::gguf_options options;
   usage([&] {
-    std::vector<io::pack_rule> rules;
-    for (const auto& text : s.recipes) add_rules(text, rules);
-    if (rules.empty()) rules.push_back({"", recipe::parse("mxfp4-32/min-error")});
-    for (const auto& rule : rules) options.rules.push_back({rule.pattern, rule.how});
+    for (const auto& text : s.recipes) add_rules(text, options.rules);
+    if (options.rules.empty()) options.rules.push_back({"", recipe::parse("mxfp4-32/min-error")});
     return 0;
   });
   if (!s.statistics.empty()) throw ui::usage_error("--statistics is for safetensors; GGUF files take --imatrix");

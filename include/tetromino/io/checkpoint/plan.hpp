@@ -2,12 +2,11 @@
 
 #include "../../detail/macros_off.hpp"
 
-#include "inputs.hpp"      // input_knowledge
-#include "layouts.hpp"     // checkpoint_layout, stored_weight
-#include "parameters.hpp"  // parameter
-#include "rows.hpp"        // detail::read_floats
-
-#include <fnmatch.h>  // ::fnmatch
+#include "../pack_rule.hpp"  // pack_rule, matches
+#include "inputs.hpp"        // input_knowledge
+#include "layouts.hpp"       // checkpoint_layout, stored_weight
+#include "parameters.hpp"    // parameter
+#include "rows.hpp"          // detail::read_floats
 
 #include <algorithm>  // std::any_of
 #include <map>        // std::map
@@ -16,14 +15,6 @@
 #include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::io {
-
-/// A recipe for some weights of a model.
-struct pack_rule {
-  /// Which: a pattern with * and ? for their names; or a word: "experts" and "linear" are roles, any other word stands
-  /// in the name, such as "attn". Empty: all.
-  std::string pattern;
-  recipe how;
-};
 
 /// What to pack, and how.
 struct plan_options {
@@ -83,24 +74,10 @@ inline namespace TETROMINO_ISA {
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
-inline bool matches(const std::string& name, const std::string& pattern) {
-  return ::fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
-}
-inline const std::string* match_of(const std::string& name, const std::vector<std::string>& patterns) {
-  for (const auto& pattern : patterns) {
-    if (matches(name, pattern)) return &pattern;
-  }
-  return nullptr;
-}
-
 inline bool rule_matches(const io::pack_rule& rule, const io::parameter& p) {
   const bool is_experts =
       p.kind.role == io::tensor_role::routed_expert || p.kind.role == io::tensor_role::fused_experts;
-  if (rule.pattern.empty()) return true;
-  if (rule.pattern == "experts") return is_experts;
-  if (rule.pattern == "linear") return p.kind.role == io::tensor_role::linear;
-  if (rule.pattern.find_first_of("*?[") != std::string::npos) return matches(p.name, rule.pattern);
-  return p.name.find(rule.pattern) != std::string::npos;
+  return is_for(rule, p.name, is_experts, p.kind.role == io::tensor_role::linear);
 }
 
 class planner {
@@ -149,26 +126,13 @@ class planner {
       if (rule.pattern.empty()) continue;
       if (std::none_of(parameters_.begin(), parameters_.end(),
                        [&](const io::parameter& p) { return rule_matches(rule, p); })) {
-        return unmatched("recipe", rule.pattern);
+        return unmatched("recipe", rule.pattern, parameters_, name_of);
       }
     }
-    for (const auto& pattern : options().keep) {
-      if (!matches_any(pattern)) return unmatched("keep", pattern);
-    }
-    for (const auto& pattern : options().pack) {
-      if (!matches_any(pattern)) return unmatched("pack", pattern);
-    }
-    return {};
+    if (auto all = all_match("keep", options().keep, parameters_, name_of); !all) return all;
+    return all_match("pack", options().pack, parameters_, name_of);
   }
-  [[nodiscard]] bool matches_any(const std::string& pattern) const {
-    return std::any_of(parameters_.begin(), parameters_.end(),
-                       [&](const io::parameter& p) { return matches(p.name, pattern); });
-  }
-  [[nodiscard]] error unmatched(std::string_view what, const std::string& pattern) const {
-    const auto name_of = [](const io::parameter& p) -> std::string_view { return p.name; };
-    return error(errc::invalid_argument, text("--", what, ' ', printable(pattern), ": it matches no tensor; ",
-                                              nearest_names(pattern, parameters_, name_of)));
-  }
+  static std::string_view name_of(const io::parameter& p) noexcept { return p.name; }
 
   static io::planned_parameter kept(const io::parameter& p, std::string reason) {
     return {&p, action::keep, {}, std::move(reason)};

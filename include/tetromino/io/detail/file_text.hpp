@@ -4,7 +4,7 @@
 
 #include "../../error.hpp"  // text
 
-#include <algorithm>    // std::partial_sort, std::min, std::max
+#include <algorithm>    // std::partial_sort, std::min, std::max, std::find
 #include <cstddef>      // std::size_t, std::ptrdiff_t
 #include <optional>     // std::optional
 #include <span>         // std::span
@@ -68,6 +68,19 @@ inline std::optional<std::size_t> invalid_utf8(std::string_view s) noexcept {
 inline std::optional<std::size_t> checked_product(std::size_t a, std::size_t b) noexcept {
   if (a != 0 && b > static_cast<std::size_t>(-1) / a) return std::nullopt;
   return a * b;
+}
+
+/// Elements of a shape, its dimensions of zero taken as one, since they do not excuse an overflow of the others;
+/// nothing where that does not fit.
+inline std::optional<std::size_t> nonzero_product(std::span<const std::size_t> shape) noexcept {
+  std::optional<std::size_t> product = 1;
+  for (const std::size_t dimension : shape) {
+    if (product) product = checked_product(*product, std::max<std::size_t>(1, dimension));
+  }
+  return product;
+}
+inline bool is_empty(std::span<const std::size_t> shape) noexcept {
+  return std::find(shape.begin(), shape.end(), std::size_t{0}) != shape.end();
 }
 
 /// The names nearest to one that does not exist, as the end of a message. Two names are as far apart as what is left of

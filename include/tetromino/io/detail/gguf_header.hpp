@@ -28,15 +28,9 @@ inline constexpr std::size_t gguf_longest_key = 65535;
 
 inline namespace TETROMINO_ISA {
 
-/// Bytes of a GGUF tensor of this row-major shape, or why there is no such number. Dimensions of zero do not excuse an
-/// overflow of the others.
+/// Bytes of a GGUF tensor of this row-major shape, or why there is no such number.
 inline result<std::size_t> ggml_tensor_bytes(io::ggml_type type, std::span<const std::size_t> shape) {
-  std::optional<std::size_t> product = 1;
-  bool is_empty = false;
-  for (const std::size_t dimension : shape) {
-    if (product) product = checked_product(*product, dimension == 0 ? 1 : dimension);
-    is_empty = is_empty || dimension == 0;
-  }
+  auto product = nonzero_product(shape);
   const std::size_t row = shape.empty() ? 1 : shape.back(), block = io::block_elements(type);
   if (row % block != 0) {
     return error(errc::malformed_file, text("expected rows of whole blocks of ", block, " elements, as ",
@@ -48,7 +42,7 @@ inline result<std::size_t> ggml_tensor_bytes(io::ggml_type type, std::span<const
     return error(errc::malformed_file, text("expected a size in bytes that fits in 64 bits, found shape ",
                                             shape_text(shape), " of ", io::name(type)));
   }
-  return is_empty ? 0 : *product;
+  return is_empty(shape) ? 0 : *product;
 }
 
 /// The next multiple of `alignment`, a power of two. Pre: it fits.

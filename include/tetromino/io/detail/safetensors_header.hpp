@@ -35,26 +35,19 @@ inline constexpr std::string_view safetensors_metadata_key = "__metadata__";
 
 inline namespace TETROMINO_ISA {
 
-/// Bytes of a tensor, or why there is no such number: "its 12 bits are not whole bytes". Dimensions of zero do not
-/// excuse an overflow of the others.
+/// Bytes of a tensor, or why there is no such number: "its 12 bits are not whole bytes".
 inline result<std::size_t> tensor_bytes(io::dtype type, std::span<const std::size_t> shape) {
-  std::size_t nonzero_product = 1;
-  bool is_empty = false;
-  for (const std::size_t dimension : shape) {
-    const auto product = checked_product(nonzero_product, dimension == 0 ? 1 : dimension);
-    if (!product) {
-      return error(errc::malformed_file,
-                   text("expected a shape whose product fits in 64 bits, found ", shape_text(shape)));
-    }
-    nonzero_product = *product;
-    is_empty = is_empty || dimension == 0;
+  const auto product = nonzero_product(shape);
+  if (!product) {
+    return error(errc::malformed_file,
+                 text("expected a shape whose product fits in 64 bits, found ", shape_text(shape)));
   }
-  const auto bits = checked_product(nonzero_product, io::bits_per_element(type));
+  const auto bits = checked_product(*product, io::bits_per_element(type));
   if (!bits) {
     return error(errc::malformed_file, text("expected a size in bits that fits in 64 bits, found shape ",
                                             shape_text(shape), " of ", io::name(type)));
   }
-  if (is_empty) return std::size_t{0};
+  if (is_empty(shape)) return std::size_t{0};
   if (*bits % 8 != 0) {
     return error(errc::malformed_file, text("expected elements that fill whole bytes, found shape ", shape_text(shape),
                                             " of ", io::name(type), ", ", *bits, " bits"));

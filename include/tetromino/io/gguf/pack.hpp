@@ -16,9 +16,8 @@
 #include "../../scaling.hpp"     // recipe, tensor_scale_for
 #include "../gguf.hpp"           // gguf_file, gguf_writer
 #include "../imatrix.hpp"        // imatrix
+#include "../pack_rule.hpp"      // pack_rule, matches
 #include "roles.hpp"             // gguf_kept_because, gguf_scale_applies
-
-#include <fnmatch.h>  // ::fnmatch
 
 #include <algorithm>   // std::any_of, std::min
 #include <cmath>       // std::log10
@@ -36,17 +35,9 @@
 
 namespace TETROMINO_NAMESPACE::io {
 
-/// A recipe for some weights of a GGUF file.
-struct gguf_rule {
-  /// Which: a pattern with * and ? for names of tensors; or a word: "experts" and "linear" are roles, any other word
-  /// stands in the name, such as "attn". Empty: all.
-  std::string pattern;
-  recipe how;
-};
-
 /// What to pack, and how.
 struct gguf_options {
-  std::vector<gguf_rule> rules{};           ///< of those that match a weight, the last counts
+  std::vector<pack_rule> rules{};           ///< of those that match a weight, the last counts
   std::vector<std::string> keep{};          ///< patterns with * and ? for names of tensors that stay as they are
   std::vector<std::string> pack{};          ///< patterns for tensors to pack although their role is not known
   const imatrix* column_weights = nullptr;  ///< weighs the errors that searches compare
@@ -115,19 +106,9 @@ inline namespace TETROMINO_ISA {
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
-inline bool is_gguf_pattern(std::string_view pattern) noexcept {
-  return pattern.find_first_of("*?[") != std::string_view::npos;
-}
-inline bool gguf_matches(const std::string& name, const std::string& pattern) noexcept {
-  return ::fnmatch(pattern.c_str(), name.c_str(), 0) == 0;
-}
-inline bool gguf_matches(const std::string& name, const io::gguf_rule& rule) noexcept {
-  const bool is_expert = is_gguf_experts(split_gguf_name(name).module);
-  if (rule.pattern.empty()) return true;
-  if (rule.pattern == "experts") return is_expert;
-  if (rule.pattern == "linear") return !is_expert;
-  return is_gguf_pattern(rule.pattern) ? gguf_matches(name, rule.pattern)
-                                       : name.find(rule.pattern) != std::string::npos;
+inline bool rule_matches(const io::pack_rule& rule, const io::gguf_tensor& tensor) noexcept {
+  const bool is_experts = is_gguf_experts(split_gguf_name(tensor.name()).module);
+  return is_for(rule, tensor.name(), is_experts, !is_experts);
 }
 
 class gguf_planner {
@@ -173,7 +154,7 @@ class gguf_planner {
         return bad("expected a whole model, found a part of one: llama-gguf-split --merge joins them");
       }
     }
-    for (const io::gguf_rule& rule : options().rules) {
+    for (const io::pack_rule& rule : options().rules) {
       const auto& [pattern, how] = rule;
       const bool is_nv = how.format.scale == scale_type::e4m3;
       if (!is_nv && how.format != any_format(mxfp4{})) {
@@ -184,33 +165,16 @@ class gguf_planner {
         return bad("recipe ", how.name(), " needs statistics of inputs, which an importance matrix is too little for");
       }
       const bool matches =
-          std::any_of(file_.begin(), file_.end(), [&](const auto& t) { return gguf_matches(t.name(), rule); });
-      if (!matches) return unmatched("recipe", pattern);
+          std::any_of(file_.begin(), file_.end(), [&](const auto& t) { return rule_matches(rule, t); });
+      if (!matches) return unmatched("recipe", pattern, file_.tensors(), name_of);
     }
-    for (const auto& pattern : options().keep) {
-      if (!matches_any(pattern)) return unmatched("keep", pattern);
-    }
-    for (const auto& pattern : options().pack) {
-      if (!matches_any(pattern)) return unmatched("pack", pattern);
-    }
-    return {};
+    if (auto all = all_match("keep", options().keep, file_.tensors(), name_of); !all) return all;
+    return all_match("pack", options().pack, file_.tensors(), name_of);
   }
-  [[nodiscard]] bool matches_any(const std::string& pattern) const {
-    return std::any_of(file_.begin(), file_.end(), [&](const auto& t) { return gguf_matches(t.name(), pattern); });
-  }
-  [[nodiscard]] error unmatched(std::string_view what, const std::string& pattern) const {
-    const auto name_of = [](const io::gguf_tensor& t) -> std::string_view { return t.name(); };
-    return error(errc::invalid_argument, text("--", what, ' ', printable(pattern), ": it matches no tensor; ",
-                                              nearest_names(pattern, file_.tensors(), name_of)));
-  }
+  static std::string_view name_of(const io::gguf_tensor& tensor) noexcept { return tensor.name(); }
 
   static bool is_plain(io::ggml_type type) noexcept {
     return type == io::ggml_type::F32 || type == io::ggml_type::F16 || type == io::ggml_type::BF16;
-  }
-  static const std::string* match_of(const std::string& name, const std::vector<std::string>& patterns) {
-    const auto found = std::find_if(patterns.begin(), patterns.end(),
-                                    [&](const std::string& pattern) { return gguf_matches(name, pattern); });
-    return found == patterns.end() ? nullptr : &*found;
   }
 
   [[nodiscard]] result<io::gguf_planned> decide(const io::gguf_tensor& tensor) const {
@@ -224,9 +188,9 @@ class gguf_planner {
       return bad("--pack ", *asked, ": expected matrices of F32, F16 or BF16, found ", tensor.name(), ", ",
                  io::name(tensor.type()), ' ', shape_text(tensor.shape()));
     }
-    const io::gguf_rule* rule = nullptr;
+    const io::pack_rule* rule = nullptr;
     for (const auto& candidate : options().rules) {
-      if (gguf_matches(tensor.name(), candidate)) rule = &candidate;
+      if (rule_matches(candidate, tensor)) rule = &candidate;
     }
     if (rule == nullptr) return kept("no recipe is for it");
     io::gguf_planned out{&tensor, true, rule->how};

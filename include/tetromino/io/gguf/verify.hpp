@@ -247,7 +247,7 @@ class gguf_verifier {
       if (!planned.is_packed) continue;
       const auto format = planned.how.format;
       for (const auto& rule : plan_.options.rules) {
-        if (gguf_matches(planned.source->name(), rule)) planned.how = rule.how;
+        if (rule_matches(rule, *planned.source)) planned.how = rule.how;
       }
       if (planned.how.format != format) {
         return wrong(planned.source->name(), "expected what ", planned.how.name(), " makes, found ",
