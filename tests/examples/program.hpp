@@ -2,6 +2,8 @@
 
 /// Running an example program as its user does, with its output and peak memory.
 
+#include "support/sanitized.hpp"
+
 #include <fcntl.h>
 #include <spawn.h>
 #include <sys/resource.h>
@@ -17,22 +19,7 @@
 
 extern char** environ;
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define TETROMINO_TEST_SHADOW_MEMORY
-#endif
-#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define TETROMINO_TEST_SHADOW_MEMORY
-#endif
-
 namespace tetromino_test {
-
-/// Whether the memory of a program is all its own: a sanitizer keeps more for each byte, and freed bytes for a while.
-#if defined(TETROMINO_TEST_SHADOW_MEMORY)
-inline constexpr bool measures_memory = false;
-#else
-inline constexpr bool measures_memory = true;
-#endif
 
 struct outcome {
   int exit_code = -1;

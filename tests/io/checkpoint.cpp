@@ -114,6 +114,14 @@ TEST_CASE("a broken model says what was expected, and where") {
   broken("cut short", errc::malformed_file, [&](const fs::path& m) { fs::resize_file(m / first, 1000); });
   broken("expected JSON", errc::malformed_file, [&](const fs::path& m) { store_text(m / index, "{"); });
   broken("expected JSON", errc::malformed_file, [&](const fs::path& m) { store_text(m / "config.json", "{"); });
+  broken("expected at most 16 levels", errc::malformed_file,
+         [&](const fs::path& m) { store_text(m / "config.json", std::string(17, '[') + std::string(17, ']')); });
+  broken("expected each key once, got 'a' twice", errc::malformed_file,
+         [&](const fs::path& m) { store_text(m / "config.json", R"({"a": 1, "b": {"a": 2}, "a": 3})"); });
+  for (const std::string& name : {std::string(300, 'x'), std::string("a\0b", 3)}) {
+    broken("the name of a file beside it", errc::malformed_file,
+           with_index([&](nlohmann::json& j) { j["weight_map"]["a"] = name; }));
+  }
   broken("expected an object weight_map", errc::malformed_file, with_index([](nlohmann::json& j) { j = 3; }));
   broken("expected an object weight_map", errc::malformed_file,
          with_index([](nlohmann::json& j) { j["weight_map"] = 3; }));

@@ -10,7 +10,7 @@
 #include "plan.hpp"            // pack_plan
 #include "shards.hpp"          // shard_writer
 
-#include <algorithm>   // std::max, std::min
+#include <algorithm>   // std::max, std::min, std::stable_partition
 #include <atomic>      // std::atomic
 #include <cstddef>     // std::size_t
 #include <functional>  // std::function
@@ -32,6 +32,8 @@ struct pack_options {
   std::size_t shard_bytes = 5'000'000'000;
   /// Bytes of values that a thread works on at a time; a few times as many are in memory.
   std::size_t slice_bytes = 2u << 20;
+  /// Bytes of values that all threads share where weights are stored [.., K, outputs].
+  std::size_t window_bytes = 32u << 20;
   /// Called from any thread with bytes of the source that are done; an answer of false stops the work.
   std::function<bool(std::size_t)> progress{};
 };
@@ -138,9 +140,17 @@ class set_scales {
 struct pack_task {
   std::size_t parameter = 0;
   io::row_range rows{};
+  bool as_stored = false;  ///< of a parameter that is stored [.., K, outputs]: its rows are those that are stored
   std::size_t offset = 0;  ///< of kept bytes
   std::size_t bytes = 0;   ///< of the source
   bool is_sampled = false;
+};
+
+/// Rows of a parameter that is stored [.., K, outputs], as they are stored: threads that each read a few rows would
+/// read few bytes at a time, so they share what they read.
+struct stored_window {
+  io::row_range rows{};
+  std::vector<std::uint8_t> strips{};
 };
 
 template <class Policy>
@@ -178,6 +188,7 @@ class packer {
 
  private:
   using action = io::pack_action;
+  static constexpr std::size_t turned_at_once = 512u << 10;  // bytes of rows that a cache holds until they are packed
 
   [[nodiscard]] const io::planned_parameter& planned(std::size_t i) const noexcept { return plan_.parameters[i]; }
   [[nodiscard]] std::size_t bytes_of(std::size_t i) const noexcept {
@@ -213,18 +224,59 @@ class packer {
     std::vector<pack_task> measured, all;
     for (const std::size_t i : batch) {
       add_tasks(i, all);
-      if (needs_measure(i)) add_tasks(i, measured);
+      if (!needs_measure(i)) continue;
+      if (is_turned(i) && planned(i).how.rotation == 0) {
+        add_strips(i, measured);
+      } else {
+        add_tasks(i, measured);
+      }
     }
-    auto run = run_tasks(measured, [this](const pack_task& t, pack_buffers& b) { return measure(t, b); });
+    auto run = run_all(measured, [this](const pack_task& t, pack_buffers& b) { return measure(t, b); });
     if (!run) return run;
     for (const std::size_t i : batch) {
       if (auto written = write_scales(i); !written) return written;
     }
-    return run_tasks(all, [this](const pack_task& t, pack_buffers& b) { return work(t, b); });
+    return run_all(all, [this](const pack_task& t, pack_buffers& b) { return work(t, b); });
+  }
+
+  /// Runs tasks, those that need a window after the others, window by window.
+  template <class F>
+  [[nodiscard]] result<void> run_all(std::vector<pack_task>& tasks, const F& f) {
+    const auto windows =
+        std::stable_partition(tasks.begin(), tasks.end(), [this](const pack_task& t) { return !needs_window(t); });
+    if (auto run = run_tasks({tasks.begin(), windows}, f); !run) return run;
+    for (auto begin = windows; begin != tasks.end();) {
+      const io::parameter& p = *planned(begin->parameter).source;
+      const std::size_t bytes_per_row = p.cols * bits_per_element(p.values->dtype) / 8;
+      window_.rows = {begin->rows.matrix, begin->rows.first, 0};
+      auto end = begin;
+      do {
+        window_.rows.count += end++->rows.count;
+      } while (end != tasks.end() && end->parameter == begin->parameter && end->rows.matrix == begin->rows.matrix &&
+               (window_.rows.count + end->rows.count) * bytes_per_row <= options_.window_bytes);
+      if (auto filled = fill_window(p); !filled) return named(filled.error(), *begin);
+      if (auto run = run_tasks({begin, end}, f); !run) return run;
+      begin = end;
+    }
+    return {};
+  }
+
+  [[nodiscard]] result<void> fill_window(const io::parameter& p) {
+    const std::size_t strip = window_.rows.count * bits_per_element(p.values->dtype) / 8;
+    const std::size_t at_once = std::clamp<std::size_t>(options_.slice_bytes / strip, 1, p.cols);
+    window_.strips.resize(p.cols * strip);
+    shared_failure failure;
+    executor_((p.cols + at_once - 1) / at_once, [&](std::size_t t) {
+      if (failure.is_set()) return;
+      const std::size_t k = t * at_once, count = std::min(at_once, p.cols - k);
+      const auto to = std::span(window_.strips).subspan(k * strip, count * strip);
+      if (auto read = read_strips(from_, p, window_.rows, k, count, to); !read) failure.set(read.error());
+    });
+    return failure.outcome();
   }
 
   template <class F>
-  [[nodiscard]] result<void> run_tasks(const std::vector<pack_task>& tasks, const F& f) {
+  [[nodiscard]] result<void> run_tasks(std::span<const pack_task> tasks, const F& f) {
     shared_failure failure;
     executor_(tasks.size(), [&](std::size_t t) {
       if (failure.is_set()) return;
@@ -248,25 +300,63 @@ class packer {
 
   void add_tasks(std::size_t i, std::vector<pack_task>& tasks) const {
     const io::parameter& p = *planned(i).source;
-    const std::size_t slice = std::max<std::size_t>(options_.slice_bytes, 4096);
+    std::size_t slice = std::max<std::size_t>(options_.slice_bytes, 4096);
     if (planned(i).action == action::keep) {
       for (std::size_t offset = 0; offset < p.values->bytes; offset += slice) {
-        tasks.push_back({i, {}, offset, std::min(slice, p.values->bytes - offset)});
+        tasks.push_back({i, {}, false, offset, std::min(slice, p.values->bytes - offset)});
       }
       return;
     }
     const std::size_t bytes_per_value =
         p.encoding == io::value_encoding::plain ? bits_per_element(p.values->dtype) / 8 : 4;
     const bool whole = planned(i).action == action::pack && planned(i).how.error_feedback;
+    if (is_turned(i)) slice = std::min(slice, turned_at_once);
     const std::size_t step = whole ? p.rows : std::clamp<std::size_t>(slice / (p.cols * bytes_per_value), 1, p.rows);
     std::size_t number = 0;
     for (std::size_t e = 0; e < p.matrices; ++e) {
       for (std::size_t r = 0; r < p.rows; r += step) {
         const std::size_t rows = std::min(step, p.rows - r);
-        tasks.push_back(
-            {i, {e, r, rows}, 0, bytes_of(i) / (p.matrices * p.rows) * rows, number++ % report_.sampled_one_in == 0});
+        const bool is_sampled = number++ % report_.sampled_one_in == 0;
+        tasks.push_back({i, {e, r, rows}, false, 0, bytes_of(i) / (p.matrices * p.rows) * rows, is_sampled});
       }
     }
+  }
+
+  /// All values in the order of the file, where their order is of no matter.
+  void add_strips(std::size_t i, std::vector<pack_task>& tasks) const {
+    const io::parameter& p = *planned(i).source;
+    const std::size_t strip = p.rows * bits_per_element(p.values->dtype) / 8;
+    const std::size_t step = std::clamp<std::size_t>(options_.slice_bytes / strip, 1, p.cols);
+    for (std::size_t e = 0; e < p.matrices; ++e) {
+      for (std::size_t k = 0; k < p.cols; k += step) tasks.push_back({i, {e, k, std::min(step, p.cols - k)}, true});
+    }
+  }
+
+  /// Whether rows of K are to be made of columns.
+  [[nodiscard]] bool is_turned(std::size_t i) const noexcept {
+    const io::parameter& p = *planned(i).source;
+    return planned(i).action == action::pack && p.kind.is_transposed && p.encoding == io::value_encoding::plain;
+  }
+  [[nodiscard]] bool needs_window(const pack_task& task) const noexcept {
+    return is_turned(task.parameter) && !task.as_stored;
+  }
+
+  /// Calls f with the values of a task.
+  template <class F>
+  [[nodiscard]] result<void> visit(const pack_task& task, pack_buffers& buffers, const F& f) {
+    const io::parameter& p = *planned(task.parameter).source;
+    if (task.as_stored) {
+      io::parameter stored = p;
+      std::swap(stored.rows, stored.cols);
+      stored.kind.is_transposed = false;
+      return io::try_visit_rows(policy_, from_, stored, task.rows, buffers.rows, f);
+    }
+    if (!needs_window(task)) return io::try_visit_rows(policy_, from_, p, task.rows, buffers.rows, f);
+    return with_plain_type(p, [&]<class T>(T) {
+      const auto* const strips = reinterpret_cast<const T*>(window_.strips.data());
+      const std::size_t column = task.rows.first - window_.rows.first;
+      return f(turn_strips(strips + column, window_.rows.count, task.rows.count, p.cols, buffers.rows));
+    });
   }
 
   [[nodiscard]] bool is_nvfp4(std::size_t i) const noexcept {
@@ -287,7 +377,7 @@ class packer {
       });
     }
     const std::size_t rotation = planned(task.parameter).how.rotation;
-    return io::try_visit_rows(policy_, from_, p, task.rows, buffers.rows, [&](const auto& rows) -> result<void> {
+    return visit(task, buffers, [&](const auto& rows) -> result<void> {
       if (rotation == 0) {
         scales_.add(plan_, task.parameter, task.rows.matrix, amax(policy_, rows, options_.special));
         return {};
@@ -399,7 +489,7 @@ class packer {
       weights = std::move(*known);
       options.column_weights = weights;
     }
-    return io::try_visit_rows(policy_, from_, p, task.rows, buffers.rows, [&](const auto& rows) -> result<void> {
+    return visit(task, buffers, [&](const auto& rows) -> result<void> {
       packed<> fed;
       packed_view<any_format, std::uint8_t> out = storage(how.format, rows.rows, rows.cols, buffers);
       float kept_scale = *scale;
@@ -507,6 +597,7 @@ class packer {
   const io::pack_options& options_;
   shard_writer& to_;
   set_scales scales_;
+  stored_window window_;
   buffer_pool pool_;
   std::mutex report_mutex_;
   io::pack_report report_;
@@ -602,11 +693,9 @@ inline result<std::vector<std::string>> write_beside(const io::checkpoint& from,
   ordered_json config = ordered_json::object();
   const auto path = from.folder() / "config.json";
   if (!from.config().is_null()) {
-    const auto file = file_reader::try_open(path);  // once more, for the order of its keys
-    if (!file) return file.error();
-    std::vector<std::uint8_t> bytes(file->size());
-    if (auto read = file->try_read_at(0, bytes); !read) return read.error();
-    config = ordered_json::parse(bytes.begin(), bytes.end(), nullptr, false);
+    auto again = read_json<ordered_json>(path);  // for the order of its keys
+    if (!again) return again.error();
+    config = std::move(*again);
     if (!config.is_object()) return error(errc::malformed_file, path.string() + ": expected a JSON object");
   }
   config.erase("quantization_config");

@@ -4,6 +4,7 @@
 
 #include "../../error.hpp"                   // error, result
 #include "../detail/file_text.hpp"           // printable
+#include "../detail/json.hpp"                // parse_json, json_text
 #include "../detail/posix_file.hpp"          // file_reader
 #include "../detail/safetensors_header.hpp"  // parse_safetensors, safetensors_metadata
 #include "../dtype.hpp"                      // dtype
@@ -26,7 +27,8 @@
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// A whole JSON file of at most 256 MB, which is more than an index of a million tensors.
-inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
+template <class Json = nlohmann::json>
+result<Json> read_json(const std::filesystem::path& path) {
   constexpr std::uint64_t largest = 256'000'000;
   const auto file = file_reader::try_open(path);
   if (!file) return file.error();
@@ -34,18 +36,15 @@ inline result<nlohmann::json> read_json(const std::filesystem::path& path) {
     return error(errc::malformed_file,
                  text(path.string(), ": expected at most ", largest, " bytes of JSON, found ", file->size()));
   }
-  std::vector<std::uint8_t> bytes(file->size());
-  if (auto read = file->try_read_at(0, bytes); !read) return read.error();
-  auto json = nlohmann::json::parse(bytes.begin(), bytes.end(), nullptr, false);
-  if (json.is_discarded()) return error(errc::malformed_file, path.string() + ": expected JSON");
+  std::string bytes(file->size(), '\0');
+  if (auto read = file->try_read_at(0, {reinterpret_cast<std::uint8_t*>(bytes.data()), bytes.size()}); !read) {
+    return read.error();
+  }
+  Json json;
+  if (const std::string bad = parse_json(bytes, json); !bad.empty()) {
+    return error(errc::malformed_file, text(path.string(), ": ", bad));
+  }
   return json;
-}
-
-/// The text that a JSON object has under a key; empty if it has none, or something else.
-inline std::string json_text(const nlohmann::json& object, const char* key) {
-  if (!object.is_object()) return {};
-  const auto found = object.find(key);
-  return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
@@ -187,7 +186,9 @@ class checkpoint {
     std::map<std::string, std::size_t> shards;  // how many tensors each is said to have
     for (const auto& [tensor, shard] : map->items()) {
       const std::string name = shard.is_string() ? shard.get<std::string>() : std::string();
-      if (name.empty() || std::filesystem::path(name).filename() != name || name == "..") {
+      constexpr std::size_t longest = 255;
+      const bool is_name = !name.empty() && name.size() <= longest && name.find('\0') == std::string::npos;
+      if (!is_name || std::filesystem::path(name).filename() != name || name == "..") {
         return malformed("weight_map: tensor ", detail::printable(tensor), ": expected the name of a file beside it");
       }
       ++shards[name];

@@ -6,12 +6,16 @@
 
 #include <regex.h>  // ::regcomp, ::regexec
 
+#include <algorithm>      // std::any_of, std::find_if
+#include <cctype>         // std::isdigit
 #include <cmath>          // std::isfinite
 #include <cstddef>        // std::size_t
 #include <map>            // std::map
+#include <memory>         // std::unique_ptr
 #include <mutex>          // std::mutex
 #include <optional>       // std::optional
 #include <string>         // std::string
+#include <string_view>    // std::string_view
 #include <unordered_set>  // std::unordered_set
 #include <utility>        // std::move
 #include <vector>         // std::vector
@@ -46,6 +50,74 @@ struct found_parameter {
   std::optional<recipe> how{};
   std::vector<io::stored_weight> stored{};          ///< empty: kept
   std::vector<std::vector<float>> tensor_scales{};  ///< for each stored weight, as stored
+};
+
+/// The modules that a list in config.json leaves alone: names, patterns, and after "re:" regular expressions of how
+/// their names begin. Nobody vouches for it, so that what would take long to compare is refused.
+class module_list {
+ public:
+  [[nodiscard]] static result<module_list> try_read(const nlohmann::json& list) {
+    constexpr std::size_t most = 1000;
+    module_list out;
+    for (const auto& entry : list) {
+      if (!entry.is_string()) continue;
+      const std::string pattern = entry.get<std::string>();
+      if (pattern.starts_with("re:")) {
+        auto compiled = compile(pattern.substr(3));
+        if (!compiled) return compiled.error();
+        out.expressions_.push_back(std::move(*compiled));
+      } else if (pattern.find_first_of("*?") != std::string::npos) {
+        out.patterns_.push_back(pattern);
+      } else {
+        out.names_.insert(pattern);
+      }
+    }
+    if (out.patterns_.size() + out.expressions_.size() <= most) return out;
+    return error(errc::malformed_file, text("expected at most ", most, " patterns"));
+  }
+
+  [[nodiscard]] bool names(const std::string& module) const {
+    return names_.contains(module) || match_of(module, patterns_) != nullptr ||
+           std::any_of(expressions_.begin(), expressions_.end(), [&](const auto& compiled) {
+             return ::regexec(compiled.get(), module.c_str(), 0, nullptr, 0) == 0;
+           });
+  }
+
+  /// A name of the list that stands somewhere in a module's, or null.
+  [[nodiscard]] const std::string* name_within(const std::string& module) const {
+    const auto found = std::find_if(names_.begin(), names_.end(),
+                                    [&](const std::string& name) { return module.find(name) != std::string::npos; });
+    return found == names_.end() ? nullptr : &*found;
+  }
+
+ private:
+  struct free_expression {
+    void operator()(::regex_t* compiled) const noexcept {
+      ::regfree(compiled);
+      delete compiled;
+    }
+  };
+  using expression = std::unique_ptr<::regex_t, free_expression>;
+
+  [[nodiscard]] static result<expression> compile(const std::string& written) {
+    constexpr std::size_t longest = 500;
+    // Counts take memory, and references to what a group has met take time, without bound.
+    const auto is_reference = [&](std::size_t i) {
+      return written[i] == '\\' && std::isdigit(static_cast<unsigned char>(written[i + 1])) != 0;
+    };
+    bool is_simple = written.size() <= longest && written.find('{') == std::string::npos;
+    for (std::size_t i = 0; is_simple && i + 1 < written.size(); ++i) is_simple = !is_reference(i);
+    auto compiled = std::make_unique<::regex_t>();
+    if (!is_simple || ::regcomp(compiled.get(), ("^(" + written + ")").c_str(), REG_EXTENDED | REG_NOSUB) != 0) {
+      return error(errc::malformed_file,
+                   text("expected a regular expression without counts and references, found ", printable(written)));
+    }
+    return expression(compiled.release());
+  }
+
+  std::unordered_set<std::string> names_;
+  std::vector<std::string> patterns_;
+  std::vector<expression> expressions_;
 };
 
 /// Reads a packed model by its layout, beside the original: what a reader would not find, or would decode wrongly, is
@@ -88,7 +160,9 @@ class verifier {
       config_ = packed_.config()["quantization_config"];
     }
     if (const auto found = metadata.find("quantization_config"); packed_.is_single_file() && found != metadata.end()) {
-      config_ = nlohmann::json::parse(found->second, nullptr, false);
+      if (const auto bad = parse_json(found->second, config_); !bad.empty()) {
+        return wrong("metadata quantization_config: ", bad);
+      }
     }
     const std::string method = json_text(config_, "quant_method");
     const std::string by_method = method == "mxfp4" ? "gpt-oss" : method;
@@ -116,8 +190,10 @@ class verifier {
   }
 
   [[nodiscard]] result<void> read_rules(const std::string& text_of_rules) {
-    const auto list = nlohmann::json::parse(text_of_rules, nullptr, false);
-    if (!list.is_array()) return wrong("metadata tetromino.recipes: expected a JSON list");
+    nlohmann::json list;
+    if (const auto bad = parse_json(text_of_rules, list); !bad.empty() || !list.is_array()) {
+      return wrong("metadata tetromino.recipes: expected a JSON list");
+    }
     for (const auto& rule : list) {
       if (!rule.is_object()) return wrong("metadata tetromino.recipes: expected objects");
       auto how = recipe::try_parse(json_text(rule, "recipe"));
@@ -133,8 +209,10 @@ class verifier {
     for (std::size_t f = 0; f < packed_.file_count(); ++f) {
       const auto found = packed_.metadata(f).find("tetromino.weights");
       if (found == packed_.metadata(f).end()) continue;
-      const auto weights = nlohmann::json::parse(found->second, nullptr, false);
-      if (!weights.is_object()) return wrong("metadata tetromino.weights: expected a JSON object");
+      nlohmann::json weights;
+      if (const auto bad = parse_json(found->second, weights); !bad.empty() || !weights.is_object()) {
+        return wrong("metadata tetromino.weights: expected a JSON object");
+      }
       for (const auto& [name, facts] : weights.items()) linear_[name] = facts;
     }
     return {};
@@ -147,11 +225,11 @@ class verifier {
       (one->stored.empty() ? report_.kept : report_.packed) += 1;
       found_.push_back(std::move(*one));
     }
+    std::unordered_set<std::string_view> names;
+    for (const auto& p : parameters_) names.insert(p.name);
     for (const auto& entry : linear_) {
-      const auto& name = entry.first;
-      if (std::none_of(parameters_.begin(), parameters_.end(), [&](const auto& p) { return p.name == name; })) {
-        return wrong("metadata tetromino.weights names ", printable(name), ", which the original does not have");
-      }
+      if (names.contains(entry.first)) continue;
+      return wrong("metadata tetromino.weights names ", printable(entry.first), ", which the original does not have");
     }
     return {};
   }
@@ -306,38 +384,21 @@ class verifier {
     return 0;
   }
 
-  /// Whether a text begins as a regular expression says; one that is none fits nothing.
-  [[nodiscard]] static bool fits_regex(const std::string& text_to_fit, const std::string& expression) {
-    ::regex_t compiled;
-    if (::regcomp(&compiled, ("^(" + expression + ")").c_str(), REG_EXTENDED | REG_NOSUB) != 0) return false;
-    const bool fits = ::regexec(&compiled, text_to_fit.c_str(), 0, nullptr, 0) == 0;
-    ::regfree(&compiled);
-    return fits;
-  }
-
-  /// The names of modules that readers leave alone: names, patterns, and regular expressions after "re:".
-  [[nodiscard]] static bool is_left_alone(const std::string& module, const nlohmann::json& list) {
-    return std::any_of(list.begin(), list.end(), [&](const nlohmann::json& entry) {
-      if (!entry.is_string()) return false;
-      const std::string pattern = entry.get<std::string>();
-      if (pattern.starts_with("re:")) return fits_regex(module, pattern.substr(3));
-      return pattern == module || matches(module, pattern);
-    });
-  }
-
   /// config.json tells readers which modules are packed, and whether activations are to be packed too.
   [[nodiscard]] result<void> check_config() const {
     if (report_.layout == io::checkpoint_layout::linear) return {};
     const bool is_gpt_oss = report_.layout == io::checkpoint_layout::gpt_oss;
+    const bool modelopt = report_.layout == io::checkpoint_layout::modelopt;
     const char* const key = is_gpt_oss ? "modules_to_not_convert" : "ignore";
-    const nlohmann::json list = config_.is_object() && config_.contains(key) ? config_[key] : nlohmann::json::array();
+    const auto left_alone = module_list::try_read(config_.is_object() ? config_.value(key, nlohmann::json()) : nullptr);
+    if (!left_alone) return wrong("config.json: \"", key, "\": ", left_alone.error().what());
     bool all_inputs = true, any_input = false;
     for (const auto& one : found_) {
       const io::parameter& p = *one.source;
       if (one.stored.empty()) {
         const bool is_module = p.shape.size() == 2 && p.name.ends_with(".weight") && !is_gpt_oss &&
                                p.kind.role != io::tensor_role::embedding;
-        if (is_module && !is_left_alone(module_of(p.name), list)) {
+        if (is_module && !left_alone->names(module_of(p.name))) {
           return wrong_tensor(p.name, "it is not packed, but \"", key, "\" in config.json does not name its module");
         }
         continue;
@@ -346,13 +407,17 @@ class verifier {
         all_inputs = all_inputs && !stored.input_scale.name.empty();
         any_input = any_input || !stored.input_scale.name.empty();
         const std::size_t dot = stored.codes.name.rfind('.');
-        if (is_left_alone(stored.codes.name.substr(0, dot), list)) {
+        if (left_alone->names(stored.codes.name.substr(0, dot))) {
           return wrong_tensor(stored.codes.name, "it is packed, but \"", key, "\" in config.json names its module");
+        }
+        const auto* const part = modelopt ? left_alone->name_within(stored.codes.name.substr(0, dot)) : nullptr;
+        if (part != nullptr) {
+          return wrong_tensor(stored.codes.name, "it is packed, but vLLM leaves alone what has a name of \"", key,
+                              "\" in its own, here ", printable(*part));
         }
       }
     }
     const std::string algorithm = json_text(config_, "quant_algo");
-    const bool modelopt = report_.layout == io::checkpoint_layout::modelopt;
     if (modelopt && (algorithm == "NVFP4") != (all_inputs && report_.packed > 0)) {
       return wrong("config.json: quant_algo ", printable(algorithm), " needs ",
                    algorithm == "NVFP4" ? "an input_scale beside every weight" : "no input scales");

@@ -1,0 +1,116 @@
+#pragma once
+
+#include "../../error.hpp"  // text
+#include "file_text.hpp"    // printable
+
+#include <nlohmann/json.hpp>  // nlohmann::json
+
+#include <cstddef>        // std::size_t
+#include <string>         // std::string
+#include <string_view>    // std::string_view
+#include <unordered_set>  // std::unordered_set
+#include <utility>        // std::move
+#include <vector>         // std::vector
+
+namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
+
+/// Builds JSON that nobody vouches for, event by event: each key once per object, and no more than it may hold. Json is
+/// nlohmann::json, or ordered_json, which keeps the order of keys. (The library's own parser with a callback looks
+/// through the whole list at the end of each object in it, and ordered_json's through all keys for each.)
+template <class Json>
+class json_builder final : public nlohmann::json_sax<Json> {
+  using sax = nlohmann::json_sax<Json>;
+
+ public:
+  json_builder(Json& out, std::size_t most_values) : root_(out), left_(most_values) {}
+
+  [[nodiscard]] const std::string& problem() const { return problem_; }
+
+  bool null() override { return add(nullptr); }
+  bool boolean(bool value) override { return add(value); }
+  bool number_integer(typename sax::number_integer_t value) override { return add(value); }
+  bool number_unsigned(typename sax::number_unsigned_t value) override { return add(value); }
+  bool number_float(typename sax::number_float_t value, const std::string& /*written*/) override { return add(value); }
+  bool string(std::string& value) override { return add(std::move(value)); }
+  bool binary(typename sax::binary_t& /*value*/) override { return false; }
+  bool start_object(std::size_t /*unknown*/) override { return open(Json::object()); }
+  bool start_array(std::size_t /*unknown*/) override { return open(Json::array()); }
+  bool key(std::string& name) override {
+    auto& object = open_.back().json->template get_ref<typename Json::object_t&>();
+    bool is_new = true;
+    if constexpr (requires { object.try_emplace(std::move(name)); }) {
+      const auto [at, inserted] = object.try_emplace(std::move(name));
+      member_ = &at->second;
+      is_new = inserted;
+      if (!is_new) name = at->first;
+    } else {
+      is_new = open_.back().keys.insert(name).second;
+      if (is_new) member_ = &object.emplace_back(std::move(name), Json()).second;
+    }
+    return is_new || fail(text("expected each key once, got ", printable(name, 40), " twice"));
+  }
+  bool end_object() override { return close(); }
+  bool end_array() override { return close(); }
+  bool parse_error(std::size_t /*at*/, const std::string& /*near*/, const typename Json::exception&) override {
+    return fail("expected JSON, got something else");
+  }
+
+ private:
+  static constexpr std::size_t most_levels = 16;
+  struct container {
+    Json* json = nullptr;                    // in the one before
+    std::unordered_set<std::string> keys{};  // where the object itself finds none quickly
+  };
+
+  bool fail(std::string problem) {
+    if (problem_.empty()) problem_ = std::move(problem);
+    return false;
+  }
+  Json& place(Json value) {
+    if (open_.empty()) return root_ = std::move(value);
+    Json& in = *open_.back().json;
+    if (in.is_array()) return in.emplace_back(std::move(value));
+    return *member_ = std::move(value);
+  }
+  bool add(Json value) {
+    if (left_ == 0) return fail("expected fewer values of JSON");
+    --left_;
+    place(std::move(value));
+    return true;
+  }
+  bool open(Json empty) {
+    if (open_.size() == most_levels) return fail(text("expected at most ", most_levels, " levels of JSON"));
+    if (left_ == 0) return fail("expected fewer values of JSON");
+    --left_;
+    open_.push_back({&place(std::move(empty))});
+    return true;
+  }
+  bool close() {
+    open_.pop_back();
+    return true;
+  }
+
+  Json& root_;
+  std::vector<container> open_;
+  Json* member_ = nullptr;  // of the innermost object, for the next value
+  std::size_t left_;
+  std::string problem_;
+};
+
+/// Parses JSON that nobody vouches for into `out`: linear in time, with at most `most_values` values and 16 levels in
+/// memory, and each key once per object. Says what is wrong, or nothing.
+template <class Json>
+[[nodiscard]] std::string parse_json(std::string_view written, Json& out,
+                                     std::size_t most_values = std::size_t{1} << 23) {
+  json_builder<Json> builder(out, most_values);
+  return Json::sax_parse(written.begin(), written.end(), &builder) ? std::string() : builder.problem();
+}
+
+/// The text that a JSON object has under a key; empty if it has none, or something else.
+inline std::string json_text(const nlohmann::json& object, const char* key) {
+  if (!object.is_object()) return {};
+  const auto found = object.find(key);
+  return found != object.end() && found->is_string() ? found->get<std::string>() : std::string();
+}
+
+}  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
