@@ -254,3 +254,53 @@ TEST_CASE("what nobody knows is kept, whatever it looks like") {
          {"model.layers.0.self_attn.q_proj.weight", {}, role::other},
          {"model.layers.0.self_attn.q_proj.lora_A.weight", {8, 64}, role::other}});
 }
+
+TEST_CASE("routers, heads and gates by what they are, whatever model they are in") {
+  check("Switch Transformers, NLLB-MoE", {{"d_model", 64}, {"num_experts", 4}},
+        {{"encoder.block.1.layer.1.mlp.experts.expert_3.wi.weight", {128, 64}, role::routed_expert, packs},
+         {"encoder.block.1.layer.1.mlp.experts.expert_3.wo.weight", {64, 128}, role::routed_expert, packs},
+         {"model.decoder.layers.0.ffn.experts.expert_0.fc1.weight", {128, 64}, role::routed_expert, packs},
+         {"encoder.block.1.layer.1.mlp.router.classifier.weight", {4, 64}, role::router},
+         {"model.layers.0.mlp.experts.w1.weight", {512, 64}, role::other}});
+  check("routers with layers of their own", {{"hidden_size", 64}, {"num_experts", 4}},
+        {{"layers.0.moe.gating_network.fc1.weight", {64, 64}, role::router},
+         {"layers.0.moe.routing.out_proj.weight", {4, 64}, role::router},
+         {"layers.0.moe.token_router.w1.weight", {4, 64}, role::router},
+         {"layers.0.self_attention.experts.router.layer.weight", {4, 64}, role::router},
+         {"layers.0.attn.gate_layer.fc1.weight", {64, 64}, role::other},
+         {"layers.0.attn.head_gate.out_proj.weight", {64, 64}, role::other}});
+  check("BART, mBART", {{"d_model", 64}},
+        {{"classification_head.out_proj.weight", {4, 64}, role::lm_head},
+         {"model.decoder.layers.0.self_attn.out_proj.weight", {64, 64}, role::linear, packs},
+         {"decoder.layers.0.multi_head_attention.q_proj.weight", {64, 64}, role::linear, packs}});
+  check("GLM-4-MoE, dots.llm1, ERNIE 4.5", {{"hidden_size", 64}, {"n_routed_experts", 8}},
+        {{"model.layers.1.mlp.gate.weight", {8, 64}, role::router},
+         {"model.layers.1.mlp.moe_statics.e_score_correction_bias", {1, 8}, role::bias},
+         {"model.layers.1.mlp.experts.7.gate_proj.weight", {32, 64}, role::routed_expert, packs},
+         {"model.layers.1.mlp.shared_experts.down_proj.weight", {64, 32}, role::linear, packs}});
+  check("MiniMax", {{"hidden_size", 64}, {"num_local_experts", 4}},
+        {{"model.layers.0.self_attn.qkv_proj.weight", {192, 64}, role::linear, packs},
+         {"model.layers.0.self_attn.output_gate.weight", {64, 64}, role::other},
+         {"model.layers.0.self_attn.slope_rate", {4, 1, 1}, role::convolution},
+         {"model.layers.0.self_attn.key_decay", {4, 256, 1}, role::other},
+         {"model.layers.0.block_sparse_moe.gate.weight", {4, 64}, role::router}});
+  check("Kimi Linear", {{"hidden_size", 64}, {"num_experts", 4}},
+        {{"model.layers.0.self_attn.A_log", {1, 1, 32, 1}, role::state_space},
+         {"model.layers.0.self_attn.q_conv1d.weight", {128, 1, 4}, role::convolution},
+         {"model.layers.0.self_attn.b_proj.weight", {32, 64}, role::state_space},
+         {"model.layers.0.self_attn.f_a_proj.weight", {64, 64}, role::other}});
+  check("DeepSeek-V4", {{"hidden_size", 64}, {"n_routed_experts", 4}},
+        {{"head.weight", {256, 64}, role::lm_head},
+         {"model.hc_head.hc_fn", {4, 256}, role::lm_head},
+         {"model.layers.0.attn.compressor.wgate.weight", {64, 64}, role::other},
+         {"model.layers.0.hc_attn_fn", {24, 256}, role::other},
+         {"model.layers.0.ffn.gate.weight", {4, 64}, role::router},
+         {"model.layers.0.ffn.shared_experts.w1.weight", {128, 64}, role::linear, packs}});
+  check("RWKV, xLSTM, RecurrentGemma", {{"hidden_size", 64}},
+        {{"rwkv.blocks.0.attention.time_mix_key", {1, 1, 64}, role::convolution},
+         {"backbone.blocks.0.mlstm_layer.igate_preact.weight", {4, 64}, role::other},
+         {"backbone.blocks.0.ffn.proj_up_gate.weight", {128, 64}, role::other},
+         {"model.layers.0.temporal_block.conv_1d.weight", {64, 1, 4}, role::convolution},
+         {"model.layers.0.temporal_block.rg_lru.input_gate_weight", {4, 32, 32}, role::other},
+         {"model.layers.0.temporal_block.linear_x.weight", {64, 64}, role::other}});
+}

@@ -168,14 +168,20 @@ class role_finder {
              return word.starts_with("emb") || word == "embd" || word == "rotary" || word.starts_with("patch");
            });
   }
-  static bool is_gate_name(std::string_view piece) {
+  static bool is_router_name(std::string_view piece) {
     const std::string name = lower(piece);
-    return name == "gate" || name == "gating" || name == "wg" || name == "switch" || has_word(name, "router") ||
-           name == "gate_inp" || name == "ffn_gate_inp" || name == "ffn_gate_inp_shexp" || name == "moe_gate" ||
-           name == "gate_network";
+    return name == "gate" || name == "wg" || name == "switch" || name == "gate_inp" || name == "ffn_gate_inp" ||
+           name == "ffn_gate_inp_shexp" || name == "moe_gate" || name == "gate_network" ||
+           any_word(name,
+                    [](std::string_view word) { return word == "router" || word == "routing" || word == "gating"; });
+  }
+  static bool is_head_name(std::string_view piece) {
+    const std::string name = lower(piece);
+    return is_one_of(name, head_pieces) || last_word(name) == "head" || last_word(name) == "heads";
   }
   /// What gates whole outputs rather than multiplying by K: "shared_expert_gate", "attn_gate".
-  static bool is_other_gate(std::string_view name) {
+  static bool is_other_gate(std::string_view piece) {
+    const std::string name = lower(piece);
     return (name.ends_with("_gate") || name.starts_with("gate_")) && !is_one_of(name, linear_leaves);
   }
 
@@ -191,6 +197,10 @@ class role_finder {
       if (has_word(piece, "experts") || has_word(piece, "expert")) return i;
     }
     return std::nullopt;
+  }
+  /// "experts.3.w1", or "experts.expert_3.wi".
+  static bool has_expert_number(const tensor_path& path, std::size_t experts) {
+    return experts + 1 < path.pieces.size() && is_number(last_word(path.pieces[experts + 1]));
   }
 
   [[nodiscard]] const std::vector<std::size_t>* shape_of(const std::string& name) const {
@@ -229,8 +239,8 @@ class role_finder {
     const auto from = layer.base();
     const auto within = [&](const auto& test) { return std::any_of(from, path.pieces.end(), test); };
     const bool in_layer = layer != path.pieces.rend();
-    const auto is_head = [](std::string_view piece) { return is_one_of(lower(piece), head_pieces); };
-    if (within(is_head) || (!in_layer && (path.lower_leaf == "output" || path.lower_leaf == "decoder"))) {
+    if (path.any_above(is_router_name)) return kind{role::router, false, "a router"};
+    if (within(is_head_name) || (!in_layer && (path.lower_leaf == "output" || path.lower_leaf == "decoder"))) {
       return kind{role::lm_head, false, "an output head"};
     }
     if (within(is_embedding_name) || (path.leaf == "shared" && path.pieces.size() <= 2)) {
@@ -240,8 +250,8 @@ class role_finder {
     if (has_word(path.lower_leaf, "shared") && has_word(path.lower_leaf, "gate")) {
       return kind{role::shared_expert_gate, false, "a gate of shared experts"};
     }
-    if (std::any_of(path.pieces.begin(), path.pieces.end(), is_gate_name)) return kind{role::router, false, "a router"};
-    if (is_other_gate(path.lower_leaf)) return kind{role::other, false, "a gate"};
+    if (is_router_name(path.leaf)) return kind{role::router, false, "a router"};
+    if (std::any_of(path.pieces.begin(), path.pieces.end(), is_other_gate)) return kind{role::other, false, "a gate"};
     return std::nullopt;
   }
 
@@ -329,7 +339,7 @@ class role_finder {
     if (!known || path.parameter.empty()) {
       return {role::other, false, "not known to be the weight of a matrix product"};
     }
-    if (experts && !(*experts + 1 < path.pieces.size() && is_number(path.pieces[*experts + 1]))) {
+    if (experts && !has_expert_number(path, *experts)) {
       return {role::other, false, "experts stacked in one matrix"};
     }
     const auto found = directions_.find(direction_key(i));

@@ -77,6 +77,7 @@ bool any_word(std::string_view name, const Test& test) {
 inline bool has_word(std::string_view name, std::string_view wanted) {
   return any_word(name, [&](std::string_view word) { return word == wanted; });
 }
+inline std::string_view last_word(std::string_view name) { return name.substr(name.rfind('_') + 1); }
 
 /// Modules that are known to multiply by their weight [outputs, K], from published model definitions.
 inline constexpr std::array<std::string_view, 88> linear_leaves{
@@ -119,8 +120,8 @@ inline constexpr std::array<std::string_view, 12> state_space_leaves{"a_log",  "
                                                                      "x_proj", "in_proj_ba", "in_proj_a", "in_proj_b",
                                                                      "b_proj", "a_proj",     "dt",        "a"};
 
-inline constexpr std::array<std::string_view, 11> head_pieces{"lm_head",    "embed_out", "classifier", "score",
-                                                              "qa_outputs", "pooler",    "cls",        "shared_head",
-                                                              "head",       "heads",     "predictions"};
+/// Output heads, besides what calls itself one: "lm_head", "classification_head".
+inline constexpr std::array<std::string_view, 7> head_pieces{"embed_out", "classifier", "score",      "qa_outputs",
+                                                             "pooler",    "cls",        "predictions"};
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
