@@ -2,6 +2,8 @@
 
 #include "examples/program.hpp"
 
+#include <tetromino/io/gguf.hpp>
+
 #include <set>
 
 /// Models of published architectures through both programs, in every layout, read back without the library.
@@ -403,6 +405,9 @@ TEST_CASE("what a reader would stumble over is found") {
 TEST_CASE("separate scales, a packed router and a wrong axis are found") {
   const changed_model apart("llama", {"--recipe", "nvfp4/amax", "--layout", "modelopt", "--separate-scales"});
   CHECK_THAT(apart.after([](stored_file&) {}), contains("take one tensor scale for both"));
+  const changed_model named("llama", {"--recipe", "nvfp4/amax", "--layout", "modelopt"});
+  CHECK_THAT(named.after_config([](nlohmann::json& c) { c["quantization_config"]["ignore"].push_back("mlp.down"); }),
+             contains("vLLM leaves alone what has a name of \"ignore\" in its own, here 'mlp.down'"));
   const changed_model routed("mixtral", {"--recipe", "nvfp4/amax", "--layout", "modelopt", "--pack", "*.gate.weight"});
   CHECK_THAT(routed.after([](stored_file&) {}), contains("it is packed, but it is a router"));
   // [E, K, N] packed along N, as if it were [E, N, K]: the same shapes, since both are 64
@@ -425,4 +430,103 @@ TEST_CASE("separate scales, a packed router and a wrong axis are found") {
     f.metadata.erase("tetromino.recipe");
   }),
              contains("another axis"));
+}
+
+TEST_CASE("GGUF: what llama.cpp would decode wrongly, or not find, is found") {
+  namespace io = tetromino::io;
+  const temporary_directory folder;
+  const auto path = [&](const char* name) { return (folder / name).string(); };
+  const std::string q = "blk.0.attn_q.weight", up = "blk.0.ffn_up_exps.weight", norm = "blk.0.attn_norm.weight";
+  const std::vector<io::gguf_declaration> declarations = {
+      {q, io::ggml_type::F16, {32, 64}}, {up, io::ggml_type::F32, {2, 32, 64}}, {norm, io::ggml_type::F32, {64}}};
+  io::gguf_metadata metadata;
+  metadata.set("general.architecture", "llama");
+  metadata.set("general.name", "small");
+  auto writer = io::gguf_writer::create(path("in.gguf"), metadata, declarations);
+  for (const auto& d : declarations) {
+    const auto values = model_values({d.name, d.shape});
+    if (d.type == io::ggml_type::F32) {
+      writer.append_values<float>(d.name, values);
+    } else {
+      std::vector<tetromino::half> halves;
+      for (const float v : values) halves.push_back(tetromino::half(v));
+      writer.append_values<tetromino::half>(d.name, halves);
+    }
+  }
+  writer.finish();
+  const auto pack = [&](const char* to, std::vector<std::string> more) {
+    more.insert(more.begin(), {path("in.gguf"), path(to), "--recipe", "nvfp4/min-error", "--quiet"});
+    const auto run = run_program("quantize_checkpoint", more, folder.path());
+    INFO(run.err);
+    REQUIRE(run.exit_code == 0);
+  };
+  const auto verify = [&](const char* packed, std::vector<std::string> more = {}) {
+    more.insert(more.begin(), {path("in.gguf"), path(packed)});
+    const auto run = run_program("verify_checkpoint", more, folder.path());
+    CHECK((run.exit_code == 0) == run.err.empty());
+    return run.exit_code == 0 ? run.out : run.err;
+  };
+  pack("out.gguf", {});
+  CHECK_THAT(verify("out.gguf"), contains("2 tensors packed as nvfp4/min-error, 1 kept"));
+  CHECK_THAT(verify("out.gguf"), contains("packing again gives the same bytes; kept tensors and keys are unchanged"));
+  const auto facts = nlohmann::json::parse(verify("out.gguf", {"--json"}));
+  CHECK(facts["layout"] == "gguf");
+  CHECK(facts["packed_again"] == true);
+  CHECK(facts["qsnr_db"].get<double>() > 20);
+  CHECK(verify("out.gguf", {"--quiet"}).empty());
+
+  /// The packed file after a change to its keys, or to a tensor's bytes; a tensor whose name is `left_out` is not
+  /// there.
+  const auto changed = [&](const auto& change_keys, const auto& change_bytes, const std::string& left_out = "") {
+    const auto packed = io::gguf_file::open(path("out.gguf"));
+    auto keys = packed.metadata();
+    change_keys(keys);
+    std::vector<io::gguf_declaration> tensors;
+    for (const auto& t : packed) {
+      if (t.name() != left_out) tensors.push_back({t.name(), t.type(), {t.shape().begin(), t.shape().end()}});
+    }
+    auto again = io::gguf_writer::create(path("changed.gguf"), keys, tensors);
+    for (const auto& t : packed) {
+      std::vector<std::uint8_t> bytes(t.bytes().begin(), t.bytes().end());
+      if (t.name() == left_out) continue;
+      change_bytes(t.name(), bytes);
+      again.append(t.name(), bytes);
+    }
+    again.finish();
+    return verify("changed.gguf");
+  };
+  const auto same_keys = [](io::gguf_metadata&) {};
+  const auto same_bytes = [](const std::string&, std::vector<std::uint8_t>&) {};
+  CHECK_THAT(changed(same_keys, same_bytes), contains("packing again gives the same bytes"));
+  const auto flip = [&](const std::string& which, std::size_t at) {
+    return changed(same_keys, [&](const std::string& name, std::vector<std::uint8_t>& bytes) {
+      if (name == which) bytes[at] ^= 0x10;
+    });
+  };
+  CHECK_THAT(flip(q, 20), contains(q));
+  CHECK_THAT(flip(up, 99), contains(up));
+  CHECK_THAT(flip(norm, 1), contains(norm));
+  CHECK_THAT(flip("blk.0.ffn_up_exps.scale", 2), contains("blk.0.ffn_up_exps"));
+  CHECK_THAT(changed(same_keys, same_bytes, norm), contains(norm));
+  CHECK_THAT(changed(same_keys, same_bytes, "blk.0.attn_q.scale"), contains("blk.0.attn_q"));
+  CHECK_THAT(changed([](io::gguf_metadata& keys) { keys.set("general.name", "other"); }, same_bytes),
+             contains("general.name"));
+  CHECK_THAT(changed([](io::gguf_metadata& keys) { keys.set("general.file_type", std::uint32_t{1}); }, same_bytes),
+             contains("general.file_type"));
+
+  // an importance matrix in its older form: calls and sums of squares by tensor
+  std::string weights;
+  const auto put = [&](auto value) { weights.append(reinterpret_cast<const char*>(&value), sizeof value); };
+  put(std::int32_t{1});
+  put(static_cast<std::int32_t>(q.size()));
+  weights += q;
+  put(std::int32_t{1});
+  put(std::int32_t{64});
+  for (int k = 0; k < 64; ++k) put(k < 8 ? 100.0f : 0.01f);
+  store_text(folder / "weights.dat", weights);
+  pack("weighted.gguf", {"--imatrix", path("weights.dat")});
+  CHECK_THAT(verify("weighted.gguf"), contains("not packed again, which needs the --imatrix it was packed with"));
+  CHECK_THAT(verify("weighted.gguf", {"--imatrix", path("weights.dat")}),
+             contains("packing again gives the same bytes"));
+  CHECK_THAT(verify("none.gguf"), contains("none.gguf"));
 }

@@ -181,6 +181,47 @@ TEST_CASE("FP8 blocks are packed from their values, and become BF16 where they a
                                1.0f / first_float(after.at(module + ".weight_global_scale")))) > 18);
 }
 
+TEMPLATE_TEST_CASE("stacks that are stored [experts, K, outputs] pack as if their rows were stored", "", tt::bfloat16,
+                   tt::half, float) {
+  constexpr std::size_t matrices = 2, rows = 118, cols = 80;
+  const temporary_directory folder;
+  const std::string name = experts + "gate_up_proj";
+  const io::dtype type = std::is_same_v<TestType, float>      ? io::dtype::F32
+                         : std::is_same_v<TestType, tt::half> ? io::dtype::F16
+                                                              : io::dtype::BF16;
+  std::vector<TestType> straight, turned(matrices * rows * cols);
+  for (const float v : model_values({name, {matrices, rows, cols}})) straight.push_back(TestType(v));
+  for (std::size_t i = 0; i < straight.size(); ++i) {
+    const std::size_t e = i / (rows * cols), r = i / cols % rows, k = i % cols;
+    turned[(e * cols + k) * rows + r] = straight[i];
+  }
+  const raw_tensor bias{
+      name + "_bias", type, {matrices, rows}, std::vector<std::uint8_t>(matrices * rows * sizeof(TestType))};
+  const nlohmann::json config = {{"hidden_size", cols}, {"num_local_experts", matrices}};
+  write_raw(folder / "straight", config, {{name, type, {matrices, rows, cols}, bytes_of(straight)}, bias});
+  write_raw(folder / "turned", config, {{name, type, {matrices, cols, rows}, bytes_of(turned)}, bias});
+  const auto pack = [&](const std::string& which, const char* recipe, const io::pack_options& how) {
+    fs::remove_all(folder / "out");
+    pack_and_verify(folder / which, folder / "out", by(layout::linear, recipe), how);
+    return read_model(folder / "out");
+  };
+  for (const char* recipe : {"mxfp4-32/oas", "nvfp4/amax", "nvfp4/four-over-six/hadamard-16"}) {
+    const auto expected = pack("straight", recipe, {});
+    REQUIRE(expected.count(name + ".codes") == 1);
+    for (const std::size_t bytes : {std::size_t{1}, std::size_t{5000}, std::size_t{9000}, std::size_t{1} << 20}) {
+      CAPTURE(recipe, bytes);
+      io::pack_options how;
+      how.slice_bytes = how.window_bytes = bytes;
+      const auto got = pack("turned", recipe, how);
+      CHECK(got.size() == expected.size());
+      for (const auto& [part, tensor] : expected) {
+        CAPTURE(part);
+        CHECK(got.at(part).bytes == tensor.bytes);
+      }
+    }
+  }
+}
+
 TEST_CASE("activations' scales are written where all weights have one") {
   const temporary_directory folder;
   const std::vector<model_tensor> tensors = {{experts + "0.up_proj.weight", {32, 64}},
@@ -262,6 +303,15 @@ TEST_CASE("a model that cannot be finished leaves nothing") {
   };
   fs::remove_all(folder / "out");
   refused(folder / "out", changing, "nobody changes while it is read");
+
+  auto cutting = io::pack_options{};
+  cutting.progress = [&](std::size_t) {
+    for (const char* shard : {"in/model-00001-of-00002.safetensors", "in/model-00002-of-00002.safetensors"}) {
+      fs::resize_file(folder / shard, 100);
+    }
+    return true;
+  };
+  refused(folder / "out", cutting, "cut short");
 }
 
 TEST_CASE("with a name for each expert, what --keep splits is kept whole") {

@@ -300,6 +300,8 @@ class parameter_finder {
       p.cols = p.shape.back();
       if (p.kind.is_transposed) std::swap(p.rows, p.cols);
       if (p.is_weight() && p.elements() == 0) p.kind.kept_because = "empty";
+      if (p.encoding == io::value_encoding::fp8 && p.kind.is_transposed)
+        p.kind.kept_because = "FP8 stored [K, outputs]";
     }
   }
 

@@ -2,11 +2,12 @@
 
 #include "../../detail/macros_off.hpp"
 
-#include "../../dequantize.hpp"  // try_dequantize_to
-#include "../../e4m3.hpp"        // e4m3
-#include "../../e8m0.hpp"        // e8m0
-#include "../../matrix.hpp"      // matrix_view
-#include "parameters.hpp"        // parameter
+#include "../../dequantize.hpp"     // try_dequantize_to
+#include "../../e4m3.hpp"           // e4m3
+#include "../../e8m0.hpp"           // e8m0
+#include "../../matrix.hpp"         // matrix_view
+#include "../detail/transpose.hpp"  // transpose
+#include "parameters.hpp"           // parameter
 
 #include <algorithm>  // std::min
 #include <array>      // std::array
@@ -36,21 +37,6 @@ struct row_buffers {
 }  // namespace TETROMINO_NAMESPACE::io
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
-
-/// [rows, cols] to [cols, rows], by tiles that stay in the cache.
-template <class T>
-void transpose(const T* from, std::size_t rows, std::size_t cols, T* to) noexcept {
-  constexpr std::size_t tile = 32;
-  for (std::size_t r0 = 0; r0 < rows; r0 += tile) {
-    const std::size_t r1 = std::min(rows, r0 + tile);
-    for (std::size_t c0 = 0; c0 < cols; c0 += tile) {
-      const std::size_t c1 = std::min(cols, c0 + tile);
-      for (std::size_t c = c0; c < c1; ++c) {
-        for (std::size_t r = r0; r < r1; ++r) to[c * rows + r] = from[r * cols + c];
-      }
-    }
-  }
-}
 
 /// All values of the E4M3 codes.
 inline const std::array<float, 256>& e4m3_values() noexcept {
@@ -99,31 +85,54 @@ inline result<std::span<const std::uint8_t>> read_rows(const io::checkpoint& fro
   return std::span<const std::uint8_t>(buffer);
 }
 
-/// Reads rows of a parameter that is stored [.., K, outputs], column by column.
-template <real T>
-result<const T*> read_transposed(const io::checkpoint& from, const io::parameter& p, const io::row_range& range,
-                                 io::row_buffers& buffers) {
-  buffers.bytes.resize(range.count * p.cols * sizeof(T));
-  buffers.rows.resize(buffers.bytes.size());
-  const std::size_t strip = range.count * sizeof(T);
-  const std::size_t steps = range.count == p.rows ? 1 : p.cols;  // whole matrices lie in one piece
-  for (std::size_t k = 0; k < steps; ++k) {
-    const std::size_t offset = ((range.matrix * p.cols + k) * p.rows + range.first) * sizeof(T);
-    const std::span<std::uint8_t> to(buffers.bytes.data() + k * strip, steps == 1 ? buffers.bytes.size() : strip);
-    if (auto read = from.try_read(*p.values, offset, to); !read) return read.error();
+/// Calls f with a zero of the type that plain values have, and names the tensor where that is no real type.
+template <class F>
+result<void> with_plain_type(const io::parameter& p, const F& f) {
+  switch (p.values->dtype) {
+    case io::dtype::F32:
+      return f(float{});
+    case io::dtype::F16:
+      return f(half{});
+    case io::dtype::BF16:
+      return f(bfloat16{});
+    default:
+      return error(errc::invalid_argument,
+                   text("tensor ", printable(p.name), ": expected BF16, F16, F32, FP8, MXFP4 or NVFP4, found ",
+                        io::name(p.values->dtype)));
   }
-  auto* const rows = reinterpret_cast<T*>(buffers.rows.data());
-  transpose(reinterpret_cast<const T*>(buffers.bytes.data()), p.cols, range.count, rows);
-  return static_cast<const T*>(rows);
+}
+
+/// Of a parameter that is stored [.., K, outputs], reads `count` strips from the first-th on, each with the values that
+/// a range of rows has at one place of K.
+inline result<void> read_strips(const io::checkpoint& from, const io::parameter& p, const io::row_range& range,
+                                std::size_t first, std::size_t count, std::span<std::uint8_t> to) {
+  const std::size_t size = bits_per_element(p.values->dtype) / 8, strip = range.count * size;
+  const std::size_t pieces = range.count == p.rows ? 1 : count;  // whole matrices lie in one piece
+  for (std::size_t k = 0; k < pieces; ++k) {
+    const std::size_t offset = ((range.matrix * p.cols + first + k) * p.rows + range.first) * size;
+    const auto part = to.subspan(k * strip, count / pieces * strip);
+    if (auto read = from.try_read(*p.values, offset, part); !read) return read;
+  }
+  return {};
+}
+
+/// Rows of K out of strips that begin `stride` values after one another.
+template <real T>
+matrix_view<const T> turn_strips(const T* strips, std::size_t stride, std::size_t rows, std::size_t cols,
+                                 io::row_buffers& buffers) {
+  buffers.rows.resize(rows * cols * sizeof(T));
+  auto* const to = reinterpret_cast<T*>(buffers.rows.data());
+  transpose(strips, stride, cols, rows, to);
+  return {to, rows, cols};
 }
 
 template <real T, class F>
 result<void> visit_plain(const io::checkpoint& from, const io::parameter& p, const io::row_range& range,
                          io::row_buffers& buffers, const F& f) {
   if (p.kind.is_transposed) {
-    const auto rows = read_transposed<T>(from, p, range, buffers);
-    if (!rows) return rows.error();
-    return f(matrix_view<const T>(*rows, range.count, p.cols));
+    buffers.bytes.resize(range.count * p.cols * sizeof(T));
+    if (auto read = read_strips(from, p, range, 0, p.cols, buffers.bytes); !read) return read;
+    return f(turn_strips(reinterpret_cast<const T*>(buffers.bytes.data()), range.count, range.count, p.cols, buffers));
   }
   const auto bytes =
       read_rows(from, *p.values, range.matrix * p.rows + range.first, range.count, p.cols * sizeof(T), buffers.bytes);
@@ -219,18 +228,7 @@ result<void> try_visit_rows(const Policy& policy, const checkpoint& from, const 
     case value_encoding::plain:
       break;
   }
-  switch (p.values->dtype) {
-    case dtype::F32:
-      return detail::visit_plain<float>(from, p, range, buffers, f);
-    case dtype::F16:
-      return detail::visit_plain<half>(from, p, range, buffers, f);
-    case dtype::BF16:
-      return detail::visit_plain<bfloat16>(from, p, range, buffers, f);
-    default:
-      return error(errc::invalid_argument,
-                   detail::text("tensor ", detail::printable(p.name),
-                                ": expected BF16, F16, F32, FP8, MXFP4 or NVFP4, found ", io::name(p.values->dtype)));
-  }
+  return detail::with_plain_type(p, [&]<class T>(T) { return detail::visit_plain<T>(from, p, range, buffers, f); });
 }
 
 /// try_visit_rows, throwing its error.
