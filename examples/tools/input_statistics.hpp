@@ -85,7 +85,18 @@ class input_statistics {
   [[nodiscard]] std::vector<float> column_weights(const std::string& tensor, std::size_t which, std::size_t matrices,
                                                   std::size_t cols, std::size_t rotation) const {
     const tetromino::calibration seen = of(tensor, which, matrices, cols);
-    return rotation == 0 ? seen.column_weights() : seen.rotated({rotation}).column_weights();
+    auto weights = rotation == 0 ? seen.column_weights() : seen.rotated({rotation}).column_weights();
+    const float largest = *std::max_element(weights.begin(), weights.end());
+    for (float& weight : weights) {
+      if (weight < 0 && weight > -1e-4f * largest) weight = 0;  // rounding, of columns that cancel
+      if (!(weight >= 0 && std::isfinite(weight))) {
+        throw tetromino::error(tetromino::errc::malformed_file,
+                               fmt::format("the calibration statistics of {} are no moments of inputs: a column's mean "
+                                           "square would be {}",
+                                           tensor, weight));
+      }
+    }
+    return weights;
   }
 
   /// Writes INPUT.moments [matrices, cols, cols] and INPUT.rows [matrices]; the metadata name each tensor's input.
