@@ -219,6 +219,34 @@ TEST_CASE("a name that is no recipe gets an error that lists what exists") {
   CHECK_THAT(said("mxfp-4"), tetromino_test::contains("unknown format \"mxfp-4\", did you mean \"mxfp4\"?"));
   CHECK_THAT(said("nvfp4/amax/gptg"), tetromino_test::contains("did you mean \"gptq\"?"));
   CHECK(said("nvfp4/simulated-annealing").find("did you mean") == std::string::npos);
+  CHECK_THAT(said("NVFP4"), tetromino_test::contains("unknown format \"NVFP4\", did you mean \"nvfp4\"?"));
+  CHECK_THAT(said("mxfp4/OAS"), tetromino_test::contains("unknown rule \"OAS\", did you mean \"oas\"?"));
+  CHECK_THAT(said("mxfp4/hadamard-3"),
+             tetromino_test::contains("unknown rotation \"hadamard-3\", did you mean \"hadamard-32\"?"));
+  CHECK_THAT(said("mxfp4/mbs-serch"),
+             tetromino_test::contains("unknown macro rule \"mbs-serch\", did you mean \"mbs-search\"?"));
+}
+
+TEST_CASE("a piece of a recipe given twice or too late is named, and is no unknown one") {
+  const auto said = [](const char* name) {
+    CAPTURE(name);
+    CHECK(code_of(name) == errc::invalid_argument);
+    const std::string what = recipe::try_parse(name).error().what();
+    CHECK(what.find("unknown") == std::string::npos);
+    CHECK(what.find("did you mean") == std::string::npos);
+    return what;
+  };
+  CHECK_THAT(said("nvfp4/amax/amax"), tetromino_test::contains("rule \"amax\" is a second one"));
+  CHECK_THAT(said("nvfp4/amax/min-error"), tetromino_test::contains("rule \"min-error\" is a second one"));
+  CHECK_THAT(said("mxfp4/hadamard-16/oas"), tetromino_test::contains("rule \"oas\" comes too late"));
+  CHECK_THAT(said("mxfp4/oas/mbs-search/mbs-static@64"),
+             tetromino_test::contains("macro rule \"mbs-static\" is a second one"));
+  CHECK_THAT(said("mxfp4/hadamard-16/mbs-search"), tetromino_test::contains("\"mbs-search\" comes too late"));
+  CHECK_THAT(said("nvfp4/gptq/mbs-search"), tetromino_test::contains("\"mbs-search\" comes too late"));
+  CHECK_THAT(said("nvfp4/hadamard-16/hadamard-32"),
+             tetromino_test::contains("rotation \"hadamard-32\" is a second one"));
+  CHECK_THAT(said("nvfp4/gptq/hadamard-32"), tetromino_test::contains("rotation \"hadamard-32\" comes too late"));
+  CHECK_THAT(said("nvfp4/gptq/gptq"), tetromino_test::contains("step \"gptq\" is a second one"));
 }
 
 TEST_CASE("what a recipe's name leaves out has a default") {

@@ -157,7 +157,8 @@ namespace detail::inline TETROMINO_ISA {
 /// Rounds rows on the CPU with the kernels of one backend.
 template <class Kernels, real T>
 result<void> quantize_int8_cpu(executor_ref executor, const quantize_int8_job<T>& job, const Kernels& kernels = {}) {
-  const auto& [in, out] = job;
+  const auto& in = job.in;
+  const auto& out = job.out;
   const std::size_t blocks = out.blocks_per_row();
   // Little work for an element: few of them make a task while there are few, so that each of many threads has some.
   const std::size_t elements_per_task = std::clamp<std::size_t>(out.rows * out.cols / 256, 1 << 12, 1 << 16);

@@ -45,7 +45,7 @@ struct recipe {
   /// Reads FORMAT[/RULE][/MACRO][/hadamard-N][/gptq], such as "nvfp4", "mxfp4" (mxfp4-32 by its default rule),
   /// "mxfp4-16/oas/mbs-search", "mxfp4-32/floor", "mxfp4-32/oas/mbs-static@64", "nvfp4/four-over-six" or
   /// "mxfp4-16/min-error/mbs-search256@64/hadamard-16/gptq". Errors: unknown_name, with the nearest name and all that
-  /// exist; invalid_argument for a rule of another format.
+  /// exist; invalid_argument for a rule of another format, and for a piece given twice or in the wrong place.
   TETROMINO_ABI static result<recipe> try_parse(std::string_view name);
   TETROMINO_ABI static recipe parse(std::string_view name) { return try_parse(name).value(); }
 
@@ -166,8 +166,10 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
   return std::min(row[b.size()], many);
 }
 
-/// The word of the recipes' language that a misspelt one is closest to; empty where none is near.
-[[nodiscard]] TETROMINO_COLD inline std::string_view nearest_recipe_word(std::string_view word) {
+/// The word of the recipes' language that a misspelt one is closest to, in capitals or not; empty where none is near.
+[[nodiscard]] TETROMINO_COLD inline std::string_view nearest_recipe_word(std::string_view misspelt) {
+  std::string word(misspelt);
+  for (char& c : word) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
   std::string_view nearest;
   std::size_t least = word.size() < 4 ? 2 : 3;  // short words have many neighbours
   const auto consider = [&](std::string_view candidate) {
@@ -189,6 +191,13 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
          : piece == "hadamard-64"  ? 64
          : piece == "hadamard-128" ? 128
                                    : 0;
+}
+
+/// What a piece that no recipe has seems to be meant as.
+[[nodiscard]] constexpr std::string_view kind_of_piece(std::string_view piece, bool is_first) noexcept {
+  if (piece.starts_with("hadamard")) return "rotation";
+  if (piece.starts_with("mbs")) return "macro rule";
+  return is_first ? "rule" : "piece";
 }
 
 inline constexpr std::string_view recipe_help =
@@ -239,6 +248,13 @@ TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
                               meant.empty() ? "\"; " : "\", did you mean \"", meant, meant.empty() ? "" : "\"? ",
                               detail::recipe_help));
   };
+  const auto invalid = [&](std::string_view subject, std::string_view piece, std::string_view why) {
+    return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown), "\": ", subject, piece, why,
+                                                      "; ", detail::recipe_help));
+  };
+  const auto misplaced = [&](std::string_view kind, std::string_view piece, bool is_second) {
+    return invalid(kind, piece, is_second ? "\" is a second one" : "\" comes too late");
+  };
   // The pieces still to be read; an empty piece is none of the names below.
   std::string_view rest = name;
   bool more = true;
@@ -262,26 +278,28 @@ TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
   out.rule = default_rule(out.format);
 
   bool is_first = more;  // only the first piece can be a rule
-  bool found = false;
+  bool has_own_rule = false, found = false;
   while (more) {
     const std::string_view piece = next_piece();
     found = false;
     for (const auto& [rule_name, value] : detail::rule_names) {
-      if (is_first && rule_name == piece) out.rule = value, found = true;
+      if (rule_name != piece) continue;
+      if (!is_first) return misplaced("rule \"", piece, has_own_rule);
+      out.rule = value, found = has_own_rule = true;
     }
     if (found && !has_rule(out.format.scale, out.rule)) {
-      return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown), "\": ", format,
-                                                        " has no rule ", piece, "; ", detail::recipe_help));
+      return invalid(format, " has no rule ", piece);
     }
-    const std::string_view what = is_first ? "rule" : "piece";
+    const std::string_view what = detail::kind_of_piece(piece, is_first);
     is_first = false;
     if (found) continue;
     if (const std::size_t size = detail::rotation_named(piece); size != 0) {
-      if (out.rotation != 0 || out.error_feedback) return unknown("second rotation", piece);
+      if (out.rotation != 0 || out.error_feedback) return misplaced("rotation \"", piece, out.rotation != 0);
       out.rotation = size;
       continue;
     }
-    if (piece == "gptq" && !out.error_feedback) {
+    if (piece == "gptq") {
+      if (out.error_feedback) return misplaced("step \"", piece, true);
       out.error_feedback = true;
       continue;
     }
@@ -290,11 +308,11 @@ TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
     for (const auto& [macro_name, value] : detail::macro_names) {
       if (macro_name == piece.substr(0, at)) out.macro = value, found = true;
     }
-    if (!found || out.format.macro_block != 0 || out.rotation != 0 || out.error_feedback) return unknown(what, piece);
-    if (out.format.scale == scale_type::e4m3) {
-      return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown),
-                                                        "\": nvfp4 has no macro blocks; ", detail::recipe_help));
+    if (!found) return unknown(what, piece);
+    if (out.format.macro_block != 0 || out.rotation != 0 || out.error_feedback) {
+      return misplaced("macro rule \"", piece.substr(0, at), out.format.macro_block != 0);
     }
+    if (out.format.scale == scale_type::e4m3) return invalid(format, " has no macro blocks", "");
     const std::string_view size = at == std::string_view::npos ? "128" : piece.substr(at + 1);
     out.format.macro_block = size == "32" ? 32 : size == "64" ? 64 : size == "128" ? 128 : size == "256" ? 256 : 0;
     if (out.format.macro_block == 0) return unknown("macro-block size", size);

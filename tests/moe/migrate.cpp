@@ -304,6 +304,16 @@ TEST_CASE("a budget buys whole layers, those of most worth first, and the next c
   CHECK(reached(40, {1, 2}).empty());
   CHECK(reached(19, {1, 2}) == std::vector<std::size_t>{1, 0});
 
+  std::swap(next.layer(0)[1], next.layer(0)[21]);
+  const auto none = migrate_within(current, next, t, 10, {.bytes_between_nodes = 19});
+  CHECK(none.way.layers.empty());
+  CHECK(none.least_left.bytes_between_nodes == 20);  // of layer 1; layer 0 takes 40
+  CHECK(none.least_left.bytes_inside_nodes == 0);
+  const auto one = migrate_within(current, next, t, 10, none.least_left);
+  CHECK(one.layers_left == std::vector<std::size_t>{0});
+  CHECK(one.least_left.bytes_between_nodes == 40);
+  CHECK(migrate_within(one.reached, next, t, 10, one.least_left).least_left.bytes_between_nodes == 0);
+
   placement lacking = current;
   lacking.layer(0)[0] = empty_slot;
   const auto must = migrate_within(lacking, next, t, 10, {0, 0});

@@ -204,4 +204,9 @@ TEST_CASE("broken plans are errors") {
     CAPTURE(text);
     CHECK_FALSE(try_read_plan(text).has_value());
   }
+  const auto said = [](std::string_view text) { return std::string(try_read_plan(text).error().what()); };
+  CHECK_THAT(said("plans/of_today.json"), tetromino_test::contains("starts with \"plans/of_today.json\""));
+  CHECK_THAT(said(" \n"), tetromino_test::contains("got an empty text"));
+  CHECK_THAT(said("{\"experts\":\n 3}"), tetromino_test::contains("starts with \"{\"experts\":\""));
+  CHECK(said(std::string(5000, 'x')).size() < 400);
 }

@@ -26,7 +26,7 @@ struct why_nothing_is_packed {
   static_assert(
       !has_policy || has_input,
       "the input is a matrix_view, a batch_view or a matrix: a span or a vector does not say how many rows it "
-      "has, as matrix_view(x.data(), rows, cols) does");
+      "has, as matrix_view(x.data(), rows, cols) does; views in a vector are packed one by one");
   static_assert(!has_input || reads_reals<Input>,
                 "elements are float, half or bfloat16; 16-bit words are viewed as what they hold: "
                 "matrix_view<const bfloat16>(words, rows, cols)");

@@ -312,6 +312,7 @@ struct partial_migration {
   placement reached;                     ///< to serve under when `way` is done: each layer is that of either placement
   migration way;                         ///< from the current placement to `reached`
   std::vector<std::size_t> layers_left;  ///< that differ from the next placement still, in the order of their worth
+  migration_budget least_left{0, 0};     ///< what the layer left takes that takes least: a budget that moves something
 };
 
 inline namespace TETROMINO_ISA {
@@ -320,7 +321,8 @@ inline namespace TETROMINO_ISA {
 /// first that gain most for each byte between nodes: `gain_of_layer` [layers] is what a layer is worth, such as the
 /// visits of other nodes that it saves (cost_report::visits_of_layer before, less those after); without it all are
 /// worth the same, so that most layers are reached. Layers in which `current` lacks experts are migrated whatever that
-/// takes. A second call from `reached` goes on. Errors: as try_migrate; a budget that is negative or NaN, gains of
+/// takes. A second call from `reached` goes on. A budget below `least_left` moves nothing, however often it is given:
+/// save it up, or give at least that. Errors: as try_migrate; a budget that is negative or NaN, gains of
 /// another number or not finite.
 [[nodiscard]] inline result<partial_migration> try_migrate_within(const placement& current, placement next,
                                                                   const topology& t, double bytes_per_expert,
@@ -362,6 +364,7 @@ inline namespace TETROMINO_ISA {
   });
   double between = 0, inside = 0;
   std::vector<std::size_t> left;
+  migration_budget least;
   for (const of_layer& l : order) {
     if (l.must ||
         (between + l.between <= budget.bytes_between_nodes && inside + l.inside <= budget.bytes_inside_nodes)) {
@@ -371,11 +374,15 @@ inline namespace TETROMINO_ISA {
     }
     std::copy(current.layer(l.layer).begin(), current.layer(l.layer).end(), next.layer(l.layer).begin());
     left.push_back(l.layer);
+    if (l.between < least.bytes_between_nodes ||
+        (l.between == least.bytes_between_nodes && l.inside < least.bytes_inside_nodes)) {
+      least = {l.between, l.inside};
+    }
   }
-  if (left.empty()) return partial_migration{std::move(next), std::move(*whole), {}};
+  if (left.empty()) return partial_migration{std::move(next), std::move(*whole), {}, {0, 0}};
   auto way = try_migrate(current, next, t, bytes_per_expert);
   if (!way) return way.error();
-  return partial_migration{std::move(next), std::move(*way), std::move(left)};
+  return partial_migration{std::move(next), std::move(*way), std::move(left), least};
 }
 [[nodiscard]] inline partial_migration migrate_within(const placement& current, placement next, const topology& t,
                                                       double bytes_per_expert, const migration_budget& budget,

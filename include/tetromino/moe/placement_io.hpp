@@ -12,7 +12,7 @@
 
 #include <nlohmann/json.hpp>  // nlohmann::json
 
-#include <algorithm>    // std::find
+#include <algorithm>    // std::find, std::min
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::int32_t, std::uint64_t
 #include <string>       // std::string
@@ -203,8 +203,9 @@ namespace detail::inline TETROMINO_ISA {
 inline namespace TETROMINO_ISA {
 
 /// Reads a plan in any of the formats that are written here, `to_json` and `to_text` included, and says which it is.
-/// `experts` is how many there are; 0: the largest number + 1. GPUs are not in it, so that slots count: a topology of
-/// as many slots goes with it. Errors: something else, lists of different lengths, numbers that are no experts.
+/// `written` is what a file holds, and not its path. `experts` is how many there are; 0: the largest number + 1. GPUs
+/// are not in it, so that slots count: a topology of as many slots goes with it. Errors: something else, lists of
+/// different lengths, numbers that are no experts.
 [[nodiscard]] inline result<plan_file> try_read_plan(std::string_view written, std::size_t experts = 0) {
   const std::size_t begin = written.find_first_not_of(" \t\r\n");
   const std::string_view rest = begin == std::string_view::npos ? std::string_view() : written.substr(begin);
@@ -228,10 +229,13 @@ inline namespace TETROMINO_ISA {
     auto p = lists.finish(experts);
     return p ? result<plan_file>(plan_file{"TensorRT-LLM load balancer (YAML)", std::move(*p)}) : p.error();
   }
-  return error(
-      errc::malformed_file,
-      "plan: expected slot_to_expert, physical_to_logical_map, layer_list or initial_global_assignments, found "
-      "none of them");
+  constexpr std::size_t shown = 60;  // characters that a message repeats
+  const std::string_view line = rest.substr(0, std::min(rest.find_first_of("\r\n"), shown));
+  return error(errc::malformed_file,
+               detail::text("plan: expected the contents of a file with slot_to_expert, physical_to_logical_map, "
+                            "layer_list or initial_global_assignments, got ",
+                            rest.empty() ? "an empty text" : "a text without them that starts with \"", line,
+                            rest.empty() ? "" : "\""));
 }
 [[nodiscard]] inline plan_file read_plan(std::string_view written, std::size_t experts = 0) {
   return try_read_plan(written, experts).value();
