@@ -42,5 +42,15 @@ int main() {
   const auto third = packed.view()[2];  // a view of one expert
   const auto back = tt::dequantize<float>(tt::automatic, third);
   std::printf("expert 2: %.2f dB\n", tt::qsnr(w[2], back));
-  return packed.codes == alone.codes ? 0 : 1;
+
+  // Experts in allocations of their own, under one tensor scale: amax of all / (6 · 448), for four-over-six / (6 ·
+  // 256). That is also the scale of a batch unless told otherwise.
+  std::vector<tt::matrix_view<const float>> apart;
+  for (std::size_t e = 0; e < experts; ++e) apart.push_back(w[e]);  // wherever they lie
+  const float scale = tt::tensor_scale_for(tt::amax(tt::automatic, apart), tt::scale_rule::amax);
+  const auto first = tt::quantize(tt::automatic, apart[0], "nvfp4", {.tensor_scales = {&scale, 1}});
+  const bool as_batch = scale == tt::quantize<tt::nvfp4>(tt::automatic, w).tensor_scales[0];
+  std::printf("expert 0 of [%zu, %zu] apart: tensor scale %g, as of the batch: %s\n", first.rows, apart[0].cols,
+              double(first.tensor_scales[0]), as_batch ? "yes" : "no");
+  return packed.codes == alone.codes && as_batch ? 0 : 1;
 }

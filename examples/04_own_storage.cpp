@@ -28,15 +28,30 @@ int main() {
   std::printf("codes %zu, scales %zu bytes, tensor scale %g\n", packed.codes.size(), packed.scales.size(),
               double(tensor_scale[0]));
 
-  // ggml's blocks, for llama.cpp; compressed-tensors, for vLLM; the 128x4 swizzle, for Blackwell's tensor cores.
-  std::vector<std::uint8_t> blocks = tt::layout::to_ggml(packed);
-  float global_scale = 0;  // its inverse, which that layout stores
-  const auto tensors = tt::layout::as_compressed_tensors(packed, {&global_scale, 1});
-  const auto swizzled = tt::layout::swizzled_scales(packed);
-  std::printf("ggml %zu, swizzled scales %zu bytes; weight_global_scale %g\n", blocks.size(), swizzled.size(),
-              double(tensors.weight_global_scale[0]));
+  // A recipe named at run time: a buffer that its format lacks (macro bytes but for mbs, scales but for nvfp4) is
+  // empty.
+  for (const char* name : {"mxfp4/oas", "mxfp4/oas/mbs-search", "nvfp4"}) {
+    const auto r = tt::recipe::parse(name);
+    const tt::packed_shape s(r.format, rows, cols);
+    std::vector<std::uint8_t> codes(s.code_bytes()), scales(s.scale_bytes()), macros(s.macro_bytes());
+    std::vector<float> tensor_scales(r.format.scale == tt::scale_type::e4m3 ? 1 : 0);
+    tt::quantize_to(tt::automatic, w, r, s.view(codes, scales, macros, tensor_scales));
+    std::printf("%s: %zu macro bytes, %zu tensor scales\n", name, macros.size(), tensor_scales.size());
+  }
 
-  // Blocks straight from the weights, with the same tensor scale; and back to linear storage.
+  // compressed-tensors, for vLLM; the 128x4 swizzle, for Blackwell's tensor cores; ggml's blocks, for llama.cpp.
+  float global_scale = 0;  // the inverse of the tensor scale, which that layout stores
+  const auto tensors = tt::layout::as_compressed_tensors(packed, {&global_scale, 1});
+  std::printf("weight_packed %zu, weight_scale %zu bytes, weight_global_scale %g; swizzled scales %zu bytes\n",
+              tensors.weight_packed.size(), tensors.weight_scale.size(), double(tensors.weight_global_scale[0]),
+              tt::layout::swizzled_scales(packed).size());
+
+  // Blocks straight from the weights into an array of ggml's structs, with the same tensor scale; and back.
+  struct block_nvfp4 {
+    std::uint8_t d[4], qs[32];
+  };
+  std::vector<block_nvfp4> structs(rows * cols / 64);
+  const std::span blocks(reinterpret_cast<std::uint8_t*>(structs.data()), structs.size() * sizeof(block_nvfp4));
   tt::quantize_to(tt::automatic, w, "nvfp4", tt::layout::ggml_rows{blocks}, {.tensor_scales = packed.tensor_scales});
   const auto again = tt::layout::from_ggml(tt::nvfp4{}, blocks, 1, rows, cols, packed.tensor_scales);
   return std::equal(again.codes.begin(), again.codes.end(), packed.codes.begin()) ? 0 : 1;

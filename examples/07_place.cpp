@@ -30,17 +30,23 @@ int main() {
   for (std::size_t i = 0; i < ids.size(); ++i) counts[i / 2 % 2 * shape.experts + ids[i]] += 1;
   const moe::index_tensors eplb =
       moe::balanced_eplb(moe::to_loads(2, 16, counts), {.replicas = 20, .nodes = 2, .gpus = 4});
+  std::printf("phy2log %zu, log2phy %zu, logcnt %zu numbers\n", eplb.physical_to_logical.size(),  // [layers, slots]
+              eplb.logical_to_physical.size(), eplb.count.size());  // [layers, experts, max_copies], [layers, experts]
+
+  // A phy2log of anybody's makes a placement. (From what a file holds: read_plan(text, 16).experts, placement_io.hpp.)
+  const std::vector<std::int32_t> phy2log(eplb.physical_to_logical.begin(), eplb.physical_to_logical.end());
+  const moe::placement theirs = moe::placement::make(shape.layers, shape.experts, cluster.slots(), phy2log);
 
   // A plan that also looks at who meets whom, and says where each request is served best.
   const moe::local_plan plan = moe::local(recorded.view(), cluster);
 
-  // What serving the recorded tokens costs under either.
+  // What serving the recorded tokens costs under either: of decode tokens, those behind prefill_length.
   std::vector<std::uint32_t> in_turn(requests.size());
   for (std::uint32_t r = 0; r < in_turn.size(); ++r) in_turn[r] = r % 2;
-  const auto before = moe::evaluate(recorded.view(), moe::to_placement(eplb), cluster, in_turn);
+  const auto before = moe::evaluate(recorded.view(), theirs, cluster, in_turn);
   const auto after = moe::evaluate(recorded.view(), plan.experts, cluster, plan.source_of_request);
   std::printf("other nodes per token and layer: eplb %.3f, local %.3f\n", before.nodes_per_token(),
               after.nodes_per_token());
-  std::printf("load of the busiest node over the mean: eplb %.2f, local %.2f\n", before.node_imbalance,
-              after.node_imbalance);
+  std::printf("load of the busiest node over the mean, mean over layers: eplb %.2f, local %.2f\n",
+              before.node_imbalance, after.node_imbalance);
 }

@@ -1,8 +1,6 @@
-// A serving loop: requests find their node, tokens their experts, and a better placement comes in by and by.
+// A serving loop: requests find their node, tokens their experts.
 #include <tetromino/moe/dispatch.hpp>
 #include <tetromino/moe/group.hpp>
-#include <tetromino/moe/place_local.hpp>
-#include <tetromino/moe/migrate.hpp>
 #include <tetromino/moe/place.hpp>
 #include <tetromino/moe/replica.hpp>
 #include <tetromino/moe/router.hpp>
@@ -31,7 +29,7 @@ int main(int argc, char** argv) {
   const std::size_t tokens = 32, k = shape.experts_per_token;
   std::vector<float> logits(tokens * shape.experts), weights(tokens * k);
   for (std::size_t i = 0; i < logits.size(); ++i) logits[i] = float(i * 2654435761u % 1000) / 100;
-  std::vector<std::uint16_t> ids(tokens * k);
+  std::vector<std::uint16_t> ids(tokens * k);  // of this type from here on, moe::no_expert (65535) for nobody
   moe::route(logits, shape.experts, {.experts_per_token = k}, ids, weights);
   const moe::replica_index copies(current);
   moe::replica_chooser chooser(current, cluster);
@@ -47,11 +45,5 @@ int main(int argc, char** argv) {
   plan.plan_send(calls, rank_of_slot, moe::row_copies::per_rank);
   std::printf("from node %u, rows to each rank:", node);
   for (const std::int32_t rows : plan.send_counts()) std::printf(" %d", rows);  // as MPI_Alltoallv wants them
-
-  // Now and then, a plan for what was seen, and the way there: rounds of transfers beside the traffic.
-  const moe::local_plan next = moe::local(recorded.view(), cluster, {.start = &current, .effort = 0.1});
-  const double expert_bytes = 3.0 * 7168 * 2048 * 0.53;
-  const auto part = moe::migrate_within(current, next.experts, cluster, expert_bytes, {.bytes_between_nodes = 100e6});
-  std::printf("\n%zu layers to move, %.1f ms; %zu are left for later\n", part.way.layers.size(), 1e3 * part.way.seconds,
-              part.layers_left.size());
+  std::printf("\n");
 }

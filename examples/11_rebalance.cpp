@@ -43,7 +43,7 @@ int main() {
     std::printf("\n");
     while (const moe::layer_migration* layer = loop.next_layer()) {
       for (const moe::migration_round& round : layer->rounds) {
-        static_cast<void>(round);  // the engine: send the weights of round.moves, while tokens are served
+        static_cast<void>(round);  // the engine: send the weights of round.moves beside those in use (12_migrate)
       }
       loop.commit_layer();
     }
