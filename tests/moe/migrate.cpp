@@ -314,6 +314,15 @@ TEST_CASE("a budget buys whole layers, those of most worth first, and the next c
   CHECK(one.least_left.bytes_between_nodes == 40);
   CHECK(migrate_within(one.reached, next, t, 10, one.least_left).least_left.bytes_between_nodes == 0);
 
+  placement other = current;  // the same between nodes in both layers, more inside in the first
+  for (std::size_t l = 0; l < 2; ++l) std::swap(other.layer(l)[0], other.layer(l)[20]);
+  std::swap(other.layer(0)[1], other.layer(0)[5]);
+  const auto cheaper = migrate_within(current, other, t, 10, {0, 0});
+  CHECK(cheaper.layers_left == std::vector<std::size_t>{0, 1});
+  CHECK(cheaper.least_left.bytes_between_nodes == 20);
+  CHECK(cheaper.least_left.bytes_inside_nodes == 0);
+  CHECK(migrate_within(current, other, t, 10, cheaper.least_left).layers_left == std::vector<std::size_t>{0});
+
   placement lacking = current;
   lacking.layer(0)[0] = empty_slot;
   const auto must = migrate_within(lacking, next, t, 10, {0, 0});
