@@ -59,7 +59,7 @@ void plan_any(fuzz_bytes& in) {
 
 void place_any(fuzz_bytes& in) {
   moe::index_tensors maps;
-  const auto size = [&] { return in.below(4) == 0 ? static_cast<std::size_t>(in.next<std::uint64_t>()) : in.below(9); };
+  const auto size = [&] { return in.below(4) == 0 ? in.next<std::size_t>() : in.below(9); };
   maps.layers = size(), maps.experts = size(), maps.slots = size();
   maps.physical_to_logical = in.fill<std::int64_t>(in.below(2) == 0 ? in.below(80) : in.below(9) * in.below(9));
   for (auto& e : maps.physical_to_logical) {

@@ -19,7 +19,7 @@ std::size_t any_size(fuzz_bytes& in) {
     case 0:
       return std::size_t{1} << in.below(64);
     case 1:
-      return static_cast<std::size_t>(in.next<std::uint64_t>());
+      return in.next<std::size_t>();
     default:
       return in.below(70);
   }

@@ -284,7 +284,7 @@ TEST_CASE("the writer's bytes are those of the format, whatever the order and si
 TEST_CASE("random files round-trip, and pass through unchanged", "[random]") {
   const temporary_directory folder;
   std::mt19937_64 random(tetromino_test::seed());
-  const auto below = [&](std::uint64_t n) { return static_cast<std::size_t>(random() % n); };
+  const auto below = [&](std::size_t n) -> std::size_t { return random() % n; };
   for (int round = 0; round < 50; ++round) {
     io::gguf_metadata metadata;
     if (below(2) == 0) metadata.set("general.alignment", std::uint32_t{1} << below(9));

@@ -345,19 +345,19 @@ TEST_CASE("every header with one changed byte is read or refused", "[random]") {
   for (int round = 0; round < 30'000; ++round) {
     std::string contents = valid;
     for (std::uint64_t edits = 1 + random() % 4; edits > 0; --edits) {
-      const std::size_t at = 8 + static_cast<std::size_t>(random() % (contents.size() - 8));
+      const std::size_t at = 8 + random() % (contents.size() - 8);
       switch (random() % 4) {
         case 0:
           contents[at] = static_cast<char>(static_cast<unsigned char>(random()));
           break;
         case 1:
-          contents.erase(at, 1 + static_cast<std::size_t>(random() % 8));
+          contents.erase(at, 1 + random() % 8);
           break;
         case 2:
-          contents.insert(at, tokens[static_cast<std::size_t>(random() % tokens.size())]);
+          contents.insert(at, tokens[random() % tokens.size()]);
           break;
         default:
-          contents.insert(at, contents.substr(static_cast<std::size_t>(random() % at), 1 + random() % 30));
+          contents.insert(at, contents.substr(random() % at, 1 + random() % 30));
           break;
       }
       if (contents.size() < 9) contents = valid;

@@ -84,7 +84,7 @@ TEST_CASE("the data begins at a multiple of 8 bytes, with as little padding as t
 TEST_CASE("random files round-trip", "[random]") {
   const temporary_directory folder;
   std::mt19937_64 random(tetromino_test::seed());
-  const auto below = [&](std::uint64_t n) { return static_cast<std::size_t>(random() % n); };
+  const auto below = [&](std::size_t n) -> std::size_t { return random() % n; };
   for (int round = 0; round < 50; ++round) {
     std::vector<io::tensor_declaration> declared;
     for (std::size_t t = below(8); t > 0; --t) {

@@ -224,12 +224,13 @@ TEST_CASE("the plan is the same on any number of threads") {
 
 TEST_CASE("layers that may not change stay as they are, and the others still get better") {
   const trace t = synthetic(13, 4, 32, 4, 40, 0, 16);
+  const std::vector<std::uint32_t> even = {2, 0, 2}, second = {1}, too_many = {1, 4};
   for (const std::size_t slots : {4u, 5u}) {
     const topology cluster = topology::uniform(4, 2, slots);
     const placement start = contiguous(4, 32, cluster);
     local_options options;
     options.start = &start;
-    options.layers = {2, 0, 2};
+    options.layers = even;
     options.gpu_imbalance = 1.2;
     const local_plan some = local(t.view(), cluster, options);
     try_validate(some.experts, cluster).value();
@@ -249,15 +250,15 @@ TEST_CASE("layers that may not change stay as they are, and the others still get
   const topology cluster = topology::uniform(4, 2, 5);
   const placement start = contiguous(4, 32, cluster);
   local_options options;
-  options.layers = {1};
+  options.layers = second;
   CHECK(code_of(try_local(t.view(), cluster, options)) == errc::invalid_argument);  // nothing to stay as
   options.start = &start;
   options.replicas = false;
   CHECK(code_of(try_local(t.view(), cluster, options)) == errc::invalid_argument);
   options.replicas = true;
-  options.layers = {1, 4};
+  options.layers = too_many;
   CHECK(code_of(try_local(t.view(), cluster, options)) == errc::invalid_argument);
-  options.layers = {1};
+  options.layers = second;
   placement lost = start;
   for (std::int32_t& e : lost.layer(3)) e = e == 7 ? empty_slot : e;
   options.start = &lost;

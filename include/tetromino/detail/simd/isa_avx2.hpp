@@ -326,14 +326,14 @@ class e2m1_decoder {
   template <int Exponent>
   static TETROMINO_INLINE words look_up(const std::uint8_t* codes) {
     constexpr auto table = [](int shift) {
-      std::array<std::uint8_t, 16> bytes{};
+      std::array<std::uint8_t, 16> entries{};
       constexpr int values[] = {0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0};
       for (int i = 1; i < 8; ++i) {
-        bytes[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>((values[i] + Exponent * 128) >> shift);
-        bytes[static_cast<std::size_t>(i) + 8] =
+        entries[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>((values[i] + Exponent * 128) >> shift);
+        entries[static_cast<std::size_t>(i) + 8] =
             static_cast<std::uint8_t>((values[i] + Exponent * 128 + 0x8000) >> shift);
       }
-      return bytes;
+      return entries;
     };
     static constexpr std::array<std::uint8_t, 16> lower = table(0), upper = table(8);
     const auto load_twice = [](const std::uint8_t* x) TETROMINO_INLINE_LAMBDA {

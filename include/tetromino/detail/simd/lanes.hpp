@@ -125,7 +125,11 @@ constexpr std::size_t size_of(std::size_t block) {
 }
 template <std::size_t Block>
 constexpr std::size_t block_at(std::size_t block, std::size_t k) {
-  return Block == any_size ? k >> (block == 16 ? 4 : 5) : k / Block;
+  if constexpr (Block == any_size) {
+    return k >> (block == 16 ? 4 : 5);
+  } else {
+    return k / Block;
+  }
 }
 
 /// Copies registers one by one: g++ moves arrays of them through memory.

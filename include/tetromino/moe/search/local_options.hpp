@@ -9,6 +9,7 @@
 #include <cstddef>     // std::size_t
 #include <cstdint>     // std::uint32_t, std::uint64_t
 #include <functional>  // std::function
+#include <span>        // std::span
 #include <vector>      // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
@@ -46,7 +47,7 @@ struct local_options {
 
   /// Layers that may change; all others stay as they are in `start`, which then has to hold each expert. None: all may.
   /// Requests are grouped for all layers, whichever change.
-  std::vector<std::uint32_t> layers{};
+  std::span<const std::uint32_t> layers{};
 
   /// What a copy that was not on its node in `start` must save to be worth its move, in visits (or pairs) per 1,000
   /// tokens of its layer.
