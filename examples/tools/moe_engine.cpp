@@ -600,7 +600,7 @@ input_statistics calibrated(const settings& s, const mpi::session& mpi, const io
 std::vector<std::pair<std::string, std::string>> shared_settings(const settings& s) {
   const auto content = [](const std::string& path) {
     if (path.empty()) return std::string();
-    const auto file = tetromino::detail::file_mapping::try_open(path);
+    const auto file = tetromino::io::file_mapping::try_open(path);
     const auto bytes = file.value().bytes();
     return std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   };

@@ -4,7 +4,7 @@
 
 #include "ui.hpp"
 
-#include <tetromino/io/detail/posix_file.hpp>
+#include <tetromino/io/files.hpp>
 
 #include <cstdint>
 #include <filesystem>
@@ -36,15 +36,14 @@ inline void check_outputs(const std::vector<named_file>& outputs, const std::vec
       if (other.path.empty() || !are_same(out.path, other.path)) continue;
       throw usage_error(fmt::format("{} {}: expected another file than {}", out.option, out.path, other.option));
     }
-    tetromino::detail::pending_file::try_create(out.path)
-        .value();  // and away with it: nothing is left if we are killed
+    tetromino::io::pending_file::try_create(out.path).value();  // and away with it: nothing is left if we are killed
   }
 }
 
 /// Writes a text file in one step, which signals to stop wait for.
 inline void write_file(const std::string& path, const std::string& content) {
   const stop_signals signals;
-  auto file = tetromino::detail::pending_file::try_create(path).value();
+  auto file = tetromino::io::pending_file::try_create(path).value();
   file.try_write_at(0, {reinterpret_cast<const std::uint8_t*>(content.data()), content.size()}).value();
   file.try_commit().value();
 }

@@ -42,6 +42,12 @@ concept executor = requires(E& e, std::size_t count, task_ref task) {
   e(count, task);
 };
 
+/// An executor that says how many threads it has.
+template <class E>
+concept counted_executor = executor<E> && requires(E& e) {
+  { e.count() } -> std::convertible_to<std::size_t>;
+};
+
 /// Refers to a caller's executor, which outlives it; without one, work runs on the calling thread.
 class executor_ref {
  public:
@@ -51,7 +57,7 @@ class executor_ref {
   TETROMINO_ABI constexpr executor_ref(E& e) noexcept
       : context_(const_cast<std::remove_const_t<E>*>(&e)),
         run_([](void* context, std::size_t count, task_ref task) { (*static_cast<E*>(context))(count, task); }) {
-    if constexpr (requires { { e.count() } -> std::convertible_to<std::size_t>; }) threads_ = e.count();
+    if constexpr (counted_executor<E>) threads_ = e.count();
   }
 
   TETROMINO_ABI void operator()(std::size_t count, task_ref task) const {
