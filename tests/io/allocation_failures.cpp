@@ -19,6 +19,7 @@
 #include <tetromino/moe/replica.hpp>
 #include <tetromino/moe/trace_io.hpp>
 #include <tetromino/repacked.hpp>
+#include <tetromino/simd.hpp>
 #include <tetromino/tetromino.hpp>
 
 #include "reference/generators.hpp"
