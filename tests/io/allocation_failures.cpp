@@ -24,21 +24,14 @@
 
 #include "reference/generators.hpp"
 #include "support/safetensors_files.hpp"
+#include "support/sanitized.hpp"
 
 #include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <optional>
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define TETROMINO_TEST_KEEPS_NEW
-#endif
-#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define TETROMINO_TEST_KEEPS_NEW
-#endif
-
-#if defined(TETROMINO_TEST_KEEPS_NEW)
+#if defined(TETROMINO_TEST_SHADOW_MEMORY)
 TEST_CASE("memory that runs out") { WARN("a sanitizer has its own operator new: there is nothing to test"); }
 #else
 

@@ -11,6 +11,7 @@
 #include <tetromino/moe/trace_io.hpp>
 
 #include "support/safetensors_files.hpp"
+#include "support/sanitized.hpp"
 
 #include <malloc.h>  // ::malloc_usable_size
 
@@ -21,19 +22,11 @@
 #include <new>
 #include <sstream>
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define TETROMINO_TEST_KEEPS_NEW
-#endif
-#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define TETROMINO_TEST_KEEPS_NEW
-#endif
-
 namespace {
 std::size_t in_use = 0, most_in_use = 0;
 }
 
-#if defined(TETROMINO_TEST_KEEPS_NEW)
+#if defined(TETROMINO_TEST_SHADOW_MEMORY)
 constexpr bool measures = false;
 #else
 constexpr bool measures = true;
