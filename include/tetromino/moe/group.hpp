@@ -2,12 +2,12 @@
 
 #include "../detail/macros_off.hpp"
 
-#include "../error.hpp"                   // tetromino::result, tetromino::error
-#include "search/node_visits.hpp"         // detail::visits_of
-#include "search/request_assignment.hpp"  // detail::request_assigner, detail::token_room
-#include "placement.hpp"                  // placement, try_validate
-#include "topology.hpp"                   // topology
-#include "trace.hpp"                      // trace_view, phase
+#include "../error.hpp"                    // tetromino::result, tetromino::error
+#include "search/layers/node_visits.hpp"   // detail::visits_of
+#include "search/requests/assignment.hpp"  // detail::request_assigner, detail::token_room
+#include "placement.hpp"                   // placement, try_validate
+#include "topology.hpp"                    // topology
+#include "trace.hpp"                       // trace_view, phase
 
 #include <algorithm>  // std::fill, std::max, std::min, std::sort
 #include <cmath>      // std::isfinite, std::llround

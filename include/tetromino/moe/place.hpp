@@ -2,14 +2,14 @@
 
 #include "../detail/macros_off.hpp"
 
-#include "../error.hpp"             // tetromino::result, tetromino::error
-#include "search/bin_packer.hpp"    // detail::bin_packer
-#include "search/eplb.hpp"          // detail::eplb_solver
-#include "search/node_spread.hpp"   // detail::node_spreader, detail::has_room_for
-#include "search/load_balance.hpp"  // detail::load_balancer
-#include "loads.hpp"                // load_view
-#include "placement.hpp"            // placement, index_tensors
-#include "topology.hpp"             // topology
+#include "../error.hpp"                     // tetromino::result, tetromino::error
+#include "search/balance/bin_packer.hpp"    // detail::bin_packer
+#include "search/balance/eplb.hpp"          // detail::eplb_solver
+#include "search/balance/load_balance.hpp"  // detail::load_balancer
+#include "search/copies/node_spread.hpp"    // detail::node_spreader, detail::has_room_for
+#include "loads.hpp"                        // load_view
+#include "placement.hpp"                    // placement, index_tensors
+#include "topology.hpp"                     // topology
 
 #include <algorithm>  // std::all_of, std::make_heap, std::max, std::min, std::pop_heap, std::push_heap, std::stable_sort
 #include <cstddef>    // std::size_t

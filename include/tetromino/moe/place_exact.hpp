@@ -2,12 +2,12 @@
 
 #include "../detail/macros_off.hpp"
 
-#include "../error.hpp"                   // tetromino::result, tetromino::error
-#include "search/request_assignment.hpp"  // detail::token_room
-#include "place.hpp"                      // detail::check_place_shape
-#include "placement.hpp"                  // placement
-#include "topology.hpp"                   // topology
-#include "trace.hpp"                      // trace_view, phase
+#include "../error.hpp"                    // tetromino::result, tetromino::error
+#include "search/requests/assignment.hpp"  // detail::token_room
+#include "place.hpp"                       // detail::check_place_shape
+#include "placement.hpp"                   // placement
+#include "topology.hpp"                    // topology
+#include "trace.hpp"                       // trace_view, phase
 
 #include <algorithm>  // std::fill, std::max, std::max_element, std::min, std::sort
 #include <bit>        // std::countr_zero

@@ -2,14 +2,14 @@
 
 #include "../detail/macros_off.hpp"
 
-#include "../error.hpp"              // tetromino::result, tetromino::error
-#include "search/node_spread.hpp"    // detail::has_room_for
-#include "search/local_search.hpp"   // detail::local_search
-#include "search/local_options.hpp"  // local_options, local_plan
-#include "place.hpp"                 // detail::check_place_shape
-#include "placement.hpp"             // try_validate
-#include "topology.hpp"              // topology
-#include "trace.hpp"                 // trace_view, phase
+#include "../error.hpp"                   // tetromino::result, tetromino::error
+#include "search/copies/node_spread.hpp"  // detail::has_room_for
+#include "search/local_search.hpp"        // detail::local_search
+#include "search/local_options.hpp"       // local_options, local_plan
+#include "place.hpp"                      // detail::check_place_shape
+#include "placement.hpp"                  // try_validate
+#include "topology.hpp"                   // topology
+#include "trace.hpp"                      // trace_view, phase
 
 #include <algorithm>  // std::fill, std::max
 #include <cmath>      // std::isfinite

@@ -2,11 +2,11 @@
 
 #include "../detail/macros_off.hpp"
 
-#include "../config.hpp"          // TETROMINO_EXPECTS
-#include "placement.hpp"          // placement
-#include "search/copy_table.hpp"  // detail::copy_table
-#include "topology.hpp"           // topology
-#include "trace.hpp"              // no_expert
+#include "../config.hpp"                 // TETROMINO_EXPECTS
+#include "placement.hpp"                 // placement
+#include "search/copies/copy_table.hpp"  // detail::copy_table
+#include "topology.hpp"                  // topology
+#include "trace.hpp"                     // no_expert
 
 #include <algorithm>  // std::fill, std::min
 #include <cstddef>    // std::size_t

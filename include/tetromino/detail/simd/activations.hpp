@@ -6,7 +6,8 @@
 
 #if TETROMINO_SIMD
 
-#include "blocks.hpp"  // floats, words, block_amax, load_pair
+#include "../../matrix.hpp"  // real
+#include "isa.hpp"           // floats, words, block_amax, load_pair
 
 #include <algorithm>  // std::copy_n, std::fill, std::find_if, std::min
 #include <cstddef>    // std::size_t

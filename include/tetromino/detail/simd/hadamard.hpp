@@ -7,7 +7,7 @@
 #if TETROMINO_SIMD
 
 #include "../rotation_part.hpp"  // rotation_part
-#include "blocks.hpp"            // floats, words, exchange
+#include "isa.hpp"               // floats, words, exchange
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int32_t

@@ -4,8 +4,8 @@
 
 #if TETROMINO_SIMD
 
-#include "matmul_float.hpp"    // float_matmul
-#include "matmul_integer.hpp"  // integer_matmul
+#include "matmul/float.hpp"    // float_matmul
+#include "matmul/integer.hpp"  // integer_matmul
 
 #include <cstddef>  // std::size_t
 

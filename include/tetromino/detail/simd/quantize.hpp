@@ -10,7 +10,7 @@
 #include "../../rounding.hpp"    // round_stochastic, philox4x32
 #include "../finite_scales.hpp"  // finite_exponent, finite_scale
 #include "../row.hpp"            // row_rules, packed_row, input_row, admit
-#include "blocks.hpp"            // floats, words, block_amax, encode_e2m1, e2m1_decoder
+#include "isa.hpp"               // floats, words, block_amax, encode_e2m1, e2m1_decoder
 #include "hadamard.hpp"          // simd_rotation
 #include "scales.hpp"            // closed_form_bytes, searched_macros, nvfp4_codes
 

@@ -8,7 +8,7 @@
 
 #include "../../scaling.hpp"  // carry_of, macro_factor
 #include "../row.hpp"         // row_rules
-#include "blocks.hpp"         // floats, words, snap, sum_each
+#include "isa.hpp"            // floats, words, snap, sum_each
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::int32_t

@@ -2,20 +2,20 @@
 
 #include "../../detail/macros_off.hpp"
 
-#include "local_options.hpp"       // local_options, local_plan
-#include "../loads.hpp"            // max_over_mean
-#include "../place.hpp"            // balance_gpus
-#include "../placement.hpp"        // placement
-#include "../topology.hpp"         // topology
-#include "../trace.hpp"            // trace_view
-#include "gpu_copies.hpp"          // gpu_copies
-#include "source_scores.hpp"       // source_scorer
-#include "layer_search.hpp"        // layer_search
-#include "node_spread.hpp"         // node_spreader
-#include "request_assignment.hpp"  // request_assigner
-#include "request_clusters.hpp"    // cluster_requests
-#include "sample.hpp"              // take_sample
-#include "workspaces.hpp"          // workspaces
+#include "../loads.hpp"                // max_over_mean
+#include "../place.hpp"                // balance_gpus
+#include "../placement.hpp"            // placement
+#include "../topology.hpp"             // topology
+#include "../trace.hpp"                // trace_view
+#include "copies/gpu_copies.hpp"       // gpu_copies
+#include "copies/node_spread.hpp"      // node_spreader
+#include "layers/layer_search.hpp"     // layer_search
+#include "requests/assignment.hpp"     // request_assigner
+#include "requests/clusters.hpp"       // cluster_requests
+#include "requests/source_scores.hpp"  // source_scorer
+#include "local_options.hpp"           // local_options, local_plan
+#include "sample.hpp"                  // take_sample
+#include "workspaces.hpp"              // workspaces
 
 #include <algorithm>  // std::copy_n, std::fill, std::find, std::max, std::min, std::sort
 #include <bit>        // std::countr_zero, std::popcount

@@ -1,13 +1,13 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_SIMD, TETROMINO_VECTOR_BITS
+#include "../../../config.hpp"  // TETROMINO_SIMD, TETROMINO_VECTOR_BITS
 
 /// Bytes of activations for integer products.
 
 #if TETROMINO_SIMD
 
-#include "../../e2m1.hpp"  // e2m1
-#include "blocks.hpp"      // value_bias
+#include "../../../e2m1.hpp"  // e2m1
+#include "../isa.hpp"         // value_bias
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int8_t, std::int32_t

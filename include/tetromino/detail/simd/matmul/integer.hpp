@@ -1,18 +1,18 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_SIMD
+#include "../../../config.hpp"  // TETROMINO_SIMD
 
 /// Products of packed weights and integers: 8-bit activations, or packed ones.
 
 #if TETROMINO_SIMD
 
-#include "../../e4m3.hpp"     // e4m3
-#include "../../e8m0.hpp"     // e8m0
-#include "../../scaling.hpp"  // macro_factor
-#include "../cpu_matmul.hpp"  // integer_product, matmul_tile
-#include "elements.hpp"       // split_elements, split_codes
-#include "panel.hpp"          // element_rows, add_panel, row_panel
-#include "tile_sums.hpp"      // tile_sums
+#include "../../../e4m3.hpp"     // e4m3
+#include "../../../e8m0.hpp"     // e8m0
+#include "../../../scaling.hpp"  // macro_factor
+#include "../../cpu_matmul.hpp"  // integer_product, matmul_tile
+#include "elements.hpp"          // split_elements, split_codes
+#include "panel.hpp"             // element_rows, add_panel, row_panel
+#include "tile_sums.hpp"         // tile_sums
 
 #include <algorithm>  // std::all_of, std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t

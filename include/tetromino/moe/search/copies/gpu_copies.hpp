@@ -1,9 +1,9 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "../placement.hpp"  // placement
-#include "../topology.hpp"   // topology
+#include "../../placement.hpp"  // placement
+#include "../../topology.hpp"   // topology
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int32_t, std::int64_t
@@ -108,4 +108,4 @@ class gpu_copies {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

@@ -1,9 +1,9 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "../topology.hpp"  // topology
-#include "bin_packer.hpp"   // bin_packer
+#include "../../topology.hpp"  // topology
+#include "bin_packer.hpp"      // bin_packer
 
 #include <algorithm>  // std::find, std::make_heap, std::max, std::pop_heap, std::push_heap, std::swap_ranges
 #include <cstddef>    // std::ptrdiff_t, std::size_t
@@ -157,4 +157,4 @@ inline void level_nodes(const topology& t, std::vector<double>& gpu_load, std::s
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

@@ -1,8 +1,8 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "../../version.hpp"  // TETROMINO_NAMESPACE
+#include "../../../version.hpp"  // TETROMINO_NAMESPACE
 
 #include <bit>      // std::popcount
 #include <cstddef>  // std::size_t
@@ -175,4 +175,4 @@ Mask serve_token(const Mask* holders, std::size_t count, Mask home, std::int64_t
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

@@ -1,14 +1,14 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_SIMD
+#include "../../../config.hpp"  // TETROMINO_SIMD
 
 /// Panels: 16 rows of packed weights with their bytes side by side, and their products with rows of bytes.
 
 #if TETROMINO_SIMD
 
-#include "../cpu_matmul.hpp"  // weights_view
-#include "blocks.hpp"         // load_columns, biased_values, add_products
-#include "scales.hpp"         // decode_e8m0, decode_e4m3, macro_factors
+#include "../../cpu_matmul.hpp"  // weights_view
+#include "../isa.hpp"            // load_columns, biased_values, add_products
+#include "../scales.hpp"         // decode_e8m0, decode_e4m3, macro_factors
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t

@@ -1,14 +1,14 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_SIMD
+#include "../../../config.hpp"  // TETROMINO_SIMD
 
 /// Rows of weights for products that go along rows.
 
 #if TETROMINO_SIMD
 
-#include "../cpu_matmul.hpp"  // weights_view, weight_row
-#include "../row.hpp"         // packed_row
-#include "lanes.hpp"          // prefetch
+#include "../../cpu_matmul.hpp"  // weights_view, weight_row
+#include "../../row.hpp"         // packed_row
+#include "../isa/lanes.hpp"      // prefetch
 
 #if defined(__aarch64__)
 #include <arm_neon.h>

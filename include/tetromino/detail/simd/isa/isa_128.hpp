@@ -1,13 +1,13 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_VECTOR_BITS
+#include "../../../config.hpp"  // TETROMINO_VECTOR_BITS
 
 /// What blocks need beyond lanewise arithmetic, on SSE2 and NEON.
 
 #if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 128
 
-#include "../../float16.hpp"  // half, bfloat16
-#include "lanes.hpp"          // floats, words
+#include "../../../float16.hpp"  // half, bfloat16
+#include "lanes.hpp"             // floats, words
 
 #if defined(__aarch64__)
 #include <arm_neon.h>

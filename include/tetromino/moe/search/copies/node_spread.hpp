@@ -1,9 +1,9 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "../placement.hpp"  // empty_slot
-#include "../topology.hpp"   // topology
+#include "../../placement.hpp"  // empty_slot
+#include "../../topology.hpp"   // topology
 
 #include <algorithm>  // std::fill, std::min
 #include <cstddef>    // std::size_t
@@ -120,4 +120,4 @@ class node_spreader {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

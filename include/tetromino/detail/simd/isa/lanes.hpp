@@ -1,7 +1,7 @@
 #pragma once
 
-#include "../../config.hpp"   // TETROMINO_ISA, TETROMINO_VECTOR_BITS, TETROMINO_INLINE, bit_cast
-#include "../../float16.hpp"  // bfloat16
+#include "../../../config.hpp"   // TETROMINO_ISA, TETROMINO_VECTOR_BITS, TETROMINO_INLINE, bit_cast
+#include "../../../float16.hpp"  // bfloat16
 
 /// Sixteen numbers side by side, in as many registers as the instruction set needs for them: one source for all widths,
 /// and one order of every sum. The only header that names xsimd (8.1 to 14).

@@ -1,13 +1,13 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_VECTOR_BITS
+#include "../../../config.hpp"  // TETROMINO_VECTOR_BITS
 
 /// What blocks need beyond lanewise arithmetic, on AVX-512 (F, BW, DQ, VL).
 
 #if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 512
 
-#include "../../float16.hpp"  // half, bfloat16
-#include "lanes.hpp"          // floats, words
+#include "../../../float16.hpp"  // half, bfloat16
+#include "lanes.hpp"             // floats, words
 
 #include <immintrin.h>
 

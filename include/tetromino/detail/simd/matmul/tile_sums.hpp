@@ -1,13 +1,13 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_SIMD
+#include "../../../config.hpp"  // TETROMINO_SIMD
 
 /// The sums of one tile of a product, and what becomes of them.
 
 #if TETROMINO_SIMD
 
-#include "../cpu_matmul.hpp"  // matmul_tile, real_rows, with_type
-#include "blocks.hpp"         // floats, store
+#include "../../cpu_matmul.hpp"  // matmul_tile, real_rows, with_type
+#include "../isa.hpp"            // floats, store
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t

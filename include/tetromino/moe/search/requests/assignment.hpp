@@ -1,8 +1,8 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "random.hpp"  // search_random
+#include "../random.hpp"  // search_random
 
 #include <algorithm>  // std::max, std::sort
 #include <cmath>      // std::ceil
@@ -197,4 +197,4 @@ class request_assigner {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

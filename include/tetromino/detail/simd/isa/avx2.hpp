@@ -1,13 +1,13 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_VECTOR_BITS
+#include "../../../config.hpp"  // TETROMINO_VECTOR_BITS
 
 /// What blocks need beyond lanewise arithmetic, on AVX2, with FMA and F16C where there are.
 
 #if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 256
 
-#include "../../float16.hpp"  // half, bfloat16
-#include "lanes.hpp"          // floats, words
+#include "../../../float16.hpp"  // half, bfloat16
+#include "lanes.hpp"             // floats, words
 
 #include <immintrin.h>
 

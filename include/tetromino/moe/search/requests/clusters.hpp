@@ -1,9 +1,9 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "request_assignment.hpp"  // request_assigner
-#include "random.hpp"              // search_random
+#include "assignment.hpp"  // request_assigner
+#include "../random.hpp"   // search_random
 
 #include <algorithm>  // std::max, std::fill
 #include <cstddef>    // std::size_t
@@ -87,4 +87,4 @@ inline void cluster_requests(std::span<std::int32_t> counts, std::size_t cells, 
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

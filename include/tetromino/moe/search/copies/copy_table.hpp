@@ -1,9 +1,9 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "../placement.hpp"  // placement, replica_index
-#include "../topology.hpp"   // topology
+#include "../../placement.hpp"  // placement, replica_index
+#include "../../topology.hpp"   // topology
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::uint32_t, std::uint64_t
@@ -66,4 +66,4 @@ class copy_table {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

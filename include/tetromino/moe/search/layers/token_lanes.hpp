@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
 #include "node_visits.hpp"  // count_visits, cover_lanes
 
@@ -85,4 +85,4 @@ class token_lanes {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

@@ -1,9 +1,9 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
 #include "node_visits.hpp"  // count_visits, visits_of, visited_nodes
-#include "random.hpp"       // search_random
+#include "../random.hpp"    // search_random
 #include "token_lanes.hpp"  // token_lanes
 
 #include <algorithm>  // std::copy_n, std::fill, std::max, std::min
@@ -433,4 +433,4 @@ class layer_search {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

@@ -1,17 +1,17 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_SIMD
+#include "../../../config.hpp"  // TETROMINO_SIMD
 
 /// Products of packed weights and float, half or bfloat16 activations.
 
 #if TETROMINO_SIMD
 
-#include "../../scaling.hpp"  // macro_factor
-#include "../cpu_matmul.hpp"  // float_product, matmul_tile
-#include "blocks.hpp"         // e2m1_decoder, multiply_add, sum_each
-#include "panel.hpp"          // load_scales
-#include "rows.hpp"           // linear_rows
-#include "tile_sums.hpp"      // tile_sums
+#include "../../../scaling.hpp"  // macro_factor
+#include "../../cpu_matmul.hpp"  // float_product, matmul_tile
+#include "../isa.hpp"            // e2m1_decoder, multiply_add, sum_each
+#include "panel.hpp"             // load_scales
+#include "rows.hpp"              // linear_rows
+#include "tile_sums.hpp"         // tile_sums
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <array>      // std::array

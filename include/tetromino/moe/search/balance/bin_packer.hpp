@@ -1,8 +1,8 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "../../version.hpp"  // TETROMINO_NAMESPACE
+#include "../../../version.hpp"  // TETROMINO_NAMESPACE
 
 #include <algorithm>  // std::fill, std::max, std::sort
 #include <cstddef>    // std::size_t
@@ -185,4 +185,4 @@ class bin_packer {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

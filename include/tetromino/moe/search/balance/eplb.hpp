@@ -1,10 +1,10 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
 /// The algorithm of DeepSeek EPLB (github.com/deepseek-ai/EPLB), one layer at a time, on float32 as published.
 
-#include "../../version.hpp"  // TETROMINO_NAMESPACE
+#include "../../../version.hpp"  // TETROMINO_NAMESPACE
 
 #include <algorithm>  // std::sort, std::pop_heap, std::push_heap, std::make_heap
 #include <cstddef>    // std::size_t
@@ -141,4 +141,4 @@ class eplb_solver {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

@@ -1,8 +1,8 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "token_lanes.hpp"  // token_lanes
+#include "../layers/token_lanes.hpp"  // token_lanes
 
 #include <algorithm>  // std::min
 #include <array>      // std::array
@@ -68,4 +68,4 @@ class source_scorer {
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"
