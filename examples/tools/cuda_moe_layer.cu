@@ -3,7 +3,7 @@
 /// took beside what moving its bytes at the rate of a device copy would take.
 ///   cuda_moe_layer [deepseek | qwen3 | small]...     shapes like DeepSeek-V3's and Qwen3-235B-A22B's; default: both
 
-#include "cuda_layer.cuh"
+#include "gpu/cuda_layer.cuh"
 
 #include <tetromino/cuda/moe.hpp>
 

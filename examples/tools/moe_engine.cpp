@@ -6,9 +6,9 @@
 /// Each rank runs attention for its own documents and holds its own experts. In each layer the router chooses experts,
 /// a replica_chooser their copies, a dispatcher carries the rows there and the answers back.
 
-#include "calibrate.hpp"
+#include "moe/calibrate.hpp"
 #include "command_line.hpp"
-#include "mpi_session.hpp"
+#include "moe/mpi_session.hpp"
 #include "output_file.hpp"
 #include "ui.hpp"
 

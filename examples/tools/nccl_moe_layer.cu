@@ -3,9 +3,9 @@
 /// against the same layer on one GPU, and the bytes that NCCL is handed against what was planned.
 ///   nccl_moe_layer [--gpus N] [--tokens N]     default: all GPUs that there are, 256 tokens on each
 
-#include "cuda_layer.cuh"
-#include "gpu_ranks.hpp"
-#include "nccl_dispatch.hpp"
+#include "gpu/cuda_layer.cuh"
+#include "gpu/gpu_ranks.hpp"
+#include "gpu/nccl_dispatch.hpp"
 
 #include <tetromino/moe/place.hpp>
 #include <tetromino/moe/placement.hpp>

@@ -8,8 +8,8 @@
 
 #include "command_line.hpp"
 #include "output_file.hpp"
-#include "place_report.hpp"
-#include "place_study.hpp"
+#include "moe/place_report.hpp"
+#include "moe/place_study.hpp"
 #include "ui.hpp"
 
 #include <tetromino/moe/migrate.hpp>

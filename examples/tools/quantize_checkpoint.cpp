@@ -8,10 +8,10 @@
 /// MODEL is a directory as Hugging Face saves it, its index, or a safetensors file; OUT is a directory, or a file whose
 /// name ends with .safetensors. Memory stays bounded whatever the model's size; with gptq, by its largest matrix.
 
-#include "checkpoint.hpp"
+#include "checkpoint/settings.hpp"
 #include "command_line.hpp"
-#include "compare_recipes.hpp"
-#include "pack_gguf.hpp"
+#include "checkpoint/compare_recipes.hpp"
+#include "checkpoint/pack_gguf.hpp"
 
 #include <filesystem>
 #include <map>

@@ -5,7 +5,7 @@
 /// the same bytes; every other tensor must be there unchanged, and nothing else. What was packed with statistics is
 /// packed again where --statistics gives them.
 
-#include "checkpoint.hpp"
+#include "checkpoint/settings.hpp"
 #include "command_line.hpp"
 
 #include <tetromino/io/checkpoint/verify.hpp>

@@ -5,7 +5,7 @@
 ///
 ///   bench_calibrated [steps | rotation | cost] [THREADS [DOCUMENTS [DATA-FOLDER]]]
 
-#include "../../examples/tools/calibrate.hpp"
+#include "../../examples/tools/moe/calibrate.hpp"
 #include "bench/bench.hpp"
 #include "support/perplexity.hpp"
 

@@ -3,8 +3,8 @@
 ///   bench_cuda_nccl [--gpus N] [ROUTING.safetensors]     default: all GPUs, examples/data/routing-128x8.safetensors
 /// One layer of the recorded routing, rows of 7168 bfloat16. A step's time is the slowest rank's, the median of runs.
 
-#include "../../examples/tools/gpu_ranks.hpp"
-#include "../../examples/tools/nccl_dispatch.hpp"
+#include "../../examples/tools/gpu/gpu_ranks.hpp"
+#include "../../examples/tools/gpu/nccl_dispatch.hpp"
 #include "bundled_routing.hpp"
 
 #include <tetromino/moe/cost.hpp>

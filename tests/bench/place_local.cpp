@@ -4,7 +4,7 @@
 /// on 4 nodes. Plans come from random halves of the requests, and are judged on the decode tokens of the other halves,
 /// which are assigned by their prefill.
 
-#include "../../examples/tools/place_study.hpp"
+#include "../../examples/tools/moe/place_study.hpp"
 #include "synthetic_trace.hpp"
 
 #include <tetromino/moe/cost.hpp>

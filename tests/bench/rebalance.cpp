@@ -4,7 +4,7 @@
 /// per GPU; the choice of copies by activated experts; and a simulated drift from two domains to two others over 16
 /// periods, renewed in several ways.
 
-#include "../../examples/tools/place_study.hpp"
+#include "../../examples/tools/moe/place_study.hpp"
 
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/migrate.hpp>

@@ -5,7 +5,7 @@
 
 #include <tetromino/comm/nccl.hpp>
 
-#include "../../examples/tools/gpu_ranks.hpp"
+#include "../../examples/tools/gpu/gpu_ranks.hpp"
 #include "support/memory_exchange.hpp"
 
 #include <algorithm>

@@ -2,7 +2,7 @@
 
 /// The example model on its documents in one process, and the table of perplexities that it must reproduce.
 
-#include "../../examples/tools/moe_model.hpp"
+#include "../../examples/tools/moe/model.hpp"
 
 #include <tetromino/comm/dispatcher.hpp>
 

@@ -2,9 +2,9 @@
 
 #include "../detail/checks.hpp"   // is_aligned
 #include "sm80_any_rows.cuh"      // any_rows_kernel
-#include "sm90a_few_rows.cuh"     // few_rows_kernel
-#include "sm90a_many_rows.cuh"    // many_rows_kernel
-#include "sm90a_medium_rows.cuh"  // medium_rows_kernel
+#include "sm90a/few_rows.cuh"     // few_rows_kernel
+#include "sm90a/many_rows.cuh"    // many_rows_kernel
+#include "sm90a/medium_rows.cuh"  // medium_rows_kernel
 
 #include <algorithm>  // std::max, std::min
 #include <array>      // std::array

@@ -2,8 +2,8 @@
 
 /// What the checkpoint programs share: statistics as the packer wants them, and settings that both take.
 
-#include "input_statistics.hpp"
-#include "ui.hpp"
+#include "../input_statistics.hpp"
+#include "../ui.hpp"
 
 #include <tetromino/cpu.hpp>
 #include <tetromino/io/checkpoint.hpp>

@@ -1,11 +1,11 @@
 #pragma once
 
-#include "../arch/sm90a.cuh"  // copy_box
-#include "args.cuh"           // matmul_args
-#include "epilogue.cuh"       // write_pair_as
-#include "macro_walk.cuh"     // macro_walk
-#include "sm90a_sums.cuh"     // lane_sums, stage_ring
-#include "weight_tile.cuh"    // coded_tile
+#include "../../arch/sm90a.cuh"  // copy_box
+#include "../args.cuh"           // matmul_args
+#include "../epilogue.cuh"       // write_pair_as
+#include "../macro_walk.cuh"     // macro_walk
+#include "sums.cuh"              // lane_sums, stage_ring
+#include "../weight_tile.cuh"    // coded_tile
 
 #include <cuda.h>  // CUtensorMap
 

@@ -2,7 +2,7 @@
 
 /// Gathers the statistics of a model's inputs: the example model in float over calibration documents, in one process.
 
-#include "moe_model.hpp"
+#include "model.hpp"
 
 #include <numeric>
 

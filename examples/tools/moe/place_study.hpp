@@ -2,7 +2,7 @@
 
 /// Plans compared on requests they were not made from.
 
-#include "ui.hpp"
+#include "../ui.hpp"
 
 #include <tetromino/execution.hpp>
 #include <tetromino/moe/cost.hpp>

@@ -1,7 +1,7 @@
 #pragma once
 
-#include "../arch/sm90a.cuh"  // wgmma
-#include "macro_walk.cuh"     // macro_walk
+#include "../../arch/sm90a.cuh"  // wgmma
+#include "../macro_walk.cuh"     // macro_walk
 
 #include <cstdint>  // std::uint32_t
 

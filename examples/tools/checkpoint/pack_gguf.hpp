@@ -2,7 +2,7 @@
 
 /// GGUF files through quantize_checkpoint: F16, BF16 or F32 in, MXFP4 or NVFP4 blocks out, all keys as they were.
 
-#include "ui.hpp"
+#include "../ui.hpp"
 
 #include <tetromino/cpu.hpp>
 #include <tetromino/io/gguf/pack.hpp>

@@ -2,7 +2,7 @@
 
 /// Recipes side by side on the weights of a model: bits, and the noise that each adds.
 
-#include "checkpoint.hpp"
+#include "settings.hpp"
 
 #include <cmath>
 #include <map>

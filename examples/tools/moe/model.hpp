@@ -5,8 +5,8 @@
 /// caller: `evaluator` hands them the routed rows of a layer.
 
 #include "dense.hpp"
-#include "input_statistics.hpp"
-#include "ui.hpp"
+#include "../input_statistics.hpp"
+#include "../ui.hpp"
 
 #include <tetromino/cpu.hpp>
 #include <tetromino/io/safetensors.hpp>

@@ -1,10 +1,10 @@
 #pragma once
 
-#include "../arch/sm90a.cuh"  // cluster_sync
-#include "args.cuh"           // matmul_args
-#include "epilogue.cuh"       // write_pair
-#include "macro_walk.cuh"     // inverse_macro
-#include "weight_tile.cuh"    // coded_tile
+#include "../../arch/sm90a.cuh"  // cluster_sync
+#include "../args.cuh"           // matmul_args
+#include "../epilogue.cuh"       // write_pair
+#include "../macro_walk.cuh"     // inverse_macro
+#include "../weight_tile.cuh"    // coded_tile
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::uint32_t
