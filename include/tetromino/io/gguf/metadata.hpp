@@ -107,9 +107,9 @@ T load_number(const std::uint8_t* from) noexcept {
 
 template <gguf_number T>
 void append_number(std::vector<std::uint8_t>& out, T value) {
-  std::uint8_t bytes[sizeof(T)];
-  std::memcpy(bytes, &value, sizeof value);
-  out.insert(out.end(), bytes, bytes + sizeof value);
+  const std::size_t at = out.size();
+  out.resize(at + sizeof value);
+  std::memcpy(out.data() + at, &value, sizeof value);
 }
 
 inline void append_string(std::vector<std::uint8_t>& out, std::string_view value) {

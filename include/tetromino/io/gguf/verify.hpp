@@ -6,9 +6,8 @@
 
 #include "pack.hpp"  // gguf_packer, gguf_planned
 
-#include <algorithm>   // std::equal, std::min
+#include <algorithm>   // std::equal, std::min, std::ranges::equal
 #include <cstddef>     // std::size_t
-#include <cstring>     // std::memcmp
 #include <functional>  // std::function
 #include <map>         // std::map
 #include <span>        // std::span
@@ -47,7 +46,7 @@ class gguf_comparison {
     std::size_t& at = done_[name];
     const auto there = tensor.bytes().subspan(at, bytes.size());
     at += bytes.size();
-    if (bytes.empty() || std::memcmp(bytes.data(), there.data(), bytes.size()) == 0) {
+    if (std::ranges::equal(bytes, there)) {
       return file_.done_with(there), result<void>();
     }
     return error(errc::malformed_file, text("it does not hold what its recipe makes of the original (before byte ", at,
