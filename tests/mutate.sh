@@ -18,6 +18,7 @@ jobs=${TETROMINO_JOBS:-$(nproc)}
 eigen=$(pkg-config --cflags eigen3 2>/dev/null || echo -I /usr/include/eigen3)
 export launcher eigen libraries=
 "$CXX" -E -include catch2/catch.hpp -x c++ /dev/null >/dev/null 2>&1 || libraries=-lCatch2  # Catch2 3
+"$CXX" -x c++ - -lfmt -o /dev/null <<<'int main() {}' 2>/dev/null && libraries+=' -lfmt'
 
 check_only=no
 if [ "${1:-}" = --check ]; then
