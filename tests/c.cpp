@@ -7,7 +7,9 @@
 
 #include "reference/generators.hpp"
 
+#include <array>   // std::array
 #include <string>  // std::string
+#include <vector>  // std::vector
 
 using namespace tetromino;
 
@@ -59,4 +61,24 @@ TEST_CASE("the C interface packs and unpacks what the library does, rows of many
             TETROMINO_OK);
     CHECK(blocks == layout::to_ggml(expected));
   }
+}
+
+TEST_CASE("the C interface refuses sizes whose products wrap, before it reads anything") {
+  const std::size_t most = static_cast<std::size_t>(-1);
+  tetromino_sizes sizes{};
+  for (const auto& [rows, cols] : std::vector<std::array<std::size_t, 2> >{
+           {1, most - 30}, {1, most - 10}, {most, 32}, {std::size_t{1} << 32, std::size_t{1} << 32}, {0, most}}) {
+    INFO(rows << " x " << cols);
+    CHECK(tetromino_packed_sizes("mxfp4-32", rows, cols, &sizes, nullptr, 0) == TETROMINO_SHAPE_MISMATCH);
+  }
+  const tetromino_cluster cluster{1, 1, 2};
+  const double load = 1;
+  std::int64_t tensors[3][2];
+  CHECK(tetromino_balanced_eplb(&load, TETROMINO_DOUBLE, std::size_t{1} << 63, 2, 1, &cluster, tensors[0], tensors[1],
+                                tensors[2], nullptr, 0) == TETROMINO_SHAPE_MISMATCH);
+  const std::int32_t id = 0;
+  const std::uint32_t tokens = 2;
+  std::int32_t slots[2];
+  CHECK(tetromino_local(&id, (std::size_t{1} << 63) + 1, 2, 1, &tokens, 1, &cluster, slots, nullptr, nullptr, 0) ==
+        TETROMINO_SHAPE_MISMATCH);
 }

@@ -9,6 +9,7 @@
 #include "../moe/place_local.hpp"   // try_local
 #include "../moe/place.hpp"         // try_balanced_eplb, try_to_loads
 #include "../version.hpp"           // TETROMINO_VERSION_MAJOR
+#include "sizes.hpp"                // check_sizes
 
 #include <algorithm>    // std::copy, std::min
 #include <atomic>       // std::atomic
@@ -133,10 +134,7 @@ struct c_shape {
     if (auto given = expect_given(name != nullptr, "the name of a recipe"); !given) return given.error();
     const auto way = recipe::try_parse(name);
     if (!way) return way.error();
-    // Sizes of buffers are computed from these: twice their product must be a size.
-    if (cols != 0 && rows > SIZE_MAX / 2 / (cols + 31)) {
-      return error(errc::shape_mismatch, text("rows of ", rows, " x ", cols, " are more than memory can hold"));
-    }
+    if (auto fits = check_sizes(1, rows, cols); !fits) return fits.error();  // buffers are computed from these
     return c_shape{*way, {way->format, 1, rows, cols}};
   }
 };
@@ -256,6 +254,7 @@ inline result<moe::trace> trace_of(const std::int32_t* ids, const moe::routing_s
     requests.push_back({tokens, n, 0, 0});
     tokens += n;
   }
+  if (auto fits = check_sizes(tokens, shape.layers, shape.experts_per_token); !fits) return fits.error();
   return moe::trace::try_make(shape, std::span(ids, tokens * shape.ids_per_token()), std::move(requests));
 }
 
@@ -323,6 +322,7 @@ tetromino_status tetromino_balanced_eplb(const void* loads, tetromino_type type,
     const d::eplb_tensors out{physical_to_logical, logical_to_physical, copies};
     const bool is_given = loads && cluster && physical_to_logical && logical_to_physical && copies;
     if (auto given = d::expect_given(is_given, "loads, a cluster and three tensors"); !given) return given;
+    if (auto fits = d::check_sizes(1, layers, experts); !fits) return fits;
     return d::with_loads(loads, type, layers * experts, [&](auto values) -> tetromino::result<void> {
       const auto table = tetromino::moe::try_to_loads(layers, experts, values);
       return table ? d::write_eplb(*table, groups, *cluster, out) : table.error();
