@@ -5,9 +5,11 @@
 #include "support/safetensors_files.hpp"
 
 #include <sys/resource.h>  // ::setrlimit
+#include <sys/stat.h>      // ::stat, ::chmod
 #include <sys/wait.h>      // ::waitpid
-#include <unistd.h>        // ::fork
+#include <unistd.h>        // ::fork, ::chown, ::getgroups
 
+#include <algorithm>   // std::max
 #include <csignal>     // std::signal, ::kill
 #include <filesystem>  // std::filesystem
 #include <random>      // std::mt19937_64
@@ -239,6 +241,34 @@ TEST_CASE("the writer refuses paths that it must not replace") {
   CHECK_THAT(refused(folder / "sub"), contains("expected a regular file to write to, found a directory"));
   CHECK_THAT(refused(folder.path() / "absent/out"), contains("No such file or directory"));
   CHECK_THAT(refused(folder.path() / "in/out"), contains("Not a directory"));
+}
+
+TEST_CASE("the new file has the mode and owner of the one that it replaces") {
+  const temporary_directory folder;
+  const fs::path out = store(folder / "out", "the old file");
+  ::uid_t user = ::geteuid();
+  ::gid_t group = ::getegid();
+  if (user == 0) {
+    user = group = 65'534;  // root may give files away
+  } else {
+    std::vector<::gid_t> groups(static_cast<std::size_t>(std::max(0, ::getgroups(0, nullptr))));
+    static_cast<void>(::getgroups(static_cast<int>(groups.size()), groups.data()));
+    for (const ::gid_t other : groups) group = other != ::getegid() ? other : group;
+    if (group == ::getegid()) WARN("this user has one group and cannot give files away: the mode alone is tested");
+  }
+  REQUIRE(::chown(out.c_str(), user, group) == 0);
+  REQUIRE(::chmod(out.c_str(), 0640) == 0);
+  fs::create_symlink("out", folder / "link");
+  for (const char* name : {"out", "link"}) {
+    auto writer = io::safetensors_writer::create(folder / name, std::vector<io::tensor_declaration>{});
+    writer.finish();
+    CHECK(load(out) != "the old file");
+    CHECK(fs::is_symlink(folder / "link"));
+    struct ::stat facts {};
+    REQUIRE(::stat(out.c_str(), &facts) == 0);
+    CHECK((facts.st_uid == user && facts.st_gid == group));
+    CHECK((facts.st_mode & 07777) == 0640);
+  }
 }
 
 TEST_CASE("a full disk leaves no file") {

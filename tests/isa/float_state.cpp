@@ -3,21 +3,18 @@
 /// Bytes do not depend on what the program has set of its floating-point state, and the state survives every call. Run
 /// for each backend of tetromino::cpu.
 
+#include <tetromino/block_scaled.hpp>
 #include <tetromino/dequantize.hpp>
 #include <tetromino/hadamard.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
 
 #include "isa/backend.hpp"
-#include "support/oracle.hpp"
+#include "support/float_states.hpp"
 
 #include <cmath>     // std::isnan, std::ldexp
-#include <cstdint>   // std::uint64_t
-#include <cstring>   // std::memcmp
 #include <optional>  // std::optional
 #include <string>    // std::string
-#include <thread>    // std::thread
-#include <utility>   // std::pair
 #include <vector>    // std::vector
 
 #if !TETROMINO_TEST_VECTORS
@@ -27,87 +24,12 @@ TEST_CASE("the simd backend exists") { WARN("xsimd was not found: there is nothi
 namespace {
 
 using namespace tetromino;
+using tetromino_test::all_recipes;
+using tetromino_test::odd_threads;
+using tetromino_test::same;
+using tetromino_test::states;
+using tetromino_test::under;
 using tetromino_test::vectors;
-
-#if defined(__x86_64__)
-using word = std::uint32_t;
-constexpr word exception_flags = 0x3F;
-const std::vector<std::pair<const char*, word> > states{{"flush to zero", 0x8000},
-                                                        {"denormals are zero", 0x0040},
-                                                        {"both", 0x8040},
-                                                        {"downward", 0x2000},
-                                                        {"upward", 0x4000},
-                                                        {"towards zero", 0x6000},
-                                                        {"upward, flushing", 0xC040}};
-word state() {
-  word out;
-  asm volatile("stmxcsr %0" : "=m"(out));
-  return out;
-}
-void set_state(word in) { asm volatile("ldmxcsr %0" : : "m"(in) : "memory"); }
-#elif defined(__aarch64__)
-using word = std::uint64_t;
-constexpr word exception_flags = 0;
-const std::vector<std::pair<const char*, word> > states{{"flush to zero", 1u << 24},
-                                                        {"upward", 1u << 22},
-                                                        {"downward", 2u << 22},
-                                                        {"towards zero", 3u << 22},
-                                                        {"upward, flushing", 5u << 22}};
-word state() {
-  word out;
-  asm volatile("mrs %0, fpcr" : "=r"(out));
-  return out;
-}
-void set_state(word in) { asm volatile("msr fpcr, %0" : : "r"(in) : "memory"); }
-#else
-using word = std::uint32_t;
-constexpr word exception_flags = 0;
-const std::vector<std::pair<const char*, word> > states;
-word state() { return 0; }
-void set_state(word) {}
-#endif
-
-/// Runs f with these bits set beside the usual ones, and looks whether they are still there.
-template <class F>
-auto under(word bits, const F& f) {
-  const word usual = state();
-  set_state(usual | bits);
-  auto out = f();
-  const word left = state();
-  set_state(usual);
-  CHECK((left & ~exception_flags) == ((usual | bits) & ~exception_flags));
-  return out;
-}
-
-/// Two threads that have the same bits set.
-struct odd_threads {
-  word bits;
-  void operator()(std::size_t count, task_ref task) const {
-    std::thread other([&] {
-      set_state(state() | bits);
-      for (std::size_t i = 1; i < count; i += 2) task(i);
-    });
-    for (std::size_t i = 0; i < count; i += 2) task(i);
-    other.join();
-  }
-};
-
-template <class T>
-bool same(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
-}
-bool same(const packed<any_format>& a, const packed<any_format>& b) {
-  return same(a.codes, b.codes) && same(a.scales, b.scales) && same(a.macros, b.macros) &&
-         same(a.tensor_scales, b.tensor_scales);
-}
-
-std::vector<recipe> all_recipes() {
-  std::vector<recipe> out = tetromino_test::plain_recipes();
-  for (const char* macro : {"mbs-static", "mbs-search", "mbs-search256"}) {
-    for (const recipe& r : tetromino_test::macro_recipes(macro)) out.push_back(r);
-  }
-  return out;
-}
 
 /// All that a policy makes of x, one after the other.
 template <class T>
@@ -222,6 +144,35 @@ TEST_CASE("rotations, products and 8-bit activations are the same in every float
     for (std::size_t i = 0; i < expected.size(); ++i) {
       CHECK(same(got[i], expected[i]));
       CHECK(same(scalar_got[i], scalar_expected[i]));
+    }
+  }
+}
+
+TEST_CASE("operands of block-scaled products are the same in every floating-point state") {
+  reference::generator random(tetromino_test::seed());
+  const tetromino_test::sample<float> x(random, 2, 5, 160);
+  struct operand {
+    const char* recipe;
+    block_scaled_kind kind;
+  };
+  for (const operand& o :
+       {operand{"nvfp4/amax", block_scaled_kind::e4m3_16}, operand{"mxfp4-16/even", block_scaled_kind::e4m3_16},
+        operand{"mxfp4-32/oas", block_scaled_kind::e4m3_16}, operand{"mxfp4-32/oas", block_scaled_kind::e8m0_32}}) {
+    auto packed = quantize(vectors, x.view, o.recipe, {.special = special_values::saturate});
+    if (packed.format.scale == scale_type::e8m0) {  // low bits that rounding takes, and factors of either end
+      for (std::size_t i = 0; i < packed.scales.size(); i += 3) packed.scales[i] = i % 2 == 0 ? 1 : 254;
+    }
+    const block_scaled expected = repack(scalar, packed, o.kind);
+    for (const auto& [name, bits] : states) {
+      INFO(o.recipe << ", " << name);
+      odd_threads threads{bits};
+      const auto check = [&](const block_scaled& got) {
+        CHECK((same(got.codes, expected.codes) && same(got.scales, expected.scales)));
+        CHECK((same(got.factors, expected.factors) && got.rounded_blocks == expected.rounded_blocks));
+      };
+      check(under(bits, [&] { return repack(vectors, packed, o.kind); }));
+      check(under(bits, [&] { return repack(scalar, packed, o.kind); }));
+      check(under(bits, [&] { return repack(vectors.on(threads), packed, o.kind); }));
     }
   }
 }
