@@ -29,7 +29,7 @@ int main(int argc, char** argv) {
   const std::size_t tokens = 32, k = shape.experts_per_token;
   std::vector<float> logits(tokens * shape.experts), weights(tokens * k);
   for (std::size_t i = 0; i < logits.size(); ++i) logits[i] = float(i * 2654435761u % 1000) / 100;
-  std::vector<std::uint16_t> ids(tokens * k);  // of this type from here on, moe::no_expert (65535) for nobody
+  std::vector<std::uint16_t> ids(tokens * k);  // or your router's: integers of any type, -1 for nobody
   moe::route(logits, shape.experts, {.experts_per_token = k}, ids, weights);
   const moe::replica_index copies(current);
   moe::replica_chooser chooser(current, cluster);

@@ -15,9 +15,8 @@ int main() {
   std::vector<double> loads(layers * experts);
   for (std::size_t i = 0; i < loads.size(); ++i) loads[i] = double(1 + i * i % 7);
   moe::placement current = moe::contiguous(layers, experts, cluster);
-  moe::placement next = moe::balanced({layers, experts, loads}, cluster);
-  // Changes `next` so that what stays on a GPU stays in its slot: moves between slots of one GPU are not listed.
-  moe::align(next, current, cluster);
+  // Aligned: what stays on a GPU stays in its slot, since moves between slots of one GPU are not listed.
+  const auto next = moe::align(current, moe::balanced({layers, experts, loads}, cluster), cluster);
 
   // The engine's weights, [layers, slots]; here each is the number of its expert.
   std::vector<std::int32_t> weights(current.slot_to_expert().begin(), current.slot_to_expert().end());

@@ -465,8 +465,7 @@ void hand_over(const settings& s, const half& everything, const std::optional<pl
   options.seed = s.seed;
   options.node_imbalance = s.limit;
   options.start = start ? &now : nullptr;
-  placement next = local(view, t, options).experts;
-  align(next, now, t);
+  const placement next = align(now, local(view, t, options).experts, t);
   const migration way = migrate(now, next, t, s.expert_megabytes * 1e6);
   std::size_t rounds = 0, buffers = 0;
   for (const layer_migration& layer : way.layers) {

@@ -236,9 +236,9 @@ void drift(const trace& recorded) {
         auto renewed = next(i - 1, p);
         f.seconds += processor_seconds() - start;
         if (renewed) {
-          align(*renewed, p, t);
-          f.move(migrate(p, *renewed, t, expert_bytes));
-          p = std::move(*renewed);
+          placement next_to_serve = align(p, std::move(*renewed), t);
+          f.move(migrate(p, next_to_serve, t, expert_bytes));
+          p = std::move(next_to_serve);
           known = i - 1;
         }
       }

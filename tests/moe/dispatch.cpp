@@ -1,13 +1,16 @@
 #include "check.hpp"
 
 #include <tetromino/moe/dispatch.hpp>
+#include <tetromino/moe/replica.hpp>
 
 #include "reference/generators.hpp"
 #include "support/allocations.hpp"
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <set>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -168,6 +171,28 @@ TEST_CASE("make_calls: the copy on the serving GPU") {
   CHECK(calls == std::vector<expert_call>{{5, 0.1f}, {3, 0.2f}, {7, 0.3f}, {1, 0.4f}});
   CHECK_THROWS_AS(moe::make_calls(where, t, 0, ids, weights, std::vector<std::uint32_t>{1, 1, 3, 0}, calls),
                   precondition_failed);
+}
+
+TEMPLATE_TEST_CASE("make_calls: ids of any integers, -1 for nobody", "", std::uint8_t, std::int8_t, std::uint16_t,
+                   std::int32_t, std::uint32_t, std::int64_t, std::uint64_t) {
+  const auto t = moe::topology::uniform(2, 1, 4);
+  const moe::replica_index where(moe::placement::make(1, 4, 8, {0, 1, 2, 3, 3, 0, 1, 2}));
+  std::array<TestType, 3> ids{2, static_cast<TestType>(-1), 3};
+  const std::vector<float> weights{0.1f, 0.2f, 0.3f};
+  const std::vector<std::uint32_t> gpus{1, moe::no_gpu, 0};
+  std::vector<expert_call> calls(3);
+  const std::vector<expert_call> expected{{7, 0.1f}, {moe::no_slot, 0.2f}, {3, 0.3f}};
+  moe::make_calls(where, t, 0, ids, weights, gpus, calls);
+  CHECK(calls == expected);
+  calls.assign(3, {});
+  moe::make_calls(where, t, 0, std::span(ids), weights, gpus, calls);
+  CHECK(calls == expected);
+  ids[1] = 4;
+  CHECK_THROWS_AS(moe::make_calls(where, t, 0, ids, weights, gpus, calls), precondition_failed);
+  if constexpr (std::is_signed_v<TestType>) {
+    ids[1] = -2;
+    CHECK_THROWS_AS(moe::make_calls(where, t, 0, ids, weights, gpus, calls), precondition_failed);
+  }
 }
 
 TEST_CASE("dispatch_plan: what cannot be planned is an error that says why") {

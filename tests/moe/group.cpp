@@ -78,7 +78,7 @@ TEST_CASE("signatures can be cut down") {
   CHECK(s.entries[0].cell == 6);
   CHECK(hashed.buckets() == 1);
   hashed.begin(1);
-  hashed.add(token);
+  hashed.add(std::vector<std::int32_t>(token.begin(), token.end()));
   hashed.write(s);
   CHECK(s.entries.size() == 6);
   for (const auto& e : s.entries) CHECK(e.cell < 8);

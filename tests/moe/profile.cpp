@@ -27,7 +27,7 @@ TEST_CASE("a token is counted everywhere it belongs") {
   const std::vector<std::uint16_t> ids = {0, 2, 3, 1};
   p.add(ids, {phase::decode, 1, 2});
   p.add(ids, {phase::prefill, 0, 2});
-  p.add(std::vector<std::uint16_t>{0, 1, 3, 0}, {phase::decode, 1, 0});
+  p.add(std::vector<std::int64_t>{0, 1, 3, 0}, {phase::decode, 1, 0});
   CHECK(p.tokens() == 3);
   CHECK(p.tokens(phase::prefill) == 1);
   const auto decode = p.loads(phase::decode);
@@ -166,7 +166,7 @@ TEST_CASE("what does not fit a profile is an error and adds nothing") {
   CHECK(code_of(profile::try_make({{1, 70'000, 5}, 0, 0, false, false})) == errc::invalid_argument);
   profile p = profile::make({{1, 4, 2}, 2, 2, false, false});
   const std::vector<std::uint16_t> good = {0, 1};
-  CHECK_THROWS_WITH(p.add(std::vector<std::uint16_t>{0, 4}, {}), contains("expected expert ids below 4, got 4"));
+  CHECK_THROWS_WITH(p.add(std::vector<std::uint16_t>{0, 4}, {}), contains("expected expert ids below 4 or -1, got 4"));
   CHECK_THROWS_WITH(p.add(std::vector<std::uint16_t>{0}, {}), contains("expected 1 × 2 ids for a token, got 1"));
   CHECK_THROWS_WITH(p.add(good, {phase::decode, 2, 0}), contains("domain number below 2"));
   CHECK_THROWS_WITH(p.add(good, {phase::decode, 0, 2}), contains("request number below 2"));

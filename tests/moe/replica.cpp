@@ -9,6 +9,7 @@
 #include "support/allocations.hpp"
 
 #include <algorithm>  // std::max, std::min, std::sort
+#include <array>      // std::array
 #include <map>        // std::map
 #include <set>        // std::set
 #include <utility>    // std::pair
@@ -216,6 +217,38 @@ TEST_CASE("figures of steps equal the plain count") {
     same(got.step_gpu_imbalance, gpu_figures);
     same(got.step_activated, active_figures);
   }
+}
+
+TEMPLATE_TEST_CASE("choosers take ids of any integers, -1 for nobody", "", std::uint8_t, std::int8_t, std::int32_t,
+                   std::uint32_t, std::int64_t, std::uint64_t) {
+  const topology t = topology::uniform(2, 2, 8);
+  generator g(tetromino_test::seed());
+  const placement p = random_copies(g, 1, 8, t);
+  constexpr std::size_t k = 3;
+  std::vector<std::uint16_t> narrow;
+  std::vector<TestType> wide;
+  for (std::size_t token = 0; token < 40; ++token) {
+    const auto first = static_cast<std::uint16_t>(g.below(8));
+    for (std::uint16_t i = 0; i < k; ++i) {
+      const bool nobody = g.below(8) == 0;
+      narrow.push_back(nobody ? no_expert : static_cast<std::uint16_t>((first + i) % 8));
+      wide.push_back(nobody ? static_cast<TestType>(-1) : static_cast<TestType>((first + i) % 8));
+    }
+  }
+  std::vector<std::uint32_t> expected(narrow.size()), got(narrow.size());
+  replica_chooser one(p, t), other(p, t);
+  for (std::size_t i = 0; i < narrow.size(); i += k) {
+    one.choose(0, std::span(narrow).subspan(i, k), 1, std::span(expected).subspan(i, k));
+    other.choose(0, std::span(wide).subspan(i, k), 1, std::span(got).subspan(i, k));
+  }
+  CHECK(got == expected);
+  step_chooser of_step(p, t, replica_choice::step_pairs), again(p, t, replica_choice::step_pairs);
+  CHECK(of_step.choose(0, narrow, expected) == again.choose(0, wide, got));
+  CHECK(got == expected);
+  const std::array<TestType, 1> outside{8};
+  std::vector<std::uint32_t> gpu(1);
+  CHECK_THROWS_AS(other.choose(0, outside, 0, gpu), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(again.choose(0, outside, gpu), tetromino_test::precondition_failed);
 }
 
 TEST_CASE("choices are of tokens or of steps") {

@@ -6,11 +6,12 @@
 #include "../error.hpp"   // tetromino::result, tetromino::error
 #include "placement.hpp"  // replica_index
 #include "topology.hpp"   // topology
-#include "trace.hpp"      // no_expert
+#include "trace.hpp"      // id_array, no_expert
 
 #include <algorithm>  // std::copy, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int32_t, std::uint16_t, std::uint32_t
+#include <iterator>   // std::data, std::size
 #include <limits>     // std::numeric_limits
 #include <span>       // std::span
 #include <vector>     // std::vector
@@ -43,18 +44,21 @@ enum class entry_rule : std::uint8_t {
 inline namespace TETROMINO_ISA {
 
 /// The calls of tokens in one layer: for ids, weights and serving GPUs [tokens, k] (a replica_chooser picks the GPUs),
-/// writes calls[tokens, k]; no_expert calls nobody. Precondition: equal lengths, and each GPU holds a copy of its
-/// expert.
-inline void make_calls(const replica_index& where, const topology& t, std::size_t layer,
-                       std::span<const std::uint16_t> ids, std::span<const float> weights,
-                       std::span<const std::uint32_t> gpus, std::span<expert_call> calls) {
-  TETROMINO_EXPECTS(ids.size() == weights.size() && ids.size() == gpus.size() && ids.size() == calls.size(),
-                    "make_calls: an id, a weight and a GPU for each call", ids.size(), weights.size(), gpus.size(),
+/// writes calls[tokens, k]; −1 (or the largest number of an unsigned type, such as no_expert) calls nobody.
+/// Precondition: equal lengths, and each GPU holds a copy of its expert.
+template <id_array Ids = std::span<const std::uint16_t>>
+void make_calls(const replica_index& where, const topology& t, std::size_t layer, const Ids& ids,
+                std::span<const float> weights, std::span<const std::uint32_t> gpus, std::span<expert_call> calls) {
+  TETROMINO_EXPECTS(std::size(ids) == weights.size() && weights.size() == gpus.size() && gpus.size() == calls.size(),
+                    "make_calls: an id, a weight and a GPU for each call", std::size(ids), weights.size(), gpus.size(),
                     calls.size());
-  for (std::size_t i = 0; i < ids.size(); ++i) {
+  for (std::size_t i = 0; i < calls.size(); ++i) {
     calls[i] = {no_slot, weights[i]};
-    if (ids[i] == no_expert) continue;
-    for (const std::uint32_t slot : where.slots_of(layer, ids[i])) {
+    const std::uint32_t expert = detail::to_id(std::data(ids)[i], where.experts());
+    if (expert == no_expert) continue;
+    TETROMINO_EXPECTS(expert != detail::no_id, "make_calls: expert number out of range", std::data(ids)[i],
+                      where.experts());
+    for (const std::uint32_t slot : where.slots_of(layer, expert)) {
       if (t.gpu_of_slot(slot) == gpus[i]) {
         calls[i].slot = slot;
         break;

@@ -7,12 +7,13 @@
 #include "search/requests/assignment.hpp"  // detail::request_assigner, detail::token_room
 #include "placement.hpp"                   // placement, try_validate
 #include "topology.hpp"                    // topology
-#include "trace.hpp"                       // trace_view, phase
+#include "trace.hpp"                       // trace_view, phase, id_array
 
 #include <algorithm>  // std::fill, std::max, std::min, std::sort
 #include <cmath>      // std::isfinite, std::llround
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uint64_t
+#include <iterator>   // std::data, std::size
 #include <span>       // std::span
 #include <vector>     // std::vector
 
@@ -65,21 +66,23 @@ class signature_builder {
     touched_.clear();
     left_ = prompt_tokens;
   }
-  /// Adds the next token of the prompt: ids[layers, experts per token]. Preconditions: that many ids, each below
-  /// `experts` or no_expert.
-  TETROMINO_ABI void add(std::span<const std::uint16_t> ids) {
-    TETROMINO_EXPECTS(ids.size() == shape_.ids_per_token(), "signature_builder: the ids of one token", ids.size(),
-                      shape_.ids_per_token());
+  /// Adds the next token of the prompt: ids[layers, experts per token], integers of any type. Preconditions: that many
+  /// ids, each below `experts` or −1 (or the largest number of an unsigned type, such as no_expert) for nobody.
+  template <id_array Ids = std::span<const std::uint16_t>>
+  TETROMINO_ABI void add(const Ids& ids) {
+    TETROMINO_EXPECTS(std::size(ids) == shape_.ids_per_token(), "signature_builder: the ids of one token",
+                      std::size(ids), shape_.ids_per_token());
     if (left_ > 0) --left_;
     const std::uint32_t weight = left_ >= 128 ? 1U : 16U >> (left_ / 32);
-    const std::uint16_t* e = ids.data();
+    const auto* next = std::data(ids);
     for (std::size_t l = 0; l < shape_.layers; ++l) {
       const std::size_t row = bucket(l) * shape_.experts;
-      for (std::size_t i = 0; i < shape_.experts_per_token; ++i, ++e) {
-        if (*e == no_expert) continue;
-        TETROMINO_EXPECTS(*e < shape_.experts, "signature_builder: expert number out of range", *e, shape_.experts);
-        std::uint32_t& w = weights_[row + *e];
-        if (w == 0) touched_.push_back(static_cast<std::uint32_t>(row + *e));
+      for (std::size_t i = 0; i < shape_.experts_per_token; ++i, ++next) {
+        const std::uint32_t e = detail::to_id(*next, shape_.experts);
+        if (e == no_expert) continue;
+        TETROMINO_EXPECTS(e != detail::no_id, "signature_builder: expert number out of range", *next, shape_.experts);
+        std::uint32_t& w = weights_[row + e];
+        if (w == 0) touched_.push_back(static_cast<std::uint32_t>(row + e));
         w += weight;
       }
     }

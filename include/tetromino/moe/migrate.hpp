@@ -62,13 +62,23 @@ struct migration {
 
 namespace detail::inline TETROMINO_ISA {
 
-[[nodiscard]] inline result<void> check_migration(const placement& current, const placement& next, const topology& t) {
+[[nodiscard]] inline result<void> check_shapes(const char* verb, const placement& current, const placement& next,
+                                               const topology& t) {
   if (current.layers() != next.layers() || current.experts() != next.experts() || current.slots() != next.slots()) {
     return error(errc::shape_mismatch,
-                 text("migrate: expected placements of one shape, got ", current.layers(), " layers × ",
+                 text(verb, ": expected placements of one shape, got ", current.layers(), " layers × ",
                       current.experts(), " experts in ", current.slots(), " slots, then ", next.layers(), " × ",
                       next.experts(), " in ", next.slots()));
   }
+  if (next.slots() != t.slots()) {
+    return error(errc::shape_mismatch,
+                 text(verb, ": expected placements of ", t.slots(), " slots as in the topology, got ", next.slots()));
+  }
+  return {};
+}
+
+[[nodiscard]] inline result<void> check_migration(const placement& current, const placement& next, const topology& t) {
+  if (auto ok = check_shapes("migrate", current, next, t); !ok) return ok;
   if (auto ok = try_validate(current, t, {.one_copy_per_gpu = false, .each_expert = false}); !ok) return ok;
   return try_validate(next, t, {.one_copy_per_gpu = false});
 }
@@ -136,13 +146,11 @@ namespace detail::inline TETROMINO_ISA {
 
 inline namespace TETROMINO_ISA {
 
-/// Renames what `next` leaves open so that it looks like `current`: GPUs of a node that have equally many slots are
-/// exchanged, and experts change slots on a GPU, where that lets more experts stay where they are. No expert changes
-/// its node, and what shares a GPU goes on to. Precondition: placements of the same sizes, on `t`.
-inline void align(placement& next, const placement& current, const topology& t) {
-  TETROMINO_EXPECTS(next.layers() == current.layers() && next.slots() == current.slots() && next.slots() == t.slots(),
-                    "align: placements of the same sizes, on the topology", next.layers(), current.layers(),
-                    next.slots(), current.slots(), t.slots());
+/// `next` with what it leaves open renamed so that it looks like `current`: GPUs of a node that have equally many slots
+/// are exchanged, and experts change slots on a GPU, where that lets more experts stay where they are. No expert
+/// changes its node, and what shares a GPU goes on to. Errors: placements of different shapes, or not of `t`'s slots.
+[[nodiscard]] inline result<placement> try_align(const placement& current, placement next, const topology& t) {
+  if (auto ok = detail::check_shapes("align", current, next, t); !ok) return ok.error();
   std::vector<std::int32_t> scratch;
   for (std::size_t l = 0; l < next.layers(); ++l) {
     const std::span<std::int32_t> row = next.layer(l);
@@ -180,6 +188,10 @@ inline void align(placement& next, const placement& current, const topology& t) 
       }
     }
   }
+  return next;
+}
+[[nodiscard]] inline placement align(const placement& current, placement next, const topology& t) {
+  return try_align(current, std::move(next), t).value();
 }
 
 }  // namespace TETROMINO_ISA

@@ -115,6 +115,7 @@ class replica_index {
     }
   }
 
+  [[nodiscard]] TETROMINO_ABI std::size_t experts() const noexcept { return experts_; }
   /// Slots that hold `expert` in `layer`, ascending; none if it is not placed.
   [[nodiscard]] TETROMINO_ABI std::span<const std::uint32_t> slots_of(std::size_t layer, std::size_t expert) const {
     const std::size_t i = layer * experts_ + expert;

@@ -4,12 +4,13 @@
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
 #include "loads.hpp"     // load_view
-#include "trace.hpp"     // trace_view, routing_shape, phase
+#include "trace.hpp"     // trace_view, routing_shape, phase, id_array
 
 #include <algorithm>  // std::max
 #include <cmath>      // std::log2, std::sqrt
 #include <cstddef>    // std::ptrdiff_t, std::size_t
 #include <cstdint>    // std::uint16_t, std::uint32_t, std::uint64_t
+#include <iterator>   // std::data, std::size
 #include <span>       // std::span
 #include <string>     // std::string
 #include <utility>    // std::swap
@@ -51,6 +52,7 @@ class profile {
     profile p;
     p.options_ = options;
     const std::size_t cells = s.layers * s.experts;
+    p.ids_.resize(s.ids_per_token());
     p.loads_.assign(2 * cells, 0.0);
     p.domain_loads_.assign(2 * cells * options.domains, 0.0);
     p.signatures_.assign(2 * cells * options.requests, 0.0f);
@@ -72,29 +74,34 @@ class profile {
            sizeof(float) * signatures_.size();
   }
 
-  /// Adds one token: ids[layers, experts per token], no_expert where nobody serves. Errors (nothing is added then):
-  /// another number of ids, an id, a domain or a request out of range, phase::all.
-  [[nodiscard]] TETROMINO_ABI result<void> try_add(std::span<const std::uint16_t> ids, const token_origin& origin) {
+  /// Adds one token: ids[layers, experts per token], integers of any type; −1 (or the largest number of an unsigned
+  /// type, such as no_expert) where nobody serves. Errors (nothing is added then): another number of ids, an id, a
+  /// domain or a request out of range, phase::all.
+  template <id_array Ids>
+  [[nodiscard]] TETROMINO_ABI result<void> try_add(const Ids& ids, const token_origin& origin) {
     const routing_shape& s = options_.shape;
-    if (ids.size() != s.ids_per_token()) {
+    if (std::size(ids) != s.ids_per_token()) {
       return error(errc::shape_mismatch, detail::text("profile: expected ", s.layers, " × ", s.experts_per_token,
-                                                      " ids for a token, got ", ids.size()));
+                                                      " ids for a token, got ", std::size(ids)));
     }
     if (origin.when == phase::all) {
       return error(errc::invalid_argument, "profile: expected a token of prefill or of decode, got phase::all");
     }
     if (auto ok = check_origin("domain", origin.domain, options_.domains); !ok) return ok;
     if (auto ok = check_origin("request", origin.request, options_.requests); !ok) return ok;
-    for (const std::uint16_t e : ids) {
-      if (e >= s.experts && e != no_expert) {
+    for (std::size_t i = 0; i < ids_.size(); ++i) {
+      const std::uint32_t id = detail::to_id(std::data(ids)[i], s.experts);
+      if (id == detail::no_id) {
         return error(errc::invalid_argument,
-                     detail::text("profile: expected expert ids below ", s.experts, ", got ", e));
+                     detail::text("profile: expected expert ids below ", s.experts, " or -1, got ", std::data(ids)[i]));
       }
+      ids_[i] = static_cast<std::uint16_t>(id);
     }
-    add_checked(ids, origin);
+    add_checked(ids_, origin);
     return {};
   }
-  TETROMINO_ABI void add(std::span<const std::uint16_t> ids, const token_origin& origin) {
+  template <id_array Ids>
+  TETROMINO_ABI void add(const Ids& ids, const token_origin& origin) {
     try_add(ids, origin).value();
   }
 
@@ -277,6 +284,7 @@ class profile {
 
   profile_options options_;
   double tokens_[2] = {0, 0};
+  std::vector<std::uint16_t> ids_;     // [layers, experts per token] of the token being added
   std::vector<double> loads_;          // [2, layers, experts]
   std::vector<double> domain_loads_;   // [domains, 2, layers, experts]
   std::vector<float> signatures_;      // [requests, 2, layers, experts]

@@ -244,8 +244,7 @@ class rebalancer {
     how.start = &current_;
     auto plan = try_local(seen, topology_, how);
     if (!plan) return plan.error();
-    placement next = std::move(plan->experts);
-    align(next, current_, topology_);
+    placement next = align(current_, std::move(plan->experts), topology_);
     for (int pass = 0;; ++pass) {
       auto affinity = node_affinity::try_make(next, topology_, seen, options_.group);
       if (!affinity) return affinity.error();

@@ -6,7 +6,7 @@
 #include "placement.hpp"                 // placement
 #include "search/copies/copy_table.hpp"  // detail::copy_table
 #include "topology.hpp"                  // topology
-#include "trace.hpp"                     // no_expert
+#include "trace.hpp"                     // id_array, no_expert
 
 #include <algorithm>  // std::fill, std::min
 #include <cstddef>    // std::size_t
@@ -60,7 +60,8 @@ inline constexpr std::uint32_t no_gpu = 0xFFFF'FFFF;
 class replica_chooser {
  public:
   /// Preconditions: `p` is valid on `t` (two copies on one GPU are fine); the choice is none of a whole step. Memory: 4
-  /// bytes per copy and 16 per layer and GPU; nothing is allocated afterwards.
+  /// bytes per copy and 16 per layer and GPU; nothing is allocated afterwards, but for ids of other types than
+  /// uint16_t, which are kept as such: 2 bytes for each id of the largest call.
   TETROMINO_ABI replica_chooser(const placement& p, const topology& t, const replica_options& options = {})
       : options_(options), copies_(p, t), recent_on_gpu_(p.layers() * t.gpus(), 0) {
     TETROMINO_EXPECTS(!is_step_choice(options.choice), "replica_chooser: a choice for single tokens");
@@ -78,10 +79,13 @@ class replica_chooser {
     visited_gpu_.assign(t.gpus(), 0);
   }
 
-  /// Writes into gpus[i] the GPU that serves experts[i], for one token in one layer; no_gpu for no_expert. The token is
-  /// on `home_gpu`. Preconditions: gpus.size() == experts.size(); layer, experts and home_gpu in range.
-  TETROMINO_ABI void choose(std::size_t layer, std::span<const std::uint16_t> experts, std::uint32_t home_gpu,
-                            std::span<std::uint32_t> gpus) {
+  /// Writes into gpus[i] the GPU that serves ids[i], for one token in one layer; no_gpu for −1 (or the largest number
+  /// of an unsigned type, such as no_expert). The token is on `home_gpu`. Preconditions: gpus.size() == ids.size();
+  /// layer, ids and home_gpu in range.
+  template <id_array Ids = std::span<const std::uint16_t>>
+  TETROMINO_ABI void choose(std::size_t layer, const Ids& ids, std::uint32_t home_gpu, std::span<std::uint32_t> gpus) {
+    const std::span<const std::uint16_t> experts =
+        detail::narrow_ids(ids, copies_.experts(), "replica_chooser: expert number out of range", ids_);
     TETROMINO_EXPECTS(gpus.size() == experts.size() && home_gpu < copies_.gpus() && layer < copies_.layers(),
                       "replica_chooser: a GPU for each expert, layer and home GPU in range", gpus.size(),
                       experts.size(), home_gpu, copies_.gpus(), layer, copies_.layers());
@@ -93,8 +97,6 @@ class replica_chooser {
         gpus[i] = no_gpu;
         continue;
       }
-      TETROMINO_EXPECTS(experts[i] < copies_.experts(), "replica_chooser: expert number out of range", experts[i],
-                        copies_.experts());
       const std::span<const std::uint32_t> from = copies_.gpus_of(layer, experts[i]);
       if (from.size() == 1) {
         gpus[i] = from[0];
@@ -295,6 +297,7 @@ class replica_chooser {
   double speed_of_gpus_ = 0;                 // of all that have slots
   std::vector<std::uint64_t> visited_node_;  // [nodes] last `now_` at which the token went there
   std::vector<std::uint64_t> visited_gpu_;   // [gpus]
+  std::vector<std::uint16_t> ids_;           // those of a token, where they come as another type
   std::uint64_t now_ = 0;
 };
 
@@ -335,17 +338,19 @@ class step_chooser {
     }
   }
 
-  /// Writes into gpus[tokens, k] the GPUs that serve ids[tokens, k] of one layer; no_gpu for no_expert. Returns the
-  /// pairs, or experts, of the busiest GPU. Preconditions: as many GPUs as ids; layer and experts in range.
-  TETROMINO_ABI std::size_t choose(std::size_t layer, std::span<const std::uint16_t> ids,
-                                   std::span<std::uint32_t> gpus) {
+  /// Writes into gpus[tokens, k] the GPUs that serve ids[tokens, k] of one layer; no_gpu for −1 (or the largest number
+  /// of an unsigned type, such as no_expert). Returns the pairs, or experts, of the busiest GPU. Preconditions: as many
+  /// GPUs as ids; layer and ids in range.
+  template <id_array Ids = std::span<const std::uint16_t>>
+  TETROMINO_ABI std::size_t choose(std::size_t layer, const Ids& given, std::span<std::uint32_t> gpus) {
+    const std::span<const std::uint16_t> ids =
+        detail::narrow_ids(given, copies_.experts(), "step_chooser: expert number out of range", ids_);
     TETROMINO_EXPECTS(gpus.size() == ids.size() && layer < copies_.layers(),
                       "step_chooser: a GPU for each expert, layer in range", gpus.size(), ids.size(), layer,
                       copies_.layers());
     active_.clear();
     for (const std::uint16_t e : ids) {
       if (e == no_expert) continue;
-      TETROMINO_EXPECTS(e < copies_.experts(), "step_chooser: expert number out of range", e, copies_.experts());
       if (units_[e]++ == 0) active_.push_back(e);
     }
     begin(layer);
@@ -446,6 +451,7 @@ class step_chooser {
   std::vector<std::uint64_t> load_;            // [gpus]
   std::vector<link> came_by_;                  // [gpus] how a chain reaches it
   std::vector<std::uint32_t> reached_;         // GPUs that chains reach
+  std::vector<std::uint16_t> ids_;             // those of a step, where they come as another type
   std::size_t busiest_ = 0;                    // a GPU
   std::vector<std::size_t> first_on_gpu_;      // [layers × gpus + 1] into copy_on_gpu_
   std::vector<std::uint32_t> copy_on_gpu_;     // [copies]

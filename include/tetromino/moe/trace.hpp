@@ -11,7 +11,7 @@
 #include <iterator>     // std::data, std::size
 #include <span>         // std::span
 #include <string>       // std::string
-#include <type_traits>  // std::is_arithmetic_v, std::remove_cvref_t
+#include <type_traits>  // std::is_arithmetic_v, std::is_same_v, std::remove_cvref_t
 #include <utility>      // std::cmp_greater_equal, std::cmp_less, std::move
 #include <vector>       // std::vector
 
@@ -182,6 +182,29 @@ template <std::integral Id>
 [[nodiscard]] constexpr std::uint32_t to_id(Id id, std::size_t experts) noexcept {
   if (id == static_cast<Id>(-1)) return no_expert;
   return std::cmp_less(id, 0) || std::cmp_greater_equal(id, experts) ? no_id : static_cast<std::uint32_t>(id);
+}
+
+// Ids of any type as the library keeps them: those of its own type as they lie, others in `room`, which grows to the
+// largest call. `what` names who is given ids that are neither −1 nor below `experts`, a broken precondition.
+template <class Ids>
+[[nodiscard]] std::span<const std::uint16_t> narrow_ids(const Ids& ids, [[maybe_unused]] std::size_t experts,
+                                                        [[maybe_unused]] const char* what,
+                                                        [[maybe_unused]] std::vector<std::uint16_t>& room) {
+  const std::span given(std::data(ids), std::size(ids));
+  if constexpr (std::is_same_v<typename decltype(given)::value_type, std::uint16_t>) {
+    for ([[maybe_unused]] const std::uint16_t id : given) {
+      TETROMINO_EXPECTS(id < experts || id == no_expert, what, id, experts);
+    }
+    return given;
+  } else {
+    room.resize(given.size());
+    for (std::size_t i = 0; i < given.size(); ++i) {
+      const std::uint32_t id = to_id(given[i], experts);
+      TETROMINO_EXPECTS(id != no_id, what, given[i], experts);
+      room[i] = static_cast<std::uint16_t>(id);
+    }
+    return room;
+  }
 }
 
 }  // namespace detail::inline TETROMINO_ISA
