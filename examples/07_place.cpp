@@ -34,8 +34,7 @@ int main() {
               eplb.logical_to_physical.size(), eplb.count.size());  // [layers, experts, max_copies], [layers, experts]
 
   // A phy2log of anybody's makes a placement. (From what a file holds: read_plan(text, 16).experts, placement_io.hpp.)
-  const std::vector<std::int32_t> phy2log(eplb.physical_to_logical.begin(), eplb.physical_to_logical.end());
-  const moe::placement theirs = moe::placement::make(shape.layers, shape.experts, cluster.slots(), phy2log);
+  const auto theirs = moe::placement::make(shape.layers, shape.experts, cluster.slots(), eplb.physical_to_logical);
 
   // A plan that also looks at who meets whom, and says where each request is served best.
   const moe::local_plan plan = moe::local(recorded.view(), cluster);

@@ -6,7 +6,9 @@
 #include "code_of.hpp"
 #include "reference/generators.hpp"
 
+#include <array>   // std::array
 #include <set>     // std::set
+#include <span>    // std::span
 #include <string>  // std::string
 #include <vector>  // std::vector
 
@@ -44,6 +46,11 @@ TEST_CASE("placements with impossible sizes or entries are errors") {
   CHECK(code_of(placement::try_make(2, 1, 2, {0, 0, 0})) == errc::shape_mismatch);
   CHECK(code_of(placement::try_make(~std::size_t{0}, 1, 2, {0, 0})) == errc::shape_mismatch);
   CHECK(code_of(placement::try_make(1, 2, 2, {0, 2})) == errc::invalid_argument);
+  const std::vector<std::int64_t> wide = {-1, 0, 1, 2};
+  const std::array<std::uint8_t, 4> narrow = {255, 0, 1, 2};
+  CHECK(placement::make(2, 3, 2, wide) == placement::make(2, 3, 2, {-1, 0, 1, 2}));
+  CHECK(placement::make(2, 3, 2, std::span(wide)) == placement::make(2, 3, 2, narrow));
+  CHECK_THROWS_WITH(placement::make(2, 2, 2, narrow), contains("to 1, got 2 in layer 1, slot 1"));
   CHECK_THROWS_WITH(placement::make(2, 2, 2, {0, 1, 0, -2}),
                     contains("expected experts from -1 (empty) to 1, got -2 in layer 1, slot 1"));
 }

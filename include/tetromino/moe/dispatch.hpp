@@ -6,7 +6,7 @@
 #include "../error.hpp"   // tetromino::result, tetromino::error
 #include "placement.hpp"  // replica_index
 #include "topology.hpp"   // topology
-#include "trace.hpp"      // id_array, no_expert
+#include "ids.hpp"        // id_array, no_expert
 
 #include <algorithm>  // std::copy, std::copy_n, std::fill
 #include <cstddef>    // std::size_t

@@ -3,7 +3,7 @@
 #include "../detail/macros_off.hpp"
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
-#include "trace.hpp"     // detail::text, number_array
+#include "ids.hpp"       // detail::text, number_array
 
 #include <algorithm>  // std::max, std::transform
 #include <cmath>      // std::isfinite

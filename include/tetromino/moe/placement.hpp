@@ -3,12 +3,14 @@
 #include "../detail/macros_off.hpp"
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
+#include "ids.hpp"       // id_array, no_expert, detail::to_id
 #include "topology.hpp"  // tetromino::moe::topology
 
 #include <algorithm>     // std::copy, std::fill, std::max
 #include <charconv>      // std::from_chars
 #include <cstddef>       // std::size_t
 #include <cstdint>       // std::int32_t, std::int64_t, std::uint32_t
+#include <iterator>      // std::data, std::size
 #include <span>          // std::span
 #include <string>        // std::string
 #include <string_view>   // std::string_view
@@ -33,37 +35,39 @@ class placement {
   TETROMINO_ABI placement(std::size_t layers, std::size_t experts, std::size_t slots)
       : layers_(layers), experts_(experts), slots_(slots), slot_to_expert_(layers * slots, empty_slot) {}
 
-  /// From slot_to_expert[layers, slots]. Errors: a size that is zero or does not fit, an entry outside −1 … experts
+  /// From slot_to_expert[layers, slots], integers of any type, such as EPLB's int64 phy2log; −1 (or the largest number
+  /// of an unsigned type) is an empty slot. Errors: a size that is zero or does not fit, an entry outside −1 … experts
   /// − 1.
+  template <id_array Experts = std::vector<std::int32_t>>
   [[nodiscard]] TETROMINO_ABI static result<placement> try_make(std::size_t layers, std::size_t experts,
-                                                                std::size_t slots,
-                                                                std::vector<std::int32_t> slot_to_expert) {
+                                                                std::size_t slots, const Experts& slot_to_expert) {
+    const std::size_t count = std::size(slot_to_expert);
     if (layers == 0 || slots == 0 || slots > topology::max_slots || experts == 0 || experts > max_experts) {
       return error(errc::invalid_argument,
                    detail::text("placement: expected layers ≥ 1, slots 1 to ", topology::max_slots,
                                 " and experts 1 to ", max_experts, ", got ", layers, ", ", slots, " and ", experts));
     }
-    if (slot_to_expert.size() % slots != 0 || slot_to_expert.size() / slots != layers) {
+    if (count % slots != 0 || count / slots != layers) {
       return error(errc::shape_mismatch,
-                   detail::text("placement: expected ", layers, " × ", slots, " entries, got ", slot_to_expert.size()));
+                   detail::text("placement: expected ", layers, " × ", slots, " entries, got ", count));
     }
-    for (std::size_t i = 0; i < slot_to_expert.size(); ++i) {
-      if (slot_to_expert[i] < empty_slot || slot_to_expert[i] >= static_cast<std::int64_t>(experts)) {
+    placement p(layers, experts, slots);
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto expert = std::data(slot_to_expert)[i];
+      const std::uint32_t id = detail::to_id(expert, experts);
+      if (id == detail::no_id) {
         return error(errc::invalid_argument,
-                     detail::text("placement: expected experts from -1 (empty) to ", experts - 1, ", got ",
-                                  slot_to_expert[i], " in layer ", i / slots, ", slot ", i % slots));
+                     detail::text("placement: expected experts from -1 (empty) to ", experts - 1, ", got ", expert,
+                                  " in layer ", i / slots, ", slot ", i % slots));
       }
+      if (id != no_expert) p.slot_to_expert_[i] = static_cast<std::int32_t>(id);
     }
-    placement p;
-    p.layers_ = layers;
-    p.experts_ = experts;
-    p.slots_ = slots;
-    p.slot_to_expert_ = std::move(slot_to_expert);
     return p;
   }
+  template <id_array Experts = std::vector<std::int32_t>>
   [[nodiscard]] TETROMINO_ABI static placement make(std::size_t layers, std::size_t experts, std::size_t slots,
-                                                    std::vector<std::int32_t> slot_to_expert) {
-    return try_make(layers, experts, slots, std::move(slot_to_expert)).value();
+                                                    const Experts& slot_to_expert) {
+    return try_make(layers, experts, slots, slot_to_expert).value();
   }
 
   [[nodiscard]] TETROMINO_ABI std::size_t layers() const noexcept { return layers_; }
@@ -308,16 +312,7 @@ inline namespace TETROMINO_ISA {
 
 /// The placement of index tensors made elsewhere; reads physical_to_logical alone. Errors: as placement::try_make.
 [[nodiscard]] inline result<placement> try_to_placement(const index_tensors& maps) {
-  std::vector<std::int32_t> slots;
-  slots.reserve(maps.physical_to_logical.size());
-  for (const std::int64_t e : maps.physical_to_logical) {
-    if (e < empty_slot || e >= static_cast<std::int64_t>(placement::max_experts)) {
-      return error(errc::invalid_argument, detail::text("placement: expected experts from -1 (empty) to ",
-                                                        placement::max_experts - 1, ", got ", e));
-    }
-    slots.push_back(static_cast<std::int32_t>(e));
-  }
-  return placement::try_make(maps.layers, maps.experts, maps.slots, std::move(slots));
+  return placement::try_make(maps.layers, maps.experts, maps.slots, maps.physical_to_logical);
 }
 [[nodiscard]] inline placement to_placement(const index_tensors& maps) { return try_to_placement(maps).value(); }
 
@@ -403,7 +398,7 @@ inline namespace TETROMINO_ISA {
     return error(errc::malformed_file, detail::text("placement: expected the end of the text, got \"",
                                                     more.substr(0, 40), "\" on line ", in.line()));
   }
-  return placement::try_make(layers, experts, slots, std::move(entries));
+  return placement::try_make(layers, experts, slots, entries);
 }
 [[nodiscard]] inline placement placement_from_text(std::string_view written) {
   return try_placement_from_text(written).value();

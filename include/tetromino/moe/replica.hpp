@@ -6,7 +6,7 @@
 #include "placement.hpp"                 // placement
 #include "search/copies/copy_table.hpp"  // detail::copy_table
 #include "topology.hpp"                  // topology
-#include "trace.hpp"                     // id_array, no_expert
+#include "ids.hpp"                       // id_array, no_expert
 
 #include <algorithm>  // std::fill, std::min
 #include <cstddef>    // std::size_t

@@ -3,27 +3,18 @@
 #include "../detail/macros_off.hpp"
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
+#include "ids.hpp"       // id_array, no_expert, detail::to_id
 
-#include <algorithm>    // std::max
-#include <concepts>     // std::integral
-#include <cstddef>      // std::size_t
-#include <cstdint>      // std::uint16_t, std::uint32_t, std::uint64_t
-#include <iterator>     // std::data, std::size
-#include <span>         // std::span
-#include <string>       // std::string
-#include <type_traits>  // std::is_arithmetic_v, std::is_same_v, std::remove_cvref_t
-#include <utility>      // std::cmp_greater_equal, std::cmp_less, std::move
-#include <vector>       // std::vector
+#include <algorithm>  // std::max
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint16_t, std::uint32_t, std::uint64_t
+#include <iterator>   // std::data, std::size
+#include <span>       // std::span
+#include <string>     // std::string
+#include <utility>    // std::move
+#include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
-
-namespace detail {
-using tetromino::detail::text;
-}
-
-/// Stands where an expert id could: nobody serves that choice, as in padding rows or layers without experts (-1 in what
-/// engines record).
-inline constexpr std::uint16_t no_expert = 0xFFFF;
 
 /// Which tokens of a request are meant: those of its prompt, those it generated, or both.
 enum class phase : std::uint8_t { prefill, decode, all };
@@ -161,53 +152,6 @@ inline namespace TETROMINO_ISA {
 inline void validate(const trace_view& view) { try_validate(view).value(); }
 
 }  // namespace TETROMINO_ISA
-
-/// Numbers that follow each other in memory: a span, vector or array of integers, float or double.
-template <class Numbers>
-concept number_array = requires(const Numbers& numbers) {
-  requires std::is_arithmetic_v<std::remove_cvref_t<decltype(*std::data(numbers))>>;
-  std::size(numbers);
-};
-/// The same of integers, as expert ids are: −1 (or the largest number of an unsigned type) is nobody, as in padding.
-template <class Ids>
-concept id_array = number_array<Ids> && requires(const Ids& ids) {
-  requires std::integral<std::remove_cvref_t<decltype(*std::data(ids))>>;
-};
-
-namespace detail::inline TETROMINO_ISA {
-
-/// The id as traces and recorders keep it; `no_id` where it is neither nobody nor one that could be an expert.
-inline constexpr std::uint32_t no_id = 0x10000;
-template <std::integral Id>
-[[nodiscard]] constexpr std::uint32_t to_id(Id id, std::size_t experts) noexcept {
-  if (id == static_cast<Id>(-1)) return no_expert;
-  return std::cmp_less(id, 0) || std::cmp_greater_equal(id, experts) ? no_id : static_cast<std::uint32_t>(id);
-}
-
-// Ids of any type as the library keeps them: those of its own type as they lie, others in `room`, which grows to the
-// largest call. `what` names who is given ids that are neither −1 nor below `experts`, a broken precondition.
-template <class Ids>
-[[nodiscard]] std::span<const std::uint16_t> narrow_ids(const Ids& ids, [[maybe_unused]] std::size_t experts,
-                                                        [[maybe_unused]] const char* what,
-                                                        [[maybe_unused]] std::vector<std::uint16_t>& room) {
-  const std::span given(std::data(ids), std::size(ids));
-  if constexpr (std::is_same_v<typename decltype(given)::value_type, std::uint16_t>) {
-    for ([[maybe_unused]] const std::uint16_t id : given) {
-      TETROMINO_EXPECTS(id < experts || id == no_expert, what, id, experts);
-    }
-    return given;
-  } else {
-    room.resize(given.size());
-    for (std::size_t i = 0; i < given.size(); ++i) {
-      const std::uint32_t id = to_id(given[i], experts);
-      TETROMINO_EXPECTS(id != no_id, what, given[i], experts);
-      room[i] = static_cast<std::uint16_t>(id);
-    }
-    return room;
-  }
-}
-
-}  // namespace detail::inline TETROMINO_ISA
 
 /// Recorded routing that owns its ids: what `try_make` was given, validated, ready to be viewed.
 class trace {
