@@ -1,4 +1,10 @@
-"""The bundled mixture-of-experts model as GGUF, so that llama.cpp can run it, and its held-out documents."""
+"""The bundled mixture-of-experts model as GGUF, so that llama.cpp can run it, and its held-out documents.
+
+    bundled.py DATA WORK    examples/data, and a folder for moe-16x2-f16.gguf and heldout.txt, for llama.cpp's programs
+"""
+
+import pathlib
+import sys
 
 import numpy as np
 import torch
@@ -19,6 +25,11 @@ def read(path):
         return {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata()
 
 
+def as_text(tokens):
+    """A character for each token: llama.cpp's programs take text, and take each of these for the token again."""
+    return "".join(chr(0x4E00 + token) for token in tokens)
+
+
 def write_gguf(source, path, dtype="F16"):
     """The model of examples/data/README.md in llama.cpp's "llama" architecture, matrices in `dtype`."""
     weights, facts = read(source)
@@ -26,7 +37,15 @@ def write_gguf(source, path, dtype="F16"):
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("moe-16x2")
     writer.add_vocab_size(int(facts["vocab"]))
-    writer.add_tokenizer_model("no_vocab")
+    tokens = range(int(facts["vocab"]))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([as_text([token]) for token in tokens])
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_bos_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(False)
     writer.add_context_length(4096)
     writer.add_embedding_length(hidden)
     writer.add_block_count(layers)
@@ -74,3 +93,10 @@ def documents(path):
     with safe_open(path, "np") as file:
         tokens, offsets, nll = (file.get_tensor(name) for name in ("tokens", "document_offsets", "reference_nll"))
     return [tokens[a:b].astype(np.int32) for a, b in zip(offsets[:-1], offsets[1:])], nll
+
+
+if __name__ == "__main__":
+    data, work = (pathlib.Path(argument) for argument in sys.argv[1:3])
+    write_gguf(data / "moe-16x2.safetensors", work / "moe-16x2-f16.gguf")
+    held = documents(data / "moe-16x2.heldout.safetensors")[0]
+    (work / "heldout.txt").write_text("".join(as_text(tokens) for tokens in held))
