@@ -18,6 +18,11 @@ inline std::string version() {
   return fmt::format("{}.{}.{}", TETROMINO_VERSION_MAJOR, TETROMINO_VERSION_MINOR, TETROMINO_VERSION_PATCH);
 }
 
+/// What is printed: tables for people, JSON for programs, or nothing but errors.
+struct output_options {
+  bool json = false, quiet = false;
+};
+
 /// A program's options: --help with examples and --version are there already.
 class command_line : public CLI::App {
  public:
@@ -37,10 +42,9 @@ class command_line : public CLI::App {
   void add_threads(unsigned& to) {
     add_option("--threads", to, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
   }
-  /// What is printed: tables for people, JSON for programs, or nothing but errors.
-  void add_output(bool& json, bool& quiet) {
-    auto* const as_json = add_flag("--json", json, "print the report as JSON");
-    add_flag("--quiet", quiet, "print nothing but errors")->excludes(as_json);
+  void add_output(output_options& to) {
+    auto* const as_json = add_flag("--json", to.json, "print the report as JSON");
+    add_flag("--quiet", to.quiet, "print nothing but errors")->excludes(as_json);
   }
 
   /// Reads the arguments. What it returns, if it holds anything, is to be called and its result to be left with, before

@@ -43,7 +43,8 @@ struct settings {
   std::string losses;
   std::string calibrate, statistics, half;
   std::size_t nodes = 1, replicas = 0, documents = 0, prefill = 64, batch = 2048;
-  bool compare = false, json = false, quiet = false;
+  bool compare = false;
+  ui::output_options print;
 };
 
 /// The whole run's setting, the same on every rank.
@@ -141,7 +142,7 @@ class engine {
     const auto start = std::chrono::steady_clock::now();
     {
       std::optional<ui::progress> progress;
-      if (w_.mpi.is_first()) progress.emplace(label, steps, w_.options.quiet);
+      if (w_.mpi.is_first()) progress.emplace(label, steps, w_.options.print.quiet);
       for (std::uint64_t i = 0; i < steps; ++i) {
         step(i < batches.size() ? batches[i] : std::vector<std::size_t>{}, at_most, out);
         if (progress) progress->add(1);
@@ -383,8 +384,8 @@ void compare(const workplace& w) {
     found["perplexity"] = perplexities_json(w, ran.losses);
     json["recipes"].push_back(std::move(found));
   }
-  if (!w.mpi.is_first() || w.options.quiet) return;
-  if (w.options.json) return fmt::print("{}\n", json.dump(2));
+  if (!w.mpi.is_first() || w.options.print.quiet) return;
+  if (w.options.print.json) return fmt::print("{}\n", json.dump(2));
   fmt::print("perplexity of {} documents; weights and activations of experts and attention\n", w.chosen.size());
   table.print();
 }
@@ -493,8 +494,8 @@ void run(const workplace& w) {
   const prediction here = predict(w, ran, chosen.placement, chosen.source_of_document, envelope);
   const prediction plain =
       predict(w, ran, moe::contiguous(w.size.layers, w.size.experts, w.cluster), w.in_turn(), envelope);
-  if (!w.mpi.is_first() || w.options.quiet) return;
-  if (w.options.json) {
+  if (!w.mpi.is_first() || w.options.print.quiet) return;
+  if (w.options.print.json) {
     const auto sent = [](const traffic& t) {
       return nlohmann::ordered_json{{"between_nodes", t.between_nodes}, {"inside_nodes", t.inside_nodes}};
     };
@@ -556,10 +557,6 @@ moe::topology make_cluster(const settings& s, const mpi::session& mpi, const moe
         errc::invalid_argument,
         fmt::format("expected at most {} ranks, one for each expert of the model, got {}", size.experts, ranks));
   }
-  if (s.nodes == 0 || ranks % s.nodes != 0) {
-    throw error(errc::invalid_argument,
-                fmt::format("--nodes: expected a number that divides the {} ranks, got {}", ranks, s.nodes));
-  }
   if (s.replicas > size.experts) {
     throw error(errc::invalid_argument,
                 fmt::format("--replicas: expected at most {}, one for each expert, got {}", size.experts, s.replicas));
@@ -585,7 +582,7 @@ input_statistics calibrated(const settings& s, const mpi::session& mpi, const io
     if (!same || (d % 2 == 0) != (s.half == "even")) chosen.push_back(d);
   }
   std::optional<ui::progress> progress;
-  if (mpi.is_first()) progress.emplace("calibrating", chosen.size(), s.quiet);
+  if (mpi.is_first()) progress.emplace("calibrating", chosen.size(), s.print.quiet);
   auto out = moe_lm::gather_statistics(model, text, chosen, [&](std::size_t) {
     if (progress) progress->add(1);
   });
@@ -624,9 +621,27 @@ std::vector<std::pair<std::string, std::string>> shared_settings(const settings&
   return out;
 }
 
+/// Everything that can be said before a file is opened. Errors: usage_error.
+void check_options(const settings& s, const mpi::session& mpi) {
+  std::optional<moe_lm::precision> rounding;
+  try {
+    rounding = moe_lm::precision::parse(s.weights, s.activations);
+  } catch (const error& e) {
+    throw ui::usage_error(e.what());
+  }
+  if (rounding->weights && rounding->weights->error_feedback && s.calibrate.empty()) {
+    throw ui::usage_error(fmt::format("weights in {} need --calibrate TEXT", s.weights));
+  }
+  if (s.nodes == 0 || mpi.ranks() % s.nodes != 0) {
+    throw ui::usage_error(
+        fmt::format("--nodes: expected a number that divides the {} ranks, got {}", mpi.ranks(), s.nodes));
+  }
+}
+
 void run_all(const settings& s, const mpi::session& mpi) {
   std::vector<std::pair<std::string, std::string>> shared;
   mpi.together("moe_engine", [&] {
+    check_options(s, mpi);
     if (mpi.is_first()) {
       ui::check_outputs(
           {{"--losses", s.losses}, {"--statistics", s.statistics}},
@@ -643,10 +658,6 @@ void run_all(const settings& s, const mpi::session& mpi) {
   std::optional<input_statistics> seen;
   std::vector<std::size_t> chosen;
   mpi.together("moe_engine", [&] {
-    const auto rounding = moe_lm::precision::parse(s.weights, s.activations);
-    if (rounding.weights && rounding.weights->error_feedback && s.calibrate.empty()) {
-      throw error(errc::invalid_argument, fmt::format("weights in {} need --calibrate TEXT", s.weights));
-    }
     model_file = io::safetensors_file::open(s.model);
     size.emplace(*model_file);
     text_file = io::safetensors_file::open(s.text);
@@ -718,7 +729,7 @@ int main(int argc, char** argv) {
   app.add_file("--statistics", s.statistics, "write what calibration found, for quantize_checkpoint")->needs(calibrate);
   app.add_file("--losses", s.losses, "write each document's loss to this file");
   app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity");
-  app.add_output(s.json, s.quiet);
+  app.add_output(s.print);
   const auto leave = app.read(argc, argv);  // instead of work: after --help, or a mistake
   if (const std::size_t first = mpi.first_where(leave != nullptr); first < mpi.ranks()) {
     return mpi.value_of(first, first == mpi.rank() ? leave() : 0);  // the first rank that has something to say, says it
@@ -726,8 +737,8 @@ int main(int argc, char** argv) {
   try {
     run_all(s, mpi);
     return 0;
-  } catch (const mpi::reported&) {
-    return 1;
+  } catch (const mpi::reported& said) {
+    return said.status;
   } catch (const std::exception& e) {
     // in the middle of an exchange: the others are waiting, and would for ever
     fmt::print(stderr, "moe_engine: rank {}: {}\n", mpi.rank(), e.what());

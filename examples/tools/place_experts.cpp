@@ -41,7 +41,7 @@ struct settings {
   double limit = 1.01;
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   double expert_megabytes = 44;  // DeepSeek-V3 in FP8: 3 × 7168 × 2048
-  bool json = false, quiet = false;
+  ui::output_options print;
   std::string command;  // as it was called
 };
 
@@ -52,7 +52,8 @@ using nlohmann::ordered_json;
 /// standard output instead, as one object.
 class voice {
  public:
-  explicit voice(const settings& s) : report_path_(s.report_path), speaks_(!s.json && !s.quiet), json_(s.json) {
+  explicit voice(const settings& s)
+      : report_path_(s.report_path), speaks_(!s.print.json && !s.print.quiet), json_(s.print.json) {
     found = {{"program", "place_experts"}, {"version", ui::version()}, {"input", s.trace_path}};
     if (report_path_.empty()) return;
     page_.emplace(fmt::format("Where the experts of {} live",
@@ -197,7 +198,7 @@ struct measured {
 
 /// Runs all experiments on the threads there are, telling how far it got.
 std::vector<finding> run_all(const settings& s, const char* label, const std::vector<experiment>& list) {
-  ui::progress progress(label, list.size(), s.quiet);
+  ui::progress progress(label, list.size(), s.print.quiet);
   const tetromino::thread_executor threads(s.threads);
   return run(list, threads, [&](std::size_t done) { progress.add(done); });
 }
@@ -275,8 +276,8 @@ void trade(const settings& s, const std::vector<split>& splits, const std::vecto
   const std::vector<double> limits = {1.0, 1.03, 1.06, 1.1, 1.2, 1.4};
   out.section("Traffic against imbalance",
               fmt::format("The solver is allowed more and more load on a node, over the mean; what it then reaches on "
-                          "the judged requests, mean of {} halves.",
-                          splits.size()));
+                          "the judged requests{}.",
+                          splits.size() == 1 ? "" : fmt::format(", mean of {} halves", splits.size())));
   report::curve nodes{"Nodes per token", "node imbalance on judged requests", "nodes per token", {}};
   report::curve pairs{"Remote pairs", "node imbalance on judged requests", "remote pairs", {}};
   struct point {
@@ -619,7 +620,7 @@ int main(int argc, char** argv) {
   app.add_option("--layers", s.reading.layers, "layers, where TRACE is bare ids (SGLang)");
   app.add_option("--top-k", s.reading.experts_per_token, "experts per token, likewise");
   app.add_file("--report", s.report_path, "write a page with pictures here (HTML)");
-  app.add_output(s.json, s.quiet);
+  app.add_output(s.print);
   if (const auto leave = app.read(argc, argv)) return leave();
   for (int i = 0; i < argc; ++i) {
     s.command += (i == 0 ? "" : " ") + (i == 0 ? std::string("place_experts") : std::string(argv[i]));

@@ -29,7 +29,9 @@ struct settings {
   std::string layout = "linear", statistics, imatrix, special = "reject";
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   double shard_gigabytes = 5;
-  bool separate_scales = false, dry_run = false, compare = false, list = false, json = false, quiet = false;
+  bool separate_scales = false, dry_run = false, compare = false, list = false;
+  ui::output_options print;
+  std::vector<std::string> of_safetensors;  // options given that GGUF files have no use for
 };
 
 /// Everything that can be said before the model is opened.
@@ -181,11 +183,11 @@ nlohmann::ordered_json json_of(const settings& s, const io::pack_plan& plan, con
 }
 
 void report_plan(const settings& s, const io::pack_plan& plan, const io::pack_report* report) {
-  if (s.json) {
+  if (s.print.json) {
     fmt::print("{}\n", json_of(s, plan, report).dump(2));
     return;
   }
-  if (s.quiet) return;
+  if (s.print.quiet) return;
   if (s.list) print_list(plan);
   print_tables(plan, report);
 }
@@ -203,7 +205,7 @@ int write(const settings& s, const io::checkpoint& model, const io::pack_plan& p
   io::pack_report report;
   {
     const ui::stop_signals signals;
-    ui::progress progress("packing", bytes, s.quiet);
+    ui::progress progress("packing", bytes, s.print.quiet);
     options.progress = [&](std::size_t done) {
       progress.add(done);
       return ui::stop_signals::seen() == 0;
@@ -213,7 +215,7 @@ int write(const settings& s, const io::checkpoint& model, const io::pack_plan& p
     report = std::move(done).value();
   }
   report_plan(s, plan, &report);
-  if (s.json || s.quiet) return 0;
+  if (s.print.json || s.print.quiet) return 0;
   fmt::print("\n{}: {} in layout {}, {} -> {}\n", s.output,
              report.files == 1 ? "one file" : fmt::format("{} files", report.files), s.layout,
              ui::bytes(report.bytes_read), ui::bytes(report.bytes_written));
@@ -227,9 +229,10 @@ int write(const settings& s, const io::checkpoint& model, const io::pack_plan& p
 void check_output(const settings& s) {
   if (s.output.empty()) throw ui::usage_error("expected OUT, --dry-run or --compare");
   std::error_code ignored;
-  for (const auto* input : {&s.statistics, &s.imatrix}) {
+  for (const auto* input : {&s.input, &s.statistics, &s.imatrix}) {
     if (!input->empty() && std::filesystem::equivalent(s.output, *input, ignored)) {
-      throw ui::usage_error(fmt::format("{}: expected another file than the statistics being read", s.output));
+      throw ui::usage_error(fmt::format("{}: expected another file than {} being read", s.output,
+                                        input == &s.input ? "the one" : "the statistics"));
     }
   }
 }
@@ -243,25 +246,30 @@ int run_gguf(const settings& s) {
     return 0;
   });
   if (!s.statistics.empty()) throw ui::usage_error("--statistics is for safetensors; GGUF files take --imatrix");
+  if (!s.of_safetensors.empty()) {
+    throw ui::usage_error(fmt::format("{} is for safetensors, not for GGUF files", s.of_safetensors.front()));
+  }
   if (!s.dry_run && !s.output.ends_with(".gguf")) throw ui::usage_error("expected OUT.gguf or --dry-run");
   options.keep = s.keep;
   options.pack = s.pack;
   options.special = special_of(s.special);
-  const auto file = io::gguf_file::open(s.input);
+  if (!s.dry_run) check_output(s);
   std::optional<io::imatrix> weights;
   if (!s.imatrix.empty()) {
-    if (!s.dry_run) check_output(s);
     weights = io::imatrix::open(s.imatrix);
     options.column_weights = &*weights;
   }
   const tetromino::thread_executor threads(s.threads);
-  return pack_gguf(file, std::move(options), s.dry_run ? std::string() : s.output, s.quiet, tetromino::cpu.on(threads));
+  return pack_gguf({s.input, s.dry_run ? std::string() : s.output, s.print, s.list}, std::move(options),
+                   tetromino::cpu.on(threads));
 }
 
 int run(const settings& s) {
   if (s.input.ends_with(".gguf")) return run_gguf(s);
   if (!s.imatrix.empty()) throw ui::usage_error("--imatrix is for GGUF files; safetensors take --statistics");
-  io::plan_options options = plan_options_of(s);
+  io::plan_options options = s.compare ? io::plan_options{.keep = s.keep, .pack = s.pack} : plan_options_of(s);
+  comparison_job comparison{s.input, {}, nullptr, s.print};
+  if (s.compare) comparison.recipes = recipes_to_compare(s.recipes, !s.statistics.empty());
   if (!s.compare && !s.dry_run) check_output(s);
   const auto model = io::checkpoint::open(s.input);
   const auto parameters = io::parameters_of(model);
@@ -270,7 +278,10 @@ int run(const settings& s) {
   options.inputs = inputs.get();
   const tetromino::thread_executor threads(s.threads);
   const auto policy = tetromino::cpu.on(threads);
-  if (s.compare) return compare_recipes(model, parameters, options, s.recipes, inputs.get(), policy);
+  if (s.compare) {
+    comparison.inputs = inputs.get();
+    return compare_recipes(comparison, model, parameters, std::move(options), policy);
+  }
   const auto plan = usage([&] { return io::plan(model, parameters, std::move(options)); });
   if (!s.dry_run) return write(s, model, plan, policy);
   report_plan(s, plan, nullptr);
@@ -286,34 +297,41 @@ int main(int argc, char** argv) {
                         "MODEL OUT --recipe nvfp4/amax --recipe experts=mxfp4-32/oas --dry-run --list",
                         "model.gguf packed.gguf --recipe mxfp4-32/min-error --imatrix imatrix.gguf"});
   app.add_file("IN", s.input, "model to read: a directory, an index, a .safetensors or a .gguf file")->required();
-  app.add_file("OUT", s.output, "what to write: a directory that does not exist, or a .safetensors or .gguf file");
+  auto* const out =
+      app.add_file("OUT", s.output, "what to write: a directory that does not exist, or a .safetensors or .gguf file");
   app.add_option("--recipe", s.recipes,
                  "FORMAT/RULE[/MACRO][/hadamard-N][/gptq], such as nvfp4/min-error; or WEIGHTS=RECIPE for some weights "
                  "(experts, linear, a part of names, or a pattern), later ones before earlier ones; or a .json file")
       ->type_name("RECIPE");
-  app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")
-      ->type_name("LAYOUT")
-      ->capture_default_str();
+  auto* const layout = app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")
+                           ->type_name("LAYOUT")
+                           ->capture_default_str();
   app.add_option("--keep", s.keep, "leave tensors whose name matches this pattern (* and ?) as they are")
       ->type_name("PATTERN");
   app.add_option("--pack", s.pack, "pack tensors whose name matches this pattern although they are not known")
       ->type_name("PATTERN");
-  app.add_flag("--separate-scales", s.separate_scales,
-               "NVFP4: a tensor scale for each weight, also where readers take one for q, k and v or gate and up");
+  auto* const separate =
+      app.add_flag("--separate-scales", s.separate_scales,
+                   "NVFP4: a tensor scale for each weight, also where readers take one for q, k and v or gate and up");
   app.add_option("--on-special", s.special, "NaN and infinities: reject, poison (the block) or saturate")
       ->check(CLI::IsMember({"reject", "poison", "saturate"}))
       ->capture_default_str();
   app.add_file("--statistics", s.statistics,
                "calibration statistics of the weights' inputs: they weigh errors in searches, and gptq needs them");
   app.add_file("--imatrix", s.imatrix, "llama.cpp's importance matrix, which weighs errors; for GGUF files");
-  app.add_option("--shard-size", s.shard_gigabytes, "largest file to write, in GB")
-      ->check(CLI::Range(0.001, 1e6))
-      ->capture_default_str();
+  auto* const shard = app.add_option("--shard-size", s.shard_gigabytes, "largest file to write, in GB")
+                          ->check(CLI::Range(0.001, 1e6))
+                          ->capture_default_str();
   app.add_threads(s.threads);
-  app.add_flag("--dry-run", s.dry_run, "print what would be packed and what kept, and write nothing");
-  app.add_flag("--compare", s.compare, "print the recipes side by side and write nothing");
-  app.add_flag("--list", s.list, "print every tensor with its role, too");
-  app.add_output(s.json, s.quiet);
+  auto* const dry_run =
+      app.add_flag("--dry-run", s.dry_run, "print what would be packed and what kept, and write nothing");
+  auto* const compare = app.add_flag("--compare", s.compare, "print the recipes side by side and write nothing");
+  auto* const list = app.add_flag("--list", s.list, "print every tensor with its role, too");
+  for (auto* const other : {out, layout, separate, shard, dry_run, list}) compare->excludes(other);
+  app.add_output(s.print);
   if (const auto leave = app.read(argc, argv)) return leave();
+  for (const auto* const option : {layout, separate, shard, compare}) {
+    if (option->count() > 0) s.of_safetensors.push_back(option->get_name());
+  }
   return ui::run("quantize_checkpoint", [&] { return run(s); });
 }

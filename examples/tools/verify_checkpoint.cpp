@@ -22,11 +22,12 @@ using namespace checkpoint;
 struct settings {
   std::string original, packed, statistics, imatrix;
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
-  bool json = false, quiet = false;
+  ui::output_options print;
 };
 
 /// GGUF files, by what llama.cpp reads.
 int verify_gguf(const settings& s) {
+  if (!s.statistics.empty()) throw ui::usage_error("--statistics is for safetensors; GGUF files take --imatrix");
   const auto original = io::gguf_file::open(s.original), packed = io::gguf_file::open(s.packed);
   std::optional<io::imatrix> weights;
   if (!s.imatrix.empty()) weights = io::imatrix::open(s.imatrix);
@@ -36,7 +37,7 @@ int verify_gguf(const settings& s) {
   io::gguf_verify_report report;
   {
     const ui::stop_signals signals;
-    ui::progress progress("verifying", bytes, s.quiet);
+    ui::progress progress("verifying", bytes, s.print.quiet);
     io::gguf_verify_options options{weights ? &*weights : nullptr};
     options.progress = [&](std::size_t done) {
       progress.add(done);
@@ -44,8 +45,8 @@ int verify_gguf(const settings& s) {
     };
     report = io::verify_gguf(tetromino::cpu.on(threads), original, packed, options);
   }
-  if (s.quiet) return 0;
-  if (s.json) {
+  if (s.print.quiet) return 0;
+  if (s.print.json) {
     const nlohmann::ordered_json out = {{"layout", "gguf"},
                                         {"recipes", report.recipes},
                                         {"packed", report.packed},
@@ -68,6 +69,7 @@ int verify_gguf(const settings& s) {
 
 int verify_all(const settings& s) {
   if (s.original.ends_with(".gguf")) return verify_gguf(s);
+  if (!s.imatrix.empty()) throw ui::usage_error("--imatrix is for GGUF files; safetensors take --statistics");
   const auto original = io::checkpoint::open(s.original), packed = io::checkpoint::open(s.packed);
   std::unique_ptr<gathered_inputs> inputs;
   if (!s.statistics.empty()) inputs = std::make_unique<gathered_inputs>(input_statistics::load(s.statistics));
@@ -77,7 +79,7 @@ int verify_all(const settings& s) {
   io::verify_report report;
   {
     const ui::stop_signals signals;
-    ui::progress progress("verifying", bytes, s.quiet);
+    ui::progress progress("verifying", bytes, s.print.quiet);
     io::verify_options options{inputs.get()};
     options.progress = [&](std::size_t done) {
       progress.add(done);
@@ -85,8 +87,8 @@ int verify_all(const settings& s) {
     };
     report = io::verify(tetromino::cpu.on(threads), original, packed, options);
   }
-  if (s.quiet) return 0;
-  if (s.json) {
+  if (s.print.quiet) return 0;
+  if (s.print.json) {
     const nlohmann::ordered_json out = {{"layout", io::name(report.layout)},
                                         {"recipes", report.recipes},
                                         {"packed", report.packed},
@@ -122,7 +124,7 @@ int main(int argc, char** argv) {
   app.add_file("--statistics", s.statistics, "what the model was packed with, to pack it again");
   app.add_file("--imatrix", s.imatrix, "what a GGUF file was packed with, to pack it again");
   app.add_threads(s.threads);
-  app.add_output(s.json, s.quiet);
+  app.add_output(s.print);
   if (const auto leave = app.read(argc, argv)) return leave();
   return ui::run("verify_checkpoint", [&] { return verify_all(s); });
 }

@@ -170,6 +170,54 @@ TEST_CASE("recipes side by side: one line each, with bits and QSNR") {
   CHECK(std::abs(rows.at("mxfp4-16/oas/mbs-search").second - 20.12) < 0.03);
 }
 
+TEST_CASE("every way to call it says the same as JSON, or nothing") {
+  const temporary_directory folder;
+  const std::string out = (folder / "out.safetensors").string();
+  const auto said = [&](std::vector<std::string> arguments, const char* how) {
+    arguments.insert(arguments.begin(), model);
+    arguments.emplace_back(how);
+    const auto run = run_program("quantize_checkpoint", arguments, folder.path());
+    INFO(run.err);
+    CHECK(run.exit_code == 0);
+    if (std::string(how) == "--quiet") CHECK((run.out + run.err).empty());
+    return run.out;
+  };
+  const std::vector<std::string> compared = {"--compare", "--recipe", "nvfp4/amax", "--recipe", "mxfp4-32/floor"};
+  const auto recipes = nlohmann::json::parse(said(compared, "--json"));
+  CHECK(recipes.at("input") == model);
+  CHECK(recipes.at("tensors").get<int>() > 0);
+  CHECK(recipes.at("weights").get<int>() > 0);
+  REQUIRE(recipes.at("recipes").size() == 2);
+  CHECK(recipes["recipes"][1].at("recipe") == "mxfp4-32/floor");
+  CHECK(recipes["recipes"][1].at("bits") == 4.25);
+  CHECK(std::abs(recipes["recipes"][1].at("qsnr_db").get<double>() - 18.66) < 0.03);
+  said(compared, "--quiet");
+
+  const std::vector<std::string> planned = {out, "--dry-run", "--recipe", "mxfp4-32/oas"};
+  const auto plan = nlohmann::json::parse(said(planned, "--json"));
+  CHECK(plan.at("output") == out);
+  CHECK(!plan.contains("bytes_written"));
+  said(planned, "--quiet");
+  CHECK_FALSE(std::filesystem::exists(out));
+
+  const auto written = nlohmann::json::parse(said({out, "--recipe", "mxfp4-32/oas"}, "--json"));
+  CHECK(written.at("layout") == "linear");
+  CHECK(written.at("bytes_written").get<std::size_t>() > std::filesystem::file_size(out) / 2);
+  CHECK(written.at("files_left").empty());
+  REQUIRE(written.at("tensors").size() == plan.at("tensors").size());
+  bool some_kept = false, some_packed = false;
+  for (const auto& tensor : written["tensors"]) {
+    const bool is_packed = tensor.at("packed").get<bool>();
+    some_kept = some_kept || !is_packed;
+    some_packed = some_packed || is_packed;
+    CHECK(is_packed == (tensor.contains("recipe") && tensor.contains("qsnr_db") && tensor.contains("values_kept")));
+    CHECK(is_packed != tensor.contains("why"));
+    CHECK((tensor.contains("name") && tensor.contains("role") && tensor.contains("shape")));
+  }
+  CHECK(some_kept);
+  CHECK(some_packed);
+}
+
 TEST_CASE("what cannot be done is said in one line, and leaves no file") {
   const temporary_directory folder;
   const std::string out = (folder / "out.safetensors").string();
@@ -195,7 +243,11 @@ TEST_CASE("what cannot be done is said in one line, and leaves no file") {
         "expected one recipe, since readers run them as one matrix");
   fails(1, {(folder / "none").string(), out}, "none");
   fails(1, {model, (folder / "no/such/place").string()}, "could not create");
-  fails(1, {model, model}, "expected another file than the one being read");
+  fails(2, {model, model}, "expected another file than the one being read");
+  fails(2, {model, out, "--imatrix", model}, "--imatrix is for GGUF files");
+  fails(2, {"in.gguf", out, "--layout", "modelopt"}, "--layout is for safetensors");
+  fails(2, {"in.gguf", "--compare"}, "--compare is for safetensors");
+  fails(2, {model, "--compare", "--recipe", "nvfp4/amax/gptq"}, "needs --statistics FILE");
   fails(1, {model, (folder / (std::string(250, 'x') + ".safetensors")).string()}, "File name too long");
   CHECK(std::filesystem::file_size(model) > 7'000'000);
 

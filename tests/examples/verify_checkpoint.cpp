@@ -466,6 +466,25 @@ TEST_CASE("GGUF: what llama.cpp would decode wrongly, or not find, is found") {
     CHECK((run.exit_code == 0) == run.err.empty());
     return run.exit_code == 0 ? run.out : run.err;
   };
+  const auto said = [&](const std::vector<std::string>& options) {
+    const auto run = run_program("quantize_checkpoint", options, folder.path());
+    INFO(run.err);
+    CHECK(run.exit_code == 0);
+    return run.out;
+  };
+  const auto written = nlohmann::json::parse(said({path("in.gguf"), path("said.gguf"), "--json"}));
+  CHECK(written.at("layout") == "gguf");
+  CHECK(written.at("bytes_written") == std::filesystem::file_size(folder / "said.gguf"));
+  REQUIRE(written.at("tensors").size() == 3);
+  CHECK(written["tensors"][0].at("recipe") == "mxfp4-32/min-error");
+  CHECK(written["tensors"][0].at("qsnr_db").get<double>() > 15);
+  CHECK(written["tensors"][2].at("packed") == false);
+  CHECK(written["tensors"][2].contains("why"));
+  const auto planned = nlohmann::json::parse(said({path("in.gguf"), "--dry-run", "--json"}));
+  CHECK(!planned.contains("bytes_written"));
+  CHECK(!planned.at("tensors")[0].contains("qsnr_db"));
+  CHECK(said({path("in.gguf"), "--dry-run", "--quiet"}).empty());
+  CHECK_THAT(said({path("in.gguf"), "--dry-run", "--list"}), contains(up) && contains("kept: "));
   pack("out.gguf", {});
   CHECK_THAT(verify("out.gguf"), contains("2 tensors packed as nvfp4/min-error, 1 kept"));
   CHECK_THAT(verify("out.gguf"), contains("packing again gives the same bytes; kept tensors and keys are unchanged"));
@@ -474,6 +493,11 @@ TEST_CASE("GGUF: what llama.cpp would decode wrongly, or not find, is found") {
   CHECK(facts["packed_again"] == true);
   CHECK(facts["qsnr_db"].get<double>() > 20);
   CHECK(verify("out.gguf", {"--quiet"}).empty());
+  for (const std::vector<std::string>& wrong :
+       {std::vector{path("in.gguf"), path("out.gguf"), std::string("--statistics"), path("none")},
+        std::vector{path("in"), path("out"), std::string("--imatrix"), path("none")}}) {
+    CHECK(run_program("verify_checkpoint", wrong, folder.path()).exit_code == 2);
+  }
 
   /// The packed file after a change to its keys, or to a tensor's bytes; a tensor whose name is `left_out` is not
   /// there.

@@ -2,6 +2,7 @@
 
 /// Recipes side by side on the weights of a model: bits, and the noise that each adds.
 
+#include "../command_line.hpp"
 #include "settings.hpp"
 
 #include <cmath>
@@ -83,8 +84,7 @@ class recipe_comparison {
     if (inputs_ != nullptr) header.emplace_back("of products dB");
     ui::table table(std::move(header));
     for (std::size_t i = 0; i < recipes_.size(); ++i) {
-      const double bits = static_cast<double>(bits_[i]) / static_cast<double>(reports_[i].count);
-      std::vector<std::string> line{recipes_[i].name(), fmt::format("{:.3f}", bits),
+      std::vector<std::string> line{recipes_[i].name(), fmt::format("{:.3f}", bits_per_weight(i)),
                                     fmt::format("{:.3f}", reports_[i].qsnr())};
       if (inputs_ != nullptr) line.push_back(fmt::format("{:.3f}", products_[i].qsnr()));
       table.add(std::move(line));
@@ -92,7 +92,19 @@ class recipe_comparison {
     table.print();
   }
 
+  [[nodiscard]] nlohmann::ordered_json json() const {
+    nlohmann::ordered_json out = nlohmann::ordered_json::array();
+    for (std::size_t i = 0; i < recipes_.size(); ++i) {
+      out.push_back({{"recipe", recipes_[i].name()}, {"bits", bits_per_weight(i)}, {"qsnr_db", reports_[i].qsnr()}});
+      if (inputs_ != nullptr) out.back()["products_qsnr_db"] = products_[i].qsnr();
+    }
+    return out;
+  }
+
  private:
+  [[nodiscard]] double bits_per_weight(std::size_t i) const {
+    return static_cast<double>(bits_[i]) / static_cast<double>(reports_[i].count);
+  }
   [[nodiscard]] tetromino::matrix<float> values_of(const io::parameter& weight, std::size_t e) {
     tetromino::matrix<float> out(weight.rows, weight.cols);
     io::visit_rows(policy_, model_, weight, {e, 0, weight.rows}, buffers_, [&](const auto& rows) {
@@ -144,20 +156,38 @@ class recipe_comparison {
   std::vector<std::size_t> bits_;
 };
 
-/// Prints recipes side by side, over all weights that would be packed.
-inline int compare_recipes(const io::checkpoint& model, const std::vector<io::parameter>& parameters,
-                           io::plan_options options, const std::vector<std::string>& named,
-                           const gathered_inputs* inputs, const tetromino::cpu_t& policy) {
-  std::vector<recipe> recipes;
+/// The recipes of the names given, or those to compare where none is.
+inline std::vector<recipe> recipes_to_compare(const std::vector<std::string>& named, bool with_statistics) {
+  std::vector<recipe> out;
   usage([&] {
-    for (const auto& name : named.empty() ? compared_recipes : named) recipes.push_back(recipe::parse(name));
+    for (const auto& name : named.empty() ? compared_recipes : named) out.push_back(recipe::parse(name));
     for (const auto& name : compared_with_statistics) {
-      if (inputs != nullptr && named.empty()) recipes.push_back(recipe::parse(name));
+      if (with_statistics && named.empty()) out.push_back(recipe::parse(name));
     }
     return 0;
   });
+  for (const recipe& r : out) {
+    if (r.error_feedback && !with_statistics) {
+      throw ui::usage_error(fmt::format("recipe {} needs --statistics FILE", r.name()));
+    }
+  }
+  return out;
+}
+
+/// What to compare, and how to print it.
+struct comparison_job {
+  std::string input;
+  std::vector<recipe> recipes;
+  const gathered_inputs* inputs = nullptr;
+  ui::output_options print;
+};
+
+/// Prints recipes side by side, over all weights that would be packed.
+inline int compare_recipes(const comparison_job& job, const io::checkpoint& model,
+                           const std::vector<io::parameter>& parameters, io::plan_options options,
+                           const tetromino::cpu_t& policy) {
   options.layout = io::checkpoint_layout::linear;
-  options.rules.assign(1, {"", recipes.front()});
+  options.rules.assign(1, {"", job.recipes.front()});
   const auto plan = usage([&] { return io::plan(model, parameters, std::move(options)); });
   std::map<std::size_t, std::vector<const io::parameter*>> sets;
   std::size_t tensors = 0, weights = 0;
@@ -167,9 +197,9 @@ inline int compare_recipes(const io::checkpoint& model, const std::vector<io::pa
     ++tensors;
     weights += planned.source->elements();
   }
-  recipe_comparison comparison(model, recipes, inputs, policy);
+  recipe_comparison comparison(model, job.recipes, job.inputs, policy);
   {
-    ui::progress progress("comparing", weights);
+    ui::progress progress("comparing", weights, job.print.quiet);
     for (const auto& [number, set] : sets) {
       try {
         comparison.add(set);
@@ -178,6 +208,13 @@ inline int compare_recipes(const io::checkpoint& model, const std::vector<io::pa
       }
       for (const auto* weight : set) progress.add(weight->elements());
     }
+  }
+  if (job.print.quiet) return 0;
+  if (job.print.json) {
+    const nlohmann::ordered_json out = {
+        {"input", job.input}, {"tensors", tensors}, {"weights", weights}, {"recipes", comparison.json()}};
+    fmt::print("{}\n", out.dump(2));
+    return 0;
   }
   comparison.print();
   fmt::print("{} tensors, {} weights\n", tensors, weights);

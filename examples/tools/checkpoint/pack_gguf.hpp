@@ -2,6 +2,7 @@
 
 /// GGUF files through quantize_checkpoint: F16, BF16 or F32 in, MXFP4 or NVFP4 blocks out, all keys as they were.
 
+#include "../command_line.hpp"
 #include "../ui.hpp"
 
 #include <tetromino/cpu.hpp>
@@ -9,9 +10,11 @@
 #include <tetromino/io/imatrix.hpp>
 
 #include <fmt/format.h>
+#include <nlohmann/json.hpp>
 
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -42,28 +45,67 @@ inline void print_gguf(const tetromino::io::gguf_plan& plan, const tetromino::io
   table.print();
 }
 
-/// Packs a GGUF file; an empty `output` only prints what would be packed.
-inline int pack_gguf(const tetromino::io::gguf_file& file, tetromino::io::gguf_options options,
-                     const std::string& output, bool is_quiet, const tetromino::cpu_t& policy) {
+/// Every tensor, as --list prints it.
+inline void list_gguf(const tetromino::io::gguf_plan& plan) {
+  for (const auto& planned : plan.tensors) {
+    fmt::print("{}  {}\n", ui::printable(planned.source->name()),
+               planned.is_packed ? planned.how.name() : fmt::format("kept: {}", ui::printable(planned.reason)));
+  }
+}
+
+/// The same for programs: one JSON object.
+inline nlohmann::ordered_json gguf_json(const tetromino::io::gguf_plan& plan,
+                                        const tetromino::io::gguf_report* report) {
+  nlohmann::ordered_json tensors = nlohmann::ordered_json::array();
+  for (std::size_t i = 0; i < plan.tensors.size(); ++i) {
+    const auto& planned = plan.tensors[i];
+    nlohmann::ordered_json one = {{"name", planned.source->name()}, {"shape", planned.source->shape()}};
+    one["packed"] = planned.is_packed;
+    if (planned.is_packed) {
+      one["recipe"] = planned.how.name();
+      if (report != nullptr) one["qsnr_db"] = (*report)[i].errors.qsnr();
+    } else {
+      one["why"] = planned.reason;
+    }
+    tensors.push_back(std::move(one));
+  }
+  return tensors;
+}
+
+/// A GGUF file to pack, and what to say of it.
+struct gguf_job {
+  std::string input, output;  ///< an empty output: only what would be packed
+  ui::output_options print;
+  bool list = false;  ///< every tensor, too
+};
+
+inline int pack_gguf(const gguf_job& job, tetromino::io::gguf_options options, const tetromino::cpu_t& policy) {
   namespace io = tetromino::io;
+  const auto file = io::gguf_file::open(job.input);
   const ui::stop_signals signals;
   std::size_t bytes = 0;
   for (const auto& tensor : file) bytes += tensor.bytes().size();
-  ui::progress progress("packing", bytes, is_quiet || output.empty());
+  ui::progress progress("packing", bytes, job.print.quiet || job.output.empty());
   options.progress = [&](std::size_t done) {
     progress.add(done);
     return ui::stop_signals::seen() == 0;
   };
   const auto plan = io::plan_gguf(file, std::move(options));
-  if (output.empty()) {
-    print_gguf(plan, nullptr);
+  std::optional<io::gguf_report> report;
+  if (!job.output.empty()) report = io::pack_gguf(policy, file, plan, job.output);
+  if (job.print.quiet) return 0;
+  const io::gguf_report* const made = report ? &*report : nullptr;
+  const std::size_t written = report ? std::filesystem::file_size(job.output) : 0;
+  if (job.print.json) {
+    nlohmann::ordered_json out = {{"input", job.input}, {"output", job.output}, {"layout", "gguf"}};
+    if (report) out["bytes_read"] = bytes, out["bytes_written"] = written;
+    out["tensors"] = gguf_json(plan, made);
+    fmt::print("{}\n", out.dump(2));
     return 0;
   }
-  const auto report = io::pack_gguf(policy, file, plan, output);
-  if (!is_quiet) {
-    print_gguf(plan, &report);
-    fmt::print("\n{}: {} -> {}\n", output, ui::bytes(bytes), ui::bytes(std::filesystem::file_size(output)));
-  }
+  if (job.list) list_gguf(plan);
+  print_gguf(plan, made);
+  if (report) fmt::print("\n{}: {} -> {}\n", job.output, ui::bytes(bytes), ui::bytes(written));
   return 0;
 }
 

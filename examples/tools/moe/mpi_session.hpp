@@ -2,6 +2,8 @@
 
 /// What the distributed example needs of MPI besides the exchange itself: start and end, agreement on errors, sums.
 
+#include "../ui.hpp"
+
 #include <fmt/format.h>
 #include <mpi.h>
 
@@ -19,9 +21,12 @@
 
 namespace mpi {
 
-/// Thrown on all ranks after one of them has said what is wrong.
+/// Thrown on all ranks after one of them has said what is wrong; carries the exit status.
 struct reported : std::exception {
+  explicit reported(int s) : status(s) {}
   [[nodiscard]] const char* what() const noexcept override { return "another rank failed"; }
+
+  int status;
 };
 
 /// MPI from start to end of the program.
@@ -46,16 +51,20 @@ class session {
   template <class Work>
   void together(const char* program, const Work& work) const {
     std::string problem;
+    int status = 0;
     try {
       work();
+    } catch (const ui::usage_error& e) {
+      problem = e.what();
+      status = 2;
     } catch (const std::exception& e) {
       problem = e.what();
+      status = 1;
     }
-    int mine = problem.empty() ? ranks_ : rank_, first = ranks_;
-    check(MPI_Allreduce(&mine, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD));
-    if (first == ranks_) return;
-    if (first == rank_) fmt::print(stderr, "{}: {}\n", program, problem);
-    throw reported();
+    const std::size_t first = first_where(status != 0);
+    if (first == ranks()) return;
+    if (first == rank()) fmt::print(stderr, "{}: {}\n", program, problem);
+    throw reported(value_of(first, status));
   }
 
   /// The first rank for which this is true; ranks() if it is so for none.
