@@ -5,10 +5,13 @@
 
 #include <Eigen/Dense>
 
-#include <cmath>   // std::isnan, std::fabs
-#include <limits>  // std::numeric_limits
-#include <random>  // std::mt19937_64
-#include <string>  // std::string
+#include <algorithm>  // std::copy_n, std::sort
+#include <cmath>      // std::isnan, std::fabs
+#include <limits>     // std::numeric_limits
+#include <numeric>    // std::iota
+#include <random>     // std::mt19937_64
+#include <string>     // std::string
+#include <vector>     // std::vector
 
 using namespace tetromino;
 
@@ -52,15 +55,15 @@ calibration seen_in(const matrix<float>& x) {
   return seen;
 }
 
-/// GPTQ in the textbook's words: the explicit inverse, one column at a time, scales given by the library's packing.
+/// GPTQ in the textbook's words: the explicit inverse, one column at a time in the order given, scales given by the
+/// library's packing.
 matrix<float> textbook(const matrix<float>& w, const calibration& seen, double damping,
-                       const packed<any_format>& scales) {
-  const auto n = static_cast<Eigen::Index>(w.cols);
+                       const packed<any_format>& scales, const std::vector<Eigen::Index>& order) {
   Eigen::MatrixXd h = seen.moments().selfadjointView<Eigen::Lower>();
   h.diagonal().array() += damping * h.diagonal().mean();
   Eigen::MatrixXd inverse = h.inverse(), weights = eigen_map(view(w)).cast<double>();
   matrix<float> out(w.rows, w.cols);
-  for (Eigen::Index j = 0; j < n; ++j) {
+  for (const Eigen::Index j : order) {
     for (Eigen::Index i = 0; i < weights.rows(); ++i) {
       const auto scale = detail::scale_at(scales, static_cast<std::size_t>(i), static_cast<std::size_t>(j));
       const float q = scale.decode(scale.encode(static_cast<float>(weights(i, j))));
@@ -102,13 +105,22 @@ TEST_CASE("fixed scales give the codes of the textbook's algorithm") {
   const calibration seen = seen_in(x);
   const std::vector<float> ones(w.cols, 1.0f);
   const recipe r = recipe::parse("mxfp4-32/oas/mbs-search/gptq");
-  const auto fed = gptq(scalar, view(w), r, seen, {.column_weights = ones}, {.scales = gptq_scales::fixed});
-  const matrix<float> expected = textbook(w, seen, 0.01, fed);
-  const matrix<float> got = dequantize<float>(scalar, fed);
-  std::size_t different = 0;
-  for (std::size_t i = 0; i < got.data.size(); ++i) different += got.data[i] != expected.data[i];
-  CHECK(different < got.data.size() / 100);  // ties that float and double break differently, and what follows from them
-  CHECK(product_error(x, w, got) < 1.05 * product_error(x, w, expected));
+  std::vector<Eigen::Index> order(w.cols);
+  std::iota(order.begin(), order.end(), Eigen::Index{0});
+  for (const bool by_activation : {false, true}) {
+    if (by_activation) {  // the columns that are largest on average first
+      const Eigen::VectorXf squares = eigen_map(view(x)).colwise().squaredNorm();
+      std::sort(order.begin(), order.end(), [&](Eigen::Index a, Eigen::Index b) { return squares(a) > squares(b); });
+    }
+    const auto fed = gptq(scalar, view(w), r, seen, {.column_weights = ones},
+                          {.scales = gptq_scales::fixed, .by_activation = by_activation});
+    const matrix<float> expected = textbook(w, seen, 0.01, fed, order);
+    const matrix<float> got = dequantize<float>(scalar, fed);
+    std::size_t different = 0;
+    for (std::size_t i = 0; i < got.data.size(); ++i) different += got.data[i] != expected.data[i];
+    CHECK(different < got.data.size() / 100);  // ties that float and double break differently, and what follows
+    CHECK(product_error(x, w, got) < 1.05 * product_error(x, w, expected));
+  }
 }
 
 TEST_CASE("feedback lowers the error of products, on other activations too") {
@@ -169,6 +181,8 @@ TEST_CASE("an expert that few tokens reach borrows its layer's moments") {
   };
   const calibration blended = expert.blended(layer, 64);
   CHECK(blended.rows() == 67);
+  const Eigen::MatrixXd sum = expert.moments() + layer.moments() * (64.0 / 1000);  // as of 64 rows of the layer
+  CHECK((blended.moments() - sum).norm() < 1e-9 * sum.norm());
   CHECK(error_with(blended) < error_with(expert));
 }
 

@@ -53,7 +53,7 @@ plant() {
   cp -r "$root/include" "$copy/"
   sed "$script" "$root/include/tetromino/$file" >"$copy/include/tetromino/$file"
   if ! build "$test" "$copy/include" "$copy/test" 2>"$copy/messages"; then
-    if grep -qE 'static assertion failed|static_assert failed' "$copy/messages"; then
+    if grep -qE 'static assertion failed|static_assert failed|condition for static assertion' "$copy/messages"; then
       echo "caught    $name by a static_assert"
     else
       echo "error     $name: does not compile: $(grep -m 1 error "$copy/messages")"

@@ -133,16 +133,12 @@ TETROMINO_INLINE void spread_row(const std::uint8_t* row, std::size_t n, std::ui
 TETROMINO_INLINE void gather_row(const std::uint8_t* in, std::size_t n, std::uint8_t* row) {
   for (std::size_t i = 0; i < n; ++i) row[i] = in[i * repacked_shape::group];
 }
-/// The same of codes, four bytes at a time; the last four may be short.
+/// The same of codes, four bytes at a time. Blocks of 16 and 32 have whole fours.
 TETROMINO_INLINE void spread_codes(const std::uint8_t* row, std::size_t n, std::uint8_t* out) {
-  const std::size_t whole = n / 4 * 4;
-  for (std::size_t i = 0; i < whole; i += 4) std::memcpy(out + i * repacked_shape::group, row + i, 4);
-  for (std::size_t i = whole; i < n; ++i) out[whole * repacked_shape::group + i - whole] = row[i];
+  for (std::size_t i = 0; i < n; i += 4) std::memcpy(out + i * repacked_shape::group, row + i, 4);
 }
 TETROMINO_INLINE void gather_codes(const std::uint8_t* in, std::size_t n, std::uint8_t* row) {
-  const std::size_t whole = n / 4 * 4;
-  for (std::size_t i = 0; i < whole; i += 4) std::memcpy(row + i, in + i * repacked_shape::group, 4);
-  for (std::size_t i = whole; i < n; ++i) row[i] = in[whole * repacked_shape::group + i - whole];
+  for (std::size_t i = 0; i < n; i += 4) std::memcpy(row + i, in + i * repacked_shape::group, 4);
 }
 
 /// Where row r of matrix e begins in each buffer of repacked storage; 0 in an empty one, which may have no address.

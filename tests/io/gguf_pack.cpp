@@ -237,6 +237,23 @@ TEST_CASE("NVFP4 has a tensor scale where llama.cpp applies it, and 1 elsewhere"
   CHECK(scales(named) == "blk.0.attn_q.scale blk.0.attn_output.scale blk.0.ffn_up_exps.scale ");
 }
 
+TEST_CASE("the tensor scale is of the whole matrix, however many slices it is packed in") {
+  const temporary_directory folder;
+  const std::size_t rows = 8192, cols = 64;  // 2 MiB, of which a slice holds half
+  io::gguf_metadata metadata;
+  metadata.set("general.architecture", "llama");
+  const std::vector<io::gguf_declaration> declared{{"blk.0.ffn_up.weight", io::ggml_type::F32, {rows, cols}}};
+  auto writer = io::gguf_writer::create(folder / "in", metadata, declared);
+  std::vector<float> values(rows * cols, 0.01f);
+  values[3] = 1.0f;
+  writer.append_values<float>("blk.0.ffn_up.weight", values);
+  writer.finish();
+  const auto file = io::gguf_file::open(folder / "in");
+  io::pack_gguf(tetromino_test::fastest, file, io::plan_gguf(file, with("nvfp4/amax")), folder / "out");
+  CHECK(io::gguf_file::open(folder / "out")["blk.0.ffn_up.scale"].copy_as<float>() ==
+        std::vector<float>{tetromino::tensor_scale_for(1.0f, tetromino::scale_rule::amax)});
+}
+
 TEST_CASE("an importance matrix weighs the errors of each expert") {
   const temporary_directory folder;
   model source;

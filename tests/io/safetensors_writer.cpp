@@ -6,10 +6,12 @@
 
 #include <sys/resource.h>  // ::setrlimit
 #include <sys/stat.h>      // ::stat, ::chmod
+#include <sys/syscall.h>   // SYS_fsync
 #include <sys/wait.h>      // ::waitpid
-#include <unistd.h>        // ::fork, ::chown, ::getgroups
+#include <unistd.h>        // ::fork, ::chown, ::getgroups, ::syscall
 
 #include <algorithm>   // std::max
+#include <cerrno>      // errno, EIO
 #include <csignal>     // std::signal, ::kill
 #include <filesystem>  // std::filesystem
 #include <random>      // std::mt19937_64
@@ -26,6 +28,8 @@ using namespace tetromino_test;
 
 namespace {
 
+int flushes = 0, error_of_flush = 0;
+
 std::size_t files_in(const fs::path& folder) {
   std::size_t count = 0;
   for ([[maybe_unused]] const auto& file : fs::directory_iterator(folder)) ++count;
@@ -33,6 +37,14 @@ std::size_t files_in(const fs::path& folder) {
 }
 
 }  // namespace
+
+/// In the place of the C library's: counts, and fails where a test asks for it.
+extern "C" int fsync(int descriptor) {
+  ++flushes;
+  if (error_of_flush == 0) return static_cast<int>(::syscall(SYS_fsync, descriptor));
+  errno = error_of_flush;
+  return -1;
+}
 
 TEST_CASE("the writer's bytes are those of the format, whatever the order and size of the pieces") {
   const temporary_directory folder;
@@ -303,6 +315,40 @@ TEST_CASE("a full disk leaves no file") {
     REQUIRE(full.is_open());
     CHECK(tetromino::detail::write_all(full.number(), 0, counting(10)) == ENOSPC);
   }
+}
+
+TEST_CASE("a file has its name only once its contents are on the disk") {
+  const temporary_directory folder;
+  store(folder / "out", "the old file");
+  const std::vector<io::tensor_declaration> declared{{"a", io::dtype::U8, {10}}};
+  const auto write = [&] {
+    auto writer = io::safetensors_writer::create(folder / "out", declared);
+    writer.append("a", counting(10));
+    flushes = 0;
+    return writer.try_finish();
+  };
+  error_of_flush = EIO;
+  const auto broken = write();
+  error_of_flush = 0;
+  REQUIRE_FALSE(broken);
+  CHECK(broken.error().code() == errc::io);
+  CHECK_THAT(broken.error().what(), contains("flush it to the disk"));
+  CHECK(files_in(folder.path()) == 1);
+  CHECK(load(folder / "out") == "the old file");
+  CHECK(write());
+  CHECK(flushes == 2);  // the file, and the folder that has its name
+}
+
+TEST_CASE("a file that cannot have its name is gone") {
+  const temporary_directory folder;
+  auto writer =
+      io::safetensors_writer::create(folder / "out", std::vector<io::tensor_declaration>{{"a", io::dtype::U8, {10}}});
+  writer.append("a", counting(10));
+  fs::create_directory(folder / "out");
+  const auto finish = writer.try_finish();
+  REQUIRE_FALSE(finish);
+  CHECK_THAT(finish.error().what(), contains("rename the finished file to it"));
+  CHECK(files_in(folder.path()) == 1);
 }
 
 TEST_CASE("a process killed while it writes leaves no file under the final name") {

@@ -107,6 +107,33 @@ TEST_CASE("a node that many send to is the busiest by what comes in") {
   CHECK(evaluate(tr.view(), p, t, sources, options).dispatch_seconds == Approx(4.0 + 2));
 }
 
+TEST_CASE("a GPU that others of its node send to is the busiest by what comes in") {
+  // requests on GPUs 0 and 1, all experts on GPU 2: two copies leave each, four arrive
+  const topology t = topology::uniform(1, 3, 2, {.inside = {100, 1}, .between = {10, 2}});
+  const placement p = placement::make(1, 2, 6, {-1, -1, -1, -1, 0, 1});
+  const trace tr = trace::make({1, 2, 1}, {0, 1, 1, 0}, {{0, 2, 0, 0}, {2, 2, 0, 0}});
+  cost_options options;
+  options.hidden = 10;
+  options.sources = source_kind::gpu;
+  const std::vector<std::uint32_t> sources = {0, 1};
+  CHECK(evaluate(tr.view(), p, t, sources, options).dispatch_seconds == Approx(0.4 + 1));
+}
+
+TEST_CASE("of a hundred steps, one may be above the 99th percentile") {
+  const topology t = topology::uniform(1, 2, 1);
+  const placement p = placement::make(1, 2, 2, {0, 1});
+  std::vector<std::uint16_t> ids;
+  for (std::uint16_t i = 0; i < 200; ++i) ids.push_back(i == 1 ? 0 : i % 2);  // both tokens of the first step alike
+  const trace tr = trace::make({1, 2, 1}, ids, {{0, 200, 0, 0}});
+  cost_options options;
+  options.tokens_per_step = 2;
+  const std::vector<std::uint32_t> sources = {0};
+  const step_figures got = evaluate(tr.view(), p, t, sources, options).step_gpu_imbalance;
+  CHECK(got.p99 == 1);
+  CHECK(got.worst == 2);
+  CHECK(got.mean == Approx(1.01));
+}
+
 TEST_CASE("cost equals the plain count on random clusters, placements and traces") {
   generator g(tetromino_test::seed());
   for (int i = 0; i < 2000; ++i) {

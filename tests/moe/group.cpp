@@ -146,6 +146,12 @@ TEST_CASE("an earlier turn keeps a request on its node, and ended requests make 
   CHECK(sticky.tokens_on_node()[1] == 1);
   sticky.release(1, 1);
   CHECK(sticky.tokens_on_node()[1] == 0);
+  // nor do they count in the budget: the next request is judged as if it were the first
+  for (const request_signature& signature : s) {
+    online_grouper fresh(affinity), again(affinity);
+    again.release(again.assign(signature, 1'000), 1'000);
+    CHECK(again.assign(signature, 10) == fresh.assign(signature, 10));
+  }
   CHECK_THROWS_AS(sticky.release(1, 1), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(sticky.assign(s[0], 1, 9), tetromino_test::precondition_failed);
 }

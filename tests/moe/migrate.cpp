@@ -73,12 +73,13 @@ TEST_CASE("a copy on the same node is preferred, then the GPU that sends least")
 }
 
 TEST_CASE("a second copy on a GPU comes from the first, and a GPU sends one expert at a time") {
-  const topology t = topology::uniform(2, 1, 2);
+  const topology t = topology::uniform(2, 1, 2, {.inside = {100, 1}, .between = {10, 2}});
   CHECK(migrate(placement::make(1, 2, 4, {0, 1, -1, -1}), placement::make(1, 2, 4, {0, -1, 1, 1}), t, 1).moves == 1);
   const migration both =
-      migrate(placement::make(1, 2, 4, {0, 1, -1, -1}), placement::make(1, 2, 4, {-1, -1, 0, 1}), t, 1);
+      migrate(placement::make(1, 2, 4, {0, 1, -1, -1}), placement::make(1, 2, 4, {-1, -1, 0, 1}), t, 50);
   REQUIRE(both.moves == 2);
   CHECK(both.layers[0].rounds.size() == 2);
+  CHECK(both.seconds == Approx(2 * (2 + 5)));
 }
 
 TEST_CASE("playing back any migration turns one placement into the other") {

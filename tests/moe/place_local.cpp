@@ -57,6 +57,21 @@ double token_spread(const trace& t, const local_plan& plan, std::size_t nodes) {
 
 }  // namespace
 
+TEST_CASE("plans of one problem are compared by visits, pairs, overload and moves") {
+  local_options o;
+  o.node_weight = 1;
+  o.pair_weight = 0.5;
+  o.node_imbalance = 1.25;
+  o.price_per_move = 10;
+  local_plan plan{placement(2, 4, 4), {}, {}};
+  plan.reached.nodes_per_token = 3;
+  plan.reached.remote_pair_fraction = 0.5;
+  plan.reached.node_imbalance = 1.5;
+  plan.copies_moved = 8;
+  // of 4 experts per token, half are remote; a pair above the limit costs a visit and a pair; 10 per 1000 for each move
+  CHECK(detail::local_value(plan, o, {2, 4, 4}) == Approx(3 + 0.5 * 4 * 0.5 + 1.5 * (4 * 0.25 + 0.01 * 8 / 2)));
+}
+
 TEST_CASE("the table of exponential numbers is that of the logarithm") {
   for (std::size_t i = 0; i < detail::exponential_table.size(); ++i) {
     const double expected = -std::log((static_cast<double>(i) + 0.5) / 1024) * 65536;

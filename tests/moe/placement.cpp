@@ -194,6 +194,8 @@ TEST_CASE("slots are filled with the rarest expert that the GPU lacks") {
   const topology t = topology::uniform(1, 2, 3);
   CHECK(fill_empty_slots(placement::make(1, 4, 6, {0, -1, -1, 1, 2, 3}), t) ==
         placement::make(1, 4, 6, {0, 1, 2, 1, 2, 3}));
+  CHECK(fill_empty_slots(placement::make(1, 4, 9, {0, -1, -1, 1, 2, 3, 1, 2, -1}), topology::uniform(1, 3, 3)) ==
+        placement::make(1, 4, 9, {0, 3, 1, 1, 2, 3, 1, 2, 0}));
   CHECK(code_of(try_fill_empty_slots(placement(1, 2, 6), t)) == errc::infeasible);
   CHECK(code_of(try_fill_empty_slots(placement(1, 2, 5), t)) == errc::shape_mismatch);
   CHECK(code_of(try_to_plan(placement(1, 2, 6), t, plan_format::tensorrt_llm_yaml)) == errc::invalid_argument);

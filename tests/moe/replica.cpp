@@ -138,15 +138,28 @@ TEST_CASE("with a GPU limit, pairs leave a busy GPU for a copy on the same node"
   // both GPUs of a node hold expert 0; tokens are all on GPU 0, which serves expert 1 too
   const topology t = topology::uniform(1, 2, 2);
   const placement p = placement::make(1, 3, 4, {0, 1, 0, 2});
-  replica_chooser near(p, t, {replica_choice::nearest}), limited(p, t, {replica_choice::nearest, 0, 1.05});
+  replica_chooser near(p, t, {replica_choice::nearest});
   const std::vector<std::uint16_t> ids = {0, 1};
   std::vector<std::uint32_t> gpus(2);
-  for (int i = 0; i < 1000; ++i) {
-    near.choose(0, ids, 0, gpus);
-    limited.choose(0, ids, 0, gpus);
-  }
+  for (int i = 0; i < 1000; ++i) near.choose(0, ids, 0, gpus);
   CHECK(near.pairs_on_gpu()[0] == 2000);
-  CHECK(limited.pairs_on_gpu()[0] < 1070);
+  for (const std::size_t window : {0, 64}) {  // what is forgotten is forgotten of the mean too
+    replica_chooser limited(p, t, {replica_choice::nearest, 0, 1.05, window});
+    for (int i = 0; i < 1000; ++i) limited.choose(0, ids, 0, gpus);
+    CHECK(limited.pairs_on_gpu()[0] < 1070);
+    CHECK(limited.pairs_on_gpu()[0] > 1030);  // what left does not count any more: up to the limit, pairs stay
+  }
+}
+
+TEST_CASE("with a node limit, pairs that no other visited node can take stay on their GPU") {
+  // both GPUs of node 0 hold expert 0, which the tokens of GPU 0 ask for; node 1 has no copy
+  const topology t = topology::uniform(2, 2, 1);
+  const placement p = placement::make(1, 3, 4, {0, 0, 1, 2});
+  replica_chooser limited(p, t, {replica_choice::fewest_nodes, 1.05});
+  const std::vector<std::uint16_t> ids = {0};
+  std::vector<std::uint32_t> gpus(1);
+  for (int i = 0; i < 1000; ++i) limited.choose(0, ids, 0, gpus);
+  CHECK(limited.pairs_on_gpu()[0] == 1000);
 }
 
 TEST_CASE("figures of steps equal the plain count") {

@@ -7,6 +7,8 @@
 #include <algorithm>  // std::swap
 #include <fstream>    // std::ofstream
 #include <sstream>    // std::istringstream
+#include <stdexcept>  // std::runtime_error
+#include <streambuf>  // std::streambuf
 #include <string>     // std::string
 #include <utility>    // std::pair
 #include <variant>    // std::get, std::holds_alternative
@@ -244,6 +246,18 @@ TEST_CASE("broken JSON lines are errors that name the line") {
   CHECK(from_lines(line("a", 4294967294, 65535, "1")).has_value());
 }
 
+TEST_CASE("a stream that breaks is no end of the log") {
+  struct broken : std::streambuf {
+    std::string first = line("a", 0, 0, "1");
+    broken() { setg(first.data(), first.data(), first.data() + first.size()); }
+    int_type underflow() override { throw std::runtime_error("the device is gone"); }
+  } buffer;
+  std::istream in(&buffer);
+  const auto read = try_read_trace_json_lines(in, "log");
+  CHECK_THAT(problem_of(read), contains("log: expected to read on"));
+  CHECK(read.error().code() == errc::io);
+}
+
 TEST_CASE("nobody, meta lines, passes that count anew, and names of two types") {
   const auto padded = from_lines(R"({"type":"meta","num_experts":7})"
                                  "\n" +
@@ -406,6 +420,16 @@ TEST_CASE("NumPy arrays: requests and counts") {
   CHECK_THAT(problem_in(zip({{"a.npy", one}}, 8)), contains("compress"));
   CHECK_THAT(problem_in(zip({{"x/data.pkl", u8{}}})), contains("torch.load"));
   CHECK_THAT(problem_in(std::string("\x80\x02}q")), contains("pickle"));
+  // both names for the same bytes: a small archive must not become a large trace
+  const auto large = npy("<u2", "200, 2, 2", bytes_of(std::vector<std::uint16_t>(800, 1)));
+  const auto entry = std::ptrdiff_t{46 + 5}, end = std::ptrdiff_t{22};
+  const std::size_t file_bytes = 30 + 5 + large.size();
+  auto twice = zip({{"a.npy", large}, {"b.npy", large}});
+  std::fill_n(twice.end() - end - entry + 42, 4, std::uint8_t{0});  // where b.npy begins
+  twice.erase(twice.end() - end - 2 * entry - static_cast<std::ptrdiff_t>(file_bytes), twice.end() - end - 2 * entry);
+  twice[twice.size() - 6] = static_cast<std::uint8_t>(file_bytes);  // where the directory begins
+  twice[twice.size() - 5] = static_cast<std::uint8_t>(file_bytes >> 8);
+  CHECK_THAT(problem_in(twice), contains("that do not overlap"));
   auto cut = zip({{"a.npy", one}});
   cut.erase(cut.begin() + static_cast<std::ptrdiff_t>(cut.size() / 2), cut.end());
   CHECK_FALSE(from_file(cut).has_value());
