@@ -2,20 +2,26 @@
 
 /// Memory that runs out, at each allocation of every public call in turn: the call throws std::bad_alloc, or gives what
 /// it always gives; nothing leaks, no file is left, objects can still be used, and the call made again gives the same.
-/// What reads or writes JSON is left out: the destructor of nlohmann::json allocates, and ends the program where it
-/// cannot.
+/// What writes JSON, or verifies it, is left out: the destructor of nlohmann::json allocates, and ends the program
+/// where it cannot. What reads it has a destructor of its own.
 
 #include <tetromino/comm/dispatcher.hpp>
 #include <tetromino/io/checkpoint.hpp>
 #include <tetromino/io/gguf.hpp>
+#include <tetromino/io/gguf/pack.hpp>
+#include <tetromino/io/imatrix.hpp>
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/layout.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/moe/cost.hpp>
+#include <tetromino/moe/group.hpp>
 #include <tetromino/moe/migrate.hpp>
 #include <tetromino/moe/place.hpp>
+#include <tetromino/moe/place_exact.hpp>
 #include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/profile.hpp>
+#include <tetromino/moe/rebalance.hpp>
+#include <tetromino/moe/recorder.hpp>
 #include <tetromino/moe/replica.hpp>
 #include <tetromino/moe/trace_io.hpp>
 #include <tetromino/repacked.hpp>
@@ -99,6 +105,13 @@ void fail_each(const char* name, const Call& call) {
   CHECK(call() == expected);
 }
 
+/// An importance matrix of the old form, with two columns of one tensor.
+std::string imatrix_of(const std::string& tensor) {
+  const auto number = [](std::uint32_t n) { return std::string(reinterpret_cast<const char*>(&n), 4); };
+  return number(1) + number(static_cast<std::uint32_t>(tensor.size())) + tensor + number(1) + number(2) +
+         std::string("\0\0\x80\x3f\0\0\0\x40", 8);
+}
+
 std::vector<float> sample(std::size_t n) { return reference::normal_sample(7, n); }
 
 moe::trace small_trace() {
@@ -177,6 +190,35 @@ TEST_CASE("memory that runs out: placing experts") {
     p.add(seen.view());
     return moe::imbalance(p.loads(moe::phase::decode)).mean;
   });
+  fail_each("exact", [&] { return moe::exact(seen.view(), cluster).experts; });
+  fail_each("balanced_eplb", [&] { return moe::balanced_eplb(loads, {12, 1, 2, 4}).physical_to_logical; });
+  fail_each("migrate_within", [&] { return moe::migrate_within(plan, next, cluster, 1e6, {3e6, 3e6}).reached; });
+  fail_each("step_chooser", [&] {
+    std::vector<std::uint32_t> gpus(4);
+    const std::vector<std::uint16_t> ids{0, 1, 0, 5};
+    return moe::step_chooser(next, cluster, moe::replica_choice::step_pairs).choose(0, ids, gpus);
+  });
+  fail_each("group", [&] {
+    const auto affinity = moe::node_affinity::make(next, cluster, seen.view());
+    auto builder = affinity.builder();
+    const std::vector<moe::request_signature> signatures(2,
+                                                         moe::signature_of(seen.view(), seen.requests()[0], builder));
+    return moe::group(affinity, signatures, std::vector<std::uint64_t>{8, 8});
+  });
+  fail_each("recorder", [&] {
+    auto recorded = moe::recorder::make({.shape = seen.shape(), .tokens = 8});
+    const std::vector<moe::recorded_row> rows{{1, moe::phase::prefill}, {2, moe::phase::decode}};
+    recorded.add_pass(rows, std::vector<std::uint16_t>{0, 1, 2, 3, 4, 5, 6, 7});
+    auto joined = moe::recorder::make({.shape = seen.shape(), .tokens = 8});
+    joined.merge(recorded.to_bytes());
+    return joined.to_trace().tokens();
+  });
+  fail_each("rebalancer", [&] {
+    moe::rebalance_options options;
+    options.least_tokens = 1;
+    auto loop = moe::rebalancer::make(plan, cluster, options);
+    return loop.try_consider(seen.view()).value().verdict;
+  });
   fail_each("text", [&] { return moe::placement_from_text(moe::to_text(next)); });
   fail_each("index tensors", [&] { return moe::to_placement(moe::to_index_tensors(next)); });
 }
@@ -241,6 +283,49 @@ TEST_CASE("memory that runs out: files") {
   fail_each("reading a trace", [&] { return moe::read_trace(path).tokens(); });
   fail_each("a refused file", [&] { return std::string(io::gguf_file::try_open(path).error().what()); });
   const auto csv = tetromino_test::store(folder / "csv", "layer,expert,count\n0,0,1\n1,1,2\n");
+  const auto lines = tetromino_test::store(
+      folder / "lines", R"({"req_id":"a","token_idx":0,"layer":0,"topk_ids":[1,0],"domain":"x"})"
+                        "\n"
+                        R"({"req_id":"a","token_idx":1,"layer":0,"topk_ids":[2,3],"more":{"a":[1,[2]],"b":{}}})");
+  fail_each("reading JSON lines", [&] { return moe::read_trace(lines).tokens(); });
+  const auto counts = tetromino_test::store(folder / "counts", R"({"logical_count":[[1,2,3],[4,5,6]],"x":[{"y":[]}]})");
+  fail_each("reading counts", [&] { return std::get<moe::load_table>(moe::read_routing(counts).content).values; });
+  const std::string plan = R"({"physical_to_logical_map":[[0,1,2,1],[2,1,0,0]]})";
+  fail_each("reading a plan", [&] { return moe::read_plan(plan).experts; });
+  const std::string placed = moe::to_json(moe::placement::make(1, 2, 3, {0, 1, 1}));
+  fail_each("reading a placement", [&] { return moe::placement_from_json(placed); });
+  fail_each("broken JSON", [&] { return std::string(moe::try_read_plan("{\"a\":[1,{").error().what()); });
+  const auto model = folder / "model";
+  std::filesystem::create_directory(model);
+  std::filesystem::copy_file(path, model / "model-1.safetensors");
+  tetromino_test::store(model / "config.json", R"({"model_type":"llama","layers":[1,{"a":[2]}]})");
+  tetromino_test::store(model / "model.safetensors.index.json",
+                        R"({"weight_map":{"experts":"model-1.safetensors","w":"model-1.safetensors"}})");
+  fail_each("reading a model", [&] { return io::checkpoint::open(model).tensors().size(); });
+  fail_each("parameters of a model", [&] { return io::parameters_of(io::checkpoint::open(model)).size(); });
+  const auto legacy = tetromino_test::store(folder / "imatrix", imatrix_of("blk.0.ffn_up.weight"));
+  fail_each("reading an importance matrix",
+            [&] { return io::imatrix::open(legacy).column_weights("blk.0.ffn_up.weight", 0, 1, 2); });
+  const auto gguf = folder / "gguf";
+  const auto write_gguf = [](const std::filesystem::path& to) {
+    io::gguf_metadata metadata;
+    metadata.set("general.architecture", std::string("llama"));
+    const std::vector<io::gguf_declaration> declared{{"blk.0.ffn_up.weight", io::ggml_type::F32, {4, 32}}};
+    auto file = io::gguf_writer::create(to, metadata, declared);
+    file.append_values<float>("blk.0.ffn_up.weight", std::vector<float>(128, 1.0f));
+    file.finish();
+  };
+  write_gguf(gguf);
+  fail_each("writing GGUF", [&] {
+    write_gguf(out);
+    return true;
+  });
+  std::filesystem::remove(out);
+  fail_each("packing GGUF", [&] {
+    const auto file = io::gguf_file::open(gguf);
+    const auto how = io::plan_gguf(file, {.rules = {{"", recipe::parse("mxfp4-32")}}});
+    return io::pack_gguf(automatic, file, how, out).size();
+  });
   fail_each("reading CSV", [&] { return std::get<moe::load_table>(moe::read_routing(csv).content).values; });
 }
 

@@ -5,6 +5,7 @@
 #include <tetromino/io/checkpoint/verify.hpp>
 #include <tetromino/quantize.hpp>
 
+#include <cfenv>  // std::fesetround
 #include <set>
 #include <thread>
 
@@ -179,6 +180,32 @@ TEST_CASE("FP8 blocks are packed from their values, and become BF16 where they a
   }
   CHECK(qsnr_of(values, decode(after.at(module + ".weight_packed").bytes, after.at(module + ".weight_scale").bytes,
                                1.0f / first_float(after.at(module + ".weight_global_scale")))) > 18);
+}
+
+TEST_CASE("FP8 blocks pack to the same bytes in every rounding mode") {
+  const temporary_directory folder;
+  const std::string up = "model.layers.0.mlp.up_proj.weight", down = "model.layers.0.mlp.down_proj.weight";
+  write_raw(folder / "in",
+            {{"model_type", "llama"}, {"hidden_size", 64}, {"quantization_config", {{"quant_method", "fp8"}}}},
+            {{up, io::dtype::F8_E4M3, {128, 64}, random_bytes(128 * 64, 0, 0x7E)},
+             {up + "_scale_inv", io::dtype::F32, {1, 1}, bytes_of(std::vector<float>{0.0123456f})},
+             {down, io::dtype::F8_E4M3, {64, 128}, random_bytes(64 * 128, 0, 0x7E)},
+             {down + "_scale_inv", io::dtype::F32, {1, 1}, bytes_of(std::vector<float>{0.0345678f})}});
+  const auto packed = [&](const std::string& name, int rounding) {
+    auto options = by(layout::compressed_tensors, "nvfp4/min-error");
+    options.keep.push_back("*down_proj*");
+    REQUIRE(std::fesetround(rounding) == 0);
+    pack_and_verify(folder / "in", folder / name, std::move(options));
+    CHECK(std::fegetround() == rounding);
+    std::fesetround(FE_TONEAREST);
+    std::map<std::string, std::vector<std::uint8_t>> out;
+    for (const auto& [tensor, stored] : read_model(folder / name)) out[tensor] = stored.bytes;
+    return out;
+  };
+  const auto expected = packed("nearest", FE_TONEAREST);
+  CHECK(packed("upward", FE_UPWARD) == expected);
+  CHECK(packed("downward", FE_DOWNWARD) == expected);
+  CHECK(packed("to_zero", FE_TOWARDZERO) == expected);
 }
 
 TEMPLATE_TEST_CASE("stacks that are stored [experts, K, outputs] pack as if their rows were stored", "", tt::bfloat16,

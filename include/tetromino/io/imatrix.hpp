@@ -5,6 +5,7 @@
 /// Importance matrices of llama.cpp as column weights. Opt-in: needs a POSIX system.
 
 #include "../config.hpp"              // TETROMINO_EXPECTS
+#include "../detail/float_state.hpp"  // default_float_state
 #include "../error.hpp"               // error, result
 #include "../float16.hpp"             // largest
 #include "detail/legacy_imatrix.hpp"  // legacy_imatrix_parser
@@ -98,6 +99,7 @@ class imatrix {
     if (!(count >= 0.0f && count <= detail::largest<float>)) {
       return error(errc::malformed_file, detail::text(subject, ": expected a count of at least 0, found ", count));
     }
+    const detail::default_float_state usual;
     std::vector<float> out(cols, 1.0f);
     for (std::size_t k = 0; k < cols && (count > 0.0f || counts == 0); ++k) {
       out[k] = number(found->sums, which * cols + k) / (count > 0.0f ? count : 1.0f);

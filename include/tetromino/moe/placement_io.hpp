@@ -77,7 +77,8 @@ inline namespace TETROMINO_ISA {
 
 /// Reads what `to_json` wrote; other keys are ignored. Errors say which key is missing or wrong.
 [[nodiscard]] inline result<placement> try_placement_from_json(std::string_view written) {
-  nlohmann::json j;
+  detail::json_document<nlohmann::json> document;
+  nlohmann::json& j = *document;
   if (std::string bad = detail::parse_json(written, j); !bad.empty() || !j.is_object()) {
     return error(errc::malformed_file, detail::text("placement: ", bad.empty() ? "expected a JSON object" : bad));
   }
@@ -214,7 +215,8 @@ inline namespace TETROMINO_ISA {
     return p ? result<plan_file>(plan_file{"placement (text)", std::move(*p)}) : p.error();
   }
   if (rest.starts_with('{')) {
-    nlohmann::json j;
+    detail::json_document<nlohmann::json> document;
+    nlohmann::json& j = *document;
     if (std::string bad = detail::parse_json(rest, j); !bad.empty()) {
       return error(errc::malformed_file, detail::text("plan: ", bad));
     }

@@ -78,7 +78,8 @@ template <class Next>
                         all.find_first_not_of(" \t\r\n", first.size()) == std::string_view::npos ||
                         !nlohmann::json::accept(first);
   if (document) {
-    nlohmann::json j;
+    json_document<nlohmann::json> written;
+    nlohmann::json& j = *written;
     if (std::string bad = parse_json(all, j); bad.empty() && j.is_object()) {
       if (j.contains("logical_count") && !j.contains("type")) {
         count_table counts;
@@ -195,8 +196,9 @@ inline namespace TETROMINO_ISA {
 ///   .npy, .npz    [tokens, layers, experts per token] for each request; or counts [layers, experts]
 ///   JSON, YAML    logical_count; plans, see read_plan
 ///   CSV           layer,expert,count
-/// Layers in which nobody serves are left out of traces. Reading takes time in proportion to the file. Errors name the
-/// file and what in it is wrong; pickles are refused, with a way to convert them.
+/// Layers in which nobody serves are left out of traces. Reading takes time in proportion to the file; beside it and
+/// what is read, memory is for one line of a log, or one JSON document, of at most 2^23 values: half a gigabyte. Errors
+/// name the file and what in it is wrong; pickles are refused, with a way to convert them.
 [[nodiscard]] inline result<routing_file> try_read_routing(const std::filesystem::path& path,
                                                            const trace_read_options& options = {}) {
   const std::string name = path.string();

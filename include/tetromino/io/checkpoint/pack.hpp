@@ -695,7 +695,7 @@ inline result<std::vector<std::string>> write_beside(const io::checkpoint& from,
   if (!from.config().is_null()) {
     auto again = read_json<ordered_json>(path);  // for the order of its keys
     if (!again) return again.error();
-    config = std::move(*again);
+    config = std::move(**again);
     if (!config.is_object()) return error(errc::malformed_file, path.string() + ": expected a JSON object");
   }
   config.erase("quantization_config");
@@ -723,6 +723,7 @@ namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 template <class Policy>
 [[nodiscard]] result<pack_report> try_pack(const Policy& policy, const checkpoint& from, const pack_plan& plan,
                                            const std::filesystem::path& to, const pack_options& options = {}) {
+  const detail::default_float_state usual;
   const bool is_file = to.extension() == ".safetensors";
   for (std::size_t i = 0; i < from.file_count(); ++i) {
     if (detail::identity_of(to) != from.identity(i)) continue;

@@ -2,12 +2,13 @@
 
 #include "../../detail/macros_off.hpp"
 
-#include "../../dequantize.hpp"     // try_dequantize_to
-#include "../../e4m3.hpp"           // e4m3
-#include "../../e8m0.hpp"           // e8m0
-#include "../../matrix.hpp"         // matrix_view
-#include "../detail/transpose.hpp"  // transpose
-#include "parameters.hpp"           // parameter
+#include "../../dequantize.hpp"          // try_dequantize_to
+#include "../../detail/float_state.hpp"  // default_float_state
+#include "../../e4m3.hpp"                // e4m3
+#include "../../e8m0.hpp"                // e8m0
+#include "../../matrix.hpp"              // matrix_view
+#include "../detail/transpose.hpp"       // transpose
+#include "parameters.hpp"                // parameter
 
 #include <algorithm>  // std::min
 #include <array>      // std::array
@@ -214,6 +215,7 @@ result<void> try_visit_rows(const Policy& policy, const checkpoint& from, const 
   TETROMINO_EXPECTS(range.matrix < p.matrices && range.first <= p.rows && range.count <= p.rows - range.first,
                     "rows of a parameter lie within it", range.matrix, p.matrices, range.first, p.rows, range.count,
                     p.rows - range.first);
+  const detail::default_float_state usual;
   switch (p.encoding) {
     case value_encoding::fp8:
       return detail::visit_fp8(from, p, range, buffers, f);

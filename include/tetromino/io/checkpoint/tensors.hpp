@@ -4,7 +4,7 @@
 
 #include "../../error.hpp"                   // error, result
 #include "../detail/file_text.hpp"           // printable
-#include "../detail/json.hpp"                // parse_json, json_text
+#include "../detail/json.hpp"                // json_document, parse_json, json_text
 #include "../detail/posix_file.hpp"          // file_reader
 #include "../detail/safetensors_header.hpp"  // parse_safetensors, safetensors_metadata
 #include "../dtype.hpp"                      // dtype
@@ -28,7 +28,7 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// A whole JSON file of at most 256 MB, which is more than an index of a million tensors.
 template <class Json = nlohmann::json>
-result<Json> read_json(const std::filesystem::path& path) {
+result<json_document<Json>> read_json(const std::filesystem::path& path) {
   constexpr std::uint64_t largest = 256'000'000;
   const auto file = file_reader::try_open(path);
   if (!file) return file.error();
@@ -40,8 +40,8 @@ result<Json> read_json(const std::filesystem::path& path) {
   if (auto read = file->try_read_at(0, {reinterpret_cast<std::uint8_t*>(bytes.data()), bytes.size()}); !read) {
     return read.error();
   }
-  Json json;
-  if (const std::string bad = parse_json(bytes, json); !bad.empty()) {
+  json_document<Json> json;
+  if (const std::string bad = parse_json(bytes, *json); !bad.empty()) {
     return error(errc::malformed_file, text(path.string(), ": ", bad));
   }
   return json;
@@ -96,7 +96,7 @@ class checkpoint {
   [[nodiscard]] TETROMINO_ABI const std::filesystem::path& folder() const noexcept { return folder_; }
   [[nodiscard]] TETROMINO_ABI bool is_single_file() const noexcept { return is_single_file_; }
   /// config.json; null if there is none.
-  [[nodiscard]] TETROMINO_ABI const nlohmann::json& config() const noexcept { return config_; }
+  [[nodiscard]] TETROMINO_ABI const nlohmann::json& config() const noexcept { return *config_; }
   /// Free text of the files' headers, together.
   [[nodiscard]] TETROMINO_ABI const safetensors_metadata& metadata() const noexcept { return metadata_; }
 
@@ -176,13 +176,14 @@ class checkpoint {
   }
 
   [[nodiscard]] TETROMINO_ABI result<void> add_indexed(const std::filesystem::path& index) {
-    auto json = detail::read_json(index);
-    if (!json) return json.error();
+    auto read = detail::read_json(index);
+    if (!read) return read.error();
+    nlohmann::json& json = **read;
     const auto malformed = [&](const auto&... what) {
       return error(errc::malformed_file, detail::text(index.string(), ": ", what...));
     };
-    const auto map = json->is_object() ? json->find("weight_map") : json->end();
-    if (map == json->end() || !map->is_object()) return malformed("expected an object weight_map");
+    const auto map = json.is_object() ? json.find("weight_map") : json.end();
+    if (map == json.end() || !map->is_object()) return malformed("expected an object weight_map");
     std::map<std::string, std::size_t> shards;  // how many tensors each is said to have
     for (const auto& [tensor, shard] : map->items()) {
       const std::string name = shard.is_string() ? shard.get<std::string>() : std::string();
@@ -258,7 +259,7 @@ class checkpoint {
   std::filesystem::path path_;
   std::filesystem::path folder_;
   bool is_single_file_ = false;
-  nlohmann::json config_;
+  detail::json_document<nlohmann::json> config_;
   safetensors_metadata metadata_;
   std::vector<safetensors_metadata> file_metadata_;
   std::vector<detail::file_reader> files_;

@@ -689,6 +689,7 @@ namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
 template <class Policy>
 [[nodiscard]] result<verify_report> try_verify(const Policy& policy, const checkpoint& original,
                                                const checkpoint& packed, const verify_options& options = {}) {
+  const detail::default_float_state usual;
   return detail::verifier(policy, original, packed, options).run();
 }
 

@@ -12,6 +12,40 @@
 #include <utility>        // std::move
 #include <vector>         // std::vector
 
+namespace TETROMINO_NAMESPACE::detail {
+
+/// JSON that goes away without asking for memory. Json's own destructor first moves what a list or an object holds to a
+/// new list, and ends the program where there is no room for one; for an empty one it needs none.
+template <class Json>
+class json_document {
+ public:
+  TETROMINO_ABI json_document() = default;
+  TETROMINO_ABI json_document(json_document&& other) noexcept : root_(std::move(other.root_)) {}
+  TETROMINO_ABI json_document& operator=(json_document&& other) noexcept {
+    root_.swap(other.root_);
+    return *this;
+  }
+  TETROMINO_ABI ~json_document() { empty(root_); }
+
+  [[nodiscard]] TETROMINO_ABI Json& operator*() noexcept { return root_; }
+  [[nodiscard]] TETROMINO_ABI const Json& operator*() const noexcept { return root_; }
+
+ private:
+  TETROMINO_ABI static void empty(Json& json) noexcept {  // as deep as parse_json goes
+    if (auto* const list = json.template get_ptr<typename Json::array_t*>()) {
+      for (Json& value : *list) empty(value);
+      list->clear();
+    } else if (auto* const object = json.template get_ptr<typename Json::object_t*>()) {
+      for (auto& member : *object) empty(member.second);
+      object->clear();
+    }
+  }
+
+  Json root_;
+};
+
+}  // namespace TETROMINO_NAMESPACE::detail
+
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// Builds JSON that nobody vouches for, event by event: each key once per object, and no more than it may hold. Json is

@@ -8,16 +8,17 @@
 ///   const auto plan = io::plan_gguf(file, {.rules = {{"", recipe::parse("mxfp4-32/min-error")}}});
 ///   io::pack_gguf(simd.on(threads), file, plan, "model-mxfp4.gguf");
 
-#include "../../dequantize.hpp"  // dequantize_to
-#include "../../error.hpp"       // error, result
-#include "../../layout.hpp"      // try_to_ggml
-#include "../../metrics.hpp"     // compare
-#include "../../quantize.hpp"    // try_quantize
-#include "../../scaling.hpp"     // recipe, tensor_scale_for
-#include "../gguf.hpp"           // gguf_file, gguf_writer
-#include "../imatrix.hpp"        // imatrix
-#include "../pack_rule.hpp"      // pack_rule, matches
-#include "roles.hpp"             // gguf_kept_because, gguf_scale_applies
+#include "../../dequantize.hpp"          // dequantize_to
+#include "../../detail/float_state.hpp"  // default_float_state
+#include "../../error.hpp"               // error, result
+#include "../../layout.hpp"              // try_to_ggml
+#include "../../metrics.hpp"             // compare
+#include "../../quantize.hpp"            // try_quantize
+#include "../../scaling.hpp"             // recipe, tensor_scale_for
+#include "../gguf.hpp"                   // gguf_file, gguf_writer
+#include "../imatrix.hpp"                // imatrix
+#include "../pack_rule.hpp"              // pack_rule, matches
+#include "roles.hpp"                     // gguf_kept_because, gguf_scale_applies
 
 #include <algorithm>   // std::any_of, std::min
 #include <cmath>       // std::log10
@@ -453,6 +454,7 @@ inline result<gguf_plan> try_plan_gguf(const gguf_file& file, gguf_options optio
 template <class Policy>
 [[nodiscard]] result<gguf_report> try_pack_gguf(const Policy& policy, const gguf_file& file, const gguf_plan& plan,
                                                 const std::filesystem::path& to) {
+  const detail::default_float_state usual;
   std::vector<gguf_declaration> declarations;
   for (const auto& planned : plan.tensors) {
     declarations.push_back({planned.source->name(), planned.type(), planned.source->shape()});

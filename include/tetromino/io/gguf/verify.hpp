@@ -300,6 +300,7 @@ template <class Policy>
 [[nodiscard]] result<gguf_verify_report> try_verify_gguf(const Policy& policy, const gguf_file& original,
                                                          const gguf_file& packed,
                                                          const gguf_verify_options& options = {}) {
+  const detail::default_float_state usual;
   return detail::gguf_verifier(policy, original, packed, options).run();
 }
 

@@ -3,7 +3,7 @@
 #include "../../detail/macros_off.hpp"
 
 #include "../../error.hpp"           // text
-#include "../../io/detail/json.hpp"  // parse_json
+#include "../../io/detail/json.hpp"  // json_document, parse_json
 
 #include <nlohmann/json.hpp>  // nlohmann::json
 
@@ -11,6 +11,7 @@
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
+using tetromino::detail::json_document;
 using tetromino::detail::parse_json;
 using tetromino::detail::text;
 

@@ -102,7 +102,8 @@ class routing_lines {
   [[nodiscard]] std::string add(std::string_view line) {
     ++number_;
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) return {};
-    nlohmann::json j;
+    json_document<nlohmann::json> document;
+    nlohmann::json& j = *document;
     if (std::string bad = parse_json(line, j); !bad.empty()) return bad;
     if (!j.is_object()) return text("expected a JSON object, got ", j.type_name());
     const line_kind kind = kind_of(j);
