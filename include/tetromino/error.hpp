@@ -14,7 +14,6 @@
 #include <string_view>       // std::string_view
 #include <type_traits>       // std::is_arithmetic_v
 #include <utility>           // std::move
-#include <variant>           // std::variant
 
 namespace TETROMINO_NAMESPACE {
 
@@ -106,36 +105,37 @@ template <class... Pieces>
 template <class T>
 class [[nodiscard]] result {
  public:
-  TETROMINO_ABI result(T value) : content_(std::in_place_index<0>, std::move(value)) {}
-  TETROMINO_ABI result(tetromino::error e) : content_(std::in_place_index<1>, std::move(e)) {}
+  TETROMINO_ABI result(T value) : value_(std::in_place, std::move(value)) {}
+  TETROMINO_ABI result(tetromino::error e) : error_(std::move(e)) {}
 
-  [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return content_.index() == 0; }
+  [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return value_.has_value(); }
   TETROMINO_ABI explicit operator bool() const noexcept { return has_value(); }
 
-  TETROMINO_ABI T& value() & { return need_value(), *std::get_if<0>(&content_); }
-  TETROMINO_ABI const T& value() const& { return need_value(), *std::get_if<0>(&content_); }
-  TETROMINO_ABI T&& value() && { return need_value(), std::move(*std::get_if<0>(&content_)); }
+  TETROMINO_ABI T& value() & { return need_value(), *value_; }
+  TETROMINO_ABI const T& value() const& { return need_value(), *value_; }
+  TETROMINO_ABI T&& value() && { return need_value(), std::move(*value_); }
 
-  TETROMINO_ABI T& operator*() & { return expects(), *std::get_if<0>(&content_); }
-  TETROMINO_ABI const T& operator*() const& { return expects(), *std::get_if<0>(&content_); }
-  TETROMINO_ABI T&& operator*() && { return expects(), std::move(*std::get_if<0>(&content_)); }
+  TETROMINO_ABI T& operator*() & { return expects(), *value_; }
+  TETROMINO_ABI const T& operator*() const& { return expects(), *value_; }
+  TETROMINO_ABI T&& operator*() && { return expects(), std::move(*value_); }
   TETROMINO_ABI T* operator->() { return &**this; }
   TETROMINO_ABI const T* operator->() const { return &**this; }
 
   [[nodiscard]] TETROMINO_ABI const tetromino::error& error() const {
     TETROMINO_EXPECTS(!has_value(), "result::error() needs a result that holds an error");
-    return *std::get_if<1>(&content_);
+    return *error_;
   }
 
  private:
   TETROMINO_ABI void need_value() const {
-    if (!has_value()) detail::raise(*std::get_if<1>(&content_));
+    if (!has_value()) detail::raise(*error_);
   }
   TETROMINO_ABI void expects() const {
     TETROMINO_EXPECTS(has_value(), "result::operator* needs a result that holds a value");
   }
 
-  std::variant<T, tetromino::error> content_;
+  std::optional<T> value_;  // or the other: compilers need less time for two of these than for one std::variant
+  std::optional<tetromino::error> error_;
 };
 
 /// Success, or the error that prevented it.

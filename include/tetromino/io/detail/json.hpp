@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>  // nlohmann::json
 
 #include <cstddef>        // std::size_t
+#include <cstdint>        // std::int64_t, std::uint64_t
 #include <string>         // std::string
 #include <string_view>    // std::string_view
 #include <unordered_set>  // std::unordered_set
@@ -48,28 +49,34 @@ class json_document {
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
+/// Tells `events` what JSON holds, piece by piece, as nlohmann::json::sax_parse does; that one would have compilers
+/// translate the readers of five binary formats too, which are more than all the rest. False where `events` said so.
+template <class Events>
+[[nodiscard]] bool follow_json(std::string_view written, Events& events) {
+  auto input = nlohmann::detail::input_adapter(written.begin(), written.end());
+  return nlohmann::detail::parser<nlohmann::json, decltype(input)>(std::move(input)).sax_parse(&events);
+}
+
 /// Builds JSON that nobody vouches for, event by event: each key once per object, and no more than it may hold. Json is
 /// nlohmann::json, or ordered_json, which keeps the order of keys. (The library's own parser with a callback looks
 /// through the whole list at the end of each object in it, and ordered_json's through all keys for each.)
 template <class Json>
-class json_builder final : public nlohmann::json_sax<Json> {
-  using sax = nlohmann::json_sax<Json>;
-
+class json_builder {
  public:
   json_builder(Json& out, std::size_t most_values) : root_(out), left_(most_values) {}
 
   [[nodiscard]] const std::string& problem() const { return problem_; }
 
-  bool null() override { return add(nullptr); }
-  bool boolean(bool value) override { return add(value); }
-  bool number_integer(typename sax::number_integer_t value) override { return add(value); }
-  bool number_unsigned(typename sax::number_unsigned_t value) override { return add(value); }
-  bool number_float(typename sax::number_float_t value, const std::string& /*written*/) override { return add(value); }
-  bool string(std::string& value) override { return add(std::move(value)); }
-  bool binary(typename sax::binary_t& /*value*/) override { return false; }
-  bool start_object(std::size_t /*unknown*/) override { return open(Json::object()); }
-  bool start_array(std::size_t /*unknown*/) override { return open(Json::array()); }
-  bool key(std::string& name) override {
+  bool null() { return add(nullptr); }
+  bool boolean(bool value) { return add(value); }
+  bool number_integer(std::int64_t value) { return add(value); }
+  bool number_unsigned(std::uint64_t value) { return add(value); }
+  bool number_float(double value, const std::string& /*written*/) { return add(value); }
+  bool string(std::string& value) { return add(std::move(value)); }
+  bool binary(const nlohmann::json::binary_t& /*value*/) { return false; }
+  bool start_object(std::size_t /*unknown*/) { return open(Json::object()); }
+  bool start_array(std::size_t /*unknown*/) { return open(Json::array()); }
+  bool key(std::string& name) {
     auto& object = open_.back().json->template get_ref<typename Json::object_t&>();
     bool is_new = true;
     if constexpr (requires { object.try_emplace(std::move(name)); }) {
@@ -83,9 +90,9 @@ class json_builder final : public nlohmann::json_sax<Json> {
     }
     return is_new || fail(text("expected each key once, got ", printable(name, 40), " twice"));
   }
-  bool end_object() override { return close(); }
-  bool end_array() override { return close(); }
-  bool parse_error(std::size_t /*at*/, const std::string& /*near*/, const typename Json::exception&) override {
+  bool end_object() { return close(); }
+  bool end_array() { return close(); }
+  bool parse_error(std::size_t /*at*/, const std::string& /*near*/, const nlohmann::json::exception&) {
     return fail("expected JSON, got something else");
   }
 
@@ -137,7 +144,7 @@ template <class Json>
 [[nodiscard]] std::string parse_json(std::string_view written, Json& out,
                                      std::size_t most_values = std::size_t{1} << 23) {
   json_builder<Json> builder(out, most_values);
-  return Json::sax_parse(written.begin(), written.end(), &builder) ? std::string() : builder.problem();
+  return follow_json(written, builder) ? std::string() : builder.problem();
 }
 
 /// The text that a JSON object has under a key; empty if it has none, or something else.

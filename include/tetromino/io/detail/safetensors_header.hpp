@@ -3,8 +3,9 @@
 #include "../../error.hpp"  // error, result
 #include "../dtype.hpp"     // io::dtype
 #include "file_text.hpp"    // printable, shape_text, invalid_utf8, checked_product
+#include "json.hpp"         // follow_json
 
-#include <nlohmann/json.hpp>  // nlohmann::json::sax_parse
+#include <nlohmann/json.hpp>  // nlohmann::json
 
 #include <algorithm>    // std::sort, std::stable_sort
 #include <array>        // std::array
@@ -335,7 +336,7 @@ inline result<safetensors_header> parse_safetensors(std::span<const std::uint8_t
   }
 
   safetensors_events events;
-  if (!nlohmann::json::sax_parse(json.begin(), json.end(), &events)) return malformed(events.problem);
+  if (!follow_json(json, events)) return malformed(events.problem);
   const std::size_t data_begin = safetensors_prefix + json.size();
   const std::string problem = check_safetensors_entries(events.tensors, file_bytes - data_begin);
   if (!problem.empty()) return malformed(problem);
