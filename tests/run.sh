@@ -7,13 +7,14 @@
 #   tests/run.sh -R placement       further options go to ctest
 # TETROMINO_PRESET picks a file of cmake/presets (dev, fuzz; asan and tsan, under which the tests of packaging are left
 # out), TETROMINO_BUILD_DIR says where to build, TETROMINO_SEED picks the random inputs,
-# TETROMINO_WARNINGS_AS_ERRORS=ON lets no warning pass; CXX, CXXFLAGS, LDFLAGS and CMAKE_PREFIX_PATH mean what they always
-# do. Where there is nvcc, the GPU code is built too, and left out if it is not done after 600 s: TETROMINO_CUDA_SECONDS
-# sets another limit, TETROMINO_CUDA_ARCHITECTURES the GPUs (by default the one here, or 90a); TETROMINO_CUDA=OFF builds
-# none of it.
+# TETROMINO_WARNINGS_AS_ERRORS=ON lets no warning pass, TETROMINO_FUZZED="a;b" leaves out fuzz targets that another
+# build has run; CXX, CXXFLAGS, LDFLAGS and CMAKE_PREFIX_PATH mean what they always do. Where there is nvcc, the GPU code
+# is built too, and left out if it is not done after 600 s: TETROMINO_CUDA_SECONDS sets another limit,
+# TETROMINO_CUDA_ARCHITECTURES the GPUs (by default the one here, or 90a); TETROMINO_CUDA=OFF builds none of it.
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"
 
 select=()
+fuzzed=${TETROMINO_FUZZED:-}
 targets="all all_verify_interface_header_sets" options=()
 if [ "${1:-}" = --slow ]; then
   select=(-C slow -L slow)
@@ -21,6 +22,7 @@ if [ "${1:-}" = --slow ]; then
   shift
 elif [ "${1:-}" = --fuzz ]; then
   TETROMINO_PRESET=fuzz
+  fuzzed=
   select=(-L fuzz)
   targets=fuzzers
   options=(-D TETROMINO_FUZZ_SECONDS="$2")
@@ -35,6 +37,7 @@ elif [ "${1:-}" = --fuzz ]; then
     select+=(-R "^fuzz[.](${names#|})\$")
   fi
 fi
+options+=(-D TETROMINO_FUZZED="$fuzzed")
 preset=${TETROMINO_PRESET:-dev}
 folder=${TETROMINO_BUILD_DIR:-$root/build/tests-$preset}
 
@@ -43,7 +46,10 @@ install_packages g++:c++ cmake:cmake ninja-build:ninja pkg-config:pkg-config cat
 if [ "$preset" != dev ]; then
   install_packages clang:clang++ libclang-rt-dev
 fi
-case $preset in asan | tsan) targets=all select+=(-LE package) ;; esac
+case $preset in
+  dev) options+=(-D TETROMINO_TESTS_PER_PROGRAM=6) ;;
+  asan | tsan) targets=all select+=(-LE package) ;;
+esac
 
 # Where there is nvcc, what it compiles (kernels, tests and examples) is built beside the rest, as long as the limit lasts.
 status=0 cuda=OFF late=
