@@ -3,6 +3,7 @@
 #include "../../examples/tools/input_statistics.hpp"
 #include "examples/program.hpp"
 #include "reference/numbers.hpp"
+#include "support/safetensors_files.hpp"
 
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/tetromino.hpp>
@@ -285,6 +286,52 @@ TEST_CASE("a tensor of the least magnitudes has a scale that its reader can inve
   }
   const auto written = read_model(folder / "compressed-tensors");
   CHECK(first_float(written.at("layers.0.mlp.up_proj.weight_global_scale")) == 0x1p126f);
+}
+
+TEST_CASE("valid files that are unusual pack as usual ones do: data at odd places, metadata that are null") {
+  const temporary_directory folder;
+  const std::string name = "layers.0.mlp.up_proj.weight";
+  const auto values = model_values({name, {64, 32}});
+  std::string weights;
+  for (const float value : values) {
+    const auto bits = tetromino::bfloat16(value).bits;
+    weights += {static_cast<char>(bits & 0xFF), static_cast<char>(bits >> 8)};
+  }
+  const auto tensor = [&](std::size_t begin) {
+    return '"' + name + R"(":{"dtype":"BF16","shape":[64,32],"data_offsets":[)" + std::to_string(begin) + ',' +
+           std::to_string(begin + weights.size()) + "]}";
+  };
+  const std::string flag = R"("flag":{"dtype":"BOOL","shape":[1],"data_offsets":[0,1]},)";
+  const auto save = [&](const char* file, std::string header, const std::string& data, std::size_t multiple) {
+    while ((8 + header.size()) % 8 != multiple) header += ' ';
+    store_text(folder / file, length_prefix(header.size()) + header + data);
+    return (folder / file).string();
+  };
+  const auto packed = [&](const std::string& in, const std::string& recipe) {
+    const std::string out = in + "." + recipe.substr(0, recipe.find('/'));
+    for (const auto& [program, arguments] : std::vector<std::pair<std::string, std::vector<std::string>>>{
+             {"quantize_checkpoint", {in, out, "--recipe", recipe}}, {"verify_checkpoint", {in, out}}}) {
+      const auto run = run_program(program, arguments, folder.path());
+      INFO(in << ": " << run.err);
+      CHECK(run.exit_code == 0);
+    }
+    auto tensors = read_model(out);
+    tensors.erase("flag");
+    return tensors;
+  };
+  for (const std::string recipe : {"mxfp4-32/oas", "nvfp4/min-error"}) {
+    const auto bytes_of = [&](const std::string& in) {
+      std::map<std::string, std::vector<std::uint8_t>> out;
+      for (const auto& [part, stored] : packed(in, recipe)) out[part] = stored.bytes;
+      return out;
+    };
+    const auto expected = bytes_of(save("usual", "{" + tensor(0) + "}", weights, 0));
+    CHECK(expected.size() >= 2);
+    CHECK(bytes_of(save("header_of_74", "{" + tensor(0) + "}", weights, 2)) == expected);
+    CHECK(bytes_of(save("header_of_75", "{" + tensor(0) + "}", weights, 3)) == expected);
+    CHECK(bytes_of(save("after_a_flag", "{" + flag + tensor(1) + "}", "\1" + weights, 0)) == expected);
+    CHECK(bytes_of(save("null", R"({"__metadata__":null,)" + tensor(0) + "}", weights, 0)) == expected);
+  }
 }
 
 TEST_CASE("output that cannot be written is an error, and an old file keeps its mode") {
