@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../../config.hpp"  // TETROMINO_SIMD, TETROMINO_VECTOR_BITS
+#include "../../config.hpp"  // TETROMINO_SIMD
 
 /// 8-bit activations on vectors, 16 blocks at a time; byte for byte what scalar_int8 gives.
 
@@ -17,71 +17,6 @@ TETROMINO_VECTOR_CODE_BEGIN
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
-
-// To integers, rounded to nearest even; and integers from -128 to 127 as bytes: those of `first`, then of `second`, or
-// those of 16-bit halves of lanes.
-
-#if TETROMINO_VECTOR_BITS == 512
-
-TETROMINO_INLINE words nearest(const floats& x) { return lanes(_mm512_cvtps_epi32(raw(x))); }
-TETROMINO_INLINE void store_signed_bytes(std::int8_t* out, const words& first, const words& second) {
-  const __m512i halves = _mm512_packs_epi32(raw(first), raw(second));  // quarters of each in turns
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
-  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(halves, halves));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(bytes));
-}
-TETROMINO_INLINE void store_signed_halves(std::int8_t* out, const words& halves) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(raw(halves)));
-}
-
-#elif TETROMINO_VECTOR_BITS == 256
-
-TETROMINO_INLINE words nearest(const floats& x) {
-  return lanes(_mm256_cvtps_epi32(raw(x.r[0])), _mm256_cvtps_epi32(raw(x.r[1])));
-}
-TETROMINO_INLINE void store_signed_bytes(std::int8_t* out, const words& first, const words& second) {
-  const __m256i a = _mm256_packs_epi32(raw(first.r[0]), raw(first.r[1]));
-  const __m256i b = _mm256_packs_epi32(raw(second.r[0]), raw(second.r[1]));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
-}
-TETROMINO_INLINE void store_signed_halves(std::int8_t* out, const words& halves) {
-  const __m256i bytes = _mm256_packs_epi16(raw(halves.r[0]), raw(halves.r[1]));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(bytes, 0xD8));
-}
-
-#else
-
-#if defined(__aarch64__)
-TETROMINO_INLINE word_register nearest(const float_register& x) { return word_register(vcvtnq_s32_f32(x)); }
-TETROMINO_INLINE word_register pack_words(const word_register& a, const word_register& b) {
-  return word_register(vreinterpretq_s32_s16(vcombine_s16(vmovn_s32(a), vmovn_s32(b))));
-}
-TETROMINO_INLINE byte_register pack_halves(const word_register& a, const word_register& b) {
-  return vuzp1q_u8(vreinterpretq_u8_s32(a), vreinterpretq_u8_s32(b));
-}
-#else
-TETROMINO_INLINE word_register nearest(const float_register& x) { return _mm_cvtps_epi32(x); }
-TETROMINO_INLINE word_register pack_words(const word_register& a, const word_register& b) {
-  return _mm_packs_epi32(a, b);
-}
-TETROMINO_INLINE byte_register pack_halves(const word_register& a, const word_register& b) {
-  return _mm_packs_epi16(a, b);
-}
-#endif
-TETROMINO_INLINE words nearest(const floats& x) {
-  return words(nearest(x.r[0]), nearest(x.r[1]), nearest(x.r[2]), nearest(x.r[3]));
-}
-TETROMINO_INLINE void store_signed_halves(std::int8_t* out, const words& halves) {
-  store_register(out, pack_halves(halves.r[0], halves.r[1]));
-  store_register(out + 16, pack_halves(halves.r[2], halves.r[3]));
-}
-TETROMINO_INLINE void store_signed_bytes(std::int8_t* out, const words& first, const words& second) {
-  store_signed_halves(out, words(pack_words(first.r[0], first.r[1]), pack_words(first.r[2], first.r[3]),
-                                 pack_words(second.r[0], second.r[1]), pack_words(second.r[2], second.r[3])));
-}
-
-#endif
 
 struct simd_int8 {
   /// See scalar_int8.
@@ -119,8 +54,7 @@ struct simd_int8 {
   /// Rounds the first `used` of 16 blocks, and writes all 16 scales; returns the first that is not finite, or 16.
   template <real T>
   static std::size_t round_blocks(const T* x, std::size_t used, std::int8_t* values, float* scales) {
-    constexpr std::size_t known_size = registers > 2 ? any_size : block;
-    const words bits = block_amax<known_size>(block, x);
+    const words bits = block_amax<block_size<block>>(block, x);
     if (any_at_least(bits, infinity)) return first_at_least(bits, infinity);
     const floats amax = floats_of(bits), zero = broadcast(0.0f), largest = broadcast(127.0f);
     const flags tiny = amax < broadcast(0x1p-120f);

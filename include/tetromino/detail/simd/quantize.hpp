@@ -439,7 +439,7 @@ struct simd_kernels : simd_rotation {
       return {v.first * m.first, v.second * m.second};
     }
     const floats_pair d = spread<T, Block>(block, divisor);
-    if (TETROMINO_HAS_FMA && how == rescaling::multiply_by_inverse) {
+    if (has_fused_products && how == rescaling::multiply_by_inverse) {
       const floats_pair i = spread<T, Block>(block, multiplier);
       return {quotient_for_code(v.first, d.first, i.first), quotient_for_code(v.second, d.second, i.second)};
     }

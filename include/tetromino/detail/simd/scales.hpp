@@ -52,15 +52,7 @@ TETROMINO_INLINE words encode_e4m3(const floats& v) {
   const words magic = step + broadcast(20 << 23);  // three bits of mantissa survive the sum
   return bits_of(m + floats_of(magic)) - magic + shift_right<20>(step - least);
 }
-/// The values of codes 0 ... 255.
-TETROMINO_INLINE floats decode_e4m3(const words& code) {
-  const words magnitude = shift_left<20>(code & broadcast(0x7F)), sign = shift_left<24>(code & broadcast(0x80));
-  const floats normal = floats_of(magnitude + broadcast(120 << 23));
-  const floats subnormal = floats_of(magnitude + broadcast(121 << 23)) - broadcast(0x1p-6f);
-  const floats finite = select(normal < broadcast(0x1p-6f), subnormal, normal);
-  return floats_of(select(broadcast(448.0f) < normal, broadcast(0x7FC00000), bits_of(finite)) | sign);
-}
-/// The values of codes 0 ... 255.
+/// The values of codes of E8M0, 0 ... 255.
 TETROMINO_INLINE floats decode_e8m0(const words& code) {
   const words value = max(shift_left<23>(code), broadcast(0x00400000));
   return floats_of(value | shift_left<22>(shift_right<8>(code + broadcast(1))));  // 255 is NaN
@@ -274,8 +266,7 @@ TETROMINO_OUTLINE inline words searched_macros(const row_rules& rules, const blo
 /// x / divisor, correctly rounded; `inverse` is 1 / divisor.
 template <bool Quick>
 TETROMINO_INLINE floats quotient(const floats& x, const floats& divisor, [[maybe_unused]] const floats& inverse) {
-#if TETROMINO_HAS_FMA
-  if constexpr (Quick) {
+  if constexpr (Quick && has_fused_products) {
     // Two corrections by the exact remainder. After the first the quotient is within one unit in the last place, from
     // where the second gives the correctly rounded one. (Markstein: Computation of elementary functions on the IBM RISC
     // System/6000 processor; 1990)
@@ -283,24 +274,20 @@ TETROMINO_INLINE floats quotient(const floats& x, const floats& divisor, [[maybe
     const floats q1 = multiply_add(subtract_product(x, q0, divisor), inverse, q0);
     return multiply_add(subtract_product(x, q1, divisor), inverse, q1);
   }
-#endif
   return x / divisor;
 }
 /// The same for E2M1 codes alone: one correction, after which the outcome lies on the quotient's side of each midpoint
 /// between values of E2M1. (All mantissas of the divisor were tried, with the floats around each midpoint times it.)
 TETROMINO_INLINE floats quotient_for_code(const floats& x, const floats& divisor, const floats& inverse) {
-#if TETROMINO_HAS_FMA
+  if constexpr (!has_fused_products) return x / divisor;
   const floats q0 = x * inverse;
   return multiply_add(subtract_product(x, q0, divisor), inverse, q0);
-#else
-  return quotient<true>(x, divisor, inverse);
-#endif
 }
 /// Whether quotients of magnitudes up to amax can be had from inverses: nothing overflows, and elements so small that
 /// their remainder underflows have a quotient whose square is zero.
 TETROMINO_INLINE bool has_quick_quotients(const words& amax, const floats& divisor, const floats& inverse) {
-  return TETROMINO_HAS_FMA && all((broadcast(0x1p-25f) <= divisor) & (divisor <= broadcast(0x1p100f)) &
-                                  (floats_of(amax) * inverse <= broadcast(0x1p60f)));
+  return has_fused_products && all((broadcast(0x1p-25f) <= divisor) & (divisor <= broadcast(0x1p100f)) &
+                                   (floats_of(amax) * inverse <= broadcast(0x1p60f)));
 }
 
 /// The squared errors of 16 blocks over their divisors.
@@ -327,7 +314,7 @@ TETROMINO_OUTLINE inline floats nvfp4_errors(const block_magnitudes& in, const w
                                  : divided_errors<is_quick, true>(in, divisors, inverses);
   };
   return rounded(scale * scale) * (has_quick_quotients(amax, divisor, inverse)
-                                       ? errors(std::bool_constant<TETROMINO_HAS_FMA>{})
+                                       ? errors(std::bool_constant<has_fused_products>{})
                                        : errors(std::false_type{}));
 }
 

@@ -7,7 +7,9 @@
 #if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 256
 
 #include "../../../float16.hpp"  // half, bfloat16
+#include "avx.hpp"               // split_elements, split_codes, biased_table
 #include "lanes.hpp"             // floats, words
+#include "sse2.hpp"              // load_16, store_16
 
 #include <immintrin.h>
 
@@ -39,25 +41,29 @@ TETROMINO_INLINE void store_halfwords(void* out, const words& a) {
 }
 TETROMINO_INLINE floats load(const bfloat16* x) { return widen_bfloat16(load_halfwords(x)); }
 TETROMINO_INLINE void store(bfloat16* out, const floats& a) { store_halfwords(out, narrow_bfloat16(a)); }
+
+/// The low byte of each lane, which is at most 255.
+TETROMINO_INLINE void store_bytes(std::uint8_t* out, const words& a) {
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(raw(a.r[0]), raw(a.r[1])), 0xD8);
+  store_16(out, _mm_packus_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+}
+TETROMINO_INLINE words load_bytes(const std::uint8_t* x) {
+  const __m128i all = load_16(x);
+  return lanes(_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8)));
+}
+
 #if TETROMINO_HAS_F16C
 TETROMINO_INLINE floats load(const half* x) {
   const __m256i all = load_register(x);
   return lanes(_mm256_cvtph_ps(_mm256_castsi256_si128(all)), _mm256_cvtph_ps(_mm256_extracti128_si256(all, 1)));
 }
 TETROMINO_INLINE void store(half* out, const floats& a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(raw(a.r[0]), _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 8), _mm256_cvtps_ph(raw(a.r[1]), _MM_FROUND_TO_NEAREST_INT));
+  store_16(out, _mm256_cvtps_ph(raw(a.r[0]), _MM_FROUND_TO_NEAREST_INT));
+  store_16(out + 8, _mm256_cvtps_ph(raw(a.r[1]), _MM_FROUND_TO_NEAREST_INT));
 }
-#else
-TETROMINO_INLINE floats load(const half* x) { return widen_half(load_halfwords(x)); }
-TETROMINO_INLINE void store(half* out, const floats& a) { store_halfwords(out, narrow_half(a)); }
-#endif
-#if TETROMINO_HAS_F16C
 /// The values of 16 codes of E4M3.
 TETROMINO_INLINE floats load_e4m3(const std::uint8_t* x) {
-  // As the upper bits of a half, a code stands for 2^-8 of its value, but for NaN, which becomes 480.
-  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xBFFF)));
+  const __m256i halves = e4m3_as_halves(x);
   const auto values = [](__m128i eight) TETROMINO_INLINE_LAMBDA {
     const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(eight), _mm256_set1_ps(256.0f));
     const __m256 magnitude = _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF)));
@@ -65,17 +71,23 @@ TETROMINO_INLINE floats load_e4m3(const std::uint8_t* x) {
   };
   return lanes(values(_mm256_castsi256_si128(halves)), values(_mm256_extracti128_si256(halves, 1)));
 }
+#else
+TETROMINO_INLINE floats load(const half* x) { return widen_half(load_halfwords(x)); }
+TETROMINO_INLINE void store(half* out, const floats& a) { store_halfwords(out, narrow_half(a)); }
+TETROMINO_INLINE floats load_e4m3(const std::uint8_t* x) { return decode_e4m3(load_bytes(x)); }
 #endif
 
-/// The low byte of each lane, which is at most 255.
-TETROMINO_INLINE void store_bytes(std::uint8_t* out, const words& a) {
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(raw(a.r[0]), raw(a.r[1])), 0xD8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                   _mm_packus_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+/// Integers from -128 to 127 as bytes: both 16-bit halves of each lane in turn.
+TETROMINO_INLINE void store_signed_halves(std::int8_t* out, const words& halves) {
+  const __m256i bytes = _mm256_packs_epi16(raw(halves.r[0]), raw(halves.r[1]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(bytes, 0xD8));
 }
-TETROMINO_INLINE words load_bytes(const std::uint8_t* x) {
-  const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  return lanes(_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_srli_si128(all, 8)));
+/// The same of the lanes of `first`, then of `second`.
+TETROMINO_INLINE void store_signed_bytes(std::int8_t* out, const words& first, const words& second) {
+  const __m256i a = _mm256_packs_epi32(raw(first.r[0]), raw(first.r[1]));
+  const __m256i b = _mm256_packs_epi32(raw(second.r[0]), raw(second.r[1]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order));
 }
 
 /// Writes a line of 64 bytes, both sides aligned, past the caches; end_streaming() before others may read it.
@@ -85,7 +97,6 @@ TETROMINO_INLINE void stream_line(void* to, const void* from) {
   _mm256_stream_si256(target, _mm256_load_si256(source));
   _mm256_stream_si256(target + 1, _mm256_load_si256(source + 1));
 }
-TETROMINO_INLINE void end_streaming() { _mm_sfence(); }
 
 // Across lanes --------------------------------------------------------------------------------------------------------
 
@@ -179,19 +190,28 @@ TETROMINO_INLINE words block_amax(std::size_t /*block*/, const T* x) {
   return bits_of(widen_half(one));
 }
 
-// E2M1 ----------------------------------------------------------------------------------------------------------------
+// Arithmetic ----------------------------------------------------------------------------------------------------------
 
+/// To integers, rounded to nearest even.
+TETROMINO_INLINE words nearest(const floats& x) {
+  return lanes(_mm256_cvtps_epi32(raw(x.r[0])), _mm256_cvtps_epi32(raw(x.r[1])));
+}
+/// a b + c, and c - a b, rounded once where has_fused_products.
 #if TETROMINO_HAS_FMA
 TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const floats& c) {
   return lanes(_mm256_fmadd_ps(raw(a.r[0]), raw(b.r[0]), raw(c.r[0])),
                _mm256_fmadd_ps(raw(a.r[1]), raw(b.r[1]), raw(c.r[1])));
 }
-/// c - a b, rounded once.
 TETROMINO_INLINE floats subtract_product(const floats& c, const floats& a, const floats& b) {
   return lanes(_mm256_fnmadd_ps(raw(a.r[0]), raw(b.r[0]), raw(c.r[0])),
                _mm256_fnmadd_ps(raw(a.r[1]), raw(b.r[1]), raw(c.r[1])));
 }
+#else
+TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const floats& c) { return a * b + c; }
+TETROMINO_INLINE floats subtract_product(const floats& c, const floats& a, const floats& b) { return c - a * b; }
 #endif
+
+// E2M1 ----------------------------------------------------------------------------------------------------------------
 
 /// The codes of y, with the signs of x.
 TETROMINO_INLINE words encode_e2m1(const floats& y, const floats& x) {
@@ -251,8 +271,8 @@ TETROMINO_INLINE void store_codes(std::uint8_t* out, const words& a0, const word
     };
     const __m256i bytes = _mm256_packus_epi16(pairs(a0, a1), pairs(b0, b1));
     const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi16(low, high));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16), _mm_unpackhi_epi16(low, high));
+    store_16(out, _mm_unpacklo_epi16(low, high));
+    store_16(out + 16, _mm_unpackhi_epi16(low, high));
   }
 }
 
@@ -336,9 +356,8 @@ class e2m1_decoder {
       return entries;
     };
     static constexpr std::array<std::uint8_t, 16> lower = table(0), upper = table(8);
-    const auto load_twice = [](const std::uint8_t* x) TETROMINO_INLINE_LAMBDA {
-      return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-    };
+    const auto load_twice = [](const std::uint8_t* x)
+                                TETROMINO_INLINE_LAMBDA { return _mm256_broadcastsi128_si256(load_16(x)); };
     const __m256i pairs = _mm256_srlv_epi32(load_twice(codes), _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
     const __m256i code = _mm256_and_si256(pairs, _mm256_set1_epi8(15));
     const __m256i low = _mm256_shuffle_epi8(load_twice(lower.data()), code);
@@ -367,9 +386,7 @@ TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std:
   byte_columns out;
   for (std::size_t half = 0; half < 2; ++half) {
     const auto pair = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-      const auto row = [&](std::size_t n) TETROMINO_INLINE_LAMBDA {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[8 * half + n] + offset));
-      };
+      const auto row = [&](std::size_t n) TETROMINO_INLINE_LAMBDA { return load_16(rows[8 * half + n] + offset); };
       return _mm256_inserti128_si256(_mm256_castsi128_si256(row(i)), row(i + 4), 1);
     };
     const __m256i a = pair(0), b = pair(1), c = pair(2), d = pair(3);
@@ -383,12 +400,9 @@ TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std:
   return out;
 }
 
-/// Integer products take values as twice themselves plus this.
-inline constexpr std::int32_t value_bias = 12;
 /// Of each byte's low four bits, a code: value_bias + twice its value, from 0 to 24.
 TETROMINO_INLINE words biased_values(const words& codes) {
-  const __m256i table =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  const __m256i table = _mm256_broadcastsi128_si256(biased_table());
   return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
     return _mm256_shuffle_epi8(table, _mm256_and_si256(raw(codes.r[i]), _mm256_set1_epi8(15)));
   });
@@ -417,7 +431,7 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
   });
 }
 
-/// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as simd_elements.hpp orders
+/// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as split_elements orders
 /// them): lane n of out[b] is the sum over block b of row n, biased.
 template <std::size_t Block>
 void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
@@ -428,8 +442,7 @@ void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const st
                  high = _mm256_castsi256_ps(load_register(x + 64 * part + 32));
     const __m256i even = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88)), 0xD8);
     const __m256i odd = _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0xDD)), 0xD8);
-    const __m256i table =
-        _mm256_broadcastsi128_si256(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    const __m256i table = _mm256_broadcastsi128_si256(biased_table());
     // Two sums of 16 bits in each lane, of four products each: at most 4 * 24 * 128, so that two of them fit.
     const auto row = [&](std::size_t n) TETROMINO_INLINE_LAMBDA {
       const __m256i codes = load_register(rows[n] + offset + 32 * part), mask = _mm256_set1_epi8(15);

@@ -7,7 +7,9 @@
 #if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 512
 
 #include "../../../float16.hpp"  // half, bfloat16
+#include "avx.hpp"               // split_elements, split_codes, biased_table
 #include "lanes.hpp"             // floats, words
+#include "sse2.hpp"              // load_16, store_16
 
 #include <immintrin.h>
 
@@ -48,25 +50,29 @@ TETROMINO_INLINE void store(bfloat16* out, const floats& a) {
 }
 
 /// The low byte of each lane.
-TETROMINO_INLINE void store_bytes(std::uint8_t* out, const words& a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(raw(a)));
+TETROMINO_INLINE void store_bytes(std::uint8_t* out, const words& a) { store_16(out, _mm512_cvtepi32_epi8(raw(a))); }
+TETROMINO_INLINE words load_bytes(const std::uint8_t* x) { return lanes(_mm512_cvtepu8_epi32(load_16(x))); }
+
+/// Integers from -128 to 127 as bytes: both 16-bit halves of each lane in turn.
+TETROMINO_INLINE void store_signed_halves(std::int8_t* out, const words& halves) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(raw(halves)));
 }
-TETROMINO_INLINE words load_bytes(const std::uint8_t* x) {
-  return lanes(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+/// The same of the lanes of `first`, then of `second`.
+TETROMINO_INLINE void store_signed_bytes(std::int8_t* out, const words& first, const words& second) {
+  const __m512i halves = _mm512_packs_epi32(raw(first), raw(second));  // quarters of each in turns
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(halves, halves));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(bytes));
 }
 
 /// Writes a line of 64 bytes, both sides aligned, past the caches; end_streaming() before others may read it.
 TETROMINO_INLINE void stream_line(void* to, const void* from) {
   _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
 }
-TETROMINO_INLINE void end_streaming() { _mm_sfence(); }
 
 /// The values of 16 codes of E4M3.
 TETROMINO_INLINE floats load_e4m3(const std::uint8_t* x) {
-  // As the upper bits of a half, a code stands for 2^-8 of its value, but for NaN, which becomes 480.
-  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xBFFF)));
-  const __m512 values = _mm512_mul_ps(_mm512_cvtph_ps(halves), _mm512_set1_ps(256.0f));
+  const __m512 values = _mm512_mul_ps(_mm512_cvtph_ps(e4m3_as_halves(x)), _mm512_set1_ps(256.0f));
   const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(values), _mm512_set1_epi32(0x7FFFFFFF));
   const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_castps_si512(_mm512_set1_ps(480.0f)));
   return lanes(_mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_castps_si512(values), nan, _mm512_set1_epi32(-1))));
@@ -166,15 +172,19 @@ TETROMINO_INLINE words block_amax(std::size_t /*block*/, const T* x) {
   return lanes(_mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(one, 16)))));
 }
 
-// E2M1 ----------------------------------------------------------------------------------------------------------------
+// Arithmetic ----------------------------------------------------------------------------------------------------------
 
+/// To integers, rounded to nearest even.
+TETROMINO_INLINE words nearest(const floats& x) { return lanes(_mm512_cvtps_epi32(raw(x))); }
+/// a b + c, and c - a b, rounded once.
 TETROMINO_INLINE floats multiply_add(const floats& a, const floats& b, const floats& c) {
   return lanes(_mm512_fmadd_ps(raw(a), raw(b), raw(c)));
 }
-/// c - a b, rounded once.
 TETROMINO_INLINE floats subtract_product(const floats& c, const floats& a, const floats& b) {
   return lanes(_mm512_fnmadd_ps(raw(a), raw(b), raw(c)));
 }
+
+// E2M1 ----------------------------------------------------------------------------------------------------------------
 
 /// The codes of y, with the signs of x.
 TETROMINO_INLINE words encode_e2m1(const floats& y, const floats& x) {
@@ -244,7 +254,7 @@ class e2m1_decoder {
   }
   /// 32 codes.
   TETROMINO_INLINE floats_pair operator()(const std::uint8_t* codes) const {
-    const __m512i all = _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i all = _mm512_castsi128_si512(load_16(codes));
     const __m512i nibble = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
     const auto half = [&](int first) TETROMINO_INLINE_LAMBDA {
       const __m512i word =
@@ -296,9 +306,7 @@ struct byte_columns {
 };
 TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std::size_t offset) {
   const auto quarters = [&](std::size_t first) TETROMINO_INLINE_LAMBDA {  // rows first, first + 4 ...
-    const auto row = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[first + 4 * i] + offset));
-    };
+    const auto row = [&](std::size_t i) TETROMINO_INLINE_LAMBDA { return load_16(rows[first + 4 * i] + offset); };
     __m512i all = _mm512_castsi128_si512(row(0));
     all = _mm512_inserti32x4(all, row(1), 1);
     all = _mm512_inserti32x4(all, row(2), 2);
@@ -311,12 +319,9 @@ TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std:
            lanes(_mm512_unpacklo_epi64(ab_high, cd_high)), lanes(_mm512_unpackhi_epi64(ab_high, cd_high))}};
 }
 
-/// Integer products take values as twice themselves plus this.
-inline constexpr std::int32_t value_bias = 12;
 /// Of each byte's low four bits, a code: value_bias + twice its value, from 0 to 24.
 TETROMINO_INLINE words biased_values(const words& codes) {
-  const __m512i table =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  const __m512i table = _mm512_broadcast_i32x4(biased_table());
 #if TETROMINO_HAS_VNNI
   return lanes(_mm512_permutexvar_epi8(raw(codes), table));  // heeds six bits, of which the upper two pick a copy
 #else
@@ -342,7 +347,7 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
 #endif
 }
 
-/// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as simd_elements.hpp orders
+/// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as split_elements orders
 /// them): lane n of out[b] is the sum over block b of row n, biased.
 template <std::size_t Block>
 void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,

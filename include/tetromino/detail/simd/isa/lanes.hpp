@@ -103,12 +103,17 @@ TETROMINO_INLINE word_register larger(word_register a, word_register b) {
 
 inline constexpr std::size_t lane_count = 16;
 inline constexpr std::size_t registers = lane_count * 32 / TETROMINO_VECTOR_BITS;
+/// Whether multiply_add and subtract_product round once.
+inline constexpr bool has_fused_products = TETROMINO_HAS_FMA;
 static_assert(float_batch::size * registers == lane_count);
 
 /// The size of blocks where it is a template parameter: this, where it is known at run time only.
 inline constexpr std::size_t any_size = 0;
-/// f<Block>() for blocks of 16 or 32 elements. Where a kernel works on many registers, a loop costs little beside what
-/// it repeats, and what is written out for each size takes long to compile: there, Block is any_size.
+/// That parameter for blocks of `Size` elements. Where a kernel works on many registers, a loop costs little beside
+/// what it repeats, and what is written out for each size takes long to compile: there it is any_size.
+template <std::size_t Size>
+inline constexpr std::size_t block_size = registers > 2 ? any_size : Size;
+/// f<block_size<16>>() or f<block_size<32>>(), for blocks of 16 or 32 elements.
 template <class F>
 TETROMINO_INLINE auto with_block(std::size_t block, const F& f) {
   if constexpr (registers > 2) {
@@ -291,11 +296,13 @@ TETROMINO_INLINE void store(float* out, const floats& a) {
   for (std::size_t i = 0; i < registers; ++i) float_batch(a.r[i]).store_unaligned(out + i * float_batch::size);
 }
 
-/// Asks for what lies `ahead` bytes after x, which may be past the end of everything.
-TETROMINO_INLINE void prefetch([[maybe_unused]] const void* x, [[maybe_unused]] std::size_t ahead) {
-#if defined(__GNUC__)
+/// Asks for what lies `ahead` bytes after x, which may be past the end of everything: for it to be in the first cache.
+TETROMINO_INLINE void prefetch(const void* x, std::size_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + ahead));
-#endif
+}
+/// The same, for it to be in the second cache.
+TETROMINO_INLINE void prefetch_to_l2(const void* x, std::size_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + ahead), 0, 2);
 }
 
 /// 16-bit numbers in the low halves of lanes, and back. NaN stays NaN as in half and bfloat16.
@@ -328,6 +335,15 @@ TETROMINO_INLINE words narrow_half(const floats& a) {
   const words infinite = select(m < broadcast(65520.0f), finite, broadcast(0x7C00));
   const words nan = (shift_right<13>(word) & broadcast(0x3FF)) | broadcast(0x7E00);
   return select(a <= a, infinite, nan) | sign;
+}
+
+/// The values of codes of E4M3, 0 ... 255.
+TETROMINO_INLINE floats decode_e4m3(const words& code) {
+  const words magnitude = shift_left<20>(code & broadcast(0x7F)), sign = shift_left<24>(code & broadcast(0x80));
+  const floats normal = floats_of(magnitude + broadcast(120 << 23));
+  const floats subnormal = floats_of(magnitude + broadcast(121 << 23)) - broadcast(0x1p-6f);
+  const floats finite = select(normal < broadcast(0x1p-6f), subnormal, normal);
+  return floats_of(select(broadcast(448.0f) < normal, broadcast(0x7FC00000), bits_of(finite)) | sign);
 }
 
 /// Hands back products as the rounded floats that they are; see detail::rounded.

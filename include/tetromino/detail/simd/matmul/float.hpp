@@ -8,7 +8,7 @@
 
 #include "../../../scaling.hpp"  // macro_factor
 #include "../../cpu_matmul.hpp"  // float_product, matmul_tile
-#include "../isa.hpp"            // e2m1_decoder, multiply_add, sum_each
+#include "../isa.hpp"            // e2m1_decoder, multiply_add, shifts_scales, sum_each
 #include "panel.hpp"             // load_scales
 #include "rows.hpp"              // linear_rows
 #include "tile_sums.hpp"         // tile_sums
@@ -167,11 +167,11 @@ class float_matmul {
     }
     return whole;
   }
-  template <std::size_t Block>
+  template <std::size_t Block, class Decoder = e2m1_decoder>
   void add_chunks(std::size_t used, float* total) {
     constexpr std::size_t together = registers == 4 ? 2 : 4;  // rows of weights whose sums are independent
     constexpr std::size_t most = chunks_at_once * depth;
-    const e2m1_decoder decode;
+    const Decoder decode;
     alignas(64) float scales[together][most / Block];
     alignas(64) float sums[chunks_at_once][lane_count][lane_count];
     for (std::size_t l = 0; l < lane_count; l += together) {
@@ -187,21 +187,21 @@ class float_matmul {
             const floats even = load(&x_[0][0] + i), odd = load(&x_[0][0] + i + lane_count);
             repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA {
               const floats_pair w = decode_32(r, i);
-              sum[r] = multiply_and_add(odd, w.second, multiply_and_add(even, w.first, sum[r]));
+              sum[r] = multiply_add(odd, w.second, multiply_add(even, w.first, sum[r]));
             });
           }
           repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { store(sums[first / depth][l + r], sum[r]); });
         }
       };
-#if TETROMINO_VECTOR_BITS == 256
-      alignas(64) std::int32_t shifts[together][most / Block];
-      if (load_shifts<Block, together>(l, used, shifts)) {
-        add_all([&](auto r, std::size_t i) TETROMINO_INLINE_LAMBDA {
-          return decode.template shifted<Block>(codes[r] + i / 2, shifts[r] + i / Block);
-        });
-        continue;
+      if constexpr (shifts_scales<Decoder>) {
+        alignas(64) std::int32_t shifts[together][most / Block];
+        if (load_shifts<Block, together, Decoder>(l, used, shifts)) {
+          add_all([&](auto r, std::size_t i) TETROMINO_INLINE_LAMBDA {
+            return decode.template shifted<Block>(codes[r] + i / 2, shifts[r] + i / Block);
+          });
+          continue;
+        }
       }
-#endif
       for (std::size_t r = 0; r < together; ++r) {
         load_block_scales<Block>(rows_of_weights_[l + r], used / Block, scales[r]);
       }
@@ -215,9 +215,8 @@ class float_matmul {
     }
   }
 
-#if TETROMINO_VECTOR_BITS == 256
-  /// Scales as e2m1_decoder::shifted takes them; says whether all of them can be.
-  template <std::size_t Block, std::size_t Rows>
+  /// Scales as the decoder's `shifted` takes them; says whether all of them can be.
+  template <std::size_t Block, std::size_t Rows, class Decoder>
   bool load_shifts(std::size_t l, std::size_t used, std::int32_t (*shifts)[chunks_at_once * depth / Block]) const {
     const any_format& format = weights_.format;
     if (format.scale != scale_type::e8m0 || format.macro_block != 0) return false;
@@ -226,24 +225,15 @@ class float_matmul {
     for (std::size_t r = 0; r < Rows; ++r) {
       const std::uint8_t* bytes = rows_of_weights_[l + r].scales;
       std::size_t b = 0;
-      for (; b + lane_count <= blocks; b += lane_count) e2m1_decoder::scale_shifts(bytes + b, shifts[r] + b, misfits);
+      for (; b + lane_count <= blocks; b += lane_count) Decoder::scale_shifts(bytes + b, shifts[r] + b, misfits);
       if (b < blocks) {
         std::uint8_t padded[lane_count];
         std::fill(padded, padded + lane_count, std::uint8_t{127});
         std::copy_n(bytes + b, blocks - b, padded);
-        e2m1_decoder::scale_shifts(padded, shifts[r] + b, misfits);
+        Decoder::scale_shifts(padded, shifts[r] + b, misfits);
       }
     }
     return !any_at_least(shift_right<31>(misfits) & broadcast(1), 1);
-  }
-#endif
-
-  static TETROMINO_INLINE floats multiply_and_add(const floats& a, const floats& b, const floats& c) {
-#if TETROMINO_HAS_FMA
-    return multiply_add(a, b, c);
-#else
-    return a * b + c;
-#endif
   }
 
   /// What the chunk adds to `Rows` rows from m on, `Outputs` outputs at a time.
@@ -264,7 +254,7 @@ class float_matmul {
     floats sum[Rows * Outputs];
     ((sum[Sum] = broadcast(0.0f)), ...);
     for (std::size_t k = 0; k < used_; k += lane_count) {
-      ((sum[Sum] = multiply_and_add(load(&x_[m + Sum / Outputs][k]), load(&w_[n + Sum % Outputs][k]), sum[Sum])), ...);
+      ((sum[Sum] = multiply_add(load(&x_[m + Sum / Outputs][k]), load(&w_[n + Sum % Outputs][k]), sum[Sum])), ...);
     }
     (store(sums[Sum / Outputs][n + Sum % Outputs], sum[Sum]), ...);
   }

@@ -10,8 +10,8 @@
 #include "../../../e8m0.hpp"     // e8m0
 #include "../../../scaling.hpp"  // macro_factor
 #include "../../cpu_matmul.hpp"  // integer_product, matmul_tile
-#include "elements.hpp"          // split_elements, split_codes
-#include "panel.hpp"             // element_rows, add_panel, row_panel
+#include "../isa.hpp"            // split_elements, split_codes
+#include "panel.hpp"             // element_rows, add_panel, add_row_as_it_lies, row_panel
 #include "tile_sums.hpp"         // tile_sums
 
 #include <algorithm>  // std::all_of, std::min, std::copy_n, std::fill
@@ -30,8 +30,6 @@ class integer_matmul {
   static void multiply(const integer_product& product, const matmul_tile& tile) { integer_matmul(product, tile).run(); }
 
  private:
-  static constexpr std::size_t few_rows = 1;  // for which putting columns of weights side by side does not pay
-
   integer_matmul(const integer_product& product, const matmul_tile& tile)
       : product_(product),
         tile_(tile),
@@ -57,12 +55,7 @@ class integer_matmul {
         for (std::size_t i = 0; i < used; i += row_panel::most_cols) {
           const std::size_t width = std::min(row_panel::most_cols, used - i);
           row_panel panel(w, tile_.matrix, n, k + i, width);
-#if TETROMINO_VECTOR_BITS >= 256
-          if (rows_ <= few_rows && width % 128 == 0) {
-            for (std::size_t m = 0; m < rows_; ++m) add_row_panel(panel, common_, x_, m * x_.stride + i, total[m]);
-            continue;
-          }
-#endif
+          if (rows_ == 1 && add_row_as_it_lies(panel, common_, x_, i, total[0])) continue;
           add_panel(panel.columns(), common_, x_, i, rows_, total);
         }
       }

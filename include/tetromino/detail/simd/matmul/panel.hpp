@@ -7,7 +7,7 @@
 #if TETROMINO_SIMD
 
 #include "../../cpu_matmul.hpp"  // weights_view
-#include "../isa.hpp"            // load_columns, biased_values, add_products
+#include "../isa.hpp"            // load_columns, biased_values, add_products, multiplies_rows
 #include "../scales.hpp"         // decode_e8m0, decode_e4m3, macro_factors
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
@@ -29,8 +29,8 @@ struct weight_panel {
   bool is_streamed;  ///< comes from memory, where it goes on
 };
 
-/// Rows of activations as bytes; see simd_elements.hpp. Row m begins at m * stride, in units of 16 where there is one
-/// number for each of those.
+/// Rows of activations as bytes; in the order of split_elements. Row m begins at m * stride, in units of 16 where there
+/// is one number for each of those.
 struct element_rows {
   static constexpr std::size_t capacity = 32768;
   std::size_t stride = 0;
@@ -72,14 +72,15 @@ class row_panel {
     for (std::size_t l = 0; l < lane_count; ++l) {
       codes_[l] = codes;
       scales_[l] = scales;
-      // The next panel's rows: hardware sees too many short runs to look ahead by itself.
+      // The next panel's rows: hardware sees too many short runs to look ahead by itself. Rows are often a power of two
+      // apart, and so many of them drive each other out of the few places that the first cache has for such addresses.
       if (used == most_cols) {
-        repeat<most_cols / 128>([&](auto i)
-                                    TETROMINO_INLINE_LAMBDA { prefetch_row(codes + 64 * i, lane_count * row_bytes); });
+        repeat<most_cols / 128>(
+            [&](auto i) TETROMINO_INLINE_LAMBDA { prefetch_to_l2(codes + 64 * i, lane_count * row_bytes); });
       } else {
-        for (std::size_t i = 0; i < bytes; i += 64) prefetch_row(codes + i, lane_count * row_bytes);
+        for (std::size_t i = 0; i < bytes; i += 64) prefetch_to_l2(codes + i, lane_count * row_bytes);
       }
-      prefetch_row(scales, lane_count * row_scales);
+      prefetch_to_l2(scales, lane_count * row_scales);
       if (l < last) codes += row_bytes, scales += row_scales;
     }
     for (std::size_t l = 0; l < lane_count && macros != 0; ++l) {
@@ -109,15 +110,6 @@ class row_panel {
   }
 
  private:
-  /// Into the second cache: rows are often a power of two apart, and so many of them drive each other out of the few
-  /// places that the first cache has for such addresses.
-  static TETROMINO_INLINE void prefetch_row([[maybe_unused]] const std::uint8_t* x,
-                                            [[maybe_unused]] std::size_t ahead) {
-#if defined(__GNUC__)
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + ahead), 0, 2);
-#endif
-  }
-
   [[nodiscard]] std::size_t code_bytes() const { return blocks_ * format_.block / 2; }
 
   /// The first n of 16 bytes of each row, the rest zero.
@@ -164,11 +156,7 @@ TETROMINO_INLINE floats load_scales(const std::uint8_t* x) {
   if constexpr (Scale == scale_type::e8m0) {
     return decode_e8m0(load_bytes(x));
   } else {
-#if TETROMINO_HAS_F16C
     return load_e4m3(x);
-#else
-    return decode_e4m3(load_bytes(x));
-#endif
   }
 }
 
@@ -253,8 +241,7 @@ inline void add_panel(const weight_panel& w, std::size_t common, const element_r
   });
 }
 
-#if TETROMINO_VECTOR_BITS >= 256
-
+/// The same for one row of activations and the linear layout, of a number of columns that is a multiple of 128.
 template <scale_type Scale, std::size_t Block, std::size_t Common>
 void add_row_of_linear(const weight_panel& w, const std::uint8_t* const* rows, const element_rows& x, std::size_t at,
                        float* total) {
@@ -282,16 +269,22 @@ void add_row_of_linear(const weight_panel& w, const std::uint8_t* const* rows, c
   store(total, sum);
 }
 
-/// The same for one row, without putting columns side by side first, of a number of columns that is a multiple of 128.
-inline void add_row_panel(const row_panel& panel, std::size_t common, const element_rows& x, std::size_t at,
-                          float* total) {
-  const weight_panel w = panel.scales();
-  with_blocks(w.format, common, [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {
-    add_row_of_linear<Scale, Block, Common>(w, panel.rows(), x, at, total);
-  });
+/// add_panel for one row of activations where the set multiplies rows of weights as they lie: columns need not be put
+/// side by side first. Otherwise, or for other numbers of columns than multiples of 128, returns false.
+template <class Words = words>
+TETROMINO_INLINE bool add_row_as_it_lies(const row_panel& panel, std::size_t common, const element_rows& x,
+                                         std::size_t at, float* total) {
+  if constexpr (multiplies_rows<Words>) {
+    const weight_panel w = panel.scales();
+    if (w.cols % 128 != 0) return false;
+    with_blocks(w.format, common,
+                [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {
+                  add_row_of_linear<Scale, Block, Common>(w, panel.rows(), x, at, total);
+                });
+    return true;
+  }
+  return false;
 }
-
-#endif
 
 }  // namespace TETROMINO_ISA
 }  // namespace TETROMINO_NAMESPACE::detail

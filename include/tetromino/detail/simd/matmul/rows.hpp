@@ -8,13 +8,7 @@
 
 #include "../../cpu_matmul.hpp"  // weights_view, weight_row
 #include "../../row.hpp"         // packed_row
-#include "../isa/lanes.hpp"      // prefetch
-
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#else
-#include <emmintrin.h>
-#endif
+#include "../isa.hpp"            // sixteen_bytes, low_bytes, prefetch
 
 #include <algorithm>  // std::min
 #include <cstddef>    // std::size_t
@@ -25,60 +19,24 @@ TETROMINO_VECTOR_CODE_BEGIN
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
-// What SSE2 and NEON spell differently: registers of 16 bytes, and two of them joined in turns, byte by byte, word by
-// word or half by half.
-#if defined(__aarch64__)
-using row_register = uint8x16_t;
-TETROMINO_INLINE row_register load_row(const std::uint8_t* x) { return vld1q_u8(x); }
-TETROMINO_INLINE void store_row(std::uint8_t* out, row_register a) { vst1q_u8(out, a); }
-TETROMINO_INLINE row_register low_bytes(row_register a, row_register b) { return vzip1q_u8(a, b); }
-TETROMINO_INLINE row_register high_bytes(row_register a, row_register b) { return vzip2q_u8(a, b); }
-TETROMINO_INLINE row_register low_words(row_register a, row_register b) {
-  return vreinterpretq_u8_u32(vzip1q_u32(vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b)));
-}
-TETROMINO_INLINE row_register high_words(row_register a, row_register b) {
-  return vreinterpretq_u8_u32(vzip2q_u32(vreinterpretq_u32_u8(a), vreinterpretq_u32_u8(b)));
-}
-TETROMINO_INLINE row_register low_halves(row_register a, row_register b) {
-  return vreinterpretq_u8_u64(vzip1q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)));
-}
-TETROMINO_INLINE row_register high_halves(row_register a, row_register b) {
-  return vreinterpretq_u8_u64(vzip2q_u64(vreinterpretq_u64_u8(a), vreinterpretq_u64_u8(b)));
-}
-#else
-using row_register = __m128i;
-TETROMINO_INLINE row_register load_row(const std::uint8_t* x) {
-  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-}
-TETROMINO_INLINE void store_row(std::uint8_t* out, row_register a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), a);
-}
-TETROMINO_INLINE row_register low_bytes(row_register a, row_register b) { return _mm_unpacklo_epi8(a, b); }
-TETROMINO_INLINE row_register high_bytes(row_register a, row_register b) { return _mm_unpackhi_epi8(a, b); }
-TETROMINO_INLINE row_register low_words(row_register a, row_register b) { return _mm_unpacklo_epi32(a, b); }
-TETROMINO_INLINE row_register high_words(row_register a, row_register b) { return _mm_unpackhi_epi32(a, b); }
-TETROMINO_INLINE row_register low_halves(row_register a, row_register b) { return _mm_unpacklo_epi64(a, b); }
-TETROMINO_INLINE row_register high_halves(row_register a, row_register b) { return _mm_unpackhi_epi64(a, b); }
-#endif
-
 /// 16 bytes of each of four rows, out of a panel that has four of each of 16 rows side by side.
-TETROMINO_INLINE void part_codes(const std::uint8_t* panel, std::uint8_t* out, std::size_t stride) {
-  const row_register a = load_row(panel), b = load_row(panel + 64), c = load_row(panel + 128),
-                     d = load_row(panel + 192);
-  const row_register ab = low_words(a, b), cd = low_words(c, d), ab_high = high_words(a, b), cd_high = high_words(c, d);
-  store_row(out, low_halves(ab, cd));
-  store_row(out + stride, high_halves(ab, cd));
-  store_row(out + 2 * stride, low_halves(ab_high, cd_high));
-  store_row(out + 3 * stride, high_halves(ab_high, cd_high));
+TETROMINO_INLINE void part_rows(const std::uint8_t* panel, std::uint8_t* out, std::size_t stride) {
+  const sixteen_bytes a = load_16(panel), b = load_16(panel + 64), c = load_16(panel + 128), d = load_16(panel + 192);
+  const sixteen_bytes ab = low_words(a, b), cd = low_words(c, d), ab_high = high_words(a, b),
+                      cd_high = high_words(c, d);
+  store_16(out, low_halves(ab, cd));
+  store_16(out + stride, high_halves(ab, cd));
+  store_16(out + 2 * stride, low_halves(ab_high, cd_high));
+  store_16(out + 3 * stride, high_halves(ab_high, cd_high));
 }
 /// Bytes [16][16], transposed.
 inline void part_bytes(const std::uint8_t* in, std::uint8_t* out, std::size_t stride) {
   std::uint8_t mixed[16][16];
   const auto mix = [](const std::uint8_t* from, std::uint8_t* to) {  // four times is what it takes
     for (std::size_t i = 0; i < 8; ++i) {
-      const row_register a = load_row(from + 16 * i), b = load_row(from + 16 * i + 128);
-      store_row(to + 32 * i, low_bytes(a, b));
-      store_row(to + 32 * i + 16, high_bytes(a, b));
+      const sixteen_bytes a = load_16(from + 16 * i), b = load_16(from + 16 * i + 128);
+      store_16(to + 32 * i, low_bytes(a, b));
+      store_16(to + 32 * i + 16, high_bytes(a, b));
     }
   };
   std::uint8_t other[16][16];
@@ -86,7 +44,7 @@ inline void part_bytes(const std::uint8_t* in, std::uint8_t* out, std::size_t st
   mix(mixed[0], other[0]);
   mix(other[0], mixed[0]);
   mix(mixed[0], other[0]);
-  for (std::size_t i = 0; i < 16; ++i) store_row(out + i * stride, load_row(other[i]));
+  for (std::size_t i = 0; i < 16; ++i) store_16(out + i * stride, load_16(other[i]));
 }
 
 /// Columns of 16 rows of weights as they lie in the linear layout; those of repacked weights are copied, at most
@@ -119,7 +77,7 @@ class linear_rows {
     group_bytes_ = w.repacked_sizes().code_bytes_per_group();
     for (std::size_t i = 0; i < (used + 1) / 2; i += 16) {
       for (std::size_t l = 0; l < lane_count; l += 4) {
-        part_codes(panels_ + i * group + 4 * l, codes_[l] + i, sizeof codes_[0]);
+        part_rows(panels_ + i * group + 4 * l, codes_[l] + i, sizeof codes_[0]);
       }
     }
     const std::uint8_t* scales = w.scales.data() + from.scales + block * group;
