@@ -16,6 +16,11 @@ if [[ $("$compiler" -dumpmachine) != x86_64-* ]] || ! command -v objdump nm >/de
   echo "skipped: this is not x86-64, or there are no binutils"
   exit 77
 fi
+if ! "$compiler" -E -dM -std=c++20 "${includes[@]}" -include tetromino/config.hpp -x c++ /dev/null |
+  grep -qx '#define TETROMINO_SIMD 1'; then
+  echo "skipped: xsimd is not installed, and without it there is no vector code"
+  exit 77
+fi
 mkdir -p "$work"
 old_cpu=$(command -v qemu-x86_64 || true)
 declare -A flags=([plain]="-march=x86-64" [avx2]="-march=x86-64 -mavx2 -mfma"
