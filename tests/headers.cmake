@@ -4,6 +4,16 @@
 # we use as macros.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
 list(FILTER headers EXCLUDE REGEX "/detail/macros_(off|back)[.]hpp$")  # the two ends of other headers
+# What differs between instruction sets is in detail/simd/isa: other vector code has names for it.
+file(GLOB_RECURSE vector_headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/detail/simd/*.hpp)
+list(FILTER vector_headers EXCLUDE REGEX "/simd/isa/")
+foreach(header IN LISTS vector_headers)
+  file(STRINGS ${header} lines REGEX "TETROMINO_(VECTOR_BITS|HAS_)|__(aarch64|AVX|SSE)|_mm[0-9]*_|v[a-z0-9]+q_[suf][0-9]")
+  if(lines)
+    message(SEND_ERROR "${header} is not in detail/simd/isa, but asks for the instruction set:\n${lines}")
+  endif()
+endforeach()
+
 set(usable "")
 set(packages_of_all "")
 set(details "")
