@@ -201,6 +201,21 @@ result<void> check_block_scaled_sizes(const block_scaled_view<Byte, Float>& view
   return top;
 }
 
+/// Divides the values of a block by 2^down. Returns whether all of them stayed exact.
+inline bool shift_block(std::span<std::uint8_t> codes, unsigned down) {
+  bool is_exact = true;
+  for (std::uint8_t& pair : codes) {
+    const std::uint8_t before = pair;
+    pair = shifted_codes(pair, down);
+    for (const int half : {0, 4}) {
+      const float wanted =
+          std::ldexp(e2m1::from_bits(static_cast<std::uint8_t>(before >> half & 15)).value(), -static_cast<int>(down));
+      is_exact = is_exact && e2m1::from_bits(static_cast<std::uint8_t>(pair >> half & 15)).value() == wanted;
+    }
+  }
+  return is_exact;
+}
+
 /// The scales of an MX matrix as E4M3, each for 16 elements, and its codes. Returns how many blocks lost low bits.
 inline std::size_t rebase(const packed_view<any_format>& from, const block_scaled_view<std::uint8_t, float>& to) {
   const std::optional<unsigned> top = top_scale(from);
@@ -219,20 +234,7 @@ inline std::size_t rebase(const packed_view<any_format>& from, const block_scale
       } else if (has_values(codes)) {
         const unsigned below = *top - scale;
         out = rebased_scale(below);
-        if (below > rebased_range) {
-          bool is_exact = true;
-          for (std::uint8_t& pair : codes) {
-            const std::uint8_t before = pair;
-            pair = shifted_codes(pair, below - rebased_range);
-            for (const int half : {0, 4}) {
-              is_exact =
-                  is_exact && e2m1::from_bits(static_cast<std::uint8_t>(pair >> half & 15)).value() ==
-                                  std::ldexp(e2m1::from_bits(static_cast<std::uint8_t>(before >> half & 15)).value(),
-                                             static_cast<int>(rebased_range) - static_cast<int>(below));
-            }
-          }
-          rounded += is_exact ? 0 : 1;
-        }
+        if (below > rebased_range && !shift_block(codes, below - rebased_range)) ++rounded;
       }
       for (std::size_t i = 0; i < repeats; ++i) {
         to.scales[layout::swizzled_offset(r, b * repeats + i, scales_per_row)] = out;

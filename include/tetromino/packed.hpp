@@ -133,9 +133,9 @@ struct packed {
   TETROMINO_ABI packed() = default;
   // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
   TETROMINO_ABI packed(const packed&) = default;
-  TETROMINO_ABI packed(packed&&) = default;
+  TETROMINO_ABI packed(packed&&) noexcept = default;
   TETROMINO_ABI packed& operator=(const packed&) = default;
-  TETROMINO_ABI packed& operator=(packed&&) = default;
+  TETROMINO_ABI packed& operator=(packed&&) noexcept = default;
   /// Zeroed storage for [matrices, rows, cols]; NVFP4 gets `tensor_scale_count` (1 or matrices) tensor scales.
   /// Throws shape_mismatch for more than 2^48 elements.
   TETROMINO_ABI packed(Format format_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,

@@ -367,7 +367,8 @@ TETROMINO_INLINE words nvfp4_codes(const row_rules& rules, const block_magnitude
   if (tensor_scale == 0) return broadcast(0);
   const words from_six = nvfp4_codes(rules, amax, tensor_scale, 6.0f);
   if (rules.rule == scale_rule::amax) return from_six;
-  const words first = from_six;  // in memory, where the rule amax needs none
+  // in memory, where the rule amax needs none
+  const words first = from_six;  // NOLINT(performance-unnecessary-copy-initialization)
   return searched_codes(rules, in, amax, tensor_scale, first);
 }
 

@@ -137,7 +137,7 @@ constexpr std::size_t block_at(std::size_t block, std::size_t k) {
   }
 }
 
-/// Copies registers one by one: g++ moves arrays of them through memory.
+/// Copies registers one by one: g++ moves arrays of them through memory. Each may be copied to itself.
 template <class Register>
 TETROMINO_INLINE void copy_registers(const Register* from, Register* to) {
   to[0] = from[0];
@@ -177,6 +177,7 @@ struct floats {
   template <class... Registers>
   TETROMINO_INLINE explicit floats(float_register first, Registers... more) : r{first, more...} {}
   TETROMINO_INLINE floats(const floats& a) { copy_registers(a.r, r); }
+  // NOLINTNEXTLINE(bugprone-unhandled-self-assignment): see copy_registers
   TETROMINO_INLINE floats& operator=(const floats& a) { return copy_registers(a.r, r), *this; }
 };
 /// Integers, or the bits of floats.
@@ -187,6 +188,7 @@ struct words {
   template <class... Registers>
   TETROMINO_INLINE explicit words(word_register first, Registers... more) : r{first, more...} {}
   TETROMINO_INLINE words(const words& a) { copy_registers(a.r, r); }
+  // NOLINTNEXTLINE(bugprone-unhandled-self-assignment): see copy_registers
   TETROMINO_INLINE words& operator=(const words& a) { return copy_registers(a.r, r), *this; }
 };
 /// The outcome of a comparison, lane by lane.
@@ -296,13 +298,15 @@ TETROMINO_INLINE void store(float* out, const floats& a) {
   for (std::size_t i = 0; i < registers; ++i) float_batch(a.r[i]).store_unaligned(out + i * float_batch::size);
 }
 
-/// Asks for what lies `ahead` bytes after x, which may be past the end of everything: for it to be in the first cache.
-TETROMINO_INLINE void prefetch(const void* x, std::size_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + ahead));
+/// What is `ahead` bytes after x, which may be past the end of everything: where pointers must not go.
+TETROMINO_INLINE const void* far_after(const void* x, std::size_t ahead) {
+  return reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) +
+                                       ahead);  // NOLINT(performance-no-int-to-ptr)
 }
-/// The same, for it to be in the second cache.
+/// Asks for what is there, in the first cache or in the second.
+TETROMINO_INLINE void prefetch(const void* x, std::size_t ahead) { __builtin_prefetch(far_after(x, ahead)); }
 TETROMINO_INLINE void prefetch_to_l2(const void* x, std::size_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) + ahead), 0, 2);
+  __builtin_prefetch(far_after(x, ahead), 0, 2);
 }
 
 /// 16-bit numbers in the low halves of lanes, and back. NaN stays NaN as in half and bfloat16.
