@@ -29,7 +29,7 @@ int main() {
   std::vector<std::int64_t> counts(shape.layers * shape.experts);  // or float, double, any integer
   for (std::size_t i = 0; i < ids.size(); ++i) counts[i / 2 % 2 * shape.experts + ids[i]] += 1;
   const moe::index_tensors eplb =
-      moe::balanced_eplb(moe::to_loads(2, 16, counts), {.replicas = 20, .nodes = 2, .gpus = 4});
+      moe::balanced_eplb(moe::to_loads(2, 16, counts), {.replicas = 20, .groups = 4, .nodes = 2, .gpus = 4});
   std::printf("phy2log %zu, log2phy %zu, logcnt %zu numbers\n", eplb.physical_to_logical.size(),  // [layers, slots]
               eplb.logical_to_physical.size(), eplb.count.size());  // [layers, experts, max_copies], [layers, experts]
 

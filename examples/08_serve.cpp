@@ -19,7 +19,7 @@ int main(int argc, char** argv) {
 
   // A request arrives: its prompt says on which node it belongs.
   const auto affinity = moe::node_affinity::make(current, cluster, recorded.view());
-  moe::online_grouper grouper(affinity);
+  moe::online_grouper grouper(affinity);  // within a budget of tokens for each node; group() puts many at once
   const moe::request& arrived = recorded.requests()[0];
   moe::signature_builder prompt = affinity.builder();  // or add() its tokens as they are prefilled
   const auto signature = moe::signature_of(recorded.view(), arrived, prompt);
@@ -46,4 +46,5 @@ int main(int argc, char** argv) {
   std::printf("from node %u, rows to each rank:", node);
   for (const std::int32_t rows : plan.send_counts()) std::printf(" %d", rows);  // as MPI_Alltoallv wants them
   std::printf("\n");
+  grouper.release(node, arrived.tokens);  // when the request has ended
 }

@@ -39,7 +39,7 @@ int main() {
     std::printf("%zu layers moved, %.0f MB between nodes, %.1f ms; %zu left\n", part.way.layers.size(),
                 part.way.bytes_between_nodes / 1e6, 1e3 * part.way.seconds, part.layers_left.size());
     current = part.reached;  // each layer as it was or as it shall be: a placement to serve under
-    if (part.way.layers.empty()) budget = part.least_left;  // too little for any layer: raise it, or save it up
+    if (part.way.layers.empty()) budget = part.least_left;  // too little for any layer: raised for good
   }
   return std::equal(weights.begin(), weights.end(), next.slot_to_expert().begin()) ? 0 : 1;
 }

@@ -147,10 +147,13 @@ TEST_CASE("an earlier turn keeps a request on its node, and ended requests make 
   sticky.release(1, 1);
   CHECK(sticky.tokens_on_node()[1] == 0);
   // nor do they count in the budget: the next request is judged as if it were the first
-  for (const request_signature& signature : s) {
-    online_grouper fresh(affinity), again(affinity);
-    again.release(again.assign(signature, 1'000), 1'000);
-    CHECK(again.assign(signature, 10) == fresh.assign(signature, 10));
+  for (std::size_t i = 0; i < 2; ++i) {
+    online_grouper again(affinity);
+    const std::uint32_t wanted = again.assign(s[i], 1'000);
+    CHECK(wanted == i % 2);
+    again.release(wanted, 1'000);
+    CHECK(again.assign(s[i], 10) == wanted);      // over the budget anywhere: where it belongs
+    CHECK(again.assign(s[i], 10) == 1 - wanted);  // 20 on one node of two would be above 1.05 × the mean
   }
   CHECK_THROWS_AS(sticky.release(1, 1), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(sticky.assign(s[0], 1, 9), tetromino_test::precondition_failed);

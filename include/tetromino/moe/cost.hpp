@@ -35,7 +35,7 @@ enum class source_kind : std::uint8_t {
 /// How a placement is judged.
 struct cost_options {
   phase tokens = phase::decode;  ///< which tokens are served
-  replica_options replicas;      ///< which copies serve
+  replica_options replicas{};    ///< which copies serve
   dispatch_copies copies = dispatch_copies::per_node;
   source_kind sources = source_kind::node;
   std::size_t hidden = 7168;                 ///< values per activation

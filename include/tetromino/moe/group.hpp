@@ -131,8 +131,8 @@ inline namespace TETROMINO_ISA {
 struct group_options {
   double node_weight = 1;
   double pair_weight = 0;
-  double token_budget = 1.05;   ///< max / mean of tokens over nodes, by their GPUs
-  signature_options signature;  ///< what is kept of a prompt
+  double token_budget = 1.05;     ///< max / mean of tokens over nodes, by their GPUs
+  signature_options signature{};  ///< what is kept of a prompt
 };
 
 /// What running a request on each node is worth, by its signature: a number per cell and node, learnt from recorded
@@ -330,7 +330,8 @@ class online_grouper {
   }
 
   /// The node for a request that counts `tokens`: the best one within budget, `previous` (where an earlier turn of it
-  /// ran) unless another is clearly better; where no node is within budget, the one with the fewest tokens per GPU.
+  /// ran) unless another is clearly better; where no node is within budget, the one with the fewest tokens per GPU, of
+  /// several the best.
   TETROMINO_ABI std::uint32_t assign(const request_signature& signature, std::uint64_t tokens,
                                      std::uint32_t previous = anywhere) {
     TETROMINO_EXPECTS(previous == anywhere || previous < used_.size(), "online_grouper: previous node out of range",
@@ -346,7 +347,8 @@ class online_grouper {
     const double per_gpu = affinity_->options().token_budget * reckoned / static_cast<double>(gpus_);
     std::size_t best = used_.size(), lightest = 0;
     for (std::size_t n = 0; n < used_.size(); ++n) {
-      if (used_[n] * gpus[lightest] < used_[lightest] * gpus[n]) lightest = n;
+      const std::uint64_t here = used_[n] * gpus[lightest], there = used_[lightest] * gpus[n];
+      if (here < there || (here == there && scores_[n] > scores_[lightest])) lightest = n;
       if (static_cast<double>(used_[n] + tokens) > per_gpu * static_cast<double>(gpus[n])) continue;
       if (best == used_.size() || scores_[n] > scores_[best]) best = n;
     }

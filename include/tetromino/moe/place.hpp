@@ -121,8 +121,8 @@ inline namespace TETROMINO_ISA {
 struct eplb_options {
   std::size_t replicas = 0;  ///< slots per layer: a multiple of `gpus`, and at least the number of experts
   std::size_t groups = 1;    ///< groups of experts that routing treats as one; divides the number of experts
-  std::size_t nodes = 1;
-  std::size_t gpus = 1;  ///< a multiple of `nodes`
+  std::size_t nodes = 1;     ///< count only where they divide `groups`: else copies go anywhere, as in the original
+  std::size_t gpus = 1;      ///< a multiple of `nodes`
 };
 
 inline namespace TETROMINO_ISA {
@@ -149,7 +149,7 @@ inline namespace TETROMINO_ISA {
                  detail::text("eplb: expected groups to divide experts, nodes to divide GPUs and GPUs to divide "
                               "replicas, got ",
                               shape.experts, " experts in ", shape.groups, " groups, ", shape.replicas, " replicas on ",
-                              shape.gpus, " GPUs of ", shape.nodes, " nodes"));
+                              shape.gpus, " GPUs of ", options.nodes, " nodes"));
   }
   if (shape.replicas < shape.experts) {
     return error(errc::infeasible, detail::text("eplb: expected at least ", shape.experts,

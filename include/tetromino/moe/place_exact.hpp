@@ -238,7 +238,7 @@ inline namespace TETROMINO_ISA {
                      t.nodes(), ", ", served.shape.experts, ", ", served.requests.size(), " and ", tokens));
   }
   if (tokens == 0) {
-    return error(errc::invalid_argument, "exact: expected tokens of the phase that is served, got none");
+    return error(errc::invalid_argument, "exact: expected tokens of the phase that options.served names, got none");
   }
   const auto weight = [](double x) { return std::isfinite(x) && x >= 0; };
   if (!weight(options.node_weight) || !weight(options.pair_weight) ||

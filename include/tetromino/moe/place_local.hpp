@@ -33,7 +33,7 @@ namespace detail::inline TETROMINO_ISA {
                  text("local: expected 1 to 64 experts per token, got ", calibration.shape.experts_per_token));
   }
   if (calibration.tokens(o.served) == 0) {
-    return error(errc::invalid_argument, "local: expected tokens of the phase that is served, got none");
+    return error(errc::invalid_argument, "local: expected tokens of the phase that options.served names, got none");
   }
   const auto weight = [](double x) { return std::isfinite(x) && x >= 0; };
   if (!weight(o.node_weight) || !weight(o.pair_weight) || !(o.node_weight + o.pair_weight > 0) ||
