@@ -175,6 +175,13 @@ class dispatcher {
     std::vector<std::uint32_t> rank_of_slot;
     std::vector<std::byte> outgoing, rows, tags;
     std::vector<float> answers, returned;
+
+    TETROMINO_ABI hop() = default;
+    // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+    TETROMINO_ABI hop(const hop&) = default;
+    TETROMINO_ABI hop(hop&&) noexcept = default;
+    TETROMINO_ABI hop& operator=(const hop&) = default;
+    TETROMINO_ABI hop& operator=(hop&&) noexcept = default;
   };
 
   [[nodiscard]] TETROMINO_ABI static std::size_t calls_bytes(const moe::dispatch_plan& plan) noexcept {

@@ -158,7 +158,12 @@ class safetensors_writer : public detail::pending_tensors {
         return bad(subject, ": expected ", name(tensor.dtype), " at a multiple of ", alignment(tensor.dtype),
                    " bytes, got byte ", end, " of the data: declare the tensors in aligned_order");
       }
-      entries.push_back({tensor.name, tensor.dtype, tensor.shape, end, end + *bytes});
+      detail::safetensors_entry& entry = entries.emplace_back();
+      entry.name = tensor.name;
+      entry.type = tensor.dtype;
+      entry.shape = tensor.shape;
+      entry.begin = end;
+      entry.end = end + *bytes;
       end += *bytes;
     }
     std::vector<detail::safetensors_entry> in_order = entries;

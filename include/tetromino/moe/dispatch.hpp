@@ -105,6 +105,11 @@ inline void entry_ranks(const topology& t, std::size_t from, entry_rule rule, st
 class dispatch_plan {
  public:
   TETROMINO_ABI dispatch_plan() = default;
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI dispatch_plan(const dispatch_plan&) = default;
+  TETROMINO_ABI dispatch_plan(dispatch_plan&&) noexcept = default;
+  TETROMINO_ABI dispatch_plan& operator=(const dispatch_plan&) = default;
+  TETROMINO_ABI dispatch_plan& operator=(dispatch_plan&&) noexcept = default;
   /// For rows of `calls_per_row` calls among `ranks` ranks.
   TETROMINO_ABI dispatch_plan(std::size_t ranks, std::size_t calls_per_row)
       : calls_per_row_(calls_per_row),

@@ -65,6 +65,13 @@ struct safetensors_entry {
   std::vector<std::size_t> shape;
   std::size_t begin = 0;
   std::size_t end = 0;
+
+  TETROMINO_ABI safetensors_entry() = default;
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI safetensors_entry(const safetensors_entry&) = default;
+  TETROMINO_ABI safetensors_entry(safetensors_entry&&) noexcept = default;
+  TETROMINO_ABI safetensors_entry& operator=(const safetensors_entry&) = default;
+  TETROMINO_ABI safetensors_entry& operator=(safetensors_entry&&) noexcept = default;
 };
 
 /// A header that has been checked against its file: the tensors, by offset, cover the data without gap or overlap.
