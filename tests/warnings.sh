@@ -22,7 +22,7 @@ for compiler in ${compilers:-g++ clang++}; do
     log=$folder/${compiler##*/}-$set.log
     mkdir -p "$folder"
     if CXX=$compiler CXXFLAGS="${CXXFLAGS:-} -march=$set" build "$folder/${compiler##*/}-$set" dev all \
-      -D TETROMINO_TEST_INSTRUCTION_SETS=native >"$log" 2>&1; then
+      -D TETROMINO_TEST_INSTRUCTION_SETS=native -D TETROMINO_TESTS_PER_PROGRAM=6 >"$log" 2>&1; then
       echo "$compiler, $set: $(grep -c '\[[0-9]*/[0-9]*\] Building CXX' "$log" || true) files, no warning"
     else
       grep -E -m 20 'error|warning' "$log" || tail -n 20 "$log"
