@@ -103,7 +103,8 @@ typedef struct tetromino_cluster {
 /**
  * DeepSeek EPLB's index tensors for loads[layers, experts] of any type but the 16-bit ones, with experts in `groups`
  * (1: free): physical_to_logical[layers, slots], logical_to_physical[layers, experts, slots - experts + 1] with -1
- * where there is no further copy, and copies[layers, experts]. Equal weights are packed in ascending order of index.
+ * where there is no further copy, and copies[layers, experts] (either of the two NULL: not wanted). Equal weights are
+ * packed in ascending order of index.
  */
 TETROMINO_C_API tetromino_status tetromino_balanced_eplb(const void* loads, tetromino_type type, size_t layers,
                                                          size_t experts, size_t groups,

@@ -164,6 +164,10 @@ static void check_eplb(void) {
   CHECK(tetromino_balanced_eplb(as_float, TETROMINO_FLOAT, 2, 12, 4, &cluster, expert_of_slot, slots_of_expert, copies,
                                 message, sizeof message) == TETROMINO_OK);
   CHECK(memcmp(expert_of_slot, published, sizeof published) == 0);
+  memset(expert_of_slot, 0, sizeof expert_of_slot);
+  CHECK(tetromino_balanced_eplb(loads, TETROMINO_INT32, 2, 12, 4, &cluster, expert_of_slot, NULL, NULL, message,
+                                sizeof message) == TETROMINO_OK);
+  CHECK(memcmp(expert_of_slot, published, sizeof published) == 0);
   as_float[3] = -1.0f;
   CHECK(tetromino_balanced_eplb(as_float, TETROMINO_FLOAT, 2, 12, 4, &cluster, expert_of_slot, slots_of_expert, copies,
                                 message, sizeof message) == TETROMINO_INVALID_ARGUMENT);

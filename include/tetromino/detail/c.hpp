@@ -221,7 +221,7 @@ result<void> with_loads(const void* loads, tetromino_type type, std::size_t coun
   }
 }
 
-/// What tetromino_balanced_eplb writes.
+/// What tetromino_balanced_eplb writes; null is not wanted.
 struct eplb_tensors {
   std::int64_t* physical_to_logical;
   std::int64_t* logical_to_physical;
@@ -235,7 +235,8 @@ inline result<void> write_eplb(const moe::load_view& loads, std::size_t groups, 
   const auto tensors = moe::try_balanced_eplb(loads, {shape->slots(), groups, shape->nodes(), shape->gpus()});
   if (!tensors) return tensors.error();
   std::copy(tensors->physical_to_logical.begin(), tensors->physical_to_logical.end(), out.physical_to_logical);
-  std::copy(tensors->count.begin(), tensors->count.end(), out.copies);
+  if (out.copies != nullptr) std::copy(tensors->count.begin(), tensors->count.end(), out.copies);
+  if (out.logical_to_physical == nullptr) return {};
   const std::size_t width = tensors->slots - tensors->experts + 1, copies = tensors->max_copies;
   std::fill_n(out.logical_to_physical, tensors->layers * tensors->experts * width, std::int64_t{-1});
   for (std::size_t row = 0; row < tensors->layers * tensors->experts; ++row) {
@@ -320,8 +321,9 @@ tetromino_status tetromino_balanced_eplb(const void* loads, tetromino_type type,
   namespace d = tetromino::detail;
   return d::answer({message, message_size}, [&]() -> tetromino::result<void> {
     const d::eplb_tensors out{physical_to_logical, logical_to_physical, copies};
-    const bool is_given = loads && cluster && physical_to_logical && logical_to_physical && copies;
-    if (auto given = d::expect_given(is_given, "loads, a cluster and three tensors"); !given) return given;
+    const bool is_given = loads && cluster && physical_to_logical;
+    if (auto given = d::expect_given(is_given, "loads, a cluster and a place for experts of slots"); !given)
+      return given;
     if (auto fits = d::check_sizes(1, layers, experts); !fits) return fits;
     return d::with_loads(loads, type, layers * experts, [&](auto values) -> tetromino::result<void> {
       const auto table = tetromino::moe::try_to_loads(layers, experts, values);
