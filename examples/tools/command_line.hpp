@@ -18,6 +18,12 @@ inline std::string version() {
   return fmt::format("{}.{}.{}", TETROMINO_VERSION_MAJOR, TETROMINO_VERSION_MINOR, TETROMINO_VERSION_PATCH);
 }
 
+/// Numbers from `low` to `high`. Without CLI11's description, which help would show as "UINT:UINT in [1 - 1024]".
+template <class Number>
+[[nodiscard]] CLI::Validator within(Number low, Number high) {
+  return CLI::Range(low, high).description("");
+}
+
 /// What is printed: tables for people, JSON for programs, or nothing but errors.
 struct output_options {
   bool json = false, quiet = false;
@@ -40,7 +46,7 @@ class command_line : public CLI::App {
     return add_option(name, to, help)->type_name("FILE");
   }
   void add_threads(unsigned& to) {
-    add_option("--threads", to, "threads to use")->capture_default_str()->check(CLI::Range(1u, 1024u));
+    add_option("--threads", to, "threads to use")->capture_default_str()->check(within(1u, 1024u));
   }
   void add_output(output_options& to) {
     auto* const as_json = add_flag("--json", to.json, "print the report as JSON");

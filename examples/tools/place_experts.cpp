@@ -595,20 +595,20 @@ int main(int argc, char** argv) {
        "LOADS --start plan.json --plan location.json --format sglang"});
   app.add_file("TRACE", s.trace_path, "recorded routing or loads, as engines write them")->required();
   app.add_file("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
-  app.add_option("--nodes", s.nodes, "nodes")->check(CLI::Range(1u, 65535u))->capture_default_str();
-  app.add_option("--gpus", s.gpus_per_node, "GPUs per node")->check(CLI::Range(1u, 65535u))->capture_default_str();
+  app.add_option("--nodes", s.nodes, "nodes")->check(ui::within(1u, 65535u))->capture_default_str();
+  app.add_option("--gpus", s.gpus_per_node, "GPUs per node")->check(ui::within(1u, 65535u))->capture_default_str();
   app.add_option("--slots", s.slots_per_node, "expert slots per node and layer; several: 16,18,24")
       ->delimiter(',')
-      ->check(CLI::Range(1u, 1u << 24));
+      ->check(ui::within(1u, 1u << 24));
   app.add_option("--limit", s.limit, "most load of a node, over the mean")
-      ->check(CLI::Range(1.0, 1e6))
+      ->check(ui::within(1.0, 1e6))
       ->capture_default_str();
   app.add_option("--splits", s.splits, "random halves to plan and judge on")
-      ->check(CLI::Range(1u, 1000000u))
+      ->check(ui::within(1u, 1000000u))
       ->capture_default_str();
   app.add_option("--seed", s.seed, "seed of the halves and of the solver")->capture_default_str();
   app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")
-      ->check(CLI::Range(0.0, 1e9))
+      ->check(ui::within(0.0, 1e9))
       ->capture_default_str();
   app.add_threads(s.threads);
   app.add_file("--start", s.start_path, "the plan in force, in any format: the last plan starts from it");

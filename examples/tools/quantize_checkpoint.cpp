@@ -320,7 +320,7 @@ int main(int argc, char** argv) {
                "calibration statistics of the weights' inputs: they weigh errors in searches, and gptq needs them");
   app.add_file("--imatrix", s.imatrix, "llama.cpp's importance matrix, which weighs errors; for GGUF files");
   auto* const shard = app.add_option("--shard-size", s.shard_gigabytes, "largest file to write, in GB")
-                          ->check(CLI::Range(0.001, 1e6))
+                          ->check(ui::within(0.001, 1e6))
                           ->capture_default_str();
   app.add_threads(s.threads);
   auto* const dry_run =
