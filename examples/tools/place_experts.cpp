@@ -564,14 +564,15 @@ int place_all(settings s) {
   const auto all_of = [](const trace& from) { return half{&from, {from.requests().begin(), from.requests().end()}}; };
   const std::vector<split> splits =
       other ? std::vector<split>{{all_of(recorded), all_of(*other)}} : random_halves(recorded, s.splits, s.seed);
-  out.section("Plans compared",
-              fmt::format("{} nodes of {} GPUs. {}, judged on decode tokens; requests are assigned by their prefill. "
-                          "Remote pairs: (token, expert) pairs served on another node. nodes/token: other nodes that a "
-                          "token is sent to, per layer. Imbalance: busiest / mean, mean over layers.",
-                          s.nodes, s.gpus_per_node,
-                          other ? std::string("Planned on one trace and judged on the other")
-                                : fmt::format("Planned on half of the requests and judged on the other half{}",
-                                              splits.size() == 1 ? "" : fmt::format(", {} times", splits.size()))));
+  out.section(
+      "Plans compared",
+      fmt::format("{} nodes of {} GPUs. {}; requests are assigned by their prefill. "
+                  "Remote pairs: (token, expert) pairs served on another node. nodes/token: other nodes that a "
+                  "token is sent to, per layer. Imbalance: busiest / mean, mean over layers.",
+                  s.nodes, s.gpus_per_node,
+                  other ? std::string("Planned on one trace and judged on the decode tokens of the other")
+                        : fmt::format("Planned on half of the requests and judged on the decode tokens of the other{}",
+                                      splits.size() == 1 ? "" : fmt::format(", {} times", splits.size()))));
   const std::vector<measured> all = compare(s, splits, out);
   const auto best = std::find_if(all.begin(), all.end(), [](const measured& m) { return m.name == nodes_plan; });
   draw(all.front().first, best->first, t, out);
