@@ -28,16 +28,17 @@ bool has_room(wide n) { return n <= most || n > huge; }
 /// So many elements and one more, so that there is always a first.
 std::size_t room(wide n) { return n > huge ? 1 : static_cast<std::size_t>(n) + 1; }
 
-std::size_t any_size(fuzz_bytes& in) {
-  switch (in.below(6)) {
+/// Mostly a small number, from 1 to `usual`; else any.
+std::size_t any_size(fuzz_bytes& in, std::size_t usual) {
+  switch (in.below(32)) {
     case 0:
       return std::size_t{1} << in.below(64);
     case 1:
       return in.next<std::size_t>();
     case 2:
-      return 32 * in.below(9);
+      return 0;
     default:
-      return in.below(70);
+      return 1 + in.below(usual);
   }
 }
 
@@ -90,7 +91,8 @@ T* perhaps(fuzz_bytes& in, std::vector<T>& buffer) {
 
 void pack_any(fuzz_bytes& in) {
   const std::string name = any_recipe(in);
-  const std::size_t rows = any_size(in), cols = any_size(in);
+  const std::size_t unit = in.below(2) == 0 ? 1 : 32, rows = any_size(in, 9);
+  const std::size_t cols = any_size(in, unit == 1 ? 200 : 6) * unit;
   words message(in);
   tetromino_sizes sizes{};
   const bool known = message.check(tetromino_packed_sizes(
@@ -103,7 +105,6 @@ void pack_any(fuzz_bytes& in) {
   const std::size_t size = type == TETROMINO_FLOAT ? 4 : 2;
   std::vector<std::uint8_t> codes(sizes.codes), scales(sizes.scales), macros(sizes.macros), blocks(sizes.ggml);
   std::vector<float> weights(cols, 1.0f);
-  const auto x = in.fill<std::uint8_t>(static_cast<std::size_t>(elements) * size + 1);
   const bool as_ggml = in.below(3) == 0;
   float tensor_scale = in.below(3) == 0 ? in.next<float>() : 0.0f;
   const tetromino_packed out{as_ggml ? perhaps(in, blocks) : nullptr, perhaps(in, codes), perhaps(in, scales),
@@ -111,31 +112,34 @@ void pack_any(fuzz_bytes& in) {
   tetromino_options options{in.below(3) == 0 ? weights.data() : nullptr, in.below(2) == 0 ? &backwards : nullptr,
                             nullptr};
   if (options.column_weights != nullptr && cols > 0) weights[0] = in.next<float>();
+  const bool has_options = in.below(4) != 0;
+  const tetromino_type back_type = in.below(4) == 0 ? type : TETROMINO_FLOAT;
+  const auto x = in.fill<std::uint8_t>(static_cast<std::size_t>(elements) * size + 1);  // of what is left
   const bool packed =
-      message.check(tetromino_quantize(name.c_str(), x.data(), type, rows, cols, in.below(4) == 0 ? nullptr : &options,
-                                       &out, message.data(), message.size()));
+      message.check(tetromino_quantize(name.c_str(), x.data(), type, rows, cols, has_options ? &options : nullptr, &out,
+                                       message.data(), message.size()));
   require(known || !packed, "a recipe that is known");
   std::vector<float> back(static_cast<std::size_t>(elements) + 1);
-  const bool unpacked =
-      message.check(tetromino_dequantize(name.c_str(), &out, rows, cols, &options, back.data(),
-                                         in.below(4) == 0 ? type : TETROMINO_FLOAT, message.data(), message.size()));
-  static_cast<void>(unpacked);
+  message.check(tetromino_dequantize(name.c_str(), &out, rows, cols, &options, back.data(), back_type, message.data(),
+                                     message.size()));
 }
 
 void balance_any(fuzz_bytes& in) {
-  const std::size_t layers = any_size(in), experts = any_size(in);
-  const tetromino_cluster cluster{any_size(in), any_size(in), any_size(in)};
+  const std::size_t layers = any_size(in, 3), experts = any_size(in, 12), groups = any_size(in, 3);
+  const tetromino_cluster cluster{any_size(in, 3), any_size(in, 4), any_size(in, 4)};
   const wide cells = wide{layers} * experts,
              slots = wide{cluster.nodes} * cluster.gpus_per_node * cluster.slots_per_gpu;
   const wide placed = wide{layers} * slots, reached = slots >= experts ? cells * (slots - experts + 1) : 0;
   if (!has_room(cells) || !has_room(placed) || !has_room(reached)) return;
-  const auto loads = in.fill<std::uint8_t>(room(cells) * 8);
   std::vector<std::int64_t> slot(room(placed)), copies(room(cells)), places(room(reached));
   words message(in);
-  const bool done =
-      message.check(tetromino_balanced_eplb(loads.data(), static_cast<tetromino_type>(in.below(7)), layers, experts,
-                                            any_size(in), in.below(24) == 0 ? nullptr : &cluster, perhaps(in, slot),
-                                            perhaps(in, places), perhaps(in, copies), message.data(), message.size()));
+  const auto type = static_cast<tetromino_type>(in.below(7));
+  const tetromino_cluster* const given = in.below(24) == 0 ? nullptr : &cluster;
+  auto *const to_slots = perhaps(in, slot), *const to_places = perhaps(in, places),
+              *const to_copies = perhaps(in, copies);
+  const auto loads = in.fill<std::uint8_t>(room(cells) * 8);  // of what is left
+  const bool done = message.check(tetromino_balanced_eplb(loads.data(), type, layers, experts, groups, given, to_slots,
+                                                          to_places, to_copies, message.data(), message.size()));
   if (!done) return;
   require(cells <= huge && placed <= huge, "sizes that wrap");
   for (std::size_t i = 0; i + 1 < slot.size(); ++i) {
@@ -147,11 +151,8 @@ void balance_any(fuzz_bytes& in) {
 }
 
 void place_any(fuzz_bytes& in) {
-  const std::size_t layers = in.below(8) == 0 ? any_size(in) : 1 + in.below(3),
-                    k = in.below(8) == 0 ? any_size(in) : 1 + in.below(3);
-  const std::size_t experts = in.below(8) == 0 ? any_size(in) : k + in.below(9);
-  const auto part = [&] { return in.below(16) == 0 ? any_size(in) : 1 + in.below(4); };
-  const tetromino_cluster cluster{part(), part(), part()};
+  const std::size_t layers = any_size(in, 3), k = any_size(in, 3), experts = any_size(in, 12);
+  const tetromino_cluster cluster{any_size(in, 3), any_size(in, 4), any_size(in, 4)};
   std::vector<std::uint32_t> tokens(in.below(5));
   wide all = 0;
   for (std::uint32_t& n : tokens)
