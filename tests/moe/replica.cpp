@@ -143,7 +143,7 @@ TEST_CASE("with a GPU limit, pairs leave a busy GPU for a copy on the same node"
   std::vector<std::uint32_t> gpus(2);
   for (int i = 0; i < 1000; ++i) near.choose(0, ids, 0, gpus);
   CHECK(near.pairs_on_gpu()[0] == 2000);
-  for (const std::size_t window : {0, 64}) {  // what is forgotten is forgotten of the mean too
+  for (const std::size_t window : {0u, 64u}) {  // what is forgotten is forgotten of the mean too
     replica_chooser limited(p, t, {replica_choice::nearest, 0, 1.05, window});
     for (int i = 0; i < 1000; ++i) limited.choose(0, ids, 0, gpus);
     CHECK(limited.pairs_on_gpu()[0] < 1070);
