@@ -2,7 +2,7 @@
 /// each. Whatever it says, a model gets roles and plans for every layout, or says why not; and what is no weight of a
 /// matrix product by its own name is never packed.
 
-#include <tetromino/io/checkpoint/config.hpp>
+#include <tetromino/io/checkpoint/detail/config.hpp>
 
 #include "fuzz/model_directory.hpp"
 #include "fuzz/replay.hpp"

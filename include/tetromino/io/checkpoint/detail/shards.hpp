@@ -1,10 +1,10 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "../safetensors.hpp"          // safetensors_writer, tensor_declaration
-#include "../detail/tensor_names.hpp"  // is_one_of
-#include "tensors.hpp"                 // checkpoint
+#include "../../safetensors.hpp"          // safetensors_writer, tensor_declaration
+#include "../../detail/tensor_names.hpp"  // is_one_of
+#include "../tensors.hpp"                 // checkpoint
 
 #include <sys/stat.h>  // ::mkdir
 
@@ -216,4 +216,4 @@ class shard_writer {
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"

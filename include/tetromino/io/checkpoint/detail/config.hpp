@@ -1,9 +1,9 @@
 #pragma once
 
-#include "../../detail/macros_off.hpp"
+#include "../../../detail/macros_off.hpp"
 
-#include "../../version.hpp"  // TETROMINO_VERSION_MAJOR
-#include "plan.hpp"           // pack_plan
+#include "../../../version.hpp"  // TETROMINO_VERSION_MAJOR
+#include "../plan.hpp"           // pack_plan
 
 #include <nlohmann/json.hpp>  // nlohmann::ordered_json
 
@@ -152,4 +152,4 @@ inline ordered_json modelopt_file(const io::pack_plan& plan) {
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
-#include "../../detail/macros_back.hpp"
+#include "../../../detail/macros_back.hpp"
