@@ -190,7 +190,8 @@ def known_fault(model, problems, ours, source, out):
     """What transformers 5.24 with compressed-tensors 0.20 does to packed experts, whoever made them: exactly that, with
     every other value as it should be, or nothing."""
     theirs, right = dict(model.named_parameters()), dict(ours.named_parameters())
-    other = sorted(name for name, value in right.items() if not torch.allclose(theirs[name].float(), value.float(), rtol=1e-2, atol=0))
+    other = sorted(name for name, value in right.items() if name not in theirs or
+                   not torch.allclose(theirs[name].float(), value.float(), rtol=1e-2, atol=0))
     stacks = [name for name in source if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
     if problems:
         modules = {re.sub(r"[.]weight(_packed)?$", "", name) for name in models.tensors_of(out)
@@ -201,7 +202,7 @@ def known_fault(model, problems, ours, source, out):
         return "it has no packed experts for this architecture" if is_known else None
     scales = [value.item() for name, value in models.tensors_of(out).items()
               if re.search(r"experts[.].*weight_global_scale$", name)]
-    if not other or not scales or not all(".experts." in name for name in other):
+    if not other or not scales or not all(".experts." in name and name in theirs for name in other):
         return None
     for name in other:  # each matrix is as many times too large as its global scale says
         for matrix, right_one in zip(theirs[name].double(), right[name].double()):

@@ -1,8 +1,9 @@
 #!/bin/bash
 # Packs small checkpoints of many architectures and loads the results with the real readers:
 #   tests/peers/run.sh [BUILD]      a build folder with the example programs; build by default
-# Everything is installed into a virtual environment below the build folder: about 6 GB, most of it torch. llama.cpp is
-# built there too, from the package llama-cpp-python, unless LLAMA_CPP_LIB_PATH names a build of it.
+# Everything is installed into a virtual environment below the build folder (BUILD/peers/venv, which may be a link): about
+# 8 GB, most of it torch and vLLM. llama.cpp is built there too, from the package llama-cpp-python, unless
+# LLAMA_CPP_LIB_PATH names a folder with the libraries of a build of it, such as build/bin of the same sources.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 build=$(cd "${1:-build}" && pwd)
@@ -17,11 +18,16 @@ fi
 mkdir -p "$work"
 [ -x "$python" ] || python3 -m venv "$work/venv"
 "$python" -m pip install --quiet --requirement "$here/requirements.txt"
+# Its rules for checkpoints are wanted, not its kernels and their versions of everything else.
+"$python" -m pip install --quiet --no-deps --requirement "$here/requirements-alone.txt"
 # Not for this very CPU: instructions that a virtual machine hides would end it.
-CMAKE_ARGS="${CMAKE_ARGS:--D GGML_NATIVE=OFF}" "$python" -m pip install --quiet llama-cpp-python
+llama_build="-D GGML_NATIVE=OFF"
+[ -z "${LLAMA_CPP_LIB_PATH:-}" ] || llama_build="-D LLAMA_BUILD=OFF"
+CMAKE_ARGS="${CMAKE_ARGS:-$llama_build}" "$python" -m pip install --quiet llama-cpp-python==0.3.36
 
 cd "$here"
 export PYTHONDONTWRITEBYTECODE=1
 "$python" peers.py "$programs" "$work/models"
+"$python" vllm_rules.py "$programs" "$work/models"
 "$python" minilm.py "$programs" "$work"
 "$python" engine.py "$programs" "$here/../../examples/data" "$work"
