@@ -213,6 +213,7 @@ int write(const settings& s, const io::checkpoint& model, const io::pack_plan& p
     auto done = io::try_pack(policy, model, plan, s.output, options);
     if (!done && ui::stop_signals::seen() != 0) throw error(errc::io, "stopped by a signal; nothing was written");
     report = std::move(done).value();
+    ui::say_if_too_late(s.output);
   }
   report_plan(s, plan, &report);
   if (s.print.json || s.print.quiet) return 0;

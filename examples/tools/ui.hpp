@@ -68,6 +68,11 @@ class stop_signals {
   std::array<struct sigaction, handled.size()> before_{};
 };
 
+/// Where a signal came while the finished output got its name.
+inline void say_if_too_late(const std::string& output) {
+  if (stop_signals::seen() != 0) fmt::print(stderr, "the signal came too late: {} is whole\n", printable(output));
+}
+
 /// A percentage on standard error with the time that is left: rewritten in place on a terminal, elsewhere a line every
 /// few seconds. `add` may be called from any thread.
 class progress {

@@ -26,6 +26,7 @@ struct outcome {
   std::string out;  ///< standard output
   std::string err;  ///< standard error
   std::size_t peak_bytes = 0;
+  double cpu_seconds = 0;  ///< user and system, of all its threads
 };
 
 /// Runs a command, found as a shell finds it; its output passes through files in `scratch`.
@@ -50,6 +51,10 @@ inline outcome run_command(const std::vector<std::string>& command, const std::f
   wait4(child, &status, 0, &usage);
   result.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
   result.peak_bytes = static_cast<std::size_t>(usage.ru_maxrss) * 1024;
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  };
+  result.cpu_seconds = seconds(usage.ru_utime) + seconds(usage.ru_stime);
   const auto text = [](const std::filesystem::path& path) {
     std::ifstream file(path);
     return std::string(std::istreambuf_iterator<char>(file), {});

@@ -655,23 +655,36 @@ void write_large_model(const std::filesystem::path& folder, std::size_t weights,
   store_text(folder / "model.safetensors.index.json", nlohmann::json{{"weight_map", map}}.dump());
 }
 
-/// Packs a model by a recipe of each class, and says how long that takes beside cp, the page cache warm where it fits.
-void beside_cp(const temporary_directory& folder, bool is_stacked) {
-  const std::string in = (folder / "in").string(), out = (folder / "out").string();
-  const auto seconds = [&](const std::vector<std::string>& command, std::size_t& peak) {
+struct cost {
+  double wall = 1e9;  ///< seconds
+  double cpu = 1e9;   ///< seconds, of all threads
+  std::size_t peak_bytes = 0;
+  std::string err{};  ///< of the last run
+};
+
+/// The least of so many runs of a command that makes `out`.
+cost cost_of(const std::vector<std::string>& command, const std::filesystem::path& out, std::size_t runs) {
+  cost best;
+  for (std::size_t i = 0; i < runs; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    const auto run = run_command(command, folder.path());
-    const double wall = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const auto run = run_command(command, out.parent_path());
+    best.wall = std::min(best.wall, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     INFO(run.err);
     REQUIRE(run.exit_code == 0);
-    peak = run.peak_bytes;
+    best.cpu = std::min(best.cpu, run.cpu_seconds);
+    best.peak_bytes = std::max(best.peak_bytes, run.peak_bytes);
+    best.err = run.err;
     std::filesystem::remove_all(out);
-    return wall;
-  };
-  std::size_t peak = 0;
-  double copied = 1e9;
-  for (int i = 0; i < 2; ++i) copied = std::min(copied, seconds({"cp", "-r", in, out}, peak));
-  std::printf("cp: %.2f s\n", copied);
+  }
+  return best;
+}
+
+/// Packs a model by a recipe of each class, and says what that costs beside cp, the page cache warm where it fits.
+void beside_cp(const temporary_directory& folder, bool is_stacked, std::size_t runs) {
+  const std::string in = (folder / "in").string(), out = (folder / "out").string();
+  const auto copied = cost_of({"cp", "-r", in, out}, out, 2);
+  std::printf("%-24s %-19s %8s %8s %10s %9s\n", "recipe", "layout", "wall s", "CPU s", "cp's rate", "peak MiB");
+  std::printf("%-24s %-19s %8.2f %8.2f\n", "cp -r", "", copied.wall, copied.cpu);
   const std::string fours = is_stacked ? "gpt-oss" : "compressed-tensors",
                     nines = is_stacked ? "modelopt" : "compressed-tensors";
   for (const auto& [recipe, layout] :
@@ -681,11 +694,13 @@ void beside_cp(const temporary_directory& folder, bool is_stacked) {
                                                         {"mxfp4-32/oas/mbs-static", "linear"},
                                                         {"nvfp4/four-over-six", nines},
                                                         {"mxfp4-32/min-error", fours}}) {
-    const double packed = seconds(
-        {program_path("quantize_checkpoint"), in, out, "--quiet", "--recipe", recipe, "--layout", layout}, peak);
-    std::printf("%s, %s: %.2f s, %.2f of cp's rate, %zu MiB\n", recipe.c_str(), layout.c_str(), packed, copied / packed,
-                peak >> 20);
-    CHECK(peak < (256u << 20));
+    const auto packed =
+        cost_of({program_path("quantize_checkpoint"), in, out, "--recipe", recipe, "--layout", layout}, out, runs);
+    std::printf("%-24s %-19s %8.2f %8.2f %9.0f%% %9zu\n", recipe.c_str(), layout.c_str(), packed.wall, packed.cpu,
+                100 * copied.wall / packed.wall, packed.peak_bytes >> 20);
+    std::fflush(stdout);
+    if (tetromino_test::measures_memory) CHECK(packed.peak_bytes < (256u << 20));
+    if (packed.wall > 10) CHECK_THAT(packed.err, contains("packing ") && contains(" s left"));
   }
 }
 
@@ -694,17 +709,17 @@ void beside_cp(const temporary_directory& folder, bool is_stacked) {
 TEST_CASE("matrices of two gigabytes, beside cp", "[.slow]") {
   const temporary_directory folder;
   write_large_model(folder / "in", 15, false);
-  beside_cp(folder, false);
+  beside_cp(folder, false, 3);
 }
 
 TEST_CASE("stacks of two gigabytes, stored against the grain, beside cp", "[.slow]") {
   const temporary_directory folder;
   write_large_model(folder / "in", 4, true);
-  beside_cp(folder, true);
+  beside_cp(folder, true, 3);
 }
 
 TEST_CASE("twenty gigabytes in shards, beside cp", "[.slow]") {
   const temporary_directory folder;
   write_large_model(folder / "in", 150, false);
-  beside_cp(folder, false);
+  beside_cp(folder, false, 1);
 }

@@ -289,6 +289,23 @@ TEST_CASE("two recipes: each weight has its own, and the config names both") {
   CHECK(read_model(folder / "out").at(experts + "0.up_proj.weight_scale").dtype == "U8");
 }
 
+TEST_CASE("config.json with the numbers that Python writes passes through") {
+  const temporary_directory folder;
+  write_model(folder / "in", {{"hidden_size", 64}}, {{q, {64, 64}}});
+  store_text(folder / "in/config.json",
+             R"({"hidden_size": 64, "time_step_limit": [0.0, Infinity], "least": -Infinity, "none": NaN,
+                 "text": "Infinity, \\\"NaN, -Infinity"})");
+  pack_and_verify(folder / "in", folder / "out", by(layout::compressed_tensors, "nvfp4/amax"));
+  std::ifstream file(folder / "out/config.json");
+  const std::string written(std::istreambuf_iterator<char>(file), {});
+  for (const char* kept : {"    Infinity\n", "\"least\": -Infinity,", "\"none\": NaN,",
+                           R"("text": "Infinity, \\\"NaN, -Infinity",)", "\"hidden_size\": 64,"}) {
+    CHECK_THAT(written, contains(kept));
+  }
+  store_text(folder / "in/config.json", R"({"hidden_size": Infinite})");
+  CHECK_FALSE(io::checkpoint::try_open(folder / "in").has_value());
+}
+
 TEST_CASE("a model that cannot be finished leaves nothing") {
   const temporary_directory folder;
   write_model(folder / "in", {{"hidden_size", 64}}, {{q, {64, 64}}, {experts + "0.up_proj.weight", {64, 64}}});
@@ -304,11 +321,18 @@ TEST_CASE("a model that cannot be finished leaves nothing") {
     for (const auto& entry : fs::directory_iterator(folder.path())) left.insert(entry.path().filename().string());
     CHECK(left == std::set<std::string>{"in"});
   };
-  std::size_t calls = 0;
+  std::size_t calls = 0, last = 0;  // whether to go on is asked so often: each answer may be the one that says no
   io::pack_options stopping;
   stopping.slice_bytes = 4096;
-  stopping.progress = [&](std::size_t) { return ++calls < 3; };
-  refused(folder / "out", stopping, "stopped");
+  stopping.progress = [&](std::size_t) { return ++calls != last; };
+  static_cast<void>(io::pack(tt::scalar, model, plan, folder / "out", stopping));
+  fs::remove_all(folder / "out");
+  const std::size_t all = calls;
+  CHECK(all > 4);
+  for (last = 1; last <= all; ++last) {
+    calls = 0;
+    refused(folder / "out", stopping, "stopped");
+  }
   refused(folder / "in/out", {}, "outside of the model");
   refused(folder / "in/model-00001-of-00002.safetensors", {}, "another file than the one being read");
   refused(folder / "no/out", {}, "could not create");

@@ -204,6 +204,7 @@ TEST_CASE("stacks of experts are read along their outputs, whichever way they li
          {"language_model.model.layers.0.feed_forward.router.weight", {4, 64}, role::router},
          {"language_model.model.layers.0.feed_forward.shared_expert.up_proj.weight", {48, 64}, role::linear, packs},
          {"vision_model.model.layers.0.self_attn.q_proj.weight", {64, 64}, role::linear},
+         {"model.embed_tokens_extend.audio_embed.encoder.encoders.0.self_attn.q_proj.weight", {64, 64}, role::linear},
          {"multi_modal_projector.linear_1.weight", {64, 64}, role::other}});
   check("without a config, two neighbours decide", nullptr,
         {{"model.layers.0.mlp.experts.gate_up_proj", {4, 96, 64}, role::fused_experts, packs},

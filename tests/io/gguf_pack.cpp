@@ -13,6 +13,7 @@
 #include <map>         // std::map
 #include <random>      // std::mt19937_64
 #include <string>      // std::string
+#include <utility>     // std::exchange
 #include <vector>      // std::vector
 
 namespace fs = std::filesystem;
@@ -389,8 +390,15 @@ TEST_CASE("a value that cannot be packed names its tensor and row, and leaves no
     CHECK_THAT(done.error().what(), contains("(counting from row 4096)"));
     CHECK(files_in(folder.path()) == 1);
     options.special = tetromino::special_values::saturate;
+    std::size_t calls = 0, last = 0;
+    options.progress = [&](std::size_t) { return ++calls != last; };
     CHECK(io::try_pack_gguf(tetromino_test::fastest, file, io::plan_gguf(file, options), folder / "out"));
     fs::remove(folder / "out");
+    last = std::exchange(calls, 0);  // the last time that it is asked, all is written
+    CHECK_THAT(
+        io::try_pack_gguf(tetromino_test::fastest, file, io::plan_gguf(file, options), folder / "out").error().what(),
+        contains("stopped"));
+    CHECK(files_in(folder.path()) == 1);
   }
   CHECK_THAT(io::try_pack_gguf(tetromino::scalar, file, io::plan_gguf(file, with("mxfp4-32/oas")), folder / "in")
                  .error()

@@ -92,7 +92,14 @@ inline int pack_gguf(const gguf_job& job, tetromino::io::gguf_options options, c
   };
   const auto plan = io::plan_gguf(file, std::move(options));
   std::optional<io::gguf_report> report;
-  if (!job.output.empty()) report = io::pack_gguf(policy, file, plan, job.output);
+  if (!job.output.empty()) {
+    auto done = io::try_pack_gguf(policy, file, plan, job.output);
+    if (!done && ui::stop_signals::seen() != 0) {
+      throw tetromino::error(tetromino::errc::io, "stopped by a signal; nothing was written");
+    }
+    report = std::move(done).value();
+    ui::say_if_too_late(job.output);
+  }
   if (job.print.quiet) return 0;
   const io::gguf_report* const made = report ? &*report : nullptr;
   const std::size_t written = report ? std::filesystem::file_size(job.output) : 0;

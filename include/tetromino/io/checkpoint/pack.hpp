@@ -114,6 +114,11 @@ class packer {
   buffer_pool pool_;
 };
 
+/// What comes between slices asks too whether to go on: writing back a large model takes a while.
+inline result<void> check_stop(const io::pack_options& options) {
+  return options.progress && !options.progress(0) ? result<void>(error(errc::io, "stopped")) : result<void>();
+}
+
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
 
 namespace TETROMINO_NAMESPACE::io::inline TETROMINO_ISA {
@@ -151,6 +156,7 @@ template <class Policy>
   auto report = detail::packer(policy, from, plan, options, *writer).run();
   if (!report) return report;
   if (auto same = from.try_unchanged(); !same) return same.error();
+  if (auto on = detail::check_stop(options); !on) return on.error();
   if (auto done = writer->try_finish(); !done) return done.error();
   report->bytes_written = writer->total_bytes();
   report->files = writer->shard_count();
@@ -168,6 +174,7 @@ template <class Policy>
     auto left = detail::write_beside(from, plan, folder->temporary());
     if (!left) return left.error();
     report->files_left = std::move(*left);
+    if (auto on = detail::check_stop(options); !on) return on.error();
     if (auto done = folder->try_commit(); !done) return done.error();
   }
   return report;

@@ -26,7 +26,7 @@
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
-/// A whole JSON file of at most 256 MB, which is more than an index of a million tensors.
+/// A whole JSON file, or one as Python writes it, of at most 256 MB, which is more than an index of a million tensors.
 template <class Json = nlohmann::json>
 result<json_document<Json>> read_json(const std::filesystem::path& path) {
   constexpr std::uint64_t largest = 256'000'000;
@@ -41,7 +41,7 @@ result<json_document<Json>> read_json(const std::filesystem::path& path) {
     return read.error();
   }
   json_document<Json> json;
-  if (const std::string bad = parse_json(bytes, *json); !bad.empty()) {
+  if (const std::string bad = parse_json(without_python_numbers(bytes), *json); !bad.empty()) {
     return error(errc::malformed_file, text(path.string(), ": ", bad));
   }
   return json;

@@ -5,6 +5,8 @@
 
 #include <nlohmann/json.hpp>  // nlohmann::json
 
+#include <algorithm>      // std::find_if
+#include <array>          // std::array
 #include <cstddef>        // std::size_t
 #include <cstdint>        // std::int64_t, std::uint64_t
 #include <string>         // std::string
@@ -145,6 +147,43 @@ template <class Json>
                                      std::size_t most_values = std::size_t{1} << 23) {
   json_builder<Json> builder(out, most_values);
   return follow_json(written, builder) ? std::string() : builder.problem();
+}
+
+/// NaN and infinities, which JSON does not have but Python writes, as in the config.json of state-space models
+/// ("time_step_limit": [0.0, Infinity]): within JSON they are text that nothing else holds.
+inline constexpr std::array<std::string_view, 3> python_numbers{"-Infinity", "Infinity", "NaN"};
+
+/// Text of Python's JSON as JSON; `with_python_numbers` is the way back.
+inline std::string without_python_numbers(std::string_view written) {
+  std::string out;
+  out.reserve(written.size());
+  bool in_text = false;
+  for (std::size_t i = 0; i < written.size();) {
+    const std::string_view rest = written.substr(i);
+    const auto number = std::find_if(python_numbers.begin(), python_numbers.end(),
+                                     [&](std::string_view one) { return !in_text && rest.starts_with(one); });
+    if (number != python_numbers.end()) {
+      out += text("\"\\u0001", *number, '"');
+      i += number->size();
+      continue;
+    }
+    if (in_text && rest[0] == '\\' && rest.size() > 1)
+      out += written[i++];
+    else if (rest[0] == '"')
+      in_text = !in_text;
+    out += written[i++];
+  }
+  return out;
+}
+
+inline std::string with_python_numbers(std::string written) {
+  for (const std::string_view number : python_numbers) {
+    const std::string quoted = text("\"\\u0001", number, '"');
+    for (std::size_t at = 0; (at = written.find(quoted, at)) != std::string::npos; at += number.size()) {
+      written.replace(at, quoted.size(), number);
+    }
+  }
+  return written;
 }
 
 /// The text that a JSON object has under a key; empty if it has none, or something else.

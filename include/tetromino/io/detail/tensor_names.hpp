@@ -111,10 +111,11 @@ inline constexpr std::array<std::string_view, 7> down_leaves{"down_proj",     "w
                                                              "output_linear", "down", "ffn_down_exps"};
 
 /// Parts of a model that readers of 4-bit layouts keep as they are, beside the language model.
-inline constexpr std::array<std::string_view, 17> other_towers{
-    "vision_tower", "vision_model", "visual",        "vision_encoder", "vision_embed_tokens", "vision",
-    "audio_tower",  "audio_model",  "image_newline", "audio_encoder",  "mm_projector",        "multi_modal_projector",
-    "embed_vision", "embed_audio",  "vit",           "aligner",        "img_processor"};
+inline constexpr std::array<std::string_view, 19> other_towers{
+    "vision_tower", "vision_model",          "visual",       "vision_encoder", "vision_embed_tokens",
+    "vision",       "audio_tower",           "audio_model",  "image_newline",  "audio_encoder",
+    "mm_projector", "multi_modal_projector", "embed_vision", "embed_audio",    "vit",
+    "aligner",      "img_processor",         "image_embed",  "audio_embed"};
 
 inline constexpr std::array<std::string_view, 12> state_space_leaves{"a_log",  "d",          "dt_bias",   "dt_proj",
                                                                      "x_proj", "in_proj_ba", "in_proj_a", "in_proj_b",

@@ -464,6 +464,7 @@ template <class Policy>
   if (!writer) return writer.error();
   auto report = detail::gguf_packer(policy, file, plan, *writer).run();
   if (!report) return report;
+  if (plan.options.progress && !plan.options.progress(0)) return error(errc::io, "stopped");
   if (auto done = writer->try_finish(); !done) return done.error();
   return report;
 }

@@ -113,7 +113,8 @@ inline result<std::vector<std::string>> write_beside(const io::checkpoint& from,
   if (auto quantization = quantization_config(plan); !quantization.is_null()) {
     config["quantization_config"] = std::move(quantization);
   }
-  if (auto written = write_text(folder / "config.json", config.dump(2) + "\n"); !written) return written.error();
+  const std::string as_python = with_python_numbers(config.dump(2));
+  if (auto written = write_text(folder / "config.json", as_python + "\n"); !written) return written.error();
   if (plan.options.layout == io::checkpoint_layout::modelopt) {
     auto written = write_text(folder / "hf_quant_config.json", modelopt_file(plan).dump(2) + "\n");
     if (!written) return written.error();
