@@ -142,12 +142,16 @@ void balance_any(fuzz_bytes& in) {
                                                           to_places, to_copies, message.data(), message.size()));
   if (!done) return;
   require(cells <= huge && placed <= huge, "sizes that wrap");
-  for (std::size_t i = 0; i + 1 < slot.size(); ++i) {
-    require(slot[i] >= 0 && static_cast<std::size_t>(slot[i]) < experts, "an expert in each slot");
+  if (to_slots != nullptr) {
+    for (std::size_t i = 0; i + 1 < slot.size(); ++i) {
+      require(slot[i] >= 0 && static_cast<std::size_t>(slot[i]) < experts, "an expert in each slot");
+    }
   }
-  std::size_t all = 0;
-  for (std::size_t i = 0; i + 1 < copies.size(); ++i) all += static_cast<std::size_t>(copies[i]);
-  require(all == slot.size() - 1, "copies in all slots");
+  if (to_copies != nullptr) {
+    std::size_t all = 0;
+    for (std::size_t i = 0; i + 1 < copies.size(); ++i) all += static_cast<std::size_t>(copies[i]);
+    require(all == slot.size() - 1, "copies in all slots");
+  }
 }
 
 void place_any(fuzz_bytes& in) {
