@@ -8,7 +8,7 @@ else()
     list(APPEND warnings -Werror)
   endif()
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-    list(APPEND warnings -Wuseless-cast -Wno-error=useless-cast)
+    list(APPEND warnings -Wuseless-cast)
     # seen in the standard library under sanitizers, and by g++ 12 a thousand times in its own AVX-512 intrinsics
     list(APPEND warnings -Wno-maybe-uninitialized)
     if(CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
