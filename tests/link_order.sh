@@ -17,7 +17,7 @@ if [[ $("$compiler" -dumpmachine) != x86_64-* ]] || ! command -v objdump nm >/de
   exit 77
 fi
 if ! "$compiler" -E -dM -std=c++20 "${includes[@]}" -include tetromino/config.hpp -x c++ /dev/null |
-  grep -qx '#define TETROMINO_SIMD 1'; then
+  grep -x '#define TETROMINO_SIMD 1' >/dev/null; then  # with -q it would leave, and the compiler fail to write on
   echo "skipped: xsimd is not installed, and without it there is no vector code"
   exit 77
 fi

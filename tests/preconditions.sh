@@ -17,7 +17,7 @@ cd "$root/include/tetromino"
 # header<TAB>message<TAB>how often it stands there
 stated() {
   grep -rlF 'TETROMINO_EXPECTS(' . | sed 's@^\./@@' | grep -vx config.hpp | while read -r header; do
-    perl -0777 -ne 'while (/TETROMINO_EXPECTS\([^"]*"([^"]*)"/g) { $n{$1}++ } END { print "'"$header"'\t$_\t$n{$_}\n" for keys %n }' \
+    perl -0777 -ne 'while (/TETROMINO_EXPECTS\([^";]*"([^"]*)"/g) { $n{$1}++ } END { print "'"$header"'\t$_\t$n{$_}\n" for keys %n }' \
       "$header"
   done
 }

@@ -274,6 +274,10 @@ TEST_CASE("choices are of tokens or of steps") {
   const std::vector<std::uint16_t> outside = {4}, inside = {1};
   CHECK_THROWS_AS(chooser.choose(0, outside, gpus), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(chooser.choose(1, inside, gpus), tetromino_test::precondition_failed);
+  replica_chooser by_token(p, t);
+  CHECK_THROWS_AS(by_token.choose(0, outside, 0, gpus), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(by_token.choose(1, inside, 0, gpus), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(by_token.choose(0, inside, 2, gpus), tetromino_test::precondition_failed);
   const trace tr = trace::make({1, 4, 1}, {0}, {{0, 1, 0, 0}});
   const std::vector<std::uint32_t> sources = {0};
   cost_options options;
