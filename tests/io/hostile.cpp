@@ -72,6 +72,7 @@ TEST_CASE("no file of a megabyte takes long, or much memory") {
                                           many("[[]]"),
                                           many("\"\""),
                                           many("1e308"),
+                                          many("NaN"),
                                           repeated("{\"weight_map\":{\"a\":")};
   for (const auto& text : texts) {
     store_text(folder / "m/model.safetensors.index.json", index);
@@ -116,6 +117,11 @@ TEST_CASE("what config.json leaves alone is compared in bounded time") {
   for (const char* other : {"lm_head2", "gate", "model.layers.x.mlp", "model.layers.1.mlp.up"}) {
     CHECK_FALSE(list->names(other));
   }
+  in_time("many of Python's numbers, there and back", [] {
+    std::string list = "[0";
+    while (list.size() < 1'000'000) list += ",NaN,-Infinity,Infinity";
+    CHECK(tetromino::detail::with_python_numbers(tetromino::detail::without_python_numbers(list)) == list);
+  });
   in_time("a pattern of stars", [] {
     const std::string text(100'000, 'a');
     CHECK_FALSE(tetromino::detail::matches(text, "*a*a*a*a*a*a*a*a*a*a*a*a*a*a*a*a*a*a*a*a*b"));
