@@ -3,10 +3,10 @@
 #include "../detail/macros_off.hpp"
 
 #include "../config.hpp"                 // TETROMINO_EXPECTS
+#include "ids.hpp"                       // id_array, no_expert
 #include "placement.hpp"                 // placement
 #include "search/copies/copy_table.hpp"  // detail::copy_table
 #include "topology.hpp"                  // topology
-#include "ids.hpp"                       // id_array, no_expert
 
 #include <algorithm>  // std::fill, std::min
 #include <cstddef>    // std::size_t
@@ -342,21 +342,23 @@ class step_chooser {
   /// of an unsigned type, such as no_expert). Returns the pairs, or experts, of the busiest GPU. Preconditions: as many
   /// GPUs as ids; layer and ids in range.
   template <id_array Ids = std::span<const std::uint16_t>>
-  TETROMINO_ABI std::size_t choose(std::size_t layer, const Ids& given, std::span<std::uint32_t> gpus) {
-    const std::span<const std::uint16_t> ids =
-        detail::narrow_ids(given, copies_.experts(), "step_chooser: expert number out of range", ids_);
-    TETROMINO_EXPECTS(gpus.size() == ids.size() && layer < copies_.layers(),
-                      "step_chooser: a GPU for each expert, layer in range", gpus.size(), ids.size(), layer,
+  TETROMINO_ABI std::size_t choose(std::size_t layer, const Ids& ids, std::span<std::uint32_t> gpus) {
+    const std::span<const std::uint16_t> experts =
+        detail::narrow_ids(ids, copies_.experts(), "step_chooser: expert number out of range", ids_);
+    TETROMINO_EXPECTS(gpus.size() == experts.size() && layer < copies_.layers(),
+                      "step_chooser: a GPU for each expert, layer in range", gpus.size(), experts.size(), layer,
                       copies_.layers());
     active_.clear();
-    for (const std::uint16_t e : ids) {
+    for (const std::uint16_t e : experts) {
       if (e == no_expert) continue;
       if (units_[e]++ == 0) active_.push_back(e);
     }
     begin(layer);
     while (relieve_busiest(layer)) {
     }
-    for (std::size_t i = 0; i < ids.size(); ++i) gpus[i] = ids[i] == no_expert ? no_gpu : take(layer, ids[i]);
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      gpus[i] = experts[i] == no_expert ? no_gpu : take(layer, experts[i]);
+    }
     for (const std::uint16_t e : active_) units_[e] = 0;
     return load_[busiest_];
   }
