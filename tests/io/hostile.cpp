@@ -118,9 +118,9 @@ TEST_CASE("what config.json leaves alone is compared in bounded time") {
     CHECK_FALSE(list->names(other));
   }
   in_time("many of Python's numbers, there and back", [] {
-    std::string list = "[0";
-    while (list.size() < 1'000'000) list += ",NaN,-Infinity,Infinity";
-    CHECK(tetromino::detail::with_python_numbers(tetromino::detail::without_python_numbers(list)) == list);
+    std::string numbers = "[0";
+    while (numbers.size() < 1'000'000) numbers += ",NaN,-Infinity,Infinity";
+    CHECK(tetromino::detail::with_python_numbers(tetromino::detail::without_python_numbers(numbers)) == numbers);
   });
   in_time("a pattern of stars", [] {
     const std::string text(100'000, 'a');
