@@ -54,6 +54,41 @@ calibration seen_in(const matrix<float>& x) {
   seen.add(view(x));
   return seen;
 }
+calibration seen_in(const matrix<float>& x, const matrix<float>& met) {
+  calibration seen(x.cols);
+  seen.add(view(x), view(met));
+  return seen;
+}
+
+/// What reaches a layer from packed layers before it: the activations mixed, shrunk and with noise.
+matrix<float> drifted(std::mt19937_64& random, const matrix<float>& x) {
+  std::normal_distribution<float> normal;
+  matrix<float> mix(x.cols, x.cols), out(x.rows, x.cols);
+  for (float& v : mix.data) v = 0.2f * normal(random) / std::sqrt(static_cast<float>(x.cols));
+  for (std::size_t k = 0; k < x.cols; ++k) mix(k, k) += 0.9f;
+  eigen_map(matrix_view<float>(out.data.data(), out.rows, out.cols)) = eigen_map(view(x)) * eigen_map(view(mix));
+  for (float& v : out.data) v += 0.1f * normal(random);
+  return out;
+}
+
+/// Squared error of the products met q^T, which should be x w^T.
+double stream_error(const matrix<float>& x, const matrix<float>& met, const matrix<float>& w, const matrix<float>& q) {
+  const Eigen::MatrixXd owed = eigen_map(view(x)).cast<double>() * eigen_map(view(w)).cast<double>().transpose();
+  return (owed - eigen_map(view(met)).cast<double>() * eigen_map(view(q)).cast<double>().transpose()).squaredNorm();
+}
+
+/// The weights q of the least |x w^T - met q^T|^2 + damping · mean square column · |q - w|^2, by a decomposition of the
+/// rows themselves, without their moments.
+Eigen::MatrixXd least_squares(const matrix<float>& x, const matrix<float>& met, const matrix<float>& w,
+                              double damping) {
+  const Eigen::MatrixXd weights = eigen_map(view(w)).cast<double>(), rows = eigen_map(view(met)).cast<double>();
+  const Eigen::Index n = rows.rows(), cols = rows.cols();
+  const double ridge = std::sqrt(damping * rows.squaredNorm() / static_cast<double>(cols));
+  Eigen::MatrixXd all(n + cols, cols), owed(n + cols, weights.rows());
+  all << rows, ridge * Eigen::MatrixXd::Identity(cols, cols);
+  owed << eigen_map(view(x)).cast<double>() * weights.transpose(), ridge * weights.transpose();
+  return all.colPivHouseholderQr().solve(owed).transpose();
+}
 
 /// GPTQ in the textbook's words: the explicit inverse, one column at a time in the order given, scales given by the
 /// library's packing.
@@ -158,14 +193,15 @@ TEST_CASE("feedback lowers the error of products, on other activations too") {
 
 TEST_CASE("the same bytes on every executor, and for ragged columns") {
   std::mt19937_64 random(tetromino_test::seed());
-  const matrix<float> x = activations(random, 300, 150), w = gaussian(random, 70, 150);
-  const calibration seen = seen_in(x);
+  const matrix<float> x = activations(random, 300, 150), w = gaussian(random, 270, 150);
   const recipe r = recipe::parse("mxfp4-32/min-error/mbs-search@64/gptq");
   const thread_executor threads(4);
-  const auto alone = gptq(scalar, view(w), r, seen), together = gptq(scalar.on(threads), view(w), r, seen);
-  CHECK(alone.codes == together.codes);
-  CHECK(alone.scales == together.scales);
-  CHECK(alone.macros == together.macros);
+  for (const calibration& seen : {seen_in(x), seen_in(x, drifted(random, x))}) {
+    const auto alone = gptq(scalar, view(w), r, seen), together = gptq(scalar.on(threads), view(w), r, seen);
+    CHECK(alone.codes == together.codes);
+    CHECK(alone.scales == together.scales);
+    CHECK(alone.macros == together.macros);
+  }
 }
 
 TEST_CASE("an expert that few tokens reach borrows its layer's moments") {
@@ -198,6 +234,115 @@ TEST_CASE("moments after a rotation are those of rotated activations") {
     const Eigen::MatrixXd b = got.moments().selfadjointView<Eigen::Lower>();
     CHECK((a - b).norm() < 1e-5 * a.norm());
   }
+}
+
+TEST_CASE("two streams: weights move to where the rows that they meet give the products of the float model") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 700, 130), met = drifted(random, x), w = gaussian(random, 150, 130);
+  const calibration seen = seen_in(x, met);
+  for (const bool by_activation : {false, true}) {
+    for (const double damping : {0.001, 0.01, 1.0}) {
+      CAPTURE(by_activation, damping);
+      const auto order = detail::column_order(seen, {.scales = gptq_scales::fixed, .by_activation = by_activation});
+      matrix<float> moved = w;
+      detail::correct_weights(scalar, seen, detail::feedback_factor(seen, damping, order), order, moved);
+      const Eigen::MatrixXd expected = least_squares(x, met, w, damping);
+      CHECK((eigen_map(view(moved)).cast<double>() - expected).norm() < 1e-5 * expected.norm());
+    }
+  }
+}
+
+TEST_CASE("two streams: the bytes are those of the moved weights in one stream") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 500, 128), met = drifted(random, x), w = gaussian(random, 9, 128);
+  matrix<float> moved(w.rows, w.cols);
+  eigen_map(matrix_view<float>(moved.data.data(), moved.rows, moved.cols)) =
+      least_squares(x, met, w, 0.01).cast<float>();
+  for (const char* name : {"mxfp4-32/oas/gptq", "mxfp4-16/min-error/mbs-search@32/gptq", "nvfp4/min-error/gptq"}) {
+    CAPTURE(name);
+    const recipe r = recipe::parse(name);
+    const auto got = dequantize<float>(scalar, gptq(scalar, view(w), r, seen_in(x, met)));
+    const auto expected = dequantize<float>(scalar, gptq(scalar, view(moved), r, seen_in(met)));
+    std::size_t different = 0;
+    for (std::size_t i = 0; i < got.data.size(); ++i) {
+      different += std::fabs(got.data[i] - expected.data[i]) > 1e-5f * std::fabs(expected.data[i]);
+    }
+    CHECK(different < got.data.size() / 20);  // ties that the last bit of a float breaks, and what follows them
+    CHECK(stream_error(x, met, w, got) < 1.02 * stream_error(x, met, w, expected));
+  }
+}
+
+TEST_CASE("two streams: products come nearer to those of the float model, on other activations too") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> all = activations(random, 1600, 256), all_met = drifted(random, all),
+                      w = gaussian(random, 32, 256);
+  const auto part = [](const matrix<float>& from, std::size_t first) {
+    matrix<float> out(800, from.cols);
+    std::copy_n(from.data.begin() + static_cast<std::ptrdiff_t>(first * from.cols), out.data.size(), out.data.begin());
+    return out;
+  };
+  const matrix<float> x = part(all, 0), met = part(all_met, 0);
+  for (const char* name : {"mxfp4-32/oas/gptq", "nvfp4/min-error/gptq", "mxfp4-16/oas/hadamard-32/gptq"}) {
+    CAPTURE(name);
+    const recipe r = recipe::parse(name);
+    const auto weights = [&](const calibration& seen) {
+      matrix<float> q = dequantize<float>(scalar, gptq(scalar, view(w), r, seen));
+      if (r.rotation != 0) rotate_back(scalar, q, {r.rotation}, q.view());
+      return q;
+    };
+    const matrix<float> both = weights(seen_in(x, met)), as_met = weights(seen_in(met)), as_float = weights(seen_in(x));
+    for (const std::size_t first : {std::size_t{0}, std::size_t{800}}) {
+      const auto error_of = [&](const matrix<float>& q) {
+        return stream_error(part(all, first), part(all_met, first), w, q);
+      };
+      CHECK(error_of(both) < 0.7 * error_of(as_met));
+      CHECK(error_of(both) < 0.7 * error_of(as_float));
+    }
+  }
+}
+
+TEST_CASE("two streams that do not differ are one") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 300, 96), w = gaussian(random, 7, 96);
+  const calibration one = seen_in(x), two = seen_in(x, x);
+  CHECK(one.drift().size() == 0);
+  CHECK(two.drift() == Eigen::MatrixXd::Zero(96, 96));
+  CHECK(two.moments() == one.moments());
+  for (const char* name : {"mxfp4-32/min-error/gptq", "nvfp4/amax/hadamard-16/gptq"}) {
+    const auto a = gptq(scalar, view(w), recipe::parse(name), one), b = gptq(scalar, view(w), recipe::parse(name), two);
+    CHECK(a.codes == b.codes);
+    CHECK(a.scales == b.scales);
+  }
+}
+
+TEST_CASE("drift is added, joined, borrowed and rotated as moments are") {
+  std::mt19937_64 random(tetromino_test::seed());
+  const matrix<float> x = activations(random, 700, 200), met = drifted(random, x);
+  const auto some = [](const matrix<float>& m, std::size_t first, std::size_t n) {
+    return matrix_view<const float>(m.data.data() + first * m.cols, n, m.cols);
+  };
+  const calibration whole = seen_in(x, met);
+  const Eigen::MatrixXd mine = eigen_map(view(met)).cast<double>();
+  const Eigen::MatrixXd expected = (eigen_map(view(x)).cast<double>() - mine).transpose() * mine;
+  const auto near = [](const Eigen::MatrixXd& a, const Eigen::MatrixXd& b) { return (a - b).norm() < 1e-9 * b.norm(); };
+  CHECK(near(whole.drift(), expected));
+
+  calibration a(200), b(200), c(200);
+  a.add(some(x, 0, 300), some(met, 0, 300));
+  b.add(some(x, 300, 400), some(met, 300, 400));
+  c.merge(a);
+  c.merge(b);
+  CHECK(near(c.drift(), whole.drift()));
+  c.merge(seen_in(x));  // of one stream: it has not drifted
+  CHECK(near(c.drift(), whole.drift()));
+  CHECK(near(a.blended(whole, 70).drift(), a.drift() + 0.1 * whole.drift()));
+  CHECK(near(seen_in(x).blended(whole, 70).drift(), 0.1 * whole.drift()));
+
+  matrix<float> y = x, turned = met;
+  rotate(scalar, x, {32}, y.view());
+  rotate(scalar, met, {32}, turned.view());
+  const Eigen::MatrixXd rotated = whole.rotated({32}).drift(), owed = seen_in(y, turned).drift();
+  CHECK((rotated - owed).norm() < 1e-5 * owed.norm());
 }
 
 TEST_CASE("a batch is packed matrix by matrix, each with its own calibration") {
@@ -264,6 +409,12 @@ TEST_CASE("bad input is said") {
   CHECK_THROWS_AS(seen.blended(calibration(64), 1.0), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(seen.rotated({48}), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(calibration(Eigen::MatrixXd::Zero(2, 3), 1.0), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(calibration(Eigen::MatrixXd::Zero(2, 2), 1.0, Eigen::MatrixXd::Zero(3, 3)),
+                  tetromino_test::precondition_failed);
+  CHECK(seen.try_add(view(x), view(w)).error().what() ==
+        std::string("calibration: expected the same rows of two streams, got 2 x 32 and 4 x 64"));
+  CHECK_THAT(std::string(seen.try_add(view(x), view(matrix<float>(2, 32))).error().what()),
+             tetromino_test::contains("row 1, column 3"));
   CHECK(try_quantize(scalar, w, r).error().code() == errc::invalid_argument);
 }
 
@@ -330,6 +481,10 @@ TEST_CASE("moments that are not finite are refused") {
   CHECK(refused(std::nan(""), 9, 2, 10) ==
         "gptq: expected finite moments of the activations, got nan for columns 9 and 2");
   CHECK(refused(-1, 4, 4, 10) == "gptq: expected finite moments of the activations, got -1 for columns 4 and 4");
+  Eigen::MatrixXd drift = Eigen::MatrixXd::Zero(32, 32);
+  drift(2, 9) = infinity;
+  CHECK(try_gptq(scalar, view(w), recipe::parse("mxfp4-32/oas/gptq"), calibration(moments, 10, drift)).error().what() ==
+        std::string("gptq: expected finite moments of the activations, got inf for columns 2 and 9"));
   CHECK(refused(1, 4, 4, infinity) == "gptq: expected moments of a number of rows, got inf");
 }
 

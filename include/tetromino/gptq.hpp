@@ -25,53 +25,53 @@
 
 namespace TETROMINO_NAMESPACE {
 
-/// The second moments of a layer's input, gathered from calibration activations as they stream by: sum of x^T x over
-/// rows x [cols]. Takes cols^2 doubles, whatever the number of rows.
+/// The second moments of a layer's input, gathered from calibration activations as they stream by: H, the sum of y^T y
+/// over the rows y [cols] that meet the packed weights, and the drift D, the sum of (x - y)^T y, where x is the same
+/// row in the float model. In one stream nothing is packed before the layer, y is x and D is 0. In two streams y comes
+/// from the model as packed so far, its activations rounded as they will be. Takes cols^2 doubles, with drift twice
+/// that, whatever the number of rows.
 class calibration {
  public:
   TETROMINO_ABI explicit calibration(std::size_t cols)
       : moments_(Eigen::MatrixXd::Zero(static_cast<Eigen::Index>(cols), static_cast<Eigen::Index>(cols))) {}
 
-  /// Moments [cols, cols] that were gathered before, of which the lower triangle counts, and of how many rows they are.
-  TETROMINO_ABI calibration(Eigen::MatrixXd moments, double rows) : moments_(std::move(moments)), rows_(rows) {
+  /// Moments [cols, cols] that were gathered before, of which the lower triangle counts, of how many rows they are, and
+  /// their drift [cols, cols], empty for none.
+  TETROMINO_ABI calibration(Eigen::MatrixXd moments, double rows, Eigen::MatrixXd drift = {})
+      : moments_(std::move(moments)), drift_(std::move(drift)), rows_(rows) {
     TETROMINO_EXPECTS(moments_.rows() == moments_.cols(), "moments are a square matrix", moments_.rows(),
                       moments_.cols());
+    TETROMINO_EXPECTS(drift_.size() == 0 || (drift_.rows() == moments_.rows() && drift_.cols() == moments_.cols()),
+                      "drift is empty or has the size of the moments", drift_.rows(), drift_.cols());
   }
 
   [[nodiscard]] TETROMINO_ABI std::size_t cols() const noexcept { return static_cast<std::size_t>(moments_.rows()); }
   /// Rows seen so far, or their equivalent after blending.
   [[nodiscard]] TETROMINO_ABI double rows() const noexcept { return rows_; }
 
-  /// Adds activations x[rows, cols]. Errors: shape_mismatch; non_finite.
+  /// Adds activations x[rows, cols], of one stream. Errors: shape_mismatch; non_finite.
   template <real T>
   TETROMINO_ABI result<void> try_add(const matrix_view<const T>& x) {
-    const detail::default_float_state usual;
-    if (x.cols != cols()) {
-      return error(errc::shape_mismatch, detail::text("calibration of ", cols(), " columns got rows of ", x.cols));
-    }
-    constexpr std::size_t piece = 512;
-    Eigen::MatrixXd rows;
-    for (std::size_t first = 0; first < x.rows; first += piece) {
-      const std::size_t n = std::min(piece, x.rows - first);
-      rows.resize(static_cast<Eigen::Index>(x.cols), static_cast<Eigen::Index>(n));
-      for (std::size_t r = 0; r < n; ++r) {
-        for (std::size_t k = 0; k < x.cols; ++k) {
-          const float value = detail::to_float(x(first + r, k));
-          if (!detail::is_finite(value)) {
-            return error(errc::non_finite, detail::text("calibration: expected finite activations, got ", value,
-                                                        " at row ", first + r, ", column ", k));
-          }
-          rows(static_cast<Eigen::Index>(k), static_cast<Eigen::Index>(r)) = static_cast<double>(value);
-        }
-      }
-      moments_.selfadjointView<Eigen::Lower>().rankUpdate(rows);
-      rows_ += static_cast<double>(n);
-    }
-    return {};
+    return add_pieces<T>(x, nullptr);
   }
   template <real T>
   TETROMINO_ABI void add(const matrix_view<const T>& x) {
     try_add(x).value();
+  }
+
+  /// Adds activations of two streams: x[rows, cols] of the float model and met[rows, cols], the same rows as they meet
+  /// the packed weights: rounded if they are, and turned back if they meet them rotated. Errors: as above.
+  template <real T>
+  TETROMINO_ABI result<void> try_add(const matrix_view<const T>& x, const matrix_view<const T>& met) {
+    if (x.rows != met.rows || x.cols != met.cols) {
+      return error(errc::shape_mismatch, detail::text("calibration: expected the same rows of two streams, got ",
+                                                      x.rows, " x ", x.cols, " and ", met.rows, " x ", met.cols));
+    }
+    return add_pieces<T>(met, &x);
+  }
+  template <real T>
+  TETROMINO_ABI void add(const matrix_view<const T>& x, const matrix_view<const T>& met) {
+    try_add(x, met).value();
   }
 
   /// Joins the moments of other rows to these, such as those of another rank. Pre: the same number of columns.
@@ -79,6 +79,7 @@ class calibration {
     TETROMINO_EXPECTS(other.cols() == cols(), "calibrations that merge have the same columns", other.cols(), cols());
     const detail::default_float_state usual;
     moments_ += other.moments_;
+    add_drift(other.drift_, 1);
     rows_ += other.rows_;
   }
 
@@ -90,6 +91,7 @@ class calibration {
     calibration out = *this;
     if (prior.rows_ == 0) return out;
     out.moments_ += prior.moments_ * (strength / prior.rows_);
+    out.add_drift(prior.drift_, strength / prior.rows_);
     out.rows_ += strength;
     return out;
   }
@@ -100,7 +102,7 @@ class calibration {
     const detail::default_float_state usual;
     constexpr std::size_t piece = 128;  // whole blocks of every size
     const detail::row_rotation prepared(rotation, cols());
-    calibration out(moments_.selfadjointView<Eigen::Lower>(), rows_);
+    calibration out(moments_.selfadjointView<Eigen::Lower>(), rows_, drift_);
     for (std::size_t first = 0; first < cols(); first += piece) {
       const std::size_t size = std::min(piece, cols() - first);
       const auto at = static_cast<Eigen::Index>(first), n = static_cast<Eigen::Index>(size);
@@ -110,8 +112,11 @@ class calibration {
         prepared.apply(unit.data(), first, size, turned.row(r).data());
       }
       const Eigen::MatrixXd turn = turned.cast<double>();
-      out.moments_.middleCols(at, n) = (out.moments_.middleCols(at, n) * turn).eval();
-      out.moments_.middleRows(at, n) = (turn.transpose() * out.moments_.middleRows(at, n)).eval();
+      for (Eigen::MatrixXd* m : {&out.moments_, &out.drift_}) {
+        if (m->size() == 0) continue;
+        m->middleCols(at, n) = (m->middleCols(at, n) * turn).eval();
+        m->middleRows(at, n) = (turn.transpose() * m->middleRows(at, n)).eval();
+      }
     }
     return out;
   }
@@ -130,9 +135,60 @@ class calibration {
 
   /// The moments' lower triangle [cols, cols].
   [[nodiscard]] TETROMINO_ABI const Eigen::MatrixXd& moments() const noexcept { return moments_; }
+  /// The drift [cols, cols]; empty where only one stream was seen.
+  [[nodiscard]] TETROMINO_ABI const Eigen::MatrixXd& drift() const noexcept { return drift_; }
 
  private:
+  /// Adds the rows `met`, which drifted from those of the float model, if there are any.
+  template <real T>
+  TETROMINO_ABI result<void> add_pieces(const matrix_view<const T>& met, const matrix_view<const T>* original) {
+    const detail::default_float_state usual;
+    if (met.cols != cols()) {
+      return error(errc::shape_mismatch, detail::text("calibration of ", cols(), " columns got rows of ", met.cols));
+    }
+    constexpr std::size_t piece = 512;
+    Eigen::MatrixXd rows, away;
+    if (original != nullptr && drift_.size() == 0) drift_.setZero(moments_.rows(), moments_.cols());
+    for (std::size_t first = 0; first < met.rows; first += piece) {
+      const std::size_t n = std::min(piece, met.rows - first);
+      if (auto done = read_columns(met, first, n, rows); !done) return done;
+      if (original != nullptr) {
+        if (auto done = read_columns(*original, first, n, away); !done) return done;
+        away -= rows;
+        drift_.noalias() += away * rows.transpose();
+      }
+      moments_.selfadjointView<Eigen::Lower>().rankUpdate(rows);
+      rows_ += static_cast<double>(n);
+    }
+    return {};
+  }
+
+  /// Rows [first, first + n) of x as the columns of `out`.
+  template <real T>
+  TETROMINO_ABI static result<void> read_columns(const matrix_view<const T>& x, std::size_t first, std::size_t n,
+                                                 Eigen::MatrixXd& out) {
+    out.resize(static_cast<Eigen::Index>(x.cols), static_cast<Eigen::Index>(n));
+    for (std::size_t r = 0; r < n; ++r) {
+      for (std::size_t k = 0; k < x.cols; ++k) {
+        const float value = detail::to_float(x(first + r, k));
+        if (!detail::is_finite(value)) {
+          return error(errc::non_finite, detail::text("calibration: expected finite activations, got ", value,
+                                                      " at row ", first + r, ", column ", k));
+        }
+        out(static_cast<Eigen::Index>(k), static_cast<Eigen::Index>(r)) = static_cast<double>(value);
+      }
+    }
+    return {};
+  }
+
+  TETROMINO_ABI void add_drift(const Eigen::MatrixXd& other, double share) {
+    if (other.size() == 0) return;
+    if (drift_.size() == 0) drift_.setZero(moments_.rows(), moments_.cols());
+    drift_ += other * share;
+  }
+
   Eigen::MatrixXd moments_;  // the lower triangle counts
+  Eigen::MatrixXd drift_;    // empty: none
   double rows_ = 0;
 };
 
@@ -168,12 +224,11 @@ inline void invert_lower(Eigen::Ref<Eigen::MatrixXd> m) {
 
 /// The upper triangular factor U of the inverse of the damped moments, U^T U = H^-1, with columns in the given order.
 /// Row j of U says how an error in column j is best made up for by the columns after it.
-inline eigen_matrix<float> feedback_factor(const calibration& seen, double damping,
-                                           const std::vector<std::size_t>& order) {
+inline Eigen::MatrixXd feedback_factor(const calibration& seen, double damping, const std::vector<std::size_t>& order) {
   const auto n = static_cast<Eigen::Index>(seen.cols());
   const Eigen::MatrixXd& lower = seen.moments();
   double mean = lower.diagonal().mean();
-  if (!(mean > 0)) return eigen_matrix<float>::Identity(n, n);
+  if (!(mean > 0)) return Eigen::MatrixXd::Identity(n, n);
   // Reversed, so that one Cholesky factor of H gives the factor of its inverse: H = R R^T with R upper, U = R^-1.
   Eigen::MatrixXd reversed(n, n);
   const auto at = [&](Eigen::Index i) { return static_cast<Eigen::Index>(order[static_cast<std::size_t>(n - 1 - i)]); };
@@ -190,8 +245,41 @@ inline eigen_matrix<float> feedback_factor(const calibration& seen, double dampi
     const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> factor(damped);
     if (factor.info() != Eigen::Success) continue;
     invert_lower(damped);
-    return damped.triangularView<Eigen::Lower>().toDenseMatrix().reverse().cast<float>();
+    return damped.triangularView<Eigen::Lower>().toDenseMatrix().reverse();
   }
+}
+
+/// Moves weights W to those whose products with the rows y that they will meet are nearest to the float model's, in the
+/// mean and as far as damping lets them: W + W D (H + damping)^-1, the least of |x W^T - y Q^T|^2 + damping |Q - W|^2
+/// over Q. `factor` is that of feedback_factor in the same order. Weights that are not finite stay, and have no say.
+template <class Policy>
+void correct_weights(const Policy& policy, const calibration& seen, const Eigen::MatrixXd& factor,
+                     const std::vector<std::size_t>& order, matrix<float>& weights) {
+  constexpr std::size_t piece = 128;  // rows of one product, so that threads change nothing in it
+  const auto upper = factor.triangularView<Eigen::Upper>();
+  const auto at = [&](std::size_t k) { return static_cast<Eigen::Index>(order[k]); };
+  for_each_row(policy.executor, (weights.rows + piece - 1) / piece, piece * weights.cols, [&](std::size_t p) {
+    const std::size_t first = p * piece, n = std::min(piece, weights.rows - first);
+    Eigen::MatrixXd part(static_cast<Eigen::Index>(n), static_cast<Eigen::Index>(weights.cols));
+    for (std::size_t i = 0; i < n; ++i) {
+      for (std::size_t k = 0; k < weights.cols; ++k) {
+        const float w = weights(first + i, k);
+        part(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(k)) = is_finite(w) ? static_cast<double>(w) : 0.0;
+      }
+    }
+    const Eigen::MatrixXd away = part * seen.drift();
+    for (std::size_t k = 0; k < weights.cols; ++k) part.col(static_cast<Eigen::Index>(k)) = away.col(at(k));
+    part = part * upper.transpose();
+    part = part * upper;
+    for (std::size_t i = 0; i < n; ++i) {
+      for (std::size_t k = 0; k < weights.cols; ++k) {
+        float& w = weights(first + i, order[k]);
+        const auto moved = static_cast<float>(static_cast<double>(w) +
+                                              part(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(k)));
+        if (is_finite(moved)) w = moved;
+      }
+    }
+  });
 }
 
 /// What turns an element into its code and back under the scales of its block.
@@ -284,12 +372,17 @@ result<void> refresh_scales(const Policy& policy, const eigen_matrix<float>& w, 
 /// Says which of the moments cannot be used, if one cannot.
 inline result<void> check_moments(const calibration& seen) {
   const auto n = static_cast<Eigen::Index>(seen.cols());
+  const auto refused = [](double moment, Eigen::Index i, Eigen::Index j) {
+    return error(errc::non_finite, text("gptq: expected finite moments of the activations, got ", moment,
+                                        " for columns ", i, " and ", j));
+  };
   for (Eigen::Index j = 0; j < n; ++j) {
     for (Eigen::Index i = j; i < n; ++i) {
       const double moment = seen.moments()(i, j);
-      if (std::isfinite(moment) && (i != j || moment >= 0)) continue;
-      return error(errc::non_finite, text("gptq: expected finite moments of the activations, got ", moment,
-                                          " for columns ", i, " and ", j));
+      if (!std::isfinite(moment) || (i == j && moment < 0)) return refused(moment, i, j);
+    }
+    for (Eigen::Index i = 0; i < n && seen.drift().size() != 0; ++i) {
+      if (!std::isfinite(seen.drift()(i, j))) return refused(seen.drift()(i, j), i, j);
     }
   }
   if (std::isfinite(seen.rows()) && seen.rows() >= 0) return {};
@@ -410,8 +503,11 @@ inline namespace TETROMINO_ISA {
 /// own, chosen by the recipe's rules; where those compare errors, the calibration's column weights count unless the
 /// options give others. `gathered` is of the activations as they come; where the recipe rotates, its moments are
 /// rotated too. A poisoned block stays as quantize has it and feeds nothing back. Same input, same bytes, whatever the
-/// executor. Errors: as try_quantize, shape_mismatch for a calibration of other columns, and non_finite for its
-/// moments. (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", arXiv 2210.17323)
+/// executor. Where the calibration has seen two streams, the weights first move to where they best make up for the
+/// drift of their input: W + W D (H + damping)^-1, and all else, scales included, is of those. Errors: as try_quantize,
+/// shape_mismatch for a calibration of other columns, and non_finite for its moments. (Frantar, Ashkboos, Hoefler,
+/// Alistarh: "GPTQ", arXiv 2210.17323; two streams: Zhang, Zhang, Colbert, Saab: "Qronos", arXiv 2505.11695, and Li,
+/// Yin, Lee, Xiao, Panda: "GPTAQ", arXiv 2504.02692)
 template <class Policy, class T>
   requires(can_quantize<Policy, float>)
 result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& w, const named_recipe& way,
@@ -445,21 +541,23 @@ result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& 
     options.rotation.reset();
   }
   const calibration& seen = turned ? *turned : gathered;
+  if (w.rows == 0 || w.cols == 0) return try_quantize(policy, weights, plain, options);
+  const std::vector<std::size_t> order = detail::column_order(seen, feedback);
+  const Eigen::MatrixXd factor = detail::feedback_factor(seen, feedback.damping, order);
+  if (seen.drift().size() != 0) detail::correct_weights(policy, seen, factor, order, weights);
   std::vector<float> column_weights;
   if (options.column_weights.empty()) {
     column_weights = seen.column_weights();
     options.column_weights = column_weights;
   }
   auto out = try_quantize(policy, weights, plain, options);
-  if (!out || w.rows == 0 || w.cols == 0) return out;
+  if (!out) return out;
   options.rule = plain.rule;
   options.macro = plain.macro;
 
-  const std::vector<std::size_t> order = detail::column_order(seen, feedback);
   eigen_matrix<float> current = detail::ordered_weights(weights, order, options.special, *out);
   options.special = special_values::saturate;  // where feedback goes beyond the floats
-  if (auto done = detail::round_with_feedback(policy, std::move(current), order,
-                                              detail::feedback_factor(seen, feedback.damping, order), options,
+  if (auto done = detail::round_with_feedback(policy, std::move(current), order, factor.cast<float>(), options,
                                               feedback.scales, *out);
       !done) {
     return done.error();
