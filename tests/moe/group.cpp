@@ -107,6 +107,15 @@ TEST_CASE("requests go where their experts are, within the budget") {
   }
 }
 
+TEST_CASE("requests find their experts among more nodes than a machine word has bits") {
+  const std::size_t kinds = 100;
+  const trace t = kinds_of_requests(kinds, 2 * kinds, 12);
+  const topology cluster = topology::uniform(kinds, 1, 4);
+  const node_affinity affinity = node_affinity::make(contiguous(2, 4 * kinds, cluster), cluster, t.view());
+  const auto where = group(affinity, signatures(t, affinity), std::vector<std::uint64_t>(2 * kinds, 1));
+  for (std::size_t r = 0; r < where.size(); ++r) CHECK(where[r] == r % kinds);
+}
+
 TEST_CASE("the budget holds when all requests want one node") {
   const trace t = kinds_of_requests(4, 32, 6);
   const topology cluster = topology::uniform(4, 2, 2);

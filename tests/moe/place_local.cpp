@@ -187,6 +187,86 @@ TEST_CASE("spare slots stay empty without replicas, and nodes need not be alike"
   CHECK(judge(t, roomy, everywhere).remote_pairs == 0);
 }
 
+TEST_CASE("256 bits reckon as 64 do") {
+  using tetromino::moe::detail::first_node, tetromino::moe::detail::lowest_node, tetromino::moe::detail::node_bit;
+  using tetromino::moe::detail::node_count, tetromino::moe::detail::wide_mask, tetromino::moe::detail::without_first;
+  CAPTURE(tetromino_test::seed());
+  generator g(tetromino_test::seed());
+  for (int i = 0; i < 2000; ++i) {
+    std::set<std::size_t> nodes, others;  // what the masks stand for
+    for (std::size_t n = g.below(12); n > 0; --n) nodes.insert(g.below(256));
+    for (std::size_t n = g.below(12); n > 0; --n) others.insert(g.below(256));
+    const auto mask = [](const std::set<std::size_t>& of) {
+      wide_mask out;
+      for (const std::size_t n : of) out = out | node_bit<wide_mask>(n);
+      return out;
+    };
+    const wide_mask m = mask(nodes), other = mask(others);
+    REQUIRE(node_count(m) == static_cast<int>(nodes.size()));
+    REQUIRE((m == 0) == nodes.empty());
+    REQUIRE((m == other) == (nodes == others));
+    for (std::size_t n = 0; n < 256; ++n) {
+      const bool in = nodes.count(n) != 0, in_other = others.count(n) != 0;
+      REQUIRE(((m & node_bit<wide_mask>(n)) != 0) == in);
+      REQUIRE((((m & other) & node_bit<wide_mask>(n)) != 0) == (in && in_other));
+      REQUIRE((((m & ~other) & node_bit<wide_mask>(n)) != 0) == (in && !in_other));
+    }
+    if (nodes.empty()) continue;
+    REQUIRE(first_node(m) == *nodes.begin());
+    REQUIRE(lowest_node(m) == node_bit<wide_mask>(*nodes.begin()));
+    nodes.erase(nodes.begin());
+    REQUIRE(without_first(m) == mask(nodes));
+    const std::uint64_t a = g.bits(), b = g.below(2) == 0 ? g.bits() : 0;
+    if (a >= b) REQUIRE(wide_mask(a) - wide_mask(b) == wide_mask(a - b));
+  }
+}
+
+TEST_CASE("a mask of 256 bits gives the plan that one of 64 gives") {
+  const trace t = synthetic(11, 2, 16, 2, 16, 1, 6);
+  const placement before = contiguous(2, 16, topology::uniform(7, 2, 2));
+  const topology clusters[] = {topology::uniform(2, 3, 4), topology::uniform(7, 2, 2), topology::uniform(20, 1, 2)};
+  for (const topology& cluster : clusters) {
+    for (const double pairs : {0.0, 0.4}) {
+      for (const bool warm : {false, true}) {
+        if (warm && cluster.nodes() != 7) continue;
+        local_options options;
+        options.node_weight = 1 - pairs;
+        options.pair_weight = pairs;
+        options.max_proposals = 3'000;
+        options.start = warm ? &before : nullptr;
+        CAPTURE(cluster.nodes(), pairs, warm);
+        const local_plan narrow = detail::search_local<std::uint64_t>(t.view(), cluster, options);
+        const local_plan wide = detail::search_local<detail::wide_mask>(t.view(), cluster, options);
+        CHECK(wide.experts == narrow.experts);
+        CHECK(wide.source_of_request == narrow.source_of_request);
+        CHECK(wide.copies_moved == narrow.copies_moved);
+        CHECK(wide.reached.nodes_per_token == narrow.reached.nodes_per_token);
+      }
+    }
+  }
+}
+
+TEST_CASE("clusters of more nodes than a machine word has bits") {
+  const trace t = synthetic(12, 1, 96, 2, 256, 0, 4);
+  for (const std::size_t nodes : {65u, 256u}) {
+    const topology cluster = topology::uniform(nodes, 1, nodes == 65 ? 3 : 2);
+    CAPTURE(nodes);
+    local_options options;
+    options.node_imbalance = 0;
+    options.max_proposals = 12'000;
+    const local_plan plan = local(t.view(), cluster, options);
+    try_validate(plan.experts, cluster).value();
+    const cost_report cost = judge(t, cluster, plan);
+    std::vector<std::uint32_t> turns(256);
+    for (std::size_t r = 0; r < 256; ++r) turns[r] = static_cast<std::uint32_t>(r % nodes);
+    const cost_report contiguous_cost = evaluate(t.view(), contiguous(1, 96, cluster), cluster, turns);
+    CHECK(cost.nodes_per_token() < 0.9 * contiguous_cost.nodes_per_token());
+    CHECK(plan.reached.nodes_per_token == Approx(cost.nodes_per_token()).epsilon(0.03));
+    std::set<std::uint32_t> used(plan.source_of_request.begin(), plan.source_of_request.end());
+    CHECK(*used.rbegin() >= 64);  // requests run on nodes beyond the first word too
+  }
+}
+
 TEST_CASE("the same seed gives the same plan, another seed another") {
   const trace t = synthetic(5, 2, 32, 4, 40, 0, 12);
   const topology cluster = topology::uniform(4, 2, 5);
@@ -382,7 +462,7 @@ TEST_CASE("bad input is told apart") {
     return code_of(try_local(from.view(), on, o));
   };
   CHECK(code(t, topology::uniform(2, 1, 3), {}) == errc::infeasible);
-  CHECK(code(t, topology::uniform(65, 1, 1), {}) == errc::invalid_argument);
+  CHECK(code(t, topology::uniform(257, 1, 1), {}) == errc::invalid_argument);
   CHECK(code(trace::make({1, 8, 2}, {}, {}), cluster, {}) == errc::invalid_argument);
   const auto with = [&](const auto& change) {
     local_options o;

@@ -3,6 +3,7 @@
 #include "../detail/macros_off.hpp"
 
 #include "../error.hpp"                    // tetromino::result, tetromino::error
+#include "search/layers/node_mask.hpp"     // detail::with_mask_for, detail::node_bit, detail::most_nodes
 #include "search/layers/node_visits.hpp"   // detail::visits_of
 #include "search/requests/assignment.hpp"  // detail::request_assigner, detail::token_room
 #include "placement.hpp"                   // placement, try_validate
@@ -140,7 +141,7 @@ struct group_options {
 class node_affinity {
  public:
   /// Learns from at most 16,384 evenly spaced tokens of the view, prompts and answers alike. Errors: a placement that
-  /// does not fit view or topology, more than 64 nodes or experts per token, options out of range.
+  /// does not fit view or topology, more than 256 nodes or 64 experts per token, options out of range.
   [[nodiscard]] TETROMINO_ABI static result<node_affinity> try_make(const placement& p, const topology& t,
                                                                     const trace_view& recorded,
                                                                     const group_options& options = {}) {
@@ -151,8 +152,9 @@ class node_affinity {
                                 " experts as in the trace, got ", p.layers(), " × ", p.experts()));
     }
     if (auto ok = try_validate(p, t, {.one_copy_per_gpu = false}); !ok) return ok.error();
-    if (t.nodes() > 64 || s.experts_per_token == 0 || s.experts_per_token > 64) {
-      return error(errc::invalid_argument, detail::text("group: expected at most 64 nodes and 1 to 64 experts per "
+    if (t.nodes() > detail::most_nodes || s.experts_per_token == 0 || s.experts_per_token > 64) {
+      return error(errc::invalid_argument, detail::text("group: expected at most ", detail::most_nodes,
+                                                        " nodes and 1 to 64 experts per "
                                                         "token, got ",
                                                         t.nodes(), " and ", s.experts_per_token));
     }
@@ -166,7 +168,7 @@ class node_affinity {
                    detail::text("group: expected a token budget of 1 or more, got ", options.token_budget));
     }
     node_affinity out(t, s, options);
-    out.learn(p, t, recorded);
+    detail::with_mask_for(t.nodes(), [&]<class Mask>() { out.learn<Mask>(p, t, recorded); });
     return out;
   }
   [[nodiscard]] TETROMINO_ABI static node_affinity make(const placement& p, const topology& t,
@@ -210,6 +212,7 @@ class node_affinity {
     std::vector<std::int64_t> uses;   // [buckets, experts]
   };
 
+  template <class Mask>
   TETROMINO_ABI void learn(const placement& p, const topology& t, const trace_view& recorded) {
     const std::size_t k = shape_.experts_per_token, experts = shape_.experts;
     const signature_builder rows(shape_, options_.signature);
@@ -219,18 +222,20 @@ class node_affinity {
     sums learnt{std::vector<std::int64_t>(rows.buckets() * experts * nodes(), 0),
                 std::vector<std::int64_t>(rows.buckets() * experts, 0)};
     const std::uint64_t step = std::max<std::uint64_t>(1, recorded.tokens() / 16'384);
-    std::vector<std::uint64_t> holders(experts);
+    std::vector<Mask> holders(experts);
     for (std::size_t l = 0; l < shape_.layers; ++l) {
-      std::fill(holders.begin(), holders.end(), 0);
+      std::fill(holders.begin(), holders.end(), Mask{0});
       for (std::size_t s = 0; s < p.slots(); ++s) {
         const std::int32_t e = p.layer(l)[s];
-        if (e != empty_slot) holders[static_cast<std::size_t>(e)] |= std::uint64_t{1} << t.node_of_slot(s);
+        if (e == empty_slot) continue;
+        Mask& held = holders[static_cast<std::size_t>(e)];
+        held = held | detail::node_bit<Mask>(t.node_of_slot(s));
       }
       const std::size_t row = rows.bucket(l) * experts;
       for (std::size_t e = 0; e < experts; ++e) {  // as one use would have it, so that unseen experts count too
         ++learnt.uses[row + e];
         for (std::size_t n = 0; n < nodes(); ++n) {
-          if (((holders[e] >> n) & 1) != 0)
+          if ((holders[e] & detail::node_bit<Mask>(n)) != 0)
             learnt.value[(row + e) * nodes() + n] += 256 * (price.pair + price.visit / 2);
         }
       }
@@ -248,19 +253,20 @@ class node_affinity {
   }
 
   // An expert saves a visit to a node that holds it, shared with the token's other experts there.
-  TETROMINO_ABI void learn_token(std::span<const std::uint16_t> ids, std::span<const std::uint64_t> holders,
+  template <class Mask>
+  TETROMINO_ABI void learn_token(std::span<const std::uint16_t> ids, const std::vector<Mask>& holders,
                                  const prices& price, std::size_t row, sums& learnt) const {
-    std::uint64_t held[64];
+    Mask held[64];
     for (std::size_t i = 0; i < ids.size(); ++i) {
-      held[i] = ids[i] == no_expert ? 0 : holders[ids[i]];
+      held[i] = ids[i] == no_expert ? Mask{0} : holders[ids[i]];
       if (ids[i] != no_expert) ++learnt.uses[row + ids[i]];
     }
-    const auto visits_from = [&](std::uint64_t home) {
-      return price.visit == 0 ? 0 : detail::visits_of<std::uint64_t>(held, ids.size(), home);
+    const auto visits_from = [&](Mask home) {
+      return price.visit == 0 ? 0 : detail::visits_of<Mask>(held, ids.size(), home);
     };
-    const std::int64_t away = visits_from(0);
+    const std::int64_t away = visits_from(Mask{0});
     for (std::size_t n = 0; n < nodes(); ++n) {
-      const std::uint64_t home = std::uint64_t{1} << n;
+      const Mask home = detail::node_bit<Mask>(n);
       std::int64_t sharers = 0;
       for (std::size_t i = 0; i < ids.size(); ++i) sharers += (held[i] & home) != 0 ? 1 : 0;
       if (sharers == 0) continue;

@@ -4,6 +4,7 @@
 
 #include "../error.hpp"                   // tetromino::result, tetromino::error
 #include "search/copies/node_spread.hpp"  // detail::has_room_for
+#include "search/layers/node_mask.hpp"    // detail::with_mask_for, detail::most_nodes
 #include "search/local_search.hpp"        // detail::local_search
 #include "search/local_options.hpp"       // local_options, local_plan
 #include "place.hpp"                      // detail::check_place_shape
@@ -25,8 +26,8 @@ namespace detail::inline TETROMINO_ISA {
 [[nodiscard]] inline result<void> check_local(const trace_view& calibration, const topology& t,
                                               const local_options& o) {
   if (auto ok = check_place_shape(calibration.shape.layers, calibration.shape.experts, t); !ok) return ok;
-  if (t.nodes() > 64) {
-    return error(errc::invalid_argument, text("local: expected at most 64 nodes, got ", t.nodes()));
+  if (t.nodes() > most_nodes) {
+    return error(errc::invalid_argument, text("local: expected at most ", most_nodes, " nodes, got ", t.nodes()));
   }
   if (calibration.shape.experts_per_token == 0 || calibration.shape.experts_per_token > 64) {
     return error(errc::invalid_argument,
@@ -172,14 +173,15 @@ inline namespace TETROMINO_ISA {
 /// Places experts and groups requests together so that tokens stay near, within an imbalance limit: grouping and layers
 /// are improved in turns, layers by annealing on exact counts of a sample of tokens. Requests that were not sampled are
 /// assigned to the placement found. From a plan in force at no price, the plan is never worse than without one, if all
-/// layers may change. Errors:
-/// fewer slots than experts, no room for copies on that many nodes, more than 64 nodes, no token of the served phase,
-/// options out of range, a start of another shape. Precondition: the view is valid (a trace made it).
-/// (arXiv 2604.23150)
+/// layers may change. Each thread of the executor keeps 12 bytes × experts × (nodes + 1)²: 13 MB for 256 experts on 64
+/// nodes, 200 MB on 256. Errors: fewer slots than experts, no room for copies on that many nodes, more than 256 nodes,
+/// no token of the served phase, options out of range, a start of another shape. Precondition: the view is valid (a
+/// trace made it). (arXiv 2604.23150)
 [[nodiscard]] inline result<local_plan> try_local(const trace_view& calibration, const topology& t,
                                                   const local_options& options = {}) {
   if (auto ok = detail::check_local(calibration, t, options); !ok) return ok.error();
-  local_plan plan = detail::search_local<std::uint64_t>(calibration, t, options);
+  local_plan plan = detail::with_mask_for(
+      t.nodes(), [&]<class Mask>() { return detail::search_local<Mask>(calibration, t, options); });
   if (!detail::is_whole(plan, t, options)) {
     return error(errc::infeasible, detail::text("local: expected room for copies of each expert on ",
                                                 options.nodes_per_expert, " nodes, found none"));

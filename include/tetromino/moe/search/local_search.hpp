@@ -10,6 +10,7 @@
 #include "copies/gpu_copies.hpp"       // gpu_copies
 #include "copies/node_spread.hpp"      // node_spreader
 #include "layers/layer_search.hpp"     // layer_search
+#include "layers/node_mask.hpp"        // node_bit, node_count, first_node, without_first, lowest_node
 #include "requests/assignment.hpp"     // request_assigner
 #include "requests/clusters.hpp"       // cluster_requests
 #include "requests/source_scores.hpp"  // source_scorer
@@ -18,7 +19,6 @@
 #include "workspaces.hpp"              // workspaces
 
 #include <algorithm>  // std::copy_n, std::fill, std::find, std::max, std::min, std::sort
-#include <bit>        // std::countr_zero, std::popcount
 #include <chrono>     // std::chrono::steady_clock
 #include <cmath>      // std::llround, std::sqrt
 #include <cstddef>    // std::size_t
@@ -30,7 +30,7 @@
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
-/// One run of `local`; a Mask has a bit per node.
+/// One run of `local`; a Mask (node_mask.hpp) has a bit per node.
 template <class Mask>
 class local_search {
  public:
@@ -140,7 +140,7 @@ class local_search {
   [[nodiscard]] std::int64_t temperature(double heat) const {
     return static_cast<std::int64_t>(heat * static_cast<double>(sample_.tokens()) * 65536.0);
   }
-  [[nodiscard]] static Mask bit(std::size_t node) { return static_cast<Mask>(Mask{1} << node); }
+  [[nodiscard]] static Mask bit(std::size_t node) { return node_bit<Mask>(node); }
 
   [[nodiscard]] search_rules make_rules() const {
     search_rules r;
@@ -224,7 +224,7 @@ class local_search {
 
   void take_over(std::size_t l) {
     layer_state<Mask>& state = layers_[l];
-    state.before.assign(rules_.experts + 1, 0);
+    state.before.assign(rules_.experts + 1, Mask{0});
     const std::span<const std::int32_t> row = options_.start->layer(l);
     for (std::size_t s = 0; s < row.size(); ++s) {
       if (row[s] != empty_slot) {
@@ -243,20 +243,20 @@ class local_search {
                  std::span<const std::int64_t> used) const {
     std::size_t held = 0, missing = 0;
     for (std::size_t e = 0; e < rules_.experts; ++e) {
-      held += static_cast<std::size_t>(std::popcount(state.holders[e]));
+      held += static_cast<std::size_t>(node_count(state.holders[e]));
       missing += state.holders[e] == 0 ? 1U : 0U;
     }
     for (; held + missing > rules_.first_slot.back(); --held) {
       std::size_t least = rules_.experts;
       for (std::size_t e = 0; e < rules_.experts; ++e) {
-        if (std::popcount(state.holders[e]) < 2) continue;
+        if (node_count(state.holders[e]) < 2) continue;
         if (least == rules_.experts ||
-            loads[e] * std::popcount(state.holders[least]) < loads[least] * std::popcount(state.holders[e])) {
+            loads[e] * node_count(state.holders[least]) < loads[least] * node_count(state.holders[e])) {
           least = e;
         }
       }
       Mask& nodes = state.holders[least];
-      auto from = static_cast<std::size_t>(std::countr_zero(nodes));
+      std::size_t from = first_node(nodes);
       for (std::size_t n = from; n < rules_.nodes; ++n) {
         if ((nodes & bit(n)) != 0 && used[least * rules_.nodes + n] < used[least * rules_.nodes + from]) from = n;
       }
@@ -268,7 +268,7 @@ class local_search {
   void fill_layer(std::size_t l) {
     const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token, experts = rules_.experts;
     layer_state<Mask>& state = layers_[l];
-    state.holders.resize(experts + 1, 0);
+    state.holders.resize(experts + 1, Mask{0});
     state.slots.assign(rules_.first_slot.back(), nobody);
     std::vector<std::size_t> next(rules_.first_slot.begin(), rules_.first_slot.end() - 1);
     std::vector<std::int64_t> load(nodes, 0), used((experts + 1) * nodes, 0);
@@ -282,10 +282,10 @@ class local_search {
     };
     for (std::size_t e = 0; e < experts; ++e) {
       const Mask held = state.holders[e];
-      for (Mask m = held; m != 0; m = static_cast<Mask>(m & (m - 1))) {
-        const auto n = static_cast<std::size_t>(std::countr_zero(m));
+      for (Mask m = held; m != 0; m = without_first(m)) {
+        const std::size_t n = first_node(m);
         put(e, n);
-        load[n] += loads[e] / std::popcount(held);
+        load[n] += loads[e] / node_count(held);
       }
     }
     std::vector<std::uint32_t> order(experts);
@@ -409,7 +409,7 @@ class local_search {
           ++of_expert[e[i] * nodes + n];
           m.remote += n == source_of_token_[t] ? 0 : 1;
         });
-        m.visits += std::popcount(seen);
+        m.visits += node_count(seen);
       }
       m.imbalance = max_over_mean(load, [&](std::size_t n) { return topology_.slots_on_node(n) > 0 ? 1.0 : 0.0; });
     });
@@ -443,7 +443,7 @@ class local_search {
       if (layers_[l].before.empty()) continue;
       for (std::size_t e = 0; e < rules_.experts; ++e) {
         out.copies_moved +=
-            static_cast<std::size_t>(std::popcount(static_cast<Mask>(layers_[l].holders[e] & ~layers_[l].before[e])));
+            static_cast<std::size_t>(node_count(static_cast<Mask>(layers_[l].holders[e] & ~layers_[l].before[e])));
       }
     }
     if (!keep) balance_gpus(out.experts, topology_, slot_loads(out.experts));

@@ -2,12 +2,13 @@
 
 #include "../../../detail/macros_off.hpp"
 
+#include "node_mask.hpp"    // node_bit, node_count, first_node, without_first
 #include "node_visits.hpp"  // count_visits, visits_of, visited_nodes
 #include "../random.hpp"    // search_random
 #include "token_lanes.hpp"  // token_lanes
 
 #include <algorithm>  // std::copy_n, std::fill, std::max, std::min
-#include <bit>        // std::countr_zero, std::popcount
+#include <bit>        // std::countr_zero
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int32_t, std::int64_t, std::uint16_t, std::uint32_t, std::uint64_t
 #include <span>       // std::span
@@ -102,12 +103,12 @@ class layer_search {
   struct half {
     std::uint32_t expert = nobody;
     std::size_t from = 0, to = 0;
-    Mask then = 0;
+    Mask then{};
   };
 
   static constexpr std::uint64_t oldest_ = 48;  // accepted changes after which a half is worked out anew
 
-  [[nodiscard]] static Mask bit(std::size_t node) { return static_cast<Mask>(Mask{1} << node); }
+  [[nodiscard]] static Mask bit(std::size_t node) { return node_bit<Mask>(node); }
   [[nodiscard]] const std::uint16_t* ids(std::size_t token) const {
     return tokens_->ids.data() + token * rules_->experts_per_token;
   }
@@ -132,18 +133,18 @@ class layer_search {
   void for_each_share(std::uint32_t expert, Mask where, const Each& each) const {
     if (where == 0) return;
     const std::int64_t all = tokens_->loads[expert];
-    if ((where & (where - 1)) == 0) {
-      each(static_cast<std::size_t>(std::countr_zero(where)), all);
+    if (without_first(where) == 0) {
+      each(first_node(where), all);
       return;
     }
     const std::int32_t* const local = pairs_.data() + expert * rules_->nodes;
     const std::int64_t used = std::max<std::int64_t>(uses_[expert], 1);
     std::int64_t rest = uses_[expert];
-    for (Mask m = where; m != 0; m = static_cast<Mask>(m & (m - 1))) rest -= local[std::countr_zero(m)];
+    for (Mask m = where; m != 0; m = without_first(m)) rest -= local[first_node(m)];
     rest = uses_[expert] == 0 ? 1 : rest;
-    const std::int64_t even = rest * 256 / std::popcount(where);
-    for (Mask m = where; m != 0; m = static_cast<Mask>(m & (m - 1))) {
-      const auto n = static_cast<std::size_t>(std::countr_zero(m));
+    const std::int64_t even = rest * 256 / node_count(where);
+    for (Mask m = where; m != 0; m = without_first(m)) {
+      const std::size_t n = first_node(m);
       each(n, all * (local[n] * 256 + even) / (used * 256));
     }
   }
@@ -286,10 +287,10 @@ class layer_search {
     const std::size_t slot_x = random.below(slots);
     const std::size_t a = node_of_slot_[slot_x];
     const std::uint32_t ex = state_->slots[slot_x];
-    half x{ex, a, nodes, 0}, y{};
+    half x{ex, a, nodes, Mask{0}}, y{};
     std::size_t slot_y = slots;
     const Mask held_x = ex == nobody ? Mask{0} : state_->holders[ex];
-    if (rules_->copies && ex != nobody && std::popcount(held_x) > rules_->least_nodes && (random.bits() >> 63) != 0) {
+    if (rules_->copies && ex != nobody && node_count(held_x) > rules_->least_nodes && (random.bits() >> 63) != 0) {
       // this copy makes room for a copy of another expert
       const auto ey = static_cast<std::uint32_t>(random.below(rules_->experts));
       if ((state_->holders[ey] & bit(a)) != 0) return;

@@ -3,10 +3,11 @@
 #include "../../../detail/macros_off.hpp"
 
 #include "../../../version.hpp"  // TETROMINO_NAMESPACE
+#include "node_mask.hpp"         // wide_mask, node_bit, node_count, first_node, without_first, lowest_node
 
-#include <bit>      // std::popcount
-#include <cstddef>  // std::size_t
-#include <cstdint>  // std::int64_t, std::uint8_t
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::int64_t, std::uint8_t
+#include <type_traits>  // std::is_same_v
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
@@ -17,29 +18,31 @@ inline constexpr std::size_t cover_lanes = 64;
 inline constexpr std::size_t cover_experts = 65;
 
 template <class Mask>
-[[nodiscard]] constexpr Mask lane_popcount(Mask x) {
-  if constexpr (sizeof(Mask) == 1) {  // in steps that compilers turn into vector code
+[[nodiscard]] constexpr std::uint8_t lane_popcount(Mask x) {
+  if constexpr (std::is_same_v<Mask, wide_mask>) {
+    return static_cast<std::uint8_t>(node_count(x));
+  } else if constexpr (sizeof(Mask) == 1) {  // in steps that compilers turn into vector code
     x = static_cast<Mask>(x - ((x >> 1) & 0x55));
     x = static_cast<Mask>((x & 0x33) + ((x >> 2) & 0x33));
-    return static_cast<Mask>((x + (x >> 4)) & 0x0F);
+    return static_cast<std::uint8_t>((x + (x >> 4)) & 0x0F);
   } else if constexpr (sizeof(Mask) == 2) {
     x = static_cast<Mask>(x - ((x >> 1) & 0x5555));
     x = static_cast<Mask>((x & 0x3333) + ((x >> 2) & 0x3333));
     x = static_cast<Mask>((x + (x >> 4)) & 0x0F0F);
-    return static_cast<Mask>((x + (x >> 8)) & 0x1F);
+    return static_cast<std::uint8_t>((x + (x >> 8)) & 0x1F);
   } else if constexpr (sizeof(Mask) == 4) {
     x = x - ((x >> 1) & 0x5555'5555u);
     x = (x & 0x3333'3333u) + ((x >> 2) & 0x3333'3333u);
     x = (x + (x >> 4)) & 0x0F0F'0F0Fu;
     x = x + (x >> 8);
-    return (x + (x >> 16)) & 0x3Fu;
+    return static_cast<std::uint8_t>((x + (x >> 16)) & 0x3Fu);
   } else {
     x = x - ((x >> 1) & 0x5555'5555'5555'5555u);
     x = (x & 0x3333'3333'3333'3333u) + ((x >> 2) & 0x3333'3333'3333'3333u);
     x = (x + (x >> 4)) & 0x0F0F'0F0F'0F0F'0F0Fu;
     x = x + (x >> 8);
     x = x + (x >> 16);
-    return (x + (x >> 32)) & 0x7Fu;
+    return static_cast<std::uint8_t>((x + (x >> 32)) & 0x7Fu);
   }
 }
 
@@ -56,8 +59,7 @@ void count_visits(const Mask* holders, std::size_t rows, Mask last, const Mask* 
       const Mask* const row = holders + j * lanes;
       for (std::size_t i = 0; i < lanes; ++i) seen[i] = static_cast<Mask>(seen[i] | row[i]);
     }
-    for (std::size_t i = 0; i < lanes; ++i)
-      visits[i] = static_cast<std::uint8_t>(lane_popcount(static_cast<Mask>(seen[i] & ~home[i])));
+    for (std::size_t i = 0; i < lanes; ++i) visits[i] = lane_popcount(static_cast<Mask>(seen[i] & ~home[i]));
   } else {
     // a select by arithmetic: with ?: some compilers branch here, and do not vectorize
     const auto all_if = [](bool x) { return static_cast<Mask>(Mask{0} - static_cast<Mask>(x)); };
@@ -68,7 +70,7 @@ void count_visits(const Mask* holders, std::size_t rows, Mask last, const Mask* 
         Mask m = mask_of(i);
         const auto at_home = static_cast<Mask>(m & home[i]);
         m = static_cast<Mask>(m & all_if(at_home == 0));
-        const auto others = static_cast<Mask>(m & (m - 1));
+        const Mask others = without_first(m);
         const auto only = static_cast<Mask>(m & all_if(others == 0));
         seen[i] = static_cast<Mask>(seen[i] | only);
         row[i] = m;
@@ -94,18 +96,16 @@ void count_visits(const Mask* holders, std::size_t rows, Mask last, const Mask* 
           one[i] = static_cast<Mask>(one[i] | m);
         }
       }
-      Mask any = 0;
+      Mask any{};
       for (std::size_t i = 0; i < lanes; ++i) any = static_cast<Mask>(any | one[i]);
       if (any == 0) break;
       for (std::size_t i = 0; i < lanes; ++i) {
         Mask best = two[i] != 0 ? two[i] : one[i];
         best = three[i] != 0 ? three[i] : best;
-        const auto lowest = static_cast<Mask>(best & (Mask{0} - best));
-        seen[i] = static_cast<Mask>(seen[i] | lowest);
+        seen[i] = static_cast<Mask>(seen[i] | lowest_node(best));
       }
     }
-    for (std::size_t i = 0; i < lanes; ++i)
-      visits[i] = static_cast<std::uint8_t>(lane_popcount(static_cast<Mask>(seen[i] & ~home[i])));
+    for (std::size_t i = 0; i < lanes; ++i) visits[i] = lane_popcount(static_cast<Mask>(seen[i] & ~home[i]));
   }
 }
 
@@ -117,14 +117,14 @@ template <class Mask, class Prefer>
   std::size_t left = 0;
   for (std::size_t j = 0; j < count; ++j) {
     if ((holders[j] & home) != 0) continue;
-    if ((holders[j] & (holders[j] - 1)) == 0) {
+    if (without_first(holders[j]) == 0) {
       seen = static_cast<Mask>(seen | holders[j]);
     } else {
       open[left++] = holders[j];
     }
   }
   while (true) {
-    Mask one = 0, two = 0, three = 0;
+    Mask one{}, two{}, three{};
     std::size_t kept = 0;
     for (std::size_t j = 0; j < left; ++j) {
       const Mask m = open[j];
@@ -141,12 +141,8 @@ template <class Mask, class Prefer>
 }
 
 template <class Mask>
-[[nodiscard]] constexpr Mask lowest_node(Mask m) {
-  return static_cast<Mask>(m & (Mask{0} - m));
-}
-template <class Mask>
 [[nodiscard]] std::int64_t visits_of(const Mask* holders, std::size_t count, Mask home) {
-  return std::popcount(visited_nodes(holders, count, home, [](Mask m) { return lowest_node(m); }));
+  return node_count(visited_nodes(holders, count, home, [](Mask m) { return lowest_node(m); }));
 }
 
 /// Serves one token, whose expert i is held by the nodes holders[i] (nobody, where they are none), as
@@ -155,18 +151,18 @@ template <class Mask>
 template <class Mask, class Each>
 Mask serve_token(const Mask* holders, std::size_t count, Mask home, std::int64_t* load, const Each& each) {
   const auto least_loaded = [&](Mask m) {
-    auto best = static_cast<std::size_t>(std::countr_zero(m));
-    for (m = static_cast<Mask>(m & (m - 1)); m != 0; m = static_cast<Mask>(m & (m - 1))) {
-      const auto n = static_cast<std::size_t>(std::countr_zero(m));
+    std::size_t best = first_node(m);
+    for (m = without_first(m); m != 0; m = without_first(m)) {
+      const std::size_t n = first_node(m);
       if (load[n] < load[best]) best = n;
     }
-    return static_cast<Mask>(Mask{1} << best);
+    return node_bit<Mask>(best);
   };
   const Mask seen = visited_nodes(holders, count, home, least_loaded);
   for (std::size_t i = 0; i < count; ++i) {
     if (holders[i] == 0) continue;
     const Mask at = (holders[i] & home) != 0 ? home : least_loaded(static_cast<Mask>(holders[i] & seen));
-    const auto node = static_cast<std::size_t>(std::countr_zero(at));
+    const std::size_t node = first_node(at);
     ++load[node];
     each(i, node);
   }

@@ -2,13 +2,15 @@
 
 #include "../../../detail/macros_off.hpp"
 
+#include "node_mask.hpp"    // wide_mask
 #include "node_visits.hpp"  // count_visits, cover_lanes
 
-#include <cstddef>  // std::byte, std::size_t
-#include <cstdint>  // std::uint8_t, std::uint16_t, std::uint32_t
-#include <cstring>  // std::memcpy
-#include <span>     // std::span
-#include <vector>   // std::vector
+#include <cstddef>      // std::byte, std::size_t
+#include <cstdint>      // std::uint8_t, std::uint16_t, std::uint32_t
+#include <cstring>      // std::memcpy
+#include <span>         // std::span
+#include <type_traits>  // std::is_same_v
+#include <vector>       // std::vector
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
@@ -71,10 +73,12 @@ class token_lanes {
   [[nodiscard]] static kernel_table kernels_of() {
     return {sizeof(Lane), &set_lane<Lane>, &set_lanes<Lane>, &count_chunk<Lane, true>, &count_chunk<Lane, false>};
   }
-  [[nodiscard]] static kernel_table kernels_for(std::size_t nodes) {
-    if (nodes <= 8) return kernels_of<std::uint8_t>();
-    if (nodes <= 16) return kernels_of<std::uint16_t>();
-    if (nodes <= 32) return kernels_of<std::uint32_t>();
+  [[nodiscard]] static kernel_table kernels_for([[maybe_unused]] std::size_t nodes) {
+    if constexpr (!std::is_same_v<Mask, wide_mask>) {
+      if (nodes <= 8) return kernels_of<std::uint8_t>();
+      if (nodes <= 16) return kernels_of<std::uint16_t>();
+      if (nodes <= 32) return kernels_of<std::uint32_t>();
+    }
     return kernels_of<Mask>();
   }
 

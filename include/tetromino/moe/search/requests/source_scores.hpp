@@ -2,14 +2,17 @@
 
 #include "../../../detail/macros_off.hpp"
 
+#include "../layers/node_mask.hpp"    // wide_mask, node_bit
+#include "../layers/node_visits.hpp"  // visits_of, cover_lanes
 #include "../layers/token_lanes.hpp"  // token_lanes
 
-#include <algorithm>  // std::min
-#include <array>      // std::array
-#include <cstddef>    // std::size_t
-#include <cstdint>    // std::int64_t, std::uint8_t, std::uint16_t
-#include <span>       // std::span
-#include <vector>     // std::vector
+#include <algorithm>    // std::min
+#include <array>        // std::array
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::int64_t, std::uint8_t, std::uint16_t
+#include <span>         // std::span
+#include <type_traits>  // std::is_same_v
+#include <vector>       // std::vector
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
@@ -31,6 +34,11 @@ class source_scorer {
   /// −visits × visit price + pairs at home × pair price. Ids beyond the holders are those of nobody.
   template <class Ids, class Add>
   void score(std::span<const Mask> holders, bool copies, std::size_t count, const Ids& ids_of, const Add& add) {
+    if constexpr (std::is_same_v<Mask, wide_mask>) {
+      for (std::size_t i = 0; i < count; ++i)
+        score_one(holders, ids_of(i), [&](std::size_t n, std::int64_t s) { add(i, n, s); });
+      return;
+    }
     for (std::size_t first = 0; first < count; first += cover_lanes) {
       const std::size_t here = std::min(cover_lanes, count - first);
       for (std::size_t i = 0; i < cover_lanes; ++i) {
@@ -44,14 +52,15 @@ class source_scorer {
         std::array<std::int64_t, cover_lanes> sum{};
         if (visit_price_ != 0) {
           std::uint8_t visits[cover_lanes];
-          lanes_.set_homes(0, static_cast<Mask>(Mask{1} << n));
+          lanes_.set_homes(0, node_bit<Mask>(n));
           lanes_.count(0, Mask{0}, copies, visits);
           for (std::size_t i = 0; i < here; ++i) sum[i] -= visit_price_ * std::int64_t{visits[i]};
         }
         if (pair_price_ != 0) {
           for (std::size_t j = 0; j < k_; ++j) {
             const Mask* const row = held_.data() + j * cover_lanes;
-            for (std::size_t i = 0; i < here; ++i) sum[i] += ((row[i] >> n) & 1) != 0 ? pair_price_ : 0;
+            const Mask here_too = node_bit<Mask>(n);
+            for (std::size_t i = 0; i < here; ++i) sum[i] += (row[i] & here_too) != 0 ? pair_price_ : 0;
           }
         }
         for (std::size_t i = 0; i < here; ++i) add(first + i, n, sum[i]);
@@ -60,6 +69,30 @@ class source_scorer {
   }
 
  private:
+  // One token by itself: of many nodes, most hold none of its experts, and all of those score the same.
+  template <class Add>
+  void score_one(std::span<const Mask> holders, const std::uint16_t* ids, const Add& add) {
+    Mask any{};
+    for (std::size_t j = 0; j < k_; ++j) {
+      held_[j] = ids[j] >= holders.size() ? Mask{0} : holders[ids[j]];
+      any = any | held_[j];
+    }
+    const auto visits_from = [&](Mask home) {
+      return visit_price_ == 0 ? 0 : visit_price_ * visits_of(held_.data(), k_, home);
+    };
+    const std::int64_t away = visits_from(Mask{0});
+    for (std::size_t n = 0; n < nodes_; ++n) {
+      const Mask home = node_bit<Mask>(n);
+      if ((any & home) == 0) {
+        add(n, -away);
+        continue;
+      }
+      std::int64_t at_home = 0;
+      for (std::size_t j = 0; j < k_; ++j) at_home += (held_[j] & home) != 0 ? 1 : 0;
+      add(n, pair_price_ * at_home - visits_from(home));
+    }
+  }
+
   std::size_t nodes_, k_;
   std::int64_t visit_price_, pair_price_;
   token_lanes<Mask> lanes_;
