@@ -5,6 +5,16 @@
 #include "support/fastest.hpp"
 #include "support/matmul_cases.hpp"
 
+#include <algorithm>  // std::fill_n
+#include <cstdint>    // std::uintptr_t
+#include <fstream>    // std::ifstream
+#include <sstream>    // std::istringstream
+#include <string>     // std::string, std::getline
+
+#if defined(__linux__)
+#include <sys/mman.h>  // mmap, madvise
+#endif
+
 namespace {
 
 using namespace tetromino_test;
@@ -24,23 +34,34 @@ TEST_CASE("repacked weights have their bytes where the layout says, and the way 
       const std::size_t blocks = (cols + format.block - 1) / format.block, bytes = blocks * format.block / 2;
       const std::size_t panels = (cols + 31) / 32, groups = (rows + 15) / 16, per_panel = 32 / format.block;
       const std::size_t macros = format.macro_block == 0 ? 0 : (cols + format.macro_block - 1) / format.macro_block;
-      REQUIRE(view.codes.size() == matrices * groups * panels * 256);
-      REQUIRE(view.scales.size() == matrices * groups * panels * per_panel * 16);
-      REQUIRE(view.macros.size() == matrices * groups * macros * 16);
-      std::size_t wrong = 0;
-      for (std::size_t i = 0; i < matrices * rows; ++i) {
-        const std::size_t group = i / rows * groups + i % rows / 16, lane = i % rows % 16;
-        for (std::size_t b = 0; b < bytes; ++b) {
-          const std::size_t at = ((group * panels + b / 16) * 4 + b % 16 / 4) * 64 + lane * 4 + b % 4;
-          wrong += view.codes[at] != w.codes[i * bytes + b];
-        }
-        for (std::size_t b = 0; b < blocks; ++b) {
-          wrong += view.scales[(group * panels * per_panel + b) * 16 + lane] != w.scales[i * blocks + b];
-        }
-        for (std::size_t b = 0; b < macros; ++b) {
-          wrong += view.macros[(group * macros + b) * 16 + lane] != w.macros[i * macros + b];
+      const std::size_t panel_bytes = (16 + per_panel) * 16;
+      const std::size_t group_bytes = (panels * panel_bytes + macros * 16 + 63) / 64 * 64;
+      REQUIRE(view.data.size() == matrices * groups * group_bytes);
+      CHECK(reinterpret_cast<std::uintptr_t>(view.data.data()) % 64 == 0);
+      std::vector<unsigned> expected(view.data.size(), 0);
+      std::vector<std::size_t> panel_at(panels);  // of a group; past macro bytes
+      for (std::size_t p = 0, at = 0; p < panels; ++p, at += panel_bytes) {
+        if (format.macro_block != 0 && p * 32 % format.macro_block == 0) at += 16;
+        panel_at[p] = at;
+        for (std::size_t g = 0; g < matrices * groups && format.scale == scale_type::e8m0; ++g) {
+          std::fill_n(expected.begin() + static_cast<std::ptrdiff_t>(g * group_bytes + at), per_panel * 16, 127u);
         }
       }
+      for (std::size_t i = 0; i < matrices * rows; ++i) {
+        const std::size_t group = (i / rows * groups + i % rows / 16) * group_bytes, lane = i % rows % 16;
+        for (std::size_t b = 0; b < bytes; ++b) {
+          const std::size_t at = panel_at[b / 16] + (per_panel + b % 16 / 4 * 4) * 16 + lane * 4 + b % 4;
+          expected[group + at] = w.codes[i * bytes + b];
+        }
+        for (std::size_t b = 0; b < blocks; ++b) {
+          expected[group + panel_at[b / per_panel] + b % per_panel * 16 + lane] = w.scales[i * blocks + b];
+        }
+        for (std::size_t b = 0; b < macros; ++b) {
+          expected[group + panel_at[b * format.macro_block / 32] - 16 + lane] = w.macros[i * macros + b];
+        }
+      }
+      std::size_t wrong = 0;
+      for (std::size_t i = 0; i < expected.size(); ++i) wrong += expected[i] != view.data[i];
       CHECK(wrong == 0);
       const auto back = tetromino::to_packed(fastest.on(threads), fast);
       CHECK(back.shape() == w.shape());
@@ -51,6 +72,50 @@ TEST_CASE("repacked weights have their bytes where the layout says, and the way 
     }
   }
 }
+
+#if defined(__linux__)
+/// What the kernel says of the memory at an address: flags of two letters, such as hg. Empty if it says nothing.
+std::string memory_flags(const void* address) {
+  std::ifstream maps("/proc/self/smaps");
+  bool is_there = false;
+  for (std::string line; std::getline(maps, line);) {
+    std::uintptr_t first = 0, last = 0;
+    char dash = 0;
+    if (std::istringstream(line) >> std::hex >> first >> dash >> last && dash == '-') {
+      const auto at = reinterpret_cast<std::uintptr_t>(address);
+      is_there = first <= at && at < last;
+    } else if (is_there && line.starts_with("VmFlags:")) {
+      return line.substr(8) + ' ';
+    }
+  }
+  return {};
+}
+
+TEST_CASE("large repacked storage asks for huge pages unless they are refused") {
+  const packed<any_format> large(tetromino::mxfp4{}, 1, 2048, 4096), small(tetromino::mxfp4{}, 1, 256, 4096);
+  const auto asks = [](const tetromino::repacked& w) {
+    return memory_flags(w.data.data()).find(" hg ") != std::string::npos;
+  };
+  const auto ours = tetromino::repack(fastest, large);
+  CHECK(reinterpret_cast<std::uintptr_t>(ours.data.data()) % (std::size_t{2} << 20) == 0);
+  const auto usual = tetromino::repack(fastest, large, tetromino::memory_pages::usual);
+  CHECK_FALSE(asks(usual));
+  CHECK_FALSE(asks(tetromino::repack(fastest, small)));
+  const auto copy = usual;
+  CHECK_FALSE(asks(copy));
+  constexpr std::size_t size = std::size_t{4} << 20;
+  void* const probe = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  const bool is_told =
+      ::madvise(probe, size, MADV_HUGEPAGE) == 0 && memory_flags(probe).find(" hg ") != std::string::npos;
+  ::munmap(probe, size);
+  if (!is_told) {
+    WARN("skipped: this system has no huge pages, or does not say where they are asked for");
+    return;
+  }
+  CHECK(asks(ours));
+  CHECK(asks(tetromino::repacked(ours)));
+}
+#endif
 
 TEST_CASE("repacked weights of experts give the bits of packed ones") {
   reference::generator random(seed());
@@ -141,14 +206,11 @@ TEST_CASE("repacked storage that does not have its size is an error that says so
     CHECK_THROWS_AS(tetromino::to_packed(scalar, w), tetromino::error);
   };
   auto w = whole;
-  w.codes.pop_back();
-  check(w, "codes needs 512 entries, got 448");
+  w.data.pop_back();
+  check(w, "data needs 576 entries, got 512");
   w = whole;
-  w.scales.pop_back();
-  check(w, "scales needs 32 entries, got 31");
-  w = whole;
-  w.macros.resize(16);
-  check(w, "macros needs 0 entries, got 16");
+  w.data.emplace_back();
+  check(w, "data needs 576 entries, got 640");
   w = whole;
   w.tensor_scales.resize(1);
   check(w, "tensor_scales needs 0 entries, got 1");

@@ -73,7 +73,7 @@ TEST_CASE("no room is made for what storage only claims") {
 
 TEST_CASE("storage that claims them is refused") {
   const packed_view<any_format> linear{mxfp4{}, 1, huge, 128, {}, {}, {}, {}};
-  const repacked_view ordered{mxfp4{}, 1, huge, 128, {}, {}, {}, {}};
+  const repacked_view ordered{mxfp4{}, 1, huge, 128, {}, {}};
   const int8_view<> activations{huge, 128, {}, {}};
   float number = 0;
   const batch_view<float> out(&number, 1, huge, 128);

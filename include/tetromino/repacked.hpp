@@ -2,14 +2,16 @@
 
 #include "detail/macros_off.hpp"
 
-#include "config.hpp"               // TETROMINO_INLINE
-#include "detail/for_each_row.hpp"  // for_each_row
-#include "detail/sizes.hpp"         // check_sizes
-#include "error.hpp"                // error, result
-#include "options.hpp"              // device_policy
-#include "packed.hpp"               // packed, packed_view, packed_shape
+#include "config.hpp"                 // TETROMINO_INLINE
+#include "detail/for_each_row.hpp"    // for_each_row
+#include "detail/page_allocator.hpp"  // page_allocator
+#include "detail/row.hpp"             // packed_row
+#include "detail/sizes.hpp"           // check_sizes
+#include "error.hpp"                  // error, result
+#include "options.hpp"                // device_policy
+#include "packed.hpp"                 // packed, packed_view, packed_shape
 
-#include <algorithm>  // std::min, std::fill_n
+#include <algorithm>  // std::min, std::fill
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 #include <cstring>    // std::memcpy
@@ -22,7 +24,6 @@ namespace TETROMINO_NAMESPACE {
 struct repacked_shape {
   static constexpr std::size_t group = 16;  ///< rows side by side
   static constexpr std::size_t panel = 32;  ///< columns side by side
-  static constexpr std::size_t panel_bytes = group * panel / 2;
 
   packed_shape linear;
 
@@ -32,37 +33,30 @@ struct repacked_shape {
   [[nodiscard]] TETROMINO_ABI constexpr std::size_t panels() const noexcept {
     return (linear.cols + panel - 1) / panel;
   }
-  [[nodiscard]] TETROMINO_ABI constexpr std::size_t code_bytes_per_group() const noexcept {
-    return panels() * panel_bytes;
+  /// Of scales and codes, without the macro bytes before some panels.
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t bytes_per_panel() const noexcept {
+    return group * (panel / linear.format.block + panel / 2);
   }
-  [[nodiscard]] TETROMINO_ABI constexpr std::size_t scale_bytes_per_group() const noexcept {
-    return panels() * (panel / linear.format.block) * group;
+  /// A multiple of 64.
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t bytes_per_group() const noexcept {
+    return (panels() * bytes_per_panel() + linear.macros_per_row() * group + 63) / 64 * 64;
   }
-  [[nodiscard]] TETROMINO_ABI constexpr std::size_t macro_bytes_per_group() const noexcept {
-    return linear.macros_per_row() * group;
-  }
-  [[nodiscard]] TETROMINO_ABI constexpr std::size_t code_bytes() const noexcept {
-    return linear.matrices * groups() * code_bytes_per_group();
-  }
-  [[nodiscard]] TETROMINO_ABI constexpr std::size_t scale_bytes() const noexcept {
-    return linear.matrices * groups() * scale_bytes_per_group();
-  }
-  [[nodiscard]] TETROMINO_ABI constexpr std::size_t macro_bytes() const noexcept {
-    return linear.matrices * groups() * macro_bytes_per_group();
+  [[nodiscard]] TETROMINO_ABI constexpr std::size_t bytes() const noexcept {
+    return linear.matrices * groups() * bytes_per_group();
   }
 };
 
 /// Repacked weights that somebody else owns; see repacked.
-/// - codes [matrices, groups, panels, 4, 16, 4]: bytes 4 d ... 4 d + 3 of each of 16 rows, for d = 0 ... 3
-/// - scales [matrices, groups, blocks, 16] and macros [matrices, groups, macros per row, 16]: a byte of each row
+/// - data [matrices, groups, bytes_per_group]: panel after panel of 32 columns, then zeros. A panel is
+///   - macros [16], if a macro block begins with its first column: a byte of each of 16 rows
+///   - scales [32 / block, 16]
+///   - codes [4, 16, 4]: bytes 4 d ... 4 d + 3 of each row, for d = 0 ... 3
 struct repacked_view {
   any_format format{};
   std::size_t matrices = 0;
   std::size_t rows = 0;
   std::size_t cols = 0;
-  std::span<const std::uint8_t> codes{};
-  std::span<const std::uint8_t> scales{};
-  std::span<const std::uint8_t> macros{};
+  std::span<const std::uint8_t> data{};
   std::span<const float> tensor_scales{};
 
   [[nodiscard]] TETROMINO_ABI constexpr repacked_shape shape() const noexcept {
@@ -70,12 +64,19 @@ struct repacked_view {
   }
 };
 
-/// Packed weights in the order in which products on the CPU read them: the bytes of 16 rows side by side, so that a
-/// vector is loaded as it is used. matmul and grouped_matmul take them in place of packed ones, with the same outcome.
-/// It is the faster order for int8 and packed activations; float, half and bfloat16 ones have to undo it as they go and
-/// are slower. It takes as many bytes, but that rows are rounded up to 16 and columns to 32.
+/// The pages of memory that storage is to have.
+enum class memory_pages : std::uint8_t {
+  usual,
+  huge,  ///< Linux is asked for pages of 2 MiB (madvise) where storage is as large; elsewhere they are the usual ones
+};
+
+/// Packed weights in the order in which products on the CPU read them: one stream that has the bytes of 16 rows side by
+/// side, so that a vector is loaded as it is used. matmul and grouped_matmul take them in place of packed ones, with
+/// the same outcome. It is the faster order for int8 and packed activations; float, half and bfloat16 ones have to undo
+/// it as they go and are slower. It takes as many bytes, but that rows are rounded up to 16, columns to 32 and 16 rows
+/// to 64 bytes.
 struct repacked {
-  /// Keeps codes where loads of 64 bytes do not straddle cache lines.
+  /// Keeps groups where cache lines begin.
   struct alignas(64) line {
     std::uint8_t bytes[64];
     line() noexcept {}  // leaves them: zeroing would be vector code in a function of std::vector, which objects share
@@ -85,22 +86,20 @@ struct repacked {
   std::size_t matrices = 0;
   std::size_t rows = 0;
   std::size_t cols = 0;
-  std::vector<line> codes;
-  std::vector<std::uint8_t> scales;
-  std::vector<std::uint8_t> macros;
+  std::vector<line, detail::page_allocator<line>> data;
   std::vector<float> tensor_scales;
 
   [[nodiscard]] TETROMINO_ABI repacked_shape shape() const noexcept { return {{format, matrices, rows, cols}}; }
 
   /// All bytes of the storage, tensor scales included.
   [[nodiscard]] TETROMINO_ABI std::size_t bytes() const noexcept {
-    return codes.size() * sizeof(line) + scales.size() + macros.size() + tensor_scales.size() * sizeof(float);
+    return data.size() * sizeof(line) + tensor_scales.size() * sizeof(float);
   }
 
   [[nodiscard]] TETROMINO_ABI repacked_view view() const noexcept {
-    const std::span<const std::uint8_t> bytes(reinterpret_cast<const std::uint8_t*>(codes.data()),
-                                              codes.size() * sizeof(line));
-    return {format, matrices, rows, cols, bytes, scales, macros, tensor_scales};
+    const std::span<const std::uint8_t> bytes(reinterpret_cast<const std::uint8_t*>(data.data()),
+                                              data.size() * sizeof(line));
+    return {format, matrices, rows, cols, bytes, tensor_scales};
   }
 };
 
@@ -118,38 +117,91 @@ inline result<void> check_storage(const repacked_view& view) {
   };
   if (auto known = check_format(view.format); !known) return known;
   if (auto fits = check_sizes(view.matrices, view.rows, view.cols); !fits) return fits;
-  if (auto fits = expect("codes", shape.code_bytes(), view.codes.size()); !fits) return fits;
-  if (auto fits = expect("scales", shape.scale_bytes(), view.scales.size()); !fits) return fits;
-  if (auto fits = expect("macros", shape.macro_bytes(), view.macros.size()); !fits) return fits;
+  if (auto fits = expect("data", shape.bytes(), view.data.size()); !fits) return fits;
   const std::size_t tensor_scales = view.tensor_scales.size();
   if (view.format.scale == scale_type::e8m0) return expect("tensor_scales", 0, tensor_scales);
   return tensor_scales == view.matrices ? result<void>{} : expect("tensor_scales", 1, tensor_scales);
 }
 
-/// Bytes [n] of a row to or from every sixteenth place.
-TETROMINO_INLINE void spread_row(const std::uint8_t* row, std::size_t n, std::uint8_t* out) {
-  for (std::size_t i = 0; i < n; ++i) out[i * repacked_shape::group] = row[i];
+/// Where the group that has row r of matrix e begins.
+TETROMINO_INLINE std::size_t group_at(const repacked_shape& shape, std::size_t e, std::size_t r) {
+  return (e * shape.groups() + r / repacked_shape::group) * shape.bytes_per_group();
 }
-TETROMINO_INLINE void gather_row(const std::uint8_t* in, std::size_t n, std::uint8_t* row) {
-  for (std::size_t i = 0; i < n; ++i) row[i] = in[i * repacked_shape::group];
+/// Whether a macro block begins with column k.
+TETROMINO_INLINE bool begins_macro_block(const any_format& format, std::size_t k) {
+  return format.macro_block != 0 && (k & (format.macro_block - 1)) == 0;
 }
-/// The same of codes, four bytes at a time. Blocks of 16 and 32 have whole fours.
-TETROMINO_INLINE void spread_codes(const std::uint8_t* row, std::size_t n, std::uint8_t* out) {
-  for (std::size_t i = 0; i < n; i += 4) std::memcpy(out + i * repacked_shape::group, row + i, 4);
-}
-TETROMINO_INLINE void gather_codes(const std::uint8_t* in, std::size_t n, std::uint8_t* row) {
-  for (std::size_t i = 0; i < n; i += 4) std::memcpy(row + i, in + i * repacked_shape::group, 4);
+/// Where the panel of column k, a multiple of 32, begins in its group.
+TETROMINO_INLINE std::size_t panel_at(const any_format& format, std::size_t k) {
+  const std::size_t macros = format.macro_block == 0 ? 0 : (k + format.macro_block - 1) / format.macro_block;
+  return k / repacked_shape::panel * repacked_shape{{format, 1, 1, 0}}.bytes_per_panel() +
+         macros * repacked_shape::group;
 }
 
-/// Where row r of matrix e begins in each buffer of repacked storage; 0 in an empty one, which may have no address.
-struct repacked_place {
-  std::size_t codes, scales, macros;
+/// The parts of a panel; `macros` is null where no macro block begins.
+template <class Byte>
+struct panel_parts {
+  Byte *macros, *scales, *codes;
+
+  /// Where the next panel begins.
+  [[nodiscard]] TETROMINO_ABI Byte* end() const noexcept {
+    return codes + repacked_shape::group * repacked_shape::panel / 2;
+  }
 };
-TETROMINO_INLINE repacked_place place_of(const repacked_shape& shape, std::size_t e, std::size_t r) {
-  if (shape.linear.cols == 0) return {0, 0, 0};
-  const std::size_t group = e * shape.groups() + r / repacked_shape::group, lane = r % repacked_shape::group;
-  return {group * shape.code_bytes_per_group() + 4 * lane, group * shape.scale_bytes_per_group() + lane,
-          shape.linear.format.macro_block == 0 ? 0 : group * shape.macro_bytes_per_group() + lane};
+/// Those of the panel of column k, which begins at `panel`.
+template <class Byte>
+TETROMINO_INLINE panel_parts<Byte> parts_of(const any_format& format, std::size_t k, Byte* panel) {
+  constexpr std::size_t group = repacked_shape::group;
+  Byte* const scales = panel + (begins_macro_block(format, k) ? group : 0);
+  return {scales == panel ? nullptr : panel, scales, scales + (format.block == 16 ? 2 * group : group)};
+}
+
+/// Calls copy(repacked bytes, linear bytes, count) for n columns of `rows`, which are `lane` and those after it of a
+/// group and begin with column k at `panel`.
+template <class Byte, class Linear, class Copy>
+TETROMINO_INLINE void each_part(const any_format& format, std::size_t lane, std::size_t k, std::size_t n, Byte* panel,
+                                std::span<const packed_row<Linear>> rows, const Copy& copy) {
+  constexpr std::size_t group = repacked_shape::group, cols = repacked_shape::panel;
+  const std::size_t all_blocks = (n + format.block - 1) / format.block, per_panel = cols / format.block;
+  for (std::size_t first = 0, macro = 0; first < all_blocks; first += per_panel) {
+    const panel_parts<Byte> parts = parts_of(format, k + first * format.block, panel);
+    const std::size_t blocks = std::min(per_panel, all_blocks - first), bytes = blocks * format.block / 2;
+    for (std::size_t r = 0; r < rows.size(); ++r) {
+      const std::size_t l = lane + r;
+      const packed_row<Linear>& row = rows[r];
+      if (parts.macros != nullptr) copy(parts.macros + l, row.macros + macro, 1);
+      for (std::size_t b = 0; b < blocks; ++b) copy(parts.scales + b * group + l, row.scales + first + b, 1);
+      Linear* const codes = row.codes + first * format.block / 2;
+      // Blocks of 16 and 32 have whole fours.
+      copy(parts.codes + 4 * l, codes, 4);
+      copy(parts.codes + 4 * (group + l), codes + 4, 4);
+      if (bytes == 8) continue;
+      copy(parts.codes + 4 * (2 * group + l), codes + 8, 4);
+      copy(parts.codes + 4 * (3 * group + l), codes + 12, 4);
+    }
+    macro += parts.macros != nullptr;
+    panel = parts.end();
+  }
+}
+/// n columns of row r in the linear layout, which begin with column k at `panel` in its group.
+TETROMINO_INLINE void gather_row(const any_format& format, std::size_t r, std::size_t k, std::size_t n,
+                                 const std::uint8_t* panel, const packed_row<std::uint8_t>& out) {
+  each_part(format, r % repacked_shape::group, k, n, panel, std::span(&out, 1),
+            [](const std::uint8_t* there, std::uint8_t* here, std::size_t count)
+                TETROMINO_INLINE_LAMBDA { std::memcpy(here, there, count); });
+}
+
+/// What a group has past the last row and column: zeros, under scales of 1 where those are E8M0, whose code 0 is no
+/// normal float and slow to multiply with.
+inline void clear_group(const repacked_shape& shape, std::uint8_t* group) {
+  std::uint8_t* const end = group + shape.bytes_per_group();
+  std::fill(group, end, std::uint8_t{0});
+  if (shape.linear.format.scale != scale_type::e8m0) return;
+  for (std::size_t k = 0; k < shape.linear.cols; k += repacked_shape::panel) {
+    const auto parts = parts_of(shape.linear.format, k, group);
+    std::fill(parts.scales, parts.codes, std::uint8_t{127});
+    group = parts.end();
+  }
 }
 
 }  // namespace detail::inline TETROMINO_ISA
@@ -162,40 +214,49 @@ concept repacked_like = requires(const Storage& storage) {
   detail::as_repacked(storage);
 };
 
-/// Orders packed weights [matrices, rows, cols] for products on the CPU; see repacked. Errors: shape_mismatch.
+/// Orders packed weights [matrices, rows, cols] for products on the CPU; see repacked. Weights that caches do not hold
+/// are read faster from huge pages; memory_pages::usual does without. Errors: shape_mismatch.
 template <class Policy, packed_like Weights>
   requires(!device_policy<Policy>)
-result<repacked> try_repack(const Policy& policy, const Weights& weights) {
+result<repacked> try_repack(const Policy& policy, const Weights& weights, memory_pages pages = memory_pages::huge) {
   const packed_view<any_format> w = detail::as_packed(weights);
   if (auto fits = detail::check_storage(w); !fits) return fits.error();
-  repacked out;
-  out.format = w.format, out.matrices = w.matrices, out.rows = w.rows, out.cols = w.cols;
-  const repacked_shape shape = out.shape();
-  out.codes.resize(shape.code_bytes() / sizeof(repacked::line));
-  // Past the last row and column E8M0 is 1: its code 0 is no normal float, and slow to multiply with.
-  out.scales.assign(shape.scale_bytes(), w.format.scale == scale_type::e8m0 ? 127 : 0);
-  out.macros.resize(shape.macro_bytes());
-  out.tensor_scales.assign(w.tensor_scales.begin(), w.tensor_scales.end());
-  auto* codes = reinterpret_cast<std::uint8_t*>(out.codes.data());
-  std::fill_n(codes, shape.code_bytes(), std::uint8_t{0});
-  // Rows of a group share cache lines, so that a task takes all of them.
-  detail::for_each_row(
-      policy.executor, w.matrices * shape.groups(), w.cols * repacked_shape::group, [&](std::size_t i) {
-        const std::size_t e = i / shape.groups(), first = i % shape.groups() * repacked_shape::group;
-        for (std::size_t r = first; r < std::min(w.rows, first + repacked_shape::group); ++r) {
-          const detail::repacked_place to = detail::place_of(shape, e, r);
-          detail::spread_codes(w.row_codes(e, r), shape.linear.code_bytes_per_row(), codes + to.codes);
-          detail::spread_row(w.row_scales(e, r), shape.linear.blocks_per_row(), out.scales.data() + to.scales);
-          detail::spread_row(w.row_macros(e, r), shape.linear.macros_per_row(), out.macros.data() + to.macros);
-        }
-      });
+  const repacked_shape shape{w.shape()};
+  constexpr std::size_t group = repacked_shape::group;
+  repacked out{w.format,
+               w.matrices,
+               w.rows,
+               w.cols,
+               decltype(repacked::data)(detail::page_allocator<repacked::line>(pages == memory_pages::huge)),
+               {w.tensor_scales.begin(), w.tensor_scales.end()}};
+  out.data.resize(shape.bytes() / sizeof(repacked::line));
+  auto* const data = reinterpret_cast<std::uint8_t*>(out.data.data());
+  // A task takes all rows of a group, which share cache lines.
+  detail::for_each_row(policy.executor, w.matrices * shape.groups(), w.cols * group, [&](std::size_t i) {
+    const std::size_t e = i / shape.groups(), first = i % shape.groups() * group,
+                      last = std::min(w.rows, first + group);
+    std::uint8_t* const to = data + i * shape.bytes_per_group();
+    if (last - first < group || w.cols % repacked_shape::panel != 0) {
+      detail::clear_group(shape, to);
+    } else {
+      std::fill(to + detail::panel_at(w.format, w.cols), to + shape.bytes_per_group(), std::uint8_t{0});
+    }
+    detail::packed_row<const std::uint8_t> rows[group];
+    for (std::size_t r = first; r < last; ++r) {
+      rows[r - first] = {w.row_codes(e, r), w.row_scales(e, r), w.row_macros(e, r), 1.0f};
+    }
+    detail::each_part(w.format, 0, 0, w.cols, to,
+                      std::span<const detail::packed_row<const std::uint8_t>>(rows, last - first),
+                      [](std::uint8_t* there, const std::uint8_t* here, std::size_t count)
+                          TETROMINO_INLINE_LAMBDA { std::memcpy(there, here, count); });
+  });
   return out;
 }
 /// try_repack, throwing its error.
 template <class Policy, packed_like Weights>
   requires(!device_policy<Policy>)
-[[nodiscard]] repacked repack(const Policy& policy, const Weights& weights) {
-  return try_repack(policy, weights).value();
+[[nodiscard]] repacked repack(const Policy& policy, const Weights& weights, memory_pages pages = memory_pages::huge) {
+  return try_repack(policy, weights, pages).value();
 }
 
 /// Orders packed weights for the products of a device, in storage that the caller provides: `out` is what the policy's
@@ -231,10 +292,8 @@ result<packed<any_format>> try_to_packed(const Policy& policy, const Weights& we
   const auto to = out.view();
   detail::for_each_row(policy.executor, w.matrices * w.rows, w.cols, [&](std::size_t i) {
     const std::size_t e = i / w.rows, r = i % w.rows;
-    const detail::repacked_place from = detail::place_of(shape, e, r);
-    detail::gather_codes(w.codes.data() + from.codes, shape.linear.code_bytes_per_row(), to.row_codes(e, r));
-    detail::gather_row(w.scales.data() + from.scales, shape.linear.blocks_per_row(), to.row_scales(e, r));
-    detail::gather_row(w.macros.data() + from.macros, shape.linear.macros_per_row(), to.row_macros(e, r));
+    detail::gather_row(w.format, r, 0, w.cols, w.data.data() + detail::group_at(shape, e, r),
+                       {to.row_codes(e, r), to.row_scales(e, r), to.row_macros(e, r), 1.0f});
   });
   return out;
 }

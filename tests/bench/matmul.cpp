@@ -1,10 +1,10 @@
 /// Speed of matmul on the CPU: 8-bit, 4-bit and bfloat16 activations by packed weights, linear and repacked.
 ///
-///   bench_matmul [--mib N] [--repetitions N] [--only TEXT]
+///   bench_matmul [--mib N] [--repetitions N] [--only TEXT] [--pages huge]
 ///
 /// Weights of N MiB (128), more than most caches hold, and of 256 KiB; and grouped_matmul over as many experts of 1024
 /// outputs as fit N MiB. GB/s counts the weights' bytes; cycles are for 32 weights and one row of activations. The
-/// ceiling is to read the same bytes.
+/// ceiling is to read the same bytes. Weights in either order have the usual pages, or all of them huge ones.
 
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
@@ -33,20 +33,37 @@ matrix<float> normal_matrix(std::size_t rows) {
   return out;
 }
 
-packed<any_format> normal_weights(const recipe& r, std::size_t experts, std::size_t outputs) {
-  packed<any_format> out(r.format, experts, outputs, cols);
-  const matrix<float> rows = normal_matrix(16);
-  const auto some = quantize(simd, rows.view(), r);
-  for (std::size_t i = 0; i < out.codes.size(); ++i) out.codes[i] = some.codes[i % some.codes.size()];
-  for (std::size_t i = 0; i < out.scales.size(); ++i) out.scales[i] = some.scales[i % some.scales.size()];
-  for (std::size_t i = 0; i < out.macros.size(); ++i) out.macros[i] = some.macros[i % some.macros.size()];
-  for (float& scale : out.tensor_scales) scale = some.tensor_scales[0];
-  return out;
-}
+memory_pages pages = memory_pages::usual;
 
-void read_weights(const packed<any_format>& w) {
-  for (const auto* part : {&w.codes, &w.scales, &w.macros}) bench::read_all(part->data(), part->size());
-}
+/// Packed weights [experts, outputs, cols] in such pages.
+class paged_weights {
+ public:
+  paged_weights(const recipe& r, std::size_t experts, std::size_t outputs) : shape_(r.format, experts, outputs, cols) {
+    const auto some = quantize(simd, normal_matrix(16), r);
+    fill(codes_, shape_.code_bytes(), some.codes);
+    fill(scales_, shape_.scale_bytes(), some.scales);
+    fill(macros_, shape_.macro_bytes(), some.macros);
+    tensor_scales_ = some.tensor_scales;
+  }
+  [[nodiscard]] packed_view<any_format> view() const {
+    return {shape_.format, shape_.matrices, shape_.rows, shape_.cols, codes_, scales_, macros_, tensor_scales_};
+  }
+  [[nodiscard]] double bytes() const { return static_cast<double>(codes_.size() + scales_.size() + macros_.size()); }
+  void read() const {
+    for (const auto* part : {&codes_, &scales_, &macros_}) bench::read_all(part->data(), part->size());
+  }
+
+ private:
+  using paged_bytes = std::vector<std::uint8_t, detail::page_allocator<std::uint8_t>>;
+  static void fill(paged_bytes& out, std::size_t size, const std::vector<std::uint8_t>& some) {
+    out = paged_bytes(size, 0, detail::page_allocator<std::uint8_t>(pages == memory_pages::huge));
+    for (std::size_t i = 0; i < size; ++i) out[i] = some[i % some.size()];
+  }
+
+  packed_shape shape_;
+  paged_bytes codes_, scales_, macros_;
+  std::vector<float> tensor_scales_;
+};
 
 matrix<bfloat16> as_bfloat16(const matrix<float>& x) {
   matrix<bfloat16> out(x.rows, x.cols);
@@ -56,15 +73,19 @@ matrix<bfloat16> as_bfloat16(const matrix<float>& x) {
 
 void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_memory) {
   const std::size_t outputs = bytes / (cols / 2);
-  const packed<any_format> weights = normal_weights(r, 1, outputs);
-  const double size = static_cast<double>(weights.bytes());
+  const paged_weights storage(r, 1, outputs);
+  const auto weights = storage.view();
+  const double size = storage.bytes();
   bench::table table(r.name() + ", " + std::to_string(outputs) + " x " + std::to_string(cols) + ", " +
-                     (in_memory ? "in memory, " : "in cache, ") + std::string(simd.isa()));
-  const repacked fast = repack(simd, weights);
-  const auto read = table.add("(read the weights)", "", size, 0, [&] { read_weights(weights); });
+                     (!in_memory                    ? "in cache, "
+                      : pages == memory_pages::huge ? "in huge pages, "
+                                                    : "in memory, ") +
+                     std::string(simd.isa()));
+  const repacked fast = repack(simd, weights, pages);
+  const auto weight_count = static_cast<double>(outputs * cols);
+  const auto read = table.add("(read the weights)", "", size, weight_count, [&] { storage.read(); });
   table.add(
-      "repack", "", size, static_cast<double>(outputs * cols), [&] { bench::sink = repack(simd, weights).bytes(); },
-      read);
+      "repack", "", size, weight_count, [&] { bench::sink = repack(simd, weights, pages).bytes(); }, read);
   struct activations {
     matrix<float> x;
     matrix<bfloat16> x16;
@@ -75,7 +96,7 @@ void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_m
   std::vector<activations> all;
   all.reserve(4);
   for (const std::size_t rows : {1u, 4u, 16u, 64u}) {
-    if (in_memory && rows > 1) break;
+    if (in_memory && rows > 16) break;
     activations a;
     a.x = normal_matrix(rows);
     a.x16 = as_bfloat16(a.x);
@@ -108,12 +129,13 @@ void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_m
 void bench_experts(const recipe& r, std::size_t bytes, int repetitions) {
   constexpr std::size_t outputs = 1024;
   const std::size_t experts = bytes / (outputs * cols / 2);
-  const packed<any_format> weights = normal_weights(r, experts, outputs);
-  const repacked fast = repack(simd, weights);
-  const auto size = static_cast<double>(weights.bytes());
+  const paged_weights storage(r, experts, outputs);
+  const auto weights = storage.view();
+  const repacked fast = repack(simd, weights, pages);
+  const double size = storage.bytes();
   bench::table table(r.name() + ", " + std::to_string(experts) + " experts of " + std::to_string(outputs) + " x " +
                      std::to_string(cols) + ", " + std::string(simd.isa()));
-  const auto read = table.add("(read the weights)", "", size, 0, [&] { read_weights(weights); });
+  const auto read = table.add("(read the weights)", "", size, 0, [&] { storage.read(); });
   struct tokens {
     std::vector<std::uint32_t> offsets;
     matrix<bfloat16> x16;
@@ -148,6 +170,7 @@ int main(int argc, char** argv) {
   const auto bytes = static_cast<std::size_t>(bench::option(argc, argv, "--mib", 128) * 1048576.0);
   const auto repetitions = static_cast<int>(bench::option(argc, argv, "--repetitions", 9));
   bench::table::filter() = bench::text_option(argc, argv, "--only");
+  if (bench::text_option(argc, argv, "--pages") == "huge") pages = memory_pages::huge;
   bench::explain();
   for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static", "nvfp4/amax"}) {
     bench_format(recipe::parse(name), std::size_t{256} << 10, repetitions, false);

@@ -166,24 +166,30 @@ void check_repacked(fuzz_bytes& in) {
   const auto order = try_repack(scalar, storage);
   if (refused(order)) return;
   const repacked_view got = order->view();
-  const std::size_t groups = (rows + 15) / 16, panels = (cols + 31) / 32, blocks = panels * (32 / format.block);
+  const std::size_t groups = (rows + 15) / 16, panels = (cols + 31) / 32, per_panel = 32 / format.block;
   const packed_shape shape = storage.shape();
   const std::size_t bytes = shape.code_bytes_per_row(), scales = shape.blocks_per_row(),
                     macros = shape.macros_per_row();
+  const std::size_t group_bytes = (panels * (16 + per_panel) * 16 + macros * 16 + 63) / 64 * 64;
+  require(got.data.size() == matrices * groups * group_bytes, "repacked: the size");
+  // Of panel p; past macro bytes.
+  const auto panel_at = [&](std::size_t p) {
+    return (p * (16 + per_panel) + (macros == 0 ? 0 : p * 32 / format.macro_block + 1)) * 16;
+  };
   for (std::size_t e = 0; e < matrices; ++e) {
     for (std::size_t r = 0; r < rows; ++r) {
-      const std::size_t row = e * rows + r, group = e * groups + r / 16, lane = r % 16;
+      const std::size_t row = e * rows + r, group = (e * groups + r / 16) * group_bytes, lane = r % 16;
       for (std::size_t b = 0; b < bytes; ++b) {
-        const std::size_t at = (((group * panels + b / 16) * 4 + b / 4 % 4) * 16 + lane) * 4 + b % 4;
-        require(got.codes[at] == storage.codes[row * bytes + b], "repacked: the codes");
+        const std::size_t at = panel_at(b / 16) + (per_panel + b % 16 / 4 * 4) * 16 + lane * 4 + b % 4;
+        require(got.data[group + at] == storage.codes[row * bytes + b], "repacked: the codes");
       }
       for (std::size_t b = 0; b < scales; ++b) {
-        require(got.scales[(group * blocks + b) * 16 + lane] == storage.scales[row * scales + b],
-                "repacked: the scale");
+        const std::size_t at = panel_at(b / per_panel) + b % per_panel * 16 + lane;
+        require(got.data[group + at] == storage.scales[row * scales + b], "repacked: the scale");
       }
       for (std::size_t b = 0; b < macros; ++b) {
-        require(got.macros[(group * macros + b) * 16 + lane] == storage.macros[row * macros + b],
-                "repacked: the macro");
+        const std::size_t at = panel_at(b * format.macro_block / 32) - 16 + lane;
+        require(got.data[group + at] == storage.macros[row * macros + b], "repacked: the macro");
       }
     }
   }

@@ -2,12 +2,12 @@
 
 #include "../activations.hpp"  // int8_view
 #include "../execution.hpp"    // executor_ref
-#include "../repacked.hpp"     // repacked_view, place_of
+#include "../repacked.hpp"     // repacked_view, panel_at
 #include "float_state.hpp"     // default_float_state
 #include "row.hpp"             // packed_row
 
 #include <algorithm>  // std::min, std::max
-#include <bit>        // std::countr_zero
+#include <bit>        // std::countr_zero, std::bit_floor
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint32_t
 #include <limits>     // std::numeric_limits
@@ -15,7 +15,7 @@
 
 namespace TETROMINO_NAMESPACE::detail {
 
-/// Packed weights in either order.
+/// Packed weights in either order. Of repacked ones `codes` is the data; scales and macros are there, too.
 struct weights_view : packed_view<any_format> {
   bool is_repacked = false;
 
@@ -30,12 +30,11 @@ weights_view as_weights(const Weights& weights) noexcept {
 template <repacked_like Weights>
 weights_view as_weights(const Weights& weights) noexcept {
   const repacked_view w = as_repacked(weights);
-  return {{w.format, w.matrices, w.rows, w.cols, w.codes, w.scales, w.macros, w.tensor_scales}, true};
+  return {{w.format, w.matrices, w.rows, w.cols, w.data, {}, {}, w.tensor_scales}, true};
 }
 inline result<void> check_storage(const weights_view& w) {
   if (!w.is_repacked) return check_storage(static_cast<const packed_view<any_format>&>(w));
-  return check_storage(
-      repacked_view{w.format, w.matrices, w.rows, w.cols, w.codes, w.scales, w.macros, w.tensor_scales});
+  return check_storage(repacked_view{w.format, w.matrices, w.rows, w.cols, w.codes, w.tensor_scales});
 }
 
 }  // namespace TETROMINO_ISA
@@ -136,6 +135,12 @@ TETROMINO_INLINE packed_row<const std::uint8_t> activation_row(const packed_view
   return weight_row(x, m / x.rows, m % x.rows);
 }
 
+/// Where the panel of column k, a multiple of 32, of the group of row r of repacked weights begins.
+TETROMINO_INLINE const std::uint8_t* panel_of(const weights_view& w, std::size_t e, std::size_t r,
+                                              std::size_t k) noexcept {
+  return w.codes.data() + group_at(w.repacked_sizes(), e, r) + panel_at(w.format, k);
+}
+
 /// Bytes that read_row needs for n columns.
 TETROMINO_INLINE std::size_t row_buffer_size(const weights_view& w, std::size_t n) noexcept {
   const packed_shape piece{w.format, 1, 1, n};
@@ -150,13 +155,9 @@ TETROMINO_INLINE packed_row<const std::uint8_t> read_row(const weights_view& w, 
     const packed_row<const std::uint8_t> row = weight_row(w, e, r);
     return {row.codes + k / 2, row.scales + block, row.macros + macro, row.tensor_scale};
   }
-  constexpr std::size_t group = repacked_shape::group;
   const packed_shape piece{w.format, 1, 1, n};
-  const repacked_place from = place_of(w.repacked_sizes(), e, r);
   std::uint8_t *scales = buffer + piece.code_bytes(), *macros = scales + piece.scale_bytes();
-  gather_codes(w.codes.data() + from.codes + k / 2 * group, piece.code_bytes(), buffer);
-  gather_row(w.scales.data() + from.scales + block * group, piece.scale_bytes(), scales);
-  gather_row(w.macros.data() + from.macros + macro * group, piece.macro_bytes(), macros);
+  gather_row(w.format, r, k, n, panel_of(w, e, r, k), {buffer, scales, macros, 1.0f});
   return {buffer, scales, macros, w.tensor_scale(e)};
 }
 
@@ -208,12 +209,14 @@ class tiling {
     return (n + size - 1) >> std::countr_zero(size);
   }
 
-  /// The tiles of an expert with so many rows. Fewer rows at once read the weights more often: only where fewer columns
-  /// are not enough by half.
+  /// The tiles of an expert with so many rows. Few rows have as many more columns. Fewer rows at once read the weights
+  /// more often: only where fewer columns are not enough by half.
   [[nodiscard]] shape shape_of(std::size_t rows) const {
     constexpr std::size_t least_rows = 16, least_cols = 32;
-    shape s{rows_, cols_};
-    const auto is_above = [&](std::size_t most) { return cost(std::min(rows, s.rows), s.cols) > most; };
+    shape s{rows_, cols_ * std::bit_floor(rows_ / std::min(rows, rows_))};
+    const auto is_above = [&](std::size_t most) {
+      return cost(std::min(rows, s.rows), std::min(s.cols, outputs_)) > most;
+    };
     while (s.cols > least_cols && is_above(most_)) s.cols /= 2;
     while (s.rows > least_rows && is_above(2 * most_)) s.rows /= 2;
     return s;

@@ -46,7 +46,7 @@ class float_matmul {
         weights_(product.weights),
         tile_(tile),
         rows_(tile.last_row - tile.first_row),
-        totals_(rows_) {}
+        totals_(tile) {}
 
   template <std::size_t Block>
   void run() {

@@ -11,7 +11,7 @@
 #include "../../../scaling.hpp"  // macro_factor
 #include "../../cpu_matmul.hpp"  // integer_product, matmul_tile
 #include "../isa.hpp"            // split_elements, split_codes
-#include "panel.hpp"             // element_rows, add_panel, add_row_as_it_lies, row_panel
+#include "panel.hpp"             // element_rows, add_panel, add_row_as_it_lies, row_panels
 #include "tile_sums.hpp"         // tile_sums
 
 #include <algorithm>  // std::all_of, std::min, std::copy_n, std::fill
@@ -36,12 +36,12 @@ class integer_matmul {
         blocks_(product.x.blocks()),
         rows_(tile.last_row - tile.first_row),
         common_(common_block(blocks_.block, product.weights.format.block)),
-        totals_(rows_) {}
+        totals_(tile) {}
 
   void run() {
     const weights_view& w = product_.weights;
     // As many columns of all rows as there is room for; with one row that is all of them, nearly always.
-    const std::size_t depth = element_rows::capacity / rows_ / row_panel::most_cols * row_panel::most_cols;
+    const std::size_t depth = element_rows::capacity / rows_ / row_panels::most_cols * row_panels::most_cols;
     for (std::size_t k = 0; k < w.cols; k += depth) {
       const std::size_t used = std::min(depth, w.cols - k);
       x_.stride = (used + 31) / 32 * 32;
@@ -49,12 +49,12 @@ class integer_matmul {
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
         float(*total)[lane_count] = totals_[n - tile_.first_col];
         if (w.is_repacked) {
-          add_panel(panel_of_repacked(w, tile_.matrix, n, k, used), common_, x_, 0, rows_, total);
+          add_panel({w.format, panel_of(w, tile_.matrix, n, k), used, true}, common_, x_, 0, rows_, total);
           continue;
         }
-        for (std::size_t i = 0; i < used; i += row_panel::most_cols) {
-          const std::size_t width = std::min(row_panel::most_cols, used - i);
-          row_panel panel(w, tile_.matrix, n, k + i, width);
+        for (std::size_t i = 0; i < used; i += row_panels::most_cols) {
+          const std::size_t width = std::min(row_panels::most_cols, used - i);
+          row_panels panel(w, tile_.matrix, n, k + i, width);
           if (rows_ == 1 && add_row_as_it_lies(panel, common_, x_, i, total[0])) continue;
           add_panel(panel.columns(), common_, x_, i, rows_, total);
         }

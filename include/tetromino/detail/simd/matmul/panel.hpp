@@ -12,21 +12,66 @@
 
 #include <algorithm>  // std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
-#include <cstdint>    // std::uint8_t, std::uintptr_t
+#include <cstdint>    // std::uint8_t
 
 TETROMINO_VECTOR_CODE_BEGIN
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
-/// Columns of 16 rows of weights, as repacked_view has them.
-struct weight_panel {
+/// Columns of 16 rows of weights, panel after panel, the first of which begins a macro block: as repacked_view has
+/// them, or with everything before the codes at the end of 64 bytes, so that these do not straddle cache lines.
+struct weight_panels {
+  static constexpr std::size_t code_bytes = 16 * lane_count, header_bytes = 64, panel_bytes = header_bytes + code_bytes;
+
   any_format format;
-  const std::uint8_t* codes;
-  const std::uint8_t* scales;
-  const std::uint8_t* macros;
+  const std::uint8_t* data;
   std::size_t cols;
-  bool is_streamed;  ///< comes from memory, where it goes on
+  bool is_repacked;
+};
+
+template <scale_type Scale>
+TETROMINO_INLINE floats load_scales(const std::uint8_t* x) {
+  if constexpr (Scale == scale_type::e8m0) {
+    return decode_e8m0(load_bytes(x));
+  } else {
+    return load_e4m3(x);
+  }
+}
+
+/// Goes along panels.
+template <std::size_t Block>
+class panel_walk {
+ public:
+  TETROMINO_INLINE explicit panel_walk(const weight_panels& w)
+      : format_(w.format),
+        step_(w.is_repacked ? scale_bytes + weight_panels::code_bytes : weight_panels::panel_bytes),
+        macro_step_(w.is_repacked ? lane_count : 0),
+        codes_(w.data + step_ - weight_panels::code_bytes) {}
+
+  /// Arrives at the panel of column k, in turn from 0 on.
+  TETROMINO_INLINE void arrive(std::size_t k) {
+    if (!begins_macro_block(format_, k)) return;
+    codes_ += macro_step_;
+    factor_ = broadcast(1.0f) / macro_factors(load_bytes(codes_ - scale_bytes - lane_count));
+  }
+  TETROMINO_INLINE void leave() { codes_ += step_; }
+
+  [[nodiscard]] TETROMINO_INLINE const std::uint8_t* codes() const { return codes_; }
+  /// The scales of block b of the panel, times the factors of the macro block.
+  template <scale_type Scale>
+  [[nodiscard]] TETROMINO_INLINE floats scales(std::size_t b) const {
+    const floats all = load_scales<Scale>(codes_ - scale_bytes + b * lane_count);
+    return format_.macro_block != 0 ? rounded(all * factor_) : all;
+  }
+
+ private:
+  static constexpr std::size_t scale_bytes = 32 / Block * lane_count;  // right before the codes, behind macro bytes
+
+  any_format format_;
+  std::size_t step_, macro_step_;
+  const std::uint8_t* codes_;
+  floats factor_ = broadcast(1.0f);
 };
 
 /// Rows of activations as bytes; in the order of split_elements. Row m begins at m * stride, in units of 16 where there
@@ -39,26 +84,13 @@ struct element_rows {
   float scales[capacity / 16];
 };
 
-/// Columns k ... k + used - 1 of rows n ... n + 15 of repacked weights.
-inline weight_panel panel_of_repacked(const weights_view& w, std::size_t matrix, std::size_t n, std::size_t k,
-                                      std::size_t used) {
-  const repacked_place at = place_of(w.repacked_sizes(), matrix, n);
-  const std::size_t macro = w.format.macro_block == 0 ? 0 : k / w.format.macro_block;
-  return {w.format,
-          w.codes.data() + at.codes + k / 2 * lane_count,
-          w.scales.data() + at.scales + k / w.format.block * lane_count,
-          w.macros.data() + at.macros + macro * lane_count,
-          used,
-          true};
-}
-
 /// At most 512 columns of 16 rows in the linear layout.
-class row_panel {
+class row_panels {
  public:
   static constexpr std::size_t most_cols = 512;
 
   /// Columns k ... k + used - 1 of rows n ... n + 15; rows past the last repeat it.
-  row_panel(const weights_view& w, std::size_t matrix, std::size_t n, std::size_t k, std::size_t used)
+  row_panels(const weights_view& w, std::size_t matrix, std::size_t n, std::size_t k, std::size_t used)
       : format_(w.format), used_(used), blocks_((used + w.format.block - 1) / w.format.block) {
     const packed_shape shape = w.shape();
     const std::size_t row_bytes = shape.code_bytes_per_row(), row_scales = shape.blocks_per_row();
@@ -83,21 +115,20 @@ class row_panel {
       prefetch_to_l2(scales, lane_count * row_scales);
       if (l < last) codes += row_bytes, scales += row_scales;
     }
-    for (std::size_t l = 0; l < lane_count && macros != 0; ++l) {
-      const std::uint8_t* from = w.macros.data() + (row + std::min(l, last)) * row_macros + macro;
-      for (std::size_t i = 0; i < macros; ++i) macro_columns_[i * lane_count + l] = from[i];
+    for (std::size_t i = 0; i < macros; ++i) {
+      const std::uint8_t* from = w.macros.data() + row * row_macros + macro + i;
+      std::uint8_t* const to = scales_of(i * format_.macro_block) - lane_count;
+      for (std::size_t l = 0; l < lane_count; ++l) to[l] = from[std::min(l, last) * row_macros];
     }
-    store_scales();
+    format_.block == 16 ? store_scales<16>() : store_scales<32>();
   }
 
-  /// The panel, but for its codes.
-  [[nodiscard]] weight_panel scales() const {
-    return {format_, code_columns_, scale_columns_, macro_columns_, used_, false};
-  }
+  /// The panels, but for their codes.
+  [[nodiscard]] weight_panels scales() const { return {format_, data_[0], used_, false}; }
   [[nodiscard]] const std::uint8_t* const* rows() const { return codes_; }
 
-  /// The whole panel.
-  weight_panel columns() {
+  /// The whole panels.
+  weight_panels columns() {
     const std::size_t bytes = code_bytes(), whole = bytes / 16 * 16;
     for (std::size_t i = 0; i < whole; i += 16) store_columns(codes_, i, i);
     if (whole < bytes) {
@@ -123,72 +154,56 @@ class row_panel {
   }
   TETROMINO_INLINE void store_columns(const std::uint8_t* const* rows, std::size_t offset, std::size_t i) {
     const byte_columns columns = load_columns(rows, offset);
-    repeat<4>([&](auto d)
-                  TETROMINO_INLINE_LAMBDA { store_words(code_columns_ + (i + 4 * d) * lane_count, columns.part[d]); });
+    std::uint8_t* const codes = codes_of(2 * i);
+    repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA { store_words(codes + 4 * d * lane_count, columns.part[d]); });
   }
+  template <std::size_t Block>
   void store_scales() {
     for (std::size_t b = 0; b < blocks_; b += 16) {
       std::uint8_t padded[lane_count][16];
       const std::uint8_t* ends[lane_count];
       if (blocks_ - b < 16) pad_rows(scales_, b, blocks_ - b, padded, ends);
       const byte_columns columns = blocks_ - b < 16 ? load_columns(ends, 0) : load_columns(scales_, b);
+      std::uint8_t* const first = scales_of(b * Block);
       repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA {
-        std::uint8_t* to = scale_columns_ + (b + 4 * d) * lane_count;
-        const words& all = columns.part[d];
-        store_bytes(to, all & broadcast(0xFF));
-        store_bytes(to + lane_count, shift_right<8>(all) & broadcast(0xFF));
-        store_bytes(to + 2 * lane_count, shift_right<16>(all) & broadcast(0xFF));
-        store_bytes(to + 3 * lane_count, shift_right<24>(all) & broadcast(0xFF));
+        repeat<4>([&](auto i) TETROMINO_INLINE_LAMBDA {
+          constexpr std::size_t k = (4 * d + i) * Block;
+          store_bytes(first + k / 32 * weight_panels::panel_bytes + k % 32 / Block * lane_count,
+                      shift_right<8 * i>(columns.part[d]) & broadcast(0xFF));
+        });
       });
     }
+  }
+  /// Of the panel of column k.
+  TETROMINO_INLINE std::uint8_t* codes_of(std::size_t k) { return data_[k / 32] + weight_panels::header_bytes; }
+  TETROMINO_INLINE std::uint8_t* scales_of(std::size_t k) {
+    return codes_of(k) - (format_.block == 16 ? 2 : 1) * lane_count;
   }
 
   any_format format_;
   std::size_t used_, blocks_;
   const std::uint8_t *codes_[lane_count], *scales_[lane_count];
-  alignas(64) std::uint8_t code_columns_[most_cols / 2 * lane_count];
-  std::uint8_t scale_columns_[most_cols / 16 * lane_count];
-  std::uint8_t macro_columns_[most_cols / 32 * lane_count];
+  alignas(64) std::uint8_t data_[most_cols / 32][weight_panels::panel_bytes];
 };
-
-template <scale_type Scale>
-TETROMINO_INLINE floats load_scales(const std::uint8_t* x) {
-  if constexpr (Scale == scale_type::e8m0) {
-    return decode_e8m0(load_bytes(x));
-  } else {
-    return load_e4m3(x);
-  }
-}
 
 /// Adds the products of a panel with `Rows` rows of activations to total[row][output].
 template <std::size_t Rows, scale_type Scale, std::size_t Block, std::size_t Common>
-void add_rows(const weight_panel& w, const element_rows& x, std::size_t at, float (*total)[lane_count]) {
-  constexpr std::size_t ahead = 2048;  // bytes of codes, and as far for scales
+void add_rows(const weight_panels& w, const element_rows& x, std::size_t at, float (*total)[lane_count]) {
+  constexpr std::size_t ahead = 4096;  // bytes
   const std::size_t stride = x.stride;
   const std::int8_t* values = x.values + at;
   const std::int32_t* offsets = x.offsets + at / 16;
   const float* row_scales = x.scales + at / 16;
-  const std::uint8_t* macros = w.macros;
-  floats sum[Rows], factor = broadcast(1.0f);
+  panel_walk<Block> panel(w);
+  floats sum[Rows];
   repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = load(total[r]); });
   for (std::size_t k = 0; k < w.cols; k += 32) {
-    const std::uint8_t* codes = w.codes + k / 2 * lane_count;
-    const std::uint8_t* scales = w.scales + k / Block * lane_count;
-    if (w.is_streamed) {
-      repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA { prefetch(codes + 64 * d, ahead); });
-      prefetch(scales, ahead / 16);
-    }
-    const bool has_factor = w.format.macro_block != 0;
-    if (has_factor && (k & (w.format.macro_block - 1)) == 0) {
-      factor = broadcast(1.0f) / macro_factors(load_bytes(macros));
-      macros += lane_count;
-    }
+    panel.arrive(k);
+    const std::uint8_t* const codes = panel.codes();
+    if (w.is_repacked) repeat<5>([&](auto d) TETROMINO_INLINE_LAMBDA { prefetch(codes + 64 * d, ahead); });
     floats scale;
     repeat<32 / Common>([&](auto part) TETROMINO_INLINE_LAMBDA {
-      if constexpr (part == 0 || Block == 16) {
-        scale = load_scales<Scale>(scales + part * lane_count);
-        if (has_factor) scale = rounded(scale * factor);
-      }
+      if constexpr (part == 0 || Block == 16) scale = panel.template scales<Scale>(part);
       words products[Rows];
       repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA {
         products[r] = broadcast(value_bias == 0 ? 0 : offsets[(r * stride + k) / 16 + part]);
@@ -208,12 +223,13 @@ void add_rows(const weight_panel& w, const element_rows& x, std::size_t at, floa
         sum[r] = sum[r] + rounded(to_floats(products[r]) * both);
       });
     });
+    panel.leave();
   }
   repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA { store(total[r], sum[r]); });
 }
 
 template <scale_type Scale, std::size_t Block, std::size_t Common>
-void add_each(const weight_panel& w, const element_rows& x, std::size_t first, std::size_t rows,
+void add_each(const weight_panels& w, const element_rows& x, std::size_t first, std::size_t rows,
               float (*total)[lane_count]) {
   constexpr std::size_t many = registers == 1 ? 4 : registers == 2 ? 2 : 1;  // sums that fit the registers
   std::size_t m = 0;
@@ -234,7 +250,7 @@ TETROMINO_INLINE void with_blocks(const any_format& format, std::size_t common, 
 
 /// Adds the products of a panel with columns first ... of rows of activations to total[row][output]; `common` is the
 /// smaller block of both.
-inline void add_panel(const weight_panel& w, std::size_t common, const element_rows& x, std::size_t first,
+inline void add_panel(const weight_panels& w, std::size_t common, const element_rows& x, std::size_t first,
                       std::size_t rows, float (*total)[lane_count]) {
   with_blocks(w.format, common, [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {
     add_each<Scale, Block, Common>(w, x, first, rows, total);
@@ -243,25 +259,18 @@ inline void add_panel(const weight_panel& w, std::size_t common, const element_r
 
 /// The same for one row of activations and the linear layout, of a number of columns that is a multiple of 128.
 template <scale_type Scale, std::size_t Block, std::size_t Common>
-void add_row_of_linear(const weight_panel& w, const std::uint8_t* const* rows, const element_rows& x, std::size_t at,
+void add_row_of_linear(const weight_panels& w, const std::uint8_t* const* rows, const element_rows& x, std::size_t at,
                        float* total) {
-  floats sum = load(total), factor = broadcast(1.0f), scale;
-  const std::uint8_t* macros = w.macros;
+  floats sum = load(total), scale;
+  panel_walk<Block> panel(w);
   for (std::size_t k = 0; k < w.cols; k += 128) {
     words products[128 / Common];
     multiply_rows<Common>(rows, k / 2, x.values + at + k, products);
     repeat<128 / Common>([&](auto i) TETROMINO_INLINE_LAMBDA {
       const std::size_t column = k + i * Common, position = (at + column) / 16;
-      if constexpr (i * Common % Block == 0) {
-        scale = load_scales<Scale>(w.scales + column / Block * lane_count);
-        if (w.format.macro_block != 0) {
-          if ((column & (w.format.macro_block - 1)) == 0) {
-            factor = broadcast(1.0f) / macro_factors(load_bytes(macros));
-            macros += lane_count;
-          }
-          scale = rounded(scale * factor);
-        }
-      }
+      if constexpr (i * Common % 32 == 0) panel.arrive(column);
+      if constexpr (i * Common % Block == 0) scale = panel.template scales<Scale>(i * Common % 32 / Block);
+      if constexpr ((i + 1) * Common % 32 == 0) panel.leave();
       const words exact = products[i] + broadcast(x.offsets[position]);
       sum = sum + rounded(to_floats(exact) * (scale * broadcast(x.scales[position])));
     });
@@ -272,10 +281,10 @@ void add_row_of_linear(const weight_panel& w, const std::uint8_t* const* rows, c
 /// add_panel for one row of activations where the set multiplies rows of weights as they lie: columns need not be put
 /// side by side first. Otherwise, or for other numbers of columns than multiples of 128, returns false.
 template <class Words = words>
-TETROMINO_INLINE bool add_row_as_it_lies(const row_panel& panel, std::size_t common, const element_rows& x,
+TETROMINO_INLINE bool add_row_as_it_lies(const row_panels& panel, std::size_t common, const element_rows& x,
                                          std::size_t at, float* total) {
   if constexpr (multiplies_rows<Words>) {
-    const weight_panel w = panel.scales();
+    const weight_panels w = panel.scales();
     if (w.cols % 128 != 0) return false;
     with_blocks(w.format, common,
                 [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {

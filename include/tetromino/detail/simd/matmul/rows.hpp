@@ -10,7 +10,7 @@
 #include "../../row.hpp"         // packed_row
 #include "../isa.hpp"            // sixteen_bytes, low_bytes, prefetch
 
-#include <algorithm>  // std::min
+#include <algorithm>  // std::copy
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
@@ -70,26 +70,27 @@ class linear_rows {
       }
       return;
     }
-    constexpr std::size_t group = repacked_shape::group;
-    const packed_shape piece{w.format, 1, 1, used};
-    const repacked_place from = place_of(w.repacked_sizes(), matrix, n);
-    panels_ = w.codes.data() + from.codes + k / 2 * group;
-    group_bytes_ = w.repacked_sizes().code_bytes_per_group();
-    for (std::size_t i = 0; i < (used + 1) / 2; i += 16) {
-      for (std::size_t l = 0; l < lane_count; l += 4) {
-        part_rows(panels_ + i * group + 4 * l, codes_[l] + i, sizeof codes_[0]);
+    const std::uint8_t* panel = panel_of(w, matrix, n, k);
+    panels_ = panel;
+    group_bytes_ = w.repacked_sizes().bytes_per_group(), panel_bytes_ = w.repacked_sizes().bytes_per_panel();
+    std::uint8_t scales[most_cols / 16 + 1][lane_count];  // one more than there are, of a panel with one block
+    const std::size_t per_panel = repacked_shape::panel / w.format.block;
+    for (std::size_t i = 0, b = 0, m = 0; i < used; i += repacked_shape::panel, b += per_panel) {
+      const panel_parts<const std::uint8_t> parts = parts_of(w.format, k + i, panel);
+      if (parts.macros != nullptr) {
+        for (std::size_t l = 0; l < lane_count; ++l) macros_[l][m] = parts.macros[l];
+        ++m;
       }
+      store_16(scales[b], load_16(parts.scales));
+      store_16(scales[b + 1], load_16(parts.scales + lane_count));
+      repeat<4>([&](auto l) TETROMINO_INLINE_LAMBDA {
+        part_rows(parts.codes + 16 * l, codes_[4 * l] + i / 2, sizeof codes_[0]);
+      });
+      panel = parts.end();
     }
-    const std::uint8_t* scales = w.scales.data() + from.scales + block * group;
-    const std::size_t blocks = piece.scale_bytes(), whole = blocks / 16 * 16;
-    for (std::size_t b = 0; b < whole; b += 16) part_bytes(scales + b * group, scales_[0] + b, sizeof scales_[0]);
-    for (std::size_t l = 0; l < lane_count; ++l) {
-      gather_row(scales + whole * group + l, blocks - whole, scales_[l] + whole);
-      if (w.format.macro_block != 0) {
-        gather_row(w.macros.data() + from.macros + macro * group + l, piece.macro_bytes(), macros_[l]);
-      }
-      rows_[l] = {codes_[l], scales_[l], macros_[l], w.tensor_scale(matrix)};
-    }
+    const std::size_t blocks = (used + w.format.block - 1) / w.format.block;
+    for (std::size_t b = 0; b < blocks; b += 16) part_bytes(scales[b], scales_[0] + b, sizeof scales_[0]);
+    for (std::size_t l = 0; l < lane_count; ++l) rows_[l] = {codes_[l], scales_[l], macros_[l], w.tensor_scale(matrix)};
   }
   const packed_row<const std::uint8_t>& operator[](std::size_t l) const { return rows_[l]; }
 
@@ -98,8 +99,9 @@ class linear_rows {
   template <std::size_t Rows>
   TETROMINO_INLINE void prefetch_after(std::size_t l, std::size_t first, std::size_t last) const {
     if (panels_ != nullptr) {
-      const std::uint8_t* from = panels_ + first / 2 * lane_count + (last - first) / 2 * l;
-      for (std::size_t i = 0; i < (last - first) / 2 * Rows; i += 64) prefetch(from + i, group_bytes_);
+      const std::size_t part = (last - first) / repacked_shape::panel * panel_bytes_ / lane_count;
+      const std::uint8_t* from = panels_ + first / repacked_shape::panel * panel_bytes_ + part * l;
+      for (std::size_t i = 0; i < part * Rows; i += 64) prefetch(from + i, group_bytes_);
       return;
     }
     for (std::size_t r = 0; r < Rows; ++r) {
@@ -118,6 +120,7 @@ class linear_rows {
   std::size_t row_bytes_ = 0, row_scales_ = 0;
   const std::uint8_t* panels_ = nullptr;  // of repacked weights
   std::size_t group_bytes_ = 0;           // the next 16 rows' panels are this far away
+  std::size_t panel_bytes_ = 0;           // without macro bytes, for which it is not worth asking
   std::uint8_t codes_[lane_count][most_cols / 2], scales_[lane_count][most_cols / 16],
       macros_[lane_count][most_cols / 32];
 };

@@ -17,16 +17,17 @@ TETROMINO_VECTOR_CODE_BEGIN
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
-/// Row m of the tile has output n in lane n % 16 of sums [n / 16][m].
+/// Row m of the tile has output n in lane n % 16 of sums [n / 16][m]. Fewer rows may have more columns.
 class tile_sums {
  public:
   static constexpr std::size_t most_rows = 64, most_cols = 128;
 
-  explicit tile_sums(std::size_t rows) {
-    for (auto& sums : sums_) std::fill(&sums[0][0], &sums[0][0] + rows * lane_count, 0.0f);
+  explicit tile_sums(const matmul_tile& tile) : rows_(tile.last_row - tile.first_row) {
+    const std::size_t groups = (tile.last_col - tile.first_col + lane_count - 1) / lane_count;
+    std::fill(sums_[0], sums_[0] + groups * rows_ * lane_count, 0.0f);
   }
   /// The sums [rows][16] of outputs n ... n + 15 of the tile.
-  float (*operator[](std::size_t n))[lane_count] { return sums_[n / lane_count]; }
+  float (*operator[](std::size_t n))[lane_count] { return sums_ + n / lane_count * rows_; }
 
   /// Stores row m, times `scale`.
   void store_row(const matmul_tile& tile, std::size_t m, float scale, const real_rows<void>& out) const {
@@ -36,14 +37,15 @@ class tile_sums {
       for (std::size_t n = 0; n < cols; n += lane_count) {
         Out last[lane_count];
         const bool is_whole = cols - n >= lane_count;
-        store(is_whole ? row + n : last, load(sums_[n / lane_count][m]) * broadcast(scale));
+        store(is_whole ? row + n : last, load(sums_[n / lane_count * rows_ + m]) * broadcast(scale));
         if (!is_whole) std::copy_n(last, cols - n, row + n);
       }
     });
   }
 
  private:
-  alignas(64) float sums_[most_cols / lane_count][most_rows][lane_count];
+  std::size_t rows_;
+  alignas(64) float sums_[most_cols / lane_count * most_rows][lane_count];
 };
 
 }  // namespace TETROMINO_ISA
