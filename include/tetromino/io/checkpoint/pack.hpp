@@ -5,15 +5,13 @@
 #include "../../detail/float_state.hpp"  // default_float_state
 #include "detail/beside.hpp"             // file_metadata, write_beside
 #include "detail/slice_packer.hpp"       // slice_packer
+#include "detail/slice_runner.hpp"       // slice_runner
 #include "options.hpp"                   // pack_options, pack_report
 #include "plan.hpp"                      // pack_plan
 
-#include <algorithm>   // std::stable_partition
 #include <cstddef>     // std::size_t
 #include <filesystem>  // std::filesystem::path
 #include <optional>    // std::optional
-#include <span>        // std::span
-#include <string>      // std::string
 #include <utility>     // std::move
 #include <vector>      // std::vector
 
@@ -26,11 +24,8 @@ class packer {
  public:
   packer(const Policy& policy, const io::checkpoint& from, const io::pack_plan& plan, const io::pack_options& options,
          shard_writer& to)
-      : executor_(policy.executor),
-        from_(from),
-        plan_(plan),
-        options_(options),
-        schedule_(plan, options),
+      : schedule_(plan, options),
+        runner_(policy.executor, from, plan, schedule_, options),
         slices_(policy, from, plan, options, to) {}
 
   [[nodiscard]] result<io::pack_report> run() {
@@ -50,68 +45,21 @@ class packer {
       schedule_.add_tasks(i, all);
       if (slices_.scales().needs_measure(i)) schedule_.add_measuring_tasks(i, measured);
     }
-    auto run = run_all(measured, [this](const pack_task& t, const stored_window* window, slice_buffers& b) {
+    auto run = runner_.run_all(measured, [this](const pack_task& t, const stored_window* window, slice_buffers& b) {
       return slices_.measure(t, window, b);
     });
     if (!run) return run;
     for (const std::size_t i : batch) {
       if (auto written = slices_.write_scales(i); !written) return written;
     }
-    return run_all(all, [this](const pack_task& t, const stored_window* window, slice_buffers& b) {
+    return runner_.run_all(all, [this](const pack_task& t, const stored_window* window, slice_buffers& b) {
       return slices_.work(t, window, b);
     });
   }
 
-  /// Runs tasks, those that need a window after the others, window by window.
-  template <class F>
-  [[nodiscard]] result<void> run_all(std::vector<pack_task>& tasks, const F& f) {
-    const auto windows = std::stable_partition(tasks.begin(), tasks.end(),
-                                               [this](const pack_task& t) { return !schedule_.needs_window(t); });
-    if (auto run = run_tasks({tasks.begin(), windows}, nullptr, f); !run) return run;
-    for (auto begin = windows; begin != tasks.end();) {
-      const io::parameter& p = *plan_.parameters[begin->parameter].source;
-      const std::size_t bytes_per_row = p.cols * bits_per_element(p.values->dtype) / 8;
-      io::row_range rows{begin->rows.matrix, begin->rows.first, 0};
-      auto end = begin;
-      do {
-        rows.count += end++->rows.count;
-      } while (end != tasks.end() && end->parameter == begin->parameter && end->rows.matrix == begin->rows.matrix &&
-               (rows.count + end->rows.count) * bytes_per_row <= options_.window_bytes);
-      auto filled = window_.try_fill(executor_, from_, p, rows, options_.slice_bytes);
-      if (!filled) return named(filled.error(), *begin);
-      if (auto run = run_tasks({begin, end}, &window_, f); !run) return run;
-      begin = end;
-    }
-    return {};
-  }
-
-  template <class F>
-  [[nodiscard]] result<void> run_tasks(std::span<const pack_task> tasks, const stored_window* window, const F& f) {
-    return for_each_slice(executor_, tasks.size(), pool_, [&](std::size_t t, slice_buffers& buffers) -> result<void> {
-      auto done = f(tasks[t], window, buffers);
-      return done ? done : result<void>(named(done.error(), tasks[t]));
-    });
-  }
-
-  [[nodiscard]] error named(const error& e, const pack_task& task) const {
-    const io::parameter& p = *plan_.parameters[task.parameter].source;
-    std::string message = e.what();
-    if (message.find(p.name) == std::string::npos) message = text("tensor ", printable(p.name), ": ", message);
-    const bool within = e.code() == errc::non_finite && (task.rows.matrix != 0 || task.rows.first != 0);
-    if (within && p.matrices > 1)
-      message += text(" (counting from row ", task.rows.first, " of matrix ", task.rows.matrix, ")");
-    if (within && p.matrices == 1) message += text(" (counting from row ", task.rows.first, " of ", p.rows, ")");
-    return error(e.code(), message);
-  }
-
-  executor_ref executor_;
-  const io::checkpoint& from_;
-  const io::pack_plan& plan_;
-  const io::pack_options& options_;
   pack_schedule schedule_;
+  slice_runner runner_;
   slice_packer<Policy> slices_;
-  stored_window window_;
-  buffer_pool pool_;
 };
 
 /// What comes between slices asks too whether to go on: writing back a large model takes a while.

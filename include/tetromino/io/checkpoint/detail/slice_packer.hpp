@@ -2,14 +2,12 @@
 
 #include "../../../detail/macros_off.hpp"
 
-#include "../../../hadamard.hpp"  // rotate
+#include "../../../hadamard.hpp"  // rotate_back
 #include "../../../metrics.hpp"   // compare
-#include "../../../quantize.hpp"  // try_quantize_to, amax
 #include "../options.hpp"         // pack_options
 #include "../../detail/cast.hpp"  // cast_rows
-#include "set_scales.hpp"         // set_scales
 #include "shards.hpp"             // shard_writer
-#include "slices.hpp"             // slice_buffers
+#include "slice_quantizer.hpp"    // slice_quantizer
 #include "tasks.hpp"              // pack_task
 #include "window.hpp"             // stored_window
 
@@ -30,55 +28,33 @@ class slice_packer {
  public:
   slice_packer(const Policy& policy, const io::checkpoint& from, const io::pack_plan& plan,
                const io::pack_options& options, shard_writer& to)
-      : policy_(policy.on({})),  // slices are the unit of parallel work
-        from_(from),
+      : from_(from),
         plan_(plan),
         options_(options),
         to_(to),
-        scales_(from, plan),
+        slices_(policy, from, plan, options),
         parameters_(plan.parameters.size()) {}
 
-  [[nodiscard]] const set_scales& scales() const noexcept { return scales_; }
+  [[nodiscard]] const set_scales& scales() const noexcept { return slices_.scales(); }
   [[nodiscard]] std::vector<io::packed_parameter> take_report() { return std::move(parameters_); }
 
   /// Looks for the largest magnitude in a slice. `window` holds its rows where they are to be turned, or is null.
   [[nodiscard]] result<void> measure(const pack_task& task, const stored_window* window, slice_buffers& buffers) {
-    const io::parameter& p = *planned(task).source;
-    if (options_.progress && !options_.progress(0)) return error(errc::io, "stopped");
-    if (planned(task).action == action::cast) {
-      return visit_packed(from_, p, task.rows, buffers.rows, [&](const packed_view<any_format>& rows) -> result<void> {
-        scales_.add(task.parameter, task.rows.matrix, largest_scale_code(rows));
-        return {};
-      });
-    }
-    const std::size_t rotation = planned(task).how.rotation;
-    return visit(task, window, buffers, [&](const auto& rows) -> result<void> {
-      if (rotation == 0) {
-        scales_.add(task.parameter, task.rows.matrix, amax(policy_, rows, options_.special));
-        return {};
-      }
-      matrix<float> rotated(rows.rows, rows.cols);
-      for (std::size_t r = 0; r < rows.rows; ++r) {
-        for (std::size_t k = 0; k < rows.cols; ++k) rotated(r, k) = to_float(rows(r, k));
-      }
-      rotate(policy_, rotated, {rotation}, rotated.view());
-      scales_.add(task.parameter, task.rows.matrix, amax(policy_, rotated, options_.special));
-      return {};
-    });
+    return slices_.measure(task, window, buffers);
   }
 
   /// Writes the scales of a parameter that stand once for each matrix.
   [[nodiscard]] result<void> write_scales(std::size_t i) {
-    if (!scales_.has(i)) return {};
+    if (!scales().has(i)) return {};
     const auto layout = plan_.options.layout;
     for (const auto& stored : plan_.parameters[i].stored) {
       for (std::size_t e = 0; e < stored.matrices; ++e) {
-        const auto scale = scales_.try_scale(i, stored.matrix + e);
+        const auto scale = scales().try_scale(i, stored.matrix + e);
         if (!scale) return scale.error();
         if (auto done = write_float(stored.tensor_scale.name, e, stored_scale(layout, *scale)); !done) return done;
       }
       if (stored.input_scale.name.empty()) continue;
-      const auto input = scales_.try_input_scale(i, stored.matrix);
+      const auto input = scales().try_input_scale(i, stored.matrix);
       if (!input) return input.error();
       if (auto done = write_float(stored.input_scale.name, 0, stored_scale(layout, *input)); !done) return done;
     }
@@ -103,19 +79,6 @@ class slice_packer {
     return plan_.parameters[task.parameter];
   }
 
-  /// Calls f with the values of a task.
-  template <class F>
-  [[nodiscard]] result<void> visit(const pack_task& task, const stored_window* window, slice_buffers& buffers,
-                                   const F& f) {
-    const io::parameter& p = *planned(task).source;
-    if (window != nullptr) return window->visit(p, task.rows, buffers.rows, f);
-    if (!task.as_stored) return io::try_visit_rows(policy_, from_, p, task.rows, buffers.rows, f);
-    io::parameter stored = p;
-    std::swap(stored.rows, stored.cols);
-    stored.kind.is_transposed = false;
-    return io::try_visit_rows(policy_, from_, stored, task.rows, buffers.rows, f);
-  }
-
   [[nodiscard]] result<void> write_float(const std::string& name, std::size_t index, float value) {
     return to_.try_write(name, index * sizeof value, {reinterpret_cast<const std::uint8_t*>(&value), sizeof value});
   }
@@ -130,81 +93,34 @@ class slice_packer {
   /// FP8 and 4-bit values as BF16, under the name that they have without quantization.
   [[nodiscard]] result<void> decode(const pack_task& task, slice_buffers& buffers) {
     const io::parameter& p = *planned(task).source;
-    return io::try_visit_rows(policy_, from_, p, task.rows, buffers.rows, [&](const auto& rows) -> result<void> {
-      buffers.gathered.resize(rows.rows * rows.cols * sizeof(bfloat16));
-      auto* const out = reinterpret_cast<bfloat16*>(buffers.gathered.data());
-      for (std::size_t i = 0; i < rows.rows * rows.cols; ++i) out[i] = bfloat16(to_float(rows.data[i]));
-      const std::size_t row = task.rows.matrix * p.rows + task.rows.first;
-      return to_.try_write(p.name, row * p.cols * sizeof(bfloat16), buffers.gathered);
-    });
+    return io::try_visit_rows(slices_.policy(), from_, p, task.rows, buffers.rows,
+                              [&](const auto& rows) -> result<void> {
+                                buffers.gathered.resize(rows.rows * rows.cols * sizeof(bfloat16));
+                                auto* const out = reinterpret_cast<bfloat16*>(buffers.gathered.data());
+                                for (std::size_t i = 0; i < rows.rows * rows.cols; ++i)
+                                  out[i] = bfloat16(to_float(rows.data[i]));
+                                const std::size_t row = task.rows.matrix * p.rows + task.rows.first;
+                                return to_.try_write(p.name, row * p.cols * sizeof(bfloat16), buffers.gathered);
+                              });
   }
 
   [[nodiscard]] result<void> pack(const pack_task& task, const stored_window* window, slice_buffers& buffers) {
-    const auto& how = planned(task).how;
-    const io::parameter& p = *planned(task).source;
-    const bool is_nvfp4 = scales_.has(task.parameter);
-    quantize_options options;
-    options.special = options_.special;
-    const auto scale = is_nvfp4 ? scales_.try_scale(task.parameter, task.rows.matrix) : result<float>(1.0f);
-    if (!scale) return scale.error();
-    if (is_nvfp4) options.tensor_scales = {&*scale, 1};
-    std::vector<float> weights;
-    if (plan_.options.inputs != nullptr && !how.error_feedback) {
-      auto known = plan_.options.inputs->column_weights(p, task.rows.matrix, how.rotation);
-      if (!known) return known.error();
-      weights = std::move(*known);
-      options.column_weights = weights;
-    }
-    return visit(task, window, buffers, [&](const auto& rows) -> result<void> {
-      packed<> fed;
-      packed_view<any_format, std::uint8_t> out = storage(how.format, rows.rows, rows.cols, buffers);
-      float kept_scale = *scale;
-      if (is_nvfp4) out.tensor_scales = {&kept_scale, 1};
-      if (how.error_feedback) {
-        auto done = feed_back(rows, task, options, buffers);
-        if (!done) return done.error();
-        fed = std::move(*done);
-        out = fed.view();
-      } else if (auto done = try_quantize_to(policy_, rows, how, out, options); !done) {
-        return done;
-      }
+    return slices_.pack(task, window, buffers, [&](const auto& rows, const auto& out) {
       if (task.is_sampled) look_at(task, rows, out, buffers);
       return write(task, out, buffers);
     });
-  }
-
-  template <class Rows>
-  [[nodiscard]] result<packed<>> feed_back(const Rows& rows, const pack_task& task, const quantize_options& options,
-                                           slice_buffers& buffers) const {
-    const auto& p = planned(task);
-    if (plan_.options.inputs == nullptr) {
-      return error(errc::invalid_argument, text("recipe ", p.how.name(), " needs statistics of the weights' inputs"));
-    }
-    buffers.values.resize(rows.rows * rows.cols);
-    for (std::size_t i = 0; i < buffers.values.size(); ++i) buffers.values[i] = to_float(rows.data[i]);
-    const matrix_view<const float> values(buffers.values.data(), rows.rows, rows.cols);
-    return plan_.options.inputs->feed_back(values, *p.source, task.rows.matrix, p.how, options);
-  }
-
-  static packed_view<any_format, std::uint8_t> storage(const any_format& format, std::size_t rows, std::size_t cols,
-                                                       slice_buffers& buffers) {
-    const packed_shape shape{format, 1, rows, cols};
-    buffers.codes.resize(shape.code_bytes());
-    buffers.scales.resize(shape.scale_bytes());
-    buffers.macros.resize(shape.macro_bytes());
-    return {format, 1, rows, cols, buffers.codes, buffers.scales, buffers.macros, {}};
   }
 
   /// Codes that stay, or change their scales alone.
   [[nodiscard]] result<void> move(const pack_task& task, slice_buffers& buffers) {
     const io::parameter& p = *planned(task).source;
     return visit_packed(from_, p, task.rows, buffers.rows, [&](const packed_view<any_format>& rows) -> result<void> {
-      packed_view<any_format, std::uint8_t> out = storage(planned(task).how.format, rows.rows, rows.cols, buffers);
+      packed_view<any_format, std::uint8_t> out = storage_for(planned(task).how.format, rows.rows, rows.cols, buffers);
       if (planned(task).action == action::copy) {
         std::copy(rows.codes.begin(), rows.codes.end(), out.codes.begin());
         std::copy(rows.scales.begin(), rows.scales.end(), out.scales.begin());
       } else {
-        const auto top = static_cast<std::uint8_t>(scales_.largest_of(task.parameter, task.rows.matrix));
+        const auto top = static_cast<std::uint8_t>(scales().largest_of(task.parameter, task.rows.matrix));
         if (top == 0xFF && options_.special == special_values::reject) {
           return error(errc::non_finite, "expected finite block scales, got NaN");
         }
@@ -221,8 +137,8 @@ class slice_packer {
                slice_buffers& buffers) {
     buffers.values.resize(rows.rows * rows.cols);
     const batch_view<float> values(buffers.values.data(), 1, rows.rows, rows.cols);
-    dequantize_to(policy_, packed_view<any_format>(out), values);
-    if (planned(task).how.rotation != 0) rotate_back(policy_, values, {planned(task).how.rotation}, values);
+    dequantize_to(slices_.policy(), packed_view<any_format>(out), values);
+    if (planned(task).how.rotation != 0) rotate_back(slices_.policy(), values, {planned(task).how.rotation}, values);
     const error_report seen = compare(rows, values);
     const std::lock_guard lock(mutex_);
     parameters_[task.parameter].errors.add(seen);
@@ -255,12 +171,11 @@ class slice_packer {
     return {};
   }
 
-  Policy policy_;
   const io::checkpoint& from_;
   const io::pack_plan& plan_;
   const io::pack_options& options_;
   shard_writer& to_;
-  set_scales scales_;
+  slice_quantizer<Policy> slices_;
   std::mutex mutex_;
   std::vector<io::packed_parameter> parameters_;
 };
