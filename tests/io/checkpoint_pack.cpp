@@ -90,6 +90,10 @@ class known_inputs final : public io::input_knowledge {
   tt::result<std::vector<float>> column_weights(const io::parameter& weight, std::size_t, std::size_t) const override {
     return std::vector<float>(weight.cols, 1.0f);
   }
+  tt::result<double> squared_products(const tt::matrix_view<const float>&, const io::parameter&,
+                                      std::size_t) const override {
+    return tt::error(errc::invalid_argument, "no moments");
+  }
   std::optional<float> input_amax(const io::parameter&, std::size_t matrix) const override {
     return 6.0f * 448.0f * static_cast<float>(1 + matrix);
   }

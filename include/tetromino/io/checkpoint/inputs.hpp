@@ -25,6 +25,10 @@ class input_knowledge {
   /// errors that searches compare. Errors: invalid_argument where nothing is known of the weight.
   [[nodiscard]] virtual result<std::vector<float>> column_weights(const parameter& weight, std::size_t matrix,
                                                                   std::size_t rotation) const = 0;
+  /// What rows [.., K] make of the inputs of one matrix: the squares of their products, summed over rows and inputs, or
+  /// tr(R H R^T) with H the inputs' moments. Errors: as column_weights.
+  [[nodiscard]] virtual result<double> squared_products(const matrix_view<const float>& rows, const parameter& weight,
+                                                        std::size_t matrix) const = 0;
   /// The largest magnitude of the input of one matrix; nothing where it is not known.
   [[nodiscard]] virtual std::optional<float> input_amax(const parameter& weight, std::size_t matrix) const = 0;
   /// Packs a whole matrix with error feedback, as a recipe with /gptq wants.

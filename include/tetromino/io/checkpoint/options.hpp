@@ -32,7 +32,7 @@ struct pack_options {
 /// What packing made of a parameter.
 struct packed_parameter {
   error_report errors{};           ///< of the rows that were looked at: one slice in `sampled_one_in`
-  std::size_t bits = 0;            ///< stored for it
+  std::size_t bits = 0;            ///< stored for it, the scale of its activations aside
   std::size_t rounded_blocks = 0;  ///< of a cast: blocks that are not the same values
 };
 

@@ -110,13 +110,7 @@ template <class Policy>
   report->files = writer->shard_count();
   for (const auto& tensor : from.tensors()) report->bytes_read += tensor.bytes;
   for (std::size_t i = 0; i < plan.parameters.size(); ++i) {
-    const auto& planned = plan.parameters[i];
-    std::size_t bits = planned.is_packed() ? 0 : 8 * planned.source->values->bytes;
-    if (planned.action == pack_action::decode) bits = 16 * planned.source->elements();
-    for (const auto& stored : planned.stored) {
-      for (const auto* part : stored.parts()) bits += 8 * detail::tensor_bytes(part->dtype, part->shape).value();
-    }
-    report->parameters[i].bits = bits;
+    report->parameters[i].bits = stored_bits(plan.parameters[i]);
   }
   if (folder) {
     auto left = detail::write_beside(from, plan, folder->temporary());

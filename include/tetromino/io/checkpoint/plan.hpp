@@ -8,20 +8,24 @@
 #include "parameters.hpp"    // parameter
 #include "rows.hpp"          // detail::read_floats
 
-#include <algorithm>  // std::any_of
-#include <map>        // std::map
-#include <string>     // std::string
-#include <utility>    // std::move
-#include <vector>     // std::vector
+#include <algorithm>      // std::any_of
+#include <map>            // std::map
+#include <optional>       // std::optional
+#include <string>         // std::string
+#include <unordered_map>  // std::unordered_map
+#include <utility>        // std::move
+#include <vector>         // std::vector
 
 namespace TETROMINO_NAMESPACE::io {
 
 /// What to pack, and how.
 struct plan_options {
   checkpoint_layout layout = checkpoint_layout::linear;
-  std::vector<pack_rule> rules{};           ///< of those that match a weight, the last counts
-  std::vector<std::string> keep{};          ///< patterns with * and ? for names of parameters that stay as they are
-  std::vector<std::string> pack{};          ///< patterns for parameters to pack although their role is not known
+  std::vector<pack_rule> rules{};   ///< of those that match a weight, the last counts
+  std::vector<std::string> keep{};  ///< patterns with * and ? for names of parameters that stay as they are
+  std::vector<std::string> pack{};  ///< patterns for parameters to pack although their role is not known
+  /// By name, before any rule: recipes of weights, nothing for those that stay. What plan_within chooses.
+  std::unordered_map<std::string, std::optional<recipe>> chosen{};
   const input_knowledge* inputs = nullptr;  ///< weighs errors, and gives NVFP4 readers the scales of activations
   bool separate_scales = false;  ///< NVFP4: a tensor scale for each weight, also where readers take one for several
 };
@@ -56,6 +60,19 @@ struct pack_plan {
 };
 
 inline namespace TETROMINO_ISA {
+
+/// What a parameter takes in the files of a plan, in bits, the scale of its activations aside.
+[[nodiscard]] inline std::size_t stored_bits(const planned_parameter& planned) {
+  if (planned.action == pack_action::decode) return 16 * planned.source->elements();
+  if (!planned.is_packed()) return 8 * planned.source->values->bytes;
+  std::size_t bits = 0;
+  for (const auto& stored : planned.stored) {
+    for (const auto* part : stored.parts()) {
+      if (part != &stored.input_scale) bits += 8 * detail::tensor_bytes(part->dtype, part->shape).value();
+    }
+  }
+  return bits;
+}
 
 /// Decides what happens to each parameter. Weights that readers run as one matrix are packed alike or kept together.
 /// `parameters` are those of `from`, and must outlive the plan. Errors: invalid_argument for recipes that the layout
@@ -149,22 +166,26 @@ class planner {
     } else if (!p.is_weight()) {
       return kept(p, p.kind.kept_because);
     }
-    const io::pack_rule* rule = nullptr;
-    for (const auto& candidate : options().rules) {
-      if (rule_matches(candidate, p)) rule = &candidate;
+    const recipe* how = nullptr;
+    for (const auto& rule : options().rules) {
+      if (rule_matches(rule, p)) how = &rule.how;
     }
-    if (rule == nullptr) return kept(p, "no recipe is for it");
+    if (const auto found = options().chosen.find(p.name); found != options().chosen.end()) {
+      if (!found->second) return kept(p, "chosen, within the budget of bits");
+      how = &*found->second;
+    }
+    if (how == nullptr) return kept(p, "no recipe is for it");
     if (options().layout == io::checkpoint_layout::gpt_oss && p.kind.role != io::tensor_role::fused_experts) {
       return kept(p, "readers of layout gpt-oss take packed experts alone");
     }
-    if (!is_ours() && p.cols % rule->how.format.block != 0) {
-      return kept(p, text("K = ", p.cols, " is not whole blocks of ", rule->how.format.block));
+    if (!is_ours() && p.cols % how->format.block != 0) {
+      return kept(p, text("K = ", p.cols, " is not whole blocks of ", how->format.block));
     }
     if (!is_ours() && p.shape.size() == 2 && p.kind.is_transposed) {
       return kept(
           p, text("stored [K, outputs], which readers of layout ", io::name(options().layout), " do not take packed"));
     }
-    return io::planned_parameter{&p, action_for(p, rule->how), rule->how};
+    return io::planned_parameter{&p, action_for(p, *how), *how};
   }
 
   static bool can_read(const io::parameter& p) {

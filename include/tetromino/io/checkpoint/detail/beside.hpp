@@ -17,8 +17,9 @@
 /// What a packed model has besides the bytes of its weights.
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
-/// The metadata of one file: that of the source, what was asked for, and for the linear layout, whose shapes do not say
-/// it, the shape [matrices, rows, K] and the recipe of each packed weight in it.
+/// The metadata of one file: that of the source, what was asked for, and the shape [matrices, rows, K] and the recipe
+/// of each packed weight in it where nothing else says them: in the linear layout, and where recipes were chosen one by
+/// one.
 class file_metadata {
  public:
   file_metadata(const io::checkpoint& from, const io::pack_plan& plan, const io::pack_options& options)
@@ -42,7 +43,7 @@ class file_metadata {
     if (const auto config = quantization_config(plan); !config.is_null() && from.is_single_file()) {
       common_["quantization_config"] = config.dump();
     }
-    if (plan.options.layout != io::checkpoint_layout::linear) return;
+    if (plan.options.layout != io::checkpoint_layout::linear && plan.options.chosen.empty()) return;
     for (const auto& planned : plan.parameters) {
       if (!planned.is_packed()) continue;
       shapes_[planned.stored.front().codes.name] = {

@@ -97,7 +97,7 @@ class packed_model {
     } else if (const auto several = metadata.find("tetromino.recipes"); several != metadata.end()) {
       if (auto read = read_rules(several->second); !read) return read;
     }
-    return layout_ == io::checkpoint_layout::linear ? read_linear() : result<void>();
+    return read_weights();
   }
 
   [[nodiscard]] result<void> read_rules(const std::string& text_of_rules) {
@@ -110,13 +110,14 @@ class packed_model {
       auto how = recipe::try_parse(json_text(rule, "recipe"));
       if (!how) return how.error();
       rules_.push_back({json_text(rule, "weights"), *how});
-      recipes_ += text(recipes_.empty() ? "" : ", ", rules_.back().pattern, '=', how->name());
+      const std::string& pattern = rules_.back().pattern;
+      recipes_ += text(recipes_.empty() ? "" : ", ", pattern, pattern.empty() ? "" : "=", how->name());
     }
     return {};
   }
 
-  /// Which weights of the linear layout are packed, and how.
-  [[nodiscard]] result<void> read_linear() {
+  /// Which weights are packed, and how, where the files list them.
+  [[nodiscard]] result<void> read_weights() {
     for (std::size_t f = 0; f < packed_.file_count(); ++f) {
       const auto found = packed_.metadata(f).find("tetromino.weights");
       if (found == packed_.metadata(f).end()) continue;
@@ -124,7 +125,7 @@ class packed_model {
       if (const auto bad = parse_json(found->second, weights); !bad.empty() || !weights.is_object()) {
         return wrong("metadata tetromino.weights: expected a JSON object");
       }
-      for (const auto& [name, facts] : weights.items()) linear_[name] = facts;
+      for (const auto& [name, facts] : weights.items()) weights_[name] = facts;
     }
     return {};
   }
@@ -137,7 +138,7 @@ class packed_model {
     }
     std::unordered_set<std::string_view> names;
     for (const auto& p : parameters_) names.insert(p.name);
-    for (const auto& entry : linear_) {
+    for (const auto& entry : weights_) {
       if (names.contains(entry.first)) continue;
       return wrong("metadata tetromino.weights names ", printable(entry.first), ", which the original does not have");
     }
@@ -145,10 +146,10 @@ class packed_model {
   }
 
   /// The format of a weight in the packed model; nothing where it is not packed.
-  [[nodiscard]] result<std::optional<any_format>> format_of(const io::parameter& p, found_parameter& out) const {
+  [[nodiscard]] result<std::optional<any_format>> format_of(const io::parameter& p) const {
     if (layout_ == io::checkpoint_layout::linear) {
-      const auto found = linear_.find(p.name);
-      if (found == linear_.end()) return std::optional<any_format>();
+      const auto found = weights_.find(p.name);
+      if (found == weights_.end()) return std::optional<any_format>();
       const auto how = recipe::try_parse(json_text(found->second, "recipe"));
       if (!how) return how.error();
       const nlohmann::json shape =
@@ -158,7 +159,6 @@ class packed_model {
         return wrong_tensor(p.name, "the packed file gives it another shape than the original: expected ", shape.dump(),
                             ", found ", given.dump());
       }
-      out.how = *how;
       return std::optional<any_format>(how->format);
     }
     if (p.rows == 0) return std::optional<any_format>();
@@ -171,7 +171,7 @@ class packed_model {
 
   [[nodiscard]] result<found_parameter> find(const io::parameter& p) {
     found_parameter out{&p};
-    const auto format = format_of(p, out);
+    const auto format = format_of(p);
     if (!format) return format.error();
     if (!*format) {
       const auto* kept = packed_.find(p.name);
@@ -187,8 +187,12 @@ class packed_model {
     }
     out.format = **format;
     if (auto packs = check_role(p); !packs) return packs.error();
-    for (const auto& rule : rules_) {
-      if (!out.how || layout_ != io::checkpoint_layout::linear) {
+    if (const auto listed = weights_.find(p.name); listed != weights_.end()) {
+      const auto how = recipe::try_parse(json_text(listed->second, "recipe"));
+      if (!how) return how.error();
+      out.how = *how;
+    } else {
+      for (const auto& rule : rules_) {
         if (rule_matches(rule, p)) out.how = rule.how;
       }
     }
@@ -261,7 +265,7 @@ class packed_model {
   nlohmann::json config_;
   std::string recipes_;
   std::vector<io::pack_rule> rules_;
-  std::map<std::string, nlohmann::json> linear_;
+  std::map<std::string, nlohmann::json> weights_;
   std::vector<found_parameter> found_;
   std::unordered_set<std::string> used_;
 };

@@ -4,6 +4,7 @@
 
 #include "../../../hadamard.hpp"  // rotate
 #include "../../../quantize.hpp"  // try_quantize_to, amax
+#include "../../detail/cast.hpp"  // largest_scale_code
 #include "../options.hpp"         // pack_options
 #include "set_scales.hpp"         // set_scales
 #include "slices.hpp"             // slice_buffers

@@ -52,8 +52,8 @@ class pack_schedule {
     return out;
   }
 
-  /// The slices of a parameter.
-  void add_tasks(std::size_t i, std::vector<pack_task>& tasks) const {
+  /// The slices of a parameter; whole matrices where it is packed with error feedback, or if that is asked for.
+  void add_tasks(std::size_t i, std::vector<pack_task>& tasks, bool whole_matrices = false) const {
     constexpr std::size_t turned_at_once = 512u << 10;  // bytes of rows that a cache holds until they are packed
     const auto& planned = plan_.parameters[i];
     const io::parameter& p = *planned.source;
@@ -66,7 +66,7 @@ class pack_schedule {
     }
     const std::size_t bytes_per_value =
         p.encoding == io::value_encoding::plain ? bits_per_element(p.values->dtype) / 8 : 4;
-    const bool whole = planned.action == io::pack_action::pack && planned.how.error_feedback;
+    const bool whole = planned.action == io::pack_action::pack && (planned.how.error_feedback || whole_matrices);
     if (is_turned(i)) slice = std::min(slice, turned_at_once);
     const std::size_t step = whole ? p.rows : std::clamp<std::size_t>(slice / (p.cols * bytes_per_value), 1, p.rows);
     std::size_t number = 0;
