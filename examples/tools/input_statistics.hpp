@@ -59,26 +59,11 @@ class input_statistics {
   /// For one matrix of a weight tensor [matrices, rows, cols]: what was seen, blended with that of all experts.
   [[nodiscard]] tetromino::calibration of(const std::string& tensor, std::size_t which, std::size_t matrices,
                                           std::size_t cols) const {
-    const std::string* const input = input_of(tensor);
-    if (input == nullptr) {
-      throw tetromino::error(tetromino::errc::invalid_argument,
-                             fmt::format("no calibration statistics for the weights {}", tensor));
-    }
-    const auto& seen = inputs_.at(*input);
-    if (const auto expert = expert_of(tensor); matrices == 1 && expert && expert->second < seen.size()) {
-      which = expert->second;
-      matrices = seen.size();
-    }
-    if (seen.size() != matrices || seen.front().cols() != cols) {
-      throw tetromino::error(tetromino::errc::shape_mismatch,
-                             fmt::format("the calibration statistics of {} are of {} matrices with K = {}, the weights "
-                                         "are {} with K = {}",
-                                         tensor, seen.size(), seen.front().cols(), matrices, cols));
-    }
-    if (matrices == 1) return seen.front();
+    const auto [seen, place] = of_all(tensor, which, matrices, cols);
+    if (seen.size() == 1) return seen.front();
     tetromino::calibration all(cols);
     for (const auto& one : seen) all.merge(one);
-    return seen[which].blended(all, borrowed_rows(cols));
+    return seen[place].blended(all, borrowed_rows(cols));
   }
 
   /// The mean squared activation of each column for one matrix, after the rotation of a recipe: column_weights.
@@ -97,6 +82,23 @@ class input_statistics {
       }
     }
     return weights;
+  }
+
+  /// The squares of the products of rows [.., cols] with the inputs that one matrix has met, summed over rows and
+  /// inputs.
+  [[nodiscard]] double squared_products(const std::string& tensor, std::size_t which, std::size_t matrices,
+                                        const tetromino::matrix_view<const float>& rows) const {
+    const auto [seen, place] = of_all(tensor, which, matrices, rows.cols);
+    const Eigen::MatrixXf moments =
+        Eigen::MatrixXd(seen[place].moments().selfadjointView<Eigen::Lower>()).cast<float>();
+    constexpr std::size_t piece = 64;
+    double sum = 0;
+    for (std::size_t first = 0; first < rows.rows; first += piece) {
+      const auto values = tetromino::eigen_map(rows).middleRows(
+          static_cast<Eigen::Index>(first), static_cast<Eigen::Index>(std::min(piece, rows.rows - first)));
+      sum += (values * moments).cwiseProduct(values).cast<double>().sum();
+    }
+    return std::max(0.0, sum);  // rounding, of products that cancel
   }
 
   /// Writes INPUT.moments [matrices, cols, cols] and INPUT.rows [matrices]; the metadata name each tensor's input.
@@ -173,6 +175,30 @@ class input_statistics {
     if (end == digits || end == std::string::npos || tensor[end] != '.' || end - digits > 6) return std::nullopt;
     return std::pair(tensor.substr(0, digits) + tensor.substr(end + 1),
                      std::stoul(tensor.substr(digits, end - digits)));
+  }
+
+  /// The statistics of all matrices that share an input with one matrix of a tensor, and which of them is its own.
+  [[nodiscard]] std::pair<std::span<const tetromino::calibration>, std::size_t> of_all(const std::string& tensor,
+                                                                                       std::size_t which,
+                                                                                       std::size_t matrices,
+                                                                                       std::size_t cols) const {
+    const std::string* const input = input_of(tensor);
+    if (input == nullptr) {
+      throw tetromino::error(tetromino::errc::invalid_argument,
+                             fmt::format("no calibration statistics for the weights {}", tensor));
+    }
+    const auto& seen = inputs_.at(*input);
+    if (const auto expert = expert_of(tensor); matrices == 1 && expert && expert->second < seen.size()) {
+      which = expert->second;
+      matrices = seen.size();
+    }
+    if (seen.size() != matrices || seen.front().cols() != cols) {
+      throw tetromino::error(tetromino::errc::shape_mismatch,
+                             fmt::format("the calibration statistics of {} are of {} matrices with K = {}, the weights "
+                                         "are {} with K = {}",
+                                         tensor, seen.size(), seen.front().cols(), matrices, cols));
+    }
+    return {seen, which};
   }
 
   [[nodiscard]] const std::string* input_of(const std::string& tensor) const {

@@ -2,9 +2,10 @@
 ///   quantize_checkpoint Qwen3-30B-A3B Qwen3-30B-A3B-NVFP4 --recipe nvfp4/min-error --layout compressed-tensors
 ///   quantize_checkpoint gpt-oss-20b OUT --layout modelopt --recipe nvfp4/amax     # MXFP4 to NVFP4, without loss
 ///   quantize_checkpoint MODEL OUT --recipe mxfp4-32/oas --recipe attn=nvfp4/amax --layout compressed-tensors
-///   quantize_checkpoint MODEL OUT --dry-run                                       # what would be packed, and why not
-///   quantize_checkpoint MODEL --compare                                           # recipes side by side
-///   quantize_checkpoint model-f16.gguf model-nvfp4.gguf --recipe nvfp4/min-error --imatrix imatrix.gguf
+///   quantize_checkpoint MODEL OUT --bits 4.5 --candidates mxfp4-32/oas,nvfp4/min-error,keep --layout
+///   compressed-tensors quantize_checkpoint MODEL OUT --dry-run                                       # what would be
+///   packed, and why not quantize_checkpoint MODEL --compare                                           # recipes side
+///   by side quantize_checkpoint model-f16.gguf model-nvfp4.gguf --recipe nvfp4/min-error --imatrix imatrix.gguf
 /// MODEL is a directory as Hugging Face saves it, its index, or a safetensors file; OUT is a directory, or a file whose
 /// name ends with .safetensors. Memory stays bounded whatever the model's size; with gptq, by its largest matrix.
 
@@ -29,10 +30,36 @@ struct settings {
   std::string layout = "linear", statistics, imatrix, special = "reject";
   unsigned threads = std::max(1u, std::thread::hardware_concurrency());
   double shard_gigabytes = 5;
+  std::optional<double> bits;
+  std::vector<std::string> candidates;
   bool separate_scales = false, dry_run = false, compare = false, list = false;
   ui::output_options print;
   std::vector<std::string> of_safetensors;  // options given that GGUF files have no use for
 };
+
+void check_recipe(const settings& s, io::checkpoint_layout layout, const recipe& how) {
+  io::try_fit(layout, how).value();
+  if (how.error_feedback && s.statistics.empty()) {
+    throw ui::usage_error(fmt::format("recipe {} needs --statistics FILE", how.name()));
+  }
+}
+
+/// What --bits and --candidates ask for.
+io::bit_budget budget_of(const settings& s) {
+  return usage([&] {
+    io::bit_budget out{*s.bits};
+    for (const auto& name : s.candidates) {
+      if (name == "keep") {
+        out.may_keep = true;
+        continue;
+      }
+      out.candidates.push_back(recipe::parse(name));
+      check_recipe(s, io::checkpoint_layout_named(s.layout), out.candidates.back());
+    }
+    if (out.candidates.empty()) throw ui::usage_error("--candidates: expected a recipe besides keep");
+    return out;
+  });
+}
 
 /// Everything that can be said before the model is opened.
 io::plan_options plan_options_of(const settings& s) {
@@ -40,7 +67,7 @@ io::plan_options plan_options_of(const settings& s) {
     io::plan_options out;
     out.layout = io::checkpoint_layout_named(s.layout);
     for (const auto& text : s.recipes) add_rules(text, out.rules);
-    if (out.rules.empty()) {
+    if (out.rules.empty() && !s.bits) {
       const bool is_nvfp4 =
           out.layout == io::checkpoint_layout::modelopt || out.layout == io::checkpoint_layout::compressed_tensors;
       const char* const best = is_nvfp4                                       ? "nvfp4/four-over-six"
@@ -49,10 +76,11 @@ io::plan_options plan_options_of(const settings& s) {
       out.rules.push_back({"", recipe::parse(best)});
     }
     for (const auto& rule : out.rules) {
-      io::try_fit(out.layout, rule.how).value();
-      if (rule.how.error_feedback && s.statistics.empty()) {
-        throw ui::usage_error(fmt::format("recipe {} needs --statistics FILE", rule.how.name()));
+      if (s.bits && rule.pattern.empty()) {
+        throw ui::usage_error(
+            fmt::format("--recipe {} is for all weights: with --bits, give it to --candidates", rule.how.name()));
       }
+      check_recipe(s, out.layout, rule.how);
     }
     out.keep = s.keep;
     out.pack = s.pack;
@@ -76,9 +104,9 @@ struct group {
   void add(const io::planned_parameter& planned, const io::packed_parameter* made) {
     ++tensors;
     elements += planned.source->elements();
+    bits += io::stored_bits(planned);
     if (example.empty()) example = planned.source->name;
     if (made == nullptr) return;
-    bits += made->bits;
     rounded += made->rounded_blocks;
     errors.add(made->errors);
   }
@@ -86,6 +114,10 @@ struct group {
 
 std::string way_of(const io::planned_parameter& planned) {
   switch (planned.action) {
+    case io::pack_action::keep:
+      return "kept";
+    case io::pack_action::decode:
+      return "kept, as BF16";
     case io::pack_action::copy:
       return fmt::format("{} codes as they are", tetromino::name_of(planned.how.format));
     case io::pack_action::cast:
@@ -106,7 +138,7 @@ void print_tables(const io::pack_plan& plan, const io::pack_report* report) {
     const auto& planned = plan.parameters[i];
     const auto* made = report == nullptr ? nullptr : &report->parameters[i];
     const std::string role(io::name(planned.source->kind.role));
-    if (planned.is_packed()) {
+    if (planned.is_packed() || plan.options.chosen.contains(planned.source->name)) {
       packed[{role, way_of(planned)}].add(planned, made);
       total.add(planned, made);
     } else {
@@ -117,8 +149,8 @@ void print_tables(const io::pack_plan& plan, const io::pack_report* report) {
   ui::table table({"packed", "recipe", "tensors", "weights", "bits/weight", "QSNR dB"});
   const auto row = [&](const std::string& role, const std::string& how, const group& g) {
     const double bits = static_cast<double>(g.bits) / static_cast<double>(std::max<std::size_t>(1, g.elements));
-    table.add({role, how, fmt::format("{}", g.tensors), fmt::format("{}", g.elements),
-               g.bits == 0 ? "-" : fmt::format("{:.3f}", bits), qsnr_text(g.errors)});
+    table.add({role, how, fmt::format("{}", g.tensors), fmt::format("{}", g.elements), fmt::format("{:.3f}", bits),
+               qsnr_text(g.errors)});
   };
   for (const auto& [key, g] : packed) row(key.first, key.second, g);
   row("total", "", total);
@@ -149,8 +181,14 @@ void print_list(const io::pack_plan& plan) {
   }
 }
 
+/// Bits for each weight that a budget is for.
+double reached(const io::budgeted_plan& within) {
+  return static_cast<double>(within.bits) / static_cast<double>(within.weights);
+}
+
 /// The same for programs: one JSON object.
-nlohmann::ordered_json json_of(const settings& s, const io::pack_plan& plan, const io::pack_report* report) {
+nlohmann::ordered_json json_of(const settings& s, const io::budgeted_plan& within, const io::pack_report* report) {
+  const io::pack_plan& plan = within.plan;
   nlohmann::ordered_json tensors = nlohmann::ordered_json::array();
   for (std::size_t i = 0; i < plan.parameters.size(); ++i) {
     const auto& planned = plan.parameters[i];
@@ -163,15 +201,22 @@ nlohmann::ordered_json json_of(const settings& s, const io::pack_plan& plan, con
     } else {
       one["why"] = planned.reason;
     }
+    one["bits"] = io::stored_bits(planned);
     if (report != nullptr) {
       const auto& made = report->parameters[i];
-      one["bits"] = made.bits;
       if (planned.action == io::pack_action::pack) one["qsnr_db"] = made.errors.qsnr();
       if (planned.action == io::pack_action::cast) one["rounded_blocks"] = made.rounded_blocks;
     }
     tensors.push_back(std::move(one));
   }
   nlohmann::ordered_json out = {{"input", s.input}, {"output", s.output}, {"layout", s.layout}};
+  if (s.bits) {
+    out["budget"] = {{"bits", *s.bits},
+                     {"candidates", s.candidates},
+                     {"weights", within.weights},
+                     {"reached", reached(within)},
+                     {"noise_to_signal", within.error}};
+  }
   if (report != nullptr) {
     out["bytes_read"] = report->bytes_read;
     out["bytes_written"] = report->bytes_written;
@@ -182,30 +227,64 @@ nlohmann::ordered_json json_of(const settings& s, const io::pack_plan& plan, con
   return out;
 }
 
-void report_plan(const settings& s, const io::pack_plan& plan, const io::pack_report* report) {
+void report_plan(const settings& s, const io::budgeted_plan& within, const io::pack_report* report) {
   if (s.print.json) {
-    fmt::print("{}\n", json_of(s, plan, report).dump(2));
+    fmt::print("{}\n", json_of(s, within, report).dump(2));
     return;
   }
   if (s.print.quiet) return;
-  if (s.list) print_list(plan);
-  print_tables(plan, report);
+  if (s.list) print_list(within.plan);
+  print_tables(within.plan, report);
+  if (!s.bits) return;
+  fmt::print("\n--bits {}: {:.4f} for each of {} weights, noise over signal {:.3g}\n", *s.bits, reached(within),
+             within.weights, within.error);
 }
 
-int write(const settings& s, const io::checkpoint& model, const io::pack_plan& plan, const tetromino::cpu_t& policy) {
-  io::pack_options options;
-  options.special = special_of(s.special);
-  options.shard_bytes = static_cast<std::size_t>(s.shard_gigabytes * 1e9);
-  options.slice_bytes = std::clamp<std::size_t>((16u << 20) / s.threads, 1u << 18, 2u << 20);
+io::pack_options pack_options_of(const settings& s) {
+  io::pack_options out;
+  out.special = special_of(s.special);
+  out.shard_bytes = static_cast<std::size_t>(s.shard_gigabytes * 1e9);
+  out.slice_bytes = std::clamp<std::size_t>((16u << 20) / s.threads, 1u << 18, 2u << 20);
+  return out;
+}
+
+std::size_t bytes_of(const io::checkpoint& model) {
+  std::size_t bytes = 0;
+  for (const auto& tensor : model.tensors()) bytes += tensor.bytes;
+  return bytes;
+}
+
+/// The plan that --bits and --candidates ask for, or else the rules alone.
+io::budgeted_plan plan_of(const settings& s, const io::checkpoint& model, const std::vector<io::parameter>& parameters,
+                          io::plan_options options, const tetromino::cpu_t& policy) {
+  if (!s.bits) return {usage([&] { return io::plan(model, parameters, std::move(options)); })};
+  const io::bit_budget budget = budget_of(s);
+  io::pack_options how = pack_options_of(s);
+  const ui::stop_signals signals;
+  ui::progress progress("measuring", bytes_of(model) * budget.candidates.size(), s.print.quiet);
+  how.progress = [&](std::size_t done) {
+    progress.add(done);
+    return ui::stop_signals::seen() == 0;
+  };
+  auto made = io::try_plan_within(policy, model, parameters, std::move(options), budget, how);
+  if (!made && ui::stop_signals::seen() != 0) throw error(errc::io, "stopped by a signal; nothing was written");
+  if (!made && made.error().code() == errc::infeasible)
+    throw ui::usage_error(fmt::format("--bits {}: {}", *s.bits, made.error().what()));
+  if (!made && made.error().code() == errc::invalid_argument) throw ui::usage_error(made.error().what());
+  return std::move(made).value();
+}
+
+int write(const settings& s, const io::checkpoint& model, const io::budgeted_plan& within,
+          const tetromino::cpu_t& policy) {
+  const io::pack_plan& plan = within.plan;
+  io::pack_options options = pack_options_of(s);
   if (plan.options.inputs != nullptr) {
     options.metadata["tetromino.statistics"] = std::filesystem::path(s.statistics).filename().string();
   }
-  std::size_t bytes = 0;
-  for (const auto& tensor : model.tensors()) bytes += tensor.bytes;
   io::pack_report report;
   {
     const ui::stop_signals signals;
-    ui::progress progress("packing", bytes, s.print.quiet);
+    ui::progress progress("packing", bytes_of(model), s.print.quiet);
     options.progress = [&](std::size_t done) {
       progress.add(done);
       return ui::stop_signals::seen() == 0;
@@ -215,7 +294,7 @@ int write(const settings& s, const io::checkpoint& model, const io::pack_plan& p
     report = std::move(done).value();
     ui::say_if_too_late(s.output);
   }
-  report_plan(s, plan, &report);
+  report_plan(s, within, &report);
   if (s.print.json || s.print.quiet) return 0;
   fmt::print("\n{}: {} in layout {}, {} -> {}\n", s.output,
              report.files == 1 ? "one file" : fmt::format("{} files", report.files), s.layout,
@@ -271,6 +350,7 @@ int run(const settings& s) {
   io::plan_options options = s.compare ? io::plan_options{.keep = s.keep, .pack = s.pack} : plan_options_of(s);
   comparison_job comparison{s.input, {}, nullptr, s.print};
   if (s.compare) comparison.recipes = recipes_to_compare(s.recipes, !s.statistics.empty());
+  if (s.bits) budget_of(s);
   if (!s.compare && !s.dry_run) check_output(s);
   const auto model = io::checkpoint::open(s.input);
   const auto parameters = io::parameters_of(model);
@@ -283,9 +363,9 @@ int run(const settings& s) {
     comparison.inputs = inputs.get();
     return compare_recipes(comparison, model, parameters, std::move(options), policy);
   }
-  const auto plan = usage([&] { return io::plan(model, parameters, std::move(options)); });
-  if (!s.dry_run) return write(s, model, plan, policy);
-  report_plan(s, plan, nullptr);
+  const auto within = plan_of(s, model, parameters, std::move(options), policy);
+  if (!s.dry_run) return write(s, model, within, policy);
+  report_plan(s, within, nullptr);
   return 0;
 }
 
@@ -293,10 +373,12 @@ int run(const settings& s) {
 
 int main(int argc, char** argv) {
   settings s;
-  ui::command_line app("quantize_checkpoint", "Packs the linear and expert weights of a model into 4-bit blocks",
-                       {"MODEL --compare", "MODEL OUT --recipe nvfp4/four-over-six --layout modelopt",
-                        "MODEL OUT --recipe nvfp4/amax --recipe experts=mxfp4-32/oas --dry-run --list",
-                        "model.gguf packed.gguf --recipe mxfp4-32/min-error --imatrix imatrix.gguf"});
+  ui::command_line app(
+      "quantize_checkpoint", "Packs the linear and expert weights of a model into 4-bit blocks",
+      {"MODEL --compare", "MODEL OUT --recipe nvfp4/four-over-six --layout modelopt",
+       "MODEL OUT --recipe nvfp4/amax --recipe experts=mxfp4-32/oas --dry-run --list",
+       "MODEL OUT --bits 4.5 --candidates mxfp4-32/oas,nvfp4/min-error,keep --layout compressed-tensors",
+       "model.gguf packed.gguf --recipe mxfp4-32/min-error --imatrix imatrix.gguf"});
   app.add_file("IN", s.input, "model to read: a directory, an index, a .safetensors or a .gguf file")->required();
   auto* const out =
       app.add_file("OUT", s.output, "what to write: a directory that does not exist, or a .safetensors or .gguf file");
@@ -304,6 +386,17 @@ int main(int argc, char** argv) {
                  "FORMAT/RULE[/MACRO][/hadamard-N][/gptq], such as nvfp4/min-error; or WEIGHTS=RECIPE for some weights "
                  "(experts, linear, a part of names, or a pattern), later ones before earlier ones; or a .json file")
       ->type_name("RECIPE");
+  auto* const bits =
+      app.add_option("--bits", s.bits,
+                     "bits for each weight, on average: for each the candidate that keeps the whole best, "
+                     "measured before packing")
+          ->check(ui::within(1.0, 32.0));
+  auto* const candidates = app.add_option("--candidates", s.candidates,
+                                          "recipes that --bits chooses among, and keep, which leaves a weight as it is")
+                               ->delimiter(',')
+                               ->type_name("RECIPE,..[,keep]");
+  bits->needs(candidates);
+  candidates->needs(bits);
   auto* const layout = app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")
                            ->type_name("LAYOUT")
                            ->capture_default_str();
@@ -328,10 +421,10 @@ int main(int argc, char** argv) {
       app.add_flag("--dry-run", s.dry_run, "print what would be packed and what kept, and write nothing");
   auto* const compare = app.add_flag("--compare", s.compare, "print the recipes side by side and write nothing");
   auto* const list = app.add_flag("--list", s.list, "print every tensor with its role, too");
-  for (auto* const other : {out, layout, separate, shard, dry_run, list}) compare->excludes(other);
+  for (auto* const other : {out, layout, separate, shard, dry_run, list, bits}) compare->excludes(other);
   app.add_output(s.print);
   if (const auto leave = app.read(argc, argv)) return leave();
-  for (const auto* const option : {layout, separate, shard, compare}) {
+  for (const auto* const option : {layout, separate, shard, compare, bits}) {
     if (option->count() > 0) s.of_safetensors.push_back(option->get_name());
   }
   return ui::run("quantize_checkpoint", [&] { return run(s); });

@@ -8,6 +8,7 @@
 #include <tetromino/cpu.hpp>
 #include <tetromino/io/checkpoint.hpp>
 #include <tetromino/io/checkpoint/pack.hpp>
+#include <tetromino/io/checkpoint/plan_within.hpp>
 #include <tetromino/version.hpp>
 
 #include <fmt/format.h>
@@ -36,6 +37,15 @@ class gathered_inputs final : public io::input_knowledge {
                                                                      std::size_t rotation) const override {
     try {
       return seen_.column_weights(weight.name, matrix, weight.matrices, weight.cols, rotation);
+    } catch (const error& e) {
+      return e;
+    }
+  }
+  [[nodiscard]] tetromino::result<double> squared_products(const tetromino::matrix_view<const float>& rows,
+                                                           const io::parameter& weight,
+                                                           std::size_t matrix) const override {
+    try {
+      return seen_.squared_products(weight.name, matrix, weight.matrices, rows);
     } catch (const error& e) {
       return e;
     }
