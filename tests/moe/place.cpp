@@ -340,6 +340,17 @@ TEST_CASE("balanced keeps copies on as many nodes as it is told, and uses all sl
   CHECK(code_of(try_balanced({1, 4, loads}, t, {1, 3})) == errc::infeasible);
 }
 
+TEST_CASE("GPUs are exchanged between nodes for what the busiest node has to do, not for what it has") {
+  // node 0 has 5 for 1.25 GPUs, node 1 has 6 for 2
+  const std::vector<double> speeds = {1, 0.25, 1, 1};
+  const topology t = topology::uniform(2, 2, 1).with_speeds(speeds);
+  std::vector<double> load = {4, 1, 3, 3};
+  std::vector<std::int32_t> row = {0, 1, 2, 3};
+  detail::level_nodes(t, load, row);
+  CHECK(row == std::vector<std::int32_t>{2, 1, 0, 3});
+  CHECK(load == std::vector<double>{3, 1, 4, 3});
+}
+
 TEST_CASE("fast GPUs get more to do, and copies go to the layers that gain by them") {
   generator g(tetromino_test::seed());
   const std::vector<double> speeds = {2, 1, 1, 2};

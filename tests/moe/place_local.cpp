@@ -400,6 +400,40 @@ TEST_CASE("a limit per GPU is met with spare slots") {
   CHECK(judge(t, cluster, plan).gpu_imbalance < 0.75 * without);
 }
 
+TEST_CASE("nodes get pairs by what their GPUs can do") {
+  const trace t = synthetic(14, 2, 32, 4, 60, 0, 16);
+  const std::vector<double> speeds = {1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5};
+  const std::vector<std::size_t> gpus = {1, 1, 2}, slots = {14, 14, 14, 14};
+  const topology clusters[] = {topology::uniform(4, 2, 8).with_speeds(speeds), topology::make(gpus, slots)};
+  for (const topology& cluster : clusters) {
+    const topology alike = topology::with_node_slots(cluster.nodes(), 1, cluster.slots_on_node(0));
+    local_options options;
+    options.node_imbalance = 1.05;
+    const local_plan plan = local(t.view(), cluster, options);
+    CAPTURE(cluster.nodes());
+    const cost_report cost = judge(t, cluster, plan);
+    CHECK(cost.node_imbalance < 1.15);
+    CHECK(plan.reached.node_imbalance == Approx(cost.node_imbalance).epsilon(0.05));
+    if (cluster.slots() != alike.slots()) continue;
+    // the same nodes taken for equals: the slow ones are the bottleneck
+    CHECK(judge(t, cluster, local(t.view(), alike, options)).node_imbalance > 1.25);
+  }
+}
+
+TEST_CASE("GPUs of a node share its pairs by their speed") {
+  const trace t = synthetic(15, 2, 32, 4, 32, 0, 16);
+  const std::vector<double> speeds = {1, 1, 0.25, 0.25, 1, 1, 0.25, 0.25};
+  const topology alike = topology::uniform(2, 4, 5), cluster = alike.with_speeds(speeds);
+  for (const double limit : {0.0, 1.2}) {
+    local_options options;
+    options.gpu_imbalance = limit;
+    const double found = judge(t, cluster, local(t.view(), cluster, options)).gpu_imbalance;
+    const double taken_for_equals = judge(t, cluster, local(t.view(), alike, options)).gpu_imbalance;
+    CAPTURE(limit, found, taken_for_equals);
+    CHECK(found < 0.85 * taken_for_equals);
+  }
+}
+
 TEST_CASE("a search can be watched, ended and limited") {
   const trace t = synthetic(7, 2, 32, 4, 40, 0, 16);
   const topology cluster = topology::uniform(4, 2, 4);

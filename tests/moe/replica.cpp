@@ -162,6 +162,27 @@ TEST_CASE("with a node limit, pairs that no other visited node can take stay on 
   CHECK(limited.pairs_on_gpu()[0] == 1000);
 }
 
+TEST_CASE("a node of half the speed serves half as much of what no node is nearer to") {
+  // tokens start on node 2, which holds nothing that they ask for
+  const std::vector<double> speeds = {1, 1, 0.5, 0.5, 1, 1};
+  const topology t = topology::uniform(3, 2, 1).with_speeds(speeds);
+  const placement p = placement::make(1, 5, 6, {0, 1, 0, 2, 3, 4});
+  const auto served = [&](double node_limit, const std::vector<std::uint16_t>& ids) {
+    replica_chooser chooser(p, t, {replica_choice::fewest_nodes, node_limit, 0, 0});
+    std::vector<std::uint32_t> gpus(ids.size());
+    for (int i = 0; i < 3000; ++i) chooser.choose(0, ids, 4, gpus);
+    const std::span<const std::uint64_t> on_gpu = chooser.pairs_on_gpu();
+    return std::vector<std::uint64_t>(on_gpu.begin(), on_gpu.end());
+  };
+  CHECK(served(0, {0}) == std::vector<std::uint64_t>{2000, 0, 1000, 0, 0, 0});
+  // Each token visits nodes 0 and 1. In proportion to speed, node 0 may serve 2/5 of 3 × 3000 pairs: 600 of expert 0.
+  const std::vector<std::uint64_t> limited = served(1, {1, 2, 0});
+  CHECK(limited[1] == 3000);
+  CHECK(limited[3] == 3000);
+  CHECK(limited[0] + limited[2] == 3000);
+  CHECK(limited[0] >= 2990);  // for node 1, of half the speed, is above its own share already
+}
+
 TEST_CASE("figures of steps equal the plain count") {
   generator g(tetromino_test::seed());
   for (int i = 0; i < 300; ++i) {

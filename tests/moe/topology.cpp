@@ -113,6 +113,8 @@ TEST_CASE("numbers out of range break a precondition") {
 TEST_CASE("GPUs of unequal speed: balanced gives the fast ones more, and the cost counts time") {
   const std::vector<double> speeds = {2, 1, 1, 2};
   const topology t = topology::uniform(2, 2, 4).with_speeds(speeds);
+  CHECK_FALSE(t.is_uniform());
+  CHECK(topology::uniform(2, 2, 4).with_speeds(std::vector<double>(4, 3.0)).is_uniform());
   CHECK(t.speed(0) == 1);
   CHECK(t.speed(1) == 0.5);
   CHECK(t.speed_of_node(1) == 1.5);

@@ -41,6 +41,8 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
   for (std::size_t g = 0; g < w.slots_of_gpu.size(); ++g) {
     for (std::size_t i = 0; i < w.slots_of_gpu[g]; ++i) gpu_of_slot.push_back(g);
   }
+  std::vector<std::size_t> working(w.gpus_of_node.size(), 0);  // GPUs of each node that have slots
+  for (std::size_t g = 0; g < w.slots_of_gpu.size(); ++g) working[node_of[g]] += w.slots_of_gpu[g] > 0 ? 1U : 0U;
   routing_cost out;
   out.pairs_on_gpu.assign(w.placement.size(), std::vector<std::size_t>(node_of.size(), 0));
   std::map<std::pair<std::size_t, std::size_t>, std::size_t> turn;
@@ -105,14 +107,16 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
         }
       }
       while (rule == copies_rule::fewest_nodes && std::count(done.begin(), done.end(), false) > 0) {
-        // go to the node that holds most of what is open, the least used of equals, and take what it has
+        // go to the node that holds most of what is open, of equals the one with least to do for each of its GPUs, and
+        // take what it has
         std::size_t next = 0, most = 0;
         for (std::size_t n = 0; n < w.gpus_of_node.size(); ++n) {
           std::size_t has = 0;
           for (std::size_t i = 0; i < experts.size(); ++i) {
             if (!done[i] && !among(holders[i], [&](std::size_t g) { return node_of[g] == n; }).empty()) ++has;
           }
-          if (has > most || (has == most && served_by_node[{l, n}] < served_by_node[{l, next}])) next = n, most = has;
+          const bool less_busy = served_by_node[{l, n}] * working[next] < served_by_node[{l, next}] * working[n];
+          if (has > most || (has == most && less_busy)) next = n, most = has;
         }
         nodes_visited.insert(next);
         for (std::size_t i = 0; i < experts.size(); ++i) {

@@ -343,14 +343,15 @@ inline namespace TETROMINO_ISA {
   return try_copies_by_gain(loads, t, copies).value();
 }
 
-/// Rearranges the experts of each node over its GPUs so that GPUs carry alike, given what each slot of `p` carries:
-/// load_of_slot[layers, slots]; no expert changes its node. A node whose copies cannot be kept apart stays as it was.
-/// Preconditions: `p` is valid on `t`, loads are finite and 0 or more.
+/// Rearranges the experts of each node over its GPUs so that GPUs carry alike for their speed, given what each slot of
+/// `p` carries: load_of_slot[layers, slots]; no expert changes its node. A node whose copies cannot be kept apart stays
+/// as it was. Preconditions: `p` is valid on `t`, loads are finite and 0 or more.
 inline void balance_gpus(placement& p, const topology& t, std::span<const double> load_of_slot) {
   TETROMINO_EXPECTS(p.slots() == t.slots() && load_of_slot.size() == p.slot_to_expert().size(),
                     "balance_gpus: the placement's slots are the topology's, with a load for each slot of each layer",
                     p.slots(), t.slots(), load_of_slot.size(), p.slot_to_expert().size());
   const std::vector<std::uint32_t> first_slot = detail::first_slots(t);
+  const std::vector<double> speeds = detail::speeds_of(t);
   detail::bin_packer packer;
   std::vector<detail::pack_item> items;
   std::vector<std::uint32_t> item_of_slot;
@@ -367,7 +368,9 @@ inline void balance_gpus(placement& p, const topology& t, std::span<const double
       item_of_slot.resize(slots);
       const std::size_t gpus = t.gpus_on_node(n);
       const auto bins = std::span<const std::uint32_t>(first_slot).subspan(t.first_gpu(n), gpus + 1);
-      if (!packer.pack(items, bins, item_of_slot, 4 * gpus).empty()) continue;
+      const std::span<const double> here =
+          speeds.empty() ? std::span<const double>() : std::span(speeds).subspan(t.first_gpu(n), gpus);
+      if (!packer.pack(items, bins, item_of_slot, 4 * gpus, here).empty()) continue;
       for (std::size_t s = 0; s < slots; ++s) {
         const std::uint32_t item = item_of_slot[s];
         row[s] = item == detail::bin_packer::nothing ? empty_slot : static_cast<std::int32_t>(items[item].expert);

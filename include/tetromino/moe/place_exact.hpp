@@ -6,7 +6,7 @@
 #include "search/requests/assignment.hpp"  // detail::token_room
 #include "place.hpp"                       // detail::check_place_shape
 #include "placement.hpp"                   // placement
-#include "topology.hpp"                    // topology
+#include "topology.hpp"                    // topology, detail::node_speeds
 #include "trace.hpp"                       // trace_view, phase
 
 #include <algorithm>  // std::fill, std::max, std::max_element, std::min, std::sort
@@ -45,12 +45,8 @@ class exact_search {
   exact_search(const trace_view& served, const topology& t, const exact_options& options)
       : served_(served), topology_(t), options_(options), nodes_(t.nodes()) {
     std::vector<std::size_t> gpus;
-    std::size_t with_slots = 0;
     std::uint64_t largest = 0;
-    for (std::size_t n = 0; n < nodes_; ++n) {
-      gpus.push_back(t.gpus_on_node(n));
-      with_slots += t.slots_on_node(n) > 0 ? 1U : 0U;
-    }
+    for (std::size_t n = 0; n < nodes_; ++n) gpus.push_back(t.gpus_on_node(n));
     for (const request& r : served.requests) {
       tokens_of_.push_back(r.range(options.served).size());
       largest = std::max(largest, tokens_of_.back());
@@ -61,10 +57,15 @@ class exact_search {
     }
     room_ = token_room(token_.size(), largest, gpus, options.token_budget);
     const std::size_t pairs = token_.size() * served.shape.experts_per_token;
-    load_limit_ = options.node_imbalance == 0
-                      ? pairs
-                      : static_cast<std::size_t>(options.node_imbalance * static_cast<double>(pairs) /
-                                                 static_cast<double>(with_slots));
+    const std::vector<double> speeds = node_speeds(t);
+    double speed = 0;
+    for (const double s : speeds) speed += s;
+    for (const double s : speeds) {
+      load_limits_.push_back(
+          options.node_imbalance == 0 || s == 0
+              ? pairs
+              : static_cast<std::size_t>(options.node_imbalance * static_cast<double>(pairs) / (speed / s)));
+    }
     source_.assign(tokens_of_.size(), 0);
     seen_.assign(token_.size(), 0);
     make_layers();
@@ -176,7 +177,7 @@ class exact_search {
     }
     const std::vector<std::uint32_t>& tokens = here.tokens[here.order[i]];
     for (std::size_t n = 0; n < nodes_; ++n) {
-      if (here.held[n] == topology_.slots_on_node(n) || here.load[n] + tokens.size() > load_limit_) continue;
+      if (here.held[n] == topology_.slots_on_node(n) || here.load[n] + tokens.size() > load_limits_[n]) continue;
       if (++steps_ > options_.max_steps) return;
       const std::uint64_t bit = std::uint64_t{1} << n;
       std::size_t pairs = 0, visits = 0;
@@ -206,11 +207,12 @@ class exact_search {
   const trace_view& served_;
   const topology& topology_;
   const exact_options& options_;
-  std::size_t nodes_, load_limit_ = 0;
+  std::size_t nodes_;
   std::vector<std::uint64_t> tokens_of_;  // [requests]
   std::vector<std::uint64_t> token_;      // [served tokens] number in the trace
   std::vector<std::size_t> request_of_token_;
-  std::vector<std::uint64_t> room_;  // [nodes] tokens that still fit
+  std::vector<std::uint64_t> room_;       // [nodes] tokens that still fit
+  std::vector<std::size_t> load_limits_;  // [nodes] pairs
   std::vector<layer> layers_;
   std::vector<std::uint32_t> source_, best_source_;           // [requests]
   std::vector<std::vector<std::uint32_t>> held_, best_held_;  // [layers, experts] node

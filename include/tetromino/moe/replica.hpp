@@ -73,8 +73,8 @@ class replica_chooser {
       recent_on_node_.assign(p.layers() * t.nodes(), 0);
       open_on_node_.assign(t.nodes(), 0);
     }
-    for (std::size_t n = 0; n < t.nodes(); ++n) nodes_with_slots_ += t.slots_on_node(n) > 0 ? 1U : 0U;
-    for (std::size_t n = 0; n < t.nodes(); ++n) speed_of_gpus_ += t.speed_of_node(n);
+    speed_of_node_ = detail::node_speeds(t);
+    for (const double speed : speed_of_node_) speed_of_gpus_ += speed;
     visited_node_.assign(t.nodes(), 0);
     visited_gpu_.assign(t.gpus(), 0);
   }
@@ -197,7 +197,12 @@ class replica_chooser {
     }
   }
 
-  // The node that holds most of the experts still open; the one that served least lately among equals.
+  // How long a node takes for what it serves; served[nodes].
+  [[nodiscard]] TETROMINO_ABI double node_busy(std::size_t node, const std::uint64_t* served) const {
+    return static_cast<double>(served[node]) / speed_of_node_[node];
+  }
+
+  // The node that holds most of the experts still open; the one that is busy for the shortest time among equals.
   [[nodiscard]] TETROMINO_ABI std::size_t busiest_open_node(std::size_t layer, std::span<const std::uint16_t> experts,
                                                             std::span<const std::uint32_t> gpus) {
     std::fill(open_on_node_.begin(), open_on_node_.end(), 0);
@@ -213,27 +218,29 @@ class replica_chooser {
     std::size_t best = 0;
     for (std::size_t n = 1; n < open_on_node_.size(); ++n) {
       if (open_on_node_[n] > open_on_node_[best] ||
-          (open_on_node_[n] == open_on_node_[best] && served[n] < served[best])) {
+          (open_on_node_[n] == open_on_node_[best] && node_busy(n, served) < node_busy(best, served))) {
         best = n;
       }
     }
     return best;
   }
 
-  // Takes pairs off nodes above the limit, to the visited node that has served least of those that hold a copy.
+  // Takes pairs off nodes above the limit, to the visited node with a copy that is busy for the shortest time.
   TETROMINO_ABI void relieve_nodes(std::size_t layer, std::span<const std::uint16_t> experts,
                                    std::span<std::uint32_t> gpus, std::uint64_t* load) {
     const std::uint64_t* const served = recent_on_node_.data() + layer * visited_node_.size();
-    const double most =
-        options_.node_limit * static_cast<double>(recent_[layer]) / static_cast<double>(nodes_with_slots_);
+    const double most = options_.node_limit * static_cast<double>(recent_[layer]) / speed_of_gpus_;
     for (std::size_t i = 0; i < experts.size(); ++i) {
-      if (gpus[i] == no_gpu || static_cast<double>(served[copies_.node_of(gpus[i])]) <= most) continue;
+      if (gpus[i] == no_gpu || node_busy(copies_.node_of(gpus[i]), served) <= most) continue;
       const std::uint32_t from = copies_.node_of(gpus[i]);
       std::uint32_t best = gpus[i];
       for (const std::uint32_t gpu : copies_.gpus_of(layer, experts[i])) {
         const std::uint32_t node = copies_.node_of(gpu), chosen = copies_.node_of(best);
         if (visited_node_[node] != now_ || node == from) continue;
-        if (served[node] < served[chosen] || (node == chosen && busy(gpu, load) < busy(best, load))) best = gpu;
+        if (node_busy(node, served) < node_busy(chosen, served) ||
+            (node == chosen && busy(gpu, load) < busy(best, load))) {
+          best = gpu;
+        }
       }
       move(gpus[i], best, load);
     }
@@ -293,11 +300,11 @@ class replica_chooser {
   std::vector<std::uint32_t> turn_;            // [layers, experts], for `even`
   std::vector<std::uint64_t> recent_on_node_;  // [layers, nodes], for `fewest_nodes`
   std::vector<std::uint32_t> open_on_node_;    // [nodes], for `fewest_nodes`
-  std::size_t nodes_with_slots_ = 0;
-  double speed_of_gpus_ = 0;                 // of all that have slots
-  std::vector<std::uint64_t> visited_node_;  // [nodes] last `now_` at which the token went there
-  std::vector<std::uint64_t> visited_gpu_;   // [gpus]
-  std::vector<std::uint16_t> ids_;           // those of a token, where they come as another type
+  std::vector<double> speed_of_node_;          // [nodes] 0 without slots
+  double speed_of_gpus_ = 0;                   // of all that have slots
+  std::vector<std::uint64_t> visited_node_;    // [nodes] last `now_` at which the token went there
+  std::vector<std::uint64_t> visited_gpu_;     // [gpus]
+  std::vector<std::uint16_t> ids_;             // those of a token, where they come as another type
   std::uint64_t now_ = 0;
 };
 

@@ -148,8 +148,8 @@ class topology {
   }
 
   /// The same GPUs, as fast as `speeds` says: [GPUs], in any unit (a GPU of speed 2 serves twice as many pairs in the
-  /// same time). `balanced`, copy choices and the imbalances of the cost go by it. Errors: another number of GPUs, a
-  /// speed outside 1/64 to 64 times the fastest's.
+  /// same time). `balanced`, `local`, choices of copies for single tokens and the imbalances of the cost go by it.
+  /// Errors: another number of GPUs, a speed outside 1/64 to 64 times the fastest's.
   [[nodiscard]] TETROMINO_ABI result<topology> try_with_speeds(std::span<const double> speeds) const {
     if (speeds.size() != gpus()) {
       return error(errc::shape_mismatch,
@@ -214,13 +214,13 @@ class topology {
     return at(first_slot_, at(first_gpu_, node + 1)) - first_slot_of_node(node);
   }
 
-  /// True when all nodes have equally many GPUs and all GPUs equally many slots.
+  /// True when all nodes have equally many GPUs, and all GPUs equally many slots and one speed.
   [[nodiscard]] TETROMINO_ABI bool is_uniform() const {
     for (std::size_t n = 0; n < nodes(); ++n) {
       if (gpus_on_node(n) != gpus_on_node(0)) return false;
     }
     for (std::size_t g = 0; g < gpus(); ++g) {
-      if (slots_on_gpu(g) != slots_on_gpu(0)) return false;
+      if (slots_on_gpu(g) != slots_on_gpu(0) || speed(g) != speed(0)) return false;
     }
     return true;
   }
@@ -256,6 +256,17 @@ class topology {
   std::vector<std::uint32_t> gpu_of_slot_;  // [slots]
   std::vector<double> speeds_;              // [gpus]; empty: all alike
 };
+
+namespace detail::inline TETROMINO_ISA {
+
+/// Speed of each node's GPUs together, 0 without slots: [nodes].
+[[nodiscard]] inline std::vector<double> node_speeds(const topology& t) {
+  std::vector<double> out;
+  for (std::size_t n = 0; n < t.nodes(); ++n) out.push_back(t.speed_of_node(n));
+  return out;
+}
+
+}  // namespace detail::inline TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
 

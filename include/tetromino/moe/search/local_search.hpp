@@ -5,7 +5,7 @@
 #include "../loads.hpp"                // max_over_mean
 #include "../place.hpp"                // balance_gpus
 #include "../placement.hpp"            // placement
-#include "../topology.hpp"             // topology
+#include "../topology.hpp"             // topology, node_speeds
 #include "../trace.hpp"                // trace_view
 #include "copies/gpu_copies.hpp"       // gpu_copies
 #include "copies/node_spread.hpp"      // node_spreader
@@ -50,18 +50,8 @@ class local_search {
       random_of_layer_.emplace_back(random_.bits());
       (may_change[l] ? searched_ : kept_).push_back(l);
     }
-    std::size_t with_slots = 0;
-    for (std::size_t n = 0; n < t.nodes(); ++n) {
-      gpus_.push_back(t.gpus_on_node(n));
-      with_slots += t.slots_on_node(n) > 0 ? 1U : 0U;
-    }
-    for (const std::size_t pairs : sample_.pairs) {
-      const auto all = static_cast<double>(pairs);
-      load_limit_.push_back(static_cast<std::int64_t>(
-          options.node_imbalance == 0 ? all : options.node_imbalance * all / static_cast<double>(with_slots)));
-      expert_limit_.push_back(
-          static_cast<std::int64_t>(options.gpu_imbalance * all / static_cast<double>(t.gpus_with_slots())));
-    }
+    for (std::size_t n = 0; n < t.nodes(); ++n) gpus_.push_back(t.gpus_on_node(n));
+    set_limits();
     std::uint64_t largest = 0;
     for (const std::uint64_t n : sample_.tokens_of) largest = std::max(largest, n);
     room_ = token_room(sample_.tokens(), largest, gpus_, options.token_budget);
@@ -142,11 +132,39 @@ class local_search {
   }
   [[nodiscard]] static Mask bit(std::size_t node) { return node_bit<Mask>(node); }
 
+  // What a node, and the fastest GPU of a node, may serve: its share by speed, and the limit above that.
+  void set_limits() {
+    double speeds = 0, gpu_speeds = 0;
+    for (const double s : rules_.speed) speeds += s;
+    std::vector<double> fastest(rules_.nodes, 0.0);
+    for (std::size_t g = 0; g < topology_.gpus(); ++g) {
+      if (topology_.slots_on_gpu(g) == 0) continue;
+      gpu_speeds += topology_.speed(g);
+      double& most = fastest[topology_.node_of_gpu(g)];
+      most = std::max(most, topology_.speed(g));
+    }
+    for (const std::size_t pairs : sample_.pairs) {
+      const auto all = static_cast<double>(pairs);
+      for (std::size_t n = 0; n < rules_.nodes; ++n) {
+        const bool open = options_.node_imbalance == 0 || rules_.speed[n] == 0;
+        load_limits_.push_back(
+            static_cast<std::int64_t>(open ? all : options_.node_imbalance * all / (speeds / rules_.speed[n])));
+        if (options_.gpu_imbalance == 0) continue;
+        expert_limits_.push_back(static_cast<std::int64_t>(
+            fastest[n] == 0 ? all : options_.gpu_imbalance * all / (gpu_speeds / fastest[n])));
+      }
+    }
+  }
+  [[nodiscard]] std::span<const std::int64_t> limits_of(const std::vector<std::int64_t>& limits, std::size_t l) const {
+    return limits.empty() ? std::span<const std::int64_t>() : std::span(limits).subspan(l * rules_.nodes, rules_.nodes);
+  }
+
   [[nodiscard]] search_rules make_rules() const {
     search_rules r;
     r.experts = calibration_.shape.experts;
     r.experts_per_token = calibration_.shape.experts_per_token;
     r.nodes = topology_.nodes();
+    r.speed = node_speeds(topology_);
     r.first_slot.assign(1, 0);
     for (std::size_t n = 0; n < r.nodes; ++n) {
       r.first_slot.push_back(r.first_slot.back() + std::min(topology_.slots_on_node(n), r.experts));
@@ -186,7 +204,8 @@ class local_search {
   }
 
   [[nodiscard]] layer_tokens<Mask> tokens_of(std::size_t l) const {
-    return {sample_.layer(l), source_of_token_, sample_.layer_loads(l), load_limit_[l], expert_limit_[l]};
+    return {sample_.layer(l), source_of_token_, sample_.layer_loads(l), limits_of(load_limits_, l),
+            limits_of(expert_limits_, l)};
   }
   void spread_sources() {
     for (std::size_t t = 0; t < source_of_token_.size(); ++t)
@@ -274,6 +293,7 @@ class local_search {
     std::vector<std::int64_t> load(nodes, 0), used((experts + 1) * nodes, 0);
     const std::span<const std::int64_t> loads = sample_.layer_loads(l);
     const std::span<const std::uint16_t> ids = sample_.layer(l);
+    const std::span<const std::int64_t> limits = limits_of(load_limits_, l);
     for (std::size_t i = 0; i < ids.size(); ++i) ++used[ids[i] * nodes + source_of_token_[i / k]];
     make_room(state, loads, used);
     const auto put = [&](std::size_t e, std::size_t n) {
@@ -301,8 +321,7 @@ class local_search {
         const std::size_t size = rules_.first_slot[n + 1] - rules_.first_slot[n];
         const std::size_t share = (size * experts + rules_.first_slot.back() - 1) / rules_.first_slot.back();
         if (next[n] - rules_.first_slot[n] >= share) continue;
-        const std::int64_t score =
-            used[e * nodes + n] - 2 * std::max<std::int64_t>(0, load[n] + loads[e] - load_limit_[l]);
+        const std::int64_t score = used[e * nodes + n] - 2 * std::max<std::int64_t>(0, load[n] + loads[e] - limits[n]);
         if (best == nodes || score > best_score) {
           best = n;
           best_score = score;
@@ -405,13 +424,14 @@ class local_search {
       for (std::size_t t = 0; t < tokens; ++t, e += k) {
         for (std::size_t i = 0; i < k; ++i) held[i] = layers_[l].holders[e[i]];
         const Mask home = bit(source_of_token_[t]);
-        const Mask seen = serve_token(held.data(), k, home, load.data(), [&](std::size_t i, std::size_t n) {
-          ++of_expert[e[i] * nodes + n];
-          m.remote += n == source_of_token_[t] ? 0 : 1;
-        });
+        const Mask seen =
+            serve_token(held.data(), k, home, std::span(rules_.speed), load.data(), [&](std::size_t i, std::size_t n) {
+              ++of_expert[e[i] * nodes + n];
+              m.remote += n == source_of_token_[t] ? 0 : 1;
+            });
         m.visits += node_count(seen);
       }
-      m.imbalance = max_over_mean(load, [&](std::size_t n) { return topology_.slots_on_node(n) > 0 ? 1.0 : 0.0; });
+      m.imbalance = max_over_mean(load, [&](std::size_t n) { return rules_.speed[n]; });
     });
     measured all;
     std::size_t pairs = 0;
@@ -556,8 +576,8 @@ class local_search {
   std::vector<std::uint64_t> room_;             // [nodes]
   std::vector<std::int64_t> scores_;            // [sampled requests, nodes]
   std::vector<std::int64_t> loads_;             // [layers, experts, nodes] pairs of the sample served there
-  std::vector<std::int64_t> expert_limit_;      // [layers] pairs of an expert on a node; 0: no limit
-  std::vector<std::int64_t> load_limit_;        // [layers] pairs per node
+  std::vector<std::int64_t> expert_limits_;     // [layers, nodes] pairs of an expert; empty: no limit
+  std::vector<std::int64_t> load_limits_;       // [layers, nodes] pairs
   local_progress reached_;
 };
 

@@ -2,7 +2,7 @@
 
 #include "../../../detail/macros_off.hpp"
 
-#include "../../topology.hpp"  // topology
+#include "../../topology.hpp"  // topology, node_speeds
 #include "bin_packer.hpp"      // bin_packer
 
 #include <algorithm>  // std::find, std::make_heap, std::max, std::pop_heap, std::push_heap, std::swap_ranges
@@ -118,26 +118,29 @@ class load_balancer {
   std::vector<weighed> heap_;
 };
 
-/// Exchanges whole GPUs, of equally many slots, between nodes while that makes the heaviest node lighter. What GPUs
-/// carry stays as it was. gpu_load[gpus] is permuted with them; expert_of_slot is the layer's row.
+/// Exchanges whole GPUs, of equally many slots and one speed, between nodes while that makes the busiest node less so.
+/// What GPUs carry stays as it was. gpu_load[gpus] is permuted with them; expert_of_slot is the layer's row.
 inline void level_nodes(const topology& t, std::vector<double>& gpu_load, std::span<std::int32_t> expert_of_slot) {
+  const std::vector<double> speed = node_speeds(t);
   std::vector<double> node_load(t.nodes(), 0.0);
   for (std::size_t g = 0; g < t.gpus(); ++g) node_load[t.node_of_gpu(g)] += gpu_load[g];
+  const auto busy = [&](std::size_t n, double load) { return speed[n] > 0 ? load / speed[n] : 0.0; };
   for (std::size_t n = 0; n < 2 * t.gpus(); ++n) {
     std::size_t heavy = 0;
     for (std::size_t m = 1; m < t.nodes(); ++m) {
-      if (node_load[m] > node_load[heavy]) heavy = m;
+      if (busy(m, node_load[m]) > busy(heavy, node_load[heavy])) heavy = m;
     }
-    double best_load = node_load[heavy] - 1e-4 * node_load[heavy];
+    double best = busy(heavy, node_load[heavy]);
+    best -= 1e-4 * best;
     std::size_t mine = t.gpus(), theirs = t.gpus();
     for (std::size_t a = t.first_gpu(heavy); a < t.first_gpu(heavy) + t.gpus_on_node(heavy); ++a) {
       for (std::size_t b = 0; b < t.gpus(); ++b) {
         const std::size_t other = t.node_of_gpu(b);
         if (other == heavy || t.slots_on_gpu(a) != t.slots_on_gpu(b) || t.speed(a) != t.speed(b)) continue;
         const double shift = gpu_load[a] - gpu_load[b];
-        const double load = std::max(node_load[heavy] - shift, node_load[other] + shift);
-        if (load < best_load) {
-          best_load = load;
+        const double then = std::max(busy(heavy, node_load[heavy] - shift), busy(other, node_load[other] + shift));
+        if (then < best) {
+          best = then;
           mine = a;
           theirs = b;
         }

@@ -60,10 +60,12 @@ class gpu_copies {
     slot_load_.assign(row.size(), 0.0);
     gpu_load_.assign(topology_.gpus(), 0.0);
     double all = 0;
-    std::size_t with_slots = 0, heaviest = 0;
+    double speeds = 0;
+    std::size_t heaviest = 0;
+    const auto busy = [&](std::size_t g) { return gpu_load_[g] / topology_.speed(g); };
     for (std::size_t g = 0; g < gpu_load_.size(); ++g) {
       const std::size_t n = topology_.node_of_gpu(g), first = topology_.first_slot_of_node(n);
-      with_slots += topology_.slots_on_gpu(g) > 0 ? 1U : 0U;
+      speeds += topology_.slots_on_gpu(g) > 0 ? topology_.speed(g) : 0;
       for (std::size_t s = topology_.first_slot(g); s < topology_.first_slot(g) + topology_.slots_on_gpu(g); ++s) {
         if (row[s] == empty_slot) continue;
         const std::size_t here = copies(row, row[s], first, first + topology_.slots_on_node(n));
@@ -72,9 +74,9 @@ class gpu_copies {
         gpu_load_[g] += slot_load_[s];
       }
       all += gpu_load_[g];
-      if (gpu_load_[g] > gpu_load_[heaviest]) heaviest = g;
+      if (busy(g) > busy(heaviest)) heaviest = g;
     }
-    if (gpu_load_[heaviest] * static_cast<double>(with_slots) <= limit_ * all) return false;
+    if (busy(heaviest) * speeds <= limit_ * all) return false;
 
     const std::size_t from = topology_.first_slot(heaviest), node = topology_.node_of_gpu(heaviest);
     std::size_t hot = none;
@@ -90,7 +92,7 @@ class gpu_copies {
       const std::size_t g = topology_.gpu_of_slot(s);
       if (g == heaviest || gpu_holds(row, g, row[hot])) continue;
       if (row[s] != empty_slot && !can_go(row, s)) continue;
-      if (gpu_load_[g] - slot_load_[s] + share >= gpu_load_[heaviest]) continue;
+      if ((gpu_load_[g] - slot_load_[s] + share) / topology_.speed(g) >= busy(heaviest)) continue;
       if (best == none || slot_load_[s] < slot_load_[best]) best = s;
     }
     // a copy that carries more than what it would make room for is worth more where it is

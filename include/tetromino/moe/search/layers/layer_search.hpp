@@ -22,6 +22,7 @@ struct search_rules {
   std::size_t experts_per_token = 0;
   std::size_t nodes = 0;
   std::vector<std::size_t> first_slot;  // [nodes + 1] slots of nodes, no node with more than it can use
+  std::vector<double> speed;            // [nodes]
   bool copies = false;                  // slots beyond one per expert hold copies
   int least_nodes = 1;                  // on which each expert has a copy
   std::int64_t visit_price = 0;         // of a visit to another node, in 1/256
@@ -44,11 +45,11 @@ struct layer_state {
 /// Sampled tokens of one layer, with whom they belong to.
 template <class Mask>
 struct layer_tokens {
-  std::span<const std::uint16_t> ids;     // [tokens, experts per token], in random order
-  std::span<const std::uint32_t> source;  // [tokens] node
-  std::span<const std::int64_t> loads;    // [experts] pairs, all together tokens × experts per token
-  std::int64_t load_limit = 0;            // pairs per node
-  std::int64_t expert_limit = 0;          // pairs of one expert on a node, which a GPU has to serve; 0: none
+  std::span<const std::uint16_t> ids;           // [tokens, experts per token], in random order
+  std::span<const std::uint32_t> source;        // [tokens] node
+  std::span<const std::int64_t> loads;          // [experts] pairs, all together tokens × experts per token
+  std::span<const std::int64_t> load_limits;    // [nodes] pairs
+  std::span<const std::int64_t> expert_limits;  // [nodes] pairs of one expert, which a GPU has to serve; empty: none
 };
 
 /// Improves the placement of one layer for given sources by annealing: exchanges experts between nodes and replaces
@@ -154,8 +155,8 @@ class layer_search {
   // Pairs of one expert that are too many for a GPU of the node.
   [[nodiscard]] std::int64_t hot_pairs(std::uint32_t expert, Mask where) const {
     std::int64_t above = 0;
-    for_each_share(expert, where, [&](std::size_t, std::int64_t pairs) {
-      above += std::max<std::int64_t>(0, pairs - tokens_->expert_limit);
+    for_each_share(expert, where, [&](std::size_t n, std::int64_t pairs) {
+      above += std::max<std::int64_t>(0, pairs - tokens_->expert_limits[n]);
     });
     return above;
   }
@@ -171,7 +172,8 @@ class layer_search {
     for (std::size_t t = 0; t < count_; ++t) {
       const std::uint16_t* const e = ids(t);
       for (std::size_t i = 0; i < k; ++i) held[i] = state_->holders[e[i]];
-      serve_token(held, k, bit(tokens_->source[t]), correction_.data(), [](std::size_t, std::size_t) {});
+      serve_token(held, k, bit(tokens_->source[t]), std::span(rules_->speed), correction_.data(),
+                  [](std::size_t, std::size_t) {});
     }
     for (std::size_t n = 0; n < load_.size(); ++n) load_[n] = correction_[n];
   }
@@ -360,12 +362,14 @@ class layer_search {
   }
   [[nodiscard]] std::int64_t overload_cost(const std::int64_t* load) const {
     std::int64_t above = 0;
-    for (std::size_t n = 0; n < rules_->nodes; ++n) above += std::max<std::int64_t>(0, load[n] - tokens_->load_limit);
+    for (std::size_t n = 0; n < rules_->nodes; ++n) {
+      above += std::max<std::int64_t>(0, load[n] - tokens_->load_limits[n]);
+    }
     return above * rules_->overload_price;
   }
   [[nodiscard]] Mask held_now(const half& h) const { return h.expert == nobody ? Mask{0} : state_->holders[h.expert]; }
   [[nodiscard]] std::int64_t hot_cost(const half& h, Mask where) const {
-    if (h.expert == nobody || tokens_->expert_limit == 0) return 0;
+    if (h.expert == nobody || tokens_->expert_limits.empty()) return 0;
     return rules_->overload_price * hot_pairs(h.expert, where);
   }
   void shift_load(const half& h) {

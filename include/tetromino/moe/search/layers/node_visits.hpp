@@ -7,6 +7,7 @@
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::int64_t, std::uint8_t
+#include <span>         // std::span
 #include <type_traits>  // std::is_same_v
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
@@ -146,15 +147,18 @@ template <class Mask>
 }
 
 /// Serves one token, whose expert i is held by the nodes holders[i] (nobody, where they are none), as
-/// replica_choice::fewest_nodes does: at home, else on a node that it visits, the one that has served least so far of
-/// several. Adds its pairs to load[nodes], calls each(i, node), and returns the other nodes visited.
+/// replica_choice::fewest_nodes does: at home, else on a node that it visits, of several the one that is busy for the
+/// shortest time with what it served so far, by speed[nodes]. Adds its pairs to load[nodes], calls each(i,
+/// node), and returns the other nodes visited.
 template <class Mask, class Each>
-Mask serve_token(const Mask* holders, std::size_t count, Mask home, std::int64_t* load, const Each& each) {
+Mask serve_token(const Mask* holders, std::size_t count, Mask home, std::span<const double> speed, std::int64_t* load,
+                 const Each& each) {
+  const auto busy = [&](std::size_t n) { return static_cast<double>(load[n]) / speed[n]; };
   const auto least_loaded = [&](Mask m) {
     std::size_t best = first_node(m);
     for (m = without_first(m); m != 0; m = without_first(m)) {
       const std::size_t n = first_node(m);
-      if (load[n] < load[best]) best = n;
+      if (busy(n) < busy(best)) best = n;
     }
     return node_bit<Mask>(best);
   };
