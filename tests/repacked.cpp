@@ -5,11 +5,14 @@
 #include "support/fastest.hpp"
 #include "support/matmul_cases.hpp"
 
-#include <algorithm>  // std::fill_n
-#include <cstdint>    // std::uintptr_t
-#include <fstream>    // std::ifstream
-#include <sstream>    // std::istringstream
-#include <string>     // std::string, std::getline
+#include <algorithm>         // std::fill_n
+#include <cstdint>           // std::uintptr_t
+#include <cmath>             // std::ldexp, std::isnan
+#include <fstream>           // std::ifstream
+#include <initializer_list>  // std::initializer_list
+#include <limits>            // std::numeric_limits
+#include <sstream>           // std::istringstream
+#include <string>            // std::string, std::getline
 
 #if defined(__linux__)
 #include <sys/mman.h>  // mmap, madvise
@@ -188,6 +191,47 @@ TEST_CASE("integer products of blocks of zeros, which have the least scale, and 
     for (std::size_t i = 0; i < got.size(); ++i) {
       CHECK((std::isnan(got[i]) ? std::isnan(expected[i]) : got[i] == expected[i]));
     }
+  }
+}
+
+TEST_CASE("integer products of many rows whose scales and weights' scales multiply to the ends of what is normal") {
+  reference::generator random(seed());
+  constexpr std::size_t rows = 27, outputs = 40, cols = 160;
+  const auto one_of = [&](std::initializer_list<float> values) { return values.begin()[random.below(values.size())]; };
+  for (int round = 0; round < 200; ++round) {
+    const std::size_t block = random.below(2) == 0 ? 16 : 32;
+    // Of half the scales of activations, as it is in a float; codes of weights from first to last keep it normal.
+    const int exponent = random.below(2) == 0 ? 1 + static_cast<int>(random.below(253)) : 1 + 252 * (round % 2);
+    const int first = std::max(0, 128 - exponent), last = std::min(254, 381 - exponent);
+    auto x = random_int8(random, rows, cols);
+    auto w = random_packed(random, {scale_type::e8m0, block, 0}, 1, outputs, cols);
+    if (round % 3 != 0) {  // one element of each row, so that nothing else hides what becomes of it
+      std::fill(x.values.begin(), x.values.end(), std::int8_t{0});
+      for (std::size_t m = 0; m < rows; ++m) x.values[m * cols + random.below(cols)] = 1;
+    }
+    for (auto& scale : x.scales) scale = std::ldexp(one_of({1.0f, 1.25f, 1.5f}), exponent - 126);
+    for (auto& scale : w.scales) {
+      const int step = std::min(static_cast<int>(random.below(3)), last - first);
+      scale = static_cast<std::uint8_t>(random.below(2) == 0 ? first + step : last - step);
+    }
+    const std::size_t kind = random.below(3);  // of what is not as it should be, in one place
+    if (kind == 1) {
+      w.scales[random.below(w.scales.size())] =
+          static_cast<std::uint8_t>(random.below(2) == 0 ? std::max(first - 1, 0) : last + 1);
+    } else if (kind == 2) {
+      const float infinity = std::numeric_limits<float>::infinity();
+      x.scales[random.below(x.scales.size())] = one_of({0.0f, 1e-40f, infinity, -infinity, std::nanf(""), -1.0f});
+    }
+    std::vector<float> expected(rows * outputs), got(rows * outputs);
+    matmul(scalar, x, w, matrix_view<float>(expected.data(), rows, outputs));
+    matmul(fastest, x, w, matrix_view<float>(got.data(), rows, outputs));
+    std::size_t wrong = 0;
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      const bool are_nan = std::isnan(got[i]) && std::isnan(expected[i]);
+      wrong += !are_nan && !same_bits(std::span(got).subspan(i, 1), std::span(expected).subspan(i, 1));
+    }
+    INFO("block " << block << ", exponent " << exponent << ", kind " << kind);
+    CHECK(wrong == 0);
   }
 }
 

@@ -11,7 +11,7 @@
 #include "../../../scaling.hpp"  // macro_factor
 #include "../../cpu_matmul.hpp"  // integer_product, matmul_tile
 #include "../isa.hpp"            // split_elements, split_codes
-#include "panel.hpp"             // element_rows, add_panel, add_row_as_it_lies, row_panels
+#include "panel.hpp"             // element_rows, add_panel, add_row_as_it_lies, row_panels, rows_at_once
 #include "tile_sums.hpp"         // tile_sums
 
 #include <algorithm>  // std::all_of, std::min, std::copy_n, std::fill
@@ -46,6 +46,7 @@ class integer_matmul {
       const std::size_t used = std::min(depth, w.cols - k);
       x_.stride = (used + 31) / 32 * 32;
       for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used);
+      if (shifts_scales_of_many && rows_ >= rows_at_once) x_.find_codes(rows_);
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
         float(*total)[lane_count] = totals_[n - tile_.first_col];
         if (w.is_repacked) {
@@ -87,14 +88,15 @@ class integer_matmul {
     }
   }
   static constexpr float least_scale = 0x1p-100f;
-  /// Blocks of zeros have the least scale there is, which is no normal float and slow to multiply with; 0 does as well.
+  /// Blocks of zeros have the least scale there is, which is no normal float and slow to multiply with; 1 does as well.
   void drop_scales_of_zeros(const std::int8_t* values, float* scales) const {
     const auto are_zero = [](const std::int8_t* first, const std::int8_t* last) {
       return std::all_of(first, last, [](std::int8_t v) { return v == 0; });
     };
+    const auto is_tiny = [](float scale) { return 0.0f <= scale && scale < least_scale; };
     const std::size_t block = blocks_.block;
-    if (scales[0] < least_scale && are_zero(values, values + block)) scales[0] = 0.0f;
-    if (scales[1] < least_scale && are_zero(values + 32 - block, values + 32)) scales[1] = 0.0f;
+    if (is_tiny(scales[0]) && are_zero(values, values + block)) scales[0] = 1.0f;
+    if (is_tiny(scales[1]) && are_zero(values + 32 - block, values + 32)) scales[1] = 1.0f;
   }
   /// Up to 32 elements, the rest zero.
   static TETROMINO_INLINE void split(const int8_row& row, std::size_t k, std::size_t n, std::int8_t* values,

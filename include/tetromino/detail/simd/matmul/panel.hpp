@@ -10,9 +10,10 @@
 #include "../isa.hpp"            // load_columns, biased_values, add_products, multiplies_rows
 #include "../scales.hpp"         // decode_e8m0, decode_e4m3, macro_factors
 
-#include <algorithm>  // std::min, std::copy_n, std::fill
-#include <cstddef>    // std::size_t
-#include <cstdint>    // std::uint8_t
+#include <algorithm>    // std::min, std::max, std::min_element, std::max_element, std::copy_n, std::fill
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint8_t
+#include <type_traits>  // std::integral_constant
 
 TETROMINO_VECTOR_CODE_BEGIN
 
@@ -58,10 +59,14 @@ class panel_walk {
   TETROMINO_INLINE void leave() { codes_ += step_; }
 
   [[nodiscard]] TETROMINO_INLINE const std::uint8_t* codes() const { return codes_; }
+  /// The bytes of the scales of block b of the panel.
+  [[nodiscard]] TETROMINO_INLINE const std::uint8_t* scale_codes(std::size_t b) const {
+    return codes_ - scale_bytes + b * lane_count;
+  }
   /// The scales of block b of the panel, times the factors of the macro block.
   template <scale_type Scale>
   [[nodiscard]] TETROMINO_INLINE floats scales(std::size_t b) const {
-    const floats all = load_scales<Scale>(codes_ - scale_bytes + b * lane_count);
+    const floats all = load_scales<Scale>(scale_codes(b));
     return format_.macro_block != 0 ? rounded(all * factor_) : all;
   }
 
@@ -82,6 +87,28 @@ struct element_rows {
   alignas(64) std::int8_t values[capacity];
   std::int32_t offsets[capacity / 16];  ///< for blocks of 32, the first of two is for both
   float scales[capacity / 16];
+
+  /// Codes of E8M0 by which all scales can be multiplied by addition to their exponents: they and the products are
+  /// normal floats. There is none if the last is less than the first.
+  std::int32_t first_code = 1, last_code = 0;
+
+  /// Finds those codes, for `rows` rows.
+  void find_codes(std::size_t rows) {
+    const std::size_t n = rows * stride / 16;
+    words least = broadcast(0x7F800000), most = broadcast(0);
+    std::fill(scales + n, scales + (n + lane_count - 1) / lane_count * lane_count, 1.0f);
+    for (std::size_t i = 0; i < n; i += lane_count) {
+      const words bits = bits_of(load(scales + i));
+      least = min(least, bits), most = max(most, bits);
+    }
+    std::int32_t lanes_least[lane_count], lanes_most[lane_count];
+    store(lanes_least, least), store(lanes_most, most);
+    const std::int32_t low = *std::min_element(lanes_least, lanes_least + lane_count) >> 23,
+                       high = *std::max_element(lanes_most, lanes_most + lane_count) >> 23;
+    const bool are_normal = low > 0 && high < 255;
+    first_code = are_normal ? std::max(0, 128 - low) : 255;
+    last_code = std::min(254, 381 - high);
+  }
 };
 
 /// At most 512 columns of 16 rows in the linear layout.
@@ -186,9 +213,17 @@ class row_panels {
   alignas(64) std::uint8_t data_[most_cols / 32][weight_panels::panel_bytes];
 };
 
-/// Adds the products of a panel with `Rows` rows of activations to total[row][output].
+/// Rows of activations that are multiplied at once, as many as have their sums in registers.
+inline constexpr std::size_t rows_at_once = registers == 1 ? 8 : registers == 2 ? 2 : 1;
+/// Whether so many have their scales multiplied by addition to exponents. Fewer, in fewer registers, do not gain by it.
+inline constexpr bool shifts_scales_of_many = registers == 1;
+
+/// Adds the products of panels with `Rows` rows of activations to total[row][output]. With `shifts`, many rows have
+/// their scales multiplied by addition to exponents; where that does not give their product, nothing is added, and
+/// false returned.
 template <std::size_t Rows, scale_type Scale, std::size_t Block, std::size_t Common>
-void add_rows(const weight_panels& w, const element_rows& x, std::size_t at, float (*total)[lane_count]) {
+bool add_rows(const weight_panels& w, const element_rows& x, std::size_t at, float (*total)[lane_count], bool shifts) {
+  constexpr bool can_shift = shifts_scales_of_many && Scale == scale_type::e8m0 && Rows == rows_at_once;
   constexpr std::size_t ahead = 4096;  // bytes
   const std::size_t stride = x.stride;
   const std::int8_t* values = x.values + at;
@@ -196,14 +231,18 @@ void add_rows(const weight_panels& w, const element_rows& x, std::size_t at, flo
   const float* row_scales = x.scales + at / 16;
   panel_walk<Block> panel(w);
   floats sum[Rows];
+  words misfits = broadcast(0);
   repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = load(total[r]); });
   for (std::size_t k = 0; k < w.cols; k += 32) {
     panel.arrive(k);
     const std::uint8_t* const codes = panel.codes();
     if (w.is_repacked) repeat<5>([&](auto d) TETROMINO_INLINE_LAMBDA { prefetch(codes + 64 * d, ahead); });
     floats scale;
+    words shift;
     repeat<32 / Common>([&](auto part) TETROMINO_INLINE_LAMBDA {
-      if constexpr (part == 0 || Block == 16) scale = panel.template scales<Scale>(part);
+      if constexpr (part == 0 || Block == 16) {
+        if (!can_shift || !shifts) scale = panel.template scales<Scale>(part);
+      }
       words products[Rows];
       repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA {
         products[r] = broadcast(value_bias == 0 ? 0 : offsets[(r * stride + k) / 16 + part]);
@@ -218,25 +257,45 @@ void add_rows(const weight_panels& w, const element_rows& x, std::size_t at, flo
           products[r] = add_products(products[r], a, b, c, d, values + r * stride + k + first / 2);
         });
       });
-      repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA {
-        const floats both = scale * broadcast(row_scales[(r * stride + k) / 16 + part]);
-        sum[r] = sum[r] + rounded(to_floats(products[r]) * both);
-      });
+      const auto add_scaled = [&](const auto& times_row) TETROMINO_INLINE_LAMBDA {
+        repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA {
+          const floats both = times_row(broadcast(row_scales[(r * stride + k) / 16 + part]));
+          sum[r] = sum[r] + rounded(to_floats(products[r]) * both);
+        });
+      };
+      if (!can_shift || !shifts) {
+        return add_scaled([&](const floats& row) TETROMINO_INLINE_LAMBDA { return scale * row; });
+      }
+      if constexpr (can_shift && (part == 0 || Block == 16)) {
+        const words code = load_bytes(panel.scale_codes(part));
+        misfits = misfits | (code - broadcast(x.first_code)) | (broadcast(x.last_code) - code);
+        shift = shift_left<23>(code - broadcast(127));
+      }
+      add_scaled([&](const floats& row) TETROMINO_INLINE_LAMBDA { return floats_of(bits_of(row) + shift); });
     });
     panel.leave();
   }
+  if (can_shift && shifts && any_at_least(shift_right<31>(misfits) & broadcast(1), 1)) return false;
   repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA { store(total[r], sum[r]); });
+  return true;
 }
 
 template <scale_type Scale, std::size_t Block, std::size_t Common>
 void add_each(const weight_panels& w, const element_rows& x, std::size_t first, std::size_t rows,
               float (*total)[lane_count]) {
-  constexpr std::size_t many = registers == 1 ? 4 : registers == 2 ? 2 : 1;  // sums that fit the registers
+  const bool shifts = w.format.macro_block == 0 && x.first_code <= x.last_code;
   std::size_t m = 0;
-  for (; m + many <= rows; m += many) add_rows<many, Scale, Block, Common>(w, x, m * x.stride + first, total + m);
-  if constexpr (many > 1) {
-    for (; m < rows; ++m) add_rows<1, Scale, Block, Common>(w, x, m * x.stride + first, total + m);
-  }
+  const auto add = [&](auto at_once) TETROMINO_INLINE_LAMBDA {
+    for (; m + at_once <= rows; m += at_once) {
+      const std::size_t at = m * x.stride + first;
+      if (!add_rows<at_once, Scale, Block, Common>(w, x, at, total + m, shifts)) {
+        add_rows<at_once, Scale, Block, Common>(w, x, at, total + m, false);
+      }
+    }
+  };
+  add(std::integral_constant<std::size_t, rows_at_once>{});
+  if constexpr (rows_at_once > 4) add(std::integral_constant<std::size_t, 4>{});
+  if constexpr (rows_at_once > 1) add(std::integral_constant<std::size_t, 1>{});
 }
 
 /// Calls f<Scale, Block, Common>() for weights of this format, where `common` is the smaller block of both sides.
