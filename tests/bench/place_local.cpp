@@ -10,6 +10,8 @@
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/group.hpp>
 #include <tetromino/moe/place_local.hpp>
+#include <tetromino/moe/profile.hpp>
+#include <tetromino/moe/sampled_trace.hpp>
 #include <tetromino/moe/trace_io.hpp>
 
 #include <fmt/format.h>
@@ -230,6 +232,40 @@ void cut_signatures(const trace& recorded) {
   run("the 8 most used, 4 buckets", {8, 4});
 }
 
+/// What is lost where an engine keeps a profile of each request and no trace: plan and grouping from tokens drawn from
+/// it, beside those from the trace that it counted.
+void from_profile(const trace& recorded) {
+  fmt::print(
+      "\nPlanned from a profile with signatures, and from the trace itself (8 nodes x 8 GPUs, judged requests)\n");
+  fmt::print("{:<34} {:<12} {:>15} {:>15} {:>14}\n", "slots per node, planned from", "objective", "nodes/token",
+             "remote pairs", "node imbalance");
+  const std::vector<study::split> splits = study::random_halves(recorded, 5, 1);
+  for (const std::size_t slots : std::initializer_list<std::size_t>{16, 18, 24}) {
+    const topology t = topology::with_node_slots(8, 8, slots);
+    for (const bool pairs : {false, true}) {
+      reached results[2];
+      for (const study::split& s : splits) {
+        profile counted = profile::make({recorded.shape(), 0, s.calibration.view().requests.size()});
+        counted.add(s.calibration.view());
+        const trace drawn = sampled_trace(counted, {2 * s.calibration.view().tokens(), 1});
+        for (const bool from_trace : {false, true}) {
+          const trace_view from = from_trace ? s.calibration.view() : drawn.view();
+          const placement p = local(from, t, options_for(pairs, 1.02)).experts;
+          const study::contender c{"", study::experts_by::local, study::requests_by::prefill, {1, 1.02, pairs}};
+          add(s.judged.view(), p, t, study::assign(c, p, from, s.judged.view(), t), pairs, results[from_trace ? 1 : 0]);
+        }
+      }
+      for (const bool from_trace : {true, false}) {
+        const reached& r = results[from_trace ? 1 : 0];
+        fmt::print("{:<34} {:<12} {:>15} {:>15} {:>14}\n",
+                   fmt::format("{}, {}", slots, from_trace ? "the trace" : "a profile"),
+                   pairs ? "remote pairs" : "nodes/token", spread(r.nodes, 2), spread(r.pairs, 3),
+                   spread(r.imbalance, 2));
+      }
+    }
+  }
+}
+
 void time_local(const std::string& name, const trace& t, const topology& cluster) {
   for (const bool pairs : {false, true}) {
     const double start = processor_seconds();
@@ -294,5 +330,6 @@ int main(int argc, char** argv) {
     line(fmt::format("4 nodes, {} slots", slots), splits, t, true, 0, 1.01);
   }
   cut_signatures(recorded);
+  from_profile(recorded);
   speed(recorded);
 }

@@ -1,13 +1,20 @@
 #include "check.hpp"
 
+#include <tetromino/moe/cost.hpp>
+#include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/profile.hpp>
+#include <tetromino/moe/sampled_trace.hpp>
 #include <tetromino/moe/trace_io.hpp>
 
 #include "code_of.hpp"
+#include "reference/generators.hpp"
+#include "reference/synthetic_routing.hpp"
 #include "support/allocations.hpp"
 
-#include <cmath>   // std::nan, std::sqrt
-#include <vector>  // std::vector
+#include <cmath>    // std::nan, std::sqrt
+#include <set>      // std::set
+#include <utility>  // std::move
+#include <vector>   // std::vector
 
 namespace {
 
@@ -178,4 +185,121 @@ TEST_CASE("what does not fit a profile is an error and adds nothing") {
   CHECK_FALSE(p.try_add(t.view(), 1).has_value());
   CHECK(p.tokens() == 0);
   CHECK(code_of(profile::make({{2, 4, 2}, 0, 0, false, false}).try_add(t.view())) == errc::shape_mismatch);
+}
+
+TEST_CASE("a trace drawn from a profile uses experts as often as the profile's requests did") {
+  CAPTURE(tetromino_test::seed());
+  reference::generator g(tetromino_test::seed());
+  for (int i = 0; i < 20; ++i) {
+    const std::size_t layers = 1 + g.below(3), experts = 2 + g.below(14),
+                      k = 1 + g.below(std::min<std::size_t>(experts, 4));
+    std::vector<std::uint16_t> ids;
+    std::vector<request> list;
+    for (std::uint32_t r = 0; r < 6; ++r) {
+      const auto tokens = static_cast<std::uint32_t>(r == 2 ? 0 : 1 + g.below(20));
+      list.push_back({ids.size() / (layers * k), tokens, static_cast<std::uint32_t>(g.below(tokens + 1)), 0});
+      for (std::size_t row = 0; row < tokens * layers; ++row) {
+        std::set<std::uint16_t> chosen;
+        while (chosen.size() < k)
+          chosen.insert(static_cast<std::uint16_t>(g.below(g.below(2) == 0 ? k + 1 : experts) % experts));
+        for (const std::uint16_t e : chosen) ids.push_back(g.below(10) == 0 ? no_expert : e);
+      }
+    }
+    const trace t = trace::make({layers, experts, k}, std::move(ids), std::move(list));
+    profile p = profile::make({t.shape(), 0, 6});
+    p.add(t.view());
+    const trace drawn = sampled_trace(p, {20'000, g.bits()});
+    REQUIRE(drawn.requests().size() == 6);
+    CHECK(drawn.requests()[2].tokens == 0);
+    CAPTURE(i, layers, experts, k);
+    for (std::size_t r = 0; r < 6; ++r) {
+      for (const phase when : {phase::prefill, phase::decode}) {
+        const token_range was = t.requests()[r].range(when), is = drawn.requests()[r].range(when);
+        std::vector<std::size_t> uses(layers * experts, 0), drawn_uses(layers * experts, 0);
+        for (std::uint64_t token = was.first; token < was.last; ++token) {
+          for (std::size_t l = 0; l < layers; ++l) {
+            for (const std::uint16_t e : t.view().experts_of(token, l))
+              uses[l * experts + (e == no_expert ? 0 : e)] += e == no_expert ? 0 : 1;
+          }
+        }
+        for (std::uint64_t token = is.first; token < is.last; ++token) {
+          for (std::size_t l = 0; l < layers; ++l) {
+            std::set<std::uint16_t> seen;
+            for (const std::uint16_t e : drawn.view().experts_of(token, l)) {
+              if (e == no_expert) continue;
+              REQUIRE(seen.insert(e).second);  // no expert serves a token twice
+              ++drawn_uses[l * experts + e];
+            }
+          }
+        }
+        // Choices of nobody are not counted, so that fewer tokens may explain the uses; all layers agree on how many.
+        double tokens = 0;
+        for (std::size_t l = 0; l < layers; ++l) {
+          double sum = 0;
+          for (std::size_t e = 0; e < experts; ++e) {
+            sum += static_cast<double>(uses[l * experts + e]) / static_cast<double>(k);
+            tokens = std::max(tokens, static_cast<double>(uses[l * experts + e]));
+          }
+          tokens = std::max(tokens, sum);
+        }
+        REQUIRE((is.size() == 0) == (tokens == 0));
+        const auto n = static_cast<double>(is.size());
+        for (std::size_t c = 0; c < uses.size() && n > 0; ++c) {
+          const double probability = static_cast<double>(uses[c]) / tokens;
+          const double sigma = std::sqrt(n * probability * (1 - probability));
+          CHECK(std::abs(static_cast<double>(drawn_uses[c]) - n * probability) <= 6 * sigma + 1e-6 * n + 1e-9);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a plan from a profile is nearly as good as one from the trace it counted") {
+  reference::synthetic_routing made = reference::make_routing(5, 2, 32, 4, 60, 4, 16, 4);
+  std::vector<request> list;
+  for (std::size_t r = 0; r < 60; ++r) list.push_back({r * 20, 20, 4, made.topic[r]});
+  const trace t = trace::make({2, 32, 4}, std::move(made.ids), std::move(list));
+  profile p = profile::make({t.shape(), 0, 60});
+  p.add(t.view());
+  const trace drawn = sampled_trace(p, {2400, 1});
+  const trace again = sampled_trace(p, {2400, 1}), other = sampled_trace(p, {2400, 2});
+  const auto ids_of = [](const trace& of) {
+    return std::vector<std::uint16_t>(of.view().ids.begin(), of.view().ids.end());
+  };
+  CHECK(ids_of(again) == ids_of(drawn));
+  CHECK(ids_of(other) != ids_of(drawn));
+  const topology cluster = topology::uniform(4, 2, 5);
+  for (const bool pairs : {false, true}) {
+    local_options options;
+    options.node_weight = pairs ? 0 : 1;
+    options.pair_weight = pairs ? 1 : 0;
+    options.effort = 0.2;
+    const auto judged = [&](const local_plan& plan) {
+      cost_options rule;
+      rule.replicas.choice = replica_choice::fewest_nodes;
+      const cost_report r = evaluate(t.view(), plan.experts, cluster, plan.source_of_request, rule);
+      return pairs ? r.remote_pair_fraction() : r.nodes_per_token();
+    };
+    const double from_trace = judged(local(t.view(), cluster, options));
+    const double from_profile = judged(local(drawn.view(), cluster, options));
+    CAPTURE(pairs, from_trace, from_profile);
+    CHECK(from_profile < 1.06 * from_trace);
+  }
+}
+
+TEST_CASE("what no trace can be drawn from is told apart") {
+  const auto code = [](const profile& p, const sampled_trace_options& o = {}) {
+    return code_of(try_sampled_trace(p, o));
+  };
+  profile p = profile::make({{1, 4, 2}, 0, 2});
+  CHECK(code(p) == errc::invalid_argument);
+  CHECK(code(profile::make({{1, 4, 2}})) == errc::invalid_argument);
+  p.add(std::vector<std::uint16_t>{1, 2}, {phase::decode, 0, 1});
+  CHECK(code(p, {0, 1}) == errc::invalid_argument);
+  const trace one = sampled_trace(p, {3, 1});
+  CHECK(one.tokens() == 3);
+  for (std::uint64_t token = 0; token < 3; ++token) {
+    const auto ids = one.view().experts_of(token, 0);
+    CHECK(std::set<std::uint16_t>(ids.begin(), ids.end()) == std::set<std::uint16_t>{1, 2});
+  }
 }
