@@ -36,7 +36,8 @@ function(tetromino_test_groups sources out)
   set(${out} "${groups}" PARENT_SCOPE)
 endfunction()
 
-# Writes one file that includes the given ones, each in a namespace of its own, after all that they include.
+# Writes one file that includes the given ones, each in a namespace of its own, after all that they include. A function
+# of C that each of them defines is the third argument: namespaces do not tell those apart, and it gets their names.
 function(tetromino_write_group file sources)
   set(includes "")
   set(parts "")
@@ -54,11 +55,28 @@ function(tetromino_write_group file sources)
       string(REGEX REPLACE " *//.*" "" line "${line}")
       list(APPEND includes "${line}")
     endforeach()
-    string(APPEND parts "\nnamespace tests_${name} {\n#include \"${path}\"\n}\n")
+    set(part "namespace tests_${name} {\n#include \"${path}\"\n}\n")
+    if(ARGC GREATER 2)
+      set(part "#define ${ARGV2} ${ARGV2}_${name}\n${part}#undef ${ARGV2}\n")
+    endif()
+    string(APPEND parts "\n${part}")
   endforeach()
   list(REMOVE_DUPLICATES includes)
   list(JOIN includes "\n" includes)
   file(CONFIGURE OUTPUT ${file} CONTENT "${includes}\n${parts}" @ONLY)
+endfunction()
+
+# The same with fuzz targets, of which fuzz/chosen.hpp runs one.
+function(tetromino_write_fuzz_group file sources)
+  tetromino_write_group(${file} "${sources}" LLVMFuzzerTestOneInput)
+  set(entries "")
+  foreach(source IN LISTS sources)
+    cmake_path(GET source STEM name)
+    string(APPEND entries "    {\"${name}\", tests_${name}::LLVMFuzzerTestOneInput_${name}},\n")
+  endforeach()
+  file(READ ${file} text)
+  set(targets "#include \"fuzz/chosen.hpp\"\n\nconst std::vector<fuzz_target> fuzz_targets{\n${entries}};\n")
+  file(CONFIGURE OUTPUT ${file} CONTENT "${text}\n${targets}" @ONLY)
 endfunction()
 
 # Builds the tests in `sources`, each named <prefix><file> and labelled `label`, and sets `programs` to their programs.

@@ -8,13 +8,13 @@
 # TETROMINO_PRESET picks a file of cmake/presets (dev, fuzz; asan and tsan, under which the tests of packaging are left
 # out), TETROMINO_BUILD_DIR says where to build, TETROMINO_SEED picks the random inputs,
 # TETROMINO_WARNINGS_AS_ERRORS=ON lets no warning pass, TETROMINO_FUZZED="a;b" leaves out fuzz targets that another
-# build has run; CXX, CXXFLAGS, LDFLAGS and CMAKE_PREFIX_PATH mean what they always do. Where there is nvcc, the GPU code
+# build runs; CXX, CXXFLAGS, LDFLAGS and CMAKE_PREFIX_PATH mean what they always do. Where there is nvcc, the GPU code
 # is built too, and left out if it is not done after 600 s: TETROMINO_CUDA_SECONDS sets another limit,
 # TETROMINO_CUDA_ARCHITECTURES the GPUs (by default the one here, or 90a); TETROMINO_CUDA=OFF builds none of it.
 source "$(dirname "${BASH_SOURCE[0]}")/../cmake/setup.sh"
 
 select=()
-fuzzed=${TETROMINO_FUZZED:-}
+fuzzed=${TETROMINO_FUZZED:-} per_program=1
 targets="all all_verify_interface_header_sets" options=()
 if [ "${1:-}" = --slow ]; then
   select=(-C slow -L slow)
@@ -22,14 +22,17 @@ if [ "${1:-}" = --slow ]; then
   shift
 elif [ "${1:-}" = --fuzz ]; then
   TETROMINO_PRESET=fuzz
-  fuzzed=
   select=(-L fuzz)
   targets=fuzzers
   options=(-D TETROMINO_FUZZ_SECONDS="$2")
+  # a search that is shorter than the compiler's work on it
+  [ "$2" -ge 60 ] || options+=(-D CMAKE_CXX_FLAGS_DEBUG="-O0 -g1")
+  per_program=100
   shift 2
   if [ $# -gt 0 ] && [[ $1 != -* ]]; then
     targets=
     names=
+    fuzzed= per_program=1
     while [ $# -gt 0 ] && [[ $1 != -* ]]; do
       targets+=" test_fuzz.$1" names+="|$1"
       shift
@@ -37,8 +40,9 @@ elif [ "${1:-}" = --fuzz ]; then
     select+=(-R "^fuzz[.](${names#|})\$")
   fi
 fi
-options+=(-D TETROMINO_FUZZED="$fuzzed")
 preset=${TETROMINO_PRESET:-dev}
+[ "$preset" != dev ] || per_program=6
+options+=(-D TETROMINO_FUZZED="$fuzzed" -D TETROMINO_TESTS_PER_PROGRAM="$per_program")
 folder=${TETROMINO_BUILD_DIR:-$root/build/tests-$preset}
 
 install_packages g++:c++ cmake:cmake ninja-build:ninja pkg-config:pkg-config catch2 libxsimd-dev libfmt-dev \
@@ -46,10 +50,7 @@ install_packages g++:c++ cmake:cmake ninja-build:ninja pkg-config:pkg-config cat
 if [ "$preset" != dev ]; then
   install_packages clang:clang++ libclang-rt-dev
 fi
-case $preset in
-  dev) options+=(-D TETROMINO_TESTS_PER_PROGRAM=6) ;;
-  asan | tsan) targets=all select+=(-LE package) ;;
-esac
+case $preset in asan | tsan) targets=all select+=(-LE package) ;; esac
 
 # Where there is nvcc, what it compiles (kernels, tests and examples) is built beside the rest, as long as the limit lasts.
 status=0 cuda=OFF late=
