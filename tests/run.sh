@@ -41,7 +41,7 @@ elif [ "${1:-}" = --fuzz ]; then
   fi
 fi
 preset=${TETROMINO_PRESET:-dev}
-[ "$preset" != dev ] || per_program=6
+[ "$preset" != dev ] || per_program=8
 options+=(-D TETROMINO_FUZZED="$fuzzed" -D TETROMINO_TESTS_PER_PROGRAM="$per_program")
 folder=${TETROMINO_BUILD_DIR:-$root/build/tests-$preset}
 
@@ -60,6 +60,7 @@ if [ "$preset" = dev ] && [ "${TETROMINO_CUDA:-ON}" != OFF ]; then
     case $gpu in 8?) ;; 9? | 1??) gpu+=a ;; *) gpu=90a ;; esac
     limit=${TETROMINO_CUDA_SECONDS:-600}
     options+=(-D TETROMINO_CUDA_ARCHITECTURES="${TETROMINO_CUDA_ARCHITECTURES:-$gpu}")
+    [ "$jobs" -gt 4 ] || options+=(-D TETROMINO_CUDA_TOGETHER=ON)
     configure "$folder" "$preset" "${options[@]}" -D TETROMINO_CUDA=ON
     say "building with $jobs jobs, the GPU code too if that takes at most $limit s"
     began=$SECONDS
