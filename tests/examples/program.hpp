@@ -65,7 +65,7 @@ inline outcome run_command(const std::vector<std::string>& command, const std::f
 }
 
 /// The path of examples/<name>.
-inline std::string program_path(const std::string& name) { return std::string(TETROMINO_TEST_PROGRAMS) + "/" + name; }
+inline std::string program_path(const std::string& name) { return TETROMINO_TEST_PROGRAMS "/" + name; }
 
 /// Runs examples/<name> with arguments; its output passes through files in `scratch`.
 inline outcome run_program(const std::string& name, const std::vector<std::string>& arguments,
