@@ -1,5 +1,6 @@
-# Every public header compiles alone, with our warnings, next to the packages that it names (those that only headers of
-# ours include do in a slow test: detail/, moe/search, moe/formats); and two translation units that include all of them
+# Every public header compiles alone, with our warnings, next to the packages that it names (those that few but
+# headers of ours include do in a slow test: detail/, moe/search, moe/formats, and io/checkpoint and io/gguf but for their
+# doors pack.hpp and verify.hpp); and two translation units that include all of them
 # link, in either order; they compile without exceptions and without vectors too, and after others have defined words that
 # we use as macros.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
@@ -34,7 +35,7 @@ foreach(header IN LISTS headers)
   endif()
   list(APPEND usable ${header})
   list(APPEND packages_of_all ${targets})
-  if(header MATCHES "/detail/|/moe/(search|formats)/")
+  if(header MATCHES "/detail/|/moe/(search|formats)/|/io/(checkpoint|gguf)/" AND NOT header MATCHES "/(pack|verify)[.]hpp$")
     cmake_path(RELATIVE_PATH header BASE_DIRECTORY ${PROJECT_SOURCE_DIR}/include OUTPUT_VARIABLE name)
     set(source ${CMAKE_CURRENT_BINARY_DIR}/alone/${name}.cpp)
     file(CONFIGURE OUTPUT ${source} CONTENT "#include <${name}>\n")
