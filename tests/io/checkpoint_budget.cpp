@@ -91,12 +91,14 @@ struct measured {
 std::string product_of(const std::string& tensor) {
   return tensor.starts_with(experts) ? tensor.substr(experts.size() + 2) : tensor;
 }
-std::map<std::string, measured> measure(const opened& in, const std::string& name, const io::input_knowledge* inputs) {
+std::map<std::string, measured> measure(const opened& in, const std::string& name, const io::input_knowledge* inputs,
+                                        bool separate_scales = false) {
   const auto out = in.folder / "uniform";
   fs::remove_all(out);
   io::plan_options options;
   options.rules.push_back({"", tt::recipe::parse(name)});
   options.inputs = inputs;
+  options.separate_scales = separate_scales;
   io::pack(tt::scalar, in.model, io::plan(in.model, in.parameters, options), out);
   const auto files = read_model(out);
   std::map<std::string, measured> all;
@@ -285,6 +287,50 @@ TEST_CASE("recipes within a budget: readers of other layouts get one recipe for 
   }
 }
 
+TEST_CASE("recipes within a budget: every weight alone, and inputs that are packed too") {
+  const opened in({tensors[0], tensors[1], tensors[2], tensors[4], tensors[7]});
+  groups sets;
+  std::size_t weights = 0;
+  for (const auto& tensor : in.made) {
+    sets.push_back({tensor.name});
+    weights += product(tensor.shape);
+  }
+  std::set<std::string> seen;
+  for (const double input_noise : {0.0, 0.002, 0.1}) {
+    std::vector<std::map<std::string, measured>> ways;
+    for (const auto& name : candidates) {
+      ways.push_back(measure(in, name, nullptr, true));
+      for (auto& [tensor, one] : ways.back()) {
+        one.loss += input_noise * (tensor.starts_with(experts) ? 0.5 : 1.0);  // two experts of one size share a product
+      }
+    }
+    auto& kept = ways.emplace_back();
+    for (const auto& tensor : in.made) kept[tensor.name].bits = 16 * product(tensor.shape);
+    for (const double bits : {4.4, 5.0, 6.0, 8.0}) {
+      CAPTURE(bits, input_noise);
+      const auto expected = best_by_trying(sets, ways, bits * static_cast<double>(weights));
+      io::plan_options options;
+      options.separate_scales = true;
+      auto budget = budget_of(bits, candidates, true);
+      budget.input_noise = input_noise;
+      const auto got = io::plan_within(tt::scalar, in.model, in.parameters, options, budget);
+      CHECK(got.error == Approx(expected.loss / 4).epsilon(1e-9));
+      std::string all;
+      for (std::size_t s = 0; s < sets.size(); ++s) {
+        const std::string wanted = expected.chosen[s] == candidates.size() ? "keep" : candidates[expected.chosen[s]];
+        CHECK(recipe_of(got.plan, sets[s].front()) == wanted);
+        all += wanted + ' ';
+      }
+      seen.insert(all);
+      const auto out = in.folder / "out";
+      fs::remove_all(out);
+      io::pack(tt::scalar, in.model, got.plan, out);
+      CHECK(io::verify(tt::scalar, in.model, io::checkpoint::open(out)).packed_again);
+    }
+  }
+  CHECK(seen.size() > 3);
+}
+
 TEST_CASE("recipes within a budget: rules stay, and count") {
   const opened in;
   io::plan_options options;
@@ -339,6 +385,9 @@ TEST_CASE("recipes within a budget: what is refused") {
              contains("layout gpt-oss stores mxfp4-32, not nvfp4"));
   CHECK_THAT(message_of(in, {}, budget_of(5, {"nvfp4/amax/gptq", "mxfp4-32/oas"}, false), errc::invalid_argument),
              contains("recipe nvfp4/amax/gptq needs statistics"));
+  auto noisy = budget_of(5, {"nvfp4/amax"}, true);
+  noisy.input_noise = -0.5;
+  CHECK(message_of(in, {}, noisy, errc::invalid_argument) == "expected a finite input noise of at least 0, got -0.5");
   io::pack_options stopping;
   stopping.progress = [](std::size_t) { return false; };
   CHECK_THAT(message_of(in, {}, budget_of(5, {"nvfp4/amax", "mxfp4-32/oas"}, true), errc::io, stopping),

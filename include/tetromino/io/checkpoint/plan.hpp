@@ -27,7 +27,8 @@ struct plan_options {
   /// By name, before any rule: recipes of weights, nothing for those that stay. What plan_within chooses.
   std::unordered_map<std::string, std::optional<recipe>> chosen{};
   const input_knowledge* inputs = nullptr;  ///< weighs errors, and gives NVFP4 readers the scales of activations
-  bool separate_scales = false;  ///< NVFP4: a tensor scale for each weight, also where readers take one for several
+  /// NVFP4: a tensor scale for each weight, also where readers take one for several; in layout linear also a recipe.
+  bool separate_scales = false;
 };
 
 /// What happens to a parameter.
@@ -204,6 +205,7 @@ class planner {
 
   /// What readers run as one matrix is packed by one recipe, in one way, or kept.
   [[nodiscard]] result<void> join_sets() {
+    if (is_ours() && options().separate_scales) return {};
     std::map<std::size_t, std::vector<io::planned_parameter*>> sets;
     for (auto& planned : plan_.parameters) {
       if (planned.source->is_weight()) sets[planned.source->set].push_back(&planned);
