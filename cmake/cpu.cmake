@@ -37,6 +37,7 @@ if((TARGET xsimd OR TARGET xsimd::xsimd) AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|
     tetromino_cpu_tables(avx2_vnni MATMUL ${avx2} -mavxvnni)
     tetromino_cpu_tables(avx512 "ROWS;MATMUL" ${avx512})
     tetromino_cpu_tables(avx512_vnni MATMUL ${avx512} -mavx512vnni -mavx512vbmi)
+    tetromino_cpu_tables(avx512_bf16 MATMUL ${avx512} -mavx512vnni -mavx512vbmi -mavx512bf16)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
     set(tables 2)
     tetromino_cpu_tables(neon "ROWS;MATMUL" -march=armv8-a)

@@ -8,7 +8,8 @@
 #include "support/matmul_cases.hpp"
 #include "support/oracle.hpp"
 
-#include <algorithm>    // std::find
+#include <algorithm>    // std::find, std::min
+#include <cmath>        // std::fma, std::abs, std::copysign, std::ldexp
 #include <cstdlib>      // std::getenv
 #include <cstring>      // std::memcmp
 #include <string>       // std::string
@@ -83,7 +84,8 @@ TEST_CASE("cpu: each backend was compiled for the instruction set of its name") 
 TEST_CASE("cpu: names that are not known, or not here") {
   CHECK(cpu.try_with("mmx").error().code() == errc::unknown_name);
   CHECK_THAT(cpu.try_with("mmx").error().what(), contains("expected one of scalar"));
-  for (const char* name : {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon", "neon_dotprod"}) {
+  for (const char* name :
+       {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod"}) {
     if (!runs_here(name)) CHECK(cpu.try_with(name).error().code() == errc::invalid_argument);
   }
   CHECK_THROWS_AS(cpu.with("mmx"), tetromino::error);
@@ -149,6 +151,61 @@ TEST_CASE("cpu: every backend multiplies") {
                             CHECK(results_agree);
                           });
     }
+  }
+}
+
+/// What AVX512_BF16 adds to a sum, as Intel's manual has it (VDPBF16PS): one fused product after the other, rounded to
+/// nearest even, and denormal numbers are 0.
+float add_pair(float sum, const float (&x)[2], const float (&w)[2]) {
+  const auto flushed = [](float v) { return std::abs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; };
+  sum = flushed(std::fma(flushed(x[1]), flushed(w[1]), flushed(sum)));
+  return flushed(std::fma(flushed(x[0]), flushed(w[0]), sum));
+}
+
+TEST_CASE("cpu: avx512_bf16 sums bfloat16 by pairs in the order that it states") {
+  if (!runs_here("avx512_bf16")) {
+    WARN("skipped: this CPU lacks AVX512_BF16");
+    return;
+  }
+  reference::generator random(seed());
+  for (int round = 0; round < 60; ++round) {
+    const any_format format = all_formats()[random.below(all_formats().size())];
+    const std::size_t rows = 1 + random.below(20), outputs = 1 + random.below(40), cols = 1 + random.below(1200);
+    const auto w = random_packed(random, format, 1, outputs, cols);
+    matrix<bfloat16> x(rows, cols);
+    const int exponent = round % 3 == 0 ? -126 : round % 3 == 1 ? 0 : static_cast<int>(random.below(200)) - 120;
+    for (auto& v : x.data) v = bfloat16(std::ldexp(static_cast<float>(random.normal()), exponent));
+    matrix<float> got(rows, outputs);
+    matmul(cpu.with("avx512_bf16"), x, w, got.view()[0]);
+    const std::size_t blocks = (cols + format.block - 1) / format.block;
+    std::size_t wrong = 0;
+    for (std::size_t m = 0; m < rows; ++m) {
+      for (std::size_t n = 0; n < outputs; ++n) {
+        float total = 0;
+        for (std::size_t b = 0; b < blocks; ++b) {
+          float sum = 0;
+          for (std::size_t k = b * format.block; k < std::min(cols, (b + 1) * format.block); k += 2) {
+            const unsigned codes = w.codes[n * blocks * format.block / 2 + k / 2];
+            const auto value = [](unsigned code) { return static_cast<float>(reference::e2m1_value(code)); };
+            const auto at = [&](std::size_t i) { return i < cols ? float(x(m, i)) : 0.0f; };
+            sum = add_pair(sum, {at(k), at(k + 1)}, {value(codes & 15), value(codes >> 4)});
+          }
+          const unsigned byte = w.scales[n * blocks + b];
+          auto scale = static_cast<float>(format.scale == tetromino::scale_type::e4m3 ? reference::e4m3_value(byte)
+                                                                                      : reference::e8m0_value(byte));
+          if (const std::size_t macro = format.macro_block; macro != 0) {
+            const unsigned m_byte = w.macros[n * ((cols + macro - 1) / macro) + b * format.block / macro];
+            scale *= 1.0f / (1.0f + static_cast<float>(m_byte) / 256.0f);
+          }
+          total = std::fma(sum, scale, total);
+        }
+        const float expected = w.tensor_scales.empty() ? total : total * w.tensor_scales[0];
+        wrong += expected != got(m, n);
+      }
+    }
+    INFO(rows << " x " << outputs << " x " << cols << ", 2^" << exponent << ", block " << format.block << '/'
+              << format.macro_block);
+    CHECK(wrong == 0);
   }
 }
 

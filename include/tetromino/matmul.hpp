@@ -72,8 +72,8 @@ concept can_matmul =
 /// multiplication of a partial sum or of a block's scale. An output depends on its own row of x and of w alone: not on
 /// M, on other rows, on threads, or on whether w is repacked, so it does not matter on which rank a row is computed.
 /// With int8 or packed activations all policies of the CPU give the same bits (but for a NaN's); with the others, a
-/// policy gives the same for an instruction set. A NaN block scale makes the outputs that meet it NaN. Errors:
-/// shape_mismatch.
+/// policy gives the same for an instruction set, and with AVX512_BF16 denormal bfloat16 numbers and sums of a block
+/// that are as small count as 0. A NaN block scale makes the outputs that meet it NaN. Errors: shape_mismatch.
 template <class Policy, activations_like X, weights_like Weights, class Out>
   requires(can_matmul<Policy, X, Out>)
 result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights& w,

@@ -72,9 +72,9 @@ enum class memory_pages : std::uint8_t {
 
 /// Packed weights in the order in which products on the CPU read them: one stream that has the bytes of 16 rows side by
 /// side, so that a vector is loaded as it is used. matmul and grouped_matmul take them in place of packed ones, with
-/// the same outcome. It is the faster order for int8 and packed activations; float, half and bfloat16 ones have to undo
-/// it as they go and are slower. It takes as many bytes, but that rows are rounded up to 16, columns to 32 and 16 rows
-/// to 64 bytes.
+/// the same outcome. It is the faster order for int8 and packed activations, with AVX512_BF16 for bfloat16 ones too;
+/// others, float and half, have to undo it as they go and are slower. It takes as many bytes, but that rows are rounded
+/// up to 16, columns to 32 and 16 rows to 64 bytes.
 struct repacked {
   /// Keeps groups where cache lines begin.
   struct alignas(64) line {

@@ -34,6 +34,7 @@ TETROMINO_CPU_TABLES(cpu_avx2)
 TETROMINO_CPU_TABLES(cpu_avx2_vnni)
 TETROMINO_CPU_TABLES(cpu_avx512)
 TETROMINO_CPU_TABLES(cpu_avx512_vnni)
+TETROMINO_CPU_TABLES(cpu_avx512_bf16)
 #elif TETROMINO_CPU_SELECT == 2 && defined(__aarch64__)
 TETROMINO_CPU_TABLES(cpu_neon)
 TETROMINO_CPU_TABLES(cpu_neon_dotprod)
@@ -48,7 +49,7 @@ constinit const matmul_table scalar_products = table_of<scalar_matmul_kernels>::
 #if defined(__x86_64__)
 /// What the CPU has and the operating system saves. (Intel 64 manual, vol. 2A, CPUID; vol. 1, sec. 13.3 and 14.3)
 struct x86_features {
-  bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni = false;
+  bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false;
 
   x86_features() {
     std::uint32_t a = 0, b = 0, c = 0, d = 0;
@@ -64,7 +65,9 @@ struct x86_features {
     constexpr std::uint32_t f = 1u << 16, dq = 1u << 17, cd = 1u << 28, bw = 1u << 30, vl = 1u << 31;
     avx512 = avx2 && has(b, f | dq | cd | bw | vl) && has(saved, 0xE6);  // and opmask, zmm
     avx512_vnni = avx512 && has(c, 1u << 1 | 1u << 11);                  // VBMI, VNNI
-    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx2_vnni = avx2 && has(a, 1u << 4);
+    if (subleaves < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+    avx2_vnni = avx2 && has(a, 1u << 4);
+    avx512_bf16 = avx512_vnni && has(a, 1u << 5);
   }
 };
 #endif
@@ -96,6 +99,7 @@ std::vector<candidate> all_candidates() {
   out.push_back({{"avx2_vnni", &cpu_avx2::rows_table, &cpu_avx2_vnni::products_table}, has.avx2_vnni});
   out.push_back({{"avx512", &cpu_avx512::rows_table, &cpu_avx512::products_table}, has.avx512});
   out.push_back({{"avx512_vnni", &cpu_avx512::rows_table, &cpu_avx512_vnni::products_table}, has.avx512_vnni});
+  out.push_back({{"avx512_bf16", &cpu_avx512::rows_table, &cpu_avx512_bf16::products_table}, has.avx512_bf16});
 #elif TETROMINO_CPU_SELECT == 2 && defined(__aarch64__)
   out.push_back({{"neon", &cpu_neon::rows_table, &cpu_neon::products_table}, true});
   out.push_back({{"neon_dotprod", &cpu_neon::rows_table, &cpu_neon_dotprod::products_table}, has_neon_dotprod()});
@@ -124,7 +128,8 @@ result<const cpu_kernels*> choose_kernels(const char* name) {
     if (k.name == name) return &k;
     names += text(names.empty() ? "" : ", ", k.name);
   }
-  for (const std::string_view known : {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "neon", "neon_dotprod"}) {
+  for (const std::string_view known :
+       {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod"}) {
     if (known == name) {
       return error(errc::invalid_argument,
                    text("backend \"", name, "\" does not run here: this CPU and this build have ", names));

@@ -347,6 +347,35 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
 #endif
 }
 
+#if TETROMINO_HAS_BF16
+/// Of each lane's byte j, two codes: their values as bfloat16 in lane j of `pair`.
+struct bfloat16_pairs {
+  words pair[4];
+};
+TETROMINO_INLINE bfloat16_pairs value_pairs(const words& codes) {
+  // Of an index five bits are heeded, the upper of which is of another code.
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, static_cast<short>(0x8000), static_cast<short>(0xBF00),
+      static_cast<short>(0xBF80), static_cast<short>(0xBFC0), static_cast<short>(0xC000), static_cast<short>(0xC040),
+      static_cast<short>(0xC080), static_cast<short>(0xC0C0)));
+  const auto pair = [&](int j) TETROMINO_INLINE_LAMBDA {
+    // Where the bytes begin in 64 bits that are two lanes: a code is in the lower half of an index.
+    const std::int64_t first = 8 * j, all = first | (first + 4) << 16 | (first + 32) << 32 | (first + 36) << 48;
+    const __m512i index = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(all), raw(codes));
+    return lanes(_mm512_permutexvar_epi16(index, table));
+  };
+  return {{pair(0), pair(1), pair(2), pair(3)}};
+}
+/// x are bits of bfloat16: sum + a pair's second value times x[1], and then + its first value times x[0]; each step is
+/// rounded once, to nearest even, and denormal numbers that go in or come out count as 0.
+TETROMINO_INLINE floats add_pair(const floats& sum, const words& pair, const std::uint16_t* x) {
+  std::int32_t both;
+  std::memcpy(&both, x, sizeof both);
+  const auto as_bfloats = [](__m512i bits) TETROMINO_INLINE_LAMBDA { return bit_cast<__m512bh>(bits); };
+  return lanes(_mm512_dpbf16_ps(raw(sum), as_bfloats(raw(pair)), as_bfloats(_mm512_set1_epi32(both))));
+}
+#endif
+
 /// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as split_elements orders
 /// them): lane n of out[b] is the sum over block b of row n, biased.
 template <std::size_t Block>

@@ -137,6 +137,12 @@ concept multiplies_rows = requires(const std::uint8_t* const* rows, const std::i
   multiply_rows<32>(rows, std::size_t{}, x, out);
 };
 
+/// Products of bfloat16 that are summed by pairs.
+template <class Words>
+concept multiplies_bfloat16 = requires(const Words& codes, const floats& sum, const std::uint16_t* x) {
+  add_pair(sum, value_pairs(codes).pair[3], x);
+};
+
 /// Says what is missing: the compiler names the function below these words.
 template <class Set>
 struct checked_set {

@@ -57,6 +57,10 @@ class panel_walk {
     factor_ = broadcast(1.0f) / macro_factors(load_bytes(codes_ - scale_bytes - lane_count));
   }
   TETROMINO_INLINE void leave() { codes_ += step_; }
+  /// Asks for what comes 4096 bytes later.
+  TETROMINO_INLINE void prefetch_ahead() const {
+    repeat<5>([&](auto i) TETROMINO_INLINE_LAMBDA { prefetch(codes_ + 64 * i, 4096); });
+  }
 
   [[nodiscard]] TETROMINO_INLINE const std::uint8_t* codes() const { return codes_; }
   /// The bytes of the scales of block b of the panel.
@@ -224,7 +228,6 @@ inline constexpr bool shifts_scales_of_many = registers == 1;
 template <std::size_t Rows, scale_type Scale, std::size_t Block, std::size_t Common>
 bool add_rows(const weight_panels& w, const element_rows& x, std::size_t at, float (*total)[lane_count], bool shifts) {
   constexpr bool can_shift = shifts_scales_of_many && Scale == scale_type::e8m0 && Rows == rows_at_once;
-  constexpr std::size_t ahead = 4096;  // bytes
   const std::size_t stride = x.stride;
   const std::int8_t* values = x.values + at;
   const std::int32_t* offsets = x.offsets + at / 16;
@@ -236,7 +239,7 @@ bool add_rows(const weight_panels& w, const element_rows& x, std::size_t at, flo
   for (std::size_t k = 0; k < w.cols; k += 32) {
     panel.arrive(k);
     const std::uint8_t* const codes = panel.codes();
-    if (w.is_repacked) repeat<5>([&](auto d) TETROMINO_INLINE_LAMBDA { prefetch(codes + 64 * d, ahead); });
+    if (w.is_repacked) panel.prefetch_ahead();
     floats scale;
     words shift;
     repeat<32 / Common>([&](auto part) TETROMINO_INLINE_LAMBDA {
