@@ -5,6 +5,7 @@
 /// Weights of N MiB (128), more than most caches hold, and of 256 KiB; and grouped_matmul over as many experts of 1024
 /// outputs as fit N MiB. GB/s counts the weights' bytes; cycles are for 32 weights and one row of activations. The
 /// ceiling is to read the same bytes. Weights in either order have the usual pages, or all of them huge ones.
+/// product_contender.hpp says how to put another library beside these.
 
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
@@ -12,6 +13,7 @@
 #include <tetromino/simd.hpp>
 
 #include "bench.hpp"
+#include "product_contender.hpp"
 #include "reference/generators.hpp"
 
 #include <cstddef>  // std::size_t
@@ -121,6 +123,14 @@ void bench_format(const recipe& r, std::size_t bytes, int repetitions, bool in_m
         "bfloat16, repacked" + suffix, "W4A16", size, products, [&, out] { matmul(simd, stored.x16, fast, out()); },
         read);
   }
+#if defined(TETROMINO_BENCH_CONTENDER)
+  for (const activations& a : all) {
+    for (bench::product_contender& c : bench::product_contenders(weights, a.x, pages)) {
+      table.add(c.work + ", M = " + std::to_string(a.x.rows), "", size, static_cast<double>(outputs * cols * a.x.rows),
+                std::move(c.f), read);
+    }
+  }
+#endif
   table.run(repetitions);
   table.print();
 }
