@@ -240,15 +240,12 @@ TEST_CASE("two streams: weights move to where the rows that they meet give the p
   std::mt19937_64 random(tetromino_test::seed());
   const matrix<float> x = activations(random, 700, 130), met = drifted(random, x), w = gaussian(random, 150, 130);
   const calibration seen = seen_in(x, met);
-  for (const bool by_activation : {false, true}) {
-    for (const double damping : {0.001, 0.01, 1.0}) {
-      CAPTURE(by_activation, damping);
-      const auto order = detail::column_order(seen, {.scales = gptq_scales::fixed, .by_activation = by_activation});
-      matrix<float> moved = w;
-      detail::correct_weights(scalar, seen, detail::feedback_factor(seen, damping, order), order, moved);
-      const Eigen::MatrixXd expected = least_squares(x, met, w, damping);
-      CHECK((eigen_map(view(moved)).cast<double>() - expected).norm() < 1e-5 * expected.norm());
-    }
+  for (const double damping : {0.001, 0.01, 1.0}) {
+    CAPTURE(damping);
+    matrix<float> moved = w;
+    detail::correct_weights(scalar, seen, damping, moved);
+    const Eigen::MatrixXd expected = least_squares(x, met, w, damping);
+    CHECK((eigen_map(view(moved)).cast<double>() - expected).norm() < 1e-5 * expected.norm());
   }
 }
 
@@ -256,8 +253,7 @@ TEST_CASE("two streams: the bytes are those of the moved weights in one stream")
   std::mt19937_64 random(tetromino_test::seed());
   const matrix<float> x = activations(random, 500, 128), met = drifted(random, x), w = gaussian(random, 9, 128);
   matrix<float> moved(w.rows, w.cols);
-  eigen_map(matrix_view<float>(moved.data.data(), moved.rows, moved.cols)) =
-      least_squares(x, met, w, 0.01).cast<float>();
+  eigen_map(matrix_view<float>(moved.data.data(), moved.rows, moved.cols)) = least_squares(x, met, w, 0.3).cast<float>();
   for (const char* name : {"mxfp4-32/oas/gptq", "mxfp4-16/min-error/mbs-search@32/gptq", "nvfp4/min-error/gptq"}) {
     CAPTURE(name);
     const recipe r = recipe::parse(name);

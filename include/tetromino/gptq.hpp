@@ -201,6 +201,8 @@ enum class gptq_scales : std::uint8_t {
 /// What a caller may choose about error feedback.
 struct gptq_options {
   double damping = 0.01;  ///< added to the moments' diagonal, as a share of its mean
+  /// The same where weights make up for drift: what only weak directions of the input would allow is no help elsewhere.
+  double drift_damping = 0.3;
   gptq_scales scales = gptq_scales::refreshed;
   bool by_activation = false;  ///< columns of large activations first; needs fixed scales
 };
@@ -222,13 +224,26 @@ inline void invert_lower(Eigen::Ref<Eigen::MatrixXd> m) {
   m.bottomLeftCorner(rest, half).noalias() = -(m.bottomRightCorner(rest, rest).triangularView<Eigen::Lower>() * right);
 }
 
+/// Replaces moments, of which the lower triangle counts, by the Cholesky factor of themselves and `share` of their mean
+/// added to the diagonal; of more, where rounding has left nearly dependent columns without one.
+inline void factor_damped(Eigen::MatrixXd& moments, double share) {
+  const double mean = moments.diagonal().mean();
+  Eigen::MatrixXd damped;
+  do {
+    damped = moments;
+    damped.diagonal().array() += share * mean;
+    share = std::max(10 * share, 1e-6);
+  } while (Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>>(damped).info() != Eigen::Success);
+  moments.swap(damped);
+}
+
 /// The upper triangular factor U of the inverse of the damped moments, U^T U = H^-1, with columns in the given order.
 /// Row j of U says how an error in column j is best made up for by the columns after it.
-inline Eigen::MatrixXd feedback_factor(const calibration& seen, double damping, const std::vector<std::size_t>& order) {
+inline eigen_matrix<float> feedback_factor(const calibration& seen, double damping,
+                                           const std::vector<std::size_t>& order) {
   const auto n = static_cast<Eigen::Index>(seen.cols());
   const Eigen::MatrixXd& lower = seen.moments();
-  double mean = lower.diagonal().mean();
-  if (!(mean > 0)) return Eigen::MatrixXd::Identity(n, n);
+  if (!(lower.diagonal().mean() > 0)) return eigen_matrix<float>::Identity(n, n);
   // Reversed, so that one Cholesky factor of H gives the factor of its inverse: H = R R^T with R upper, U = R^-1.
   Eigen::MatrixXd reversed(n, n);
   const auto at = [&](Eigen::Index i) { return static_cast<Eigen::Index>(order[static_cast<std::size_t>(n - 1 - i)]); };
@@ -238,44 +253,39 @@ inline Eigen::MatrixXd feedback_factor(const calibration& seen, double damping, 
       reversed(i, j) = a >= b ? lower(a, b) : lower(b, a);
     }
   }
-  // Rounding can leave nearly dependent columns without a factor: more damping always helps.
-  for (double share = damping;; share = std::max(10 * share, 1e-6)) {
-    Eigen::MatrixXd damped = reversed;
-    damped.diagonal().array() += share * mean;
-    const Eigen::LLT<Eigen::Ref<Eigen::MatrixXd>> factor(damped);
-    if (factor.info() != Eigen::Success) continue;
-    invert_lower(damped);
-    return damped.triangularView<Eigen::Lower>().toDenseMatrix().reverse();
-  }
+  factor_damped(reversed, damping);
+  invert_lower(reversed);
+  return reversed.triangularView<Eigen::Lower>().toDenseMatrix().reverse().cast<float>();
 }
 
-/// Moves weights W to those whose products with the rows y that they will meet are nearest to the float model's, in the
-/// mean and as far as damping lets them: W + W D (H + damping)^-1, the least of |x W^T - y Q^T|^2 + damping |Q - W|^2
-/// over Q. `factor` is that of feedback_factor in the same order. Weights that are not finite stay, and have no say.
+/// Moves weights W to those whose products with the rows y that they will meet are nearest to the float model's, as far
+/// as damping lets them: W + W D (H + damping)^-1, the least of |x W^T - y Q^T|^2 + damping |Q - W|^2 over Q. Weights
+/// that are not finite stay, and have no say.
 template <class Policy>
-void correct_weights(const Policy& policy, const calibration& seen, const Eigen::MatrixXd& factor,
-                     const std::vector<std::size_t>& order, matrix<float>& weights) {
+void correct_weights(const Policy& policy, const calibration& seen, double damping, matrix<float>& weights) {
+  if (seen.drift().size() == 0 || !(seen.moments().diagonal().mean() > 0)) return;
+  Eigen::MatrixXd factor = seen.moments();
+  factor_damped(factor, damping);
   constexpr std::size_t piece = 128;  // rows of one product, so that threads change nothing in it
-  const auto upper = factor.triangularView<Eigen::Upper>();
-  const auto at = [&](std::size_t k) { return static_cast<Eigen::Index>(order[k]); };
   for_each_row(policy.executor, (weights.rows + piece - 1) / piece, piece * weights.cols, [&](std::size_t p) {
     const std::size_t first = p * piece, n = std::min(piece, weights.rows - first);
-    Eigen::MatrixXd part(static_cast<Eigen::Index>(n), static_cast<Eigen::Index>(weights.cols));
+    Eigen::MatrixXd part(static_cast<Eigen::Index>(weights.cols), static_cast<Eigen::Index>(n));
+    const auto at = [&](std::size_t i, std::size_t k) -> double& {
+      return part(static_cast<Eigen::Index>(k), static_cast<Eigen::Index>(i));
+    };
     for (std::size_t i = 0; i < n; ++i) {
       for (std::size_t k = 0; k < weights.cols; ++k) {
         const float w = weights(first + i, k);
-        part(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(k)) = is_finite(w) ? static_cast<double>(w) : 0.0;
+        at(i, k) = is_finite(w) ? static_cast<double>(w) : 0.0;
       }
     }
-    const Eigen::MatrixXd away = part * seen.drift();
-    for (std::size_t k = 0; k < weights.cols; ++k) part.col(static_cast<Eigen::Index>(k)) = away.col(at(k));
-    part = part * upper.transpose();
-    part = part * upper;
+    part = seen.drift().transpose() * part;
+    factor.triangularView<Eigen::Lower>().solveInPlace(part);
+    factor.triangularView<Eigen::Lower>().transpose().solveInPlace(part);
     for (std::size_t i = 0; i < n; ++i) {
       for (std::size_t k = 0; k < weights.cols; ++k) {
-        float& w = weights(first + i, order[k]);
-        const auto moved = static_cast<float>(static_cast<double>(w) +
-                                              part(static_cast<Eigen::Index>(i), static_cast<Eigen::Index>(k)));
+        float& w = weights(first + i, k);
+        const auto moved = static_cast<float>(static_cast<double>(w) + at(i, k));
         if (is_finite(moved)) w = moved;
       }
     }
@@ -504,10 +514,10 @@ inline namespace TETROMINO_ISA {
 /// options give others. `gathered` is of the activations as they come; where the recipe rotates, its moments are
 /// rotated too. A poisoned block stays as quantize has it and feeds nothing back. Same input, same bytes, whatever the
 /// executor. Where the calibration has seen two streams, the weights first move to where they best make up for the
-/// drift of their input: W + W D (H + damping)^-1, and all else, scales included, is of those. Errors: as try_quantize,
-/// shape_mismatch for a calibration of other columns, and non_finite for its moments. (Frantar, Ashkboos, Hoefler,
-/// Alistarh: "GPTQ", arXiv 2210.17323; two streams: Zhang, Zhang, Colbert, Saab: "Qronos", arXiv 2505.11695, and Li,
-/// Yin, Lee, Xiao, Panda: "GPTAQ", arXiv 2504.02692)
+/// drift of their input: W + W D (H + drift_damping)^-1, and all else, scales included, is of those. Errors: as
+/// try_quantize, shape_mismatch for a calibration of other columns, and non_finite for its moments. (Frantar, Ashkboos,
+/// Hoefler, Alistarh: "GPTQ", arXiv 2210.17323; two streams: Zhang, Zhang, Colbert, Saab: "Qronos", arXiv 2505.11695,
+/// and Li, Yin, Lee, Xiao, Panda: "GPTAQ", arXiv 2504.02692)
 template <class Policy, class T>
   requires(can_quantize<Policy, float>)
 result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& w, const named_recipe& way,
@@ -542,9 +552,7 @@ result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& 
   }
   const calibration& seen = turned ? *turned : gathered;
   if (w.rows == 0 || w.cols == 0) return try_quantize(policy, weights, plain, options);
-  const std::vector<std::size_t> order = detail::column_order(seen, feedback);
-  const Eigen::MatrixXd factor = detail::feedback_factor(seen, feedback.damping, order);
-  if (seen.drift().size() != 0) detail::correct_weights(policy, seen, factor, order, weights);
+  detail::correct_weights(policy, seen, feedback.drift_damping, weights);
   std::vector<float> column_weights;
   if (options.column_weights.empty()) {
     column_weights = seen.column_weights();
@@ -555,9 +563,11 @@ result<packed<any_format>> try_gptq(const Policy& policy, const matrix_view<T>& 
   options.rule = plain.rule;
   options.macro = plain.macro;
 
+  const std::vector<std::size_t> order = detail::column_order(seen, feedback);
   eigen_matrix<float> current = detail::ordered_weights(weights, order, options.special, *out);
   options.special = special_values::saturate;  // where feedback goes beyond the floats
-  if (auto done = detail::round_with_feedback(policy, std::move(current), order, factor.cast<float>(), options,
+  if (auto done = detail::round_with_feedback(policy, std::move(current), order,
+                                              detail::feedback_factor(seen, feedback.damping, order), options,
                                               feedback.scales, *out);
       !done) {
     return done.error();
