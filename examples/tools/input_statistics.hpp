@@ -19,9 +19,28 @@
 #include <utility>
 #include <vector>
 
-/// The statistics of all inputs, such as "layers.0.moe.down": one calibration for each matrix, that is for each expert,
-/// and the largest magnitude that was seen. A weight is known by its own name; an expert of a list, such as
-/// "mlp.experts.3.up_proj.weight", also by that of the stack, "mlp.experts.up_proj.weight".
+/// What is known of one input: a calibration for each matrix, that is for each expert, and the largest magnitude that
+/// was seen.
+struct seen_input {
+  std::vector<tetromino::calibration> moments;  // [matrices]
+  std::vector<float> amax;                      // [matrices]; empty where a file does not say it
+
+  /// Adds rows [.., cols] that met matrix `which`, and where two streams were run, as they met the packed one.
+  /// Different matrices may be added to at once.
+  void add(std::size_t which, std::span<const float> rows, std::span<const float> met = {}) {
+    const std::size_t cols = moments[which].cols();
+    const tetromino::matrix_view<const float> x(rows.data(), rows.size() / cols, cols);
+    if (met.empty()) {
+      moments[which].add(x);
+    } else {
+      moments[which].add(x, tetromino::matrix_view<const float>(met.data(), met.size() / cols, cols));
+    }
+    for (const float v : rows) amax[which] = std::max(amax[which], std::abs(v));
+  }
+};
+
+/// The statistics of all inputs, such as "layers.0.moe.down". A weight is known by its own name; an expert of a list,
+/// such as "mlp.experts.3.up_proj.weight", also by that of the stack, "mlp.experts.up_proj.weight".
 class input_statistics {
  public:
   /// What an expert that few tokens reach borrows: moments of its layer, as of so many more tokens.
@@ -29,15 +48,13 @@ class input_statistics {
 
   input_statistics() = default;
 
-  /// Adds rows [.., cols] that met matrix `which` of `matrices`.
-  void add(const std::string& input, std::size_t which, std::size_t matrices, std::span<const float> rows,
-           std::size_t cols) {
-    auto& seen = inputs_[input];
-    if (seen.empty()) seen.assign(matrices, tetromino::calibration(cols));
-    seen[which].add(tetromino::matrix_view<const float>(rows.data(), rows.size() / cols, cols));
-    auto& largest = amax_[input];
-    largest.resize(matrices);
-    for (const float x : rows) largest[which] = std::max(largest[which], std::abs(x));
+  /// An input of so many matrices, to add rows to.
+  seen_input& input(const std::string& name, std::size_t matrices, std::size_t cols) {
+    const auto [at, is_new] = inputs_.try_emplace(name);
+    if (is_new) {
+      at->second = {std::vector(matrices, tetromino::calibration(cols)), std::vector<float>(matrices)};
+    }
+    return at->second;
   }
 
   /// Says which input a weight tensor has.
@@ -49,11 +66,11 @@ class input_statistics {
   [[nodiscard]] std::optional<float> amax(const std::string& tensor, std::size_t which) const {
     const std::string* input = input_of(tensor);
     if (input == nullptr) return std::nullopt;
-    const auto found = amax_.find(*input);
+    const auto& amax = inputs_.at(*input).amax;
     if (const auto expert = expert_of(tensor); expert && input_of_.find(tensor) == input_of_.end())
       which = expert->second;
-    if (found == amax_.end() || which >= found->second.size()) return std::nullopt;
-    return found->second[which];
+    if (which >= amax.size()) return std::nullopt;
+    return amax[which];
   }
 
   /// For one matrix of a weight tensor [matrices, rows, cols]: what was seen, blended with that of all experts.
@@ -101,25 +118,35 @@ class input_statistics {
     return std::max(0.0, sum);  // rounding, of products that cancel
   }
 
-  /// Writes INPUT.moments [matrices, cols, cols] and INPUT.rows [matrices]; the metadata name each tensor's input.
+  /// Writes INPUT.moments [matrices, cols, cols], of two streams also INPUT.drift, and INPUT.rows and INPUT.amax
+  /// [matrices]; the metadata name each tensor's input.
   void save(const std::string& path) const {
     namespace io = tetromino::io;
     std::vector<io::tensor_declaration> parts;
     for (const auto& [input, seen] : inputs_) {
-      parts.push_back({input + ".moments", io::dtype::F64, {seen.size(), seen.front().cols(), seen.front().cols()}});
-      parts.push_back({input + ".rows", io::dtype::F64, {seen.size()}});
-      if (amax_.contains(input)) parts.push_back({input + ".amax", io::dtype::F32, {seen.size()}});
+      const std::size_t matrices = seen.moments.size(), cols = seen.moments.front().cols();
+      parts.push_back({input + ".moments", io::dtype::F64, {matrices, cols, cols}});
+      if (has_drifted(seen)) parts.push_back({input + ".drift", io::dtype::F64, {matrices, cols, cols}});
+      parts.push_back({input + ".rows", io::dtype::F64, {matrices}});
+      if (!seen.amax.empty()) parts.push_back({input + ".amax", io::dtype::F32, {matrices}});
     }
     auto writer = io::safetensors_writer::create(path, io::aligned_order(parts), {input_of_.begin(), input_of_.end()});
+    const auto append = [&](const std::string& name, const Eigen::MatrixXd& m) {
+      writer.append_values<double>(name, {m.data(), static_cast<std::size_t>(m.size())});
+    };
     for (const auto& [input, seen] : inputs_) {
-      for (const auto& one : seen) {
-        const Eigen::MatrixXd moments = one.moments().selfadjointView<Eigen::Lower>();
-        writer.append_values<double>(input + ".moments", {moments.data(), static_cast<std::size_t>(moments.size())});
+      for (const auto& one : seen.moments) {
+        append(input + ".moments", one.moments().selfadjointView<Eigen::Lower>());
         const double rows = one.rows();
         writer.append_values<double>(input + ".rows", {&rows, 1});
       }
+      for (const auto& one : seen.moments) {
+        const auto n = one.moments().rows();
+        if (has_drifted(seen))
+          append(input + ".drift", one.drift().size() != 0 ? one.drift() : Eigen::MatrixXd::Zero(n, n));
+      }
+      if (!seen.amax.empty()) writer.append_values<float>(input + ".amax", seen.amax);
     }
-    for (const auto& [input, largest] : amax_) writer.append_values<float>(input + ".amax", largest);
     writer.finish();
   }
 
@@ -139,23 +166,37 @@ class input_statistics {
             tetromino::errc::malformed_file,
             fmt::format("{}: {}: expected moments [matrices, K, K] and rows [matrices]", path, input));
       }
+      seen_input& seen = out.inputs_[input];
       if (const auto* largest = file.find(input + ".amax"); largest != nullptr) {
-        auto& amax = out.amax_[input] = largest->copy_as<float>();
-        if (amax.size() != shape[0] ||
-            !std::all_of(amax.begin(), amax.end(), [](float x) { return std::isfinite(x); })) {
+        seen.amax = largest->copy_as<float>();
+        if (seen.amax.size() != shape[0] ||
+            !std::all_of(seen.amax.begin(), seen.amax.end(), [](float x) { return std::isfinite(x); })) {
           throw tetromino::error(tetromino::errc::malformed_file,
                                  fmt::format("{}: {}: expected finite amax [matrices]", path, input));
         }
       }
+      std::vector<double> drifts;
+      if (const auto* drift = file.find(input + ".drift"); drift != nullptr) {
+        drifts = drift->copy_as<double>();
+        if (drift->shape() != shape ||
+            !std::all_of(drifts.begin(), drifts.end(), [](double x) { return std::isfinite(x); })) {
+          throw tetromino::error(tetromino::errc::malformed_file,
+                                 fmt::format("{}: {}: expected finite drift [matrices, K, K]", path, input));
+        }
+      }
       const auto values = moments.copy_as<double>();
       const auto n = static_cast<Eigen::Index>(shape[1]);
+      const auto matrix = [&](const std::vector<double>& all, std::size_t e) {
+        return Eigen::Map<const Eigen::MatrixXd>(all.data() + e * shape[1] * shape[1], n, n);
+      };
       for (std::size_t e = 0; e < shape[0]; ++e) {
-        const Eigen::Map<const Eigen::MatrixXd> one(values.data() + e * shape[1] * shape[1], n, n);
+        const auto one = matrix(values, e);
         if (!one.allFinite() || !(one.diagonal().array() >= 0).all() || !(rows[e] >= 0)) {
           throw tetromino::error(tetromino::errc::malformed_file,
                                  fmt::format("{}: {}: matrix {}: expected finite moments", path, input, e));
         }
-        out.inputs_[input].emplace_back(one, rows[e]);
+        seen.moments.emplace_back(one, rows[e],
+                                  drifts.empty() ? Eigen::MatrixXd() : Eigen::MatrixXd(matrix(drifts, e)));
       }
     }
     if (out.inputs_.empty()) {
@@ -187,7 +228,7 @@ class input_statistics {
       throw tetromino::error(tetromino::errc::invalid_argument,
                              fmt::format("no calibration statistics for the weights {}", tensor));
     }
-    const auto& seen = inputs_.at(*input);
+    const auto& seen = inputs_.at(*input).moments;
     if (const auto expert = expert_of(tensor); matrices == 1 && expert && expert->second < seen.size()) {
       which = expert->second;
       matrices = seen.size();
@@ -201,6 +242,11 @@ class input_statistics {
     return {seen, which};
   }
 
+  static bool has_drifted(const seen_input& seen) {
+    return std::any_of(seen.moments.begin(), seen.moments.end(),
+                       [](const auto& one) { return one.drift().size() != 0; });
+  }
+
   [[nodiscard]] const std::string* input_of(const std::string& tensor) const {
     auto found = input_of_.find(tensor);
     if (found == input_of_.end()) {
@@ -209,7 +255,6 @@ class input_statistics {
     return found != input_of_.end() && inputs_.contains(found->second) ? &found->second : nullptr;
   }
 
-  std::map<std::string, std::vector<tetromino::calibration>> inputs_;
-  std::map<std::string, std::vector<float>> amax_;
+  std::map<std::string, seen_input> inputs_;
   std::map<std::string, std::string> input_of_;  // by weight tensor
 };

@@ -22,6 +22,7 @@
 #include <chrono>
 #include <filesystem>
 #include <functional>
+#include <thread>
 
 namespace {
 
@@ -114,6 +115,25 @@ nlohmann::ordered_json perplexities_json(const workplace& w, const std::vector<d
   return out;
 }
 
+/// What calibration text says of the model's inputs, under weights and activations of this precision. Each rank reads
+/// all of it, so all of them know the same to the last bit and pack the same weights.
+input_statistics calibrated(const workplace& w, const moe_lm::precision& rounding) {
+  std::optional<ui::progress> progress;
+  if (w.mpi.is_first()) progress.emplace("calibrating", w.size.layers, w.options.print.quiet);
+  const auto cores = static_cast<std::size_t>(std::thread::hardware_concurrency());
+  const tetromino::thread_executor threads(static_cast<unsigned>(std::max<std::size_t>(1, cores / w.mpi.ranks())));
+  return moe_lm::calibrator(w.model_file, w.calibration->text, w.calibration->chosen, rounding, threads)
+      .run([&](std::size_t) {
+        if (progress) progress->add(1);
+      });
+}
+
+void write_statistics(const workplace& w, const input_statistics& seen) {
+  if (w.options.statistics.empty() || !w.mpi.is_first()) return;
+  const ui::stop_signals signals;  // which wait for the file to be whole
+  seen.save(w.options.statistics);
+}
+
 /// Bits and QSNR of all matrices that a recipe packs, then perplexity, recipe by recipe.
 void compare(const workplace& w) {
   struct row {
@@ -127,7 +147,12 @@ void compare(const workplace& w) {
                         {"nvfp4/amax", "nvfp4/amax"},
                         {"nvfp4/four-over-six", "nvfp4/four-over-six"},
                         {"mxfp4-16/oas/mbs-search", "float32"}};
-  if (w.seen != nullptr) {
+  std::optional<input_statistics> one_stream;
+  if (w.calibration != nullptr) {
+    w.mpi.together("moe_engine", [&] {
+      one_stream = calibrated(w, {});
+      write_statistics(w, *one_stream);
+    });
     rows.push_back({"mxfp4-32/min-error/mbs-search@32", "mxfp4-32/min-error/mbs-search@32", true});
     rows.push_back({"mxfp4-32/min-error/mbs-search@32/gptq", "mxfp4-32/min-error/mbs-search@32", true});
     rows.push_back({"nvfp4/min-error/gptq", "nvfp4/min-error", true});
@@ -135,17 +160,21 @@ void compare(const workplace& w) {
   ui::table table(header_of(w, {"weights", "activations", "bits", "QSNR dB"}));
   nlohmann::ordered_json json = {{"documents", w.chosen.size()}};
   const moe::placement p = moe::contiguous(w.size.layers, w.size.experts, w.cluster);
-  for (const auto& [weights, activations, calibrated] : rows) {
+  for (const auto& [weights, activations, is_calibrated] : rows) {
     auto rounding = moe_lm::precision::parse(weights, activations);
-    if (calibrated) rounding.seen = w.seen;
+    std::optional<input_statistics> two_streams;
+    if (is_calibrated) {
+      if (rounding.weights->error_feedback) two_streams = calibrated(w, rounding);
+      rounding.seen = two_streams ? &*two_streams : &*one_stream;
+    }
     const moe_lm::model model(w.model_file, rounding);
     const outcome ran = engine(w, model, p).run(w.in_turn(), std::string::npos, weights.c_str());
     std::vector<std::string> line{weights, activations, "32", "-"};
     const auto& recipe = model.rounding.weights;
-    nlohmann::ordered_json found = {{"weights", weights}, {"activations", activations}, {"calibrated", calibrated}};
+    nlohmann::ordered_json found = {{"weights", weights}, {"activations", activations}, {"calibrated", is_calibrated}};
     found["bits"] = recipe ? bits_per_weight(recipe->format) : 32.0;
     if (recipe) line[2] = fmt::format("{:.3f}", bits_per_weight(recipe->format));
-    if (recipe && !calibrated) {  // calibrated weights are not the nearest ones, on purpose
+    if (recipe && !is_calibrated) {  // calibrated weights are not the nearest ones, on purpose
       tetromino::error_report report;
       for (const auto& tensor : w.model_file) {
         if (tensor.name().find(".attn.") == std::string::npos && tensor.name().find(".moe.") == std::string::npos)
@@ -181,9 +210,14 @@ void write_losses(const workplace& w, const outcome& ran) {
 
 void run(const workplace& w) {
   std::optional<moe_lm::model> loaded;
+  std::optional<input_statistics> seen;
   w.mpi.together("moe_engine", [&] {
     auto rounding = moe_lm::precision::parse(w.options.weights, w.options.activations);
-    rounding.seen = w.seen;
+    if (w.calibration != nullptr) {
+      seen = calibrated(w, rounding);
+      write_statistics(w, *seen);
+      rounding.seen = &*seen;
+    }
     loaded.emplace(w.model_file, rounding);
   });
   const plan chosen = plan_by_name(w, *loaded);
@@ -266,30 +300,18 @@ moe::topology make_cluster(const settings& s, const mpi::session& mpi, const moe
   return moe::topology::with_node_slots(s.nodes, ranks / s.nodes, per_node);
 }
 
-/// What calibration text says of the model's inputs. Each rank reads all of it, so all of them know the same to the
-/// last bit and pack the same weights. Text that is judged too has to be cut in halves.
-input_statistics calibrated(const settings& s, const mpi::session& mpi, const io::safetensors_file& model,
-                            const io::safetensors_file& judged, std::size_t vocab) {
+/// Text that is judged too has to be cut in halves.
+calibration_text read_calibration(const settings& s, const io::safetensors_file& judged, std::size_t vocab) {
   const auto file = io::safetensors_file::open(s.calibrate);
-  const moe_lm::documents text(file, vocab);
+  calibration_text out{moe_lm::documents(file, vocab), {}};
   const bool same = file.identity() == judged.identity();
   if (same && s.half.empty()) {
     throw error(errc::invalid_argument,
                 "--calibrate: expected other documents than those that are judged; of one file, "
                 "--half even or --half odd judges one half and calibrates on the other");
   }
-  std::vector<std::size_t> chosen;
-  for (std::size_t d = 0; d < text.count(); ++d) {
-    if (!same || (d % 2 == 0) != (s.half == "even")) chosen.push_back(d);
-  }
-  std::optional<ui::progress> progress;
-  if (mpi.is_first()) progress.emplace("calibrating", chosen.size(), s.print.quiet);
-  auto out = moe_lm::gather_statistics(model, text, chosen, [&](std::size_t) {
-    if (progress) progress->add(1);
-  });
-  if (!s.statistics.empty() && mpi.is_first()) {
-    const ui::stop_signals signals;  // which wait for the file to be whole
-    out.save(s.statistics);
+  for (std::size_t d = 0; d < out.text.count(); ++d) {
+    if (!same || (d % 2 == 0) != (s.half == "even")) out.chosen.push_back(d);
   }
   return out;
 }
@@ -356,7 +378,7 @@ void run_all(const settings& s, const mpi::session& mpi) {
   std::optional<moe_lm::shape> size;
   std::optional<moe_lm::documents> text;
   std::optional<moe::topology> cluster;
-  std::optional<input_statistics> seen;
+  std::optional<calibration_text> calibration;
   std::vector<std::size_t> chosen;
   mpi.together("moe_engine", [&] {
     model_file = io::safetensors_file::open(s.model);
@@ -369,9 +391,9 @@ void run_all(const settings& s, const mpi::session& mpi) {
     const std::size_t wanted = std::min(s.documents != 0 ? s.documents : s.compare ? 48 : all, all);
     for (std::size_t i = 0; i < wanted; ++i) chosen.push_back(first + i * all / wanted * step);  // of all domains alike
     if (chosen.empty()) throw error(errc::invalid_argument, fmt::format("{}: no documents in this half", s.text));
-    if (!s.calibrate.empty()) seen = calibrated(s, mpi, *model_file, *text_file, size->vocab);
+    if (!s.calibrate.empty()) calibration = read_calibration(s, *text_file, size->vocab);
   });
-  const workplace w{s, mpi, *model_file, *size, *text, chosen, *cluster, seen ? &*seen : nullptr};
+  const workplace w{s, mpi, *model_file, *size, *text, chosen, *cluster, calibration ? &*calibration : nullptr};
   mpi::carried_to().assign(mpi.ranks(), 0);
   s.compare ? compare(w) : run(w);
   mpi.together("moe_engine", ui::flush_output);

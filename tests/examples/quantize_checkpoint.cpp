@@ -392,12 +392,17 @@ TEST_CASE("statistics of the weights' inputs make products err less") {
     }
     return x;
   };
-  for (std::size_t e = 0; e < experts; ++e) seen.add("moe", e, experts, inputs(e == 0 ? 0 : 300), cols);
-  seen.add("attn", 0, 1, inputs(300), cols);
+  for (std::size_t e = 0; e < experts; ++e) seen.input("moe", experts, cols).add(e, inputs(e == 0 ? 0 : 300));
+  const std::vector<float> original = inputs(300);
+  std::vector<float> met = original;  // the layers before are packed
+  for (float& v : met) v *= 0.995f;
+  seen.input("attn", 1, cols).add(0, original, met);
   seen.save(path("statistics"));
   const auto read = input_statistics::load(path("statistics"));
   CHECK(read.column_weights("moe.up.weight", 1, experts, cols, 16) ==
         seen.column_weights("moe.up.weight", 1, experts, cols, 16));
+  CHECK(read.of("attn.o.weight", 0, 1, cols).drift() == seen.of("attn.o.weight", 0, 1, cols).drift());
+  CHECK(read.of("moe.up.weight", 0, experts, cols).drift().size() == 0);
   CHECK(read.of("moe.up.weight", 0, experts, cols).rows() == input_statistics::borrowed_rows(cols));
 
   for (const char* name : {"mxfp4-32/min-error/mbs-search@32/gptq", "nvfp4/min-error/hadamard-16"}) {
@@ -461,7 +466,7 @@ TEST_CASE("statistics of a directory weigh errors and give activations their sca
     std::vector<float> rows(cols * 100);
     for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = (i % cols < 4 ? 0.1f : 0.001f) * normal(random);
     rows.front() = -largest;
-    seen.add(input, which, matrices, rows, cols);
+    seen.input(input, matrices, cols).add(which, rows);
   };
   seen.name(layer + "self_attn.q_proj.weight", "q");
   add("q", 0, 1, 3.0f);
@@ -726,9 +731,9 @@ TEST_CASE("a gigabyte passes through bounded memory, and stops at a signal") {
   CAPTURE(run.peak_bytes);
   if (tetromino_test::measures_memory) CHECK(run.peak_bytes < (64u << 20) + 2 * slice);
   CHECK(std::filesystem::file_size(out) > (tensors * rows * cols) * 17 / 32);
-  const auto measured = run_program("quantize_checkpoint",
-                                    {in, "--dry-run", "--bits", "4.4", "--candidates", "mxfp4-32/oas,nvfp4/amax"},
-                                    folder.path());
+  const auto measured =
+      run_program("quantize_checkpoint", {in, "--dry-run", "--bits", "4.4", "--candidates", "mxfp4-32/oas,nvfp4/amax"},
+                  folder.path());
   CHECK(measured.exit_code == 0);
   CAPTURE(measured.peak_bytes);
   if (tetromino_test::measures_memory) CHECK(measured.peak_bytes < (64u << 20) + 2 * slice);

@@ -7,13 +7,14 @@
 #include "quantize.hpp"            // quantize, dequantize, recipe
 #include "safetensors_reader.hpp"  // stored_file
 
-#include <algorithm>  // std::max, std::stable_sort
-#include <cmath>      // std::exp, std::log, std::sqrt, std::pow, std::cos, std::sin
-#include <cstddef>    // std::size_t
-#include <map>        // std::map
-#include <optional>   // std::optional
-#include <string>     // std::string
-#include <vector>     // std::vector
+#include <algorithm>   // std::max, std::stable_sort
+#include <cmath>       // std::exp, std::log, std::sqrt, std::pow, std::cos, std::sin
+#include <cstddef>     // std::size_t
+#include <functional>  // std::function
+#include <map>         // std::map
+#include <optional>    // std::optional
+#include <string>      // std::string
+#include <vector>      // std::vector
 
 namespace reference {
 
@@ -51,6 +52,12 @@ class moe_lm {
       }
     }
   }
+
+  /// Called, if set, with the rows that are about to meet matrix `e` of a weight, rounded as they will be.
+  std::function<void(const std::string& weight, std::size_t e, const rows& in)> saw;
+
+  /// Puts other values in place of matrix `e` of a weight.
+  void replace(const std::string& weight, std::size_t e, const rows& values) { weights_.at(weight)[e] = values; }
 
   /// −log p of tokens 1 … n − 1.
   [[nodiscard]] double loss(const std::vector<std::size_t>& tokens) const {
@@ -98,7 +105,7 @@ class moe_lm {
   }
 
   /// x · matrixᵀ, of rounded rows: all rows of x share a tensor scale.
-  [[nodiscard]] rows product(const rows& x, const rows& matrix) const {
+  [[nodiscard]] rows product(const rows& x, const std::string& weight, std::size_t e) const {
     rows in = x;
     if (activations_ && !x.empty()) {
       std::vector<float> flat;
@@ -109,10 +116,11 @@ class moe_lm {
       const auto rounded = dequantize(*activations_, quantize(*activations_, 1, x.size(), cols, flat));
       for (std::size_t i = 0; i < rounded.size(); ++i) in[i / cols][i % cols] = static_cast<double>(rounded[i]);
     }
+    if (saw) saw(weight, e, in);
     rows out;
     for (const auto& row : in) {
       out.emplace_back();
-      for (const auto& w : matrix) out.back().push_back(dot(row, w));
+      for (const auto& w : weights_.at(weight)[e]) out.back().push_back(dot(row, w));
     }
     return out;
   }
@@ -133,7 +141,7 @@ class moe_lm {
 
   [[nodiscard]] rows attention(const std::string& layer, const rows& x) const {
     const auto projected = [&](const char* name, const rows& in) {
-      return product(in, weights_.at(layer + "attn." + name + ".weight")[0]);
+      return product(in, layer + "attn." + name + ".weight", 0);
     };
     rows q = projected("q", x), k = projected("k", x), v = projected("v", x), mixed = v;
     const std::size_t size = q[0].size() / heads_;
@@ -181,12 +189,12 @@ class moe_lm {
       rows mine;
       for (const auto& [t, weight] : tokens_of[e]) mine.push_back(x[t]);
       if (mine.empty()) continue;
-      rows hidden = product(mine, gate[e]);
-      const rows up = product(mine, weights_.at(layer + "moe.up.weight")[e]);
+      rows hidden = product(mine, layer + "moe.gate.weight", e);
+      const rows up = product(mine, layer + "moe.up.weight", e);
       for (std::size_t t = 0; t < hidden.size(); ++t) {
         for (std::size_t c = 0; c < hidden[t].size(); ++c) hidden[t][c] *= up[t][c] / (1 + std::exp(-hidden[t][c]));
       }
-      const rows answer = product(hidden, weights_.at(layer + "moe.down.weight")[e]);
+      const rows answer = product(hidden, layer + "moe.down.weight", e);
       std::size_t i = 0;
       for (const auto& [t, weight] : tokens_of[e]) {
         for (std::size_t c = 0; c < out[t].size(); ++c) out[t][c] += weight * answer[i][c];

@@ -35,7 +35,8 @@ inline const std::vector<std::string> compared_with_statistics = {
     "mxfp4-32/oas/gptq", "mxfp4-32/min-error/mbs-search@32", "mxfp4-32/min-error/mbs-search@32/gptq",
     "nvfp4/four-over-six/gptq", "nvfp4/min-error/gptq"};
 
-/// Squares of products with the activations that statistics describe: of the weights, and of what packing errs.
+/// Squares of products with the activations that statistics describe: of the weights, and of what packing errs. Weights
+/// that make up for drift are not the nearest ones there, on purpose.
 struct product_report {
   double signal = 0, noise = 0;
 

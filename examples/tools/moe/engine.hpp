@@ -32,6 +32,12 @@ struct settings {
   ui::output_options print;
 };
 
+/// Documents that say what goes into the weights.
+struct calibration_text {
+  documents text;
+  std::vector<std::size_t> chosen;
+};
+
 /// The whole run's setting, the same on every rank.
 struct workplace {
   const settings& options;
@@ -41,7 +47,7 @@ struct workplace {
   const documents& text;
   const std::vector<std::size_t>& chosen;  // which documents are evaluated
   const moe::topology& cluster;
-  const input_statistics* seen;  // of calibration text, if there is any
+  const calibration_text* calibration;  // if there is any
 
   [[nodiscard]] std::size_t rank() const { return mpi.rank(); }
   /// Documents to ranks in turn, as engines do.

@@ -9,6 +9,7 @@
 #include "../ui.hpp"
 
 #include <tetromino/cpu.hpp>
+#include <tetromino/dequantize.hpp>
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/moe/router.hpp>
@@ -31,10 +32,6 @@ namespace io = tetromino::io;
 using tetromino::errc;
 using tetromino::error;
 using tetromino::recipe;
-
-/// Sees the rows [.., cols] that are about to meet matrix `which` of the weights with an input.
-using row_observer =
-    std::function<void(const std::string& input, std::size_t which, std::span<const float> rows, std::size_t cols)>;
 
 /// The name of what goes into a layer's weights: those that share an input have one name.
 inline std::string input_of(std::size_t layer, std::string_view part) {
@@ -99,11 +96,12 @@ class rounded_rows {
  public:
   void set(const precision& p, std::span<const float> x, std::size_t cols, const row_groups& groups) {
     cols_ = cols;
-    plain_ = x;
-    if (p.rotation() != 0) {
+    given_ = plain_ = x;
+    rotation_ = p.rotation();
+    if (rotation_ != 0) {
       rotated_.assign(x.begin(), x.end());
       const tetromino::matrix_view<float> view(rotated_.data(), rows(), cols);
-      tetromino::rotate(tetromino::cpu, view, {p.rotation()}, view);
+      tetromino::rotate(tetromino::cpu, view, {rotation_}, view);
       plain_ = rotated_;
     }
     kind_ = p.int8_activations ? kind::int8 : p.activations ? kind::packed : kind::plain;
@@ -125,6 +123,23 @@ class rounded_rows {
 
   [[nodiscard]] std::size_t rows() const { return plain_.size() / cols_; }
   [[nodiscard]] std::span<const float> plain() const { return plain_; }
+
+  /// The rows as products have them: rounded, and turned back where they are rotated.
+  [[nodiscard]] std::vector<float> met() const {
+    if (kind_ == kind::plain) return {given_.begin(), given_.end()};
+    std::vector<float> out(given_.size());
+    if (kind_ == kind::packed && rows() > 0) {
+      tetromino::dequantize_to(tetromino::cpu, packed_, tetromino::batch_view<float>(out.data(), rows(), 1, cols_));
+    }
+    for (std::size_t i = 0; kind_ == kind::int8 && i < out.size(); ++i) {
+      const auto view = int8_.view();
+      out[i] = static_cast<float>(view.values[i]) *
+               view.scales[i / cols_ * view.blocks_per_row() + i % cols_ / tetromino::int8_view<>::block];
+    }
+    const tetromino::matrix_view<float> turned(out.data(), rows(), cols_);
+    if (rotation_ != 0) tetromino::rotate_back(tetromino::cpu, turned, {rotation_}, turned);
+    return out;
+  }
 
   void multiply(const tetromino::packed<tetromino::any_format>& w, std::span<const std::uint32_t> row_offsets,
                 std::span<float> y) const {
@@ -159,8 +174,8 @@ class rounded_rows {
 
   enum class kind { plain, int8, packed };
   kind kind_ = kind::plain;
-  std::size_t cols_ = 1;
-  std::span<const float> plain_;
+  std::size_t cols_ = 1, rotation_ = 0;
+  std::span<const float> given_, plain_;  // before and after rotation
   tetromino::int8_matrix int8_;
   tetromino::packed<tetromino::any_format> packed_;
   std::vector<float> rotated_, amax_, tensor_scales_;
@@ -292,65 +307,71 @@ inline std::vector<float> read(const io::safetensors_file& file, const std::stri
   return out;
 }
 
+/// The weights "gate", "up" or "down" of the experts `held` by one rank in one layer, in the order of their slots; −1
+/// for an empty slot, which must get no rows.
+inline linear read_experts(const io::safetensors_file& file, const shape& s, const precision& p, std::size_t layer,
+                           std::string_view part, std::span<const std::int32_t> held) {
+  const bool is_down = part == "moe.down";
+  const std::size_t outputs = is_down ? s.hidden : s.expert_hidden, inputs = is_down ? s.expert_hidden : s.hidden;
+  const std::string name = tensor_name(layer, part);
+  const auto all = read(file, name, {s.experts, outputs, inputs});
+  std::vector<float> mine(held.size() * outputs * inputs);
+  for (std::size_t i = 0; i < held.size(); ++i) {
+    if (held[i] < 0) continue;
+    const auto e = static_cast<std::size_t>(held[i]);
+    std::copy_n(all.data() + e * outputs * inputs, outputs * inputs, mine.data() + i * outputs * inputs);
+  }
+  return {p, mine, held.size(), outputs, inputs, name, held, s.experts};
+}
+
 /// The experts that one rank holds in one layer.
 struct expert_weights {
   linear gate, up, down;
-  std::size_t layer = 0, hidden = 0, expert_hidden = 0;
+  std::size_t hidden = 0, expert_hidden = 0;
 
   expert_weights() = default;
-  /// `held`: which experts, in the order of their slots; −1 for an empty slot, which must get no rows.
-  expert_weights(const io::safetensors_file& file, const shape& s, const precision& p, std::size_t layer_,
+  expert_weights(const io::safetensors_file& file, const shape& s, const precision& p, std::size_t layer,
                  std::span<const std::int32_t> held)
-      : layer(layer_), hidden(s.hidden), expert_hidden(s.expert_hidden) {
-    const auto load = [&](const char* part, std::size_t outputs, std::size_t inputs) {
-      const std::string name = tensor_name(layer, part);
-      const auto all = read(file, name, {s.experts, outputs, inputs});
-      std::vector<float> mine(held.size() * outputs * inputs);
-      for (std::size_t i = 0; i < held.size(); ++i) {
-        if (held[i] < 0) continue;
-        const auto e = static_cast<std::size_t>(held[i]);
-        std::copy_n(all.data() + e * outputs * inputs, outputs * inputs, mine.data() + i * outputs * inputs);
-      }
-      return linear(p, mine, held.size(), outputs, inputs, name, held, s.experts);
-    };
-    gate = load("moe.gate", expert_hidden, hidden);
-    up = load("moe.up", expert_hidden, hidden);
-    down = load("moe.down", hidden, expert_hidden);
-  }
+      : gate(read_experts(file, s, p, layer, "moe.gate", held)),
+        up(read_experts(file, s, p, layer, "moe.up", held)),
+        down(read_experts(file, s, p, layer, "moe.down", held)),
+        hidden(s.hidden),
+        expert_hidden(s.expert_hidden) {}
 };
 
 /// Runs experts on rows that are grouped by expert; keeps its buffers.
 class expert_runner {
  public:
-  /// Called, if set, with the rows that meet each expert, counted by its place among those held.
-  row_observer observe;
-
   /// down(silu(gate · x) ⊙ up · x) for x[pairs, hidden]; the result stays valid until the next call.
   std::span<const float> operator()(const expert_weights& w, const precision& p, std::span<const float> x,
                                     std::span<const std::uint32_t> row_offsets, const row_groups& groups) {
-    show(w, "moe.gate", x, w.hidden, row_offsets);
-    rows_.set(p, x, w.hidden, groups);
-    w.gate.multiply(rows_, row_offsets, gate_);
-    w.up.multiply(rows_, row_offsets, up_);
-    for (std::size_t i = 0; i < gate_.size(); ++i) gate_[i] = gate_[i] / (1.0f + std::exp(-gate_[i])) * up_[i];
-    show(w, "moe.down", gate_, w.expert_hidden, row_offsets);
-    rows_.set(p, gate_, w.expert_hidden, groups);
+    activate(w, p, x, row_offsets, groups);
     w.down.multiply(rows_, row_offsets, out_);
     return out_;
   }
 
- private:
-  void show(const expert_weights& w, std::string_view part, std::span<const float> rows, std::size_t cols,
-            std::span<const std::uint32_t> row_offsets) const {
-    for (std::size_t e = 0; observe && e + 1 < row_offsets.size(); ++e) {
-      const auto mine = rows.subspan(row_offsets[e] * cols, (row_offsets[e + 1] - row_offsets[e]) * cols);
-      observe(input_of(w.layer, part), e, mine, cols);
-    }
+  /// The first half of that: silu(gate · x) ⊙ up · x on its way into `down`.
+  const rounded_rows& activate(const expert_weights& w, const precision& p, std::span<const float> x,
+                               std::span<const std::uint32_t> row_offsets, const row_groups& groups) {
+    rows_.set(p, x, w.hidden, groups);
+    w.gate.multiply(rows_, row_offsets, gate_);
+    w.up.multiply(rows_, row_offsets, up_);
+    for (std::size_t i = 0; i < gate_.size(); ++i) gate_[i] = gate_[i] / (1.0f + std::exp(-gate_[i])) * up_[i];
+    rows_.set(p, gate_, w.expert_hidden, groups);
+    return rows_;
   }
 
+ private:
   rounded_rows rows_;
   std::vector<float> gate_, up_, out_;
 };
+
+/// The weights "attn.q", "attn.k", "attn.v" or "attn.o" of a layer.
+inline linear read_projection(const io::safetensors_file& file, const shape& s, const precision& p, std::size_t layer,
+                              std::string_view part) {
+  const std::string name = tensor_name(layer, part);
+  return {p, read(file, name, {s.hidden, s.hidden}), 1, s.hidden, s.hidden, name};
+}
 
 /// Everything but the experts, which every rank holds.
 struct model {
@@ -374,9 +395,7 @@ struct model {
     norm = read(file, "norm.weight", {h});
     for (std::size_t l = 0; l < size.layers; ++l) {
       const auto name = [&](const char* part) { return tensor_name(l, part); };
-      const auto projection = [&](const char* part) {
-        return linear(p, read(file, name(part), {h, h}), 1, h, h, name(part));
-      };
+      const auto projection = [&](const char* part) { return read_projection(file, size, p, l, part); };
       layers.push_back({read(file, name("attn_norm"), {h}), read(file, name("moe_norm"), {h}), projection("attn.q"),
                         projection("attn.k"), projection("attn.v"), projection("attn.o"),
                         dense::matrix(read(file, name("moe.router"), {size.experts, h}), size.experts, h)});
@@ -436,56 +455,29 @@ class evaluator {
  public:
   explicit evaluator(const model& m) : model_(m), rotary_(0, 2, 1) {}
 
-  /// Called, if set, with the rows that meet the weights of attention.
-  row_observer observe;
-
   /// Adds up −log p of tokens 1 … n − 1 of each document into nll[documents]; documents may be cut-off text. In each
   /// layer, experts(layer, rows, ids, weights, out) has to write Σ weight · expert(row) for rows [tokens, hidden], ids
   /// and weights [tokens, top_k]. Every call makes the same number of calls to `experts`, also without documents.
   template <class Experts>
   void operator()(std::span<const std::span<const std::uint32_t>> batch, Experts&& experts, std::span<double> nll) {
-    const shape& s = model_.size;
-    const std::size_t width = s.hidden;
     start(batch);
-    const row_groups per_document{document_of_row_, batch.size()};
-    for (std::size_t l = 0; l < s.layers; ++l) {
-      const model::layer& layer = model_.layers[l];
-      dense::rmsnorm(x_, layer.attention_norm, s.norm_eps, normed_);
-      if (observe) observe(input_of(l, "attn.q"), 0, normed_, width);
-      rows_.set(model_.rounding, normed_, width, per_document);
-      layer.q.multiply(rows_, q_);
-      layer.k.multiply(rows_, k_);
-      layer.v.multiply(rows_, v_);
-      for (std::size_t t = 0; t < position_.size(); ++t) {
-        rotary_.turn(std::span(q_).subspan(t * width, width), position_[t]);
-        rotary_.turn(std::span(k_).subspan(t * width, width), position_[t]);
-      }
-      for (std::size_t d = 0, at = 0; d < batch.size(); at += batch[d].size() * width, ++d) {
-        attention_(q_.data() + at, k_.data() + at, v_.data() + at, batch[d].size(), s.heads, width, mixed_.data() + at);
-      }
-      if (observe) observe(input_of(l, "attn.o"), 0, mixed_, width);
-      rows_.set(model_.rounding, mixed_, width, per_document);
-      layer.o.multiply(rows_, y_);
-      for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
-
-      dense::rmsnorm(x_, layer.expert_norm, s.norm_eps, normed_);
-      layer.router.multiply(normed_.data(), position_.size(), logits_.data());
-      const tetromino::moe::router_options options{.experts_per_token = s.top_k};
-      tetromino::moe::route(std::span(logits_).first(position_.size() * s.experts), s.experts, options, ids_, weights_);
+    for (std::size_t l = 0; l < model_.size.layers; ++l) {
+      enter_attention(l);
+      mix(l);
+      leave_attention(l);
+      enter_experts(l);
       y_.resize(x_.size());
-      experts(l, std::span<const float>(normed_), std::span<const std::uint16_t>(ids_),
-              std::span<const float>(weights_), std::span<float>(y_));
-      for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
+      experts(l, std::span<const float>(normed_), ids(), weights(), std::span<float>(y_));
+      leave_experts(y_);
     }
-    dense::rmsnorm(x_, model_.norm, s.norm_eps, normed_);
-    add_losses(batch, nll);
+    dense::rmsnorm(x_, model_.norm, model_.size.norm_eps, normed_);
+    add_losses(nll);
   }
 
- private:
-  static constexpr std::size_t rows_of_logits = 48;
-
+  /// The same step by step. A batch starts with its embeddings; what a step left may be put back later, in residual()
+  /// and mixed(), to go on from there.
   void start(std::span<const std::span<const std::uint32_t>> batch) {
-    const shape& s = model_.size;
+    batch_.assign(batch.begin(), batch.end());
     document_of_row_.clear();
     position_.clear();
     x_.clear();
@@ -495,26 +487,82 @@ class evaluator {
       for (std::size_t t = 0; t < batch[d].size(); ++t) {
         document_of_row_.push_back(static_cast<std::uint32_t>(d));
         position_.push_back(t);
-        const auto row = model_.embedding.begin() + static_cast<std::ptrdiff_t>(batch[d][t] * s.hidden);
-        x_.insert(x_.end(), row, row + static_cast<std::ptrdiff_t>(s.hidden));
+        const auto row = model_.embedding.begin() + static_cast<std::ptrdiff_t>(batch[d][t] * model_.size.hidden);
+        x_.insert(x_.end(), row, row + static_cast<std::ptrdiff_t>(model_.size.hidden));
       }
     }
-    if (longest > positions_) rotary_ = dense::rotary(positions_ = longest, s.hidden / s.heads, s.rope_base);
+    if (longest > positions_) {
+      rotary_ = dense::rotary(positions_ = longest, model_.size.hidden / model_.size.heads, model_.size.rope_base);
+    }
     normed_.resize(x_.size());
     mixed_.resize(x_.size());
-    logits_.resize(std::max(position_.size() * s.experts, rows_of_logits * s.vocab));
+  }
+  /// Rows [tokens, hidden] that layers add to.
+  [[nodiscard]] std::vector<float>& residual() { return x_; }
+
+  /// Makes rows() those that meet q, k and v.
+  void enter_attention(std::size_t l) {
+    dense::rmsnorm(x_, model_.layers[l].attention_norm, model_.size.norm_eps, normed_);
+    rows_.set(model_.rounding, normed_, model_.size.hidden, {document_of_row_, batch_.size()});
+  }
+  /// From those, mixed(), which meet o.
+  void mix(std::size_t l) {
+    const std::size_t width = model_.size.hidden;
+    const model::layer& layer = model_.layers[l];
+    layer.q.multiply(rows_, q_);
+    layer.k.multiply(rows_, k_);
+    layer.v.multiply(rows_, v_);
+    for (std::size_t t = 0; t < position_.size(); ++t) {
+      rotary_.turn(std::span(q_).subspan(t * width, width), position_[t]);
+      rotary_.turn(std::span(k_).subspan(t * width, width), position_[t]);
+    }
+    for (std::size_t d = 0, at = 0; d < batch_.size(); at += batch_[d].size() * width, ++d) {
+      attention_(q_.data() + at, k_.data() + at, v_.data() + at, batch_[d].size(), model_.size.heads, width,
+                 mixed_.data() + at);
+    }
+  }
+  [[nodiscard]] std::vector<float>& mixed() { return mixed_; }  // [tokens, hidden]
+  /// Makes rows() those of mixed().
+  void meet_output() { rows_.set(model_.rounding, mixed_, model_.size.hidden, {document_of_row_, batch_.size()}); }
+  /// Does so, and adds to residual() what o makes of them.
+  void leave_attention(std::size_t l) {
+    meet_output();
+    model_.layers[l].o.multiply(rows_, y_);
+    for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
+  }
+  /// Makes normed(), ids() and weights() those of the experts.
+  void enter_experts(std::size_t l) {
+    const shape& s = model_.size;
+    dense::rmsnorm(x_, model_.layers[l].expert_norm, s.norm_eps, normed_);
+    logits_.resize(std::max(logits_.size(), position_.size() * s.experts));
+    model_.layers[l].router.multiply(normed_.data(), position_.size(), logits_.data());
     ids_.resize(position_.size() * s.top_k);
     weights_.resize(position_.size() * s.top_k);
+    const tetromino::moe::router_options options{.experts_per_token = s.top_k};
+    tetromino::moe::route(std::span(logits_).first(position_.size() * s.experts), s.experts, options, ids_, weights_);
+  }
+  /// Adds what experts have written, y[tokens, hidden].
+  void leave_experts(std::span<const float> y) {
+    for (std::size_t i = 0; i < x_.size(); ++i) x_[i] += y[i];
   }
 
-  void add_losses(std::span<const std::span<const std::uint32_t>> batch, std::span<double> nll) {
+  [[nodiscard]] const rounded_rows& rows() const { return rows_; }
+  [[nodiscard]] std::span<const float> normed() const { return normed_; }    // [tokens, hidden]
+  [[nodiscard]] std::span<const std::uint16_t> ids() const { return ids_; }  // [tokens, top_k]
+  [[nodiscard]] std::span<const float> weights() const { return weights_; }  // [tokens, top_k]
+
+ private:
+  static constexpr std::size_t rows_of_logits = 48;
+
+  void add_losses(std::span<double> nll) {
     const std::size_t vocab = model_.size.vocab, width = model_.size.hidden;
-    for (std::size_t d = 0, first = 0; d < batch.size(); first += batch[d].size(), ++d) {
-      for (std::size_t t = 0; t + 1 < batch[d].size(); t += rows_of_logits) {
-        const std::size_t rows = std::min(rows_of_logits, batch[d].size() - 1 - t);
+    logits_.resize(std::max(logits_.size(), rows_of_logits * vocab));
+    for (std::size_t d = 0, first = 0; d < batch_.size(); first += batch_[d].size(), ++d) {
+      for (std::size_t t = 0; t + 1 < batch_[d].size(); t += rows_of_logits) {
+        const std::size_t rows = std::min(rows_of_logits, batch_[d].size() - 1 - t);
         model_.to_logits.multiply(normed_.data() + (first + t) * width, rows, logits_.data());
         for (std::size_t r = 0; r < rows; ++r) {
-          nll[d] += dense::negative_log_likelihood(std::span(logits_).subspan(r * vocab, vocab), batch[d][t + r + 1]);
+          nll[d] += dense::negative_log_likelihood(std::span(logits_).subspan(r * vocab, vocab), batch_[d][t + r + 1]);
         }
       }
     }
@@ -525,6 +573,7 @@ class evaluator {
   std::size_t positions_ = 0;
   dense::attention attention_;
   rounded_rows rows_;
+  std::vector<std::span<const std::uint32_t>> batch_;
   std::vector<std::uint32_t> document_of_row_;
   std::vector<std::size_t> position_;
   std::vector<float> x_, normed_, q_, k_, v_, mixed_, y_, logits_, weights_;
