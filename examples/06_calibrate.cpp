@@ -25,6 +25,8 @@ int main() {
 
   tt::calibration seen(cols);
   seen.add(x);  // as often as activations come by; memory is that of one [cols, cols]
+  // Where layers before this one are packed, seen.add(x, met) takes two streams: the float model's rows, and the same
+  // rows as these weights will meet them. gptq then makes up for the difference as well.
 
   // What packing adds to the layer's outputs, as a share of them: the root mean square of x (w - w')^T over that of x
   // w^T.

@@ -3,7 +3,7 @@
 /// documents and judged on the other half, then the other way around; figures are the mean of both. The share is of
 /// what OCP MXFP4 (mxfp4-32/floor, uncalibrated) adds to the perplexity of float32 in the same run.
 ///
-///   bench_calibrated [steps | rotation | cost] [THREADS [DOCUMENTS [DATA-FOLDER]]]
+///   bench_calibrated [steps | tokens | rotation | cost] [THREADS [DOCUMENTS [DATA-FOLDER]]]
 
 #include "../../examples/tools/moe/calibrate.hpp"
 #include "bench/bench.hpp"
@@ -19,6 +19,9 @@ namespace {
 
 using namespace tetromino_test;
 
+/// How weights are calibrated: not at all, on the float model's inputs, or on those of the model as packed so far too.
+enum class streams { none, one, two };
+
 /// Both halves of the documents, and what each says to weights that are judged on the other.
 class judge {
  public:
@@ -28,49 +31,61 @@ class judge {
         threads_(threads) {
     const std::size_t all = text_.count(), wanted = documents == 0 ? all : std::min(documents, all);
     for (std::size_t i = 0; i < wanted; ++i) halves_[i % 2].push_back(i * all / wanted);
-    const double begin = bench::wall_seconds();
-    std::vector<std::thread> helpers;
-    for (std::size_t h = 0; h < 2; ++h) {
-      helpers.emplace_back(
-          [&, h] { statistics_[h] = moe_lm::gather_statistics(file_, text_, halves_[h], [](std::size_t) {}); });
-    }
-    for (auto& helper : helpers) helper.join();
-    std::printf("calibrated on %zu and %zu documents in %.1f s\n", halves_[0].size(), halves_[1].size(),
-                bench::wall_seconds() - begin);
     const std::string none = "float32", ocp = "mxfp4-32/floor";
-    least_ = of(none, none, false).perplexity;
-    most_w4a4_ = of(ocp, ocp, false).perplexity;
-    most_w4a16_ = of(ocp, none, false).perplexity;
-    std::printf("float32: %.3f; %s: W4A4 %.3f, W4A16 %.3f\n\n", least_, ocp.c_str(), most_w4a4_, most_w4a16_);
+    least_ = of(none, none, streams::none).perplexity;
+    most_w4a4_ = of(ocp, ocp, streams::none).perplexity;
+    most_w4a16_ = of(ocp, none, streams::none).perplexity;
+    std::printf("%zu and %zu documents; float32: %.3f; %s: W4A4 %.3f, W4A16 %.3f\n\n", halves_[0].size(),
+                halves_[1].size(), least_, ocp.c_str(), most_w4a4_, most_w4a16_);
   }
 
+  /// Perplexity, mean of both halves, and seconds of one core for each: to calibrate, and then to pack all weights.
   struct verdict {
-    double perplexity = 0;
-    double pack_seconds = 0;  ///< for each half, all weights
+    double perplexity = 0, calibrate_seconds = 0, pack_seconds = 0;
   };
 
-  [[nodiscard]] verdict of(const std::string& weights, const std::string& activations, bool calibrated) const {
-    verdict out;
-    for (std::size_t h = 0; h < 2; ++h) {
-      auto rounding = moe_lm::precision::parse(weights, activations);
-      if (calibrated) rounding.seen = &statistics_[1 - h];
-      const double begin = bench::thread_seconds();
-      const whole_model model(file_, rounding);
-      out.pack_seconds += (bench::thread_seconds() - begin) / 2;
-      out.perplexity += perplexities(text_, halves_[h], model.losses(text_, halves_[h], threads_)).back() / 2;
-    }
-    return out;
+  /// Calibrated on at most so many documents of a half.
+  [[nodiscard]] verdict of(const std::string& weights, const std::string& activations, streams how,
+                           std::size_t at_most = std::string::npos) const {
+    std::array<verdict, 2> found;
+    tetromino::thread_executor both(threads_ > 1 ? 2 : 1);
+    both(2, [&](std::size_t h) { found[h] = of_half(h, weights, activations, how, at_most); });
+    return {(found[0].perplexity + found[1].perplexity) / 2,
+            (found[0].calibrate_seconds + found[1].calibrate_seconds) / 2,
+            (found[0].pack_seconds + found[1].pack_seconds) / 2};
   }
 
   [[nodiscard]] double share_w4a4(double perplexity) const { return (perplexity - least_) / (most_w4a4_ - least_); }
   [[nodiscard]] double share_w4a16(double perplexity) const { return (perplexity - least_) / (most_w4a16_ - least_); }
 
  private:
+  [[nodiscard]] verdict of_half(std::size_t h, const std::string& weights, const std::string& activations, streams how,
+                                std::size_t at_most) const {
+    verdict out;
+    auto rounding = moe_lm::precision::parse(weights, activations);
+    std::vector<std::size_t> calibrating;  // of all domains alike
+    const std::size_t other = halves_[1 - h].size(), n = std::min(at_most, other);
+    for (std::size_t i = 0; i < n; ++i) calibrating.push_back(halves_[1 - h][i * other / n]);
+    std::optional<input_statistics> seen;
+    const double begin = bench::thread_seconds();
+    if (how != streams::none) {
+      const moe_lm::precision of_streams = how == streams::two ? rounding : moe_lm::precision{};
+      seen = moe_lm::calibrator(file_, text_, calibrating, of_streams, {}).run([](std::size_t) {});
+      rounding.seen = &*seen;
+    }
+    const double calibrated = bench::thread_seconds();
+    const whole_model model(file_, rounding);
+    out.calibrate_seconds = calibrated - begin;
+    out.pack_seconds = bench::thread_seconds() - calibrated;
+    const auto losses = model.losses(text_, halves_[h], std::max<std::size_t>(1, threads_ / 2));
+    out.perplexity = perplexities(text_, halves_[h], losses).back();
+    return out;
+  }
+
   moe_lm::io::safetensors_file file_;
   moe_lm::documents text_;
   std::size_t threads_;
   std::array<std::vector<std::size_t>, 2> halves_;
-  std::array<input_statistics, 2> statistics_;
   double least_ = 0, most_w4a4_ = 1, most_w4a16_ = 1;
 };
 
@@ -78,7 +93,7 @@ struct step {
   const char* what;
   const char* weights;
   const char* activations;
-  bool calibrated = false;
+  streams how = streams::none;
 };
 
 constexpr step steps[] = {
@@ -88,44 +103,72 @@ constexpr step steps[] = {
     {"  + joint search, M = 128", "mxfp4-32/min-error/mbs-search256", "mxfp4-32/min-error/mbs-search"},
     {"  M = 64", "mxfp4-32/min-error/mbs-search256@64", "mxfp4-32/min-error/mbs-search@64"},
     {"  M = 32", "mxfp4-32/min-error/mbs-search256@32", "mxfp4-32/min-error/mbs-search@32"},
-    {"  + weighted", "mxfp4-32/min-error/mbs-search256@32", "mxfp4-32/min-error/mbs-search@32", true},
-    {"  + rotation", "mxfp4-32/min-error/mbs-search256@32/hadamard-128", "mxfp4-32/min-error/mbs-search@32", true},
-    {"  + GPTQ", "mxfp4-32/min-error/mbs-search256@32/hadamard-128/gptq", "mxfp4-32/min-error/mbs-search@32", true},
-    {"  GPTQ, not rotated", "mxfp4-32/min-error/mbs-search256@32/gptq", "mxfp4-32/min-error/mbs-search@32", true},
-    {"  the same, M = 64", "mxfp4-32/min-error/mbs-search256@64/gptq", "mxfp4-32/min-error/mbs-search@64", true},
-    {"  the same, M = 128", "mxfp4-32/min-error/mbs-search256/gptq", "mxfp4-32/min-error/mbs-search", true},
-    {"  GPTQ on OAS alone", "mxfp4-32/oas/gptq", "mxfp4-32/oas", true},
+    {"  + weighted", "mxfp4-32/min-error/mbs-search256@32", "mxfp4-32/min-error/mbs-search@32", streams::one},
+    {"  + rotation", "mxfp4-32/min-error/mbs-search256@32/hadamard-128", "mxfp4-32/min-error/mbs-search@32",
+     streams::one},
+    {"  + GPTQ", "mxfp4-32/min-error/mbs-search256@32/hadamard-128/gptq", "mxfp4-32/min-error/mbs-search@32",
+     streams::one},
+    {"  GPTQ, not rotated", "mxfp4-32/min-error/mbs-search256@32/gptq", "mxfp4-32/min-error/mbs-search@32",
+     streams::one},
+    {"  GPTQ in two streams", "mxfp4-32/min-error/mbs-search256@32/gptq", "mxfp4-32/min-error/mbs-search@32",
+     streams::two},
+    {"  the same, rotated", "mxfp4-32/min-error/mbs-search256@32/hadamard-128/gptq", "mxfp4-32/min-error/mbs-search@32",
+     streams::two},
+    {"  GPTQ, M = 64", "mxfp4-32/min-error/mbs-search256@64/gptq", "mxfp4-32/min-error/mbs-search@64", streams::one},
+    {"  the same, M = 128", "mxfp4-32/min-error/mbs-search256/gptq", "mxfp4-32/min-error/mbs-search", streams::one},
+    {"  GPTQ on OAS alone", "mxfp4-32/oas/gptq", "mxfp4-32/oas", streams::one},
+    {"  in two streams", "mxfp4-32/oas/gptq", "mxfp4-32/oas", streams::two},
+    {"  GPTQ on min-error alone", "mxfp4-32/min-error/gptq", "mxfp4-32/min-error", streams::one},
+    {"  in two streams", "mxfp4-32/min-error/gptq", "mxfp4-32/min-error", streams::two},
 
     {"MXFP4-16: floor", "mxfp4-16/floor", "mxfp4-16/floor"},
     {"  OAS", "mxfp4-16/oas", "mxfp4-16/oas"},
     {"  + MBS, hybrid", "mxfp4-16/oas/mbs-search", "mxfp4-16/oas/mbs-static"},
     {"  + joint search, M = 128", "mxfp4-16/min-error/mbs-search256", "mxfp4-16/min-error/mbs-search"},
-    {"  + weighted", "mxfp4-16/min-error/mbs-search256", "mxfp4-16/min-error/mbs-search", true},
-    {"  + rotation", "mxfp4-16/min-error/mbs-search256/hadamard-128", "mxfp4-16/min-error/mbs-search", true},
-    {"  + GPTQ", "mxfp4-16/min-error/mbs-search256/hadamard-128/gptq", "mxfp4-16/min-error/mbs-search", true},
-    {"  GPTQ, not rotated", "mxfp4-16/min-error/mbs-search256/gptq", "mxfp4-16/min-error/mbs-search", true},
+    {"  + weighted", "mxfp4-16/min-error/mbs-search256", "mxfp4-16/min-error/mbs-search", streams::one},
+    {"  + rotation", "mxfp4-16/min-error/mbs-search256/hadamard-128", "mxfp4-16/min-error/mbs-search", streams::one},
+    {"  + GPTQ", "mxfp4-16/min-error/mbs-search256/hadamard-128/gptq", "mxfp4-16/min-error/mbs-search", streams::one},
+    {"  GPTQ, not rotated", "mxfp4-16/min-error/mbs-search256/gptq", "mxfp4-16/min-error/mbs-search", streams::one},
+    {"  GPTQ in two streams", "mxfp4-16/min-error/mbs-search256/gptq", "mxfp4-16/min-error/mbs-search", streams::two},
 
     {"NVFP4: amax", "nvfp4/amax", "nvfp4/amax"},
     {"  four over six", "nvfp4/four-over-six", "nvfp4/four-over-six"},
     {"  search of E4M3 codes", "nvfp4/min-error", "nvfp4/min-error"},
-    {"  + weighted", "nvfp4/min-error", "nvfp4/min-error", true},
-    {"  + rotation", "nvfp4/min-error/hadamard-16", "nvfp4/min-error", true},
-    {"  + GPTQ", "nvfp4/min-error/hadamard-16/gptq", "nvfp4/min-error", true},
-    {"  GPTQ, not rotated", "nvfp4/min-error/gptq", "nvfp4/min-error", true},
-    {"  GPTQ on amax alone", "nvfp4/amax/gptq", "nvfp4/amax", true},
+    {"  + weighted", "nvfp4/min-error", "nvfp4/min-error", streams::one},
+    {"  + rotation", "nvfp4/min-error/hadamard-16", "nvfp4/min-error", streams::one},
+    {"  + GPTQ", "nvfp4/min-error/hadamard-16/gptq", "nvfp4/min-error", streams::one},
+    {"  GPTQ, not rotated", "nvfp4/min-error/gptq", "nvfp4/min-error", streams::one},
+    {"  GPTQ in two streams", "nvfp4/min-error/gptq", "nvfp4/min-error", streams::two},
+    {"  the same, rotated", "nvfp4/min-error/hadamard-16/gptq", "nvfp4/min-error", streams::two},
+    {"  GPTQ on amax alone", "nvfp4/amax/gptq", "nvfp4/amax", streams::one},
+    {"  in two streams", "nvfp4/amax/gptq", "nvfp4/amax", streams::two},
 };
 
 void show_steps(const judge& j) {
-  std::printf("%-26s %-58s %-34s %5s %8s %6s %8s %6s %9s\n", "step", "weights", "activations", "bits", "W4A4", "share",
-              "W4A16", "share", "pack s/M");
+  std::printf("%-26s %-53s %-32s %5s %8s %6s %8s %6s %9s %9s\n", "step", "weights", "activations", "bits", "W4A4",
+              "share", "W4A16", "share", "pack s/M", "calibr. s");
   for (const step& s : steps) {
-    const auto both = j.of(s.weights, s.activations, s.calibrated);
-    const auto alone = j.of(s.weights, "float32", s.calibrated);
+    const auto both = j.of(s.weights, s.activations, s.how), alone = j.of(s.weights, "float32", s.how);
     const auto bits = bits_per_weight(tetromino::recipe::parse(s.weights).format);
-    std::printf("%-26s %-58s %-34s %5.2f %8.3f %4.0f %% %8.3f %4.0f %% %9.3f\n", s.what, s.weights, s.activations, bits,
-                both.perplexity, 100 * j.share_w4a4(both.perplexity), alone.perplexity,
-                100 * j.share_w4a16(alone.perplexity), std::min(both.pack_seconds, alone.pack_seconds) / 3.407872);
+    std::printf("%-26s %-53s %-32s %5.2f %8.3f %4.0f %% %8.3f %4.0f %% %9.3f %9.1f\n", s.what, s.weights, s.activations,
+                bits, both.perplexity, 100 * j.share_w4a4(both.perplexity), alone.perplexity,
+                100 * j.share_w4a16(alone.perplexity), std::min(both.pack_seconds, alone.pack_seconds) / 3.407872,
+                both.calibrate_seconds);
     std::fflush(stdout);
+  }
+}
+
+/// What one stream and two make of little calibration text.
+void show_tokens(const judge& j) {
+  std::printf("%-24s %-16s %10s %11s %12s\n", "weights", "activations", "documents", "one stream", "two streams");
+  for (const auto& [weights, activations] :
+       {std::pair{"nvfp4/min-error/gptq", "nvfp4/min-error"}, std::pair{"nvfp4/min-error/gptq", "float32"}}) {
+    for (const std::size_t documents : {2u, 8u, 24u, 96u}) {
+      std::printf("%-24s %-16s %10zu %11.3f %12.3f\n", weights, activations, documents,
+                  j.of(weights, activations, streams::one, documents).perplexity,
+                  j.of(weights, activations, streams::two, documents).perplexity);
+      std::fflush(stdout);
+    }
   }
 }
 
@@ -139,7 +182,7 @@ void show_rotations(const judge& j) {
                            "nvfp4/four-over-six", "nvfp4/min-error"}) {
     std::printf("%-36s", name);
     for (const char* rotation : {"", "/hadamard-16", "/hadamard-32", "/hadamard-64", "/hadamard-128"}) {
-      std::printf(" %8.3f", j.of(std::string(name) + rotation, name, false).perplexity);
+      std::printf(" %8.3f", j.of(std::string(name) + rotation, name, streams::none).perplexity);
       std::fflush(stdout);
     }
     std::printf("\n");
@@ -166,6 +209,10 @@ void show_costs() {
   calibration seen(n);
   timed("moments of 1024 activations of 4096", static_cast<double>(rows * n) / 1e6,
         [&] { seen.add(matrix_view<const float>(x.data.data(), rows, n)); });
+  calibration drifted(n);
+  timed("moments and drift of two streams of them", static_cast<double>(rows * n) / 1e6, [&] {
+    drifted.add(matrix_view<const float>(x.data.data(), rows, n), matrix_view<const float>(w.data.data(), rows, n));
+  });
   timed("moments rotated by 128", millions, [&] { static_cast<void>(seen.rotated({128})); });
   const std::vector<float> mean_squares = seen.column_weights();
   for (const char* name :
@@ -186,6 +233,8 @@ void show_costs() {
                            "nvfp4/min-error/hadamard-16/gptq"}) {
     const matrix_view<const float> view(w.data.data(), n, n);
     timed(name, millions, [&] { static_cast<void>(gptq(cpu, view, recipe::parse(name), seen)); });
+    const std::string two_streams = std::string(name) + ", two streams";
+    timed(two_streams.c_str(), millions, [&] { static_cast<void>(gptq(cpu, view, recipe::parse(name), drifted)); });
   }
 }
 
@@ -194,13 +243,13 @@ int run(const std::string& part, std::size_t threads, std::size_t documents, con
     show_costs();
     return 0;
   }
-  if (part != "steps" && part != "rotation") {
-    std::fprintf(stderr, "bench_calibrated: expected steps, rotation or cost, got %s\n", part.c_str());
+  if (part != "steps" && part != "tokens" && part != "rotation") {
+    std::fprintf(stderr, "bench_calibrated: expected steps, tokens, rotation or cost, got %s\n", part.c_str());
     return 1;
   }
   const double begin = bench::wall_seconds();
   const judge j(folder, threads, documents);
-  part == "steps" ? show_steps(j) : show_rotations(j);
+  part == "steps" ? show_steps(j) : part == "tokens" ? show_tokens(j) : show_rotations(j);
   std::printf("%.0f s in all\n", bench::wall_seconds() - begin);
   return 0;
 }
