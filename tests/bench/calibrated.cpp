@@ -3,8 +3,9 @@
 /// documents and judged on the other half, then the other way around; figures are the mean of both. The share is of
 /// what OCP MXFP4 (mxfp4-32/floor, uncalibrated) adds to the perplexity of float32 in the same run.
 ///
-///   bench_calibrated [steps | tokens | rotation | cost] [THREADS [DOCUMENTS [DATA-FOLDER]]]
+///   bench_calibrated [steps | averages | tokens | rotation | cost] [THREADS [DOCUMENTS [DATA-FOLDER]]]
 
+#include "../../examples/tools/checkpoint/settings.hpp"
 #include "../../examples/tools/moe/calibrate.hpp"
 #include "bench/bench.hpp"
 #include "support/perplexity.hpp"
@@ -47,22 +48,48 @@ class judge {
   /// Calibrated on at most so many documents of a half.
   [[nodiscard]] verdict of(const std::string& weights, const std::string& activations, streams how,
                            std::size_t at_most = std::string::npos) const {
-    std::array<verdict, 2> found;
-    tetromino::thread_executor both(threads_ > 1 ? 2 : 1);
-    both(2, [&](std::size_t h) { found[h] = of_half(h, weights, activations, how, at_most); });
-    return {(found[0].perplexity + found[1].perplexity) / 2,
-            (found[0].calibrate_seconds + found[1].calibrate_seconds) / 2,
-            (found[0].pack_seconds + found[1].pack_seconds) / 2};
+    return of_both(
+        [&](std::size_t h) { return of_half(h, moe_lm::precision::parse(weights, activations), how, at_most); });
+  }
+
+  /// Every weight by one of several recipes, or in 16 bits: what loses least within so many bits on average, by noise
+  /// over signal of the products with the inputs of the other half. `input_noise` is what packed activations add to it.
+  [[nodiscard]] verdict within(double bits, std::span<const char* const> candidates, const std::string& activations,
+                               double input_noise) const {
+    moe_lm::io::bit_budget budget{bits, {}, true, input_noise};
+    for (const char* name : candidates) budget.candidates.push_back(tetromino::recipe::parse(name));
+    const auto model = moe_lm::io::checkpoint::open(file_.path());
+    const auto parameters = moe_lm::io::parameters_of(model);
+    return of_both([&](std::size_t h) {
+      const checkpoint::gathered_inputs inputs(
+          moe_lm::calibrator(file_, text_, halves_[1 - h], {}, {}).run([](std::size_t) {}));
+      moe_lm::io::plan_options options;
+      options.inputs = &inputs;
+      options.separate_scales = true;
+      const auto made = moe_lm::io::plan_within(tetromino::cpu, model, parameters, std::move(options), budget);
+      auto rounding = moe_lm::precision::parse(candidates.front(), activations);
+      rounding.chosen = made.plan.options.chosen;
+      return of_half(h, rounding, streams::one, std::string::npos);
+    });
   }
 
   [[nodiscard]] double share_w4a4(double perplexity) const { return (perplexity - least_) / (most_w4a4_ - least_); }
   [[nodiscard]] double share_w4a16(double perplexity) const { return (perplexity - least_) / (most_w4a16_ - least_); }
 
  private:
-  [[nodiscard]] verdict of_half(std::size_t h, const std::string& weights, const std::string& activations, streams how,
-                                std::size_t at_most) const {
+  /// The mean of verdict_of(half) for both halves, side by side.
+  template <class VerdictOf>
+  [[nodiscard]] verdict of_both(const VerdictOf& verdict_of) const {
+    std::array<verdict, 2> found;
+    tetromino::thread_executor both(threads_ > 1 ? 2 : 1);
+    both(2, [&](std::size_t h) { found[h] = verdict_of(h); });
+    return {(found[0].perplexity + found[1].perplexity) / 2,
+            (found[0].calibrate_seconds + found[1].calibrate_seconds) / 2,
+            (found[0].pack_seconds + found[1].pack_seconds) / 2};
+  }
+
+  [[nodiscard]] verdict of_half(std::size_t h, moe_lm::precision rounding, streams how, std::size_t at_most) const {
     verdict out;
-    auto rounding = moe_lm::precision::parse(weights, activations);
     std::vector<std::size_t> calibrating;  // of all domains alike
     const std::size_t other = halves_[1 - h].size(), n = std::min(at_most, other);
     for (std::size_t i = 0; i < n; ++i) calibrating.push_back(halves_[1 - h][i * other / n]);
@@ -158,6 +185,22 @@ void show_steps(const judge& j) {
   }
 }
 
+/// A recipe for each weight, or 16 bits, within an average. Activations of packed weights are NVFP4, or stay in float.
+void show_averages(const judge& j) {
+  constexpr std::array candidates = {"nvfp4/min-error/gptq", "mxfp4-32/min-error/mbs-search/gptq",
+                                     "mxfp4-32/min-error/gptq"};
+  constexpr double input_noise = 0.0066;  // 21.8 dB, of nvfp4/min-error
+  for (const char* name : candidates) std::printf("%s, ", name);
+  std::printf("or 16 bits\n%12s %8s %6s %8s %6s\n", "average bits", "W4A4", "share", "W4A16", "share");
+  for (const double bits : {4.5, 4.375, 5.0}) {
+    const double both = j.within(bits, candidates, "nvfp4/min-error", input_noise).perplexity;
+    const double alone = j.within(bits, candidates, "float32", 0).perplexity;
+    std::printf("%12.3f %8.3f %4.0f %% %8.3f %4.0f %%\n", bits, both, 100 * j.share_w4a4(both), alone,
+                100 * j.share_w4a16(alone));
+    std::fflush(stdout);
+  }
+}
+
 /// What one stream and two make of little calibration text.
 void show_tokens(const judge& j) {
   std::printf("%-24s %-16s %10s %11s %12s\n", "weights", "activations", "documents", "one stream", "two streams");
@@ -243,13 +286,17 @@ int run(const std::string& part, std::size_t threads, std::size_t documents, con
     show_costs();
     return 0;
   }
-  if (part != "steps" && part != "tokens" && part != "rotation") {
-    std::fprintf(stderr, "bench_calibrated: expected steps, tokens, rotation or cost, got %s\n", part.c_str());
+  if (part != "steps" && part != "averages" && part != "tokens" && part != "rotation") {
+    std::fprintf(stderr, "bench_calibrated: expected steps, averages, tokens, rotation or cost, got %s\n",
+                 part.c_str());
     return 1;
   }
   const double begin = bench::wall_seconds();
   const judge j(folder, threads, documents);
-  part == "steps" ? show_steps(j) : part == "tokens" ? show_tokens(j) : show_rotations(j);
+  part == "steps"      ? show_steps(j)
+  : part == "averages" ? show_averages(j)
+  : part == "tokens"   ? show_tokens(j)
+                       : show_rotations(j);
   std::printf("%.0f s in all\n", bench::wall_seconds() - begin);
   return 0;
 }

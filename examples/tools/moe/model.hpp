@@ -24,6 +24,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 namespace moe_lm {
@@ -51,6 +52,8 @@ struct precision {
   std::optional<recipe> activations;
   bool int8_activations = false;
   const input_statistics* seen = nullptr;  ///< weighs errors in searches; needed for error feedback
+  /// By tensor, in place of `weights`: recipes without rotation; nothing where weights and their inputs stay in float.
+  std::unordered_map<std::string, std::optional<recipe>> chosen{};
   tetromino::gptq_options feedback{};
 
   /// Reads "float32" or a recipe for weights; "float32", "int8" or a recipe for activations.
@@ -75,6 +78,10 @@ struct precision {
       throw error(errc::invalid_argument, fmt::format("activations in {}: error feedback is for weights", activations));
     }
     return p;
+  }
+  [[nodiscard]] std::optional<recipe> recipe_of(const std::string& tensor) const {
+    const auto found = chosen.find(tensor);
+    return found == chosen.end() ? weights : found->second;
   }
   [[nodiscard]] std::size_t rotation() const { return weights ? weights->rotation : 0; }
   [[nodiscard]] std::string activation_name() const {
@@ -191,17 +198,17 @@ class linear {
          std::size_t inputs, const std::string& name, std::span<const std::int32_t> held = {},
          std::size_t all_matrices = 1)
       : outputs_(outputs) {
-    if (p.weights && matrices > 0) {
+    if (const auto how = p.recipe_of(name); how && matrices > 0) {
       const tetromino::batch_view<const float> batch(weights.data(), matrices, outputs, inputs);
       tetromino::quantize_options options;
       options.scope = tetromino::tensor_scale_scope::per_matrix;
       const auto which = [&](std::size_t i) {  // an empty slot gets no rows: any statistics will do
         return held.empty() ? i : static_cast<std::size_t>(std::max(held[i], 0));
       };
-      if (p.weights->error_feedback) {
+      if (how->error_feedback) {
         if (p.seen == nullptr) throw error(errc::invalid_argument, "error feedback needs calibration");
         const auto seen = [&](std::size_t i) { return p.seen->of(name, which(i), all_matrices, inputs); };
-        packed_ = tetromino::gptq(tetromino::cpu, batch, *p.weights, seen, options, p.feedback);
+        packed_ = tetromino::gptq(tetromino::cpu, batch, *how, seen, options, p.feedback);
         return;
       }
       std::vector<float> mean_squares;
@@ -210,7 +217,7 @@ class linear {
         mean_squares.insert(mean_squares.end(), more.begin(), more.end());
       }
       options.column_weights = mean_squares;
-      packed_ = tetromino::quantize(tetromino::cpu, batch, *p.weights, options);
+      packed_ = tetromino::quantize(tetromino::cpu, batch, *how, options);
       return;
     }
     for (std::size_t e = 0; e < matrices; ++e) {
