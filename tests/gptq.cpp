@@ -253,7 +253,8 @@ TEST_CASE("two streams: the bytes are those of the moved weights in one stream")
   std::mt19937_64 random(tetromino_test::seed());
   const matrix<float> x = activations(random, 500, 128), met = drifted(random, x), w = gaussian(random, 9, 128);
   matrix<float> moved(w.rows, w.cols);
-  eigen_map(matrix_view<float>(moved.data.data(), moved.rows, moved.cols)) = least_squares(x, met, w, 0.3).cast<float>();
+  eigen_map(matrix_view<float>(moved.data.data(), moved.rows, moved.cols)) =
+      least_squares(x, met, w, 0.3).cast<float>();
   for (const char* name : {"mxfp4-32/oas/gptq", "mxfp4-16/min-error/mbs-search@32/gptq", "nvfp4/min-error/gptq"}) {
     CAPTURE(name);
     const recipe r = recipe::parse(name);
