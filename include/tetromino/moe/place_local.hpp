@@ -130,16 +130,16 @@ template <class Mask>
 [[nodiscard]] local_plan search_from_start(const trace_view& calibration, const topology& t,
                                            const local_options& options) {
   const auto value = [&](const local_plan& p) { return local_value(p, options, calibration.shape); };
-  local_plan best = local_search<Mask>(calibration, t, options).run();
-  local_options still = options;
+  local_plan best = local_search<Mask>(calibration, t, options, search_variation(options)).run();
+  search_variation still(options);
   still.max_proposals = 1;  // less than one per step: only requests move
-  still.progress = nullptr;
-  local_plan kept = local_search<Mask>(calibration, t, still).run();
+  still.is_watched = false;
+  local_plan kept = local_search<Mask>(calibration, t, options, still).run();
   if (is_whole(kept, t, options) && !(value(best) < value(kept))) best = std::move(kept);
   if (options.price_per_move > 0 || !options.layers.empty()) return best;
-  local_options cold = options;
+  search_variation cold(options);
   cold.start = nullptr;
-  local_plan anew = local_search<Mask>(calibration, t, cold).run();
+  local_plan anew = local_search<Mask>(calibration, t, options, cold).run();
   if (value(anew) < value(best)) {
     anew.copies_moved = copies_moved(*options.start, anew.experts, t);
     best = std::move(anew);
@@ -151,15 +151,15 @@ template <class Mask>
 template <class Mask>
 [[nodiscard]] local_plan search_local(const trace_view& calibration, const topology& t, const local_options& options) {
   if (options.start != nullptr) return search_from_start<Mask>(calibration, t, options);
-  local_plan best = local_search<Mask>(calibration, t, options).run();
+  local_plan best = local_search<Mask>(calibration, t, options, search_variation(options)).run();
   if (calibration.tokens(options.served) * calibration.shape.layers > 256 || t.slots() > 32 || options.progress ||
       options.time_limit_seconds > 0 || options.max_proposals > 0) {
     return best;
   }
-  local_options again = options;
+  search_variation again(options);
   for (int i = 1; i < 8; ++i) {
     again.seed = again.seed * 6364136223846793005u + 1442695040888963407u;
-    local_plan other = local_search<Mask>(calibration, t, again).run();
+    local_plan other = local_search<Mask>(calibration, t, options, again).run();
     if (local_value(other, options, calibration.shape) < local_value(best, options, calibration.shape))
       best = std::move(other);
   }

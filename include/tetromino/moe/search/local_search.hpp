@@ -30,15 +30,27 @@
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
+/// What the searches for one plan may do otherwise than its options. (Options themselves are not copied: their copy
+/// constructor, which has no name of its own for each instruction set, can hold vector code.)
+struct search_variation {
+  explicit search_variation(const local_options& o) : start(o.start), seed(o.seed), max_proposals(o.max_proposals) {}
+
+  const placement* start;
+  std::uint64_t seed, max_proposals;
+  bool is_watched = true;  // reports progress
+};
+
 /// One run of `local`; a Mask (node_mask.hpp) has a bit per node.
 template <class Mask>
 class local_search {
  public:
-  local_search(const trace_view& calibration, const topology& t, const local_options& options)
+  local_search(const trace_view& calibration, const topology& t, const local_options& options,
+               const search_variation& variation)
       : calibration_(calibration),
         topology_(t),
         options_(options),
-        random_(options.seed),
+        variation_(variation),
+        random_(variation.seed),
         sample_(take_sample(calibration, options.served, options.sample_tokens, options.sample_requests, random_)),
         rules_(make_rules()),
         layers_(calibration.shape.layers),
@@ -78,7 +90,7 @@ class local_search {
       reached_.step = step + 1;
       reached_.steps = plan.steps;
       reached_.seconds = seconds();
-      if (options_.progress) {
+      if (variation_.is_watched && options_.progress) {
         measure();
         if (!options_.progress(reached_)) break;
       }
@@ -182,7 +194,7 @@ class local_search {
   // Visits: few steps, each rebuilds the lists of tokens. Pairs: many, they cost little, and grouping cools down too.
   [[nodiscard]] schedule make_schedule() const {
     schedule s = rules_.visit_price > 0 ? schedule{12, 8e-3, 0.745, 0} : schedule{96, 1e-2, 0.93, 0};
-    if (options_.start != nullptr) {  // warm enough to mend a plan, not to forget it
+    if (variation_.start != nullptr) {  // warm enough to mend a plan, not to forget it
       while (s.hottest > 1.2e-3) {
         s.hottest = s.hottest * s.ratio;
         --s.steps;
@@ -192,8 +204,8 @@ class local_search {
     const double all = size * static_cast<double>(searched_.size());
     if (all > 16) size *= std::sqrt(16 / all);  // where there is much to place, a little less care for each expert
     s.proposals = static_cast<std::size_t>((rules_.visit_price > 0 ? 40'000.0 : 5'000.0) * size * options_.effort);
-    if (options_.max_proposals > 0) {
-      s.proposals = std::min(s.proposals, static_cast<std::size_t>(options_.max_proposals / s.steps));
+    if (variation_.max_proposals > 0) {
+      s.proposals = std::min(s.proposals, static_cast<std::size_t>(variation_.max_proposals / s.steps));
     }
     for (; s.proposals == 0 && s.steps > 12; s.ratio *= s.ratio) s.steps /= 2;  // where only requests move, few will do
     return s;
@@ -213,7 +225,7 @@ class local_search {
   }
 
   void begin() {
-    if (options_.start == nullptr) {
+    if (variation_.start == nullptr) {
       cluster();
     } else {
       for (std::size_t l = 0; l < layers_.size(); ++l) take_over(l);
@@ -244,7 +256,7 @@ class local_search {
   void take_over(std::size_t l) {
     layer_state<Mask>& state = layers_[l];
     state.before.assign(rules_.experts + 1, Mask{0});
-    const std::span<const std::int32_t> row = options_.start->layer(l);
+    const std::span<const std::int32_t> row = variation_.start->layer(l);
     for (std::size_t s = 0; s < row.size(); ++s) {
       if (row[s] != empty_slot) {
         Mask& held = state.before[static_cast<std::size_t>(row[s])];
@@ -394,7 +406,7 @@ class local_search {
   void regroup(double heat) {
     score_sample();
     const assignment_problem p{scores_, sample_.tokens_of, room_};
-    if (reached_.step == 0 && options_.start != nullptr) {
+    if (reached_.step == 0 && variation_.start != nullptr) {
       assigner_.assign(p, source_);
     } else if (heat > 0 && rules_.pair_price > 0) {
       // where pairs count, groups freeze together with placements; where visits count, they are better kept
@@ -450,7 +462,7 @@ class local_search {
 
   [[nodiscard]] local_plan finish() {
     local_plan out{placement(layers_.size(), rules_.experts, topology_.slots()), {}, {}, 0};
-    const bool keep = options_.start != nullptr && options_.price_per_move > 0;
+    const bool keep = variation_.start != nullptr && options_.price_per_move > 0;
     for (const std::size_t l : searched_) {
       const std::span<std::int32_t> row = out.experts.layer(l);
       for (std::size_t n = 0; n < rules_.nodes; ++n) {
@@ -471,7 +483,7 @@ class local_search {
       gpu_copies(topology_, options_.gpu_imbalance, options_.nodes_per_expert).relieve(out.experts, loads_);
     }
     for (const std::size_t l : kept_) {
-      std::copy_n(options_.start->layer(l).begin(), topology_.slots(), out.experts.layer(l).begin());
+      std::copy_n(variation_.start->layer(l).begin(), topology_.slots(), out.experts.layer(l).begin());
     }
     out.source_of_request = assign_all();
     out.reached = reached_;
@@ -483,7 +495,7 @@ class local_search {
                    bool keep) const {
     const std::size_t first = topology_.first_slot_of_node(n), slots = topology_.slots_on_node(n);
     if (keep) {
-      const std::span<const std::int32_t> before = options_.start->layer(l);
+      const std::span<const std::int32_t> before = variation_.start->layer(l);
       for (std::size_t s = first; s < first + slots; ++s) {
         const auto found = std::find(here.begin(), here.end(), before[s]);
         if (found == here.end()) continue;
@@ -560,6 +572,7 @@ class local_search {
   const trace_view& calibration_;
   const topology& topology_;
   const local_options& options_;
+  search_variation variation_;
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   search_random random_;
   search_sample sample_;

@@ -38,9 +38,9 @@ class loss_meter {
 
   /// Measures the parameters of a batch that `wanted` names and that are packed: squares [parameters]. A signal that is
   /// known already stays, since it is the same for all plans of a model; where codes stay there is no noise.
-  [[nodiscard]] result<void> run(std::size_t batch, const std::vector<bool>& wanted, std::vector<double>& signals,
-                                 std::vector<double>& noises) {
-    signals_ = signals;
+  [[nodiscard]] result<void> run(std::size_t batch, const std::vector<bool>& wanted, std::vector<double>& signal_of,
+                                 std::vector<double>& noise_of) {
+    signals_ = signal_of;
     std::vector<pack_task> measured, all;
     rows_.assign(plan_.parameters.size(), {});
     for (const std::size_t i : batches_[batch]) {
@@ -65,8 +65,8 @@ class loss_meter {
         whole.signal += row.signal;
         whole.noise += row.noise;
       }
-      if (!rows_[i].empty() && signals[i] == 0) signals[i] = whole.signal;
-      noises[i] += whole.noise;
+      if (!rows_[i].empty() && signal_of[i] == 0) signal_of[i] = whole.signal;
+      noise_of[i] += whole.noise;
     }
     return {};
   }
