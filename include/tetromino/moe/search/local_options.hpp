@@ -10,6 +10,7 @@
 #include <cstdint>     // std::uint32_t, std::uint64_t
 #include <functional>  // std::function
 #include <span>        // std::span
+#include <utility>     // std::move
 #include <vector>      // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
@@ -72,6 +73,15 @@ struct local_plan {
   std::vector<std::uint32_t> source_of_request;  ///< [requests of the view] node
   local_progress reached;                        ///< on the sampled calibration tokens
   std::size_t copies_moved = 0;                  ///< copies on nodes that had none in `start`
+
+  TETROMINO_ABI local_plan(placement where, std::vector<std::uint32_t> sources, const local_progress& found = {},
+                           std::size_t moved = 0)
+      : experts(std::move(where)), source_of_request(std::move(sources)), reached(found), copies_moved(moved) {}
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI local_plan(const local_plan&) = default;
+  TETROMINO_ABI local_plan(local_plan&&) = default;
+  TETROMINO_ABI local_plan& operator=(const local_plan&) = default;
+  TETROMINO_ABI local_plan& operator=(local_plan&&) = default;
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe
