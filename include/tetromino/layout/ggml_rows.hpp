@@ -62,16 +62,16 @@ result<void> set_ggml_scales(const Policy& policy, const batch_view<const T>& in
 template <class Policy, real T>
 result<void> quantize_ggml_rows(const Policy& policy, const batch_view<const T>& in, const any_format& format,
                                 const quantize_options& options, std::span<std::uint8_t> blocks) {
-  const std::size_t rows_at_once = std::max<std::size_t>(1, 16384 / std::max<std::size_t>(in.cols, 1));
+  const std::size_t rows_together = std::max<std::size_t>(1, 16384 / std::max<std::size_t>(in.cols, 1));
   const std::size_t row_bytes = ggml_size({format, 1, in.cols});
-  const std::size_t parts = in.rows / rows_at_once + (in.rows % rows_at_once != 0);
+  const std::size_t parts = in.rows / rows_together + (in.rows % rows_together != 0);
   Policy alone = policy;
   alone.executor = {};
   std::atomic<bool> failed{false};
   const auto part = [&](std::size_t i) {
     if (failed.load(std::memory_order_relaxed)) return;
-    const std::size_t e = i / parts, first = i % parts * rows_at_once;
-    const std::size_t count = std::min(rows_at_once, in.rows - first), at = e * in.rows + first;
+    const std::size_t e = i / parts, first = i % parts * rows_together;
+    const std::size_t count = std::min(rows_together, in.rows - first), at = e * in.rows + first;
     quantize_options own = options;
     own.first_index += at * in.cols;
     if (own.tensor_scales.size() > 1) own.tensor_scales = own.tensor_scales.subspan(e, 1);
