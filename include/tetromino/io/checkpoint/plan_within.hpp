@@ -203,7 +203,7 @@ class budget_planner {
       }
     }
     losses_.assign(plans_.size(), std::vector<double>(parameters_.size(), 0.0));
-    std::vector<double> signals(parameters_.size(), 0.0);
+    std::vector<double> signal_of(parameters_.size(), 0.0);
     std::deque<loss_meter<Policy>> meters;
     std::size_t batches = 0;
     for (const auto& plan : plans_) {
@@ -213,15 +213,15 @@ class budget_planner {
     for (std::size_t b = 0; b < batches; ++b) {
       for (std::size_t c = 0; c < plans_.size(); ++c) {
         if (b >= meters[c].batches()) continue;
-        if (auto done = meters[c].run(b, wanted[c], signals, losses_[c]); !done) return done;
+        if (auto done = meters[c].run(b, wanted[c], signal_of, losses_[c]); !done) return done;
       }
     }
-    find_losses(signals);
+    find_losses(signal_of);
     return from_.try_unchanged();
   }
 
   /// Noise over the signal of the product that a weight is in, of which it has its share.
-  void find_losses(const std::vector<double>& signals) {
+  void find_losses(const std::vector<double>& signal_of) {
     struct product {
       double signal = 0, weights = 0;
     };
@@ -229,7 +229,7 @@ class budget_planner {
     for (const auto& one : choices_) {
       for (const std::size_t i : one.members) {
         product& whole = products[product_of(parameters_[i])];
-        whole.signal += signals[i];
+        whole.signal += signal_of[i];
         whole.weights += static_cast<double>(parameters_[i].elements());
       }
     }
