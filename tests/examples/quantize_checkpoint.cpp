@@ -486,13 +486,13 @@ TEST_CASE("statistics of a directory weigh errors and give activations their sca
   for (const auto& [layout, end] : std::map<std::string, std::string>{{"modelopt", ".input_scale"},
                                                                       {"compressed-tensors", ".input_global_scale"}}) {
     CAPTURE(layout);
+    const std::string out = layout, fed = layout + "-fed";
     const auto pack = [&](const char* to, const std::string& recipe) {
       return run_program(
           "quantize_checkpoint",
-          {path("in"), path(to), "--recipe", recipe, "--layout", layout, "--statistics", path("statistics")},
+          {path("in"), path(to), "--recipe", recipe, "--layout", out, "--statistics", path("statistics")},
           folder.path());
     };
-    const std::string out = layout, fed = layout + "-fed";
     for (const auto& [to, recipe] :
          std::map<std::string, std::string>{{out, "nvfp4/min-error"}, {fed, "nvfp4/min-error/gptq"}}) {
       const auto run = pack(to.c_str(), recipe);
