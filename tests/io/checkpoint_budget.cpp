@@ -189,6 +189,14 @@ std::string message_of(const opened& in, io::plan_options options, const io::bit
   return made.error().what();
 }
 
+/// What the plan packs, a verifier that packs it again finds byte for byte.
+void check_packed(const opened& in, const io::pack_plan& plan) {
+  const auto out = in.folder / "out";
+  fs::remove_all(out);
+  io::pack(tt::scalar, in.model, plan, out);
+  CHECK(io::verify(tt::scalar, in.model, io::checkpoint::open(out)).packed_again);
+}
+
 }  // namespace
 
 TEST_CASE("recipes within a budget: the best of all choices, by what a reader decodes") {
@@ -278,10 +286,7 @@ TEST_CASE("recipes within a budget: readers of other layouts get one recipe for 
       }
       CHECK(of_experts.size() == 1);
       seen.insert(of_all);
-      const auto out = in.folder / "out";
-      fs::remove_all(out);
-      io::pack(tt::scalar, in.model, got.plan, out);
-      CHECK(io::verify(tt::scalar, in.model, io::checkpoint::open(out)).packed_again);
+      check_packed(in, got.plan);
     }
     CHECK(seen.size() > 1);
   }
@@ -322,10 +327,7 @@ TEST_CASE("recipes within a budget: every weight alone, and inputs that are pack
         all += wanted + ' ';
       }
       seen.insert(all);
-      const auto out = in.folder / "out";
-      fs::remove_all(out);
-      io::pack(tt::scalar, in.model, got.plan, out);
-      CHECK(io::verify(tt::scalar, in.model, io::checkpoint::open(out)).packed_again);
+      check_packed(in, got.plan);
     }
   }
   CHECK(seen.size() > 3);

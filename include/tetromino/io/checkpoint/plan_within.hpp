@@ -8,7 +8,7 @@
 #include "options.hpp"                   // pack_options
 #include "plan.hpp"                      // pack_plan
 
-#include <algorithm>      // std::all_of, std::any_of, std::max
+#include <algorithm>      // std::all_of, std::any_of, std::max, std::min
 #include <cmath>          // std::ceil, std::isfinite
 #include <cstddef>        // std::size_t
 #include <cstdint>        // std::uint64_t
