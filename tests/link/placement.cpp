@@ -7,6 +7,7 @@
 #include <tetromino/moe/place.hpp>
 #include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/profile.hpp>
+#include <tetromino/moe/rebalance.hpp>
 #include <tetromino/moe/replica.hpp>
 #include <tetromino/moe/router.hpp>
 
@@ -55,7 +56,9 @@ bool plans(const moe::trace& seen, const moe::topology& t) {
   moe::signature_builder prompt = affinity.builder();
   const auto signature = moe::signature_of(seen.view(), seen.requests()[0], prompt);
   moe::online_grouper grouper(affinity);
-  return cost.nodes_per_token() > 0 && grouper.assign(signature, 20) < t.nodes() &&
+  auto renewed = moe::rebalancer::make(even, t, {.plan = {.effort = 0.1}, .least_tokens = 1});
+  const moe::rebalance_report report = renewed.consider(seen.view());
+  return cost.nodes_per_token() > 0 && report.nodes_per_token > 0 && grouper.assign(signature, 20) < t.nodes() &&
          moe::placement_from_text(moe::to_text(copy)) == even && !moe::placement::try_make(1, 1, 0, {}) &&
          moe::migrate(even, plan.experts, t, 1e6).seconds >= 0;
 }

@@ -94,6 +94,13 @@ struct cost_report {
   std::vector<std::uint64_t> pairs_on_gpu;     ///< [layers, gpus]
   std::vector<std::uint64_t> copies_between;   ///< [nodes, nodes] activations sent from row to column, all layers
 
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI cost_report() = default;
+  TETROMINO_ABI cost_report(const cost_report&) = default;
+  TETROMINO_ABI cost_report(cost_report&&) = default;
+  TETROMINO_ABI cost_report& operator=(const cost_report&) = default;
+  TETROMINO_ABI cost_report& operator=(cost_report&&) = default;
+
   /// Remote pairs as a fraction of all pairs.
   [[nodiscard]] TETROMINO_ABI double remote_pair_fraction() const noexcept {
     return pairs == 0 ? 0 : static_cast<double>(remote_pairs) / static_cast<double>(pairs);

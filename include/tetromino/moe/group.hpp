@@ -140,6 +140,12 @@ struct group_options {
 /// tokens under a placement. Whole numbers, so the same everywhere.
 class node_affinity {
  public:
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI node_affinity(const node_affinity&) = default;
+  TETROMINO_ABI node_affinity(node_affinity&&) = default;
+  TETROMINO_ABI node_affinity& operator=(const node_affinity&) = default;
+  TETROMINO_ABI node_affinity& operator=(node_affinity&&) = default;
+
   /// Learns from at most 16,384 evenly spaced tokens of the view, prompts and answers alike. Errors: a placement that
   /// does not fit view or topology, more than 256 nodes or 64 experts per token, options out of range.
   [[nodiscard]] TETROMINO_ABI static result<node_affinity> try_make(const placement& p, const topology& t,

@@ -63,6 +63,13 @@ struct rebalance_report {
   double planned_nodes_per_token = 0;  ///< of the new plan, on the same tokens
   double planned_node_imbalance = 0;   ///< likewise
   migration way;                       ///< to the new plan, all layers together
+
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI rebalance_report() = default;
+  TETROMINO_ABI rebalance_report(const rebalance_report&) = default;
+  TETROMINO_ABI rebalance_report(rebalance_report&&) = default;
+  TETROMINO_ABI rebalance_report& operator=(const rebalance_report&) = default;
+  TETROMINO_ABI rebalance_report& operator=(rebalance_report&&) = default;
 };
 
 /// Keeps a plan in step with the traffic. The user serves under `current()` and `affinity()`, lets `consider` look at
@@ -70,6 +77,12 @@ struct rebalance_report {
 /// after the rounds of a layer, `commit_layer` switches it, so that `current()` is a plan to serve at any time.
 class rebalancer {
  public:
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI rebalancer(const rebalancer&) = default;
+  TETROMINO_ABI rebalancer(rebalancer&&) = default;
+  TETROMINO_ABI rebalancer& operator=(const rebalancer&) = default;
+  TETROMINO_ABI rebalancer& operator=(rebalancer&&) = default;
+
   /// Errors: a placement that is not valid on the topology, weights, limits or sizes out of range.
   [[nodiscard]] TETROMINO_ABI static result<rebalancer> try_make(placement current, topology t,
                                                                  rebalance_options options) {
