@@ -7,6 +7,8 @@
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <functional>
 #include <string>
 #include <utility>
@@ -22,6 +24,11 @@ inline std::string version() {
 template <class Number>
 [[nodiscard]] CLI::Validator within(Number low, Number high) {
   return CLI::Range(low, high).description("");
+}
+
+/// Bytes of a model that a thread works on at a time, so that many threads need little more memory than few.
+[[nodiscard]] inline std::size_t slice_bytes(unsigned threads) {
+  return std::clamp<std::size_t>((16u << 20) / threads, 1u << 18, 2u << 20);
 }
 
 /// What is printed: tables for people, JSON for programs, or nothing but errors.

@@ -244,7 +244,7 @@ io::pack_options pack_options_of(const settings& s) {
   io::pack_options out;
   out.special = special_of(s.special);
   out.shard_bytes = static_cast<std::size_t>(s.shard_gigabytes * 1e9);
-  out.slice_bytes = std::clamp<std::size_t>((16u << 20) / s.threads, 1u << 18, 2u << 20);
+  out.slice_bytes = ui::slice_bytes(s.threads);
   return out;
 }
 

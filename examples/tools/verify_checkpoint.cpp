@@ -80,7 +80,7 @@ int verify_all(const settings& s) {
   {
     const ui::stop_signals signals;
     ui::progress progress("verifying", bytes, s.print.quiet);
-    io::verify_options options{inputs.get()};
+    io::verify_options options{inputs.get(), ui::slice_bytes(s.threads)};
     options.progress = [&](std::size_t done) {
       progress.add(done);
       return ui::stop_signals::seen() == 0;

@@ -475,7 +475,7 @@ TEST_CASE("verifying says what was packed, and catches what a loader would not e
              }),
              contains("tensor 'blk.0.attn_q.weight': what readers decode is not the original: QSNR"));
   CHECK_THAT(complaint([&](contents& c) {
-               at(c, "blk.0.ffn_up_exps.scale")->shape = {1};
+               at(c, "blk.0.ffn_up_exps.scale")->shape.front() = 1;
                c.data["blk.0.ffn_up_exps.scale"].resize(4);
              }),
              contains("expected a scale for each of 3 matrices, found shape [1]"));

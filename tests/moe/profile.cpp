@@ -209,6 +209,7 @@ TEST_CASE("a trace drawn from a profile uses experts as often as the profile's r
     profile p = profile::make({t.shape(), 0, 6});
     p.add(t.view());
     const trace drawn = sampled_trace(p, {20'000, g.bits()});
+    const trace_view before = t.view(), after = drawn.view();
     REQUIRE(drawn.requests().size() == 6);
     CHECK(drawn.requests()[2].tokens == 0);
     CAPTURE(i, layers, experts, k);
@@ -218,14 +219,14 @@ TEST_CASE("a trace drawn from a profile uses experts as often as the profile's r
         std::vector<std::size_t> uses(layers * experts, 0), drawn_uses(layers * experts, 0);
         for (std::uint64_t token = was.first; token < was.last; ++token) {
           for (std::size_t l = 0; l < layers; ++l) {
-            for (const std::uint16_t e : t.view().experts_of(token, l))
+            for (const std::uint16_t e : before.experts_of(token, l))
               uses[l * experts + (e == no_expert ? 0 : e)] += e == no_expert ? 0 : 1;
           }
         }
         for (std::uint64_t token = is.first; token < is.last; ++token) {
           for (std::size_t l = 0; l < layers; ++l) {
             std::set<std::uint16_t> seen;
-            for (const std::uint16_t e : drawn.view().experts_of(token, l)) {
+            for (const std::uint16_t e : after.experts_of(token, l)) {
               if (e == no_expert) continue;
               REQUIRE(seen.insert(e).second);  // no expert serves a token twice
               ++drawn_uses[l * experts + e];

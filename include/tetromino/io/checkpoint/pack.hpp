@@ -25,7 +25,7 @@ class packer {
   packer(const Policy& policy, const io::checkpoint& from, const io::pack_plan& plan, const io::pack_options& options,
          shard_writer& to)
       : schedule_(plan, options),
-        runner_(policy.executor, from, plan, schedule_, options),
+        runner_(policy.executor, from, plan, schedule_, options, memory_),
         slices_(policy, from, plan, options, to) {}
 
   [[nodiscard]] result<io::pack_report> run() {
@@ -58,6 +58,7 @@ class packer {
   }
 
   pack_schedule schedule_;
+  slice_memory memory_;
   slice_runner runner_;
   slice_packer<Policy> slices_;
 };

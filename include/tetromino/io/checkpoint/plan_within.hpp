@@ -204,10 +204,11 @@ class budget_planner {
     }
     losses_.assign(plans_.size(), std::vector<double>(parameters_.size(), 0.0));
     std::vector<double> signal_of(parameters_.size(), 0.0);
+    slice_memory memory;
     std::deque<loss_meter<Policy>> meters;
     std::size_t batches = 0;
     for (const auto& plan : plans_) {
-      meters.emplace_back(policy_, from_, plan, how_);
+      meters.emplace_back(policy_, from_, plan, how_, memory);
       batches = std::max(batches, meters.back().batches());
     }
     for (std::size_t b = 0; b < batches; ++b) {

@@ -10,9 +10,10 @@
 #include "slice_runner.hpp"         // slice_runner
 #include "tasks.hpp"                // pack_schedule
 
-#include <cstddef>  // std::size_t
-#include <utility>  // std::move
-#include <vector>   // std::vector
+#include <algorithm>  // std::clamp, std::min
+#include <cstddef>    // std::size_t
+#include <utility>    // std::move
+#include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
@@ -22,15 +23,29 @@ struct packed_squares {
   double signal = 0, noise = 0;
 };
 
+/// Rows [first, first + count) of one matrix.
+inline packed_view<any_format> some_rows(const packed_view<any_format>& p, std::size_t first, std::size_t count) {
+  const packed_shape before{p.format, 1, first, p.cols}, some{p.format, 1, count, p.cols};
+  return {p.format,
+          1,
+          count,
+          p.cols,
+          p.codes.subspan(before.code_bytes(), some.code_bytes()),
+          p.scales.subspan(before.scale_bytes(), some.scale_bytes()),
+          p.macros.subspan(before.macro_bytes(), some.macro_bytes()),
+          p.tensor_scales};
+}
+
 /// Measures what a plan loses of its weights, without writing anything.
 template <class Policy>
 class loss_meter {
  public:
+  /// `memory` may serve other meters too, one at a time.
   loss_meter(const Policy& policy, const io::checkpoint& from, const io::pack_plan& plan,
-             const io::pack_options& options)
+             const io::pack_options& options, slice_memory& memory)
       : plan_(plan),
         schedule_(plan, options),
-        runner_(policy.executor, from, plan, schedule_, options),
+        runner_(policy.executor, from, plan, schedule_, options, memory),
         slices_(policy, from, plan, options),
         batches_(schedule_.batches()) {}
 
@@ -77,16 +92,18 @@ class loss_meter {
   template <class Rows>
   [[nodiscard]] result<void> look_at(const pack_task& task, const Rows& rows,
                                      const packed_view<any_format, std::uint8_t>& out, slice_buffers& buffers) {
-    const auto& planned = plan_.parameters[task.parameter];
-    const io::parameter& p = *planned.source;
-    buffers.values.resize(rows.rows * rows.cols);
-    const batch_view<float> values(buffers.values.data(), 1, rows.rows, rows.cols);
-    dequantize_to(slices_.policy(), packed_view<any_format>(out), values);
-    if (planned.how.rotation != 0) rotate_back(slices_.policy(), values, {planned.how.rotation}, values);
+    const io::parameter& p = *plan_.parameters[task.parameter].source;
     if (!has_inputs()) {
-      add_rows(rows, values, rows_[task.parameter].data() + task.rows.matrix * p.rows + task.rows.first);
+      constexpr std::size_t decoded_at_once = 1u << 14;  // so that threads need little memory beside their slices
+      const std::size_t step = std::clamp<std::size_t>(decoded_at_once / rows.cols, 1, rows.rows);
+      packed_squares* const to = rows_[task.parameter].data() + task.rows.matrix * p.rows + task.rows.first;
+      for (std::size_t r = 0; r < rows.rows; r += step) {
+        const std::size_t count = std::min(step, rows.rows - r);
+        add_rows(rows, r, decode(task, some_rows(out, r, count), buffers), to);
+      }
       return {};
     }
+    decode(task, out, buffers);
     const auto squares_of = [&](const auto& value_at) -> result<double> {
       for (std::size_t i = 0; i < buffers.values.size(); ++i) buffers.values[i] = finite(value_at(i));
       return plan_.options.inputs->squared_products(
@@ -103,19 +120,30 @@ class loss_meter {
     return {};
   }
 
+  /// Values as readers of packed rows have them, in buffers.values.
+  batch_view<float> decode(const pack_task& task, const packed_view<any_format>& from, slice_buffers& buffers) const {
+    buffers.values.resize(from.rows * from.cols);
+    const batch_view<float> values(buffers.values.data(), 1, from.rows, from.cols);
+    dequantize_to(slices_.policy(), from, values);
+    const std::size_t rotation = plan_.parameters[task.parameter].how.rotation;
+    if (rotation != 0) rotate_back(slices_.policy(), values, {rotation}, values);
+    return values;
+  }
+
   /// What is not finite is lost by every recipe.
   static float finite(float x) noexcept { return is_finite(x) ? x : 0.0f; }
 
   /// Row by row, so that sums do not depend on how rows are cut into slices.
   template <class Rows>
-  static void add_rows(const Rows& rows, const batch_view<float>& decoded, packed_squares* to) {
-    for (std::size_t r = 0; r < rows.rows; ++r) {
+  static void add_rows(const Rows& rows, std::size_t first, const batch_view<float>& decoded, packed_squares* to) {
+    for (std::size_t r = 0; r < decoded.rows; ++r) {
+      packed_squares& sums = to[first + r];
       for (std::size_t k = 0; k < rows.cols; ++k) {
-        const float x = to_float(rows(r, k));
+        const float x = to_float(rows(first + r, k));
         const auto value = static_cast<double>(finite(x)),
                    e = static_cast<double>(finite(x - decoded.data[r * rows.cols + k]));
-        to[r].signal += value * value;
-        to[r].noise += e * e;
+        sums.signal += value * value;
+        sums.noise += e * e;
       }
     }
   }

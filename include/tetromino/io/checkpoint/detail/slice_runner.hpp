@@ -16,12 +16,18 @@
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
-/// Runs slices of a model over an executor, with the memory that they need.
+/// What slices of a model need while they are worked on.
+struct slice_memory {
+  stored_window window;
+  buffer_pool buffers;
+};
+
+/// Runs slices of a model over an executor.
 class slice_runner {
  public:
   slice_runner(executor_ref executor, const io::checkpoint& from, const io::pack_plan& plan,
-               const pack_schedule& schedule, const io::pack_options& options)
-      : executor_(executor), from_(from), plan_(plan), schedule_(schedule), options_(options) {}
+               const pack_schedule& schedule, const io::pack_options& options, slice_memory& memory)
+      : executor_(executor), from_(from), plan_(plan), schedule_(schedule), options_(options), memory_(memory) {}
 
   /// Calls f(task, window or null, buffers) for all tasks, those that need a window after the others, window by window.
   /// f returns result<void>; the first error comes back, with the name of its tensor.
@@ -39,9 +45,9 @@ class slice_runner {
         rows.count += end++->rows.count;
       } while (end != tasks.end() && end->parameter == begin->parameter && end->rows.matrix == begin->rows.matrix &&
                (rows.count + end->rows.count) * bytes_per_row <= options_.window_bytes);
-      auto filled = window_.try_fill(executor_, from_, p, rows, options_.slice_bytes);
+      auto filled = memory_.window.try_fill(executor_, from_, p, rows, options_.slice_bytes);
       if (!filled) return named(filled.error(), *begin);
-      if (auto run = run_tasks({begin, end}, &window_, f); !run) return run;
+      if (auto run = run_tasks({begin, end}, &memory_.window, f); !run) return run;
       begin = end;
     }
     return {};
@@ -50,10 +56,11 @@ class slice_runner {
  private:
   template <class F>
   [[nodiscard]] result<void> run_tasks(std::span<const pack_task> tasks, const stored_window* window, const F& f) {
-    return for_each_slice(executor_, tasks.size(), pool_, [&](std::size_t t, slice_buffers& buffers) -> result<void> {
-      auto done = f(tasks[t], window, buffers);
-      return done ? done : result<void>(named(done.error(), tasks[t]));
-    });
+    return for_each_slice(executor_, tasks.size(), memory_.buffers,
+                          [&](std::size_t t, slice_buffers& buffers) -> result<void> {
+                            auto done = f(tasks[t], window, buffers);
+                            return done ? done : result<void>(named(done.error(), tasks[t]));
+                          });
   }
 
   [[nodiscard]] error named(const error& e, const pack_task& task) const {
@@ -72,8 +79,7 @@ class slice_runner {
   const io::pack_plan& plan_;
   const pack_schedule& schedule_;
   const io::pack_options& options_;
-  stored_window window_;
-  buffer_pool pool_;
+  slice_memory& memory_;
 };
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA
