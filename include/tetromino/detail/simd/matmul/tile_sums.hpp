@@ -7,9 +7,9 @@
 #if TETROMINO_SIMD
 
 #include "../../cpu_matmul.hpp"  // matmul_tile, real_rows, with_type
-#include "../isa.hpp"            // floats, store
+#include "../isa.hpp"            // broadcast, load, store
 
-#include <algorithm>  // std::min, std::copy_n, std::fill
+#include <algorithm>  // std::copy_n
 #include <cstddef>    // std::size_t
 
 TETROMINO_VECTOR_CODE_BEGIN
@@ -24,7 +24,7 @@ class tile_sums {
 
   explicit tile_sums(const matmul_tile& tile) : rows_(tile.last_row - tile.first_row) {
     const std::size_t groups = (tile.last_col - tile.first_col + lane_count - 1) / lane_count;
-    std::fill(sums_[0], sums_[0] + groups * rows_ * lane_count, 0.0f);
+    for (std::size_t i = 0; i < groups * rows_; ++i) store(sums_[i], broadcast(0.0f));
   }
   /// The sums [rows][16] of outputs n ... n + 15 of the tile.
   float (*operator[](std::size_t n))[lane_count] { return sums_ + n / lane_count * rows_; }
