@@ -3,6 +3,7 @@
 ///   moe_engine MODEL.safetensors HELDOUT.safetensors --compare
 ///   moe_engine MODEL.safetensors HELDOUT.safetensors --calibrate HELDOUT.safetensors --half even --compare
 ///   mpirun -n 4 moe_engine MODEL.safetensors HELDOUT.safetensors --nodes 2 --placement local
+///   mpirun -n 4 moe_engine MODEL.safetensors HELDOUT.safetensors --nodes 2 --rebalance 24
 /// Each rank runs attention for its own documents and holds its own experts. In each layer the router chooses experts,
 /// a replica_chooser their copies, a dispatcher carries the rows there and the answers back.
 
@@ -10,6 +11,7 @@
 #include "moe/calibrate.hpp"
 #include "moe/engine_plan.hpp"
 #include "moe/mpi_session.hpp"
+#include "moe/service.hpp"
 #include "output_file.hpp"
 #include "ui.hpp"
 
@@ -168,7 +170,7 @@ void compare(const workplace& w) {
       rounding.seen = two_streams ? &*two_streams : &*one_stream;
     }
     const moe_lm::model model(w.model_file, rounding);
-    const outcome ran = engine(w, model, p).run(w.in_turn(), std::string::npos, weights.c_str());
+    const outcome ran = engine(w, model, p).run(w.all(), w.in_turn(), std::string::npos, weights.c_str());
     std::vector<std::string> line{weights, activations, "32", "-"};
     const auto& recipe = model.rounding.weights;
     nlohmann::ordered_json found = {{"weights", weights}, {"activations", activations}, {"calibrated", is_calibrated}};
@@ -202,10 +204,67 @@ void compare(const workplace& w) {
 }
 
 /// Writes each document's number and loss.
-void write_losses(const workplace& w, const outcome& ran) {
+void write_losses(const workplace& w, const std::vector<double>& losses) {
   std::string lines;
-  for (std::size_t i = 0; i < w.chosen.size(); ++i) lines += fmt::format("{} {:.17g}\n", w.chosen[i], ran.losses[i]);
-  ui::write_file(w.options.losses, lines);
+  for (std::size_t i = 0; i < w.chosen.size(); ++i) lines += fmt::format("{} {:.17g}\n", w.chosen[i], losses[i]);
+  w.mpi.together("moe_engine", [&] {
+    if (!w.options.losses.empty() && w.mpi.is_first()) ui::write_file(w.options.losses, lines);
+  });
+}
+
+nlohmann::ordered_json bytes_json(const traffic& t) {
+  return {{"between_nodes", t.between_nodes}, {"inside_nodes", t.inside_nodes}};
+}
+
+const char* name_of(moe::rebalance_verdict verdict) {
+  using enum moe::rebalance_verdict;
+  return verdict == new_plan    ? "new plan"
+         : verdict == no_gain   ? "no gain"
+         : verdict == steady    ? "steady"
+         : verdict == migrating ? "migrating"
+                                : "too few tokens";
+}
+
+/// Serves documents domain by domain, and shows what became of each few of them.
+void serve(const workplace& w, const moe_lm::model& model) {
+  const service_outcome ran = service(w, model, plan_by_name(w, model).placement).run();
+  write_losses(w, ran.losses);
+  if (!w.mpi.is_first() || w.options.print.quiet) return;
+  nlohmann::ordered_json json = {
+      {"documents", w.chosen.size()},
+      {"ranks", w.mpi.ranks()},
+      {"nodes", w.cluster.nodes()},
+      {"perplexity", perplexities_json(w, ran.losses)},
+      {"bytes_per_expert", ran.bytes_per_expert},
+      {"weights", {{"planned", bytes_json(ran.planned)}, {"measured", bytes_json(ran.moved)}}}};
+  ui::table table({"served", "tokens", "bytes between nodes per token", "layers switched", "then", "experts to move"});
+  for (const auto& window : ran.windows) {
+    std::vector<std::string> domains;
+    for (const std::size_t i : window.which) {
+      const std::string& domain = w.text.domain_names[w.text.domain[w.chosen[i]]];
+      if (domains.empty() || domains.back() != domain) domains.push_back(domain);
+    }
+    json["windows"].push_back({{"documents", window.which.size()},
+                               {"domains", domains},
+                               {"tokens", window.tokens},
+                               {"bytes", bytes_json(window.measured)},
+                               {"layers_switched", window.layers},
+                               {"verdict", name_of(window.then.verdict)},
+                               {"experts_to_move", window.then.way.moves}});
+    table.add(
+        {fmt::format("{}", fmt::join(domains, ", ")), std::to_string(window.tokens),
+         fmt::format("{:.0f}", static_cast<double>(window.measured.between_nodes) / static_cast<double>(window.tokens)),
+         std::to_string(window.layers), name_of(window.then.verdict), std::to_string(window.then.way.moves)});
+  }
+  if (w.options.print.json) return fmt::print("{}\n", json.dump(2));
+  fmt::print("weights {}, {} bytes for an expert; {} documents on {} ranks, {} nodes, domain by domain\n\n",
+             w.options.weights, ran.bytes_per_expert, w.chosen.size(), w.mpi.ranks(), w.cluster.nodes());
+  table.print();
+  fmt::print("\n");
+  ui::table links({"bytes of weights", "between nodes", "inside nodes"});
+  links.add({"planned", std::to_string(ran.planned.between_nodes), std::to_string(ran.planned.inside_nodes)});
+  links.add({"measured", std::to_string(ran.moved.between_nodes), std::to_string(ran.moved.inside_nodes)});
+  links.print();
 }
 
 void run(const workplace& w) {
@@ -220,20 +279,17 @@ void run(const workplace& w) {
     }
     loaded.emplace(w.model_file, rounding);
   });
+  if (w.options.rebalance > 0) return serve(w, *loaded);
   const plan chosen = plan_by_name(w, *loaded);
-  const outcome ran = engine(w, *loaded, chosen.placement).run(chosen.source_of_document, std::string::npos, "running");
-  w.mpi.together("moe_engine", [&] {
-    if (!w.options.losses.empty() && w.mpi.is_first()) write_losses(w, ran);
-  });
+  const outcome ran =
+      engine(w, *loaded, chosen.placement).run(w.all(), chosen.source_of_document, std::string::npos, "running");
+  write_losses(w, ran.losses);
   const std::size_t envelope = w.size.top_k * sizeof(moe::expert_call) + sizeof(std::uint32_t);
   const prediction here = predict(w, ran, chosen.placement, chosen.source_of_document, envelope);
   const prediction plain =
       predict(w, ran, moe::contiguous(w.size.layers, w.size.experts, w.cluster), w.in_turn(), envelope);
   if (!w.mpi.is_first() || w.options.print.quiet) return;
   if (w.options.print.json) {
-    const auto sent = [](const traffic& t) {
-      return nlohmann::ordered_json{{"between_nodes", t.between_nodes}, {"inside_nodes", t.inside_nodes}};
-    };
     nlohmann::ordered_json out = {{"weights", w.options.weights}, {"activations", w.options.activations},
                                   {"documents", w.chosen.size()}, {"ranks", w.mpi.ranks()},
                                   {"nodes", w.cluster.nodes()},   {"placement", w.options.placement}};
@@ -241,10 +297,10 @@ void run(const workplace& w) {
     out["worst_difference"] = worst_difference(w, ran.losses);
     out["tokens"] = ran.tokens;
     out["seconds"] = ran.seconds;
-    out["bytes"] = {{"measured", sent(ran.measured)}};
+    out["bytes"] = {{"measured", bytes_json(ran.measured)}};
     if (w.options.route != "per-rank") {
-      out["bytes"]["predicted"] = sent(here.bytes);
-      out["bytes"]["contiguous"] = sent(plain.bytes);
+      out["bytes"]["predicted"] = bytes_json(here.bytes);
+      out["bytes"]["contiguous"] = bytes_json(plain.bytes);
     }
     out["nodes_per_token"] = here.nodes_per_token;
     out["gpu_imbalance"] = here.gpu_imbalance;
@@ -338,7 +394,7 @@ std::vector<std::pair<std::string, std::string>> shared_settings(const settings&
       {"--compare", s.compare ? "yes" : "no"}};
   for (const auto& [name, number] :
        {std::pair{"--nodes", s.nodes}, std::pair{"--replicas", s.replicas}, std::pair{"--documents", s.documents},
-        std::pair{"--prefill", s.prefill}, std::pair{"--batch", s.batch}}) {
+        std::pair{"--prefill", s.prefill}, std::pair{"--batch", s.batch}, std::pair{"--rebalance", s.rebalance}}) {
     out.emplace_back(name, std::to_string(number));
   }
   return out;
@@ -401,7 +457,7 @@ void run_all(const settings& s, const mpi::session& mpi) {
 
 }  // namespace
 
-/// Counts what the program hands to MPI_Alltoallv for each rank, then does what it always does (MPI 4.0, sec. 15.2).
+/// Count what the program hands to MPI for each rank, then do what they always do (MPI 4.0, sec. 15.2).
 extern "C" int MPI_Alltoallv(const void* from, const int* send_counts, const int* send_offsets, MPI_Datatype send_type,
                              void* to, const int* receive_counts, const int* receive_offsets, MPI_Datatype receive_type,
                              MPI_Comm communicator) {
@@ -413,6 +469,19 @@ extern "C" int MPI_Alltoallv(const void* from, const int* send_counts, const int
   }
   return PMPI_Alltoallv(from, send_counts, send_offsets, send_type, to, receive_counts, receive_offsets, receive_type,
                         communicator);
+}
+
+extern "C" int MPI_Sendrecv(const void* out, int out_count, MPI_Datatype out_type, int to, int out_tag, void* in,
+                            int in_count, MPI_Datatype in_type, int from, int in_tag, MPI_Comm communicator,
+                            MPI_Status* status) {
+  int size = 0;
+  PMPI_Type_size(out_type, &size);
+  if (to != MPI_PROC_NULL) {
+    mpi::carried_to()[static_cast<std::size_t>(to)] +=
+        static_cast<std::uint64_t>(out_count) * static_cast<std::uint64_t>(size);
+  }
+  return PMPI_Sendrecv(out, out_count, out_type, to, out_tag, in, in_count, in_type, from, in_tag, communicator,
+                       status);
 }
 
 int main(int argc, char** argv) {
@@ -444,6 +513,10 @@ int main(int argc, char** argv) {
   app.add_option("--prefill", s.prefill, "tokens of each document that balanced and local plan with")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
+  app.add_option("--rebalance", s.rebalance,
+                 "documents come domain by domain; after every N, move weights where a better placement pays")
+      ->type_name("N")
+      ->check(CLI::PositiveNumber);
   app.add_option("--batch", s.batch, "tokens that a rank runs together")->capture_default_str();
   auto* const calibrate = app.add_file(
       "--calibrate", s.calibrate, "text (safetensors) that weighs errors in searched scales and makes gptq possible");
@@ -451,7 +524,7 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"even", "odd"}));
   app.add_file("--statistics", s.statistics, "write what calibration found, for quantize_checkpoint")->needs(calibrate);
   app.add_file("--losses", s.losses, "write each document's loss to this file");
-  app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity");
+  app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity")->excludes("--rebalance");
   app.add_output(s.print);
   const auto leave = app.read(argc, argv);  // instead of work: after --help, or a mistake
   if (const std::size_t first = mpi.first_where(leave != nullptr); first < mpi.ranks()) {

@@ -5,6 +5,8 @@
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/moe/placement.hpp>
 
+#include <nlohmann/json.hpp>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -129,6 +131,41 @@ TEST_CASE("moe_engine: 4-bit losses do not depend on ranks and placement, to the
       CHECK(losses == first);
     }
     CHECK(std::count(first.begin(), first.end(), '\n') == 4);
+  }
+}
+
+TEST_CASE("moe_engine: weights move between ranks while documents are served, and losses stay to the last bit") {
+  const words options{"--documents", "24", "--weights", "nvfp4/four-over-six", "--activations", "nvfp4/four-over-six"};
+  std::string plain;
+  for (const std::size_t ranks : {std::size_t{0}, std::size_t{4}}) {
+    INFO(ranks << " ranks");
+    const temporary_directory folder;
+    words all = options;
+    all.insert(all.end(), {"--losses", (folder / "losses").string(), "--json"});
+    if (ranks > 0) all.insert(all.end(), {"--nodes", "2", "--replicas", "1", "--rebalance", "6", "--batch", "500"});
+    const outcome run = engine(ranks, all, folder);
+    INFO(run.err);
+    REQUIRE(run.exit_code == 0);
+    const std::string losses = read(folder / "losses");
+    CHECK(std::count(losses.begin(), losses.end(), '\n') == 24);
+    if (plain.empty()) plain = losses;
+    CHECK(losses == plain);
+    if (ranks == 0) continue;
+    const auto report = nlohmann::json::parse(run.out);
+    CHECK(report["weights"]["measured"] == report["weights"]["planned"]);
+    CHECK(report["weights"]["measured"]["between_nodes"] > 0);
+    std::size_t plans = 0, layers = 0, moves = 0;
+    for (const auto& window : report["windows"]) {
+      plans += window["verdict"] == "new plan" ? 1u : 0u;
+      layers += window["layers_switched"].get<std::size_t>();
+      moves += window["experts_to_move"].get<std::size_t>();
+    }
+    CHECK(report["windows"].size() == 4);
+    CHECK(plans > 0);
+    CHECK(layers > 0);
+    const auto moved = report["weights"]["measured"];
+    CHECK(moved["between_nodes"].get<std::size_t>() + moved["inside_nodes"].get<std::size_t>() ==
+          moves * report["bytes_per_expert"].get<std::size_t>());
   }
 }
 

@@ -35,6 +35,8 @@ class matrix {
 
   [[nodiscard]] std::size_t outputs() const { return outputs_; }
   [[nodiscard]] std::size_t inputs() const { return inputs_; }
+  /// The weights in the order in which they are kept.
+  [[nodiscard]] std::span<float> kept() { return panels_; }
 
   /// y[rows, outputs] = x[rows, inputs] · weightsᵀ. Each output is summed over inputs from first to last, in any batch.
   void multiply(const float* x, std::size_t rows, float* y) const {

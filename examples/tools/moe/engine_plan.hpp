@@ -22,10 +22,10 @@ struct plan {
 };
 
 /// Documents of a node to its ranks, the longest first, each to the rank with the fewest tokens.
-inline std::vector<std::uint32_t> ranks_of(const workplace& w, const std::vector<std::uint32_t>& node_of_document) {
+inline std::vector<std::uint32_t> ranks_of(const workplace& w, std::span<const std::size_t> which,
+                                           const std::vector<std::uint32_t>& node_of_document) {
   const auto tokens = [&](std::size_t d) { return w.tokens_of(d, std::string::npos).size(); };
-  std::vector<std::size_t> order(w.chosen.size()), load(w.mpi.ranks());
-  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::vector<std::size_t> order(which.begin(), which.end()), load(w.mpi.ranks());
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return tokens(a) > tokens(b); });
   std::vector<std::uint32_t> rank(w.chosen.size());
   for (const std::size_t d : order) {
@@ -38,36 +38,43 @@ inline std::vector<std::uint32_t> ranks_of(const workplace& w, const std::vector
   return rank;
 }
 
-/// Runs the beginning of every document with contiguous experts and plans with what the router chose.
-inline plan plan_from_prefill(const workplace& w, const model& m) {
-  const moe::placement before = moe::contiguous(w.size.layers, w.size.experts, w.cluster);
-  const outcome ran = engine(w, m, before).run(w.in_turn(), w.options.prefill, "prefill");
-  const std::vector<std::uint16_t> ids = w.mpi.gather(ran.ids);  // rank after rank, documents as they ran
-
-  const moe::routing_shape shape = routing_of(w.size);
-  std::vector<moe::request> requests(w.chosen.size());
+/// Runs the beginnings of documents, in turn: what the router chose, on all ranks; a request for each of `which`.
+inline moe::trace routing_of_beginnings(const workplace& w, engine& e, std::span<const std::size_t> which) {
   const auto source = w.in_turn();
+  const outcome ran = e.run(which, source, w.options.prefill, "prefill");
+  std::vector<std::uint16_t> ids;
+  for (const auto& of_rank : w.mpi.gather(ran.ids)) ids.insert(ids.end(), of_rank.begin(), of_rank.end());
+  std::vector<moe::request> requests(which.size());
   std::uint64_t first_token = 0;
   for (std::size_t rank = 0; rank < w.mpi.ranks(); ++rank) {
-    for (std::size_t d = 0; d < w.chosen.size(); ++d) {
-      if (source[d] != rank) continue;
-      const auto tokens = static_cast<std::uint32_t>(w.tokens_of(d, w.options.prefill).size());
-      requests[d] = {first_token, tokens, tokens, 0};
+    for (std::size_t r = 0; r < which.size(); ++r) {
+      if (source[which[r]] != rank) continue;
+      const auto tokens = static_cast<std::uint32_t>(w.tokens_of(which[r], w.options.prefill).size());
+      requests[r] = {first_token, tokens, tokens, 0};
       first_token += tokens;
     }
   }
+  return moe::trace::make(routing_of(w.size), std::move(ids), std::move(requests));
+}
+
+/// Runs the beginning of every document with contiguous experts and plans with what the router chose.
+inline plan plan_from_prefill(const workplace& w, const model& m) {
+  engine before(w, m, moe::contiguous(w.size.layers, w.size.experts, w.cluster));
+  const moe::trace seen = routing_of_beginnings(w, before, w.all());
+  const moe::routing_shape& shape = seen.shape();
   if (w.options.placement == "balanced") {
     std::vector<double> loads(w.size.layers * w.size.experts);
+    const auto ids = seen.view().ids;
     for (std::size_t i = 0; i < ids.size(); ++i)
       ++loads[i / shape.experts_per_token % shape.layers * shape.experts + ids[i]];
-    return {moe::balanced({shape.layers, shape.experts, loads}, w.cluster), source};
+    return {moe::balanced({shape.layers, shape.experts, loads}, w.cluster), w.in_turn()};
   }
   moe::local_options options;
   options.served = moe::phase::prefill;
   plan out;
   w.mpi.together("moe_engine", [&] {  // the same plan everywhere: the search depends on its seed alone
-    const moe::local_plan found = moe::local({shape, ids, requests}, w.cluster, options);
-    out = {found.experts, ranks_of(w, found.source_of_request)};
+    const moe::local_plan found = moe::local(seen.view(), w.cluster, options);
+    out = {found.experts, ranks_of(w, w.all(), found.source_of_request)};
   });
   return out;
 }

@@ -234,6 +234,13 @@ class linear {
                          y.data() + row_offsets[e] * outputs_);
     }
   }
+  /// What is kept of matrix e, whose bytes may be copied over those of another matrix of the same sizes and precision.
+  [[nodiscard]] std::vector<std::span<std::byte>> parts(std::size_t e) {
+    if (packed_.matrices == 0) return {std::as_writable_bytes(plain_.at(e).kept())};
+    const auto one = packed_.view()[e];
+    return {std::as_writable_bytes(one.codes), std::as_writable_bytes(one.scales), std::as_writable_bytes(one.macros),
+            std::as_writable_bytes(one.tensor_scales)};
+  }
   /// y = x · weightsᵀ for a single matrix.
   void multiply(const rounded_rows& x, std::vector<float>& y) const {
     multiply(x, std::array<std::uint32_t, 2>{0, static_cast<std::uint32_t>(x.rows())}, y);
@@ -344,6 +351,23 @@ struct expert_weights {
         down(read_experts(file, s, p, layer, "moe.down", held)),
         hidden(s.hidden),
         expert_hidden(s.expert_hidden) {}
+
+  /// The weights of the expert in a slot as bytes, which `put` takes into a slot of another rank.
+  [[nodiscard]] std::vector<std::byte> take(std::size_t slot) {
+    std::vector<std::byte> out;
+    for (linear* const weights : {&gate, &up, &down}) {
+      for (const std::span<std::byte> part : weights->parts(slot)) out.insert(out.end(), part.begin(), part.end());
+    }
+    return out;
+  }
+  void put(std::size_t slot, std::span<const std::byte> bytes) {
+    for (linear* const weights : {&gate, &up, &down}) {
+      for (const std::span<std::byte> part : weights->parts(slot)) {
+        std::copy_n(bytes.begin(), part.size(), part.begin());
+        bytes = bytes.subspan(part.size());
+      }
+    }
+  }
 };
 
 /// Runs experts on rows that are grouped by expert; keeps its buffers.

@@ -12,6 +12,8 @@
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <numeric>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -104,20 +106,32 @@ class session {
     return value;
   }
 
-  /// The values of all ranks, rank after rank, on all ranks.
-  [[nodiscard]] std::vector<std::uint16_t> gather(const std::vector<std::uint16_t>& mine) const {
-    const int count = static_cast<int>(mine.size());
+  /// The values of each rank, on all ranks.
+  template <class T>
+  [[nodiscard]] std::vector<std::vector<T>> gather(const std::vector<T>& mine) const {
+    const int bytes = static_cast<int>(mine.size() * sizeof(T));
     std::vector<int> counts(ranks()), offsets(ranks());
-    check(MPI_Allgather(&count, 1, MPI_INT, counts.data(), 1, MPI_INT, MPI_COMM_WORLD));
-    int sum = 0;
-    for (std::size_t r = 0; r < ranks(); ++r) {
-      offsets[r] = sum;
-      sum += counts[r];
-    }
-    std::vector<std::uint16_t> all(static_cast<std::size_t>(sum));
-    check(MPI_Allgatherv(mine.data(), count, MPI_UINT16_T, all.data(), counts.data(), offsets.data(), MPI_UINT16_T,
+    check(MPI_Allgather(&bytes, 1, MPI_INT, counts.data(), 1, MPI_INT, MPI_COMM_WORLD));
+    std::exclusive_scan(counts.begin(), counts.end(), offsets.begin(), 0);
+    std::vector<T> all(static_cast<std::size_t>(offsets.back() + counts.back()) / sizeof(T));
+    check(MPI_Allgatherv(mine.data(), bytes, MPI_BYTE, all.data(), counts.data(), offsets.data(), MPI_BYTE,
                          MPI_COMM_WORLD));
-    return all;
+    std::vector<std::vector<T>> out;
+    for (auto from = all.cbegin(); const int count : counts) {
+      const auto last = from + count / static_cast<int>(sizeof(T));
+      out.emplace_back(from, last);
+      from = last;
+    }
+    return out;
+  }
+
+  /// Sends bytes to rank `to` and receives as many as `in` has from rank `from`, at the same time; none where there is
+  /// no such rank.
+  void pass_on(std::span<const std::byte> out, std::optional<std::size_t> to, std::span<std::byte> in,
+               std::optional<std::size_t> from) const {
+    const auto rank_of = [](const auto& r) { return r ? static_cast<int>(*r) : MPI_PROC_NULL; };
+    check(MPI_Sendrecv(out.data(), static_cast<int>(out.size()), MPI_BYTE, rank_of(to), 0, in.data(),
+                       static_cast<int>(in.size()), MPI_BYTE, rank_of(from), 0, MPI_COMM_WORLD, MPI_STATUS_IGNORE));
   }
 
   void wait_for_all() const { check(MPI_Barrier(MPI_COMM_WORLD)); }
@@ -143,8 +157,8 @@ class session {
   int rank_ = 0, ranks_ = 1;
 };
 
-/// Bytes that MPI_Alltoallv has been handed for each other rank. The library's exchange is not asked: moe_engine.cpp
-/// puts itself between the two, as MPI lets any program do.
+/// Bytes that MPI_Alltoallv and MPI_Sendrecv have been handed for each other rank. The library's exchange is not asked:
+/// moe_engine.cpp puts itself between the two, as MPI lets any program do.
 inline std::vector<std::uint64_t>& carried_to() {
   static std::vector<std::uint64_t> bytes;
   return bytes;
