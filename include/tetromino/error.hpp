@@ -8,11 +8,12 @@
 #include <cstdint>           // std::uint8_t
 #include <cstdio>            // std::fprintf, std::snprintf
 #include <initializer_list>  // std::initializer_list
+#include <new>               // placement new
 #include <optional>          // std::optional
 #include <stdexcept>         // std::runtime_error
 #include <string>            // std::string, std::to_string
 #include <string_view>       // std::string_view
-#include <type_traits>       // std::is_arithmetic_v
+#include <type_traits>       // std::is_arithmetic_v, std::is_copy_constructible_v
 #include <utility>           // std::move
 
 namespace TETROMINO_NAMESPACE {
@@ -41,7 +42,7 @@ class error : public std::runtime_error {
 
 namespace detail::inline TETROMINO_ISA {
 
-[[noreturn]] inline void raise(const error& e) {
+[[noreturn]] TETROMINO_COLD inline void raise(const error& e) {
 #if TETROMINO_EXCEPTIONS
   throw e;
 #else
@@ -101,44 +102,10 @@ template <class... Pieces>
 
 }  // namespace detail::inline TETROMINO_ISA
 
-/// A value, or the error that prevented it. `value()` raises the error; `operator*` expects that there is none.
 template <class T>
-class [[nodiscard]] result {
- public:
-  TETROMINO_ABI result(T value) : value_(std::in_place, std::move(value)) {}
-  TETROMINO_ABI result(tetromino::error e) : error_(std::move(e)) {}
+class result;
 
-  [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return value_.has_value(); }
-  TETROMINO_ABI explicit operator bool() const noexcept { return has_value(); }
-
-  TETROMINO_ABI T& value() & { return need_value(), *value_; }
-  TETROMINO_ABI const T& value() const& { return need_value(), *value_; }
-  TETROMINO_ABI T&& value() && { return need_value(), std::move(*value_); }
-
-  TETROMINO_ABI T& operator*() & { return expects(), *value_; }
-  TETROMINO_ABI const T& operator*() const& { return expects(), *value_; }
-  TETROMINO_ABI T&& operator*() && { return expects(), std::move(*value_); }
-  TETROMINO_ABI T* operator->() { return &**this; }
-  TETROMINO_ABI const T* operator->() const { return &**this; }
-
-  [[nodiscard]] TETROMINO_ABI const tetromino::error& error() const {
-    TETROMINO_EXPECTS(!has_value(), "result::error() needs a result that holds an error");
-    return *error_;
-  }
-
- private:
-  TETROMINO_ABI void need_value() const {
-    if (!has_value()) detail::raise(*error_);
-  }
-  TETROMINO_ABI void expects() const {
-    TETROMINO_EXPECTS(has_value(), "result::operator* needs a result that holds a value");
-  }
-
-  std::optional<T> value_;  // or the other: compilers need less time for two of these than for one std::variant
-  std::optional<tetromino::error> error_;
-};
-
-/// Success, or the error that prevented it.
+/// Success, or the error that prevented it. `value()` raises the error.
 template <>
 class [[nodiscard]] result<void> {
  public:
@@ -155,8 +122,55 @@ class [[nodiscard]] result<void> {
     return *error_;
   }
 
+ protected:
+  TETROMINO_ABI void expects_value() const {
+    TETROMINO_EXPECTS(has_value(), "result::operator* needs a result that holds a value");
+  }
+
  private:
   std::optional<tetromino::error> error_;
+};
+
+/// A value, whose move does not throw, or the error that prevented it. `value()` raises the error; `operator*` expects
+/// that there is none.
+template <class T>
+class [[nodiscard]] result : private result<void> {
+ public:
+  TETROMINO_ABI result(T value) : value_(std::move(value)) {}
+  TETROMINO_ABI result(tetromino::error e) : result<void>(std::move(e)) {}
+
+  TETROMINO_ABI result(const result& other) requires(std::is_copy_constructible_v<T>) : result<void>(other) {
+    if (has_value()) new (&value_) T(other.value_);
+  }
+  TETROMINO_ABI result(result&& other) noexcept : result<void>(std::move(other)) {
+    if (has_value()) new (&value_) T(std::move(other.value_));
+  }
+  TETROMINO_ABI result& operator=(result other) noexcept {
+    this->~result();
+    return *new (this) result(std::move(other));
+  }
+  TETROMINO_ABI ~result() {
+    if (has_value()) value_.~T();
+  }
+
+  using result<void>::has_value;
+  using result<void>::operator bool;
+  using result<void>::error;
+
+  TETROMINO_ABI T& value() & { return result<void>::value(), value_; }
+  TETROMINO_ABI const T& value() const& { return result<void>::value(), value_; }
+  TETROMINO_ABI T&& value() && { return result<void>::value(), std::move(value_); }
+
+  TETROMINO_ABI T& operator*() & { return expects_value(), value_; }
+  TETROMINO_ABI const T& operator*() const& { return expects_value(), value_; }
+  TETROMINO_ABI T&& operator*() && { return expects_value(), std::move(value_); }
+  TETROMINO_ABI T* operator->() { return &**this; }
+  TETROMINO_ABI const T* operator->() const { return &**this; }
+
+ private:
+  union {  // in place of a std::optional, which takes compilers three times as long
+    T value_;
+  };
 };
 
 }  // namespace TETROMINO_NAMESPACE
