@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/block_scaled.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/detail/block_scaled_fragment.hpp>

@@ -7,6 +7,8 @@
 
 #include "reference/moe_lm.hpp"
 
+#include <tetromino/thread_executor.hpp>
+
 namespace {
 
 namespace io = tetromino::io;

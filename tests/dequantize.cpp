@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/dequantize.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <tetromino/quantize.hpp>
 

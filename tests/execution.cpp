@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/execution.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <sys/resource.h>
 #include <sys/wait.h>

@@ -2,6 +2,7 @@
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/gptq.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <Eigen/Dense>
 

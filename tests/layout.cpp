@@ -2,6 +2,7 @@
 
 #include <tetromino/layout.hpp>
 #include <tetromino/layout/ggml_rows.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>

@@ -3,6 +3,7 @@
 #include <tetromino/dequantize.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "support/fastest.hpp"
 #include "support/matmul_cases.hpp"

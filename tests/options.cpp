@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/options.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>

@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/quantize.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/layout/compressed_tensors.hpp>

@@ -1,6 +1,7 @@
 #include "check.hpp"
 
 #include <tetromino/repacked.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "support/fastest.hpp"
 #include "support/matmul_cases.hpp"

@@ -18,6 +18,7 @@
 #include <tetromino/dequantize.hpp>
 #include <tetromino/metrics.hpp>
 #include <tetromino/moe/cost.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <nlohmann/json.hpp>
 

@@ -15,6 +15,7 @@
 #include <tetromino/moe/migrate.hpp>
 #include <tetromino/moe/placement_io.hpp>
 #include <tetromino/moe/trace_io.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <nlohmann/json.hpp>
 

@@ -14,6 +14,8 @@
 #include "checkpoint/compare_recipes.hpp"
 #include "checkpoint/pack_gguf.hpp"
 
+#include <tetromino/thread_executor.hpp>
+
 #include <filesystem>
 #include <map>
 #include <memory>

@@ -10,6 +10,7 @@
 
 #include <tetromino/io/checkpoint/verify.hpp>
 #include <tetromino/io/gguf/verify.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <memory>
 #include <optional>

@@ -2,20 +2,12 @@
 
 #include "detail/macros_off.hpp"
 
-#include "config.hpp"  // TETROMINO_EXCEPTIONS, TETROMINO_SIMD
+#include "config.hpp"  // TETROMINO_SIMD
 
-#include <algorithm>     // std::min
-#include <atomic>        // std::atomic
-#include <concepts>      // std::invocable, std::convertible_to
-#include <cstddef>       // std::size_t
-#include <exception>     // std::exception_ptr
-#include <new>           // std::bad_alloc
-#include <string_view>   // std::string_view
-#include <system_error>  // std::system_error
-#include <thread>        // std::thread
-#include <type_traits>   // std::remove_cvref_t
-#include <utility>       // std::forward
-#include <vector>        // std::vector
+#include <concepts>     // std::invocable, std::convertible_to
+#include <cstddef>      // std::size_t
+#include <string_view>  // std::string_view
+#include <type_traits>  // std::remove_cvref_t
 
 namespace TETROMINO_NAMESPACE {
 
@@ -36,7 +28,7 @@ class task_ref {
 
 /// Something that runs task(0) ... task(count - 1), in any order and on any threads, and returns when all are done.
 /// This is how callers lend their threads: the library starts none of its own. One with a count() is taken to say how
-/// many threads it has, which decides how finely small work is split.
+/// many threads it has, which decides how finely small work is split. thread_executor.hpp has a plain one.
 template <class E>
 concept executor = requires(E& e, std::size_t count, task_ref task) {
   e(count, task);
@@ -74,57 +66,6 @@ class executor_ref {
   void* context_ = nullptr;
   void (*run_)(void*, std::size_t, task_ref) = nullptr;
   std::size_t threads_ = 0;
-};
-
-/// A plain executor: `count` std::threads for the length of one call (the calling thread is one of them).
-class thread_executor {
- public:
-  TETROMINO_ABI explicit thread_executor(unsigned count = std::thread::hardware_concurrency()) noexcept
-      : count_(count == 0 ? 1 : count) {}
-
-  [[nodiscard]] TETROMINO_ABI unsigned count() const noexcept { return count_; }
-
-  /// Where the system starts fewer threads, those share the work. Rethrows the first exception that a task let out,
-  /// after all threads have stopped.
-  TETROMINO_ABI void operator()(std::size_t tasks, task_ref task) const {
-    std::atomic<std::size_t> next{0};
-#if TETROMINO_EXCEPTIONS
-    std::exception_ptr failure;
-    std::atomic<bool> failed{false};
-    const auto work = [&] {
-      try {
-        for (std::size_t i; !failed.load(std::memory_order_relaxed) && (i = next.fetch_add(1)) < tasks;) task(i);
-      } catch (...) {
-        if (!failed.exchange(true)) failure = std::current_exception();
-      }
-    };
-#else
-    const auto work = [&] {
-      for (std::size_t i; (i = next.fetch_add(1)) < tasks;) task(i);
-    };
-#endif
-    std::vector<std::thread> helpers;
-    const std::size_t wanted = std::min<std::size_t>(count_, tasks);
-#if TETROMINO_EXCEPTIONS
-    try {
-      helpers.reserve(wanted);
-      for (std::size_t t = 1; t < wanted; ++t) helpers.emplace_back(work);
-    } catch (const std::system_error&) {  // no thread more: the limit of processes, or of memory
-    } catch (const std::bad_alloc&) {
-    }
-#else
-    helpers.reserve(wanted);
-    for (std::size_t t = 1; t < wanted; ++t) helpers.emplace_back(work);
-#endif
-    work();
-    for (auto& helper : helpers) helper.join();
-#if TETROMINO_EXCEPTIONS
-    if (failure) std::rethrow_exception(failure);
-#endif
-  }
-
- private:
-  unsigned count_;
 };
 
 /// Runs on the CPU one element at a time: the reference that every other backend equals byte for byte.

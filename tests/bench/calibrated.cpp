@@ -10,6 +10,8 @@
 #include "bench/bench.hpp"
 #include "support/perplexity.hpp"
 
+#include <tetromino/thread_executor.hpp>
+
 #include <array>
 #include <cstdio>
 #include <exception>

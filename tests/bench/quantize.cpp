@@ -9,6 +9,7 @@
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>
 #include <tetromino/simd.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "bench.hpp"
 #include "contender.hpp"

@@ -9,6 +9,7 @@
 #include <tetromino/io/safetensors.hpp>
 #include <tetromino/metrics.hpp>
 #include <tetromino/quantize.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "reference/generators.hpp"
 

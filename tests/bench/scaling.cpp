@@ -11,6 +11,7 @@
 #include <tetromino/quantize.hpp>
 #include <tetromino/repacked.hpp>
 #include <tetromino/simd.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "bench.hpp"
 #include "reference/generators.hpp"

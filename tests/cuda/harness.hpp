@@ -8,6 +8,7 @@
 #include <tetromino/float16.hpp>
 #include <tetromino/packed.hpp>
 #include <tetromino/rounding.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <cuda_runtime_api.h>
 

@@ -6,6 +6,7 @@
 #include <tetromino/layout.hpp>
 #include <tetromino/quantize.hpp>
 #include <tetromino/scaling.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <algorithm>
 

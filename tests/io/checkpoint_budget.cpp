@@ -4,6 +4,7 @@
 #include <tetromino/io/checkpoint/pack.hpp>
 #include <tetromino/io/checkpoint/plan_within.hpp>
 #include <tetromino/io/checkpoint/verify.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "moe/code_of.hpp"
 

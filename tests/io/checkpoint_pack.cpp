@@ -4,6 +4,7 @@
 #include <tetromino/io/checkpoint/pack.hpp>
 #include <tetromino/io/checkpoint/verify.hpp>
 #include <tetromino/quantize.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <cfenv>  // std::fesetround
 #include <set>

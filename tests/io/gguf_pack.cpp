@@ -3,6 +3,7 @@
 #include "support/fastest.hpp"
 
 #include <tetromino/io/gguf/verify.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include <algorithm>   // std::find_if, std::reverse
 #include <cmath>       // std::isinf

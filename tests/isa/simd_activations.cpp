@@ -4,6 +4,7 @@
 
 #include <tetromino/activations.hpp>
 #include <tetromino/float16.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "isa/backend.hpp"
 #include "support/oracle.hpp"

@@ -4,6 +4,7 @@
 
 #include <tetromino/dequantize.hpp>
 #include <tetromino/quantize.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "isa/backend.hpp"
 #include "reference/generators.hpp"

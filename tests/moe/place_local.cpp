@@ -4,6 +4,7 @@
 #include <tetromino/moe/cost.hpp>
 #include <tetromino/moe/place_local.hpp>
 #include <tetromino/moe/trace_io.hpp>
+#include <tetromino/thread_executor.hpp>
 
 #include "code_of.hpp"
 #include "reference/generators.hpp"
