@@ -39,7 +39,7 @@ template <class Policy, packed_like Packed, class T>
 result<void> try_dequantize_to(const Policy& policy, const Packed& in, batch_view<T> out) {
   const packed_view<any_format> from = detail::as_packed(in);
   if (auto fits = detail::check_storage(from); !fits) return fits;
-  if (auto fits = detail::check_shape(from.shape(), out); !fits) return fits;
+  if (auto fits = detail::check_shape(from.shape(), out.matrices, out.rows, out.cols); !fits) return fits;
   return dequantize_on(policy, detail::dequantize_job<T>{from, out});
 }
 

@@ -155,10 +155,7 @@ result<rotate_job<element_of<Input>>> checked(const Input& x, const hadamard& ro
   const auto in = as_batch(x);
   const batch_view<T> to(out);
   if (auto valid = check_rotation(rotation); !valid) return valid.error();
-  if (in.matrices != to.matrices || in.rows != to.rows || in.cols != to.cols) {
-    return error(errc::shape_mismatch, text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
-                                            "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
-  }
+  if (auto fits = check_same_shape(in, to); !fits) return fits.error();
   if (auto fits = check_sizes(in.matrices, in.rows, in.cols); !fits) return fits.error();
   return rotate_job<T>{in, to, rotation, true};
 }

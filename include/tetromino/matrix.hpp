@@ -179,6 +179,14 @@ batch_view<const T> as_batch(const matrix<T>& m) noexcept {
   return m.view();
 }
 
+/// Says how the output differs in shape from the input, if it does.
+template <class T>
+result<void> check_same_shape(const batch_view<const T>& in, const batch_view<T>& out) {
+  if (in.matrices == out.matrices && in.rows == out.rows && in.cols == out.cols) return {};
+  return error(errc::shape_mismatch, text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
+                                          "], the output [", out.matrices, ", ", out.rows, ", ", out.cols, "]"));
+}
+
 }  // namespace detail::inline TETROMINO_ISA
 
 /// Anything that can be read as a batch of matrices of float, half or bfloat16.

@@ -237,10 +237,9 @@ TETROMINO_COLD inline error wrong_shape(const packed_shape& shape, std::size_t m
                                           "], the matrices are [", matrices, ", ", rows, ", ", cols, "]"));
 }
 /// Says how a packed shape differs from the matrices it is meant for, if it does.
-template <class Input>
-result<void> check_shape(const packed_shape& shape, const Input& in) {
-  if (shape.matrices == in.matrices && shape.rows == in.rows && shape.cols == in.cols) return {};
-  return wrong_shape(shape, in.matrices, in.rows, in.cols);
+inline result<void> check_shape(const packed_shape& shape, std::size_t matrices, std::size_t rows, std::size_t cols) {
+  if (shape.matrices == matrices && shape.rows == rows && shape.cols == cols) return {};
+  return wrong_shape(shape, matrices, rows, cols);
 }
 
 }  // namespace detail::inline TETROMINO_ISA

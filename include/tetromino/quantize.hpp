@@ -61,13 +61,13 @@ inline constexpr option_memory memory_of = device_policy<Policy> ? option_memory
 
 /// Checks the options against a batch of this shape and format, and the values that they point to where the host can
 /// read those; sets the rule.
-inline result<quantize_options> checked(quantize_options options, const any_format& format, std::size_t matrices,
-                                        std::size_t cols, option_memory memory) {
+inline result<void> check_options(quantize_options& options, const any_format& format, std::size_t matrices,
+                                  std::size_t cols, option_memory memory) {
   const default_float_state usual;
-  if (auto known = check_format(format); !known) return known.error();
+  if (auto known = check_format(format); !known) return known;
   if (!options.rule) options.rule = default_rule(format);
   if (options.rotation) {
-    if (auto valid = check_rotation(*options.rotation); !valid) return valid.error();
+    if (auto valid = check_rotation(*options.rotation); !valid) return valid;
   }
   if (!has_rule(format.scale, *options.rule)) {
     return error(errc::invalid_argument, text(name_of(format), " has no scale rule \"", name_of(*options.rule), "\""));
@@ -82,7 +82,7 @@ inline result<quantize_options> checked(quantize_options options, const any_form
                                                 options.column_weights[i]));
     }
   }
-  if (options.tensor_scales.empty()) return options;
+  if (options.tensor_scales.empty()) return {};
   if (format.scale != scale_type::e4m3) {
     return error(errc::invalid_argument, text(name_of(format), " has no tensor scales, but the options give some"));
   }
@@ -96,11 +96,24 @@ inline result<quantize_options> checked(quantize_options options, const any_form
       return error(errc::invalid_argument, text("expected a positive, finite tensor scale, got ", scale));
     }
   }
-  return options;
+  return {};
 }
 
-/// The options with the rules that a recipe names. A rotation given with signs stays, if it is of the recipe's size.
-TETROMINO_COLD inline result<quantize_options> options_of(const recipe& r, quantize_options options) {
+/// Checks a job to pack x[matrices, rows, cols] into `out`, and sets the rule.
+inline result<void> check_job(std::size_t matrices, std::size_t rows, std::size_t cols,
+                              const packed_view<any_format, std::uint8_t>& out, quantize_options& options,
+                              option_memory memory) {
+  if (auto fits = check_storage(out); !fits) return fits;
+  if (auto fits = check_shape(out.shape(), matrices, rows, cols); !fits) return fits;
+  if (auto valid = check_options(options, out.format, matrices, cols, memory); !valid) return valid;
+  if (options.tensor_scales.size() > 1 && out.tensor_scales.size() == 1) {
+    return error(errc::shape_mismatch, "the options give a tensor scale for each matrix, the storage holds one");
+  }
+  return {};
+}
+
+/// Gives options the rules that a recipe names. A rotation given with signs stays, if it is of the recipe's size.
+TETROMINO_COLD inline result<void> set_rules(quantize_options& options, const recipe& r) {
   if (r.error_feedback) {
     return error(errc::invalid_argument, text("recipe ", r.name(), " needs calibration: pack with gptq() instead"));
   }
@@ -111,7 +124,7 @@ TETROMINO_COLD inline result<quantize_options> options_of(const recipe& r, quant
                                               " columns, the options blocks of ", options.rotation->size));
   }
   if (r.rotation != 0 && !options.rotation) options.rotation = hadamard{r.rotation};
-  return options;
+  return {};
 }
 
 }  // namespace detail::inline TETROMINO_ISA
@@ -146,15 +159,13 @@ template <class Policy, matrix_like Input, block_format Format>
   requires(can_quantize<Policy, element_of<Input>>)
 result<void> try_quantize_to(const Policy& policy, const Input& x, packed_view<Format, std::uint8_t> out,
                              const quantize_options& options = {}) {
-  const auto in = detail::as_batch(x);
-  if (auto fits = detail::check_storage(out); !fits) return fits;
-  if (auto fits = detail::check_shape(out.shape(), in); !fits) return fits;
-  auto checked = detail::checked(options, any_format(out.format), in.matrices, in.cols, detail::memory_of<Policy>);
-  if (!checked) return checked.error();
-  if (checked->tensor_scales.size() > 1 && out.tensor_scales.size() == 1) {
-    return error(errc::shape_mismatch, "the options give a tensor scale for each matrix, the storage holds one");
+  detail::quantize_job<element_of<Input>> job{detail::as_batch(x), out, options};
+  if (auto valid =
+          detail::check_job(job.in.matrices, job.in.rows, job.in.cols, job.out, job.options, detail::memory_of<Policy>);
+      !valid) {
+    return valid;
   }
-  return quantize_on(policy, detail::quantize_job<element_of<Input>>{in, out, *checked});
+  return quantize_on(policy, job);
 }
 
 /// Packs x[matrices, rows, cols] into `out` in the way that a recipe names; the recipe's rules replace those of the
@@ -170,9 +181,9 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, const named_r
                                                       name_of(any_format(out.format)), " with macro block ",
                                                       any_format(out.format).macro_block));
   }
-  auto settings = detail::options_of(r, options);
-  if (!settings) return settings.error();
-  return try_quantize_to(policy, x, out, *settings);
+  quantize_options settings = options;
+  if (auto valid = detail::set_rules(settings, r); !valid) return valid;
+  return try_quantize_to(policy, x, out, settings);
 }
 
 /// Packs x[matrices, rows, cols] into storage of its own, in a format known at run time.
@@ -196,9 +207,9 @@ result<packed<any_format>> try_quantize(const Policy& policy, const Input& x, co
                                         const quantize_options& options = {}) {
   if (!way) return way.error();
   const recipe& r = *way;
-  auto settings = detail::options_of(r, options);
-  if (!settings) return settings.error();
-  return try_quantize(policy, x, r.format, *settings);
+  quantize_options settings = options;
+  if (auto valid = detail::set_rules(settings, r); !valid) return valid.error();
+  return try_quantize(policy, x, r.format, settings);
 }
 
 /// Packs x[matrices, rows, cols] into blocks of a format: `quantize<mxfp4>(simd, weights)`.
@@ -253,16 +264,15 @@ result<void> try_fake_quantize(const Policy& policy, const Input& x, const named
                 "fake_quantize writes: its output cannot be const");
   const auto in = detail::as_batch(x);
   const batch_view<T> to(out);
-  if (in.matrices != to.matrices || in.rows != to.rows || in.cols != to.cols) {
-    return error(errc::shape_mismatch, detail::text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
-                                                    "], the output [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
-  }
+  if (auto fits = detail::check_same_shape(in, to); !fits) return fits;
   if (auto fits = detail::check_sizes(in.matrices, in.rows, in.cols); !fits) return fits;
-  auto settings = detail::options_of(r, options);
-  if (!settings) return settings.error();
-  auto checked = detail::checked(*settings, r.format, in.matrices, in.cols, detail::memory_of<Policy>);
-  if (!checked) return checked.error();
-  return fake_quantize_on(policy, detail::fake_quantize_job<T>{in, to, r.format, *checked});
+  detail::fake_quantize_job<T> job{in, to, r.format, options};
+  if (auto valid = detail::set_rules(job.options, r); !valid) return valid;
+  if (auto valid = detail::check_options(job.options, r.format, in.matrices, in.cols, detail::memory_of<Policy>);
+      !valid) {
+    return valid;
+  }
+  return fake_quantize_on(policy, job);
 }
 
 /// try_fake_quantize, throwing its error.

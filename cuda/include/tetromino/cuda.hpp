@@ -97,16 +97,17 @@ template <matrix_like Input, block_format Format>
   }
   auto linear = out;
   linear.scales = out.scales.first(shape.scale_bytes());
-  if (auto fits = tetromino::detail::check_storage(linear); !fits) return fits;
-  if (auto fits = tetromino::detail::check_shape(shape, in); !fits) return fits;
-  auto checked =
-      tetromino::detail::checked(options, shape.format, in.matrices, in.cols, tetromino::detail::option_memory::device);
-  if (!checked) return checked.error();
+  tetromino::detail::quantize_job<element_of<Input>> job{in, linear, options};
+  if (auto valid = tetromino::detail::check_job(in.matrices, in.rows, in.cols, job.out, job.options,
+                                                tetromino::detail::option_memory::device);
+      !valid) {
+    return valid;
+  }
+  job.out.scales = out.scales;
   if (auto done = detail::status_of(cudaMemsetAsync(out.scales.data(), 0, bytes, s.handle), "cudaMemsetAsync"); !done) {
     return done;
   }
-  return detail::quantize(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked},
-                          detail::scale_order::swizzled);
+  return detail::quantize(s, job, detail::scale_order::swizzled);
 }
 
 /// Packs the transpose of x[matrices, rows, cols] in the same pass: out is [matrices, cols, rows], with blocks down the
@@ -124,10 +125,13 @@ template <matrix_like Input, block_format Format>
                                                                ", ", shape.cols, "], the transpose of the input [",
                                                                in.matrices, ", ", in.cols, ", ", in.rows, "]"));
   }
-  auto checked =
-      tetromino::detail::checked(options, shape.format, in.matrices, in.rows, tetromino::detail::option_memory::device);
-  if (!checked) return checked.error();
-  return detail::quantize_transposed(s, tetromino::detail::quantize_job<element_of<Input>>{in, out, *checked});
+  tetromino::detail::quantize_job<element_of<Input>> job{in, out, options};
+  if (auto valid = tetromino::detail::check_options(job.options, shape.format, in.matrices, in.rows,
+                                                    tetromino::detail::option_memory::device);
+      !valid) {
+    return valid;
+  }
+  return detail::quantize_transposed(s, job);
 }
 
 /// try_amax_to, throwing its error.

@@ -100,26 +100,26 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, const named_r
                              const quantize_options& options = {}) {
   if (!way) return way.error();
   const any_format format = way->format;
-  auto settings = detail::options_of(*way, options);
-  if (!settings) return settings.error();
+  quantize_options settings = options;
+  if (auto valid = detail::set_rules(settings, *way); !valid) return valid;
   const auto in = detail::as_batch(x);
   const auto bytes = layout::try_ggml_bytes({format, in.matrices, in.rows, in.cols});
   if (!bytes) return bytes.error();
   if (auto fits = detail::check_sizes(in.matrices, in.rows, in.cols); !fits) return fits;
   if (auto fits = detail::check_layout_size("ggml", "blocks", *bytes, out.blocks.size()); !fits) return fits;
-  if (auto valid = detail::checked(*settings, format, in.matrices, in.cols, detail::option_memory::host); !valid) {
-    return valid.error();
+  if (auto valid = detail::check_options(settings, format, in.matrices, in.cols, detail::option_memory::host); !valid) {
+    return valid;
   }
   const float one = 1.0f;
   if (format.scale == scale_type::e4m3) {
     if (!out.tensor_scales.empty()) {
-      if (auto set = detail::set_ggml_scales(policy, in, format, *settings, out.tensor_scales); !set) return set;
-      settings->tensor_scales = out.tensor_scales;
-    } else if (settings->tensor_scales.empty()) {
-      settings->tensor_scales = {&one, 1};
+      if (auto set = detail::set_ggml_scales(policy, in, format, settings, out.tensor_scales); !set) return set;
+      settings.tensor_scales = out.tensor_scales;
+    } else if (settings.tensor_scales.empty()) {
+      settings.tensor_scales = {&one, 1};
     }
   }
-  return detail::quantize_ggml_rows(policy, in, format, *settings, out.blocks);
+  return detail::quantize_ggml_rows(policy, in, format, settings, out.blocks);
 }
 
 /// try_quantize_to, throwing its error.
