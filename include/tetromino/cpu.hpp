@@ -68,6 +68,11 @@ inline result<const cpu_kernels*> kernels_of(const cpu_t& policy) {
   if (policy.kernels != nullptr) return policy.kernels;
   return default_kernels();
 }
+/// For calls that report no error: where the environment names no backend, the scalar one, which gives the same.
+inline const cpu_kernels& kernels_or_scalar(const cpu_t& policy) {
+  const auto kernels = kernels_of(policy);
+  return kernels ? **kernels : supported_kernels().front();
+}
 
 }  // namespace detail::inline TETROMINO_ISA
 
@@ -78,48 +83,40 @@ template <real T>
 result<void> quantize_on(const cpu_t& policy, const detail::quantize_job<T>& job) {
   const auto kernels = detail::kernels_of(policy);
   if (!kernels) return kernels.error();
-  return detail::quantize_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+  return detail::quantize_with(**kernels, policy.executor, job);
 }
 template <real T>
 result<void> fake_quantize_on(const cpu_t& policy, const detail::fake_quantize_job<T>& job) {
   const auto kernels = detail::kernels_of(policy);
   if (!kernels) return kernels.error();
-  return detail::fake_quantize_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+  return detail::fake_quantize_with(**kernels, policy.executor, job);
 }
-/// Where the environment names no backend, the scalar one, which gives the same.
 template <real T>
 void amax_on(const cpu_t& policy, const batch_view<const T>& in, special_values special, std::span<float> out) {
-  const auto kernels = detail::kernels_of(policy);
-  if (!kernels) return amax_on(scalar.on(policy.executor), in, special, out);
-  const detail::dispatched_rows rows{(*kernels)->quantize};
-  const auto row_amax = [&](const T* x, std::size_t cols) { return rows.amax(x, cols, special); };
-  detail::amax_cpu<T>(policy.executor, in, row_amax, out);
+  detail::amax_with(detail::kernels_or_scalar(policy), policy.executor, in, special, out);
 }
-/// As amax_on.
 template <real T>
 result<void> rotate_on(const cpu_t& policy, const detail::rotate_job<T>& job) {
-  const auto kernels = detail::kernels_of(policy);
-  if (!kernels) return rotate_on(scalar.on(policy.executor), job);
-  detail::rotate_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+  detail::rotate_with(detail::kernels_or_scalar(policy), policy.executor, job);
   return {};
 }
 template <real T>
 result<void> dequantize_on(const cpu_t& policy, const detail::dequantize_job<T>& job) {
   const auto kernels = detail::kernels_of(policy);
   if (!kernels) return kernels.error();
-  return detail::dequantize_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+  return detail::dequantize_with(**kernels, policy.executor, job);
 }
 template <real T>
 result<void> quantize_int8_on(const cpu_t& policy, const detail::quantize_int8_job<T>& job) {
   const auto kernels = detail::kernels_of(policy);
   if (!kernels) return kernels.error();
-  return detail::quantize_int8_cpu(policy.executor, job, detail::dispatched_rows{(*kernels)->quantize});
+  return detail::quantize_int8_with(**kernels, policy.executor, job);
 }
 template <class X, real Out>
 result<void> matmul_on(const cpu_t& policy, const detail::matmul_job<X, Out>& job) {
   const auto kernels = detail::kernels_of(policy);
   if (!kernels) return kernels.error();
-  detail::matmul_cpu(policy.executor, job, detail::dispatched_matmul{(*kernels)->matmul});
+  detail::multiply_with(**kernels, policy.executor, detail::product_of(job), job.row_offsets);
   return {};
 }
 

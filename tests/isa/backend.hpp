@@ -5,6 +5,8 @@
 
 #if defined(TETROMINO_TEST_CPU)
 #include <tetromino/cpu.hpp>
+
+#include <tetromino/detail/dispatch/jobs.hpp>
 #define TETROMINO_TEST_VECTORS 1
 #else
 #include <tetromino/simd.hpp>

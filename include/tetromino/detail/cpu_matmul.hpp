@@ -246,12 +246,14 @@ void multiply_tiles(executor_ref executor, const Product& product, std::span<con
   };
   executor(tiles.count(), task);
 }
+/// A job as kernels see it.
+template <class X, real Out>
+auto product_of(const matmul_job<X, Out>& job) {
+  return matmul_product<decltype(rows_of(job.x))>{rows_of(job.x), job.weights, rows_of(batch_view<Out>(job.out))};
+}
 template <class Kernels, class X, real Out>
-void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job, const Kernels& kernels = {}) {
-  const auto x = rows_of(job.x);
-  multiply_tiles(executor,
-                 matmul_product<std::remove_const_t<decltype(x)>>{x, job.weights, rows_of(batch_view<Out>(job.out))},
-                 job.row_offsets, kernels);
+void matmul_cpu(executor_ref executor, const matmul_job<X, Out>& job) {
+  multiply_tiles(executor, product_of(job), job.row_offsets, Kernels{});
 }
 
 }  // namespace TETROMINO_ISA

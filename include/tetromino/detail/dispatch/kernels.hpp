@@ -1,6 +1,7 @@
 #pragma once
 
-/// What tetromino::cpu is made of: tables of kernels, one for each instruction set, and the choice between them.
+/// What tetromino::cpu is made of: tables of kernels, one for each instruction set, the choice between them, and the
+/// calls that use them.
 
 #include "../../error.hpp"       // result
 #include "../../options.hpp"     // special_values
@@ -53,50 +54,27 @@ result<const cpu_kernels*> choose_kernels(const char* name);
 /// Those that TETROMINO_FORCE_BACKEND names, or the fastest; decided once.
 const result<const cpu_kernels*>& default_kernels();
 
+/// What hooks of policies do, with these kernels; see quantize.hpp. T is float, half or bfloat16: a concept here would
+/// be part of the name for some compilers alone.
+template <class T>
+result<void> quantize_with(const cpu_kernels& kernels, executor_ref executor, const quantize_job<T>& job);
+template <class T>
+result<void> fake_quantize_with(const cpu_kernels& kernels, executor_ref executor, const fake_quantize_job<T>& job);
+template <class T>
+void amax_with(const cpu_kernels& kernels, executor_ref executor, const batch_view<const T>& in, special_values special,
+               std::span<float> out);
+template <class T>
+void rotate_with(const cpu_kernels& kernels, executor_ref executor, const rotate_job<T>& job);
+template <class T>
+result<void> dequantize_with(const cpu_kernels& kernels, executor_ref executor, const dequantize_job<T>& job);
+template <class T>
+result<void> quantize_int8_with(const cpu_kernels& kernels, executor_ref executor, const quantize_int8_job<T>& job);
+void multiply_with(const cpu_kernels& kernels, executor_ref executor, const float_product& product,
+                   std::span<const std::uint32_t> row_offsets);
+void multiply_with(const cpu_kernels& kernels, executor_ref executor, const integer_product& product,
+                   std::span<const std::uint32_t> row_offsets);
+
 inline namespace TETROMINO_ISA {
-
-/// A table, in the shape in which quantize_cpu and matmul_cpu expect kernels.
-struct dispatched_rows {
-  const quantize_table* table;
-
-  template <real T>
-  const row_kernels<T>& of() const {
-    return std::get<row_kernels<T>>(table->rows);
-  }
-  template <real T>
-  float amax(const T* x, std::size_t n, special_values special) const {
-    return of<T>().amax(x, n, special);
-  }
-  template <real T>
-  std::size_t quantize_row(const row_rules& rules, const input_row<T>& in, const packed_row<std::uint8_t>& out) const {
-    return of<T>().quantize(rules, in, out);
-  }
-  template <real T>
-  void dequantize_row(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t cols,
-                      T* out) const {
-    of<T>().dequantize(format, in, cols, out);
-  }
-  template <real T>
-  void dequantize_row_past_caches(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t cols,
-                                  T* out) const {
-    of<T>().dequantize_past_caches(format, in, cols, out);
-  }
-  template <real T>
-  std::size_t quantize_int8_row(const T* x, std::size_t cols, std::int8_t* values, float* scales) const {
-    return of<T>().quantize_int8(x, cols, values, scales);
-  }
-  void rotate(const rotation_part& part, float* row, std::size_t n) const { table->rotate(part, row, n); }
-  void revert(const rotation_part& part, float* row, std::size_t n) const { table->revert(part, row, n); }
-};
-struct dispatched_matmul {
-  static constexpr std::size_t tile_rows = 64, tile_cols = 128;
-  const matmul_table* table;
-
-  void multiply(const float_product& product, const matmul_tile& tile) const { table->multiply_floats(product, tile); }
-  void multiply(const integer_product& product, const matmul_tile& tile) const {
-    table->multiply_integers(product, tile);
-  }
-};
 
 /// Tables of the kernels of one backend.
 template <class Kernels>

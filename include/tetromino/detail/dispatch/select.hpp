@@ -1,9 +1,10 @@
 #pragma once
 
-/// Which kernels of tetromino::cpu are used. One translation unit of that library includes this header with
-/// TETROMINO_CPU_SELECT defined: as 2 where tables for instruction sets were compiled, as 1 where there is scalar code
-/// alone.
+/// Which kernels of tetromino::cpu are used, and the calls that use them. One translation unit of that library includes
+/// this header with TETROMINO_CPU_SELECT defined: as 2 where tables for instruction sets were compiled, as 1 where
+/// there is scalar code alone.
 
+#include "jobs.hpp"                // quantize_with, multiply_with
 #include "kernels.hpp"             // cpu_kernels, choose_kernels
 #include "../scalar_matmul.hpp"    // scalar_matmul_kernels
 #include "../scalar_quantize.hpp"  // scalar_kernels
