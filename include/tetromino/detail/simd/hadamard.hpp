@@ -19,18 +19,21 @@ inline namespace TETROMINO_ISA {
 
 struct simd_rotation {
   /// See scalar_rotation.
-  static void rotate(const rotation_part& part, float* row, std::size_t n) { each_block(part, row, n, true); }
-  static void revert(const rotation_part& part, float* row, std::size_t n) { each_block(part, row, n, false); }
+  static void rotate(const rotation_part& part, float* row, std::size_t n) { each_block<true>(part, row, n); }
+  static void revert(const rotation_part& part, float* row, std::size_t n) { each_block<false>(part, row, n); }
 
  private:
-  static void each_block(const rotation_part& part, float* row, std::size_t n, bool is_forward) {
+  template <bool IsForward>
+  static void each_block(const rotation_part& part, float* row, std::size_t n) {
     const auto* const signs = reinterpret_cast<const std::int32_t*>(part.signs);
-    const std::int32_t *const before = is_forward ? signs : nullptr, *const after = is_forward ? nullptr : signs;
+    const std::int32_t *const before = IsForward ? signs : nullptr, *const after = IsForward ? nullptr : signs;
     if (part.size == 16) return blocks<1>(part, before, after, row, n);
     if (part.size == 32) return blocks<2>(part, before, after, row, n);
-    if constexpr (registers > 2) return blocks_in_place(part, before, after, row, n);
-    if (part.size == 64) return blocks<4>(part, before, after, row, n);
-    blocks<8>(part, before, after, row, n);
+    if constexpr (registers > 2) {
+      blocks_in_place(part, before, after, row, n);
+    } else {
+      part.size == 64 ? blocks<4>(part, before, after, row, n) : blocks<8>(part, before, after, row, n);
+    }
   }
 
   /// Blocks of `Count` vectors that fit the registers. Signs are flipped before or after, or not at all (null).
@@ -40,7 +43,7 @@ struct simd_rotation {
     for (std::size_t k = 0; k + Count * lane_count <= n; k += Count * lane_count) {
       floats x[Count];
       repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA { x[i] = flipped_load(row, before, k + i * lane_count); });
-      across(x);
+      across<Count>(x);
       repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA { store_within(part, x[i], row, after, k + i * lane_count); });
     }
   }
@@ -61,7 +64,7 @@ struct simd_rotation {
         x[i] = load_lanes(row + j + i * lane_count);
         if (signs != nullptr) x[i] = floats_of(bits_of(x[i]) ^ load_lanes(signs + j + i * lane_count));
       });
-      across(x);
+      across<Count>(x);
       repeat<Count>([&](auto i)
                         TETROMINO_INLINE_LAMBDA { float_batch(x[i]).store_unaligned(row + j + i * lane_count); });
     }
@@ -82,21 +85,29 @@ struct simd_rotation {
     return floats_of(bits_of(x) ^ bits);
   }
   /// Sums and differences of vectors, or registers, that lie 4, 2, 1 apart.
-  template <class Vector, std::size_t Count>
-  static TETROMINO_INLINE void across(Vector (&x)[Count]) {
-    if constexpr (Count > 4) across<4>(x);
-    if constexpr (Count > 2) across<2>(x);
-    if constexpr (Count > 1) across<1>(x);
+  template <std::size_t Count, class Vector>
+  static TETROMINO_INLINE void across(Vector* x) {
+    if constexpr (Count == 8) {
+      sum_and_difference(x[0], x[4]);
+      sum_and_difference(x[1], x[5]);
+      sum_and_difference(x[2], x[6]);
+      sum_and_difference(x[3], x[7]);
+      across<4>(x);
+      across<4>(x + 4);
+    } else if constexpr (Count == 4) {
+      sum_and_difference(x[0], x[2]);
+      sum_and_difference(x[1], x[3]);
+      sum_and_difference(x[0], x[1]);
+      sum_and_difference(x[2], x[3]);
+    } else if constexpr (Count == 2) {
+      sum_and_difference(x[0], x[1]);
+    }
   }
-  template <std::size_t Distance, class Vector, std::size_t Count>
-  static TETROMINO_INLINE void across(Vector (&x)[Count]) {
-    repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA {
-      if constexpr ((i & Distance) == 0) {
-        const Vector a = x[i], b = x[i + Distance];
-        x[i] = a + b;
-        x[i + Distance] = a - b;
-      }
-    });
+  template <class Vector>
+  static TETROMINO_INLINE void sum_and_difference(Vector& a, Vector& b) {
+    const Vector sum = a + b;
+    b = a - b;
+    a = sum;
   }
   /// The same of lanes.
   template <int Distance>
