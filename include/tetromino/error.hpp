@@ -11,7 +11,7 @@
 #include <new>               // placement new
 #include <optional>          // std::optional
 #include <stdexcept>         // std::runtime_error
-#include <string>            // std::string, std::to_string
+#include <string>            // std::string
 #include <string_view>       // std::string_view
 #include <type_traits>       // std::is_arithmetic_v, std::is_copy_constructible_v
 #include <utility>           // std::move
@@ -72,12 +72,12 @@ class text_piece {
       }
     }
     void append_to(std::string& out) const {
+      if (kind_ == string) return static_cast<void>(out.append(string_));
       char digits[32];
-      if (kind_ == string) out += string_;
-      if (kind_ == real)
-        out.append(digits, static_cast<std::size_t>(std::snprintf(digits, sizeof digits, "%.9g", real_)));
-      if (kind_ == whole) out += std::to_string(whole_);
-      if (kind_ == natural) out += std::to_string(natural_);
+      const int length = kind_ == real    ? std::snprintf(digits, sizeof digits, "%.9g", real_)
+                         : kind_ == whole ? std::snprintf(digits, sizeof digits, "%lld", whole_)
+                                          : std::snprintf(digits, sizeof digits, "%llu", natural_);
+      out.append(digits, static_cast<std::size_t>(length));
     }
 
    private:

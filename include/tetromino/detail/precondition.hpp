@@ -5,7 +5,7 @@
 #include <cstddef>      // std::size_t
 #include <cstdio>       // std::snprintf, std::fprintf, std::fflush
 #include <cstdlib>      // std::abort
-#include <type_traits>  // std::is_floating_point_v
+#include <type_traits>  // std::conditional_t, std::is_floating_point_v
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
@@ -16,28 +16,34 @@ struct named_values {
 
   template <class... Values>
   explicit named_values([[maybe_unused]] const char* names, const Values&... values) {
-    (append(names, values), ...);
+    (append(names, static_cast<shown<Values>>(values)), ...);
   }
 
  private:
   int used_ = 0;
 
   template <class Value>
-  void append(const char*& names, Value value) {
+  using shown = std::conditional_t<std::is_floating_point_v<Value>, double, long long>;
+
+  TETROMINO_COLD void append(const char*& names, double value) {
+    char number[32];
+    std::snprintf(number, sizeof number, "%.9g", value);
+    append(names, number);
+  }
+  TETROMINO_COLD void append(const char*& names, long long value) {
+    char number[32];
+    std::snprintf(number, sizeof number, "%lld", value);
+    append(names, number);
+  }
+  TETROMINO_COLD void append(const char*& names, const char* number) {
     while (*names == ' ' || *names == ',') ++names;
     int length = 0;
     for (int depth = 0; names[length] != '\0' && (names[length] != ',' || depth > 0); ++length) {
       depth += names[length] == '(' || names[length] == '[' ? 1 : names[length] == ')' || names[length] == ']' ? -1 : 0;
     }
     const int room = static_cast<int>(sizeof text) - used_;
-    int written = 0;
-    if constexpr (std::is_floating_point_v<Value>) {
-      written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %.9g", used_ == 0 ? "" : ", ",
-                              length, names, static_cast<double>(value));
-    } else {
-      written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %lld", used_ == 0 ? "" : ", ",
-                              length, names, static_cast<long long>(value));
-    }
+    const int written = std::snprintf(text + used_, static_cast<std::size_t>(room), "%s%.*s = %s",
+                                      used_ == 0 ? "" : ", ", length, names, number);
     used_ = written < room ? used_ + written : static_cast<int>(sizeof text) - 1;
     names += length;
   }
