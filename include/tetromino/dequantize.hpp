@@ -68,7 +68,7 @@ result<matrix<T>> try_dequantize(const Policy& policy, const Packed& in) {
   const packed_view<any_format> from = detail::as_packed(in);
   if (auto fits = detail::check_storage(from); !fits) return fits.error();
   matrix<T> out(from.matrices, from.rows, from.cols);
-  if (auto done = try_dequantize_to(policy, in, out.view()); !done) return done.error();
+  if (auto done = dequantize_on(policy, detail::dequantize_job<T>{from, out.view()}); !done) return done.error();
   return out;
 }
 

@@ -15,7 +15,7 @@
 #include <iterator>     // std::data
 #include <span>         // std::span
 #include <type_traits>  // std::is_const_v, std::remove_cvref_t
-#include <utility>      // std::declval
+#include <utility>      // std::declval, std::move
 
 namespace TETROMINO_NAMESPACE {
 
@@ -112,6 +112,42 @@ inline result<void> check_job(std::size_t matrices, std::size_t rows, std::size_
   return {};
 }
 
+/// Storage for x[matrices, rows, cols], packed with these options; checks them, and sets the rule.
+inline result<packed<any_format>> storage_for(std::size_t matrices, std::size_t rows, std::size_t cols,
+                                              const any_format& format, quantize_options& options) {
+  if (auto known = check_format(format); !known) return known.error();
+  if (auto fits = check_sizes(matrices, rows, cols); !fits) return fits.error();
+  if (auto valid = check_options(options, format, matrices, cols, option_memory::host); !valid) return valid.error();
+  const bool per_matrix = options.scope == tensor_scale_scope::per_matrix || options.tensor_scales.size() > 1;
+  return packed<any_format>(format, matrices, rows, cols, per_matrix ? matrices : 1);
+}
+
+/// Packs a batch into storage of its own.
+template <class Policy, real T>
+result<packed<any_format>> quantize_batch(const Policy& policy, const batch_view<const T>& in, const any_format& format,
+                                          const quantize_options& options) {
+  quantize_job<T> job{in, {}, options};
+  auto out = storage_for(in.matrices, in.rows, in.cols, format, job.options);
+  if (!out) return out;
+  job.out = out->view();
+  if (auto done = quantize_on(policy, job); !done) return done.error();
+  return out;
+}
+/// Packed storage whose format is known to the compiler.
+template <block_format Format>
+packed<Format> with_format(packed<any_format>&& from, const Format& format) {
+  packed<Format> out;
+  out.format = format;
+  out.matrices = from.matrices;
+  out.rows = from.rows;
+  out.cols = from.cols;
+  out.codes = std::move(from.codes);
+  out.scales = std::move(from.scales);
+  out.macros = std::move(from.macros);
+  out.tensor_scales = std::move(from.tensor_scales);
+  return out;
+}
+
 /// Gives options the rules that a recipe names. A rotation given with signs stays, if it is of the recipe's size.
 TETROMINO_COLD inline result<void> set_rules(quantize_options& options, const recipe& r) {
   if (r.error_feedback) {
@@ -191,13 +227,13 @@ template <class Policy, matrix_like Input, block_format Format>
   requires(can_quantize<Policy, element_of<Input>> && !device_policy<Policy>)
 result<packed<Format>> try_quantize(const Policy& policy, const Input& x, const Format& format,
                                     const quantize_options& options = {}) {
-  const auto in = detail::as_batch(x);
-  if (auto known = detail::check_format(format); !known) return known.error();
-  if (auto fits = detail::check_sizes(in.matrices, in.rows, in.cols); !fits) return fits.error();
-  const bool per_matrix = options.scope == tensor_scale_scope::per_matrix || options.tensor_scales.size() > 1;
-  packed<Format> out(format, in.matrices, in.rows, in.cols, per_matrix ? in.matrices : 1);
-  if (auto done = try_quantize_to(policy, x, out.view(), options); !done) return done.error();
-  return out;
+  auto out = detail::quantize_batch(policy, detail::as_batch(x), format, options);
+  if constexpr (std::same_as<Format, any_format>) {
+    return out;
+  } else {
+    if (!out) return out.error();
+    return detail::with_format(*std::move(out), format);
+  }
 }
 
 /// Packs x[matrices, rows, cols] in the way that a recipe names; the recipe's rules replace those of the options.
