@@ -42,14 +42,17 @@ inline bool is_finite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7F800000
 
 inline bool is_infinite(float x) { return (bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu) == 0x7F800000u; }
 
-/// An input value as the special-value policy sees it: saturating replaces what is not finite.
-template <real T>
-float admit(T value, special_values special) {
-  const float x = to_float(value);
+/// An input value as the special-value policy sees it: saturating replaces what is not finite. `largest` is the largest
+/// finite value of the input's type.
+inline float admit(float x, special_values special, float largest) {
   if (special != special_values::saturate || is_finite(x)) return x;
   const std::uint32_t word = bit_cast<std::uint32_t>(x);
   if ((word & 0x7FFFFFu) != 0) return 0.0f;
-  return (word >> 31) != 0 ? -largest<T> : largest<T>;
+  return (word >> 31) != 0 ? -largest : largest;
+}
+template <real T>
+float admit(T value, special_values special) {
+  return admit(to_float(value), special, largest<T>);
 }
 
 }  // namespace TETROMINO_ISA

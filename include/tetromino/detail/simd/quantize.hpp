@@ -22,7 +22,7 @@ namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
 /// Row kernels on vectors, 16 blocks at a time; byte for byte what scalar_kernels give. Only what loads and stores
-/// elements is compiled for each of their types.
+/// elements is compiled for each of their types; what is seldom done works on floats.
 struct simd_kernels : simd_rotation {
   /// See scalar_kernels::amax.
   template <real T>
@@ -30,16 +30,14 @@ struct simd_kernels : simd_rotation {
     constexpr std::size_t span = 32 * blocks_at_once;
     words largest = broadcast(0);
     for (std::size_t k = 0; k < n; k += span) {
-      T padded[span];
-      const bool whole = n - k >= span;
-      if (!whole) pad(x + k, n - k, padded, span);
-      words amax = amax_of_blocks(32, whole ? x + k : padded);
-      if (any_at_least(amax, infinity)) {
-        if (whole) std::copy_n(x + k, span, padded);
-        leave_out_special(special, padded, span);
-        amax = amax_of_blocks(32, padded);
+      if (n - k >= span) {
+        const words amax = amax_of_blocks(32, x + k);
+        if (!any_at_least(amax, infinity)) {
+          largest = max(largest, amax);
+          continue;
+        }
       }
-      largest = max(largest, amax);
+      largest = max(largest, amax_of_copy(special, x + k, std::min(span, n - k)));
     }
     std::int32_t lane[lane_count];
     store(lane, group_max(largest, lane_count));
@@ -172,14 +170,26 @@ struct simd_kernels : simd_rotation {
 
   static constexpr std::size_t far_ahead = 4096;  // bytes; hardware looks ahead too, but not as far as this work needs
   static constexpr std::int32_t infinity = 0x7F800000;
-  /// The bits of the least magnitude for which a scale may have to be lowered.
+  /// What elements' type means for their values, and the bits of the least magnitude for which a scale may have to be
+  /// lowered.
+  struct type_limits {
+    float largest, overflow;
+    std::int32_t unsafe;
+  };
   template <real T>
-  static constexpr std::int32_t unsafe = detail::bit_cast<std::int32_t>(safely_finite<T>);
+  static constexpr type_limits limits_of{largest<T>, overflow_of<T>, detail::bit_cast<std::int32_t>(safely_finite<T>)};
 
   template <class T>
   static void pad(const T* x, std::size_t n, T* out, std::size_t size) {
     std::copy_n(x, n, out);
     std::fill(out + n, out + size, T{});
+  }
+  template <real T>
+  static void pad_floats(const T* x, std::size_t n, float* out, std::size_t size) {
+    std::size_t i = 0;
+    for (; i + lane_count <= n; i += lane_count) store(out + i, load(x + i));
+    for (; i < n; ++i) out[i] = to_float(x[i]);
+    std::fill(out + n, out + size, 0.0f);
   }
 
   /// The largest magnitudes of 16 blocks, as bits.
@@ -192,26 +202,39 @@ struct simd_kernels : simd_rotation {
     return with_block(block, [&]<std::size_t Block>() { return amax_of_blocks<Block>(block, x); });
   }
 
-  /// Zeroes what tensor scales are not made for: what is not finite under `saturate`, else 16 elements with such a one.
+  /// The same of 16 blocks of 32 elements, or of the n that exist, without those that tensor scales are not made for:
+  /// what is not finite under `saturate`, else 16 elements with such a one.
   template <real T>
-  TETROMINO_COLD static void leave_out_special(special_values special, T* x, std::size_t n) {
-    if (special != special_values::saturate) return static_cast<void>(sanitize(special, 16, x, n));
-    std::replace_if(
-        x, x + n, [](T v) { return !is_finite(to_float(v)); }, T{});
+  TETROMINO_OUTLINE static words amax_of_copy(special_values special, const T* x, std::size_t n) {
+    float padded[32 * blocks_at_once];
+    pad_floats(x, n, padded, 32 * blocks_at_once);
+    return amax_of_span(special, padded);
+  }
+  TETROMINO_OUTLINE static words amax_of_span(special_values special, float* x) {
+    constexpr std::size_t span = 32 * blocks_at_once;
+    const words amax = amax_of_blocks(32, x);
+    if (!any_at_least(amax, infinity)) return amax;
+    if (special == special_values::saturate) {
+      std::replace_if(
+          x, x + span, [](float v) { return !is_finite(v); }, 0.0f);
+    } else {
+      sanitize(special, 0.0f, 16, x, span);
+    }
+    return amax_of_blocks(32, x);
   }
   /// Makes x[n] finite, as the saturating or the poisoning policy wants it; returns which blocks are poisoned.
-  template <real T>
-  TETROMINO_COLD static std::uint32_t sanitize(special_values special, std::size_t block, T* x, std::size_t n) {
+  TETROMINO_COLD static std::uint32_t sanitize(special_values special, float largest, std::size_t block, float* x,
+                                               std::size_t n) {
     std::uint32_t poisoned = 0;
     for (std::size_t k = 0; k < n; k += block) {
       bool finite = true;
       for (std::size_t i = k; i < k + block; ++i) {
-        if (is_finite(to_float(x[i]))) continue;
-        x[i] = from_float<T>(admit(x[i], special));
-        finite = finite && is_finite(to_float(x[i]));
+        if (is_finite(x[i])) continue;
+        x[i] = admit(x[i], special, largest);
+        finite = finite && is_finite(x[i]);
       }
       if (finite) continue;
-      std::fill(x + k, x + k + block, T{});
+      std::fill(x + k, x + k + block, 0.0f);
       poisoned |= std::uint32_t{1} << (k / block % 32);
     }
     return poisoned;
@@ -259,7 +282,7 @@ struct simd_kernels : simd_rotation {
                                         macro == 0 ? nullptr : out.macros + k / macro, out.tensor_scale};
       if (n == span) {
         const words amax = block_amax<Block>(block, part.data);
-        if (!any_at_least(amax, unsafe<T>)) {
+        if (!any_at_least(amax, limits_of<T>.unsafe)) {
           spans[next].x = part.data;
           spans[next].n = span;
           spans[next].first_index = part.first_index;
@@ -272,7 +295,7 @@ struct simd_kernels : simd_rotation {
         }
       }
       store_waiting();
-      const std::size_t rejected = quantize_copies<Block>(rules, part, to);
+      const std::size_t rejected = quantize_copy<Block>(rules, part, to);
       if (rejected < n) return k + rejected;
     }
     store_waiting();
@@ -282,27 +305,40 @@ struct simd_kernels : simd_rotation {
   /// The tail of a row, or 16 blocks with elements that are not finite or so large that the next scale may make them
   /// infinite: through copies of everything.
   template <std::size_t Block, real T>
-  TETROMINO_OUTLINE static std::size_t quantize_copies(const row_rules& rules, const input_row<T>& in,
-                                                       const packed_row<std::uint8_t>& out) {
+  TETROMINO_OUTLINE static std::size_t quantize_copy(const row_rules& rules, const input_row<T>& in,
+                                                     const packed_row<std::uint8_t>& out) {
+    float x[32 * blocks_at_once];
+    pad_floats(in.data, in.cols, x, size_of<Block>(rules.format.block) * blocks_at_once);
+    return quantize_padded<Block>(rules, {x, in.cols, in.weights, in.first_index}, limits_of<T>, out);
+  }
+  /// The first n elements of 16 blocks, with zeros behind them, which may be changed.
+  struct padded_row {
+    float* x;
+    std::size_t n;
+    const float* weights;
+    std::uint64_t first_index;
+  };
+  template <std::size_t Block>
+  TETROMINO_OUTLINE static std::size_t quantize_padded(const row_rules& rules, const padded_row& in,
+                                                       const type_limits& limits, const packed_row<std::uint8_t>& out) {
     const std::size_t block = size_of<Block>(rules.format.block), span = block * blocks_at_once;
-    const std::size_t macro = rules.format.macro_block, n = in.cols;
-    T x[32 * blocks_at_once];
+    const std::size_t macro = rules.format.macro_block, n = in.n;
+    float* const x = in.x;
     float weights[32 * blocks_at_once];
     std::uint8_t codes[16 * blocks_at_once], scales[blocks_at_once], macros[blocks_at_once];
-    pad(in.data, n, x, span);
     if (in.weights != nullptr) pad(in.weights, n, weights, span);
     words amax = amax_of_blocks<Block>(block, x);
     std::uint32_t poisoned = 0;
     if (any_at_least(amax, infinity)) {
       if (rules.special == special_values::reject) {
-        return static_cast<std::size_t>(std::find_if(x, x + n, [](T v) { return !is_finite(to_float(v)); }) - x);
+        return static_cast<std::size_t>(std::find_if(x, x + n, [](float v) { return !is_finite(v); }) - x);
       }
-      poisoned = sanitize(rules.special, block, x, span);
+      poisoned = sanitize(rules.special, limits.largest, block, x, span);
       amax = amax_of_blocks<Block>(block, x);
     }
-    span_of_blocks<T> padded{x, n, in.first_index, {codes, scales, macros, out.tensor_scale}, {}};
+    span_of_blocks<float> padded{x, n, in.first_index, {codes, scales, macros, out.tensor_scale}, {}};
     choose_scales(rules, in.weights == nullptr ? nullptr : weights, amax, padded);
-    if (any_at_least(amax, unsafe<T>)) keep_finite(rules, unsafe<T>, overflow_of<T>, padded.out, padded.scales);
+    if (any_at_least(amax, limits.unsafe)) keep_finite(rules, limits, padded.out, padded.scales);
     store_elements<Block>(rules, padded);
     for (std::size_t b = 0; b < blocks_at_once; ++b) {
       if ((poisoned >> b & 1u) != 0) scales[b] = is_nvfp4(rules) ? e4m3::nan_bits : e8m0::nan_bits;
@@ -371,20 +407,20 @@ struct simd_kernels : simd_rotation {
     store_bytes(out.scales, byte);
   }
 
-  /// Lowers the scales under which elements would decode to infinities, of blocks with an amax of `unsafe` or more.
-  TETROMINO_COLD static void keep_finite(const row_rules& rules, std::int32_t unsafe, float overflow,
+  /// Lowers the scales under which elements would decode to infinities.
+  TETROMINO_COLD static void keep_finite(const row_rules& rules, const type_limits& limits,
                                          const packed_row<std::uint8_t>& out, element_scales& scales) {
     for (std::size_t b = 0; b < blocks_at_once; ++b) {
-      if (scales.amax[b] < unsafe) continue;
+      if (scales.amax[b] < limits.unsafe) continue;
       const float amax = detail::bit_cast<float>(scales.amax[b]);
       std::uint8_t& byte = out.scales[b];
       if (is_nvfp4(rules)) {
-        byte = finite_scale(e4m3::from_bits(byte), amax, out.tensor_scale, rules.rounding, overflow).bits;
+        byte = finite_scale(e4m3::from_bits(byte), amax, out.tensor_scale, rules.rounding, limits.overflow).bits;
         if (byte == 0) continue;
         scales.divisor[b] = detail::rounded(out.tensor_scale * e4m3::from_bits(byte).value());
         scales.how = rescaling::divide;
       } else {
-        const int exponent = finite_exponent(byte - 127, amax, scales.factor[b], rules.rounding, overflow);
+        const int exponent = finite_exponent(byte - 127, amax, scales.factor[b], rules.rounding, limits.overflow);
         byte = e8m0::from_exponent(exponent).bits;
         scales.multiplier[b] = scales.factor[b] * e8m0::from_exponent(-exponent).value();
       }
