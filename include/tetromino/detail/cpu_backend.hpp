@@ -7,7 +7,7 @@
 #include "for_each_row.hpp"  // for_each_row, shared_minimum
 #include "row.hpp"           // row_rules, admit
 
-#include <algorithm>  // std::min, std::max, std::any_of, std::none_of, std::fill, std::replace_if
+#include <algorithm>  // std::min, std::max, std::any_of, std::fill
 #include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
@@ -139,7 +139,9 @@ void amax_cpu(executor_ref executor, const batch_view<const T>& in, const RowAma
 /// Where infinities saturate and all else is 0, the largest magnitude is that of the infinities.
 template <real T>
 void count_lone_infinities(executor_ref executor, const batch_view<const T>& in, std::span<float> amax) {
-  if (std::none_of(amax.begin(), amax.end(), [](float a) { return a == 0; })) return;
+  bool any_zero = false;
+  for (const float a : amax) any_zero = any_zero || a == 0;
+  if (!any_zero) return;
   std::vector<float> infinite(amax.size());
   amax_cpu<T>(
       executor, in,
@@ -173,11 +175,12 @@ class counted_weights {
  public:
   explicit counted_weights(std::span<const float> given) : weights_(given) {
     const default_float_state usual;  // or subnormal weights might compare as zeros
-    const auto is_tiny = [](float w) { return w > 0 && w < least_column_weight; };
-    if (std::none_of(given.begin(), given.end(), is_tiny)) return;
-    copy_.assign(given.begin(), given.end());
-    std::replace_if(copy_.begin(), copy_.end(), is_tiny, 0.0f);
-    weights_ = copy_;
+    for (std::size_t i = 0; i < given.size(); ++i) {
+      if (!(given[i] > 0 && given[i] < least_column_weight)) continue;
+      if (copy_.empty()) copy_.assign(given.data(), given.data() + given.size());
+      copy_[i] = 0;
+    }
+    if (!copy_.empty()) weights_ = copy_;
   }
   counted_weights(const counted_weights&) = delete;
   counted_weights& operator=(const counted_weights&) = delete;

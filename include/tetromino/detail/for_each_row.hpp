@@ -25,19 +25,18 @@ class shared_minimum {
   std::atomic<std::size_t> value_{none};
 };
 
-/// Rows of a batch, counted through all its matrices, in pieces that are worth a task. Whatever the threads have set,
-/// they compute in the usual way meanwhile.
-template <class F>
-void for_each_row(executor_ref executor, std::size_t rows, std::size_t cols, const F& f,
-                  std::size_t elements_per_task = 1 << 16) {
+/// Runs one_row(row) for the rows of a batch, counted through all its matrices, in pieces that are worth a task.
+/// Whatever the threads have set, they compute in the usual way meanwhile.
+inline void for_each_row(executor_ref executor, std::size_t rows, std::size_t cols, task_ref one_row,
+                         std::size_t elements_per_task = 1 << 16) {
   if (cols == 0) return;  // however many rows there are, nothing is in them
-  const std::size_t piece =
-      std::max<std::size_t>(1, executor.is_parallel() ? elements_per_task / std::max<std::size_t>(1, cols) : rows);
-  const auto task = [&](std::size_t i) {
+  const auto run = [&](std::size_t first, std::size_t last) {
     const default_float_state usual;
-    const std::size_t last = std::min(rows, (i + 1) * piece);
-    for (std::size_t row = i * piece; row < last; ++row) f(row);
+    for (std::size_t row = first; row < last; ++row) one_row(row);
   };
+  if (!executor.is_parallel()) return run(0, rows);
+  const std::size_t piece = std::max<std::size_t>(1, elements_per_task / cols);
+  const auto task = [&](std::size_t i) { run(i * piece, std::min(rows, (i + 1) * piece)); };
   executor((rows + piece - 1) / piece, task);
 }
 
