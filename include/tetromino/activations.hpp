@@ -103,7 +103,7 @@ template <class Value>
 result<void> check_storage(const int8_view<Value>& view) {
   const auto expect = [](const char* buffer, std::size_t expected, std::size_t got) -> result<void> {
     if (expected == got) return {};
-    return error(errc::shape_mismatch, text("int8 activations: ", buffer, " need ", expected, " entries, got ", got));
+    return error(errc::shape_mismatch, {"int8 activations: ", buffer, " need ", expected, " entries, got ", got});
   };
   if (auto fits = check_sizes(1, view.rows, view.cols); !fits) return fits;
   if (auto fits = expect("values", view.rows * view.cols, view.values.size()); !fits) return fits;
@@ -174,8 +174,8 @@ result<void> quantize_int8_cpu(executor_ref executor, const quantize_int8_job<T>
       elements_per_task);
   if (rejected.value() == shared_minimum::none) return {};
   const std::size_t r = rejected.value() / blocks, k = rejected.value() % blocks * out.block;
-  return error(errc::non_finite, text("expected finite values, got NaN or infinity in row ", r, ", columns ", k, " to ",
-                                      std::min(k + out.block, out.cols) - 1));
+  return error(errc::non_finite, {"expected finite values, got NaN or infinity in row ", r, ", columns ", k, " to ",
+                                  std::min(k + out.block, out.cols) - 1});
 }
 
 template <class Policy, class T>
@@ -212,8 +212,8 @@ result<void> try_quantize_int8_to(const Policy& policy, const Input& x, int8_vie
   const auto in = detail::as_batch(x);
   if (auto fits = detail::check_storage(out); !fits) return fits;
   if (out.rows != in.matrices * in.rows || out.cols != in.cols) {
-    return error(errc::shape_mismatch, detail::text("the input is [", in.matrices * in.rows, ", ", in.cols,
-                                                    "], the int8 activations are [", out.rows, ", ", out.cols, "]"));
+    return error(errc::shape_mismatch, {"the input is [", in.matrices * in.rows, ", ", in.cols,
+                                        "], the int8 activations are [", out.rows, ", ", out.cols, "]"});
   }
   return quantize_int8_on(policy, detail::quantize_int8_job<element_of<Input>>{in, out});
 }

@@ -227,22 +227,21 @@ inline result<std::uint64_t> least_bits(std::span<const std::vector<allocation_c
   std::uint64_t least = 0, largest = 0;
   for (std::size_t m = 0; m < matrices.size(); ++m) {
     if (matrices[m].empty()) {
-      return error(errc::invalid_argument,
-                   text("allocate: expected a candidate for each matrix, got none for matrix ", m));
+      return error(errc::invalid_argument, {"allocate: expected a candidate for each matrix, got none for matrix ", m});
     }
     std::uint64_t smallest = most, highest = 0;
     for (std::size_t c = 0; c < matrices[m].size(); ++c) {
       const auto& [bits, lost] = matrices[m][c];
       if (!std::isfinite(lost) || lost < 0) {
-        return error(errc::invalid_argument, text("allocate: expected finite errors of at least 0, got ", lost,
-                                                  " for candidate ", c, " of matrix ", m));
+        return error(errc::invalid_argument, {"allocate: expected finite errors of at least 0, got ", lost,
+                                              " for candidate ", c, " of matrix ", m});
       }
       smallest = std::min(smallest, bits);
       highest = std::max(highest, bits);
     }
     if (highest >= most - largest) {
       return error(errc::invalid_argument,
-                   text("allocate: expected fewer than 2^63 bits in all, got more with matrix ", m));
+                   {"allocate: expected fewer than 2^63 bits in all, got more with matrix ", m});
     }
     largest += highest;
     least += smallest;
@@ -269,13 +268,13 @@ inline namespace TETROMINO_ISA {
   const auto least = detail::least_bits(matrices);
   if (!least) return least.error();
   if (budget < *least) {
-    return error(errc::infeasible, detail::text("allocate: expected a budget of at least ", *least,
-                                                " bits, the least possible, got ", budget));
+    return error(errc::infeasible,
+                 {"allocate: expected a budget of at least ", *least, " bits, the least possible, got ", budget});
   }
   detail::knapsack_search search(matrices, budget, options.max_states);
   if (!search.run()) {
     return error(errc::invalid_argument,
-                 detail::text("allocate: expected to end within ", options.max_states, " states, and did not"));
+                 {"allocate: expected to end within ", options.max_states, " states, and did not"});
   }
   allocation out{search.chosen()};
   for (std::size_t m = matrices.size(); m-- > 0;) {

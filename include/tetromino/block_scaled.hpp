@@ -154,19 +154,19 @@ inline result<void> check_block_scaled(const packed_shape& from, const block_sca
   const any_format& format = from.format;
   if (format.macro_block != 0) {
     return error(errc::invalid_argument,
-                 text("block-scaled operand: expected a format without macro blocks, whose factors the tensor cores do "
-                      "not know, got macro blocks of ",
-                      format.macro_block));
+                 {"block-scaled operand: expected a format without macro blocks, whose factors the tensor cores do "
+                  "not know, got macro blocks of ",
+                  format.macro_block});
   }
   const bool is_same = to.kind == block_scaled_kind::e4m3_16 || format == any_format(mxfp4{});
   if (!is_same) {
-    return error(errc::invalid_argument, text("block-scaled operand: kind e8m0_32 is made of mxfp4-32, got ",
-                                              name_of(format), "; kind e4m3_16 takes it"));
+    return error(errc::invalid_argument, {"block-scaled operand: kind e8m0_32 is made of mxfp4-32, got ",
+                                          name_of(format), "; kind e4m3_16 takes it"});
   }
   if (from.matrices != to.matrices || from.rows != to.rows || from.cols != to.cols) {
     return error(errc::shape_mismatch,
-                 text("block-scaled operand: packed storage is [", from.matrices, ", ", from.rows, ", ", from.cols,
-                      "], the operand [", to.matrices, ", ", to.rows, ", ", to.cols, "]"));
+                 {"block-scaled operand: packed storage is [", from.matrices, ", ", from.rows, ", ", from.cols,
+                  "], the operand [", to.matrices, ", ", to.rows, ", ", to.cols, "]"});
   }
   return check_layout_shape("block-scaled operand", from, {}, 1);
 }
@@ -176,8 +176,7 @@ template <class Byte, class Float>
 result<void> check_block_scaled_sizes(const block_scaled_view<Byte, Float>& view) {
   const auto expect = [](const char* buffer, std::size_t expected, std::size_t got) -> result<void> {
     if (expected == got) return {};
-    return error(errc::shape_mismatch,
-                 text("block-scaled operand: ", buffer, " needs ", expected, " entries, got ", got));
+    return error(errc::shape_mismatch, {"block-scaled operand: ", buffer, " needs ", expected, " entries, got ", got});
   };
   if (auto fits = expect("codes", view.shape.code_bytes(), view.codes.size()); !fits) return fits;
   if (auto fits = expect("scales", view.shape.scale_bytes(), view.scales.size()); !fits) return fits;
@@ -290,9 +289,9 @@ result<std::size_t> try_repack_to(const Policy& policy, const Storage& storage,
   const bool is_nv = in.format.scale == scale_type::e4m3;
   const auto negative = std::find_if(in.scales.begin(), in.scales.end(), [](std::uint8_t s) { return s > 0x7F; });
   if (is_nv && negative != in.scales.end()) {
-    return error(errc::invalid_argument, detail::text("block-scaled operand: expected scales that are not negative, "
-                                                      "codes up to 127, got code ",
-                                                      *negative));
+    return error(errc::invalid_argument, {"block-scaled operand: expected scales that are not negative, "
+                                          "codes up to 127, got code ",
+                                          *negative});
   }
   std::vector<std::size_t> rounded(in.matrices);
   detail::for_each_row(policy.executor, in.matrices, std::max<std::size_t>(1, in.rows * in.cols),

@@ -30,26 +30,7 @@ enum class errc {
   device,            ///< a GPU's runtime refused a call
 };
 
-/// Bad data: says what was expected and what came. Thrown at the public door, or returned by the `try_` form of a call.
-class error : public std::runtime_error {
- public:
-  TETROMINO_ABI error(errc code, const std::string& message) : std::runtime_error(message), code_(code) {}
-  [[nodiscard]] TETROMINO_ABI errc code() const noexcept { return code_; }
-
- private:
-  errc code_;
-};
-
 namespace detail::inline TETROMINO_ISA {
-
-[[noreturn]] TETROMINO_COLD inline void raise(const error& e) {
-#if TETROMINO_EXCEPTIONS
-  throw e;
-#else
-  std::fprintf(stderr, "tetromino: %s\n", e.what());
-  std::abort();
-#endif
-}
 
 /// A string, a character or a number, as part of a message.
 class text_piece {
@@ -94,10 +75,36 @@ TETROMINO_COLD inline std::string joined(std::initializer_list<text_piece> piece
   for (const text_piece& piece : pieces) piece.append_to(out);
   return out;
 }
-/// Joins strings and numbers into one message.
+/// Joins strings and numbers.
 template <class... Pieces>
 [[nodiscard]] std::string text(const Pieces&... pieces) {
   return joined({text_piece(pieces)...});
+}
+
+}  // namespace detail::inline TETROMINO_ISA
+
+/// Bad data: says what was expected and what came. Thrown at the public door, or returned by the `try_` form of a call.
+class error : public std::runtime_error {
+ public:
+  TETROMINO_ABI error(errc code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  /// The message joins strings and numbers.
+  TETROMINO_ABI TETROMINO_COLD error(errc code, std::initializer_list<detail::text_piece> message)
+      : error(code, detail::joined(message)) {}
+  [[nodiscard]] TETROMINO_ABI errc code() const noexcept { return code_; }
+
+ private:
+  errc code_;
+};
+
+namespace detail::inline TETROMINO_ISA {
+
+[[noreturn]] TETROMINO_COLD inline void raise(const error& e) {
+#if TETROMINO_EXCEPTIONS
+  throw e;
+#else
+  std::fprintf(stderr, "tetromino: %s\n", e.what());
+  std::abort();
+#endif
 }
 
 }  // namespace detail::inline TETROMINO_ISA

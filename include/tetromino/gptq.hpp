@@ -64,8 +64,8 @@ class calibration {
   template <real T>
   TETROMINO_ABI result<void> try_add(const matrix_view<const T>& x, const matrix_view<const T>& met) {
     if (x.rows != met.rows || x.cols != met.cols) {
-      return error(errc::shape_mismatch, detail::text("calibration: expected the same rows of two streams, got ",
-                                                      x.rows, " x ", x.cols, " and ", met.rows, " x ", met.cols));
+      return error(errc::shape_mismatch, {"calibration: expected the same rows of two streams, got ", x.rows, " x ",
+                                          x.cols, " and ", met.rows, " x ", met.cols});
     }
     return add_pieces<T>(met, &x);
   }
@@ -144,7 +144,7 @@ class calibration {
   TETROMINO_ABI result<void> add_pieces(const matrix_view<const T>& met, const matrix_view<const T>* original) {
     const detail::default_float_state usual;
     if (met.cols != cols()) {
-      return error(errc::shape_mismatch, detail::text("calibration of ", cols(), " columns got rows of ", met.cols));
+      return error(errc::shape_mismatch, {"calibration of ", cols(), " columns got rows of ", met.cols});
     }
     constexpr std::size_t piece = 512;
     Eigen::MatrixXd rows, away;
@@ -172,8 +172,8 @@ class calibration {
       for (std::size_t k = 0; k < x.cols; ++k) {
         const float value = detail::to_float(x(first + r, k));
         if (!detail::is_finite(value)) {
-          return error(errc::non_finite, detail::text("calibration: expected finite activations, got ", value,
-                                                      " at row ", first + r, ", column ", k));
+          return error(errc::non_finite, {"calibration: expected finite activations, got ", value, " at row ",
+                                          first + r, ", column ", k});
         }
         out(static_cast<Eigen::Index>(k), static_cast<Eigen::Index>(r)) = static_cast<double>(value);
       }
@@ -383,8 +383,8 @@ result<void> refresh_scales(const Policy& policy, const eigen_matrix<float>& w, 
 inline result<void> check_moments(const calibration& seen) {
   const auto n = static_cast<Eigen::Index>(seen.cols());
   const auto refused = [](double moment, Eigen::Index i, Eigen::Index j) {
-    return error(errc::non_finite, text("gptq: expected finite moments of the activations, got ", moment,
-                                        " for columns ", i, " and ", j));
+    return error(errc::non_finite,
+                 {"gptq: expected finite moments of the activations, got ", moment, " for columns ", i, " and ", j});
   };
   for (Eigen::Index j = 0; j < n; ++j) {
     for (Eigen::Index i = j; i < n; ++i) {
@@ -396,7 +396,7 @@ inline result<void> check_moments(const calibration& seen) {
     }
   }
   if (std::isfinite(seen.rows()) && seen.rows() >= 0) return {};
-  return error(errc::non_finite, text("gptq: expected moments of a number of rows, got ", seen.rows()));
+  return error(errc::non_finite, {"gptq: expected moments of a number of rows, got ", seen.rows()});
 }
 
 /// Says why weights cannot be packed with error feedback, if they cannot.
@@ -406,7 +406,7 @@ result<void> check_feedback(const matrix_view<T>& w, const calibration& gathered
   if (auto fits = check_sizes(1, w.rows, w.cols); !fits) return fits;
   if (gathered.cols() != w.cols) {
     return error(errc::shape_mismatch,
-                 text("gptq: the weights have ", w.cols, " columns, the calibration ", gathered.cols()));
+                 {"gptq: the weights have ", w.cols, " columns, the calibration ", gathered.cols()});
   }
   if (feedback.by_activation && feedback.scales != gptq_scales::fixed) {
     return error(errc::invalid_argument, "gptq: an order by activation needs fixed scales");
@@ -593,7 +593,7 @@ result<packed<any_format>> try_gptq(const Policy& policy, const batch_view<T>& w
         std::pair("tensor_scales", scales)}) {
     if (n > 1 && n != w.matrices) {
       return error(errc::shape_mismatch,
-                   detail::text(name, ": expected those of 1 or of ", w.matrices, " matrices, got those of ", n));
+                   {name, ": expected those of 1 or of ", w.matrices, " matrices, got those of ", n});
     }
   }
   for (std::size_t e = 0; e < w.matrices; ++e) {

@@ -146,7 +146,7 @@ namespace detail::inline TETROMINO_ISA {
 
 inline result<void> check_rotation(const hadamard& rotation) {
   if (rotation.size == 16 || rotation.size == 32 || rotation.size == 64 || rotation.size == 128) return {};
-  return error(errc::invalid_argument, text("expected a Hadamard rotation of 16, 32, 64 or 128, got ", rotation.size));
+  return error(errc::invalid_argument, {"expected a Hadamard rotation of 16, 32, 64 or 128, got ", rotation.size});
 }
 
 template <matrix_like Input, class Output>

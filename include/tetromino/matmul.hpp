@@ -28,7 +28,7 @@ concept has_matmul_on = requires(const Policy& policy,
 template <class T>
 result<matrix_view<T>> one_product(const batch_view<T>& out) {
   if (out.matrices == 1) return out[0];
-  return error(errc::shape_mismatch, text("matmul: the product is one matrix, got room for ", out.matrices));
+  return error(errc::shape_mismatch, {"matmul: the product is one matrix, got room for ", out.matrices});
 }
 template <real T>
 result<matrix_view<T>> one_product(matrix<T>& out) {
@@ -85,24 +85,23 @@ result<void> try_grouped_matmul(const Policy& policy, const X& x, const Weights&
   const std::size_t rows = detail::row_count(in);
   if (in.cols != weights.cols) {
     return error(errc::shape_mismatch,
-                 detail::text("matmul: the activations have ", in.cols, " columns, the weights ", weights.cols));
+                 {"matmul: the activations have ", in.cols, " columns, the weights ", weights.cols});
   }
   if (out.rows != rows || out.cols != weights.rows) {
-    return error(errc::shape_mismatch, detail::text("matmul: the product is [", rows, ", ", weights.rows,
-                                                    "], the output [", out.rows, ", ", out.cols, "]"));
+    return error(errc::shape_mismatch, {"matmul: the product is [", rows, ", ", weights.rows, "], the output [",
+                                        out.rows, ", ", out.cols, "]"});
   }
   if (row_offsets.size() != weights.matrices + 1 || row_offsets.front() != 0 || row_offsets.back() != rows) {
-    return error(
-        errc::shape_mismatch,
-        detail::text("matmul: expected ", weights.matrices + 1, " row offsets from 0 to ", rows, ", got ",
-                     row_offsets.size(), " of them",
-                     row_offsets.empty() ? detail::text("")
-                                         : detail::text(" from ", row_offsets.front(), " to ", row_offsets.back())));
+    return error(errc::shape_mismatch,
+                 {"matmul: expected ", weights.matrices + 1, " row offsets from 0 to ", rows, ", got ",
+                  row_offsets.size(), " of them",
+                  row_offsets.empty() ? detail::text("")
+                                      : detail::text(" from ", row_offsets.front(), " to ", row_offsets.back())});
   }
   for (std::size_t e = 0; e < weights.matrices; ++e) {
     if (row_offsets[e] > row_offsets[e + 1]) {
-      return error(errc::shape_mismatch, detail::text("matmul: expected ascending row offsets, got ", row_offsets[e],
-                                                      " before ", row_offsets[e + 1], " for matrix ", e));
+      return error(errc::shape_mismatch, {"matmul: expected ascending row offsets, got ", row_offsets[e], " before ",
+                                          row_offsets[e + 1], " for matrix ", e});
     }
   }
   return matmul_on(policy, detail::matmul_job<std::remove_const_t<decltype(in)>, Out>{in, weights, row_offsets, out});
@@ -115,10 +114,10 @@ result<void> try_matmul(const Policy& policy, const X& x, const Weights& w, matr
   const std::size_t matrices = detail::as_weights(w).matrices, rows = detail::row_count(detail::as_activations(x));
   if (matrices != 1) {
     return error(errc::shape_mismatch,
-                 detail::text("matmul: expected one weight matrix, got ", matrices, "; grouped_matmul takes a batch"));
+                 {"matmul: expected one weight matrix, got ", matrices, "; grouped_matmul takes a batch"});
   }
   if (rows > std::numeric_limits<std::uint32_t>::max()) {
-    return error(errc::shape_mismatch, detail::text("matmul: expected fewer than 2^32 rows, got ", rows));
+    return error(errc::shape_mismatch, {"matmul: expected fewer than 2^32 rows, got ", rows});
   }
   const std::array<std::uint32_t, 2> all{0, static_cast<std::uint32_t>(rows)};
   return try_grouped_matmul(policy, x, w, all, out);

@@ -183,8 +183,8 @@ batch_view<const T> as_batch(const matrix<T>& m) noexcept {
 template <class T>
 result<void> check_same_shape(const batch_view<const T>& in, const batch_view<T>& out) {
   if (in.matrices == out.matrices && in.rows == out.rows && in.cols == out.cols) return {};
-  return error(errc::shape_mismatch, text("the input is [", in.matrices, ", ", in.rows, ", ", in.cols,
-                                          "], the output [", out.matrices, ", ", out.rows, ", ", out.cols, "]"));
+  return error(errc::shape_mismatch, {"the input is [", in.matrices, ", ", in.rows, ", ", in.cols, "], the output [",
+                                      out.matrices, ", ", out.rows, ", ", out.cols, "]"});
 }
 
 }  // namespace detail::inline TETROMINO_ISA

@@ -59,8 +59,8 @@ result<error_report> try_compare(const X& x, const Y& y) {
   const auto a = detail::as_batch(x);
   const auto b = detail::as_batch(y);
   if (a.matrices != b.matrices || a.rows != b.rows || a.cols != b.cols) {
-    return error(errc::shape_mismatch, detail::text("cannot compare [", a.matrices, ", ", a.rows, ", ", a.cols,
-                                                    "] with [", b.matrices, ", ", b.rows, ", ", b.cols, "]"));
+    return error(errc::shape_mismatch, {"cannot compare [", a.matrices, ", ", a.rows, ", ", a.cols, "] with [",
+                                        b.matrices, ", ", b.rows, ", ", b.cols, "]"});
   }
   error_report report;
   for (std::size_t e = 0; e < a.matrices; ++e) {

@@ -199,8 +199,8 @@ packed_view<any_format> as_packed(const packed<Format>& storage) noexcept {
 
 /// Says why a format known at run time is none, if it is none.
 TETROMINO_COLD inline result<void> unknown_format(const any_format& f) {
-  return error(errc::invalid_argument, text("not a 4-bit block format: ", f.scale == scale_type::e8m0 ? "MX" : "NVFP4",
-                                            " with block ", f.block, ", macro block ", f.macro_block));
+  return error(errc::invalid_argument, {"not a 4-bit block format: ", f.scale == scale_type::e8m0 ? "MX" : "NVFP4",
+                                        " with block ", f.block, ", macro block ", f.macro_block});
 }
 inline result<void> check_format(const any_format& f) {
   const bool has_block = f.block == 16 || (f.block == 32 && f.scale == scale_type::e8m0);
@@ -210,7 +210,7 @@ inline result<void> check_format(const any_format& f) {
 }
 
 TETROMINO_COLD inline error wrong_storage(const char* buffer, std::size_t expected, std::size_t got) {
-  return error(errc::shape_mismatch, text("packed storage: ", buffer, " needs ", expected, " entries, got ", got));
+  return error(errc::shape_mismatch, {"packed storage: ", buffer, " needs ", expected, " entries, got ", got});
 }
 /// Says which buffer of storage of this shape has not its size, if one has not.
 inline result<void> check_storage(const packed_shape& shape, std::size_t codes, std::size_t scales, std::size_t macros,
@@ -233,8 +233,8 @@ result<void> check_storage(const View& view) {
 
 TETROMINO_COLD inline error wrong_shape(const packed_shape& shape, std::size_t matrices, std::size_t rows,
                                         std::size_t cols) {
-  return error(errc::shape_mismatch, text("packed storage is [", shape.matrices, ", ", shape.rows, ", ", shape.cols,
-                                          "], the matrices are [", matrices, ", ", rows, ", ", cols, "]"));
+  return error(errc::shape_mismatch, {"packed storage is [", shape.matrices, ", ", shape.rows, ", ", shape.cols,
+                                      "], the matrices are [", matrices, ", ", rows, ", ", cols, "]"});
 }
 /// Says how a packed shape differs from the matrices it is meant for, if it does.
 inline result<void> check_shape(const packed_shape& shape, std::size_t matrices, std::size_t rows, std::size_t cols) {

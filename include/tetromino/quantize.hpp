@@ -70,30 +70,30 @@ inline result<void> check_options(quantize_options& options, const any_format& f
     if (auto valid = check_rotation(*options.rotation); !valid) return valid;
   }
   if (!has_rule(format.scale, *options.rule)) {
-    return error(errc::invalid_argument, text(name_of(format), " has no scale rule \"", name_of(*options.rule), "\""));
+    return error(errc::invalid_argument, {name_of(format), " has no scale rule \"", name_of(*options.rule), "\""});
   }
   if (const std::size_t n = options.column_weights.size(); n != 0 && n != cols && n != matrices * cols) {
-    return error(errc::shape_mismatch, text("column_weights needs ", cols, " entries (one for each column) or ",
-                                            matrices * cols, " (for each matrix and column), got ", n));
+    return error(errc::shape_mismatch, {"column_weights needs ", cols, " entries (one for each column) or ",
+                                        matrices * cols, " (for each matrix and column), got ", n});
   }
   for (std::size_t i = 0; memory == option_memory::host && i < options.column_weights.size(); ++i) {
     if (!(options.column_weights[i] >= 0.0f && options.column_weights[i] <= largest<float>)) {
-      return error(errc::invalid_argument, text("column_weights[", i, "]: expected a finite weight of at least 0, got ",
-                                                options.column_weights[i]));
+      return error(errc::invalid_argument, {"column_weights[", i, "]: expected a finite weight of at least 0, got ",
+                                            options.column_weights[i]});
     }
   }
   if (options.tensor_scales.empty()) return {};
   if (format.scale != scale_type::e4m3) {
-    return error(errc::invalid_argument, text(name_of(format), " has no tensor scales, but the options give some"));
+    return error(errc::invalid_argument, {name_of(format), " has no tensor scales, but the options give some"});
   }
   if (const std::size_t n = options.tensor_scales.size(); n != 1 && n != matrices) {
     return error(errc::shape_mismatch,
-                 text("tensor_scales needs 1 entry or ", matrices, " (one for each matrix), got ", n));
+                 {"tensor_scales needs 1 entry or ", matrices, " (one for each matrix), got ", n});
   }
   for (std::size_t i = 0; memory == option_memory::host && i < options.tensor_scales.size(); ++i) {
     const float scale = options.tensor_scales[i];
     if (!(scale > 0.0f && scale <= largest<float>)) {
-      return error(errc::invalid_argument, text("expected a positive, finite tensor scale, got ", scale));
+      return error(errc::invalid_argument, {"expected a positive, finite tensor scale, got ", scale});
     }
   }
   return {};
@@ -151,13 +151,13 @@ packed<Format> with_format(packed<any_format>&& from, const Format& format) {
 /// Gives options the rules that a recipe names. A rotation given with signs stays, if it is of the recipe's size.
 TETROMINO_COLD inline result<void> set_rules(quantize_options& options, const recipe& r) {
   if (r.error_feedback) {
-    return error(errc::invalid_argument, text("recipe ", r.name(), " needs calibration: pack with gptq() instead"));
+    return error(errc::invalid_argument, {"recipe ", r.name(), " needs calibration: pack with gptq() instead"});
   }
   options.rule = r.rule;
   options.macro = r.macro;
   if (options.rotation && options.rotation->size != r.rotation) {
-    return error(errc::invalid_argument, text("recipe ", r.name(), " rotates blocks of ", r.rotation,
-                                              " columns, the options blocks of ", options.rotation->size));
+    return error(errc::invalid_argument, {"recipe ", r.name(), " rotates blocks of ", r.rotation,
+                                          " columns, the options blocks of ", options.rotation->size});
   }
   if (r.rotation != 0 && !options.rotation) options.rotation = hadamard{r.rotation};
   return {};
@@ -213,9 +213,9 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, const named_r
   if (!way) return way.error();
   const recipe& r = *way;
   if (any_format(out.format) != r.format) {
-    return error(errc::invalid_argument, detail::text("recipe ", r.name(), " needs storage of its format, got ",
-                                                      name_of(any_format(out.format)), " with macro block ",
-                                                      any_format(out.format).macro_block));
+    return error(errc::invalid_argument,
+                 {"recipe ", r.name(), " needs storage of its format, got ", name_of(any_format(out.format)),
+                  " with macro block ", any_format(out.format).macro_block});
   }
   quantize_options settings = options;
   if (auto valid = detail::set_rules(settings, r); !valid) return valid;

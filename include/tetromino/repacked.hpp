@@ -113,7 +113,7 @@ inline result<void> check_storage(const repacked_view& view) {
   const repacked_shape shape = view.shape();
   const auto expect = [](const char* buffer, std::size_t expected, std::size_t got) -> result<void> {
     if (expected == got) return {};
-    return error(errc::shape_mismatch, text("repacked storage: ", buffer, " needs ", expected, " entries, got ", got));
+    return error(errc::shape_mismatch, {"repacked storage: ", buffer, " needs ", expected, " entries, got ", got});
   };
   if (auto known = check_format(view.format); !known) return known;
   if (auto fits = check_sizes(view.matrices, view.rows, view.cols); !fits) return fits;

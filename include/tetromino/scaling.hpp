@@ -243,14 +243,13 @@ TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
   constexpr std::size_t shown = 60;  // characters of a wrong name that a message repeats
   const auto unknown = [&](std::string_view what, std::string_view piece) {
     const std::string_view meant = detail::nearest_recipe_word(piece);
-    return error(errc::unknown_name,
-                 detail::text("recipe \"", name.substr(0, shown), "\": unknown ", what, " \"", piece.substr(0, shown),
-                              meant.empty() ? "\"; " : "\", did you mean \"", meant, meant.empty() ? "" : "\"? ",
-                              detail::recipe_help));
+    return error(errc::unknown_name, {"recipe \"", name.substr(0, shown), "\": unknown ", what, " \"",
+                                      piece.substr(0, shown), meant.empty() ? "\"; " : "\", did you mean \"", meant,
+                                      meant.empty() ? "" : "\"? ", detail::recipe_help});
   };
   const auto invalid = [&](std::string_view subject, std::string_view piece, std::string_view why) {
-    return error(errc::invalid_argument, detail::text("recipe \"", name.substr(0, shown), "\": ", subject, piece, why,
-                                                      "; ", detail::recipe_help));
+    return error(errc::invalid_argument,
+                 {"recipe \"", name.substr(0, shown), "\": ", subject, piece, why, "; ", detail::recipe_help});
   };
   const auto misplaced = [&](std::string_view kind, std::string_view piece, bool is_second) {
     return invalid(kind, piece, is_second ? "\" is a second one" : "\" comes too late");

@@ -75,7 +75,7 @@ tetromino_status answer(message_buffer message, const Call& call) noexcept {
 
 inline result<void> expect_given(bool is_given, std::string_view what) {
   if (is_given) return {};
-  return error(errc::invalid_argument, text("expected ", what, ", got NULL"));
+  return error(errc::invalid_argument, {"expected ", what, ", got NULL"});
 }
 
 /// A caller's threads. Tasks must not throw into the caller's code, which may be C: the first exception waits here.
@@ -120,8 +120,7 @@ result<void> with_element(tetromino_type type, const F& f) {
     case TETROMINO_BFLOAT16:
       return f(bfloat16{});
     default:
-      return error(errc::invalid_argument,
-                   text("rows are of float, half or bfloat16, got type ", static_cast<int>(type)));
+      return error(errc::invalid_argument, {"rows are of float, half or bfloat16, got type ", static_cast<int>(type)});
   }
 }
 
@@ -217,7 +216,7 @@ result<void> with_loads(const void* loads, tetromino_type type, std::size_t coun
       return f(std::span(static_cast<const std::int32_t*>(loads), count));
     default:
       return error(errc::invalid_argument,
-                   text("loads are float, double, int64 or int32, got type ", static_cast<int>(type)));
+                   {"loads are float, double, int64 or int32, got type ", static_cast<int>(type)});
   }
 }
 

@@ -26,8 +26,8 @@ TETROMINO_COLD error rejection(const batch_view<const T>& in, std::size_t positi
                      : value > 0      ? "+infinity"
                                       : "-infinity";
   return error(errc::non_finite,
-               text("expected finite values, got ", what, " at ", in.matrices > 1 ? text("matrix ", e, ", ") : "",
-                    "row ", row, ", column ", col, "; special_values::poison or saturate would accept it"));
+               {"expected finite values, got ", what, " at ", in.matrices > 1 ? text("matrix ", e, ", ") : "", "row ",
+                row, ", column ", col, "; special_values::poison or saturate would accept it"});
 }
 
 constexpr std::size_t piece_of_row = 2048;  // a multiple of every macro block and rotation

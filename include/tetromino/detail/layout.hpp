@@ -21,7 +21,7 @@
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 inline error layout_error(errc code, std::string_view layout, std::string_view what) {
-  return error(code, text("layout ", layout, ": ", what));
+  return error(code, {"layout ", layout, ": ", what});
 }
 
 inline result<void> check_layout_size(std::string_view layout, std::string_view buffer, std::size_t expected,

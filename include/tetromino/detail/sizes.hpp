@@ -12,7 +12,7 @@ inline constexpr std::size_t most_elements = (std::numeric_limits<std::size_t>::
 
 TETROMINO_COLD inline error too_many_elements(std::size_t matrices, std::size_t rows, std::size_t cols) {
   return error(errc::shape_mismatch,
-               text("expected at most ", most_elements, " elements, got [", matrices, ", ", rows, ", ", cols, "]"));
+               {"expected at most ", most_elements, " elements, got [", matrices, ", ", rows, ", ", cols, "]"});
 }
 /// Says that sizes are beyond any tensor's, if they are.
 inline result<void> check_sizes(std::size_t matrices, std::size_t rows, std::size_t cols) {

@@ -32,8 +32,8 @@ template <class Policy, real T>
 result<void> set_ggml_scales(const Policy& policy, const batch_view<const T>& in, const any_format& format,
                              const quantize_options& options, std::span<float> scales) {
   if (scales.size() != 1 && scales.size() != in.matrices) {
-    return error(errc::shape_mismatch, text("ggml: expected room for 1 tensor scale or ", in.matrices,
-                                            " (one for each matrix), got ", scales.size()));
+    return error(errc::shape_mismatch, {"ggml: expected room for 1 tensor scale or ", in.matrices,
+                                        " (one for each matrix), got ", scales.size()});
   }
   if (options.tensor_scales.size() > scales.size()) {
     return error(errc::shape_mismatch, "the options give a tensor scale for each matrix, the storage holds one");

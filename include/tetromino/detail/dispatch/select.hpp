@@ -133,11 +133,11 @@ result<const cpu_kernels*> choose_kernels(const char* name) {
        {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod"}) {
     if (known == name) {
       return error(errc::invalid_argument,
-                   text("backend \"", name, "\" does not run here: this CPU and this build have ", names));
+                   {"backend \"", name, "\" does not run here: this CPU and this build have ", names});
     }
   }
-  return error(errc::unknown_name, text("unknown backend \"", std::string_view(name).substr(0, 60),
-                                        "\" (TETROMINO_FORCE_BACKEND): expected one of ", names));
+  return error(errc::unknown_name, {"unknown backend \"", std::string_view(name).substr(0, 60),
+                                    "\" (TETROMINO_FORCE_BACKEND): expected one of ", names});
 }
 
 const result<const cpu_kernels*>& default_kernels() {
