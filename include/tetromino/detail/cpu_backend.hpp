@@ -143,12 +143,11 @@ void count_lone_infinities(executor_ref executor, const batch_view<const T>& in,
   for (const float a : amax) any_zero = any_zero || a == 0;
   if (!any_zero) return;
   std::vector<float> infinite(amax.size());
-  amax_cpu<T>(
-      executor, in,
-      [](const T* x, std::size_t cols) {
-        return std::any_of(x, x + cols, [](T v) { return is_infinite(to_float(v)); }) ? largest<T> : 0.0f;
-      },
-      infinite);
+  amax_cpu<T>(executor, in,
+              [](const T* x, std::size_t cols) {
+                return std::any_of(x, x + cols, [](T v) { return is_infinite(to_float(v)); }) ? largest<T> : 0.0f;
+              },
+              {infinite.data(), infinite.size()});
   for (std::size_t i = 0; i < amax.size(); ++i) amax[i] = amax[i] == 0 ? infinite[i] : amax[i];
 }
 
@@ -180,7 +179,7 @@ class counted_weights {
       if (copy_.empty()) copy_.assign(given.data(), given.data() + given.size());
       copy_[i] = 0;
     }
-    if (!copy_.empty()) weights_ = copy_;
+    if (!copy_.empty()) weights_ = {copy_.data(), copy_.size()};
   }
   counted_weights(const counted_weights&) = delete;
   counted_weights& operator=(const counted_weights&) = delete;
@@ -254,7 +253,7 @@ result<void> fake_quantize_cpu(executor_ref executor, const fake_quantize_job<T>
     const bool one = job.options.scope == tensor_scale_scope::batch && job.options.tensor_scales.size() <= 1;
     tensor_scales.resize(one ? 1 : in.matrices);
   }
-  set_tensor_scales(executor, in, packer, job.options, tensor_scales);
+  set_tensor_scales(executor, in, packer, job.options, {tensor_scales.data(), tensor_scales.size()});
   const counted_weights weights(job.options.column_weights);
   shared_minimum rejected;
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
