@@ -124,7 +124,9 @@ struct simd_kernels : simd_rotation {
         format.scale == scale_type::e4m3 ? broadcast(in.tensor_scale) * decode_e4m3(bytes) : decode_e8m0(bytes);
     alignas(64) float scale[blocks_at_once];
     store(scale, scales);
-    if (!is_split<T> || any_at_least(bits_of(magnitude(scales)), infinity)) {
+    if constexpr (!is_split<T>) {
+      unpack_with<Block>(format, in, n, out, scale, unpack_in_order{});
+    } else if (any_at_least(bits_of(magnitude(scales)), infinity)) {
       unpack_with<Block>(format, in, n, out, scale, unpack_in_order{});
     } else if (format.scale == scale_type::e8m0 && format.macro_block == 0) {
       unpack_with<Block>(format, in, n, out, scale, unpack_split<false>{});
@@ -281,7 +283,7 @@ struct simd_kernels : simd_rotation {
       const packed_row<std::uint8_t> to{out.codes + k / 2, out.scales + block_at<Block>(block, k),
                                         macro == 0 ? nullptr : out.macros + k / macro, out.tensor_scale};
       if (n == span) {
-        const words amax = block_amax<Block>(block, part.data);
+        const words amax = amax_of_blocks<Block>(block, part.data);
         if (!any_at_least(amax, limits_of<T>.unsafe)) {
           spans[next].x = part.data;
           spans[next].n = span;

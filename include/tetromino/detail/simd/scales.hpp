@@ -162,7 +162,7 @@ TETROMINO_OUTLINE inline words least_error_bytes(const block_magnitudes& in, con
 }
 
 /// The largest of each group of `group` lanes, in all of its lanes.
-TETROMINO_INLINE words group_max(words a, std::size_t group) {
+TETROMINO_OUTLINE inline words group_max(words a, std::size_t group) {
   if (group > 1) a = max(a, exchange<1>(a));
   if (group > 2) a = max(a, exchange<2>(a));
   if (group > 4) a = max(a, exchange<4>(a));
