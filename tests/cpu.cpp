@@ -4,6 +4,7 @@
 /// TETROMINO_FORCE_BACKEND.
 
 #include <tetromino/cpu.hpp>
+#include <tetromino/detail/dispatch/tables.hpp>
 #include <tetromino/thread_executor.hpp>
 
 #include "support/matmul_cases.hpp"

@@ -50,17 +50,9 @@ struct cpu_t {
 };
 inline constexpr cpu_t cpu{};
 
-inline namespace TETROMINO_ISA {
-
 /// The backends that run on this CPU, from the slowest to the fastest: scalar, then sse2, avx2, avx2_vnni, avx512,
 /// avx512_vnni and avx512_bf16, or neon and neon_dotprod.
-[[nodiscard]] inline std::vector<std::string_view> cpu_backends() {
-  std::vector<std::string_view> out;
-  for (const auto& kernels : detail::supported_kernels()) out.push_back(kernels.name);
-  return out;
-}
-
-}  // namespace TETROMINO_ISA
+[[nodiscard]] std::vector<std::string_view> cpu_backends();
 
 namespace detail::inline TETROMINO_ISA {
 

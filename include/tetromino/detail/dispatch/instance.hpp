@@ -10,7 +10,7 @@
 #include "../../config.hpp"  // TETROMINO_ISA
 
 #if defined(TETROMINO_CPU_INSTANCE)
-#include "kernels.hpp"  // quantize_table, matmul_table
+#include "tables.hpp"  // quantize_table, matmul_table
 #if TETROMINO_CPU_ROWS
 #include "../simd/activations.hpp"  // simd_int8
 #include "../simd/quantize.hpp"     // simd_kernels

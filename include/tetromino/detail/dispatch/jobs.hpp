@@ -4,6 +4,12 @@
 
 #include "../cpu_backend.hpp"  // quantize_cpu
 #include "kernels.hpp"         // cpu_kernels
+#include "tables.hpp"          // quantize_table, matmul_table
+
+#include <cstddef>  // std::size_t
+#include <cstdint>  // std::uint8_t, std::uint32_t
+#include <span>     // std::span
+#include <tuple>    // std::get
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {

@@ -1,43 +1,22 @@
 #pragma once
 
-/// What tetromino::cpu is made of: tables of kernels, one for each instruction set, the choice between them, and the
-/// calls that use them.
+/// What tetromino::cpu holds for those who link it: the choice between tables of kernels, one for each instruction set,
+/// and the calls that use them.
 
-#include "../../error.hpp"       // result
-#include "../../options.hpp"     // special_values
-#include "../cpu_matmul.hpp"     // float_product, integer_product, matmul_tile
-#include "../rotation_part.hpp"  // rotation_part
-#include "../row.hpp"            // row_rules, input_row, packed_row
+#include "../../activations.hpp"  // quantize_int8_job
+#include "../../error.hpp"        // result
+#include "../../hadamard.hpp"     // rotate_job
+#include "../../options.hpp"      // quantize_job
+#include "../cpu_matmul.hpp"      // float_product, integer_product
 
-#include <cstddef>      // std::size_t
-#include <cstdint>      // std::uint8_t
+#include <cstdint>      // std::uint32_t
 #include <span>         // std::span
 #include <string_view>  // std::string_view
-#include <tuple>        // std::tuple, std::get
 
 namespace TETROMINO_NAMESPACE::detail {
 
-/// The kernels for rows of one element type; see scalar_kernels and scalar_int8.
-template <real T>
-struct row_kernels {
-  float (*amax)(const T*, std::size_t, special_values);
-  std::size_t (*quantize)(const row_rules&, const input_row<T>&, const packed_row<std::uint8_t>&);
-  void (*dequantize)(const any_format&, const packed_row<const std::uint8_t>&, std::size_t, T*);
-  void (*dequantize_past_caches)(const any_format&, const packed_row<const std::uint8_t>&, std::size_t, T*);
-  std::size_t (*quantize_int8)(const T*, std::size_t, std::int8_t*, float*);
-};
-struct quantize_table {
-  const char* isa;  ///< what the compiler was told to use where this table was made
-  std::tuple<row_kernels<float>, row_kernels<half>, row_kernels<bfloat16>> rows;
-  void (*rotate)(const rotation_part&, float*, std::size_t);
-  void (*revert)(const rotation_part&, float*, std::size_t);
-};
-
-struct matmul_table {
-  const char* isa;
-  void (*multiply_floats)(const float_product&, const matmul_tile&);
-  void (*multiply_integers)(const integer_product&, const matmul_tile&);
-};
+struct quantize_table;
+struct matmul_table;
 
 /// The kernels of one instruction set, under the name that TETROMINO_FORCE_BACKEND knows.
 struct cpu_kernels {
@@ -73,34 +52,5 @@ void multiply_with(const cpu_kernels& kernels, executor_ref executor, const floa
                    std::span<const std::uint32_t> row_offsets);
 void multiply_with(const cpu_kernels& kernels, executor_ref executor, const integer_product& product,
                    std::span<const std::uint32_t> row_offsets);
-
-inline namespace TETROMINO_ISA {
-
-/// Tables of the kernels of one backend.
-template <class Kernels>
-struct table_of {
-  template <real T>
-  static void dequantize_past_caches(const any_format& format, const packed_row<const std::uint8_t>& in,
-                                     std::size_t cols, T* out) {
-    if constexpr (requires { Kernels::dequantize_row_past_caches(format, in, cols, out); }) {
-      Kernels::dequantize_row_past_caches(format, in, cols, out);
-    } else {
-      Kernels::dequantize_row(format, in, cols, out);
-    }
-  }
-  template <real T, class Int8>
-  static constexpr row_kernels<T> rows() {
-    return {&Kernels::template amax<T>, &Kernels::template quantize_row<T>, &Kernels::template dequantize_row<T>,
-            &table_of::dequantize_past_caches<T>, &Int8::template quantize_int8_row<T>};
-  }
-  /// `Int8` are the same backend's for 8-bit activations.
-  template <class Int8>
-  static constexpr quantize_table quantize(const char* isa) {
-    return {isa, {rows<float, Int8>(), rows<half, Int8>(), rows<bfloat16, Int8>()}, &Kernels::rotate, &Kernels::revert};
-  }
-  static constexpr matmul_table matmul(const char* isa) { return {isa, &Kernels::multiply, &Kernels::multiply}; }
-};
-
-}  // namespace TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::detail

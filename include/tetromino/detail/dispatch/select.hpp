@@ -4,17 +4,20 @@
 /// this header with TETROMINO_CPU_SELECT defined: as 2 where tables for instruction sets were compiled, as 1 where
 /// there is scalar code alone.
 
+#include "../../cpu.hpp"           // cpu_backends
 #include "jobs.hpp"                // quantize_with, multiply_with
 #include "kernels.hpp"             // cpu_kernels, choose_kernels
+#include "tables.hpp"              // table_of
 #include "../scalar_matmul.hpp"    // scalar_matmul_kernels
 #include "../scalar_quantize.hpp"  // scalar_kernels
 
 #if defined(TETROMINO_CPU_SELECT)
 
-#include <cstdint>  // std::uint32_t
-#include <cstdlib>  // std::getenv
-#include <string>   // std::string
-#include <vector>   // std::vector
+#include <cstdint>      // std::uint32_t
+#include <cstdlib>      // std::getenv
+#include <string>       // std::string
+#include <string_view>  // std::string_view
+#include <vector>       // std::vector
 
 #if defined(__x86_64__)
 #include <cpuid.h>  // __get_cpuid_count
@@ -146,5 +149,15 @@ const result<const cpu_kernels*>& default_kernels() {
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail
+
+namespace TETROMINO_NAMESPACE {
+
+std::vector<std::string_view> cpu_backends() {
+  std::vector<std::string_view> out;
+  for (const auto& kernels : detail::supported_kernels()) out.push_back(kernels.name);
+  return out;
+}
+
+}  // namespace TETROMINO_NAMESPACE
 
 #endif
