@@ -39,12 +39,17 @@ placement random_copies(generator& g, std::size_t layers, std::size_t experts, c
   return p;
 }
 
-/// The least that the busiest GPU can have: any set of GPUs has to do the work that only they can do.
-std::size_t least_of_busiest(const std::map<std::uint16_t, std::size_t>& units, const placement& p, const topology& t) {
-  std::size_t least = 0;
+/// How long a GPU takes for one unit of work: 1024 for the fastest.
+std::uint64_t time_of_unit(const topology& t, std::size_t gpu) {
+  return static_cast<std::uint64_t>(1024 / t.speed(gpu));
+}
+
+/// Whether all work can be done within a time: no set of GPUs has more that only they can do than fits into it.
+bool can_be_done(const std::map<std::uint16_t, std::size_t>& units, const placement& p, const topology& t,
+                 std::uint64_t time) {
   for (std::size_t set = 1; set < std::size_t{1} << t.gpus(); ++set) {
-    std::size_t work = 0, gpus = 0;
-    for (std::size_t g = 0; g < t.gpus(); ++g) gpus += set >> g & 1;
+    std::size_t work = 0, room = 0;
+    for (std::size_t g = 0; g < t.gpus(); ++g) room += (set >> g & 1) == 0 ? 0 : time / time_of_unit(t, g);
     for (const auto& [expert, n] : units) {
       bool only_here = true;
       for (std::size_t s = 0; s < p.slots(); ++s) {
@@ -52,17 +57,23 @@ std::size_t least_of_busiest(const std::map<std::uint16_t, std::size_t>& units, 
       }
       if (only_here) work += n;
     }
-    least = std::max(least, (work + gpus - 1) / gpus);
+    if (work > room) return false;
   }
-  return least;
+  return true;
 }
 
 }  // namespace
 
 TEST_CASE("choices for whole steps are as even as copies allow") {
+  CAPTURE(tetromino_test::seed());
   generator g(tetromino_test::seed());
   for (int i = 0; i < 1000; ++i) {
-    const topology t = topology::uniform(1 + g.below(2), 1 + g.below(3), 12);
+    topology t = topology::uniform(1 + g.below(2), 1 + g.below(3), 12);
+    if (i % 2 == 1) {
+      std::vector<double> speeds;
+      for (std::size_t gpu = 0; gpu < t.gpus(); ++gpu) speeds.push_back(0.2 + g.uniform());
+      t = t.with_speeds(speeds);
+    }
     const std::size_t experts = 1 + g.below(12), k = 1 + g.below(std::min<std::size_t>(experts, 4));
     const placement p = random_copies(g, 1, experts, t);
     std::vector<std::uint16_t> ids(k * (1 + g.below(20)));
@@ -86,10 +97,16 @@ TEST_CASE("choices for whole steps are as even as copies allow") {
           const bool counts = choice == replica_choice::step_pairs || active.insert({gpus[j], ids[j]}).second;
           load[gpus[j]] += counts ? 1 : 0;
         }
-        std::size_t most = 0;
-        for (const auto& [gpu, n] : load) most = std::max(most, n);
-        REQUIRE(busiest == most);
-        REQUIRE(most == least_of_busiest(choice == replica_choice::step_pairs ? pairs : once, p, t));
+        std::uint64_t longest = 0;
+        for (const auto& [gpu, n] : load) longest = std::max(longest, n * time_of_unit(t, gpu));
+        bool is_of_busiest = longest == 0 && busiest == 0;
+        for (const auto& [gpu, n] : load) {
+          if (n == busiest && n * time_of_unit(t, gpu) == longest) is_of_busiest = true;
+        }
+        REQUIRE(is_of_busiest);
+        const auto& units = choice == replica_choice::step_pairs ? pairs : once;
+        REQUIRE(can_be_done(units, p, t, longest));
+        if (longest > 0) REQUIRE_FALSE(can_be_done(units, p, t, longest - 1));
       }
     }
   }

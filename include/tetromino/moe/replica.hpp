@@ -8,7 +8,7 @@
 #include "search/copies/copy_table.hpp"  // detail::copy_table
 #include "topology.hpp"                  // topology
 
-#include <algorithm>  // std::fill, std::min
+#include <algorithm>  // std::fill, std::max, std::min
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint16_t, std::uint32_t, std::uint64_t
 #include <span>       // std::span
@@ -23,9 +23,10 @@ enum class replica_choice : std::uint8_t {
   even,             ///< each copy in turn, wherever it is: what DeepSeek EPLB assumes
   least_loaded,     ///< the copy whose GPU has served least lately, wherever it is
   fewest_nodes,     ///< as `nearest`, but the next node visited is the one that holds most of what is still open
-  step_pairs,       ///< so that the busiest GPU of the step gets the fewest (token, expert) pairs there can be
-  step_activation,  ///< so that the busiest GPU of the step reads the weights of the fewest experts there can be: what
-                    ///< decoding waits for (arXiv 2512.09277 approximates it)
+  step_pairs,       ///< so that the busiest GPU of the step gets the fewest (token, expert) pairs there can be, for its
+                    ///< speed
+  step_activation,  ///< so that the busiest GPU of the step reads the weights of the fewest experts there can be, for
+                    ///< its speed: what decoding waits for (arXiv 2512.09277 approximates it)
 };
 
 inline namespace TETROMINO_ISA {
@@ -308,10 +309,10 @@ class replica_chooser {
   std::uint64_t now_ = 0;
 };
 
-/// Chooses copies for all tokens of a step at once, so that the busiest GPU has as little as there can be: exact, by
-/// moving work along chains of copies from the busiest GPU to ones that have at least two less, until there are none.
-/// The outcome depends on the step's tokens and their order alone. Deterministic; nothing is allocated after the first
-/// steps.
+/// Chooses copies for all tokens of a step at once, so that the GPU that is busy for longest, by its load and its
+/// speed, is done as soon as can be: exact, by moving work along chains of copies from that GPU to ones that are done
+/// sooner even with one more, until there are none. The outcome depends on the step's tokens and their order alone.
+/// Deterministic; nothing is allocated after the first steps.
 class step_chooser {
  public:
   /// Preconditions: `p` is valid on `t` (two copies on one GPU are fine); the choice is one of a whole step.
@@ -346,8 +347,8 @@ class step_chooser {
   }
 
   /// Writes into gpus[tokens, k] the GPUs that serve ids[tokens, k] of one layer; no_gpu for −1 (or the largest number
-  /// of an unsigned type, such as no_expert). Returns the pairs, or experts, of the busiest GPU. Preconditions: as many
-  /// GPUs as ids; layer and ids in range.
+  /// of an unsigned type, such as no_expert). Returns the pairs, or experts, of the GPU that is busy for longest.
+  /// Preconditions: as many GPUs as ids; layer and ids in range.
   template <id_array Ids = std::span<const std::uint16_t>>
   TETROMINO_ABI std::size_t choose(std::size_t layer, const Ids& ids, std::span<std::uint32_t> gpus) {
     const std::span<const std::uint16_t> experts =
@@ -378,32 +379,38 @@ class step_chooser {
     std::uint32_t from, to;
   };
 
-  // Gives each expert's work to its copy on the least loaded GPU; those without a choice come first.
+  // How long a GPU takes for what it has and `more`.
+  [[nodiscard]] TETROMINO_ABI std::uint64_t busy(std::size_t gpu, std::uint64_t more = 0) const {
+    return (load_[gpu] + more) * copies_.time_of_pair(gpu);
+  }
+
+  // Gives each expert's work to its copy on the GPU that is done with it first; those without a choice come first.
   TETROMINO_ABI void begin(std::size_t layer) {
     std::fill(load_.begin(), load_.end(), 0);
     for (const bool choice : {false, true}) {
       for (const std::uint16_t e : active_) {
         const std::size_t first = copies_.first_copy(layer, e), last = copies_.last_copy(layer, e);
         if ((last - first > 1) != choice) continue;
+        const std::uint64_t work = choice_ == replica_choice::step_activation ? 1 : units_[e];
         std::size_t best = first;
         for (std::size_t c = first; c < last; ++c) {
           on_copy_[c] = taken_[c] = 0;
-          if (load_[copies_.gpu_of_copy(c)] < load_[copies_.gpu_of_copy(best)]) best = c;
+          if (busy(copies_.gpu_of_copy(c), work) < busy(copies_.gpu_of_copy(best), work)) best = c;
         }
-        on_copy_[best] = choice_ == replica_choice::step_activation ? 1 : units_[e];
+        on_copy_[best] = work;
         load_[copies_.gpu_of_copy(best)] += on_copy_[best];
       }
     }
   }
 
-  // Moves work along a shortest chain of copies from the busiest GPU to one that has at least two less. If there is no
-  // chain, what the GPUs within reach carry cannot leave them, and they are as even as whole numbers can be.
+  // Moves work along a shortest chain of copies from the busiest GPU to one that is done sooner even with one more. If
+  // there is no chain, what the GPUs within reach carry cannot leave them; were the busiest to have one less, another
+  // would be busy for as long.
   TETROMINO_ABI bool relieve_busiest(std::size_t layer) {
     busiest_ = 0;
     for (std::size_t g = 1; g < load_.size(); ++g) {
-      if (load_[g] > load_[busiest_]) busiest_ = g;
+      if (busy(g) > busy(busiest_)) busiest_ = g;
     }
-    if (load_[busiest_] < 2) return false;
     std::fill(came_by_.begin(), came_by_.end(), link{unseen, unseen});
     reached_.assign(1, static_cast<std::uint32_t>(busiest_));
     for (std::size_t i = 0; i < reached_.size(); ++i) {
@@ -416,7 +423,7 @@ class step_chooser {
           if (gpu == busiest_ || came_by_[gpu].from != unseen) continue;
           came_by_[gpu] = {from, static_cast<std::uint32_t>(to)};
           reached_.push_back(gpu);
-          if (load_[gpu] + 2 <= load_[busiest_]) {
+          if (busy(gpu, 1) < busy(busiest_)) {
             shift(gpu);
             return true;
           }
@@ -426,9 +433,10 @@ class step_chooser {
     return false;
   }
 
-  // As much as the chain lets through, and no more than makes both ends alike.
+  // As much as the chain lets through, and no more than makes both ends alike, but for the last one.
   TETROMINO_ABI void shift(std::uint32_t target) {
-    std::uint64_t amount = (load_[busiest_] - load_[target]) / 2;
+    const std::uint64_t both = copies_.time_of_pair(busiest_) + copies_.time_of_pair(target);
+    std::uint64_t amount = std::max<std::uint64_t>(1, (busy(busiest_) - busy(target)) / both);
     for (std::uint32_t gpu = target; gpu != busiest_; gpu = copies_.gpu_of_copy(came_by_[gpu].from)) {
       amount = std::min(amount, on_copy_[came_by_[gpu].from]);
     }
