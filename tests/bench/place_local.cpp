@@ -1,8 +1,10 @@
 /// What `local` reaches on requests it was not made from, beside what was aimed at, and how long it takes:
 ///   bench_place_local [TRACE] [OTHER_TRACE]
+///   bench_place_local --few TRACE NODES GPUS SLOTS REQUESTS HALVES [pairs]
 /// TRACE (of 128 experts, 8 per token) is laid out on 8 × 8, 4 × 8, 16 × 4 and 1 × 8 GPUs, OTHER_TRACE (of 16 experts)
 /// on 4 nodes. Plans come from random halves of the requests, and are judged on the decode tokens of the other halves,
-/// which are assigned by their prefill.
+/// which are assigned by their prefill. `--few` plans from so many requests of each half alone (0: all of it), with the
+/// labels of their domains and without.
 
 #include "../../examples/tools/moe/place_study.hpp"
 #include "synthetic_trace.hpp"
@@ -266,6 +268,26 @@ void from_profile(const trace& recorded) {
   }
 }
 
+void few_requests(const trace& recorded, const topology& t, std::size_t requests, std::size_t halves, bool pairs) {
+  const double limit = t.slots() == recorded.shape().experts ? 1.01 : 1.03;
+  fmt::print("{:<24} {:>15} {:>15} {:>14}\n", "domains", "nodes/token", "remote pairs", "node imbalance");
+  for (const bool labelled : {true, false}) {
+    reached r;
+    for (study::split& s : study::random_halves(recorded, halves, 1)) {
+      if (requests > 0) s.calibration.requests.resize(std::min(requests, s.calibration.requests.size()));
+      if (!labelled) {
+        for (request& q : s.calibration.requests) q.domain = 0;
+      }
+      const trace_view calibration = s.calibration.view(), judged = s.judged.view();
+      const placement p = local(calibration, t, options_for(pairs, limit)).experts;
+      const study::contender c{"", study::experts_by::local, study::requests_by::prefill, {1, limit, pairs}};
+      add(judged, p, t, study::assign(c, p, calibration, judged, t), pairs, r);
+    }
+    fmt::print("{:<24} {:>15} {:>15} {:>14}\n", labelled ? "labelled" : "not labelled", spread(r.nodes, 2),
+               spread(r.pairs, 3), spread(r.imbalance, 2));
+  }
+}
+
 void time_local(const std::string& name, const trace& t, const topology& cluster) {
   for (const bool pairs : {false, true}) {
     const double start = processor_seconds();
@@ -315,6 +337,12 @@ void speed(const trace& recorded) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 7 && std::string(argv[1]) == "--few") {
+    const auto number = [&](int i) { return static_cast<std::size_t>(std::stoul(argv[i])); };
+    few_requests(read_trace(argv[2]), topology::with_node_slots(number(3), number(4), number(5)), number(6), number(7),
+                 argc > 8);
+    return 0;
+  }
   const std::filesystem::path data = "examples/data";  // seen from the root of the tree
   const std::string path = argc > 1 ? argv[1] : (data / "routing-128x8.safetensors").string();
   const std::string other_path = argc > 2 ? argv[2] : (data / "routing-16x2.safetensors").string();

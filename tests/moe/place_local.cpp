@@ -25,11 +25,11 @@ using reference::generator;
 using tetromino::errc;
 
 trace synthetic(std::uint64_t seed, std::size_t layers, std::size_t experts, std::size_t k, std::size_t requests,
-                std::uint32_t prefill, std::uint32_t decode) {
+                std::uint32_t prefill, std::uint32_t decode, bool labelled = false) {
   reference::synthetic_routing made = reference::make_routing(seed, layers, experts, k, requests, prefill, decode, 4);
   std::vector<request> list;
   for (std::size_t r = 0; r < requests; ++r) {
-    list.push_back({r * (prefill + decode), prefill + decode, prefill, made.topic[r]});
+    list.push_back({r * (prefill + decode), prefill + decode, prefill, labelled ? made.topic[r] : 0});
   }
   return trace::make({layers, experts, k}, std::move(made.ids), std::move(list));
 }
@@ -113,6 +113,127 @@ TEST_CASE("visits of 64 tokens at once are those of each token, and never fewer 
       CHECK(visits[i] <= least + 1);  // the greedy choice is seldom off, and by little at this size
     }
   }
+}
+
+TEST_CASE("domains weigh as much as their numbers can be trusted") {
+  const auto requests_of = [](std::vector<std::size_t> numbers) {
+    std::vector<request> list;
+    for (std::uint32_t d = 0; d < numbers.size(); ++d) {
+      for (std::size_t i = 0; i < numbers[d]; ++i) list.push_back({list.size() * 12, 12, 4, 7 * d});
+    }
+    return list;
+  };
+  const auto weights = [&](std::vector<std::size_t> numbers) {
+    std::vector<std::uint64_t> of_domain;
+    const std::vector<std::uint64_t> all = detail::domain_weights(requests_of(numbers), phase::decode);
+    for (std::size_t d = 0, r = 0; d < numbers.size(); r += numbers[d++]) of_domain.push_back(all[r]);
+    return of_domain;
+  };
+  const std::vector<std::uint64_t> alike(4, 256);
+  CHECK(weights({40}) == std::vector<std::uint64_t>{256});
+  CHECK(weights({20, 20, 20, 20}) == alike);
+  // less apart than chance explains: each domain counts a quarter
+  const std::vector<std::uint64_t> drawn = weights({22, 18, 21, 19});
+  const std::size_t numbers[] = {22, 18, 21, 19};
+  for (std::size_t d = 0; d < 4; ++d)
+    CHECK(static_cast<double>(drawn[d] * numbers[d]) == Approx(256 * 20).epsilon(0.01));
+  // too far apart for chance, by one request or by many: next to nothing, and never beyond a standard error
+  for (const std::uint64_t w : weights({20'000, 10'000})) CHECK(std::abs(static_cast<double>(w) - 256) <= 2);
+  CHECK(weights({60, 1})[1] <= 2 * 256);
+  // what is not served does not count
+  std::vector<request> list = requests_of({20, 20});
+  for (std::size_t r = 0; r < 10; ++r) list[r].prefill_length = 12;
+  CHECK(detail::domain_weights(list, phase::decode)[0] > 256);
+  CHECK(detail::domain_weights(list, phase::all) == std::vector<std::uint64_t>(40, 256));
+}
+
+TEST_CASE("domains' weights are those of the formula") {
+  CAPTURE(tetromino_test::seed());
+  generator g(tetromino_test::seed());
+  for (std::size_t round = 0; round < 200; ++round) {
+    const std::size_t kinds = 2 + g.below(6);
+    std::vector<request> list;
+    for (std::size_t d = 0; d < kinds; ++d) {
+      for (std::size_t i = 1 + g.below(30); i > 0; --i) {
+        list.push_back({0, static_cast<std::uint32_t>(20 + g.below(200)), 10, static_cast<std::uint32_t>(d)});
+      }
+    }
+    double tokens = 0, by_chance = 0, seen = 0;
+    for (const request& r : list) tokens += r.tokens - 10;
+    std::vector<double> share(kinds, 0.0), variance(kinds, 0.0);
+    for (const request& r : list) share[r.domain] += (r.tokens - 10) / tokens;
+    for (std::size_t d = 0; d < kinds; ++d) {
+      for (const request& r : list) {
+        const double of_request = (r.tokens - 10) / tokens * ((r.domain == d ? 1 : 0) - share[d]);
+        variance[d] += of_request * of_request;
+      }
+      by_chance += variance[d];
+      seen += (share[d] - 1.0 / static_cast<double>(kinds)) * (share[d] - 1.0 / static_cast<double>(kinds));
+    }
+    const std::vector<std::uint64_t> weights = detail::domain_weights(list, phase::decode);
+    for (std::size_t r = 0; r < list.size(); ++r) {
+      const double mine = share[list[r].domain], error = std::sqrt(variance[list[r].domain]);
+      const double move = (1.0 / static_cast<double>(kinds) - mine) * std::min(1.0, by_chance / seen);
+      const double expected = 1 + std::min(error, std::max(-error, move)) / mine;
+      CHECK(std::abs(static_cast<double>(weights[r]) / 256 - expected) < 0.01 + 0.02 * expected);
+    }
+  }
+}
+
+TEST_CASE("a sample has tokens and loads by the weights of domains") {
+  // 22 requests of domain 0 use experts 0 and 1, 18 of domain 1 the others
+  std::vector<std::uint16_t> ids;
+  std::vector<request> list;
+  for (std::uint32_t r = 0; r < 40; ++r) {
+    list.push_back({r * 5U, 5, 0, r < 22 ? 0U : 1U});
+    for (std::size_t token = 0; token < 5; ++token) {
+      for (std::uint16_t i = 0; i < 2; ++i) ids.push_back(static_cast<std::uint16_t>((r < 22 ? 0 : 2) + i));
+    }
+  }
+  const trace t = trace::make({1, 4, 2}, ids, list);
+  detail::search_random random(1);
+  const detail::search_sample sample = detail::take_sample(t.view(), phase::decode, 1000, 1000, random);
+  CHECK(sample.is_weighted);
+  std::size_t tokens[] = {0, 0};
+  for (const std::uint32_t r : sample.request_of_token) ++tokens[list[sample.requests[r]].domain];
+  CHECK(tokens[0] + tokens[1] <= 200);
+  CHECK(tokens[0] + tokens[1] >= 199);
+  for (const std::size_t n : tokens) CHECK(static_cast<double>(n) == Approx(100).margin(2));
+  for (const std::int64_t load : sample.loads) CHECK(static_cast<double>(load) == Approx(100).margin(2));
+}
+
+TEST_CASE("of few requests, domains' weights make the plan even for others") {
+  const std::uint64_t seed = tetromino_test::seed();
+  CAPTURE(seed);
+  double labelled = 0, unlabelled = 0;
+  const topology cluster = topology::uniform(4, 1, 8);
+  for (std::uint64_t round = 0; round < 12; ++round) {
+    const trace all = synthetic(seed + round, 2, 32, 4, 320, 0, 24, true);
+    // as many of each domain, but not among the 40 that the plan is made from
+    std::vector<request> known, others;
+    std::vector<std::size_t> count(4, 0);
+    for (const request& r : all.requests()) {
+      if (known.size() < 40) {
+        known.push_back(r);
+      } else if (count[r.domain]++ < 40) {
+        others.push_back(r);
+      }
+    }
+    local_options options;
+    options.pair_weight = 1;
+    options.node_weight = 0;
+    const auto imbalance = [&] {
+      const local_plan plan = local(all.view().with(known), cluster, options);
+      CHECK(token_spread(trace::make(all.shape(), all.view().ids, known), plan, 4) <= 1.05 + 1e-9);
+      const std::vector<std::uint32_t> anywhere(others.size(), 0);
+      return evaluate(all.view().with(others), plan.experts, cluster, anywhere).node_imbalance;
+    };
+    labelled += imbalance() - 1;
+    for (request& r : known) r.domain = 0;
+    unlabelled += imbalance() - 1;
+  }
+  CAPTURE(labelled, unlabelled);
+  CHECK(labelled < 0.9 * unlabelled);
 }
 
 TEST_CASE("two kinds of requests on two nodes end up with their experts") {
@@ -286,7 +407,7 @@ TEST_CASE("the same seed gives the same plan, another seed another") {
 }
 
 TEST_CASE("the plan is the same on any number of threads") {
-  const trace t = synthetic(12, 5, 32, 4, 90, 0, 12);
+  const trace t = synthetic(12, 5, 32, 4, 90, 0, 12, true);
   const topology cluster = topology::uniform(4, 2, 5);
   const tetromino::thread_executor threads(3);
   const auto backwards = [](std::size_t count, tetromino::task_ref task) {

@@ -31,9 +31,9 @@ struct local_options {
   double node_weight = 1;
   double pair_weight = 0;
 
-  /// Limits on max / mean over nodes and over GPUs, in each layer, on the calibration tokens; other requests come out
-  /// up to a tenth above, less where copies are chosen by load (`replica_options::node_limit`). 0: no limit. A GPU
-  /// limit is met with spare slots, as far as they go.
+  /// Limits on max / mean over nodes and over GPUs, in each layer, on the calibration tokens, those of domains weighed
+  /// (see `local`); other requests come out up to a tenth above, less where copies are chosen by load
+  /// (`replica_options::node_limit`). 0: no limit. A GPU limit is met with spare slots, as far as they go.
   double node_imbalance = 1.02;
   double gpu_imbalance = 0;
 

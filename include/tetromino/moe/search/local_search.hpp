@@ -523,12 +523,13 @@ class local_search {
     return out;
   }
 
-  // The sampled requests where they are, if those are all there is; else all of them by up to 64 tokens each.
+  // The sampled requests where they are, if those are all there is and weigh alike; else all of them by up to 64 tokens
+  // each.
   [[nodiscard]] std::vector<std::uint32_t> assign_all() {
     std::vector<std::uint32_t> out(calibration_.requests.size(), 0);
     std::size_t with_tokens = 0;
     for (const request& r : calibration_.requests) with_tokens += r.range(options_.served).size() > 0 ? 1U : 0U;
-    if (with_tokens == source_.size()) {
+    if (with_tokens == source_.size() && !sample_.is_weighted) {
       for (std::size_t i = 0; i < source_.size(); ++i) out[sample_.requests[i]] = source_[i];
       return out;
     }
