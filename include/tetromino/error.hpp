@@ -129,11 +129,6 @@ class [[nodiscard]] result<void> {
     return *error_;
   }
 
- protected:
-  TETROMINO_ABI void expects_value() const {
-    TETROMINO_EXPECTS(has_value(), "result::operator* needs a result that holds a value");
-  }
-
  private:
   std::optional<tetromino::error> error_;
 };
@@ -141,15 +136,15 @@ class [[nodiscard]] result<void> {
 /// A value, whose move does not throw, or the error that prevented it. `value()` raises the error; `operator*` expects
 /// that there is none.
 template <class T>
-class [[nodiscard]] result : private result<void> {
+class [[nodiscard]] result {
  public:
   TETROMINO_ABI result(T value) : value_(std::move(value)) {}
-  TETROMINO_ABI result(tetromino::error e) : result<void>(std::move(e)) {}
+  TETROMINO_ABI result(tetromino::error e) : done_(std::move(e)) {}
 
-  TETROMINO_ABI result(const result& other) requires(std::is_copy_constructible_v<T>) : result<void>(other) {
+  TETROMINO_ABI result(const result& other) requires(std::is_copy_constructible_v<T>) : done_(other.done_) {
     if (has_value()) new (&value_) T(other.value_);
   }
-  TETROMINO_ABI result(result&& other) noexcept : result<void>(std::move(other)) {
+  TETROMINO_ABI result(result&& other) noexcept : done_(std::move(other.done_)) {
     if (has_value()) new (&value_) T(std::move(other.value_));
   }
   TETROMINO_ABI result& operator=(result other) noexcept {
@@ -160,21 +155,26 @@ class [[nodiscard]] result : private result<void> {
     if (has_value()) value_.~T();
   }
 
-  using result<void>::has_value;
-  using result<void>::operator bool;
-  using result<void>::error;
+  [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return done_.has_value(); }
+  TETROMINO_ABI explicit operator bool() const noexcept { return has_value(); }
+  [[nodiscard]] TETROMINO_ABI const tetromino::error& error() const { return done_.error(); }
 
-  TETROMINO_ABI T& value() & { return result<void>::value(), value_; }
-  TETROMINO_ABI const T& value() const& { return result<void>::value(), value_; }
-  TETROMINO_ABI T&& value() && { return result<void>::value(), std::move(value_); }
+  TETROMINO_ABI T& value() & { return done_.value(), value_; }
+  TETROMINO_ABI const T& value() const& { return done_.value(), value_; }
+  TETROMINO_ABI T&& value() && { return done_.value(), std::move(value_); }
 
-  TETROMINO_ABI T& operator*() & { return expects_value(), value_; }
-  TETROMINO_ABI const T& operator*() const& { return expects_value(), value_; }
-  TETROMINO_ABI T&& operator*() && { return expects_value(), std::move(value_); }
+  TETROMINO_ABI T& operator*() & { return expects(), value_; }
+  TETROMINO_ABI const T& operator*() const& { return expects(), value_; }
+  TETROMINO_ABI T&& operator*() && { return expects(), std::move(value_); }
   TETROMINO_ABI T* operator->() { return &**this; }
   TETROMINO_ABI const T* operator->() const { return &**this; }
 
  private:
+  TETROMINO_ABI void expects() const {
+    TETROMINO_EXPECTS(has_value(), "result::operator* needs a result that holds a value");
+  }
+
+  result<void> done_;
   union {  // in place of a std::optional, which takes compilers three times as long
     T value_;
   };
