@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the CUDA backend with nvcc alone (no CMake), then checks and times it on this machine's GPU.
 #   cuda/check.sh BUILD_FOLDER OUTPUT_FOLDER STEP...
-# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, kernels, nccl_moe_layer, sanitize[:TEST],
+# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, nccl_moe_layer, sanitize[:TEST],
 # bench:NAME[:ARGUMENTS] (such as "bench:grouped:--tokens 8,64 examples/data qwen3")
 set -u
 cd "$(dirname "$0")/.."
@@ -42,11 +42,12 @@ for step in "$@"; do
   case $name in
     build)
       start=$SECONDS
-      ls cuda/src/*.cu tests/cuda/*.cu tests/bench/cuda_*.cu examples/*.cu examples/tools/*.cu |
+      ls cuda/src/*.cu tests/cuda/*.cu tests/bench/cuda_*.cu examples/*.cu examples/tools/*.cu examples/tools/gpu/*.cu |
         if [ -n "$with_nccl" ]; then cat; else grep -v nccl; fi |
         xargs -P "$(nproc)" -I{} bash -c 'compile {}' || exit 1
-      objects=$(ls "$build"/cuda_src_*.o)
+      objects=$(ls "$build"/cuda_src_*.o "$build"/examples_tools_gpu_*.o)
       for program in "$build"/tests_cuda_*.o "$build"/tests_bench_cuda_*.o "$build"/examples_*.o; do
+        case $program in *_gpu_*) continue ;; esac
         [ -e "$program" ] || continue
         binary=${program%.c*.o}
         ("$nvcc" -o "$binary" "$program" $objects $libraries -lpthread 2>"$binary.link" ||

@@ -3,7 +3,7 @@
 /// took beside what moving its bytes at the rate of a device copy would take.
 ///   cuda_moe_layer [deepseek | qwen3 | small]...     shapes like DeepSeek-V3's and Qwen3-235B-A22B's; default: both
 
-#include "gpu/cuda_layer.cuh"
+#include "gpu/cuda_layer.hpp"
 
 #include <tetromino/cuda/moe.hpp>
 
@@ -22,31 +22,6 @@ namespace {
 
 namespace tt = tetromino;
 using tt::bfloat16;
-
-/// out[row, n] = Σ x[row, k] w[n, k], one warp for each sum.
-template <class Sum, class X>
-__global__ void multiply_slowly(const X* x, const float* w, Sum* out, std::size_t outputs, std::size_t cols) {
-  const std::size_t n = blockIdx.x * std::size_t{blockDim.x / 32} + threadIdx.x / 32, row = blockIdx.y;
-  if (n >= outputs) return;
-  Sum sum = 0;
-  for (std::size_t k = threadIdx.x % 32; k < cols; k += 32) {
-    sum += static_cast<Sum>(x[row * cols + k]) * static_cast<Sum>(w[n * cols + k]);
-  }
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_down_sync(0xFFFFFFFFu, sum, step);
-  if (threadIdx.x % 32 == 0) out[row * outputs + n] = sum;
-}
-
-template <class Sum, class X>
-void multiply_slowly(const X* x, std::size_t rows, const float* w, Sum* out, std::size_t outputs, std::size_t cols) {
-  const dim3 grid(static_cast<unsigned>((outputs + 7) / 8), static_cast<unsigned>(rows));
-  multiply_slowly<Sum, X><<<grid, 256>>>(x, w, out, outputs, cols);
-  check(cudaGetLastError(), "multiply_slowly");
-}
-
-__global__ void gate_slowly(const double* both, double* out, std::size_t inner) {
-  const std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x;
-  if (i < inner) out[i] = both[i] / (1.0 + exp(-both[i])) * both[inner + i];
-}
 
 struct layer {
   std::string name;
@@ -69,7 +44,7 @@ struct layer_weights {
     std::iota(all.begin(), all.end(), 0);
     both.make(s, r, all, 1000, room.data);
     down.make(s, r, all, 2000, room.data);
-    fill<<<1024, 256, 0, s.handle>>>(router.data, router.size, 3000, 3.0f / std::sqrt(static_cast<float>(l.hidden)));
+    fill(s.handle, router.data, router.size, 3000, 3.0f / std::sqrt(static_cast<float>(l.hidden)));
   }
 };
 
@@ -101,12 +76,12 @@ double relative_error(const layer& l, const tt::cuda::stream& s, const layer_wei
       const std::size_t e = chosen[t * k + i];
       tt::dequantize_to(s, w.both.view(e, 1), tt::matrix_view<float>(w.room.data, 2 * l.inner, l.hidden));
       check(cudaStreamSynchronize(s.handle), "unpacking");
-      multiply_slowly<double>(b.x.data + t * l.hidden, 1, w.room.data, sums.data, 2 * l.inner, l.hidden);
-      gate_slowly<<<static_cast<unsigned>((l.inner + 255) / 256), 256>>>(sums.data, gated.data, l.inner);
+      multiply_slowly(s.handle, b.x.data + t * l.hidden, 1, w.room.data, sums.data, 2 * l.inner, l.hidden);
+      gate_slowly(s.handle, sums.data, gated.data, l.inner);
       check(cudaDeviceSynchronize(), "the reference");
       tt::dequantize_to(s, w.down.view(e, 1), tt::matrix_view<float>(w.room.data, l.hidden, l.inner));
       check(cudaStreamSynchronize(s.handle), "unpacking");
-      multiply_slowly<double>(gated.data, 1, w.room.data, output.data, l.hidden, l.inner);
+      multiply_slowly(s.handle, gated.data, 1, w.room.data, output.data, l.hidden, l.inner);
       check(cudaDeviceSynchronize(), "the reference");
       const auto part = output.host();
       for (std::size_t n = 0; n < l.hidden; ++n) expected[n] += static_cast<double>(shares[t * k + i]) * part[n];
@@ -133,9 +108,9 @@ bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
     const device_array<bfloat16> grouped(calls * l.hidden), h(calls * l.inner), y(calls * l.hidden);
     const device_array<float> logits(tokens * l.experts);
     const device_array<std::uint32_t> offsets(l.experts + 1), rows(calls), pairs(calls);
-    fill<<<1024, 256, 0, s.handle>>>(b.x.data, b.x.size, 4000 + tokens, 1.0f);
+    fill(s.handle, b.x.data, b.x.size, 4000 + tokens, 1.0f);
     check(cudaStreamSynchronize(s.handle), "fill");
-    multiply_slowly<float>(b.x.data, tokens, w.router.data, logits.data, l.experts, l.hidden);
+    multiply_slowly(s.handle, b.x.data, tokens, w.router.data, logits.data, l.experts, l.hidden);
     check(cudaDeviceSynchronize(), "the router's product");
 
     tt::cuda::expert_groups groups;

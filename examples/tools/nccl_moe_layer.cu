@@ -3,7 +3,7 @@
 /// against the same layer on one GPU, and the bytes that NCCL is handed against what was planned.
 ///   nccl_moe_layer [--gpus N] [--tokens N]     default: all GPUs that there are, 256 tokens on each
 
-#include "gpu/cuda_layer.cuh"
+#include "gpu/cuda_layer.hpp"
 #include "gpu/gpu_ranks.hpp"
 #include "gpu/nccl_dispatch.hpp"
 
@@ -38,8 +38,8 @@ struct tokens {
   /// kernel may route them, to weights that differ in the last places.
   tokens(const tt::cuda::stream& s, std::size_t ranks, std::size_t each)
       : count(ranks * each), x(count * hidden), logits(count * experts), weights(count * k), ids(count * k) {
-    fill<<<1024, 256, 0, s.handle>>>(x.data, x.size, 4000, 1.0f);
-    fill<<<1024, 256, 0, s.handle>>>(logits.data, logits.size, 5000, 2.0f);
+    fill(s.handle, x.data, x.size, 4000, 1.0f);
+    fill(s.handle, logits.data, logits.size, 5000, 2.0f);
     for (std::size_t r = 0; r < ranks; ++r) route(s, r * each, each);
   }
   void route(const tt::cuda::stream& s, std::size_t first, std::size_t n) const {

@@ -1,9 +1,12 @@
 /// Block-scaled operands made on the GPU, byte for byte those of the host, and the product's kernel: with a model of
-/// the instruction that only sm_120a has, on every GPU, and with the instruction where there is one.
+/// the instruction that only sm_120a has, on every GPU, and with the instruction where there is one. The model needs a
+/// kernel that is made here, from all kernels in one file, as those include them who compile CUDA themselves: their
+/// headers go together, and what a call needs is instantiated where it stands.
 
 #include "block_scaled.hpp"
 
-#include <tetromino/cuda/gemm/block_scaled_operand.cuh>
+#include <tetromino/cuda/kernels.cuh>
+#include <tetromino/hadamard.hpp>
 #include <tetromino/quantize.hpp>
 
 namespace {
@@ -168,6 +171,19 @@ void refusals() {
                "without macro blocks");
 }
 
+void rotation() {
+  const std::vector<float> ones(4 * 64, 1.0f);
+  const device<float> x(ones), out(ones.size());
+  const tetromino::hadamard rotation{64};
+  std::vector<float> expected(ones.size());
+  tetromino::rotate(tetromino::scalar, tetromino::batch_view<const float>(ones.data(), 1, 4, 64), rotation,
+                    tetromino::batch_view<float>(expected.data(), 1, 4, 64));
+  require(tetromino::try_rotate(cuda::stream{}, tetromino::batch_view<const float>(x.data(), 1, 4, 64), rotation,
+                                tetromino::batch_view<float>(out.data(), 1, 4, 64)),
+          "rotate");
+  expect(first_difference(expected, out.values()) < 0, "a rotation instantiated here");
+}
+
 }  // namespace
 
 int main() {
@@ -180,6 +196,7 @@ int main() {
   check_products<tetromino::half>(modelled);
   check_products<tetromino::bfloat16>(modelled);
   refusals();
+  rotation();
   if (device_major() == 12) {
     const auto native = [](const auto& x, const auto& w, const auto& out) {
       return tetromino::try_matmul(cuda::stream(), x, w, out);

@@ -3,35 +3,18 @@
 /// Weights of a mixture-of-experts layer on the GPU, made from nothing, and how long work with them takes.
 
 #include "device_array.hpp"
+#include "kernels.hpp"
 
 #include <tetromino/cuda.hpp>
 #include <tetromino/scaling.hpp>
 
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>
 #include <vector>
-
-/// About N(0, size) from a counter: a sum of four uniform numbers.
-__device__ inline float normal(std::uint64_t seed, std::uint64_t i, float size) {
-  std::uint64_t z = seed * 0x9E3779B97F4A7C15u + (i + 1) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-  z ^= z >> 31;
-  const auto part = [&](int s) { return static_cast<float>(z >> s & 0xFFFF) * 0x1p-16f; };
-  return (part(0) + part(16) + part(32) + part(48) - 2.0f) * 1.7320508f * size;
-}
-
-template <class T>
-__global__ void fill(T* to, std::size_t n, std::uint64_t seed, float size) {
-  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
-       i += std::size_t{gridDim.x} * blockDim.x) {
-    to[i] = T(normal(seed, i, size));
-  }
-}
 
 /// The packed and the repacked weights of all experts of one projection.
 struct projection {
@@ -69,8 +52,8 @@ struct projection {
     tetromino::quantize_options options;
     options.rule = r.rule, options.macro = r.macro, options.special = tetromino::special_values::poison;
     for (std::size_t e = 0; e < shape.matrices; ++e) {
-      fill<<<1024, 256, 0, s.handle>>>(room, shape.rows * shape.cols, seed + static_cast<std::uint64_t>(experts[e]),
-                                       1.0f / std::sqrt(static_cast<float>(shape.cols)));
+      fill(s.handle, room, shape.rows * shape.cols, seed + static_cast<std::uint64_t>(experts[e]),
+           1.0f / std::sqrt(static_cast<float>(shape.cols)));
       tetromino::quantize_to(s, tetromino::matrix_view<const float>(room, shape.rows, shape.cols), view(e, 1), options);
     }
     tetromino::repack_to(s, view(0, shape.matrices), ready());
