@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Usage: link_order.sh COMPILER WORK LEVELS INCLUDE...
+# Usage: link_order.sh COMPILER WORK LEVELS SETS INCLUDE...
+# SETS: avx2, avx512 or both, beside plain x86-64.
 # Objects compiled for different instruction sets link into one program, in any order, and none runs the other's vector
 # code: no function of ours that they share has any, and the program runs on an old CPU (qemu-x86_64, if it is there).
 # Objects also share templates of the standard library and of JSON, such as std::vector<double>::_M_fill_assign; with
@@ -8,8 +9,8 @@
 # up to -O1, else what places experts and reads files.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/link
-compiler=$1 work=$2 levels=$3
-shift 3
+compiler=$1 work=$2 levels=$3 sets=$4
+shift 4
 includes=()
 for folder; do [[ -z $folder ]] || includes+=("-I$folder"); done
 if [[ $("$compiler" -dumpmachine) != x86_64-* ]] || ! command -v objdump nm >/dev/null; then
@@ -41,7 +42,7 @@ shared() {
 
 status=0
 for level in $levels; do
-  for set in plain avx2 avx512; do
+  for set in plain $sets; do
     name=wide
     [[ $set == plain ]] && name=plain
     for part in verbs placement; do
@@ -52,7 +53,7 @@ for level in $levels; do
     ld -r "$work/verbs.o" "$work/placement.o" -o "$work/$set$level.o"
   done
   "$compiler" -std=c++20 $level -march=x86-64 "${includes[@]}" -c "$here/main.cpp" -o "$work/main$level.o"
-  for set in avx2 avx512; do
+  for set in $sets; do
     plain=$work/plain$level.o wide=$work/$set$level.o main=$work/main$level.o
     vector_code "$wide" >"$work/vector_code"
     if ! grep -q 9tetromino "$work/vector_code"; then
