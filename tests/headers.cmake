@@ -1,8 +1,8 @@
 # Every public header compiles alone, with our warnings, next to the packages that it names (those that few but
 # headers of ours include do in a slow test: detail/, moe/search, moe/formats, and io/checkpoint and io/gguf but for their
 # doors pack.hpp and verify.hpp); and two translation units that include all of them
-# link, in either order; they compile without exceptions and without vectors too, and after others have defined words that
-# we use as macros.
+# link: one in order, one in reverse, without exceptions and without vectors; both after others have defined words that we
+# use as macros.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
 list(FILTER headers EXCLUDE REGEX "/detail/macros_(off|back)[.]hpp$")  # the two ends of other headers
 # What differs between instruction sets is in detail/simd/isa: other vector code has names for it.
@@ -12,6 +12,17 @@ foreach(header IN LISTS vector_headers)
   file(STRINGS ${header} lines REGEX "TETROMINO_(VECTOR_BITS|HAS_)|__(aarch64|AVX|SSE)|_mm[0-9]*_|v[a-z0-9]+q_[suf][0-9]")
   if(lines)
     message(SEND_ERROR "${header} is not in detail/simd/isa, but asks for the instruction set:\n${lines}")
+  endif()
+endforeach()
+
+# What one of the stairs includes first is compiled alone there.
+set(first_in_stairs "")
+file(GLOB stairs ${PROJECT_SOURCE_DIR}/examples/*.cpp)
+foreach(source IN LISTS stairs)
+  cmake_path(GET source STEM stair)
+  file(STRINGS ${source} line REGEX "^#include " LIMIT_COUNT 1)
+  if(TARGET ${stair} AND line MATCHES "<(tetromino/.*)>")
+    list(APPEND first_in_stairs ${PROJECT_SOURCE_DIR}/include/${CMAKE_MATCH_1})
   endif()
 endforeach()
 
@@ -35,6 +46,9 @@ foreach(header IN LISTS headers)
   endif()
   list(APPEND usable ${header})
   list(APPEND packages_of_all ${targets})
+  if(header IN_LIST first_in_stairs)
+    continue()
+  endif()
   if(header MATCHES "/detail/|/moe/(search|formats)/|/io/(checkpoint|gguf)/" AND NOT header MATCHES "/(pack|verify)[.]hpp$")
     cmake_path(RELATIVE_PATH header BASE_DIRECTORY ${PROJECT_SOURCE_DIR}/include OUTPUT_VARIABLE name)
     set(source ${CMAKE_CURRENT_BINARY_DIR}/alone/${name}.cpp)
@@ -61,23 +75,24 @@ add_test(NAME headers.details_compile_alone.slow CONFIGURATIONS slow
          COMMAND ${CMAKE_COMMAND} --build ${PROJECT_BINARY_DIR} --target headers_of_details)
 set_tests_properties(headers.details_compile_alone.slow PROPERTIES LABELS slow RESOURCE_LOCK build_tree TIMEOUT 7200)
 
+# All public headers in one order, and in the other without exceptions and without vectors, behind what others define.
 set(includes ${usable})
-list(TRANSFORM includes REPLACE "^${PROJECT_SOURCE_DIR}/include/(.*)$" "#include <\\1>\n")
-list(JOIN includes "" text)
-file(CONFIGURE OUTPUT odr/forward.cpp CONTENT "@text@\nint forward();\nint forward() { return 0; }\n" @ONLY)
-list(REVERSE includes)
 list(FILTER includes EXCLUDE REGEX "/detail/")  # public headers alone bear what others define
-list(JOIN includes "" text)
-set(text "#include <support/foreign_macros.hpp>\n${text}\n#if !defined(max) || !defined(slots)\n#error what others defined is lost\n#endif\n")
-file(CONFIGURE OUTPUT odr/backward.cpp CONTENT "@text@\nint forward();\nint main() { return forward(); }\n" @ONLY)
+list(TRANSFORM includes REPLACE "^${PROJECT_SOURCE_DIR}/include/(.*)$" "#include <\\1>\n")
+set(function "int backward();\nint main() { return backward(); }")
+foreach(direction IN ITEMS forward backward)
+  list(JOIN includes "" text)
+  file(
+    CONFIGURE
+    OUTPUT odr/${direction}.cpp
+    CONTENT
+      "#include <support/foreign_macros.hpp>\n@text@\n#if !defined(max) || !defined(slots)\n#error what others defined is lost\n#endif\n@function@\n"
+    @ONLY)
+  list(REVERSE includes)
+  set(function "int backward();\nint backward() { return 0; }")
+endforeach()
 
-set(backward ${CMAKE_CURRENT_BINARY_DIR}/odr/backward.cpp)
-add_executable(test_odr ${CMAKE_CURRENT_BINARY_DIR}/odr/forward.cpp ${backward})
-target_include_directories(test_odr PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
-target_link_libraries(test_odr PRIVATE tetromino ${packages_of_all} tetromino_warnings)
-tetromino_register(headers.two_units_link package test_odr)
-
-add_library(test_bare OBJECT ${backward})
+add_library(test_bare OBJECT ${CMAKE_CURRENT_BINARY_DIR}/odr/backward.cpp)
 target_include_directories(test_bare PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_compile_options(test_bare PRIVATE -fno-exceptions -DTETROMINO_SIMD=0)
 target_link_libraries(test_bare PRIVATE tetromino ${packages_of_all} tetromino_warnings)
@@ -87,3 +102,11 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   tetromino_register(headers.linkage package ${CMAKE_CURRENT_SOURCE_DIR}/linkage.sh ${CMAKE_NM} ${CMAKE_CXX_COMPILER}
                      ${PROJECT_SOURCE_DIR}/include $<TARGET_OBJECTS:test_bare> ${flags})
 endif()
+
+add_executable(test_odr ${CMAKE_CURRENT_BINARY_DIR}/odr/forward.cpp $<TARGET_OBJECTS:test_bare>)
+target_include_directories(test_odr PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+target_link_libraries(test_odr PRIVATE tetromino ${packages_of_all} Threads::Threads tetromino_warnings)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  target_link_options(test_odr PRIVATE -Wl,--gc-sections)  # what was kept calls what is in libraries
+endif()
+tetromino_register(headers.two_units_link package test_odr)

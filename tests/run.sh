@@ -26,7 +26,7 @@ elif [ "${1:-}" = --fuzz ]; then
   targets=fuzzers
   options=(-D TETROMINO_FUZZ_SECONDS="$2")
   # a search that is shorter than the compiler's work on it
-  [ "$2" -ge 60 ] || options+=(-D CMAKE_CXX_FLAGS_DEBUG="-O0 -g1")
+  [ "$2" -ge 60 ] || options+=(-D CMAKE_CXX_FLAGS_DEBUG=-O0)
   per_program=100
   shift 2
   if [ $# -gt 0 ] && [[ $1 != -* ]]; then
@@ -41,7 +41,7 @@ elif [ "${1:-}" = --fuzz ]; then
   fi
 fi
 preset=${TETROMINO_PRESET:-dev}
-[ "$preset" != dev ] || per_program=8
+[ "$preset" != dev ] || per_program=12
 options+=(-D TETROMINO_FUZZED="$fuzzed" -D TETROMINO_TESTS_PER_PROGRAM="$per_program")
 folder=${TETROMINO_BUILD_DIR:-$root/build/tests-$preset}
 

@@ -232,7 +232,7 @@ TEST_CASE("every type has ggml's block") {
   CHECK(known == tetromino::detail::ggml_facts.size());
 }
 
-TEST_CASE("the writer's bytes are those of the format, whatever the order and size of the pieces") {
+TEST_CASE("a GGUF writer's bytes are those of the format, whatever the order and size of the pieces") {
   const temporary_directory folder;
   io::gguf_metadata metadata;
   metadata.set("general.architecture", "llama");
