@@ -34,7 +34,8 @@ int main() {
     }
     if (served % 20 != 19) continue;
 
-    const moe::rebalance_report seen = loop.consider(recorder);
+    const double running = 2000;  // the engine: tokens still to come of requests that run, and stay on their nodes
+    const moe::rebalance_report seen = loop.consider(recorder, running);
     std::printf("%3zu requests: %.2f nodes/token, imbalance %.2f, divergence %.3f", served + 1, seen.nodes_per_token,
                 seen.node_imbalance, seen.divergence);
     if (seen.verdict == moe::rebalance_verdict::new_plan) {

@@ -5,9 +5,14 @@
 #include <tetromino/moe/trace_io.hpp>
 
 #include "code_of.hpp"
+#include "random_clusters.hpp"
+#include "reference/generators.hpp"
 
-#include <algorithm>  // std::equal, std::find
-#include <cmath>      // std::nan
+#include <algorithm>  // std::count, std::equal, std::find, std::max, std::min
+#include <cmath>      // std::abs, std::nan
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint32_t, std::uint64_t
+#include <set>        // std::set
 #include <vector>     // std::vector
 
 namespace {
@@ -41,6 +46,38 @@ void carry_out(rebalancer& loop) {
                              loop.next().layer(layer->layer).begin()));
     loop.commit_layer();
   }
+}
+
+/// The nodes that requests are assigned to.
+std::vector<std::uint32_t> homes_by(const node_affinity& affinity, const trace& t) {
+  signature_builder builder = affinity.builder();
+  std::vector<request_signature> signatures;
+  std::vector<std::uint64_t> tokens;
+  for (const request& r : t.requests()) {
+    signatures.push_back(signature_of(t.view(), r, builder));
+    tokens.push_back(r.range(phase::decode).size());
+  }
+  return group(affinity, signatures, tokens);
+}
+
+/// Serves each request once on its node, token by token: how often one goes to another node. Each expert has one copy.
+double visits(const trace& t, const placement& p, const topology& cluster, const std::vector<std::uint32_t>& homes) {
+  std::size_t out = 0;
+  for (std::size_t r = 0; r < homes.size(); ++r) {
+    const token_range range = t.requests()[r].range(phase::decode);
+    for (std::uint64_t token = range.first; token < range.last; ++token) {
+      for (std::size_t l = 0; l < p.layers(); ++l) {
+        std::set<std::size_t> nodes;
+        for (const std::uint16_t e : t.view().experts_of(token, l)) {
+          const auto slot = std::find(p.layer(l).begin(), p.layer(l).end(), e) - p.layer(l).begin();
+          nodes.insert(cluster.node_of_slot(static_cast<std::size_t>(slot)));
+        }
+        nodes.erase(homes[r]);
+        out += nodes.size();
+      }
+    }
+  }
+  return static_cast<double>(out);
 }
 
 }  // namespace
@@ -110,7 +147,70 @@ TEST_CASE("moves must pay, and stay within their budget") {
     const rebalance_report r = thrifty.consider(t.view().with(seen));
     CHECK(r.way.bytes_between_nodes <= budget);
     CHECK(r.planned_nodes_per_token <= r.nodes_per_token);
+    rebalancer busy = rebalancer::make(contiguous(4, 16, cluster), cluster, o);
+    CHECK(busy.consider(t.view().with(seen), o.tokens_ahead / 2).way.bytes_between_nodes <= budget);
   }
+}
+
+TEST_CASE("what a plan saves is what serving would show, requests that run staying where they are") {
+  CAPTURE(tetromino_test::seed());
+  reference::generator g(tetromino_test::seed());
+  std::size_t plans = 0, dearer = 0;
+  for (int i = 0; i < 200; ++i) {
+    const topology cluster = tetromino_test::random_cluster(g, 4, 2, 4);
+    const std::size_t experts = 1 + g.below(std::min<std::size_t>(cluster.slots(), 12)), layers = 1 + g.below(2);
+    const std::size_t k = 1 + g.below(std::min<std::size_t>(experts, 3));
+    const auto routing = [&] { return tetromino_test::random_routing(g, layers, experts, k, 4 + g.below(12)); };
+    const trace before = routing(), now = routing();
+    const auto tokens = static_cast<double>(now.view().tokens(phase::decode));
+    rebalance_options o;
+    o.plan.effort = 0.05;
+    o.plan.replicas = false;
+    o.least_tokens = 1;
+    o.divergence = 0;
+    o.node_imbalance = 1000;
+    o.bytes_per_expert = 1 + static_cast<double>(g.below(5));
+    o.bytes_per_visit = 1 + static_cast<double>(g.below(9));
+    const std::size_t times = 1 + g.below(12);  // as often as now's requests come before the next look
+    o.tokens_ahead = tokens * static_cast<double>(times);
+    rebalancer loop = rebalancer::make(contiguous(layers, experts, cluster), cluster, o);
+    if (g.below(4) != 0) static_cast<void>(loop.consider(before.view()));
+    while (loop.next_layer() != nullptr) loop.commit_layer();
+
+    rebalancer free = loop;  // what it plans where nobody runs, for the sake of knowing the plan
+    const rebalance_report alone = free.consider(now.view());
+    if (alone.verdict != rebalance_verdict::new_plan) continue;
+    ++plans;
+    while (free.next_layer() != nullptr) free.commit_layer();
+    const placement& old_plan = loop.current();
+    const std::vector<std::uint32_t> new_homes = homes_by(*free.affinity(), now);
+    std::vector<std::uint32_t> old_homes = homes_by(
+        loop.affinity() == nullptr ? node_affinity::make(old_plan, cluster, now.view()) : *loop.affinity(), now);
+    const double assigned = visits(now, old_plan, cluster, old_homes);
+    if (loop.affinity() == nullptr) {  // requests run anywhere
+      for (std::size_t r = 0; r < old_homes.size(); ++r) old_homes[r] = static_cast<std::uint32_t>(r % cluster.nodes());
+    }
+    const double stayed = visits(now, old_plan, cluster, old_homes),
+                 kept = visits(now, free.current(), cluster, old_homes),
+                 renewed = visits(now, free.current(), cluster, new_homes);
+
+    for (std::size_t run = 0; run <= times + 1; ++run) {  // requests that run have so many times now's tokens to go
+      const auto running = static_cast<double>(std::min(run, times)), come = static_cast<double>(times) - running;
+      const double saved = o.bytes_per_visit * (come * (assigned - renewed) + running * (stayed - kept));
+      rebalancer asked = loop;
+      const rebalance_report r = asked.consider(now.view(), static_cast<double>(run) * tokens);
+      CAPTURE(i, run, times, saved, r.bytes_saved, r.way.bytes_between_nodes);
+      REQUIRE(std::abs(r.bytes_saved - saved) < 1e-6 * std::max(1.0, assigned * static_cast<double>(times)));
+      REQUIRE(r.way.bytes_between_nodes == alone.way.bytes_between_nodes);
+      REQUIRE(r.running_nodes_per_token ==
+              Approx(run == 0 ? 0 : kept / tokens / static_cast<double>(layers)).margin(1e-9));
+      const bool pays = r.bytes_saved > o.least_return * r.way.bytes_between_nodes;
+      REQUIRE(r.verdict == (pays ? rebalance_verdict::new_plan : rebalance_verdict::no_gain));
+      dearer += pays ? 0U : 1U;
+    }
+  }
+  CHECK(plans > 15);
+  CHECK(dearer > 15);
 }
 
 TEST_CASE("a GPU dies, a node dies, and both come back") {
@@ -150,6 +250,8 @@ TEST_CASE("a loop that cannot be is an error") {
   const trace t = read_trace(tetromino_test::data_file("routing-16x2.safetensors"));
   rebalancer loop = rebalancer::make(contiguous(1, 4, cluster), cluster, {});
   CHECK(code_of(loop.try_consider(t.view())) == errc::shape_mismatch);
+  CHECK(code_of(loop.try_consider(t.view(), -1)) == errc::invalid_argument);
   recorder empty = recorder::make({{1, 4, 1}});
+  CHECK(code_of(loop.try_consider(empty, std::nan(""))) == errc::invalid_argument);
   CHECK(loop.consider(empty).verdict == rebalance_verdict::too_few_tokens);
 }

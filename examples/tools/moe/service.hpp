@@ -43,7 +43,7 @@ class service {
     for (std::span<const std::size_t> rest(order); !rest.empty();) {
       const auto which = rest.first(std::min(rest.size(), w_.options.rebalance));
       rest = rest.subspan(which.size());
-      serve(which, out);
+      serve(which, rest.first(std::min(rest.size(), w_.options.rebalance)), out);
     }
     while (loop_.next_layer() != nullptr) migrate_layer(out);
     return out;
@@ -67,7 +67,8 @@ class service {
 
   [[nodiscard]] std::uint8_t domain(std::size_t i) const { return w_.text.domain[w_.chosen[i]]; }
 
-  void serve(std::span<const std::size_t> which, service_outcome& out) {
+  // The documents after these run while layers switch, on the nodes that suit the plan before.
+  void serve(std::span<const std::size_t> which, std::span<const std::size_t> after, service_outcome& out) {
     auto& window = out.windows.emplace_back();
     const auto source = sources_of(which);
     const auto migrate = [&] {
@@ -80,7 +81,9 @@ class service {
     for (const std::size_t i : which) out.losses[i] = ran.losses[i];
     moe::recorder all = moe::recorder::make({routing_of(w_.size), 16'384 * w_.mpi.ranks()});
     for (const auto& bytes : w_.mpi.gather(seen_.to_bytes())) all.merge(bytes);
-    w_.mpi.together("moe_engine", [&] { window.then = loop_.consider(all); });
+    double running = 0;
+    for (const std::size_t i : after) running += static_cast<double>(w_.tokens_of(i, std::string::npos).size());
+    w_.mpi.together("moe_engine", [&] { window.then = loop_.consider(all, running); });
     if (window.then.verdict != moe::rebalance_verdict::new_plan) return;
     out.planned += {static_cast<std::uint64_t>(window.then.way.bytes_between_nodes),
                     static_cast<std::uint64_t>(window.then.way.bytes_inside_nodes)};

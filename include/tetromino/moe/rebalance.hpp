@@ -14,7 +14,8 @@
 #include "topology.hpp"     // topology
 #include "trace.hpp"        // trace_view
 
-#include <algorithm>  // std::copy, std::equal, std::find_if, std::max
+#include <algorithm>  // std::copy, std::equal, std::find_if, std::max, std::min
+#include <cmath>      // std::isfinite
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t, std::uint32_t, std::uint64_t
 #include <deque>      // std::deque
@@ -62,6 +63,8 @@ struct rebalance_report {
   double node_imbalance = 0;           ///< likewise
   double planned_nodes_per_token = 0;  ///< of the new plan, on the same tokens
   double planned_node_imbalance = 0;   ///< likewise
+  double running_nodes_per_token = 0;  ///< of the new plan, on the nodes where requests run now; 0 if none do
+  double bytes_saved = 0;              ///< activations between nodes that it saves before the next look; can be below 0
   migration way;                       ///< to the new plan, all layers together
 
   // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
@@ -109,8 +112,16 @@ class rebalancer {
   }
   [[nodiscard]] TETROMINO_ABI const rebalance_options& options() const noexcept { return options_; }
 
-  /// Looks at tokens served lately and decides. Errors: of local, for routing that does not fit the placement.
-  [[nodiscard]] TETROMINO_ABI result<rebalance_report> try_consider(const trace_view& seen) {
+  /// Looks at tokens served lately and decides. `tokens_running` are those that requests which run now will still
+  /// generate, on all nodes together: such requests stay where their KV cache is, so a new plan serves these tokens
+  /// from the nodes that suited the plan before, and saves less by them, or nothing. Those beyond
+  /// `options().tokens_ahead` do not count. Errors: of local, for routing that does not fit the placement; a count that
+  /// is negative or not finite.
+  [[nodiscard]] TETROMINO_ABI result<rebalance_report> try_consider(const trace_view& seen, double tokens_running = 0) {
+    if (!std::isfinite(tokens_running) || tokens_running < 0) {
+      return error(errc::invalid_argument,
+                   detail::text("rebalance: expected 0 or more tokens of running requests, got ", tokens_running));
+    }
     rebalance_report out;
     if (!layers_.empty()) {
       out.verdict = rebalance_verdict::migrating;
@@ -119,13 +130,13 @@ class rebalancer {
     if (seen.tokens(options_.plan.served) < std::max<std::uint64_t>(options_.least_tokens, 1)) return out;
     load_table loads = loads_of(seen);
     const bool whole = try_validate(current_, topology_, {.one_copy_per_gpu = false}).has_value();
-    std::optional<cost_report> now;
+    std::optional<outlook> before;
     if (whole) {
-      auto cost = judge(current_, affinity_ ? &*affinity_ : nullptr, seen);
-      if (!cost) return cost.error();
-      now = std::move(*cost);
-      out.nodes_per_token = now->nodes_per_token();
-      out.node_imbalance = now->node_imbalance;
+      auto looked = look(seen, tokens_running);
+      if (!looked) return looked.error();
+      before = std::move(*looked);
+      out.nodes_per_token = before->now.nodes_per_token();
+      out.node_imbalance = before->now.node_imbalance;
       out.divergence = 1;
       if (!loads_.values.empty()) {
         const auto bits = try_divergence(loads_.view(), loads.view());
@@ -137,14 +148,16 @@ class rebalancer {
         return out;
       }
     }
-    auto found = find(seen, now);
+    auto found = find(seen, before);
     if (!found) return found.error();
     auto way = try_migrate(current_, found->experts, topology_, options_.bytes_per_expert);
     if (!way) return way.error();
     out.way = std::move(*way);
     out.planned_nodes_per_token = found->cost.nodes_per_token();
     out.planned_node_imbalance = found->cost.node_imbalance;
-    if (now && !pays(out)) {
+    out.running_nodes_per_token = found->running.nodes_per_token();
+    for (const double bytes : found->saved_in_layer) out.bytes_saved += bytes;
+    if (before && !pays(out)) {
       out.verdict = rebalance_verdict::no_gain;
       if (!affinity_) {  // what is there is what to serve under
         affinity_ = node_affinity::make(current_, topology_, seen, options_.group);
@@ -156,13 +169,17 @@ class rebalancer {
     begin(std::move(*found), std::move(loads), out.way);
     return out;
   }
-  TETROMINO_ABI rebalance_report consider(const trace_view& seen) { return try_consider(seen).value(); }
-  /// The same, with what a recorder has kept.
-  [[nodiscard]] TETROMINO_ABI result<rebalance_report> try_consider(const recorder& seen) {
-    const trace recorded = seen.to_trace();
-    return try_consider(recorded.view());
+  TETROMINO_ABI rebalance_report consider(const trace_view& seen, double tokens_running = 0) {
+    return try_consider(seen, tokens_running).value();
   }
-  TETROMINO_ABI rebalance_report consider(const recorder& seen) { return try_consider(seen).value(); }
+  /// The same, with what a recorder has kept.
+  [[nodiscard]] TETROMINO_ABI result<rebalance_report> try_consider(const recorder& seen, double tokens_running = 0) {
+    const trace recorded = seen.to_trace();
+    return try_consider(recorded.view(), tokens_running);
+  }
+  TETROMINO_ABI rebalance_report consider(const recorder& seen, double tokens_running = 0) {
+    return try_consider(seen, tokens_running).value();
+  }
 
   /// The next layer to migrate, with its rounds; null when there is none. The slots of its experts are those of `next`.
   [[nodiscard]] TETROMINO_ABI const layer_migration* next_layer() const noexcept {
@@ -203,10 +220,21 @@ class rebalancer {
   }
 
  private:
+  using sources = std::vector<std::uint32_t>;  // [requests] nodes
+
+  // What the tokens seen cost under the plan in force.
+  struct outlook {
+    cost_report now;      // each request on the node that it is assigned to
+    sources homes;        // where such requests run at present
+    cost_report running;  // on those; empty where none are said to run
+    double tokens_running;
+  };
   struct candidate {
     placement experts;
     node_affinity affinity;
     cost_report cost;
+    cost_report running;                 // with the homes of the outlook
+    std::vector<double> saved_in_layer;  // bytes between nodes before the next look
   };
 
   TETROMINO_ABI rebalancer(placement current, topology t, rebalance_options options)
@@ -227,32 +255,52 @@ class rebalancer {
     return out;
   }
 
-  // What the tokens seen cost under a plan, each request on the node that it would be assigned to.
-  [[nodiscard]] TETROMINO_ABI result<cost_report> judge(const placement& p, const node_affinity* affinity,
-                                                        const trace_view& seen) const {
-    std::optional<node_affinity> learnt;
-    if (affinity == nullptr) {
-      auto made = node_affinity::try_make(p, topology_, seen, options_.group);
-      if (!made) return made.error();
-      affinity = &learnt.emplace(std::move(*made));
-    }
-    signature_builder builder = affinity->builder();
+  // The node that each request seen would be assigned to.
+  [[nodiscard]] TETROMINO_ABI result<sources> assigned(const node_affinity& affinity, const trace_view& seen) const {
+    signature_builder builder = affinity.builder();
     std::vector<request_signature> signatures;
     std::vector<std::uint64_t> tokens;
     for (const request& r : seen.requests) {
       signatures.push_back(signature_of(seen, r, builder));
       tokens.push_back(r.range(options_.plan.served).size());
     }
-    const auto sources = try_group(*affinity, signatures, tokens);
-    if (!sources) return sources.error();
+    return try_group(affinity, signatures, tokens);
+  }
+  [[nodiscard]] TETROMINO_ABI result<cost_report> judge(const placement& p, const trace_view& seen,
+                                                        const sources& homes) const {
     cost_options cost;
     cost.tokens = options_.plan.served;
     cost.replicas = options_.replicas;
-    return try_evaluate(seen, p, topology_, *sources, cost);
+    return try_evaluate(seen, p, topology_, homes, cost);
+  }
+
+  [[nodiscard]] TETROMINO_ABI result<outlook> look(const trace_view& seen, double tokens_running) const {
+    std::optional<node_affinity> learnt;
+    if (!affinity_) {
+      auto made = node_affinity::try_make(current_, topology_, seen, options_.group);
+      if (!made) return made.error();
+      learnt.emplace(std::move(*made));
+    }
+    auto homes = assigned(affinity_ ? *affinity_ : *learnt, seen);
+    if (!homes) return homes.error();
+    auto now = judge(current_, seen, *homes);
+    if (!now) return now.error();
+    outlook out{std::move(*now), std::move(*homes), {}, std::min(tokens_running, options_.tokens_ahead)};
+    if (out.tokens_running == 0) return out;
+    if (affinity_) {
+      out.running = out.now;
+      return out;
+    }
+    // nothing has assigned requests yet, so they run anywhere
+    for (std::size_t r = 0; r < out.homes.size(); ++r) out.homes[r] = static_cast<std::uint32_t>(r % topology_.nodes());
+    auto running = judge(current_, seen, out.homes);
+    if (!running) return running.error();
+    out.running = std::move(*running);
+    return out;
   }
 
   [[nodiscard]] TETROMINO_ABI result<candidate> find(const trace_view& seen,
-                                                     const std::optional<cost_report>& now) const {
+                                                     const std::optional<outlook>& before) const {
     local_options how = options_.plan;
     how.start = &current_;
     auto plan = try_local(seen, topology_, how);
@@ -261,33 +309,52 @@ class rebalancer {
     for (int pass = 0;; ++pass) {
       auto affinity = node_affinity::try_make(next, topology_, seen, options_.group);
       if (!affinity) return affinity.error();
-      auto cost = judge(next, &*affinity, seen);
+      const auto homes = assigned(*affinity, seen);
+      if (!homes) return homes.error();
+      auto cost = judge(next, seen, *homes);
       if (!cost) return cost.error();
-      if (pass > 0 || !now || options_.byte_budget == 0 || !keep_within_budget(next, *now, *cost)) {
-        return candidate{std::move(next), std::move(*affinity), std::move(*cost)};
+      candidate out{std::move(next), std::move(*affinity), std::move(*cost), {}, {}};
+      if (!before) return out;
+      if (before->tokens_running > 0) {
+        auto running = judge(out.experts, seen, before->homes);
+        if (!running) return running.error();
+        out.running = std::move(*running);
       }
+      out.saved_in_layer = saved(*before, out);
+      if (pass > 0 || options_.byte_budget == 0 || !keep_within_budget(out)) return out;
+      next = std::move(out.experts);
     }
   }
 
-  // Gives up the layers that gain least for what they move; true if there are any.
-  [[nodiscard]] TETROMINO_ABI bool keep_within_budget(placement& next, const cost_report& now,
-                                                      const cost_report& then) const {
-    std::vector<double> gains;
+  // Bytes between nodes before the next look, by layer: tokens of requests to come are assigned anew, those of requests
+  // that run are not.
+  [[nodiscard]] TETROMINO_ABI std::vector<double> saved(const outlook& before, const candidate& next) const {
+    std::vector<double> out;
+    const auto fewer = [](const cost_report& from, const cost_report& to, std::size_t l) {  // visits per token
+      if (from.tokens == 0) return 0.0;
+      return (static_cast<double>(from.visits_of_layer[l]) - static_cast<double>(to.visits_of_layer[l])) /
+             static_cast<double>(from.tokens);
+    };
     for (std::size_t l = 0; l < current_.layers(); ++l) {
-      gains.push_back(static_cast<double>(now.visits_of_layer[l]) - static_cast<double>(then.visits_of_layer[l]));
+      out.push_back(options_.bytes_per_visit *
+                    ((options_.tokens_ahead - before.tokens_running) * fewer(before.now, next.cost, l) +
+                     before.tokens_running * fewer(before.running, next.running, l)));
     }
-    auto part = migrate_within(current_, std::move(next), topology_, options_.bytes_per_expert,
-                               {.bytes_between_nodes = options_.byte_budget}, gains);
-    next = std::move(part.reached);
+    return out;
+  }
+
+  // Gives up the layers that gain least for what they move; true if there are any.
+  [[nodiscard]] TETROMINO_ABI bool keep_within_budget(candidate& next) const {
+    auto part = migrate_within(current_, std::move(next.experts), topology_, options_.bytes_per_expert,
+                               {.bytes_between_nodes = options_.byte_budget}, next.saved_in_layer);
+    next.experts = std::move(part.reached);
     return !part.layers_left.empty();
   }
 
   [[nodiscard]] TETROMINO_ABI bool pays(const rebalance_report& r) const {
     if (r.way.moves == 0) return false;
     if (r.node_imbalance >= options_.node_imbalance && r.planned_node_imbalance < r.node_imbalance) return true;
-    const double saved = (r.nodes_per_token - r.planned_nodes_per_token) * static_cast<double>(current_.layers()) *
-                         options_.tokens_ahead * options_.bytes_per_visit;
-    return saved > options_.least_return * r.way.bytes_between_nodes;
+    return r.bytes_saved > options_.least_return * r.way.bytes_between_nodes;
   }
 
   TETROMINO_ABI void begin(candidate found, load_table loads, const migration& way) {
