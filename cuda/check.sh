@@ -1,8 +1,8 @@
 #!/bin/bash
 # Builds the CUDA backend with nvcc alone (no CMake), then checks and times it on this machine's GPU.
 #   cuda/check.sh BUILD_FOLDER OUTPUT_FOLDER STEP...
-# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, nccl_moe_layer, sanitize[:TEST],
-# bench:NAME[:ARGUMENTS] (such as "bench:grouped:--tokens 8,64 examples/data qwen3")
+# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, cuda_moe_layer[:SHAPE], nccl_moe_layer,
+# sanitize[:TEST], bench:NAME[:ARGUMENTS] (such as "bench:grouped:--tokens 8,64 examples/data qwen3")
 set -u
 cd "$(dirname "$0")/.."
 build=$1
@@ -50,10 +50,12 @@ for step in "$@"; do
         case $program in *_gpu_*) continue ;; esac
         [ -e "$program" ] || continue
         binary=${program%.c*.o}
+        rm -f "$binary"
         ("$nvcc" -o "$binary" "$program" $objects $libraries -lpthread 2>"$binary.link" ||
           { echo "FAILED to link $binary"; cat "$binary.link"; }) &
       done
       wait
+      for program in "$build"/*.link; do [ -e "${program%.link}" ] || exit 1; done
       echo "built in $((SECONDS - start)) s"
       ;;
     sanitize)
@@ -74,7 +76,7 @@ for step in "$@"; do
       echo "== bench $program $rest"
       timeout 240 "$build/tests_bench_cuda_$program" $rest 2>&1 | tee "$out/bench-$program.txt"
       ;;
-    nccl_moe_layer)
+    cuda_moe_layer | nccl_moe_layer)
       echo "== $name"
       timeout 240 "$build/examples_tools_$name" $argument 2>&1
       echo "exit $?"

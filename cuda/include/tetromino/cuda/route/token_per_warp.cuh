@@ -38,7 +38,7 @@ inline constexpr float largest_float = 0x1.FFFFFEp127f;
 
 /// A bias that is not finite refuses all tokens. Called by whole blocks before anything else, for the tokens that the
 /// block routes; true if they are done with. Inlined, it would cost the kernels registers.
-[[nodiscard]] __device__ __noinline__ bool refuse_bias(const route_args& args, std::uint32_t tokens_of_block) {
+[[nodiscard]] __device__ __noinline__ inline bool refuse_bias(const route_args& args, std::uint32_t tokens_of_block) {
   if (args.bias == nullptr) return false;
   const auto is_bad = [&](std::uint32_t e) { return !(fabsf(__ldg(args.bias + e)) <= largest_float); };
   bool bad = false;
