@@ -8,6 +8,7 @@
 #include <tetromino/quantize.hpp>
 
 #include <algorithm>
+#include <array>
 #include <fstream>
 #include <sstream>
 
@@ -48,9 +49,31 @@ struct setting {
   bool bias = false;
   std::size_t x_gap = 0, out_gap = 0;  ///< elements between rows
   bool poisoned = false;               ///< some NaN scales
+  bool captured = false;               ///< in a graph, before the offsets are known
 };
 
 double worst_error = 0;
+
+/// Launches a product from a graph that was captured before the offsets were there.
+template <class T>
+void run_captured(const tetromino::cuda::detail::matmul_job<T>& job, device<std::uint32_t>& offsets, const char* what) {
+  const auto known = offsets.values();
+  offsets.poison();
+  cudaStream_t handle;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  require(cudaStreamCreate(&handle), what);
+  require(cudaStreamBeginCapture(handle, cudaStreamCaptureModeGlobal), what);
+  require(tetromino::cuda::detail::matmul(tetromino::cuda::stream(handle), job), what);
+  require(cudaStreamEndCapture(handle, &graph), what);
+  require(cudaGraphInstantiate(&exec, graph, 0), what);
+  require(cudaMemcpy(offsets.data(), known.data(), known.size() * sizeof(std::uint32_t), cudaMemcpyHostToDevice), what);
+  require(cudaGraphLaunch(exec, handle), what);
+  require(cudaStreamSynchronize(handle), what);
+  require(cudaGraphExecDestroy(exec), what);
+  require(cudaGraphDestroy(graph), what);
+  require(cudaStreamDestroy(handle), what);
+}
 
 template <class T>
 void check_product(const std::string& name, const shape& s, const recipe& r, const setting& how,
@@ -92,7 +115,8 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
   for (std::size_t e = 0; e + 1 < how.offsets.size(); ++e) {
     for (std::size_t i = how.offsets[e]; i < how.offsets[e + 1]; ++i) row_matrix[i] = static_cast<std::uint32_t>(e);
   }
-  const device<std::uint32_t> row_matrix_device(row_matrix), offsets(how.offsets);
+  const device<std::uint32_t> row_matrix_device(row_matrix);
+  device<std::uint32_t> offsets(how.offsets);
   std::vector<float> bias(how.bias ? matrices * s.n : 0);
   const numbers noise{77};
   for (std::size_t i = 0; i < bias.size(); ++i) bias[i] = noise.normal(i);
@@ -116,7 +140,11 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
     job.x = matrix_view<const T>(x_device.data(), s.m, s.k, x_stride);
     job.out = matrix_view<T>(out.data(), s.m, outputs, out_stride);
     job.portable = portable;
-    require(tetromino::cuda::detail::matmul(stream, job), what.c_str());
+    if (how.captured && !portable) {
+      run_captured(job, offsets, what.c_str());
+    } else {
+      require(tetromino::cuda::detail::matmul(stream, job), what.c_str());
+    }
     require(cudaDeviceSynchronize(), what.c_str());
     const auto got = out.values();
     expect(out.is_intact(), "%s: written past the end", what.c_str());
@@ -238,6 +266,13 @@ void shapes() {
   }
 }
 
+/// Offsets of experts with so many rows each.
+std::vector<std::uint32_t> offsets_of(std::size_t experts, const std::vector<std::uint32_t>& counts) {
+  std::vector<std::uint32_t> out(experts + 1, 0);
+  for (std::size_t e = 0; e < experts; ++e) out[e + 1] = out[e] + counts[e % counts.size()];
+  return out;
+}
+
 template <class T>
 void experts() {
   std::uint64_t seed = 500;
@@ -252,6 +287,8 @@ void experts() {
         how.offsets = offsets;
         how.gating = gating;
         how.bias = seed % 2 == 0;
+        how.out_gap = seed % 5 == 2 ? 3 : 0;
+        how.captured = seed % 4 == 1;
         check_product<T>("experts", s, recipe::parse(name), how, normals((offsets.size() - 1) * s.n * s.k, seed, 0.1f),
                          normals(s.m * s.k, seed + 1, 1.0f));
         ++seed;
@@ -289,6 +326,44 @@ void experts() {
   how.gating = gating_rows::halves;
   check_product<T>("many experts", s, recipe::parse("mxfp4-32/oas"), how, normals(140 * s.n * s.k, 3, 0.1f),
                    normals(s.m * s.k, 4, 1.0f));
+}
+
+/// Experts whose tiles are fitted to the rows of each.
+template <class T>
+void fitted_experts() {
+  std::uint64_t seed = 700;
+  // a tile for each multiprocessor, without which none are fitted; in the last of a row, warpgroups are idle
+  const auto around_sixteens = offsets_of(27, {0,  1,  15, 16, 17, 31, 32, 33,  47,  48,  49,  63,  64, 65,
+                                               79, 80, 81, 95, 96, 97, 0,  111, 112, 113, 127, 129, 290});
+  for (const char* name : all_recipes) {
+    const shape s{around_sixteens.back(), 1056, 320};
+    setting how;
+    how.offsets = around_sixteens;
+    how.gating = std::array{gating_rows::none, gating_rows::halves, gating_rows::interleaved}[seed % 3];
+    how.bias = seed % 2 == 0;
+    how.x_gap = seed % 7 == 3 ? 8 : 0, how.out_gap = seed % 5 == 2 ? 3 : 0;
+    how.captured = seed % 4 == 1;
+    if (!is_short() || seed % 4 == 0) {
+      check_product<T>("fitted", s, recipe::parse(name), how, normals(27 * s.n * s.k, seed, 0.1f),
+                       normals(s.m * s.k, seed + 1, 1.0f));
+    }
+    ++seed;
+  }
+  // few rows of many experts, and one that has more
+  setting how;
+  how.offsets = offsets_of(140, {0, 1, 7, 8, 9, 15, 16, 17, 0, 3, 2, 0, 5, 0, 1, 40, 4, 6, 0, 2});
+  const shape s{how.offsets.back(), 300, 648};
+  const auto weights = normals(140 * s.n * s.k, seed, 0.1f), activations = normals(s.m * s.k, seed + 1, 1.0f);
+  for (const char* name : all_recipes) {
+    how.gating = seed % 2 == 0 ? gating_rows::none : gating_rows::halves;
+    how.bias = seed % 3 == 0;
+    how.out_gap = seed % 5 == 2 ? 3 : 0;
+    how.captured = seed % 4 == 1;
+    if (!is_short() || seed % 4 == 0) {
+      check_product<T>("few rows", s, recipe::parse(name), how, weights, activations);
+    }
+    ++seed;
+  }
 }
 
 /// Inputs meant to go wrong.
@@ -368,10 +443,12 @@ int main(int argc, char** argv) {
   const std::string data = argc > 1 ? argv[1] : "examples/data";
   shapes<bfloat16>();
   experts<bfloat16>();
+  fitted_experts<bfloat16>();
   if (!is_short()) adversarial<bfloat16>();
   real<bfloat16>(data);
   shapes<half>();
   experts<half>();
+  fitted_experts<half>();
   if (!is_short()) adversarial<half>();
   if (!is_short()) real<half>(data);
   std::printf("largest relative error of a product: %.2e\n", worst_error);

@@ -24,6 +24,19 @@ __device__ inline void copy_16(std::uint32_t to, const void* from) {
 __device__ inline void copy_16(std::uint32_t to, const void* from, std::uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+/// Copies 4, 8 or 16 bytes into shared memory; offsets of less than 2048 take no instruction of their own.
+template <std::uint32_t Bytes, std::uint32_t ToOffset, int FromOffset>
+__device__ inline void copy_at(std::uint32_t to, const void* from) {
+  if constexpr (Bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;" ::"r"(to), "l"(from), "n"(ToOffset),
+                 "n"(FromOffset)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0 + %2], [%1 + %3], %4;" ::"r"(to), "l"(from), "n"(ToOffset),
+                 "n"(FromOffset), "n"(Bytes)
+                 : "memory");
+  }
+}
 /// Copies 4 or 8 bytes into shared memory.
 template <std::uint32_t Bytes>
 __device__ inline void copy_small(std::uint32_t to, const void* from) {
@@ -98,7 +111,17 @@ __device__ inline void load_matrices(std::uint32_t from, std::uint32_t (&m)[4]) 
                : "memory");
 }
 
+/// An 8x8 matrix of 16-bit values, of whose row l / 4 lane l holds columns 2 (l % 4) and the next one, transposed.
+[[nodiscard]] __device__ inline std::uint32_t transpose(std::uint32_t pair) {
+  std::uint32_t out;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+  return out;
+}
+
 /// Words of shared memory, at a multiple of their size together.
+__device__ inline void load_shared(std::uint32_t from, std::uint32_t& a) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(a) : "r"(from) : "memory");
+}
 __device__ inline void load_shared(std::uint32_t from, std::uint32_t& a, std::uint32_t& b) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(from) : "memory");
 }

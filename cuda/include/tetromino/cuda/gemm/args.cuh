@@ -88,27 +88,56 @@ __device__ inline void count_row_tiles(const std::uint32_t* row_offsets, std::ui
   __syncthreads();
 }
 
+/// Some row tiles, of the same matrix: their first row of x, the one after the last, how many they are, and which of
+/// them is meant.
+struct row_tile_place {
+  std::uint32_t matrix, first, last, tiles, index;
+};
+/// Where row tile `row_tile` lies, counted through all matrices, if there is such a tile; of one matrix, all do.
+template <class T>
+[[nodiscard]] __device__ inline bool find_row_tile(const matmul_args<T>& args, const std::uint32_t* tiles_before,
+                                                   std::uint32_t row_tile, row_tile_place& out) {
+  out = {0, 0, args.x.rows, 0, row_tile};
+  if (args.x.row_offsets == nullptr) return true;
+  if (row_tile >= tiles_before[args.weights.matrices]) return false;
+  std::uint32_t low = 0, high = args.weights.matrices;  // the matrix lies in [low, high)
+  while (high - low > 1) {
+    const std::uint32_t middle = (low + high) / 2;
+    (tiles_before[middle] <= row_tile ? low : high) = middle;
+  }
+  out.matrix = low, out.index = row_tile - tiles_before[low], out.tiles = tiles_before[low + 1] - tiles_before[low];
+  out.first = args.x.row_offsets[low], out.last = args.x.row_offsets[low + 1];
+  return true;
+}
+
 /// Tile `number` of the output; tiles of the same rows follow each other. Past the last one, `rows` is 0.
 template <std::uint32_t Rows, class T>
 [[nodiscard]] __device__ inline output_tile find_tile(const matmul_args<T>& args, const std::uint32_t* tiles_before,
                                                       std::uint32_t number) {
   output_tile out{};
-  std::uint32_t row_tile = number / args.feature_tiles;
+  const std::uint32_t row_tile = number / args.feature_tiles;
   out.feature_tile = number - row_tile * args.feature_tiles;
-  std::uint32_t first = 0, last = args.x.rows;
-  if (args.x.row_offsets != nullptr) {
-    if (row_tile >= tiles_before[args.weights.matrices]) return out;
-    std::uint32_t low = 0, high = args.weights.matrices;  // the matrix lies in [low, high)
-    while (high - low > 1) {
-      const std::uint32_t middle = (low + high) / 2;
-      (tiles_before[middle] <= row_tile ? low : high) = middle;
-    }
-    out.matrix = low;
-    row_tile -= tiles_before[low];
-    first = args.x.row_offsets[low], last = args.x.row_offsets[low + 1];
-  }
-  out.first_row = first + row_tile * Rows;
-  out.rows = out.first_row < last ? min(last - out.first_row, Rows) : 0;
+  row_tile_place place;
+  if (!find_row_tile(args, tiles_before, row_tile, place)) return out;
+  out.matrix = place.matrix;
+  out.first_row = place.first + place.index * Rows;
+  out.rows = out.first_row < place.last ? min(place.last - out.first_row, Rows) : 0;
+  return out;
+}
+
+/// The same where a matrix's rows are shared out evenly, by sixteens, among its row tiles; there are row offsets.
+template <class T>
+[[nodiscard]] __device__ inline output_tile find_fitted_tile(const matmul_args<T>& args,
+                                                             const std::uint32_t* tiles_before, std::uint32_t number) {
+  output_tile out{};
+  const std::uint32_t row_tile = number / args.feature_tiles;
+  out.feature_tile = number - row_tile * args.feature_tiles;
+  row_tile_place place;
+  if (!find_row_tile(args, tiles_before, row_tile, place)) return out;
+  const std::uint32_t height = ((place.last - place.first + place.tiles - 1) / place.tiles + 15) / 16 * 16;
+  out.matrix = place.matrix;
+  out.first_row = place.first + place.index * height;
+  out.rows = out.first_row < place.last ? min(place.last - out.first_row, height) : 0;
   return out;
 }
 

@@ -3,6 +3,7 @@
 #include "../detail/checks.hpp"   // is_aligned
 #include "sm80_any_rows.cuh"      // any_rows_kernel
 #include "sm90a/few_rows.cuh"     // few_rows_kernel
+#include "sm90a/fitted_rows.cuh"  // fitted_rows_kernel
 #include "sm90a/many_rows.cuh"    // many_rows_kernel
 #include "sm90a/medium_rows.cuh"  // medium_rows_kernel
 
@@ -178,6 +179,18 @@ result<void> launch_medium_rows(const stream& s, const matmul_job<T>& job, matmu
                             shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts)), parts, *map, args);
 }
 
+/// Launches the kernel that fits tiles to the rows of x that each expert has.
+template <activation T, weight_kind Kind, int Macros, class Shape>
+result<void> launch_fitted_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+                                const device_facts& device) {
+  args.feature_tiles = (args.weights.row_tiles + Shape::groups - 1) / Shape::groups;
+  const std::size_t blocks = std::min(row_tiles * args.feature_tiles, static_cast<std::size_t>(device.multiprocessors));
+  auto map = map_activations(job.x, 16);
+  if (!map) return map.error();
+  return launch_overlapping(fitted_rows_kernel<Shape, T, Kind, Macros>, "the launch of fitted_rows_kernel", s, blocks,
+                            Shape::threads, Shape::shared_bytes(args.weights.matrices), 1, *map, args);
+}
+
 /// Launches the kernel for a few rows of x.
 template <activation T, weight_kind Kind, int Macros, int Rows>
 result<void> launch_few_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
@@ -196,16 +209,36 @@ result<void> launch_few_rows(const stream& s, const matmul_job<T>& job, matmul_a
                             static_cast<int>(shape::threads), bytes, parts, args);
 }
 
-/// Rows of x that a tile should have room for, where each matrix gets `rows` on average. Experts differ from the
-/// average by about its root, and one that needs a second tile has its weights read and decoded twice; so up to 32 rows
-/// the tile has room for two deviations more. (Poisson counts; measured on an H200 at 1 to 256 tokens, even and
-/// skewed: 1.15 x on average.) Beyond, an average says too little of skewed loads. Tiles of 8 rows split columns among
-/// 16 warps, which pays for experts where there are many columns.
+/// Rows of x that a tile should have room for, where each matrix gets `rows` on average and tiles are not fitted.
+/// Experts differ from the average by about its root, and one that needs a second tile has its weights read and decoded
+/// twice; so up to 32 rows the tile has room for two deviations more. (Poisson counts; measured on an H200 at 1 to 256
+/// tokens, even and skewed: 1.15 x on average.) Tiles of 8 rows split columns among 16 warps, which pays for experts
+/// where there are many columns.
 [[nodiscard]] inline std::size_t tile_height(const matmul_job_base& job, std::size_t rows) {
   if (job.row_offsets == nullptr || rows > 32) return rows;
   if (rows <= 6 && job.shape.cols >= 6144) return 8;
   const auto mean = static_cast<double>(rows);
   return std::max<std::size_t>(16, static_cast<std::size_t>(std::ceil(mean + 2 * std::sqrt(mean))));
+}
+
+/// As many rows of x as a fitted tile has registers for.
+[[nodiscard]] constexpr int most_fitted_rows(weight_kind kind, int macros) {
+  if (kind == weight_kind::nv || macros == 2) return 80;
+  return kind == weight_kind::mx32 && macros == 0 ? 128 : 96;
+}
+
+/// Average numbers of rows that tiles are fitted to; measured on an H200, even and skewed. Fewer do better with tiles
+/// of one height, which decode while they multiply: up to 64 rows an instruction of a warpgroup takes as long as
+/// for 16. Around the least number equal loads lose what skewed ones win two to three times over; which it has, the
+/// host does not know. Where macro-block factors make all wait for products, it pays from fewer rows on. More rows than
+/// the most do better with taller tiles, which decode each weight for more of them.
+struct fitted_range {
+  std::size_t least, most;
+};
+[[nodiscard]] constexpr fitted_range fitted_rows_range(weight_kind kind, int macros) {
+  if (macros == 2) return {1, 512};
+  if (macros == 1) return {16, 384};
+  return {32, kind == weight_kind::mx32 ? std::size_t{512} : std::size_t{128}};
 }
 
 template <activation T, weight_kind Kind, int Macros>
@@ -230,6 +263,14 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
       return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
     }
     const std::size_t height = tile_height(job, rows);
+    using fitted = fitted_rows_shape<Kind, Macros, most_fitted_rows(Kind, Macros)>;
+    constexpr fitted_range range = fitted_rows_range(Kind, Macros);
+    const std::size_t fitted_tiles = std::max(groups, job.row_count / fitted::rows) *
+                                     ((args.weights.row_tiles + fitted::groups - 1) / fitted::groups);
+    if (job.row_offsets != nullptr && rows >= range.least && rows <= range.most && height > 8 &&
+        fitted_tiles >= static_cast<std::size_t>(device->multiprocessors)) {
+      return launch_fitted_rows<T, Kind, Macros, fitted>(s, job, args, row_tiles(fitted::rows), *device);
+    }
     if (height <= 8) return launch_few_rows<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device);
     if (height <= 16) return launch_medium_rows<T, Kind, Macros, 16, 3>(s, job, args, row_tiles(16), *device);
     if (height <= 24) return launch_medium_rows<T, Kind, Macros, 24, 3>(s, job, args, row_tiles(24), *device);
