@@ -493,39 +493,37 @@ int main(int argc, char** argv) {
                        "Evaluates a mixture-of-experts language model on one rank or, under mpirun, on many",
                        {"MODEL HELDOUT --compare", "MODEL HELDOUT --weights nvfp4/min-error --activations int8",
                         "MODEL HELDOUT --calibrate HELDOUT --half even --statistics statistics.safetensors"});
-  app.add_file("MODEL", s.model, "the model (safetensors)")->required();
-  app.add_file("HELDOUT", s.text, "documents to evaluate (safetensors)")->required();
+  app.add_file("MODEL", s.model, "the model (safetensors)").required();
+  app.add_file("HELDOUT", s.text, "documents to evaluate (safetensors)").required();
   app.add_option("--weights", s.weights, "float32, or a recipe such as mxfp4-16/oas/mbs-search")
-      ->type_name("RECIPE")
-      ->capture_default_str();
-  app.add_option("--activations", s.activations, "float32, int8, or a recipe")
-      ->type_name("RECIPE")
-      ->capture_default_str();
+      .value_name("RECIPE")
+      .shows_default();
+  app.add_option("--activations", s.activations, "float32, int8, or a recipe").value_name("RECIPE").shows_default();
   app.add_option("--placement", s.placement, "contiguous, balanced, local, or a file with a placement")
-      ->type_name("NAME or FILE")
-      ->capture_default_str();
-  app.add_option("--replicas", s.replicas, "slots that each node has beyond its share of the experts")
-      ->capture_default_str();
-  app.add_option("--nodes", s.nodes, "count ranks as those of so many nodes")->capture_default_str();
+      .value_name("NAME or FILE")
+      .shows_default();
+  app.add_option("--replicas", s.replicas, "slots that each node has beyond its share of the experts").shows_default();
+  app.add_option("--nodes", s.nodes, "count ranks as those of so many nodes").shows_default();
   app.add_option("--route", s.route, "copies of a row that travel: per-node, per-rank or per-expert")
-      ->check(CLI::IsMember({"per-node", "per-rank", "per-expert"}))
-      ->capture_default_str();
+      .one_of({"per-node", "per-rank", "per-expert"})
+      .shows_default();
   app.add_option("--documents", s.documents, "evaluate so many documents (default: all; with --compare 48)");
   app.add_option("--prefill", s.prefill, "tokens of each document that balanced and local plan with")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--rebalance", s.rebalance,
-                 "documents come domain by domain; after every N, move weights where a better placement pays")
-      ->type_name("N")
-      ->check(CLI::PositiveNumber);
-  app.add_option("--batch", s.batch, "tokens that a rank runs together")->capture_default_str();
-  auto* const calibrate = app.add_file(
+      .positive()
+      .shows_default();
+  const auto rebalance =
+      app.add_option("--rebalance", s.rebalance,
+                     "documents come domain by domain; after every N, move weights where a better placement pays")
+          .value_name("N")
+          .positive();
+  app.add_option("--batch", s.batch, "tokens that a rank runs together").shows_default();
+  const auto calibrate = app.add_file(
       "--calibrate", s.calibrate, "text (safetensors) that weighs errors in searched scales and makes gptq possible");
   app.add_option("--half", s.half, "evaluate every second document; --calibrate on the same file takes the others")
-      ->check(CLI::IsMember({"even", "odd"}));
-  app.add_file("--statistics", s.statistics, "write what calibration found, for quantize_checkpoint")->needs(calibrate);
+      .one_of({"even", "odd"});
+  app.add_file("--statistics", s.statistics, "write what calibration found, for quantize_checkpoint").needs(calibrate);
   app.add_file("--losses", s.losses, "write each document's loss to this file");
-  app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity")->excludes("--rebalance");
+  app.add_flag("--compare", s.compare, "recipes side by side: bits, QSNR, perplexity").excludes(rebalance);
   app.add_output(s.print);
   const auto leave = app.read(argc, argv);  // instead of work: after --help, or a mistake
   if (const std::size_t first = mpi.first_where(leave != nullptr); first < mpi.ranks()) {

@@ -6,15 +6,16 @@
 /// Plans are made from a part of the requests and judged on the decode tokens of others, which are assigned to nodes by
 /// their prefill alone. From loads alone (counts per expert, as engines log them), experts are balanced.
 
+#include <tetromino/moe/trace_io.hpp>
+
 #include "command_line.hpp"
-#include "output_file.hpp"
 #include "moe/place_report.hpp"
 #include "moe/place_study.hpp"
+#include "output_file.hpp"
 #include "ui.hpp"
 
 #include <tetromino/moe/migrate.hpp>
 #include <tetromino/moe/placement_io.hpp>
-#include <tetromino/moe/trace_io.hpp>
 #include <tetromino/thread_executor.hpp>
 
 #include <nlohmann/json.hpp>
@@ -595,30 +596,26 @@ int main(int argc, char** argv) {
       "Places experts on nodes and GPUs, and requests on nodes, so that tokens stay close to their experts.",
       {"TRACE --nodes 8 --gpus 8 --slots 16,18,24 --report report.html", "TRACE --judge OTHER --plan plan.json",
        "LOADS --start plan.json --plan location.json --format sglang"});
-  app.add_file("TRACE", s.trace_path, "recorded routing or loads, as engines write them")->required();
+  app.add_file("TRACE", s.trace_path, "recorded routing or loads, as engines write them").required();
   app.add_file("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
-  app.add_option("--nodes", s.nodes, "nodes")->check(ui::within(1u, 65535u))->capture_default_str();
-  app.add_option("--gpus", s.gpus_per_node, "GPUs per node")->check(ui::within(1u, 65535u))->capture_default_str();
+  app.add_option("--nodes", s.nodes, "nodes").within(1u, 65535u).shows_default();
+  app.add_option("--gpus", s.gpus_per_node, "GPUs per node").within(1u, 65535u).shows_default();
   app.add_option("--slots", s.slots_per_node, "expert slots per node and layer; several: 16,18,24")
-      ->delimiter(',')
-      ->check(ui::within(1u, 1u << 24));
-  app.add_option("--limit", s.limit, "most load of a node, over the mean")
-      ->check(ui::within(1.0, 1e6))
-      ->capture_default_str();
-  app.add_option("--splits", s.splits, "random halves to plan and judge on")
-      ->check(ui::within(1u, 1000000u))
-      ->capture_default_str();
-  app.add_option("--seed", s.seed, "seed of the halves and of the solver")->capture_default_str();
+      .split_at(',')
+      .within(1u, 1u << 24);
+  app.add_option("--limit", s.limit, "most load of a node, over the mean").within(1.0, 1e6).shows_default();
+  app.add_option("--splits", s.splits, "random halves to plan and judge on").within(1u, 1000000u).shows_default();
+  app.add_option("--seed", s.seed, "seed of the halves and of the solver").shows_default();
   app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")
-      ->check(ui::within(0.0, 1e9))
-      ->capture_default_str();
+      .within(0.0, 1e9)
+      .shows_default();
   app.add_threads(s.threads);
   app.add_file("--start", s.start_path, "the plan in force, in any format: the last plan starts from it");
-  auto* const plan = app.add_file("--plan", s.plan_path, "write the placement made from all of TRACE here");
+  const auto plan = app.add_file("--plan", s.plan_path, "write the placement made from all of TRACE here");
   app.add_option("--format", s.format, "as what: json, sglang (and vLLM), tensorrt-llm or vllm-ascend")
-      ->check(CLI::IsMember({"json", "sglang", "tensorrt-llm", "vllm-ascend"}))
-      ->capture_default_str()
-      ->needs(plan);
+      .one_of({"json", "sglang", "tensorrt-llm", "vllm-ascend"})
+      .shows_default()
+      .needs(plan);
   app.add_option("--layers", s.reading.layers, "layers, where TRACE is bare ids (SGLang)");
   app.add_option("--top-k", s.reading.experts_per_token, "experts per token, likewise");
   app.add_file("--report", s.report_path, "write a page with pictures here (HTML)");

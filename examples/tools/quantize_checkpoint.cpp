@@ -2,17 +2,19 @@
 ///   quantize_checkpoint Qwen3-30B-A3B Qwen3-30B-A3B-NVFP4 --recipe nvfp4/min-error --layout compressed-tensors
 ///   quantize_checkpoint gpt-oss-20b OUT --layout modelopt --recipe nvfp4/amax     # MXFP4 to NVFP4, without loss
 ///   quantize_checkpoint MODEL OUT --recipe mxfp4-32/oas --recipe attn=nvfp4/amax --layout compressed-tensors
-///   quantize_checkpoint MODEL OUT --bits 4.5 --candidates mxfp4-32/oas,nvfp4/min-error,keep --layout
-///   compressed-tensors quantize_checkpoint MODEL OUT --dry-run                                       # what would be
-///   packed, and why not quantize_checkpoint MODEL --compare                                           # recipes side
-///   by side quantize_checkpoint model-f16.gguf model-nvfp4.gguf --recipe nvfp4/min-error --imatrix imatrix.gguf
+///   quantize_checkpoint MODEL OUT --bits 4.5 --candidates mxfp4-32/oas,nvfp4/min-error,keep --layout modelopt
+///   quantize_checkpoint MODEL OUT --dry-run    # what would be packed, and why not
+///   quantize_checkpoint MODEL --compare        # recipes side by side
+///   quantize_checkpoint model-f16.gguf model-nvfp4.gguf --recipe nvfp4/min-error --imatrix imatrix.gguf
 /// MODEL is a directory as Hugging Face saves it, its index, or a safetensors file; OUT is a directory, or a file whose
 /// name ends with .safetensors. Memory stays bounded whatever the model's size; with gptq, by its largest matrix.
 
-#include "checkpoint/settings.hpp"
-#include "command_line.hpp"
+#include <tetromino/io/checkpoint/pack.hpp>
+
 #include "checkpoint/compare_recipes.hpp"
 #include "checkpoint/pack_gguf.hpp"
+#include "checkpoint/settings.hpp"
+#include "command_line.hpp"
 
 #include <tetromino/thread_executor.hpp>
 
@@ -381,53 +383,53 @@ int main(int argc, char** argv) {
        "MODEL OUT --recipe nvfp4/amax --recipe experts=mxfp4-32/oas --dry-run --list",
        "MODEL OUT --bits 4.5 --candidates mxfp4-32/oas,nvfp4/min-error,keep --layout compressed-tensors",
        "model.gguf packed.gguf --recipe mxfp4-32/min-error --imatrix imatrix.gguf"});
-  app.add_file("IN", s.input, "model to read: a directory, an index, a .safetensors or a .gguf file")->required();
-  auto* const out =
+  app.add_file("IN", s.input, "model to read: a directory, an index, a .safetensors or a .gguf file").required();
+  const auto out =
       app.add_file("OUT", s.output, "what to write: a directory that does not exist, or a .safetensors or .gguf file");
   app.add_option("--recipe", s.recipes,
                  "FORMAT/RULE[/MACRO][/hadamard-N][/gptq], such as nvfp4/min-error; or WEIGHTS=RECIPE for some weights "
                  "(experts, linear, a part of names, or a pattern), later ones before earlier ones; or a .json file")
-      ->type_name("RECIPE");
-  auto* const bits =
+      .value_name("RECIPE");
+  const auto bits =
       app.add_option("--bits", s.bits,
                      "bits for each weight, on average: for each the candidate that keeps the whole best, "
                      "measured before packing")
-          ->check(ui::within(1.0, 32.0));
-  auto* const candidates = app.add_option("--candidates", s.candidates,
-                                          "recipes that --bits chooses among, and keep, which leaves a weight as it is")
-                               ->delimiter(',')
-                               ->type_name("RECIPE,..[,keep]");
-  bits->needs(candidates);
-  candidates->needs(bits);
-  auto* const layout = app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")
-                           ->type_name("LAYOUT")
-                           ->capture_default_str();
+          .within(1.0, 32.0);
+  const auto candidates = app.add_option("--candidates", s.candidates,
+                                         "recipes that --bits chooses among, and keep, which leaves a weight as it is")
+                              .split_at(',')
+                              .value_name("RECIPE,..[,keep]");
+  bits.needs(candidates);
+  candidates.needs(bits);
+  const auto layout = app.add_option("--layout", s.layout, "linear, gpt-oss, compressed-tensors or modelopt")
+                          .value_name("LAYOUT")
+                          .shows_default();
   app.add_option("--keep", s.keep, "leave tensors whose name matches this pattern (* and ?) as they are")
-      ->type_name("PATTERN");
+      .value_name("PATTERN");
   app.add_option("--pack", s.pack, "pack tensors whose name matches this pattern although they are not known")
-      ->type_name("PATTERN");
-  auto* const separate =
+      .value_name("PATTERN");
+  const auto separate =
       app.add_flag("--separate-scales", s.separate_scales,
                    "NVFP4: a tensor scale for each weight, also where readers take one for q, k and v or gate and up");
   app.add_option("--on-special", s.special, "NaN and infinities: reject, poison (the block) or saturate")
-      ->check(CLI::IsMember({"reject", "poison", "saturate"}))
-      ->capture_default_str();
+      .one_of({"reject", "poison", "saturate"})
+      .shows_default();
   app.add_file("--statistics", s.statistics,
                "calibration statistics of the weights' inputs: they weigh errors in searches, and gptq needs them");
   app.add_file("--imatrix", s.imatrix, "llama.cpp's importance matrix, which weighs errors; for GGUF files");
-  auto* const shard = app.add_option("--shard-size", s.shard_gigabytes, "largest file to write, in GB")
-                          ->check(ui::within(0.001, 1e6))
-                          ->capture_default_str();
+  const auto shard = app.add_option("--shard-size", s.shard_gigabytes, "largest file to write, in GB")
+                         .within(0.001, 1e6)
+                         .shows_default();
   app.add_threads(s.threads);
-  auto* const dry_run =
+  const auto dry_run =
       app.add_flag("--dry-run", s.dry_run, "print what would be packed and what kept, and write nothing");
-  auto* const compare = app.add_flag("--compare", s.compare, "print the recipes side by side and write nothing");
-  auto* const list = app.add_flag("--list", s.list, "print every tensor with its role, too");
-  for (auto* const other : {out, layout, separate, shard, dry_run, list, bits}) compare->excludes(other);
+  const auto compare = app.add_flag("--compare", s.compare, "print the recipes side by side and write nothing");
+  const auto list = app.add_flag("--list", s.list, "print every tensor with its role, too");
+  for (const auto& other : {out, layout, separate, shard, dry_run, list, bits}) compare.excludes(other);
   app.add_output(s.print);
   if (const auto leave = app.read(argc, argv)) return leave();
-  for (const auto* const option : {layout, separate, shard, compare, bits}) {
-    if (option->count() > 0) s.of_safetensors.push_back(option->get_name());
+  for (const auto& option : {layout, separate, shard, compare, bits}) {
+    if (option.is_given()) s.of_safetensors.push_back(option.name());
   }
   return ui::run("quantize_checkpoint", [&] { return run(s); });
 }

@@ -5,10 +5,11 @@
 /// the same bytes; every other tensor must be there unchanged, and nothing else. What was packed with statistics is
 /// packed again where --statistics gives them.
 
+#include <tetromino/io/checkpoint/verify.hpp>
+
 #include "checkpoint/settings.hpp"
 #include "command_line.hpp"
 
-#include <tetromino/io/checkpoint/verify.hpp>
 #include <tetromino/io/gguf/verify.hpp>
 #include <tetromino/thread_executor.hpp>
 
@@ -120,8 +121,8 @@ int main(int argc, char** argv) {
                        {"MODEL PACKED", "MODEL PACKED --statistics statistics.safetensors --json",
                         "model.gguf packed.gguf --imatrix imatrix.gguf"});
   app.add_file("MODEL", s.original, "model that was packed: a directory, an index, a .safetensors or a .gguf file")
-      ->required();
-  app.add_file("PACKED", s.packed, "what quantize_checkpoint wrote, or another packer")->required();
+      .required();
+  app.add_file("PACKED", s.packed, "what quantize_checkpoint wrote, or another packer").required();
   app.add_file("--statistics", s.statistics, "what the model was packed with, to pack it again");
   app.add_file("--imatrix", s.imatrix, "what a GGUF file was packed with, to pack it again");
   app.add_threads(s.threads);
