@@ -399,6 +399,18 @@ TEST_CASE("bad input is said") {
         std::string("gptq: the weights have 64 columns, the calibration 32"));
   CHECK(try_gptq(scalar, view(w), r, calibration(64), {}, {.by_activation = true}).error().code() ==
         errc::invalid_argument);
+  for (const double share : {-1.0, std::nan(""), HUGE_VAL}) {
+    CHECK(try_gptq(scalar, view(w), r, calibration(64), {}, {.damping = share}).error().code() ==
+          errc::invalid_argument);
+    CHECK(try_gptq(scalar, view(w), r, calibration(64), {}, {.drift_damping = share}).error().code() ==
+          errc::invalid_argument);
+  }
+  matrix<float> huge(1, 64);
+  huge(0, 7) = 3e38f;
+  calibration overflowing(64);
+  overflowing.add(view(huge));
+  CHECK_THAT(std::string(try_gptq(scalar, view(w), r, overflowing).error().what()),
+             tetromino_test::contains("column 7"));
   matrix<float> x(2, 32);
   x(1, 3) = INFINITY;
   CHECK_THAT(std::string(seen.try_add(view(x)).error().what()), tetromino_test::contains("row 1, column 3"));

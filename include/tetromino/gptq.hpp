@@ -200,7 +200,7 @@ enum class gptq_scales : std::uint8_t {
 
 /// What a caller may choose about error feedback.
 struct gptq_options {
-  double damping = 0.01;  ///< added to the moments' diagonal, as a share of its mean
+  double damping = 0.01;  ///< added to the moments' diagonal, as a share of its mean; 0 or more
   /// The same where weights make up for drift: what only weak directions of the input would allow is no help elsewhere.
   double drift_damping = 0.3;
   gptq_scales scales = gptq_scales::refreshed;
@@ -395,8 +395,16 @@ inline result<void> check_moments(const calibration& seen) {
       if (!std::isfinite(seen.drift()(i, j))) return refused(seen.drift()(i, j), i, j);
     }
   }
-  if (std::isfinite(seen.rows()) && seen.rows() >= 0) return {};
-  return error(errc::non_finite, {"gptq: expected moments of a number of rows, got ", seen.rows()});
+  if (!std::isfinite(seen.rows()) || seen.rows() < 0) {
+    return error(errc::non_finite, {"gptq: expected moments of a number of rows, got ", seen.rows()});
+  }
+  const std::vector<float> mean_squares = seen.column_weights();
+  for (std::size_t k = 0; k < mean_squares.size(); ++k) {
+    if (std::isfinite(mean_squares[k])) continue;
+    return error(errc::non_finite,
+                 {"gptq: expected activations whose mean square is a finite float, got larger ones in column ", k});
+  }
+  return {};
 }
 
 /// Says why weights cannot be packed with error feedback, if they cannot.
@@ -407,6 +415,10 @@ result<void> check_feedback(const matrix_view<T>& w, const calibration& gathered
   if (gathered.cols() != w.cols) {
     return error(errc::shape_mismatch,
                  {"gptq: the weights have ", w.cols, " columns, the calibration ", gathered.cols()});
+  }
+  for (const double share : {feedback.damping, feedback.drift_damping}) {
+    if (std::isfinite(share) && share >= 0) continue;
+    return error(errc::invalid_argument, {"gptq: expected a damping of 0 or more, got ", share});
   }
   if (feedback.by_activation && feedback.scales != gptq_scales::fixed) {
     return error(errc::invalid_argument, "gptq: an order by activation needs fixed scales");
@@ -515,8 +527,9 @@ inline namespace TETROMINO_ISA {
 /// rotated too. A poisoned block stays as quantize has it and feeds nothing back. Same input, same bytes, whatever the
 /// executor. Where the calibration has seen two streams, the weights first move to where they best make up for the
 /// drift of their input: W + W D (H + drift_damping)^-1, and all else, scales included, is of those. Errors: as
-/// try_quantize, shape_mismatch for a calibration of other columns, and non_finite for its moments. (Frantar, Ashkboos,
-/// Hoefler, Alistarh: "GPTQ", arXiv 2210.17323; two streams: Zhang, Zhang, Colbert, Saab: "Qronos", arXiv 2505.11695,
+/// try_quantize, shape_mismatch for a calibration of other columns, invalid_argument for options out of range, and
+/// non_finite for moments that are not finite or too large. (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ",
+/// arXiv 2210.17323; two streams: Zhang, Zhang, Colbert, Saab: "Qronos", arXiv 2505.11695,
 /// and Li, Yin, Lee, Xiao, Panda: "GPTAQ", arXiv 2504.02692)
 template <class Policy, class T>
   requires(can_quantize<Policy, float>)

@@ -149,6 +149,15 @@ TEST_CASE("route: huge and masked logits") {
   }
 }
 
+TEST_CASE("route: a group with one expert that is not masked comes after those with two") {
+  const float none = -std::numeric_limits<float>::infinity();
+  router_options options{.rule = gating::sigmoid, .experts_per_token = 2, .groups = 3, .groups_kept = 1};
+  CHECK(route({none, 5, 1, 1, none, none}, 6, options).ids == std::vector<std::uint16_t>{2, 3});
+  options.groups_kept = 2;
+  CHECK(route({none, none, 1, 1, none, 5}, 6, options).ids == std::vector<std::uint16_t>{2, 3});
+  CHECK(route({none, 5, 1, 1, none, none}, 6, options).ids == std::vector<std::uint16_t>{1, 2});
+}
+
 TEST_CASE("route: logits that cannot be routed are errors that name the token") {
   const float infinity = std::numeric_limits<float>::infinity();
   const auto fails = [](const std::vector<float>& logits) {

@@ -31,7 +31,8 @@ struct router_options {
   /// sigmoid: what is added to each expert's score for the choice only, [experts]; empty: nothing.
   std::span<const float> bias{};
   /// sigmoid: the experts are cut into `groups` of equal size, and only those of the `groups_kept` best groups can be
-  /// chosen; a group's score is the sum of the two best biased scores in it.
+  /// chosen; a group's score is the sum of the two best biased scores in it, so that one with fewer than two experts
+  /// that are not masked comes after all others.
   std::size_t groups = 1;
   std::size_t groups_kept = 1;
 
@@ -178,9 +179,9 @@ inline namespace TETROMINO_ISA {
 
 /// Routes tokens: logits[tokens, experts] to ids[tokens, k], best first, and their weights[tokens, k], which the caller
 /// provides; nothing is allocated. Of equal scores the lower expert comes first; softmax rules compare logits. Sums run
-/// in float over ascending experts. A logit of −infinity masks an expert: it is chosen last, with weight 0. Leave
-/// padding rows out, and give them no_expert as ids. Errors: sizes or options that do not fit; a bias or a scale that
-/// is not finite; NaN or +infinity among the logits, or a token without a finite one.
+/// in float over ascending experts. A logit of −infinity masks an expert: it is chosen last of those in the groups
+/// kept, with weight 0. Leave padding rows out, and give them no_expert as ids. Errors: sizes or options that do not
+/// fit; a bias or a scale that is not finite; NaN or +infinity among the logits, or a token without a finite one.
 [[nodiscard]] inline result<void> try_route(std::span<const float> logits, std::size_t experts,
                                             const router_options& options, std::span<std::uint16_t> ids,
                                             std::span<float> weights) {
