@@ -5,6 +5,7 @@
 
 #include <tetromino/cpu.hpp>
 #include <tetromino/detail/dispatch/tables.hpp>
+#include <tetromino/detail/tile_permission.hpp>
 #include <tetromino/thread_executor.hpp>
 
 #include "support/matmul_cases.hpp"
@@ -12,11 +13,20 @@
 
 #include <algorithm>    // std::find, std::min
 #include <cmath>        // std::fma, std::abs, std::copysign, std::ldexp
-#include <cstdlib>      // std::getenv
+#include <cstdlib>      // std::getenv, unsetenv
 #include <cstring>      // std::memcmp
 #include <string>       // std::string
 #include <string_view>  // std::string_view
 #include <vector>       // std::vector
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <linux/filter.h>   // sock_filter
+#include <linux/seccomp.h>  // SECCOMP_MODE_FILTER
+#include <sys/prctl.h>      // prctl
+#include <sys/syscall.h>    // SYS_arch_prctl
+#include <sys/wait.h>       // waitpid
+#include <unistd.h>         // fork, execl, _exit
+#endif
 
 namespace {
 
@@ -87,7 +97,7 @@ TEST_CASE("cpu: names that are not known, or not here") {
   CHECK(cpu.try_with("mmx").error().code() == errc::unknown_name);
   CHECK_THAT(cpu.try_with("mmx").error().what(), contains("expected one of scalar"));
   for (const char* name :
-       {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod"}) {
+       {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_amx", "neon", "neon_dotprod"}) {
     if (!runs_here(name)) CHECK(cpu.try_with(name).error().code() == errc::invalid_argument);
   }
   CHECK_THROWS_AS(cpu.with("mmx"), tetromino::error);
@@ -210,6 +220,49 @@ TEST_CASE("cpu: avx512_bf16 sums bfloat16 by pairs in the order that it states")
     CHECK(wrong == 0);
   }
 }
+
+#if defined(__x86_64__) && defined(__linux__)
+/// Makes the kernel refuse this process tiles from now on; whether it could be told to.
+bool refuse_tiles() {
+  sock_filter program[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),  // the number of the system call
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_arch_prctl, 0, 3),
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 16),  // its first argument
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0x1023, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog filter{sizeof program / sizeof *program, program};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+TEST_CASE("cpu: with tiles refused", "[.]") {  // run by the case below
+  CHECK_FALSE(tetromino::detail::ask_for_tiles());
+  CHECK_FALSE(runs_here("avx512_amx"));
+  CHECK(cpu.try_with("avx512_amx").error().code() == errc::invalid_argument);
+  CHECK(cpu.backend() == cpu_backends().back());
+}
+
+TEST_CASE("cpu: a kernel that refuses tiles leaves the backends without them") {
+  constexpr int has_no_filters = 99;
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    unsetenv("TETROMINO_FORCE_BACKEND");
+    if (!refuse_tiles()) _exit(has_no_filters);
+    execl("/proc/self/exe", "test_cpu", "cpu: with tiles refused", static_cast<char*>(nullptr));
+    _exit(1);
+  }
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  REQUIRE(WIFEXITED(status));
+  if (WEXITSTATUS(status) == has_no_filters) {
+    WARN("skipped: this system has no filters for system calls");
+    return;
+  }
+  CHECK(WEXITSTATUS(status) == 0);
+}
+#endif
 
 TEST_CASE("cpu: work is split over the caller's executor") {
   reference::generator random(seed());

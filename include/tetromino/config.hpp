@@ -44,8 +44,8 @@ static_assert(sizeof(1.0) == sizeof(double),
 
 /// The instruction set that this translation unit is compiled for, as far as the `simd` backend makes use of it.
 /// TETROMINO_ISA is its name, TETROMINO_VECTOR_BITS the width of its registers, and
-/// TETROMINO_HAS_FMA, _F16C, _VNNI (with VBMI on AVX-512; the dot product on NEON) and _BF16 (AVX512_BF16 beside them)
-/// are 1 where it may use those.
+/// TETROMINO_HAS_FMA, _F16C, _VNNI (with VBMI on AVX-512; the dot product on NEON), _BF16 (AVX512_BF16 beside them) and
+/// _AMX (AMX_INT8 beside all of these) are 1 where it may use those.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define TETROMINO_VECTOR_BITS 512
 #define TETROMINO_HAS_FMA 1
@@ -54,14 +54,22 @@ static_assert(sizeof(1.0) == sizeof(double),
 #define TETROMINO_HAS_VNNI 1
 #if defined(__AVX512BF16__)
 #define TETROMINO_HAS_BF16 1
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)  // clang 14
+#define TETROMINO_HAS_AMX 1
+#define TETROMINO_ISA avx512_amx
+#else
+#define TETROMINO_HAS_AMX 0
 #define TETROMINO_ISA avx512_bf16
+#endif
 #else
 #define TETROMINO_HAS_BF16 0
+#define TETROMINO_HAS_AMX 0
 #define TETROMINO_ISA avx512_vnni
 #endif
 #else
 #define TETROMINO_HAS_VNNI 0
 #define TETROMINO_HAS_BF16 0
+#define TETROMINO_HAS_AMX 0
 #define TETROMINO_ISA avx512
 #endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)

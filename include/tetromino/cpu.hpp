@@ -51,7 +51,9 @@ struct cpu_t {
 inline constexpr cpu_t cpu{};
 
 /// The backends that run on this CPU, from the slowest to the fastest: scalar, then sse2, avx2, avx2_vnni, avx512,
-/// avx512_vnni and avx512_bf16, or neon and neon_dotprod.
+/// avx512_vnni, avx512_bf16 and avx512_amx, or neon and neon_dotprod. The first call that looks asks the operating
+/// system for AMX's tiles where the CPU has them, for the whole process and for good: signal handlers' frames get 8 KiB
+/// larger. Where it refuses, there is no avx512_amx.
 [[nodiscard]] std::vector<std::string_view> cpu_backends();
 
 namespace detail::inline TETROMINO_ISA {

@@ -85,7 +85,8 @@ struct simd_t {
   /// The same policy, with its work split over the caller's executor.
   [[nodiscard]] constexpr simd_t on(executor_ref e) const noexcept { return {e}; }
   /// The instruction set of these vectors: sse2 (with what it may use besides: ssse3, sse4, avx), avx2, avx2_fma,
-  /// avx2_f16c, avx2_vnni, avx512, avx512_vnni, avx512_bf16, neon or neon_dotprod.
+  /// avx2_f16c, avx2_vnni, avx512, avx512_vnni, avx512_bf16, avx512_amx (which uses AMX's tiles if the operating system
+  /// grants them when the first product asks), neon or neon_dotprod.
   [[nodiscard]] constexpr std::string_view isa() const noexcept { return detail::isa_name; }
 };
 inline constexpr simd_t simd{};

@@ -7,8 +7,9 @@
 #include "isa/backend.hpp"
 #include "support/matmul_cases.hpp"
 
-#include <algorithm>  // std::fill_n
+#include <algorithm>  // std::fill_n, std::equal
 #include <array>      // std::array
+#include <cmath>      // std::ldexp
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 #include <span>       // std::span
@@ -85,6 +86,30 @@ TEST_CASE("simd matmul: scales at the ends of their range give one row what they
       } else if (bytes[n / 16] < 253) {  // greater ones can be infinite
         CHECK(error_of(one[n], x_values, std::span(w_values).subspan(n * 96, 96)) <= 96 + 16);
       }
+    }
+  }
+}
+
+TEST_CASE("simd matmul: integers give scalar's bits with scales at the ends of their range") {
+  reference::generator random(seed());
+  const auto agree = [](float a, float b) { return same_bits({&a, 1}, {&b, 1}) || (a != a && b != b); };
+  for (const unsigned byte : {0u, 1u, 2u, 20u, 100u, 127u, 128u, 140u, 200u, 237u, 238u, 253u, 254u, 255u}) {
+    // Near what the products of scales, and of sums with them, just are or are not normal floats.
+    for (const int product : {-150, -149, -128, -127, -126, -125, 0, 108, 109, 110, 111, 112, 113, 126, 127, 128}) {
+      const int exponent = product - (static_cast<int>(byte) - 127);
+      if (exponent < -149 || exponent > 127) continue;
+      auto w = random_packed(random, {tetromino::scale_type::e8m0, 32, 0}, 1, 18, 96);
+      for (auto& scale : w.scales) scale = static_cast<std::uint8_t>(byte);
+      auto x = random_int8(random, 15, 96);
+      for (auto& scale : x.scales) {
+        scale = std::ldexp(1 + static_cast<float>(random.below(1024)) / 1024, exponent);
+        if (random.below(400) == 0) scale = -scale;
+      }
+      std::vector<float> got(15 * 18), expected(15 * 18);
+      matmul(vectors, x, w, matrix_view<float>(got.data(), 15, 18));
+      matmul(tetromino::scalar, x, w, matrix_view<float>(expected.data(), 15, 18));
+      INFO("E8M0 " << byte << ", scales of rows 2^" << exponent);
+      CHECK(std::equal(got.begin(), got.end(), expected.begin(), agree));
     }
   }
 }

@@ -2,12 +2,13 @@
 
 /// Which kernels of tetromino::cpu are used, and the calls that use them. One translation unit of that library includes
 /// this header with TETROMINO_CPU_SELECT defined: as 2 where tables for instruction sets were compiled, as 1 where
-/// there is scalar code alone.
+/// there is scalar code alone; and TETROMINO_CPU_HAS_AMX as 1 where one of the tables is avx512_amx, else as 0.
 
 #include "../../cpu.hpp"           // cpu_backends
 #include "jobs.hpp"                // quantize_with, multiply_with
 #include "kernels.hpp"             // cpu_kernels, choose_kernels
 #include "tables.hpp"              // table_of
+#include "../tile_permission.hpp"  // ask_for_tiles
 #include "../scalar_matmul.hpp"    // scalar_matmul_kernels
 #include "../scalar_quantize.hpp"  // scalar_kernels
 
@@ -39,6 +40,9 @@ TETROMINO_CPU_TABLES(cpu_avx2_vnni)
 TETROMINO_CPU_TABLES(cpu_avx512)
 TETROMINO_CPU_TABLES(cpu_avx512_vnni)
 TETROMINO_CPU_TABLES(cpu_avx512_bf16)
+#if TETROMINO_CPU_HAS_AMX
+TETROMINO_CPU_TABLES(cpu_avx512_amx)
+#endif
 #elif TETROMINO_CPU_SELECT == 2 && defined(__aarch64__)
 TETROMINO_CPU_TABLES(cpu_neon)
 TETROMINO_CPU_TABLES(cpu_neon_dotprod)
@@ -51,9 +55,9 @@ constinit const quantize_table scalar_rows = table_of<scalar_kernels>::quantize<
 constinit const matmul_table scalar_products = table_of<scalar_matmul_kernels>::matmul("scalar");
 
 #if defined(__x86_64__)
-/// What the CPU has and the operating system saves. (Intel 64 manual, vol. 2A, CPUID; vol. 1, sec. 13.3 and 14.3)
+/// What the CPU has and the operating system saves. (Intel 64 manual, vol. 2A, CPUID; vol. 1, sec. 13.3, 14.3 and 18)
 struct x86_features {
-  bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false;
+  bool avx2 = false, avx2_vnni = false, avx512 = false, avx512_vnni = false, avx512_bf16 = false, avx512_amx = false;
 
   x86_features() {
     std::uint32_t a = 0, b = 0, c = 0, d = 0;
@@ -67,11 +71,13 @@ struct x86_features {
     const std::uint32_t subleaves = a;
     avx2 = has(b, 1u << 5);
     constexpr std::uint32_t f = 1u << 16, dq = 1u << 17, cd = 1u << 28, bw = 1u << 30, vl = 1u << 31;
-    avx512 = avx2 && has(b, f | dq | cd | bw | vl) && has(saved, 0xE6);  // and opmask, zmm
-    avx512_vnni = avx512 && has(c, 1u << 1 | 1u << 11);                  // VBMI, VNNI
+    avx512 = avx2 && has(b, f | dq | cd | bw | vl) && has(saved, 0xE6);   // and opmask, zmm
+    avx512_vnni = avx512 && has(c, 1u << 1 | 1u << 11);                   // VBMI, VNNI
+    const bool amx = has(d, 1u << 24 | 1u << 25) && has(saved, 0x60000);  // AMX_TILE, AMX_INT8
     if (subleaves < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
     avx2_vnni = avx2 && has(a, 1u << 4);
     avx512_bf16 = avx512_vnni && has(a, 1u << 5);
+    avx512_amx = avx512_bf16 && amx && ask_for_tiles();
   }
 };
 #endif
@@ -104,6 +110,9 @@ std::vector<candidate> all_candidates() {
   out.push_back({{"avx512", &cpu_avx512::rows_table, &cpu_avx512::products_table}, has.avx512});
   out.push_back({{"avx512_vnni", &cpu_avx512::rows_table, &cpu_avx512_vnni::products_table}, has.avx512_vnni});
   out.push_back({{"avx512_bf16", &cpu_avx512::rows_table, &cpu_avx512_bf16::products_table}, has.avx512_bf16});
+#if TETROMINO_CPU_HAS_AMX
+  out.push_back({{"avx512_amx", &cpu_avx512::rows_table, &cpu_avx512_amx::products_table}, has.avx512_amx});
+#endif
 #elif TETROMINO_CPU_SELECT == 2 && defined(__aarch64__)
   out.push_back({{"neon", &cpu_neon::rows_table, &cpu_neon::products_table}, true});
   out.push_back({{"neon_dotprod", &cpu_neon::rows_table, &cpu_neon_dotprod::products_table}, has_neon_dotprod()});
@@ -133,7 +142,7 @@ result<const cpu_kernels*> choose_kernels(const char* name) {
     names += text(names.empty() ? "" : ", ", k.name);
   }
   for (const std::string_view known :
-       {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod"}) {
+       {"sse2", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "avx512_amx", "neon", "neon_dotprod"}) {
     if (known == name) {
       return error(errc::invalid_argument,
                    {"backend \"", name, "\" does not run here: this CPU and this build have ", names});

@@ -7,6 +7,7 @@
 #if TETROMINO_SIMD
 
 #include "../../../float16.hpp"  // half, bfloat16
+#include "amx.hpp"               // tiles_of
 #include "avx2.hpp"              // floats, words ...
 #include "avx512.hpp"            // floats, words ...
 #include "four_registers.hpp"    // floats, words ...
@@ -141,6 +142,12 @@ concept multiplies_rows = requires(const std::uint8_t* const* rows, const std::i
 template <class Words>
 concept multiplies_bfloat16 = requires(const Words& codes, const floats& sum, const std::uint16_t* x) {
   add_pair(sum, value_pairs(codes).pair[3], x);
+};
+
+/// Products of many rows of bytes by tiles; see byte_tiles.
+template <class Words>
+concept multiplies_by_tiles = requires(const Words& codes) {
+  tiles_of(codes);
 };
 
 /// Says what is missing: the compiler names the function below these words.

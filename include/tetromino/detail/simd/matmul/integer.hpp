@@ -13,6 +13,7 @@
 #include "../isa.hpp"            // split_elements, split_codes
 #include "panel.hpp"             // element_rows, add_panel, add_row_as_it_lies, row_panels, rows_at_once
 #include "tile_sums.hpp"         // tile_sums
+#include "tiles.hpp"             // tile_panels
 
 #include <algorithm>  // std::all_of, std::min, std::copy_n, std::fill
 #include <cstddef>    // std::size_t
@@ -27,7 +28,9 @@ inline namespace TETROMINO_ISA {
 /// order a piece at a time. The sums are those of scalar_matmul_kernels.
 class integer_matmul {
  public:
-  static void multiply(const integer_product& product, const matmul_tile& tile) { integer_matmul(product, tile).run(); }
+  static void multiply(const integer_product& product, const matmul_tile& tile) {
+    integer_matmul(product, tile).run<words>();
+  }
 
  private:
   integer_matmul(const integer_product& product, const matmul_tile& tile)
@@ -38,26 +41,49 @@ class integer_matmul {
         common_(common_block(blocks_.block, product.weights.format.block)),
         totals_(tile) {}
 
+  template <class Words>
   void run() {
+    if constexpr (multiplies_by_tiles<Words>) {
+      if (tile_panels<Words>::pay(rows_, common_)) {
+        tile_panels<Words> tiles(common_);
+        return add_all<tile_panels<Words>::rows_at_once>(
+            [&](const weight_panels& w, std::size_t first, float(*total)[lane_count]) {
+              tiles.add(w, x_, first, rows_, total);
+            });
+      }
+    }
+    add_all<1>([&](const weight_panels& w, std::size_t first, float(*total)[lane_count]) {
+      add_panel(w, common_, x_, first, rows_, total);
+    });
+  }
+  /// Goes along columns and outputs with add(panels, first column, sums), for activations that are laid out for
+  /// `RowsAtOnce` rows side by side.
+  template <std::size_t RowsAtOnce, class Add>
+  void add_all(const Add& add) {
     const weights_view& w = product_.weights;
+    const std::size_t room = (rows_ + RowsAtOnce - 1) / RowsAtOnce * RowsAtOnce;
     // As many columns of all rows as there is room for; with one row that is all of them, nearly always.
-    const std::size_t depth = element_rows::capacity / rows_ / row_panels::most_cols * row_panels::most_cols;
+    const std::size_t depth = element_rows::capacity / room / row_panels::most_cols * row_panels::most_cols;
     for (std::size_t k = 0; k < w.cols; k += depth) {
       const std::size_t used = std::min(depth, w.cols - k);
       x_.stride = (used + 31) / 32 * 32;
-      for (std::size_t m = 0; m < rows_; ++m) load_activations(m, k, used);
-      if (shifts_scales_of_many && rows_ >= rows_at_once) x_.find_codes(rows_);
+      if (room != rows_) {
+        std::fill(x_.values + rows_ * x_.stride, x_.values + room * x_.stride, std::int8_t{0});
+        std::fill_n(x_.scales, room * x_.stride / 16, 1.0f);
+      }
+      for (std::size_t m = 0; m < rows_; ++m) load_activations<RowsAtOnce>(m, k, used);
+      if (RowsAtOnce > 1 || (shifts_scales_of_many && rows_ >= rows_at_once)) x_.find_codes(room);
       for (std::size_t n = tile_.first_col; n < tile_.last_col; n += lane_count) {
         float(*total)[lane_count] = totals_[n - tile_.first_col];
         if (w.is_repacked) {
-          add_panel({w.format, panel_of(w, tile_.matrix, n, k), used, true}, common_, x_, 0, rows_, total);
+          add({w.format, panel_of(w, tile_.matrix, n, k), used, true}, 0, total);
           continue;
         }
         for (std::size_t i = 0; i < used; i += row_panels::most_cols) {
           const std::size_t width = std::min(row_panels::most_cols, used - i);
           row_panels panel(w, tile_.matrix, n, k + i, width);
           if (rows_ == 1 && add_row_as_it_lies(panel, common_, x_, i, total[0])) continue;
-          add_panel(panel.columns(), common_, x_, i, rows_, total);
+          add(panel.columns(), i, total);
         }
       }
     }
@@ -69,34 +95,37 @@ class integer_matmul {
     }
   }
 
+  template <std::size_t RowsAtOnce>
   void load_activations(std::size_t m, std::size_t k, std::size_t used) {
     const integer_rows& x = product_.x;
-    if (x.are_packed) return load_row(activation_row(x.packed, tile_.first_row + m), m, k, used);
-    load_row(activation_row(x.int8, tile_.first_row + m), m, k, used);
+    if (x.are_packed) return load_row<RowsAtOnce>(activation_row(x.packed, tile_.first_row + m), m, k, used);
+    load_row<RowsAtOnce>(activation_row(x.int8, tile_.first_row + m), m, k, used);
   }
-  template <class Row>
+  template <std::size_t RowsAtOnce, class Row>
   void load_row(const Row& row, std::size_t m, std::size_t k, std::size_t used) {
     std::int8_t* values = x_.values + m * x_.stride;
     std::int32_t* offsets = x_.offsets + m * x_.stride / 16;
-    float* scales = x_.scales + m * x_.stride / 16;
-    for (std::size_t i = 0; i < used; i += 32, values += 32, offsets += 2, scales += 2) {
-      split(row, k + i, std::min<std::size_t>(32, used - i), values, offsets);
-      if (common_ == 32) offsets[0] += offsets[1];
-      scales[0] = scale_at(row, k + i);
-      scales[1] = blocks_.block == 32 ? scales[0] : i + 16 < used ? scale_at(row, k + i + 16) : 0.0f;
-      if (scales[0] < least_scale || scales[1] < least_scale) drop_scales_of_zeros(values, scales);
+    float* scales = x_.scales + m / RowsAtOnce * RowsAtOnce * x_.stride / 16 + m % RowsAtOnce;
+    for (std::size_t i = 0; i < used; i += 32, values += 32, offsets += 2, scales += 2 * RowsAtOnce) {
+      float &first = scales[0], &second = scales[RowsAtOnce];
+      std::int32_t unused[2];
+      split(row, k + i, std::min<std::size_t>(32, used - i), values, RowsAtOnce == 1 ? offsets : unused);
+      if (RowsAtOnce == 1 && common_ == 32) offsets[0] += offsets[1];
+      first = scale_at(row, k + i);
+      second = blocks_.block == 32 ? first : i + 16 < used ? scale_at(row, k + i + 16) : 0.0f;
+      if (first < least_scale || second < least_scale) drop_scales_of_zeros(values, first, second);
     }
   }
   static constexpr float least_scale = 0x1p-100f;
   /// Blocks of zeros have the least scale there is, which is no normal float and slow to multiply with; 1 does as well.
-  void drop_scales_of_zeros(const std::int8_t* values, float* scales) const {
-    const auto are_zero = [](const std::int8_t* first, const std::int8_t* last) {
-      return std::all_of(first, last, [](std::int8_t v) { return v == 0; });
+  void drop_scales_of_zeros(const std::int8_t* values, float& first, float& second) const {
+    const auto are_zero = [](const std::int8_t* begin, const std::int8_t* end) {
+      return std::all_of(begin, end, [](std::int8_t v) { return v == 0; });
     };
     const auto is_tiny = [](float scale) { return 0.0f <= scale && scale < least_scale; };
     const std::size_t block = blocks_.block;
-    if (is_tiny(scales[0]) && are_zero(values, values + block)) scales[0] = 1.0f;
-    if (is_tiny(scales[1]) && are_zero(values + 32 - block, values + 32)) scales[1] = 1.0f;
+    if (is_tiny(first) && are_zero(values, values + block)) first = 1.0f;
+    if (is_tiny(second) && are_zero(values + 32 - block, values + 32)) second = 1.0f;
   }
   /// Up to 32 elements, the rest zero.
   static TETROMINO_INLINE void split(const int8_row& row, std::size_t k, std::size_t n, std::int8_t* values,

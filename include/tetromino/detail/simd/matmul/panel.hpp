@@ -84,7 +84,7 @@ class panel_walk {
 };
 
 /// Rows of activations as bytes; in the order of split_elements. Row m begins at m * stride, in units of 16 where there
-/// is one number for each of those.
+/// is one number for each of those. For tiles, scales are [rows / 16][stride / 16][16], and there are no offsets.
 struct element_rows {
   static constexpr std::size_t capacity = 32768;
   std::size_t stride = 0;
