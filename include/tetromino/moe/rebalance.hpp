@@ -222,14 +222,15 @@ class rebalancer {
  private:
   using sources = std::vector<std::uint32_t>;  // [requests] nodes
 
+  // Tags on these two are for what compilers add: moves of several counts at once are vector code.
   // What the tokens seen cost under the plan in force.
-  struct outlook {
+  struct TETROMINO_ABI outlook {
     cost_report now;      // each request on the node that it is assigned to
     sources homes;        // where such requests run at present
     cost_report running;  // on those; empty where none are said to run
     double tokens_running;
   };
-  struct candidate {
+  struct TETROMINO_ABI candidate {
     placement experts;
     node_affinity affinity;
     cost_report cost;
