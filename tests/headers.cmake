@@ -1,8 +1,8 @@
-# Every public header compiles alone, with our warnings, next to the packages that it names (those that few but
-# headers of ours include do in a slow test: detail/, moe/search, moe/formats, and io/checkpoint and io/gguf but for their
-# doors pack.hpp and verify.hpp); and two translation units that include all of them
-# link: one in order, one in reverse, without exceptions and without vectors; both after others have defined words that we
-# use as macros.
+# Every public header compiles alone, with our warnings, next to the packages that it names: what a program or another such
+# header includes first, there. (Those that few but headers of ours include do in a slow test: detail/, moe/search,
+# moe/formats, and io/checkpoint and io/gguf but for their doors pack.hpp and verify.hpp.) And two translation units that
+# include all of them link: one in order, one in reverse, without exceptions and without vectors; both after others have
+# defined words that we use as macros.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
 list(FILTER headers EXCLUDE REGEX "/detail/macros_(off|back)[.]hpp$")  # the two ends of other headers
 # What differs between instruction sets is in detail/simd/isa: other vector code has names for it.
@@ -15,20 +15,50 @@ foreach(header IN LISTS vector_headers)
   endif()
 endforeach()
 
-# What one of the stairs includes first is compiled alone there.
-set(first_in_stairs "")
-file(GLOB stairs ${PROJECT_SOURCE_DIR}/examples/*.cpp)
-foreach(source IN LISTS stairs)
-  cmake_path(GET source STEM stair)
-  file(STRINGS ${source} line REGEX "^#include " LIMIT_COUNT 1)
-  if(TARGET ${stair} AND line MATCHES "<(tetromino/.*)>")
-    list(APPEND first_in_stairs ${PROJECT_SOURCE_DIR}/include/${CMAKE_MATCH_1})
+# Sets `out` to the header that `file` includes before anything else, and what that one includes first, and so on: where
+# `file` is compiled, each of them is compiled alone.
+function(tetromino_included_first file out)
+  set(chain "")
+  while(file)
+    cmake_path(GET file PARENT_PATH folder)
+    file(STRINGS ${file} lines REGEX "^#include " LIMIT_COUNT 2)
+    list(FILTER lines EXCLUDE REGEX "/?detail/macros_off[.]hpp")
+    set(file "")
+    if(lines MATCHES "^#include [<\"]([^>\"]+)")
+      foreach(root IN ITEMS ${folder} ${PROJECT_SOURCE_DIR}/include)
+        cmake_path(ABSOLUTE_PATH CMAKE_MATCH_1 BASE_DIRECTORY ${root} NORMALIZE OUTPUT_VARIABLE candidate)
+        if(candidate IN_LIST headers)
+          set(file ${candidate})
+        endif()
+      endforeach()
+    endif()
+    list(APPEND chain ${file})
+  endwhile()
+  set(${out} "${chain}" PARENT_SCOPE)
+endfunction()
+
+# What few but headers of ours include.
+set(details ${headers})
+list(FILTER details INCLUDE REGEX "/detail/|/moe/(search|formats)/|/io/(checkpoint|gguf)/")
+list(FILTER details EXCLUDE REGEX "/(pack|verify)[.]hpp$")
+
+# Where headers are compiled alone anyway: in programs, in the two files of all headers, and in other headers.
+set(first_of_all ${PROJECT_SOURCE_DIR}/include/tetromino/io/imatrix.hpp)  # of those that take long
+set(last_of_all ${PROJECT_SOURCE_DIR}/include/tetromino/moe/rebalance.hpp)
+set(compiled_alone ${first_of_all} ${last_of_all})
+file(GLOB programs ${PROJECT_SOURCE_DIR}/examples/*.cpp ${PROJECT_SOURCE_DIR}/examples/tools/*.cpp)
+foreach(source IN LISTS headers programs)
+  cmake_path(GET source STEM name)
+  tetromino_needs(${source} targets missing)
+  if(TARGET ${name} OR (source IN_LIST headers AND NOT source IN_LIST details AND NOT missing))
+    tetromino_included_first(${source} first)
+    list(APPEND compiled_alone ${first})
   endif()
 endforeach()
 
 set(usable "")
 set(packages_of_all "")
-set(details "")
+set(sources_of_details "")
 foreach(header IN LISTS headers)
   tetromino_packages_of(${header} packages)
   tetromino_needs(${header} targets missing)
@@ -46,14 +76,14 @@ foreach(header IN LISTS headers)
   endif()
   list(APPEND usable ${header})
   list(APPEND packages_of_all ${targets})
-  if(header IN_LIST first_in_stairs)
+  if(header IN_LIST compiled_alone)
     continue()
   endif()
-  if(header MATCHES "/detail/|/moe/(search|formats)/|/io/(checkpoint|gguf)/" AND NOT header MATCHES "/(pack|verify)[.]hpp$")
+  if(header IN_LIST details)
     cmake_path(RELATIVE_PATH header BASE_DIRECTORY ${PROJECT_SOURCE_DIR}/include OUTPUT_VARIABLE name)
     set(source ${CMAKE_CURRENT_BINARY_DIR}/alone/${name}.cpp)
     file(CONFIGURE OUTPUT ${source} CONTENT "#include <${name}>\n")
-    list(APPEND details ${source})
+    list(APPEND sources_of_details ${source})
     continue()
   endif()
   if(NOT TARGET ${kind})
@@ -69,7 +99,7 @@ tetromino_register(headers.compile_alone package ${CMAKE_COMMAND} --build ${PROJ
                    all_verify_interface_header_sets)
 set_tests_properties(headers.compile_alone PROPERTIES RESOURCE_LOCK build_tree)
 
-add_library(headers_of_details OBJECT EXCLUDE_FROM_ALL ${details})
+add_library(headers_of_details OBJECT EXCLUDE_FROM_ALL ${sources_of_details})
 target_link_libraries(headers_of_details PRIVATE tetromino ${packages_of_all} tetromino_warnings)
 add_test(NAME headers.details_compile_alone.slow CONFIGURATIONS slow
          COMMAND ${CMAKE_COMMAND} --build ${PROJECT_BINARY_DIR} --target headers_of_details)
@@ -78,6 +108,9 @@ set_tests_properties(headers.details_compile_alone.slow PROPERTIES LABELS slow R
 # All public headers in one order, and in the other without exceptions and without vectors, behind what others define.
 set(includes ${usable})
 list(FILTER includes EXCLUDE REGEX "/detail/")  # public headers alone bear what others define
+list(REMOVE_ITEM includes ${first_of_all} ${last_of_all})
+list(PREPEND includes ${first_of_all})
+list(APPEND includes ${last_of_all})
 list(TRANSFORM includes REPLACE "^${PROJECT_SOURCE_DIR}/include/(.*)$" "#include <\\1>\n")
 set(function "int backward();\nint main() { return backward(); }")
 foreach(direction IN ITEMS forward backward)
