@@ -6,6 +6,7 @@
 /// where it cannot. What reads it has a destructor of its own.
 
 #include <tetromino/comm/dispatcher.hpp>
+#include <tetromino/dequantize.hpp>
 #include <tetromino/io/checkpoint.hpp>
 #include <tetromino/io/gguf.hpp>
 #include <tetromino/io/gguf/pack.hpp>
@@ -24,11 +25,11 @@
 #include <tetromino/moe/recorder.hpp>
 #include <tetromino/moe/replica.hpp>
 #include <tetromino/moe/trace_io.hpp>
+#include <tetromino/quantize.hpp>
 #include <tetromino/repacked.hpp>
-#include <tetromino/simd.hpp>
-#include <tetromino/tetromino.hpp>
 
 #include "reference/generators.hpp"
+#include "support/fastest.hpp"
 #include "support/safetensors_files.hpp"
 #include "support/sanitized.hpp"
 
@@ -70,6 +71,7 @@ bool has_failed = false;
 namespace {
 
 using namespace tetromino;
+using tetromino_test::fastest;
 namespace io = tetromino::io;
 
 /// Makes the allocations of `call` fail in turn. `call` returns what it made, which can be compared.
@@ -129,32 +131,32 @@ TEST_CASE("memory that runs out: packing, unpacking and products") {
   for (const char* name : {"mxfp4-32/oas", "nvfp4/min-error", "mxfp4-16/oas/mbs-search", "nvfp4/amax/hadamard-32"}) {
     const recipe r = recipe::parse(name);
     fail_each(name, [&] {
-      const auto p = quantize(automatic, x, r);
+      const auto p = quantize(fastest, x, r);
       return std::tuple(p.codes, p.scales, p.macros, p.tensor_scales);
     });
     std::vector<float> weights(256, 1.0f);
     weights[3] = 1e-40f;
     fail_each("with weights", [&] {
-      const auto p = quantize(automatic, x, r, {.column_weights = weights});
+      const auto p = quantize(fastest, x, r, {.column_weights = weights});
       return std::tuple(p.codes, p.scales, p.macros, p.tensor_scales);
     });
-    const auto packed = quantize(automatic, x, r);
-    fail_each("dequantize", [&] { return dequantize<float>(automatic, packed).data; });
+    const auto packed = quantize(fastest, x, r);
+    fail_each("dequantize", [&] { return dequantize<float>(fastest, packed).data; });
     fail_each("fake_quantize", [&] {
       matrix<float> out(4, 256);
-      fake_quantize(automatic, x, r, out.view());
+      fake_quantize(fastest, x, r, out.view());
       return out.data;
     });
-    fail_each("by its name", [&] { return quantize(automatic, x, name).codes; });
+    fail_each("by its name", [&] { return quantize(fastest, x, name).codes; });
     if (r.rotation == 0) {
       fail_each("repack and multiply", [&] {
         matrix<float> out(2, 4);
-        matmul(automatic, a, repack(automatic, packed), out.view()[0]);
+        matmul(fastest, a, repack(fastest, packed), out.view()[0]);
         return out.data;
       });
     }
   }
-  const auto mx = quantize(automatic, x, "mxfp4-32"), nv = quantize(automatic, x, "nvfp4");
+  const auto mx = quantize(fastest, x, "mxfp4-32"), nv = quantize(fastest, x, "nvfp4");
   fail_each("to_ggml", [&] { return layout::to_ggml(mx); });
   fail_each("swizzled_scales", [&] { return layout::swizzled_scales(nv); });
   fail_each("an error's message", [&] { return std::string(recipe::try_parse("mxfp5-32/oas").error().what()); });
@@ -324,7 +326,7 @@ TEST_CASE("memory that runs out: files") {
   fail_each("packing GGUF", [&] {
     const auto file = io::gguf_file::open(gguf);
     const auto how = io::plan_gguf(file, {.rules = {{"", recipe::parse("mxfp4-32")}}});
-    return io::pack_gguf(automatic, file, how, out).size();
+    return io::pack_gguf(fastest, file, how, out).size();
   });
   fail_each("reading CSV", [&] { return std::get<moe::load_table>(moe::read_routing(csv).content).values; });
 }

@@ -378,7 +378,7 @@ TEST_CASE("worst cases: lines without end are refused at 64 MiB, and memory for 
   }
 }
 
-TEST_CASE("worst cases: 100 MB in one line of a file take bounded memory") {
+TEST_CASE("worst cases: 100 MB in one line of a file take bounded memory", "[.slow]") {
   const tetromino_test::temporary_directory folder;
   const std::string start = R"({"req_id":"a","token_idx":0,"layer":0,"topk_ids":)";
   for (const auto& [name, content] : std::vector<input>{
