@@ -228,7 +228,12 @@ class rebalancer {
     cost_report now;      // each request on the node that it is assigned to
     sources homes;        // where such requests run at present
     cost_report running;  // on those; empty where none are said to run
-    double tokens_running;
+    double tokens_running = 0;
+
+    // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+    TETROMINO_ABI outlook() = default;
+    TETROMINO_ABI outlook(outlook&&) = default;
+    TETROMINO_ABI outlook& operator=(outlook&&) = default;
   };
   struct TETROMINO_ABI candidate {
     placement experts;
@@ -236,6 +241,12 @@ class rebalancer {
     cost_report cost;
     cost_report running;                 // with the homes of the outlook
     std::vector<double> saved_in_layer;  // bytes between nodes before the next look
+
+    // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+    TETROMINO_ABI candidate(placement p, node_affinity a, cost_report c)
+        : experts(std::move(p)), affinity(std::move(a)), cost(std::move(c)) {}
+    TETROMINO_ABI candidate(candidate&&) = default;
+    TETROMINO_ABI candidate& operator=(candidate&&) = default;
   };
 
   TETROMINO_ABI rebalancer(placement current, topology t, rebalance_options options)
@@ -286,7 +297,10 @@ class rebalancer {
     if (!homes) return homes.error();
     auto now = judge(current_, seen, *homes);
     if (!now) return now.error();
-    outlook out{std::move(*now), std::move(*homes), {}, std::min(tokens_running, options_.tokens_ahead)};
+    outlook out;
+    out.now = std::move(*now);
+    out.homes = std::move(*homes);
+    out.tokens_running = std::min(tokens_running, options_.tokens_ahead);
     if (out.tokens_running == 0) return out;
     if (affinity_) {
       out.running = out.now;
@@ -314,7 +328,7 @@ class rebalancer {
       if (!homes) return homes.error();
       auto cost = judge(next, seen, *homes);
       if (!cost) return cost.error();
-      candidate out{std::move(next), std::move(*affinity), std::move(*cost), {}, {}};
+      candidate out(std::move(next), std::move(*affinity), std::move(*cost));
       if (!before) return out;
       if (before->tokens_running > 0) {
         auto running = judge(out.experts, seen, before->homes);
