@@ -7,6 +7,8 @@
 /// Each rank runs attention for its own documents and holds its own experts. In each layer the router chooses experts,
 /// a replica_chooser their copies, a dispatcher carries the rows there and the answers back.
 
+#include <tetromino/io/safetensors.hpp>
+
 #include "command_line.hpp"
 #include "moe/calibrate.hpp"
 #include "moe/engine_plan.hpp"

@@ -10,41 +10,13 @@
 #include <tetromino/moe/placement_io.hpp>
 #include <tetromino/moe/trace_io.hpp>
 
+#include "support/memory_in_use.hpp"
 #include "support/safetensors_files.hpp"
-#include "support/sanitized.hpp"
 
-#include <malloc.h>  // ::malloc_usable_size
-
-#include <algorithm>
-#include <cstdlib>
 #include <ctime>
 #include <functional>
-#include <new>
 #include <sstream>
 #include <streambuf>
-
-namespace {
-std::size_t in_use = 0, most_in_use = 0;
-}
-
-#if defined(TETROMINO_TEST_SHADOW_MEMORY)
-constexpr bool measures = false;
-#else
-constexpr bool measures = true;
-
-[[gnu::noinline]] void* operator new(std::size_t bytes) {
-  void* const p = std::malloc(bytes > 0 ? bytes : 1);
-  if (p == nullptr) throw std::bad_alloc();
-  in_use += ::malloc_usable_size(p);
-  most_in_use = std::max(most_in_use, in_use);
-  return p;
-}
-[[gnu::noinline]] void operator delete(void* p) noexcept {
-  if (p != nullptr) in_use -= ::malloc_usable_size(p);
-  std::free(p);
-}
-[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { operator delete(p); }
-#endif
 
 namespace {
 
@@ -52,6 +24,9 @@ namespace io = tetromino::io;
 namespace moe = tetromino::moe;
 using tetromino_test::file_with;
 using tetromino_test::length_prefix;
+using tetromino_test::measures_memory;
+using tetromino_test::memory_in_use;
+using tetromino_test::most_memory_in_use;
 using tetromino_test::store;
 
 constexpr std::size_t megabyte = 1'000'000;
@@ -327,22 +302,22 @@ void check_all(const std::vector<input>& inputs) {
     const auto path = store(folder / "input", content), model = folder / "model";
     for (const auto& [reader, read] : readers) {
       INFO(name << ", read as " << reader);
-      const std::size_t before = most_in_use = in_use;
+      const std::size_t before = most_memory_in_use = memory_in_use.load();
       const std::clock_t start = std::clock();  // of this program alone
       read(path, content);
       CHECK(std::clock() - start < 2 * CLOCKS_PER_SEC);
-      if (measures) CHECK(most_in_use - before < std::size_t{256} << 20);
+      if (measures_memory) CHECK(most_memory_in_use - before < std::size_t{256} << 20);
     }
     for (const char* part : {"config.json", "model.safetensors.index.json"}) {  // a model's texts
       INFO(name << ", as " << part);
       std::filesystem::create_directory(model);
       store(model / "model.safetensors", file_with("{}      ", 0));
       store(model / part, content);
-      const std::size_t before = most_in_use = in_use;
+      const std::size_t before = most_memory_in_use = memory_in_use.load();
       const std::clock_t start = std::clock();  // of this program alone
       static_cast<void>(io::checkpoint::try_open(model));
       CHECK(std::clock() - start < 2 * CLOCKS_PER_SEC);
-      if (measures) CHECK(most_in_use - before < std::size_t{256} << 20);
+      if (measures_memory) CHECK(most_memory_in_use - before < std::size_t{256} << 20);
       std::filesystem::remove_all(model);
     }
   }
@@ -370,11 +345,11 @@ TEST_CASE("worst cases: lines without end are refused at 64 MiB, and memory for 
   for (const char what : {'x', '[', ' ', '\0'}) {
     endless source(what);
     std::istream in(&source);
-    const std::size_t before = most_in_use = in_use;
+    const std::size_t before = most_memory_in_use = memory_in_use.load();
     const auto read = moe::try_read_trace_json_lines(in, "log");
     REQUIRE_FALSE(read);
     CHECK_THAT(std::string(read.error().what()), tetromino_test::contains("lines of less than 67108864 bytes"));
-    if (measures) CHECK(most_in_use - before < std::size_t{256} << 20);
+    if (measures_memory) CHECK(most_memory_in_use - before < std::size_t{256} << 20);
   }
 }
 
@@ -387,10 +362,10 @@ TEST_CASE("worst cases: 100 MB in one line of a file take bounded memory", "[.sl
            {"one string", start + "\"" + repeated("x", 100 * megabyte) + "\"}"}}) {
     INFO(name);
     const auto path = store(folder / "log", content);
-    const std::size_t before = most_in_use = in_use;
+    const std::size_t before = most_memory_in_use = memory_in_use.load();
     CHECK_FALSE(moe::try_read_routing(path));
     CHECK_FALSE(moe::try_read_plan(content));
-    if (measures) CHECK(most_in_use - before < 5 * content.size());
+    if (measures_memory) CHECK(most_memory_in_use - before < 5 * content.size());
   }
 }
 
