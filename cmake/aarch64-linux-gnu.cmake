@@ -8,3 +8,4 @@ set(CMAKE_CROSSCOMPILING_EMULATOR qemu-aarch64 -L /usr/aarch64-linux-gnu)
 # Compiled packages of the building machine cannot be linked.
 set(CMAKE_DISABLE_FIND_PACKAGE_fmt ON)
 set(CMAKE_DISABLE_FIND_PACKAGE_MPI ON)
+set(CMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit ON)

@@ -14,9 +14,11 @@ if [ ! -e /usr/include/catch2/catch.hpp ]; then
   exit 77
 fi
 
+# headers alone, but Debian keeps its package file in a folder of the architecture
+xsimd=$(ls -d /usr/lib/*/cmake/xsimd 2>/dev/null | head -n 1 || true)
 folder=${TETROMINO_BUILD_DIR:-$root/build/tests-aarch64}
 build "$folder" dev all -D CMAKE_TOOLCHAIN_FILE="$root/cmake/aarch64-linux-gnu.cmake" -D CMAKE_CXX_FLAGS= \
-  -D TETROMINO_EXAMPLES=OFF -D TETROMINO_TEST_TIMEOUT=1800
+  ${xsimd:+-D xsimd_DIR="$xsimd"} -D TETROMINO_EXAMPLES=OFF -D TETROMINO_TEST_TIMEOUT=1800
 
 say "testing under $(qemu-aarch64 --version | head -n 1)"
 [ $# -gt 0 ] || set -- -L 'core|isa'
