@@ -63,6 +63,16 @@ TEST_CASE("the C interface packs and unpacks what the library does, rows of many
   }
 }
 
+TEST_CASE("the C interface packs zeros to ggml's NVFP4 blocks, with a tensor scale of 0") {
+  const std::vector<float> zeros(2 * 64);
+  std::vector<std::uint8_t> blocks(72, 0xAA);
+  float scale = 0;
+  tetromino_packed out{blocks.data(), nullptr, nullptr, nullptr, &scale};
+  REQUIRE(tetromino_quantize("nvfp4", zeros.data(), TETROMINO_FLOAT, 2, 64, nullptr, &out, nullptr, 0) == TETROMINO_OK);
+  CHECK(blocks == std::vector<std::uint8_t>(72));
+  CHECK(scale == 0);
+}
+
 TEST_CASE("the C interface refuses sizes whose products wrap, before it reads anything") {
   const std::size_t most = static_cast<std::size_t>(-1);
   tetromino_sizes sizes{};

@@ -283,6 +283,36 @@ TEST_CASE("ggml's blocks straight from rows are those of the packed rows") {
              contains("matrix 1, row 69, column 3"));
 }
 
+TEST_CASE("ggml's blocks straight from rows take matrices of zeros, whose tensor scale is 0") {
+  std::vector<float> x(3 * 2 * 64);
+  const tetromino::batch_view view(x.data(), 3, 2, 64);
+  const auto same = [&](std::size_t scale_count, const tetromino::quantize_options& options = {}) {
+    CAPTURE(scale_count);
+    tetromino::packed<tetromino::any_format> linear(tetromino::nvfp4{}, 3, 2, 64, scale_count);
+    quantize_to(scalar, view, "nvfp4/amax", linear, options);
+    bytes blocks(layout::ggml_bytes(linear.shape()), 0xAA);
+    std::vector<float> scales(scale_count, -1.0f);
+    quantize_to(tetromino_test::fastest, view, "nvfp4/amax", layout::ggml_rows{blocks, scales}, options);
+    CHECK(blocks == layout::to_ggml(linear));
+    CHECK(scales == linear.tensor_scales);
+    return scales;
+  };
+  CHECK(same(1) == std::vector<float>{0});
+  x[5] = -0.0f;
+  CHECK(same(3) == std::vector<float>{0, 0, 0});
+  x[5] = std::numeric_limits<float>::quiet_NaN();
+  CHECK(same(1, {.special = tetromino::special_values::saturate}) == std::vector<float>{0});
+  x[5] = 0;
+  x[2 * 64 + 7] = 6.0f * 448.0f;  // the matrix between others of zeros
+  CHECK(same(3) == std::vector<float>{0, 1, 0});
+  CHECK(same(3, {.invertible_tensor_scales = true}) == std::vector<float>{1, 1, 1});
+  x[5] = std::numeric_limits<float>::infinity();
+  std::vector<float> scales(3);
+  bytes blocks(layout::ggml_bytes({tetromino::nvfp4{}, 3, 2, 64}));
+  CHECK_THAT(refusal(try_quantize_to(scalar, view, "nvfp4", layout::ggml_rows{blocks, scales}), errc::non_finite),
+             contains("+infinity at matrix 0, row 0, column 5"));
+}
+
 TEST_CASE("a scale that has been inverted once survives any number of inversions") {
   std::size_t awkward = 0, broken = 0, far = 0;
   for (std::uint32_t mantissa = 0; mantissa < 1u << 23; ++mantissa) {

@@ -5,19 +5,21 @@
 #include "../quantize.hpp"  // try_quantize, try_quantize_to, amax
 #include "ggml.hpp"         // try_to_ggml, try_ggml_bytes
 
-#include <algorithm>  // std::copy, std::max, std::min
+#include <algorithm>  // std::copy, std::max, std::min, std::replace
 #include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 #include <span>       // std::span
+#include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE {
 
 namespace layout {
 
 /// A ggml tensor to pack into: blocks of ggml_bytes(shape), as try_to_ggml describes them. `tensor_scales` receives the
-/// decode scales of NVFP4, one for the whole batch or one for each matrix, which ggml keeps in a tensor of their own;
-/// where it is empty and the options give none, blocks are packed for a tensor scale of 1, as stock ggml does.
+/// decode scales of NVFP4, one for the whole batch or one for each matrix, which ggml keeps in a tensor of their own: 0
+/// for what holds zeros alone. Where it is empty and the options give none, blocks are packed for a tensor scale of 1,
+/// as stock ggml does.
 struct ggml_rows {
   std::span<std::uint8_t> blocks;
   std::span<float> tensor_scales{};
@@ -110,13 +112,15 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, const named_r
   if (auto valid = detail::check_options(settings, format, in.matrices, in.cols, detail::option_memory::host); !valid) {
     return valid;
   }
-  const float one = 1.0f;
+  std::vector<float> scales{1.0f};
   if (format.scale == scale_type::e4m3) {
     if (!out.tensor_scales.empty()) {
       if (auto set = detail::set_ggml_scales(policy, in, format, settings, out.tensor_scales); !set) return set;
-      settings.tensor_scales = out.tensor_scales;
+      scales.assign(out.tensor_scales.begin(), out.tensor_scales.end());
+      std::replace(scales.begin(), scales.end(), 0.0f, 1.0f);  // options take none; blocks of zeros are alike under any
+      settings.tensor_scales = scales;
     } else if (settings.tensor_scales.empty()) {
-      settings.tensor_scales = {&one, 1};
+      settings.tensor_scales = scales;
     }
   }
   return detail::quantize_ggml_rows(policy, in, format, settings, out.blocks);
