@@ -141,6 +141,92 @@ TEST_CASE("MXFP4 becomes NVFP4 without loss, and says where it cannot") {
   CHECK(blocks > 50);
 }
 
+TEST_CASE("a NaN block scale stays with its block, or is refused, in codes that are kept") {
+  using special = tt::special_values;
+  const temporary_directory folder;
+  const std::string name = experts + "down_proj";
+  std::vector<std::uint8_t> codes(2 * 64 * 32, 0x21);  // 0.5, 1, ..
+  std::vector<std::uint8_t> scales(2 * 64 * 2, 127);
+  for (const std::size_t nan : {2u, 130u}) scales[nan] = 255;  // rows 1 of both matrices, the first block
+  for (std::size_t i = 65 * 32; i < 65 * 32 + 16; ++i) codes[i] = 0;
+  write_raw(folder / "in",
+            {{"model_type", "gpt_oss"}, {"hidden_size", 64}, {"quantization_config", {{"quant_method", "mxfp4"}}}},
+            {{name + "_blocks", io::dtype::U8, {2, 64, 2, 16}, codes},
+             {name + "_scales", io::dtype::U8, {2, 64, 2}, scales}});
+  const auto packed = [&](const fs::path& in, const fs::path& out, layout where, const char* recipe, special how) {
+    io::pack_options options;
+    options.special = how;
+    fs::remove_all(out);
+    pack_and_verify(in, out, by(where, recipe), options);
+    return read_model(out);
+  };
+  const auto refused = [&](const fs::path& in, layout where, const char* recipe) {
+    CAPTURE(std::string(io::name(where)), recipe);
+    const auto model = io::checkpoint::open(in);
+    const auto parameters = io::parameters_of(model);
+    const auto plan = io::plan(model, parameters, by(where, recipe));
+    const auto done = io::try_pack(tt::scalar, model, plan, folder / "none");
+    REQUIRE_FALSE(done);
+    CHECK(done.error().code() == errc::non_finite);
+    CHECK_FALSE(fs::exists(folder / "none"));
+    return std::string(done.error().what());
+  };
+  CHECK_THAT(refused(folder / "in", layout::gpt_oss, "mxfp4-32/oas"), contains("down_proj': expected finite block"));
+  CHECK_THAT(refused(folder / "in", layout::linear, "mxfp4-32/oas"), contains("row 1, block 0"));
+  refused(folder / "in", layout::compressed_tensors, "mxfp4-32/floor");
+  refused(folder / "in", layout::modelopt, "nvfp4/amax");
+  refused(folder / "in", layout::linear, "nvfp4/amax");
+
+  for (const special how : {special::poison, special::saturate}) {
+    const bool poisons = how == special::poison;
+    CAPTURE(poisons);
+    auto expected_codes = codes, expected = scales;
+    for (std::size_t e = 0; e < 2; ++e) {
+      std::fill_n(expected_codes.begin() + static_cast<std::ptrdiff_t>((e * 64 + 1) * 32), 16, std::uint8_t{0});
+      expected[e * 128 + 2] = poisons ? 255 : 0;
+    }
+    for (const layout where : {layout::gpt_oss, layout::linear}) {
+      const auto mx = packed(folder / "in", folder / "mx", where, "mxfp4-32/oas", how);
+      CHECK(mx.at(name + (where == layout::linear ? ".codes" : "_blocks")).bytes == expected_codes);
+      CHECK(mx.at(name + (where == layout::linear ? ".scales" : "_scales")).bytes == expected);
+    }
+    const auto nv = packed(folder / "in", folder / "nv", layout::modelopt, "nvfp4/amax", how);
+    for (std::size_t e = 0; e < 2; ++e) {
+      const std::string module = experts + std::to_string(e) + ".down_proj";
+      CHECK(first_float(nv.at(module + ".weight_scale_2")) == 0x1p-8f);
+      std::vector<std::uint8_t> e4m3(64 * 4, 0x78);  // 256
+      e4m3[4] = e4m3[5] = poisons ? 0x7F : 0;
+      CHECK(nv.at(module + ".weight_scale").bytes == e4m3);
+      CHECK(nv.at(module + ".weight").bytes ==
+            std::vector<std::uint8_t>(expected_codes.begin(), expected_codes.begin() + 64 * 32));
+    }
+    if (!poisons) continue;
+    refused(folder / "nv", layout::compressed_tensors, "nvfp4/amax");  // NVFP4 codes as they are
+    const auto ct = packed(folder / "nv", folder / "ct", layout::compressed_tensors, "nvfp4/amax", special::saturate);
+    CHECK(ct.at(experts + "0.down_proj.weight_scale").bytes[4] == 0);
+    CHECK(ct.at(experts + "0.down_proj.weight_scale").bytes[6] == 0x78);
+  }
+}
+
+TEST_CASE("MXFP4 of the least magnitudes becomes NVFP4 without loss") {
+  for (const unsigned most : {0u, 1u, 8u, 9u, 10u}) {
+    CAPTURE(most);
+    const temporary_directory folder;
+    auto scales = random_bytes(64 * 2, 0, most);
+    scales[0] = static_cast<std::uint8_t>(most);
+    const auto codes = random_bytes(64 * 32, 0x11, 0x77);
+    write_raw(folder / "in",
+              {{"model_type", "gpt_oss"}, {"hidden_size", 64}, {"quantization_config", {{"quant_method", "mxfp4"}}}},
+              {{experts + "down_proj_blocks", io::dtype::U8, {1, 64, 2, 16}, codes},
+               {experts + "down_proj_scales", io::dtype::U8, {1, 64, 2}, scales}});
+    pack_and_verify(folder / "in", folder / "out", by(layout::modelopt, "nvfp4/amax"));
+    const auto after = read_model(folder / "out");
+    const std::string module = experts + "0.down_proj";
+    CHECK(decode(after.at(module + ".weight").bytes, after.at(module + ".weight_scale").bytes,
+                 first_float(after.at(module + ".weight_scale_2"))) == decode(codes, scales, 0));
+  }
+}
+
 TEST_CASE("MXFP4 keeps its bytes in another layout of it, and through NVFP4 codes stay") {
   const temporary_directory folder;
   write_gpt_oss(folder / "in", 17);

@@ -2,11 +2,13 @@
 
 #include "../../detail/macros_off.hpp"
 
-#include "../../e2m1.hpp"    // e2m1
-#include "../../e4m3.hpp"    // e4m3
-#include "../../packed.hpp"  // packed_view
+#include "../../e2m1.hpp"     // e2m1
+#include "../../e4m3.hpp"     // e4m3
+#include "../../e8m0.hpp"     // e8m0
+#include "../../options.hpp"  // special_values
+#include "../../packed.hpp"   // packed_view
 
-#include <algorithm>  // std::any_of, std::copy_n
+#include <algorithm>  // std::any_of, std::copy_n, std::fill_n, std::max
 #include <array>      // std::array
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
@@ -41,16 +43,19 @@ struct shrunk_codes {
   }
 };
 
-/// The largest E8M0 code of the blocks of MXFP4 rows that hold a value other than zero; 0 if all are zero.
+/// The E8M0 code that a cast makes the least tensor scale for, 2^-126: smaller ones have no inverse.
+inline constexpr std::uint8_t least_cast_code = 9;
+
+/// The largest E8M0 code of the blocks of MXFP4 rows that hold a value other than zero and NaN, at least
+/// least_cast_code; 0 if there is no such block.
 inline std::uint8_t largest_scale_code(const packed_view<any_format>& rows) noexcept {
   const std::size_t bytes = rows.format.block / 2;
   std::uint8_t largest = 0;
   for (std::size_t b = 0; b < rows.scales.size(); ++b) {
-    if (rows.scales[b] <= largest) continue;
+    const std::uint8_t code = std::max(rows.scales[b], least_cast_code);
+    if (code <= largest || code == e8m0::nan_bits) continue;
     const auto block = rows.codes.subspan(b * bytes, bytes);
-    if (std::any_of(block.begin(), block.end(), [](std::uint8_t pair) { return (pair & 0x77) != 0; })) {
-      largest = rows.scales[b];
-    }
+    if (std::any_of(block.begin(), block.end(), [](std::uint8_t pair) { return (pair & 0x77) != 0; })) largest = code;
   }
   return largest;
 }
@@ -66,7 +71,7 @@ inline std::size_t cast_rows(const packed_view<any_format>& from, std::uint8_t t
     const auto* const in = from.codes.data() + b * bytes;
     auto* const out = to.codes.data() + b * bytes;
     const unsigned below = scale >= top ? 0u : static_cast<unsigned>(top - scale);
-    to.scales[2 * b] = to.scales[2 * b + 1] = scale == 0xFF ? e4m3::nan_bits : e4m3_power(below);
+    to.scales[2 * b] = to.scales[2 * b + 1] = scale == e8m0::nan_bits ? e4m3::nan_bits : e4m3_power(below);
     if (below <= exact_cast_range) {
       std::copy_n(in, bytes, out);
       continue;
@@ -80,6 +85,21 @@ inline std::size_t cast_rows(const packed_view<any_format>& from, std::uint8_t t
     rounded += !is_exact;
   }
   return rounded;
+}
+
+/// Packed rows that did not come from values: blocks whose scale is NaN become what packing makes of NaN. Returns the
+/// first of them where `special` rejects it, or the number of blocks.
+inline std::size_t settle_nan_blocks(const packed_view<any_format, std::uint8_t>& rows,
+                                     special_values special) noexcept {
+  const bool is_e4m3 = rows.format.scale == scale_type::e4m3;
+  const std::size_t bytes = rows.format.block / 2;
+  for (std::size_t b = 0; b < rows.scales.size(); ++b) {
+    if (is_e4m3 ? (rows.scales[b] & 0x7F) != e4m3::nan_bits : rows.scales[b] != e8m0::nan_bits) continue;
+    if (special == special_values::reject) return b;
+    rows.scales[b] = special == special_values::saturate ? 0 : is_e4m3 ? e4m3::nan_bits : e8m0::nan_bits;
+    std::fill_n(rows.codes.data() + b * bytes, bytes, std::uint8_t{0});
+  }
+  return rows.scales.size();
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

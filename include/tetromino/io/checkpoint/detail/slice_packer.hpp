@@ -5,7 +5,7 @@
 #include "../../../hadamard.hpp"  // rotate_back
 #include "../../../metrics.hpp"   // compare
 #include "../options.hpp"         // pack_options
-#include "../../detail/cast.hpp"  // cast_rows
+#include "../../detail/cast.hpp"  // cast_rows, settle_nan_blocks
 #include "shards.hpp"             // shard_writer
 #include "slice_quantizer.hpp"    // slice_quantizer
 #include "tasks.hpp"              // pack_task
@@ -121,12 +121,15 @@ class slice_packer {
         std::copy(rows.scales.begin(), rows.scales.end(), out.scales.begin());
       } else {
         const auto top = static_cast<std::uint8_t>(scales().largest_of(task.parameter, task.rows.matrix));
-        if (top == 0xFF && options_.special == special_values::reject) {
-          return error(errc::non_finite, "expected finite block scales, got NaN");
-        }
         const std::size_t rounded = cast_rows(rows, top, out);
         const std::lock_guard lock(mutex_);
         parameters_[task.parameter].rounded_blocks += rounded;
+      }
+      if (const std::size_t bad = settle_nan_blocks(out, options_.special); bad != out.scales.size()) {
+        const std::size_t per_row = out.shape().blocks_per_row();
+        return error(errc::non_finite, text("expected finite block scales, got NaN at ",
+                                            p.matrices > 1 ? text("matrix ", task.rows.matrix, ", ") : "", "row ",
+                                            task.rows.first + bad / per_row, ", block ", bad % per_row));
       }
       return write(task, out, buffers);
     });
