@@ -474,3 +474,30 @@ TEST_CASE("with a name for each expert, what --keep splits is kept whole") {
   CHECK(io::plan(model, parameters, options).parameters[1].is_packed() !=
         io::plan(model, parameters, options).parameters[0].is_packed());
 }
+
+TEST_CASE("values that are refused are named by their row of the matrix, however it is cut") {
+  const temporary_directory folder;
+  for (const std::size_t matrices : {1u, 3u}) {
+    const std::size_t rows = 4096, bad = (matrices - 1) * rows + 3333;
+    std::vector<float> values(matrices * rows * 32, 0.5f);
+    values[bad * 32 + 9] = std::numeric_limits<float>::quiet_NaN();
+    const std::string name = matrices == 1 ? q : experts + "gate_up_proj";
+    const std::vector<std::size_t> shape =
+        matrices == 1 ? std::vector<std::size_t>{rows, 32} : std::vector<std::size_t>{matrices, rows, 32};
+    const auto in = folder / std::to_string(matrices);
+    write_raw(in, {{"hidden_size", 32}, {"num_local_experts", matrices}},
+              {{name, io::dtype::F32, shape, bytes_of(values)}});
+    const auto model = io::checkpoint::open(in);
+    const auto parameters = io::parameters_of(model);
+    io::pack_options options;
+    options.slice_bytes = 100'000;
+    for (const char* recipe : {"mxfp4-32/oas", "nvfp4/amax"}) {
+      const auto plan = io::plan(model, parameters, by(layout::linear, recipe));
+      const auto done = io::try_pack(tt::scalar, model, plan, folder / "out", options);
+      REQUIRE_FALSE(done);
+      CHECK(done.error().code() == errc::non_finite);
+      CHECK_THAT(done.error().what(), contains(std::string("expected finite values, got NaN at ") +
+                                               (matrices == 1 ? "" : "matrix 2, ") + "row 3333, column 9"));
+    }
+  }
+}

@@ -388,7 +388,7 @@ TEST_CASE("a value that cannot be packed names its tensor and row, and leaves no
     REQUIRE_FALSE(done);
     CHECK(done.error().code() == errc::non_finite);
     CHECK_THAT(done.error().what(), contains("in: tensor 'blk.0.ffn_up_exps.weight': "));
-    CHECK_THAT(done.error().what(), contains("(counting from row 4096)"));
+    CHECK_THAT(done.error().what(), contains("got +infinity at matrix 1, row 8000, column 7"));
     CHECK(files_in(folder.path()) == 1);
     options.special = tetromino::special_values::saturate;
     std::size_t calls = 0, last = 0;

@@ -5,6 +5,7 @@
 #include "../options.hpp"    // jobs
 #include "float_state.hpp"   // default_float_state
 #include "for_each_row.hpp"  // for_each_row, shared_minimum
+#include "rejection.hpp"     // rejection_of
 #include "row.hpp"           // row_rules, admit
 
 #include <algorithm>  // std::min, std::max, std::any_of, std::fill
@@ -20,14 +21,7 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 template <real T>
 TETROMINO_COLD error rejection(const batch_view<const T>& in, std::size_t position) {
   const std::size_t col = position % in.cols, row = position / in.cols % in.rows, e = position / in.cols / in.rows;
-  const float value = to_float(in.row(e, row)[col]);
-  const char* what = is_finite(value) ? "one that overflows when rotated"
-                     : value != value ? "NaN"
-                     : value > 0      ? "+infinity"
-                                      : "-infinity";
-  return error(errc::non_finite,
-               {"expected finite values, got ", what, " at ", in.matrices > 1 ? text("matrix ", e, ", ") : "", "row ",
-                row, ", column ", col, "; special_values::poison or saturate would accept it"});
+  return rejection_of(to_float(in.row(e, row)[col]), in.matrices, e, row, col);
 }
 
 constexpr std::size_t piece_of_row = 2048;  // a multiple of every macro block and rotation

@@ -119,8 +119,7 @@ class rejections {
     return error(errc::non_finite,
                  tetromino::detail::text(
                      "expected finite values, got NaN, an infinity or one that overflows when rotated at matrix ",
-                     position / x.cols / x.rows, ", row ", position / x.cols % x.rows, ", column ", position % x.cols,
-                     "; special_values::poison or saturate would accept it"));
+                     position / x.cols / x.rows, ", row ", position / x.cols % x.rows, ", column ", position % x.cols));
   }
   template <class T>
   void check(const stream& s, const batch_view<T>& x) const {

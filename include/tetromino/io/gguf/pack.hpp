@@ -15,6 +15,7 @@
 #include "../../metrics.hpp"             // compare
 #include "../../quantize.hpp"            // try_quantize
 #include "../../scaling.hpp"             // recipe, tensor_scale_for
+#include "../detail/in_whole.hpp"        // in_whole
 #include "../gguf.hpp"                   // gguf_file, gguf_writer
 #include "../imatrix.hpp"                // imatrix
 #include "../pack_rule.hpp"              // pack_rule, matches
@@ -350,10 +351,7 @@ class gguf_packer {
     std::vector<std::vector<std::uint8_t>> blocks(slices_at_once);
     const auto pack_slice = [&](std::size_t i, const batch_view<const T>& slice, std::size_t row) -> result<void> {
       const auto packed = try_quantize(policy_, slice, planned.how, options);
-      if (!packed) {
-        const std::string from = row == 0 ? std::string() : text(" (counting from row ", row, ')');
-        return error(packed.error().code(), text(packed.error().what(), from));
-      }
+      if (!packed) return in_whole(packed.error(), slice[0], planned.matrices(), e, row);
       auto made = layout::try_to_ggml(*packed);
       if (!made) return made.error();
       blocks[i] = std::move(*made);

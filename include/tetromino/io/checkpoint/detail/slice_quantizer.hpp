@@ -2,14 +2,15 @@
 
 #include "../../../detail/macros_off.hpp"
 
-#include "../../../hadamard.hpp"  // rotate
-#include "../../../quantize.hpp"  // try_quantize_to, amax
-#include "../../detail/cast.hpp"  // largest_scale_code
-#include "../options.hpp"         // pack_options
-#include "set_scales.hpp"         // set_scales
-#include "slices.hpp"             // slice_buffers
-#include "tasks.hpp"              // pack_task
-#include "window.hpp"             // stored_window
+#include "../../../hadamard.hpp"      // rotate
+#include "../../../quantize.hpp"      // try_quantize_to, amax
+#include "../../detail/cast.hpp"      // largest_scale_code
+#include "../../detail/in_whole.hpp"  // in_whole
+#include "../options.hpp"             // pack_options
+#include "set_scales.hpp"             // set_scales
+#include "slices.hpp"                 // slice_buffers
+#include "tasks.hpp"                  // pack_task
+#include "window.hpp"                 // stored_window
 
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::uint8_t
@@ -99,7 +100,7 @@ class slice_quantizer {
         fed = std::move(*done);
         out = fed.view();
       } else if (auto done = try_quantize_to(policy_, rows, how, out, options); !done) {
-        return done;
+        return in_whole(done.error(), rows, p.matrices, task.rows.matrix, task.rows.first);
       }
       return f(rows, out);
     });

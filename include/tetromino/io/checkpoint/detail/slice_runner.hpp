@@ -67,10 +67,6 @@ class slice_runner {
     const io::parameter& p = *plan_.parameters[task.parameter].source;
     std::string message = e.what();
     if (message.find(p.name) == std::string::npos) message = text("tensor ", printable(p.name), ": ", message);
-    const bool within = e.code() == errc::non_finite && (task.rows.matrix != 0 || task.rows.first != 0);
-    if (within && p.matrices > 1)
-      message += text(" (counting from row ", task.rows.first, " of matrix ", task.rows.matrix, ")");
-    if (within && p.matrices == 1) message += text(" (counting from row ", task.rows.first, " of ", p.rows, ")");
     return error(e.code(), message);
   }
 
