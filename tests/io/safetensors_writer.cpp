@@ -413,3 +413,38 @@ TEST_CASE("pieces at any place from any thread make the same file") {
   CHECK(file["x"].bytes()[999] == 249);
   CHECK(file["x"].bytes()[250] == 0);
 }
+
+TEST_CASE("bytes written twice do not stand for bytes that are missing") {
+  const temporary_directory folder;
+  const std::vector<io::tensor_declaration> declared{{"w", io::dtype::U8, {4}}};
+  auto writer = io::safetensors_writer::create(folder / "f", declared);
+  for (int times = 0; times < 2; ++times) {
+    REQUIRE(writer.try_write_at("w", 0, bytes(2)));
+    const auto finished = writer.try_finish();
+    REQUIRE_FALSE(finished);
+    CHECK_THAT(finished.error().what(), contains("expected 4 bytes before the file is finished, got 2"));
+  }
+  writer.write_at("w", 3, bytes(1));
+  writer.append("w", bytes(1));  // the first that is missing
+  writer.finish();
+  CHECK(io::safetensors_file::open(folder / "f")["w"].bytes().size() == 4);
+
+  std::mt19937_64 random(tetromino_test::seed());
+  for (int round = 0; round < 200; ++round) {
+    constexpr std::size_t size = 40;
+    auto any =
+        io::safetensors_writer::create(folder / "r", std::vector<io::tensor_declaration>{{"w", io::dtype::U8, {size}}});
+    std::vector<bool> is_written(size);
+    for (std::size_t missing = size; missing != 0;) {
+      const std::size_t first = random() % (size + 1), count = random() % (std::min<std::size_t>(size - first, 6) + 1);
+      any.write_at("w", first, bytes(count));
+      std::fill_n(is_written.begin() + static_cast<std::ptrdiff_t>(first), count, true);
+      missing = static_cast<std::size_t>(std::count(is_written.begin(), is_written.end(), false));
+      if (missing == 0) continue;
+      const auto finished = any.try_finish();
+      REQUIRE_FALSE(finished);
+      REQUIRE_THAT(finished.error().what(), contains("got " + std::to_string(size - missing)));
+    }
+    REQUIRE(any.try_finish());
+  }
+}

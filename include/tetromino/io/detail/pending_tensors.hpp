@@ -5,11 +5,14 @@
 #include "file_text.hpp"    // printable, nearest_names
 #include "posix_file.hpp"   // pending_file
 
-#include <algorithm>    // std::sort, std::lower_bound
-#include <atomic>       // std::atomic_ref
+#include <algorithm>    // std::sort, std::lower_bound, std::max
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
 #include <filesystem>   // std::filesystem::path
+#include <iterator>     // std::next, std::prev
+#include <map>          // std::map
+#include <memory>       // std::unique_ptr
+#include <mutex>        // std::mutex
 #include <span>         // std::span
 #include <string>       // std::string
 #include <string_view>  // std::string_view
@@ -21,10 +24,34 @@ namespace TETROMINO_NAMESPACE::detail {
 /// Where a tensor's bytes go in a file under construction.
 struct pending_tensor {
   std::string name;
-  std::string_view type_name;  ///< what an io::dtype of the same elements is called, if any is
-  std::size_t begin = 0;       ///< byte of the file
-  std::size_t size = 0;        ///< bytes
-  std::size_t written = 0;
+  std::string_view type_name;                  ///< what an io::dtype of the same elements is called, if any is
+  std::size_t begin = 0;                       ///< byte of the file
+  std::size_t size = 0;                        ///< bytes
+  std::size_t written = 0;                     ///< bytes from its first on
+  std::map<std::size_t, std::size_t> apart{};  ///< further ranges that are written, where each begins and ends
+
+  /// Notes a range: in order, that takes no memory.
+  TETROMINO_ABI void note(std::size_t first, std::size_t last) {
+    if (first > written) {
+      auto next = apart.upper_bound(first);
+      if (next != apart.begin() && std::prev(next)->second >= first) {
+        --next;
+        next->second = std::max(next->second, last);
+      } else {
+        next = apart.emplace_hint(next, first, last);
+      }
+      for (auto after = std::next(next); after != apart.end() && after->first <= next->second;) {
+        next->second = std::max(next->second, after->second);
+        after = apart.erase(after);
+      }
+      return;
+    }
+    written = std::max(written, last);
+    while (!apart.empty() && apart.begin()->first <= written) {
+      written = std::max(written, apart.begin()->second);
+      apart.erase(apart.begin());
+    }
+  }
 };
 
 /// A file that is written piece by piece, whatever its format: the header is there, then bytes of any tensor may come
@@ -60,8 +87,8 @@ class pending_tensors {
     return append_to(**found, {reinterpret_cast<const std::uint8_t*>(values.data()), values.size_bytes()});
   }
 
-  /// Writes bytes of a tensor from its byte `offset` on: for those who write pieces of their own, each byte once, in
-  /// any order and from any threads. Fails as `append` does, and leaves the file open.
+  /// Writes bytes of a tensor from its byte `offset` on: for those who write pieces of their own, in any order and from
+  /// any threads, as long as no two write the same byte at a time. Fails as `append` does, and leaves the file open.
   TETROMINO_ABI void write_at(std::string_view name, std::size_t offset, std::span<const std::uint8_t> bytes) {
     try_write_at(name, offset, bytes).value();
   }
@@ -75,7 +102,9 @@ class pending_tensors {
                                               bytes.size(), " at ", offset));
     }
     auto written = file_.try_fill_at(tensor.begin + offset, bytes);
-    if (written) std::atomic_ref(tensor.written).fetch_add(bytes.size(), std::memory_order_relaxed);
+    if (!written || bytes.empty()) return written;
+    const std::lock_guard lock(*noting_);
+    tensor.note(offset, offset + bytes.size());
     return written;
   }
 
@@ -85,8 +114,10 @@ class pending_tensors {
   [[nodiscard]] TETROMINO_ABI result<void> try_finish() {
     for (const pending_tensor& tensor : tensors_) {
       if (file_.is_open() && tensor.written != tensor.size) {
+        std::size_t got = tensor.written;
+        for (const auto& range : tensor.apart) got += range.second - range.first;
         return error(errc::shape_mismatch, text(subject(tensor), ": expected ", tensor.size,
-                                                " bytes before the file is finished, got ", tensor.written));
+                                                " bytes before the file is finished, got ", got));
       }
     }
     return file_.try_commit();
@@ -135,12 +166,13 @@ class pending_tensors {
                                               " more bytes of ", tensor.size, ", got ", bytes.size()));
     }
     auto written = file_.try_write_at(tensor.begin + tensor.written, bytes);
-    if (written) tensor.written += bytes.size();
+    if (written) tensor.note(tensor.written, tensor.written + bytes.size());
     return written;
   }
 
   pending_file file_;
   std::vector<pending_tensor> tensors_;  // by name
+  std::unique_ptr<std::mutex> noting_ = std::make_unique<std::mutex>();
 };
 
 }  // namespace TETROMINO_NAMESPACE::detail
