@@ -475,6 +475,58 @@ TEST_CASE("with a name for each expert, what --keep splits is kept whole") {
         io::plan(model, parameters, options).parameters[0].is_packed());
 }
 
+TEST_CASE("a link as the output stays, and where it leads is written or refused before the work") {
+  const temporary_directory folder;
+  write_model(folder / "in", {{"hidden_size", 64}}, {{q, {64, 64}}});
+  const auto model = io::checkpoint::open(folder / "in");
+  const auto parameters = io::parameters_of(model);
+  const auto plan = io::plan(model, parameters, by(layout::linear, "nvfp4/amax"));
+  fs::create_directory(folder / "empty");
+  fs::create_symlink("empty", folder / "link");
+  fs::create_symlink("new", folder / "dangling");
+  for (const char* out : {"link", "dangling"}) {
+    static_cast<void>(io::pack(tt::scalar, model, plan, folder / out));
+    CHECK(fs::is_symlink(folder / out));
+    CHECK(io::verify(tt::scalar, model, io::checkpoint::open(folder / out)).packed == 1);
+  }
+  CHECK(fs::exists(folder / "empty/config.json"));
+  CHECK(fs::exists(folder / "new/config.json"));
+  fs::create_directory(folder / "here");
+  static_cast<void>(io::pack(tt::scalar, model, plan, folder.path() / "here/."));
+  CHECK(fs::exists(folder / "here/config.json"));
+
+  io::pack_options never;
+  never.progress = [](std::size_t) -> bool { throw std::logic_error("this is work"); };
+  const auto refused = [&](const fs::path& out, const std::string& message) {
+    const auto done = io::try_pack(tt::scalar, model, plan, out, never);
+    REQUIRE_FALSE(done);
+    CHECK(done.error().code() == errc::io);
+    CHECK_THAT(done.error().what(), contains(message));
+  };
+  fs::create_symlink("round", folder / "round");
+  refused(folder / "round", "could not follow the link");
+  refused(folder / "link", "new or empty");  // not any more
+  fs::create_symlink("in/out", folder / "into");
+  CHECK_THAT(io::try_pack(tt::scalar, model, plan, folder / "into").error().what(), contains("outside of the model"));
+}
+
+TEST_CASE("links in a model's folder that lead nowhere stay behind") {
+  const temporary_directory folder;
+  write_model(folder / "in", {{"hidden_size", 64}}, {{q, {64, 64}}}, 1);
+  fs::create_directories(folder / "in/sub");
+  fs::create_symlink("round.json", folder / "in/round.json");
+  fs::create_symlink("../sub", folder / "in/sub/above");
+  fs::create_symlink("nothing", folder / "in/dangling.json");
+  fs::create_symlink(".round", folder / "in/.round");
+  store_text(folder / "in/sub/vocab.txt", "words");
+  const auto report = pack_and_verify(folder / "in", folder / "out", by(layout::linear, "nvfp4/amax"));
+  CHECK(report.files_left.empty());
+  CHECK(fs::file_size(folder / "out/sub/vocab.txt") == 5);
+  CHECK(fs::exists(folder / "out/tokenizer.json"));
+  CHECK_FALSE(fs::exists(fs::symlink_status(folder / "out/round.json")));
+  CHECK_FALSE(fs::exists(fs::symlink_status(folder / "out/dangling.json")));
+}
+
 TEST_CASE("values that are refused are named by their row of the matrix, however it is cut") {
   const temporary_directory folder;
   for (const std::size_t matrices : {1u, 3u}) {

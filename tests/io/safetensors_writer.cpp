@@ -448,3 +448,19 @@ TEST_CASE("bytes written twice do not stand for bytes that are missing") {
     REQUIRE(any.try_finish());
   }
 }
+
+TEST_CASE("a link to a file that is not there yet stays, and one in a circle is refused") {
+  const temporary_directory folder;
+  fs::create_directory(folder / "sub");
+  fs::create_symlink("second", folder / "first");
+  fs::create_symlink("sub/../file", folder / "second");
+  io::safetensors_writer::create(folder / "first", std::vector<io::tensor_declaration>{}).finish();
+  CHECK(fs::is_symlink(folder / "first"));
+  CHECK(fs::is_symlink(folder / "second"));
+  CHECK(fs::is_regular_file(fs::symlink_status(folder / "file")));
+  fs::create_symlink("round", folder / "round");
+  const auto refused = io::safetensors_writer::try_create(folder / "round", std::vector<io::tensor_declaration>{});
+  REQUIRE_FALSE(refused);
+  CHECK(refused.error().code() == errc::io);
+  CHECK_THAT(refused.error().what(), contains("could not follow the link"));
+}

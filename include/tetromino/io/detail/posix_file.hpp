@@ -46,6 +46,19 @@ inline error not_a_file(const std::filesystem::path& path, const struct ::stat& 
                               S_ISDIR(facts.st_mode) ? "directory" : "device, pipe or socket"));
 }
 
+/// Where a path leads that may be a link, whether there is something or not. Errors: io, for links that go round.
+inline result<std::filesystem::path> followed(const std::filesystem::path& path) {
+  constexpr int most_links = 40;  // as the kernel has it
+  std::filesystem::path at = path;
+  std::error_code problem;
+  for (int links = 0; std::filesystem::is_symlink(at, problem); ++links) {
+    const auto next = std::filesystem::read_symlink(at, problem);
+    if (problem || links == most_links) return io_error(path, "follow the link", problem ? problem.value() : ELOOP);
+    at = at.parent_path() / next;
+  }
+  return at;
+}
+
 /// Which file a path leads to; nothing if there is none.
 inline std::optional<file_identity> identity_of(const std::filesystem::path& path) noexcept {
   struct ::stat facts {};
@@ -235,10 +248,9 @@ class pending_file {
   /// Refuses a path that names something else than a regular file: renaming over a device would replace it. What a link
   /// leads to is replaced, not the link, and the new file has the mode and owner of the one that it replaces.
   [[nodiscard]] TETROMINO_ABI static result<pending_file> try_create(const std::filesystem::path& asked) {
-    std::error_code unresolved;
-    const bool is_link = std::filesystem::is_symlink(asked, unresolved);
-    std::filesystem::path path = is_link ? std::filesystem::weakly_canonical(asked, unresolved) : asked;
-    if (unresolved) path = asked;
+    const auto leads_to = followed(asked);
+    if (!leads_to) return leads_to.error();
+    const std::filesystem::path& path = *leads_to;
     struct ::stat facts {};
     const bool replaces = ::stat(path.c_str(), &facts) == 0;
     if (replaces && !S_ISREG(facts.st_mode)) return not_a_file(path, facts, "a regular file to write to");

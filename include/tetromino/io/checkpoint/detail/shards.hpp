@@ -23,16 +23,27 @@
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
 /// A directory under construction: it has a temporary name beside its final one until `try_commit`; without that, it is
-/// removed with all that is in it. Nothing that exists is replaced, but an empty directory.
+/// removed with all that is in it. Nothing that exists is replaced, but an empty directory; a link stays, and what it
+/// leads to is made or replaced.
 class pending_directory {
  public:
   [[nodiscard]] static result<pending_directory> try_create(const std::filesystem::path& path) {
+    namespace fs = std::filesystem;
     std::error_code problem;
     pending_directory pending;
-    pending.path_ = path.has_filename() ? path : path.parent_path();  // without a slash at the end
-    if (std::filesystem::exists(pending.path_, problem) && (!std::filesystem::is_directory(pending.path_, problem) ||
-                                                            !std::filesystem::is_empty(pending.path_, problem))) {
-      return error(errc::io, text(pending.path_.string(), ": expected a directory that is new or empty to write to"));
+    auto leads_to = followed(path.has_filename() ? path : path.parent_path());  // without a slash at the end
+    if (!leads_to) return leads_to.error();
+    pending.path_ = std::move(*leads_to);
+    if (fs::exists(pending.path_, problem)) {
+      if (!fs::is_directory(pending.path_, problem) || !fs::is_empty(pending.path_, problem)) {
+        return error(errc::io, text(path.string(), ": expected a directory that is new or empty to write to"));
+      }
+      pending.path_ = fs::canonical(pending.path_, problem);  // "." has no name that can be given to another
+      const auto here = identity_of(pending.path_), above = identity_of(pending.path_ / "..");
+      if (problem || !here || !above || here->device != above->device || *here == *above) {
+        return error(errc::io, text(path.string(), ": expected a directory that can be replaced, found a place where ",
+                                    "a file system is mounted; name one that is new within it"));
+      }
     }
     constexpr std::size_t longest_stem = 200;
     const std::string stem = text(pending.path_.filename().string().substr(0, longest_stem), ".part-", ::getpid(), '-');
@@ -86,7 +97,8 @@ inline result<void> write_text(const std::filesystem::path& path, std::string_vi
 /// Whether a path, which need not exist, leads into a directory or to it.
 inline bool is_within(const std::filesystem::path& path, const std::filesystem::path& folder) {
   std::error_code problem;
-  const auto inner = std::filesystem::weakly_canonical(path, problem),
+  const auto leads_to = followed(path);
+  const auto inner = std::filesystem::weakly_canonical(leads_to ? *leads_to : path, problem),
              outer = std::filesystem::canonical(folder, problem);
   if (problem) return false;
   return std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end()).first == outer.end();
@@ -100,8 +112,9 @@ inline bool is_weight_file(const std::filesystem::path& path) {
   return is_one_of(extension, kinds) || name.ends_with(".index.json");
 }
 
-/// Copies all that is in a model's directory but its weights and their indices, config.json and what begins with a dot.
-/// Returns the names of weight files that stayed behind, other than those of `read`.
+/// Copies all that is in a model's directory but its weights and their indices, config.json, what begins with a dot,
+/// and what is no file: links to directories, to nothing or in a circle, pipes. Returns the names of weight files that
+/// stayed behind, other than those of `read`.
 inline result<std::vector<std::string>> copy_other_files(const std::filesystem::path& from,
                                                          const std::filesystem::path& to, const io::checkpoint& read) {
   namespace fs = std::filesystem;
@@ -111,10 +124,13 @@ inline result<std::vector<std::string>> copy_other_files(const std::filesystem::
        entry.increment(problem)) {
     const fs::path relative = entry->path().lexically_relative(from);
     if (relative.begin()->string().starts_with(".")) {
-      if (entry->is_directory()) entry.disable_recursion_pending();
+      entry.disable_recursion_pending();
       continue;
     }
-    if (relative == "config.json" || relative == "hf_quant_config.json" || !entry->is_regular_file()) continue;
+    std::error_code leads_nowhere;
+    if (relative == "config.json" || relative == "hf_quant_config.json" || !entry->is_regular_file(leads_nowhere)) {
+      continue;
+    }
     if (is_weight_file(entry->path())) {
       bool is_read = relative.string().ends_with(".index.json");
       for (std::size_t i = 0; i < read.file_count(); ++i) {
