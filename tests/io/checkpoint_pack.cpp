@@ -527,6 +527,21 @@ TEST_CASE("links in a model's folder that lead nowhere stay behind") {
   CHECK_FALSE(fs::exists(fs::symlink_status(folder / "out/dangling.json")));
 }
 
+TEST_CASE("a directory packed to one file says in the file how it is quantized") {
+  const temporary_directory folder;
+  write_model(folder / "in", {{"hidden_size", 64}}, {{q, {64, 64}}, {experts + "0.up_proj.weight", {64, 64}}});
+  for (const layout where : {layout::modelopt, layout::compressed_tensors, layout::linear}) {
+    CAPTURE(std::string(io::name(where)));
+    fs::create_directories(folder / "out");
+    const fs::path out = folder / "out/model.safetensors";
+    pack_and_verify(folder / "in", out, by(where, "nvfp4/amax"));
+    const auto metadata = io::checkpoint::open(out).metadata();
+    CHECK(metadata.contains("quantization_config") == (where != layout::linear));
+    if (where == layout::linear) continue;
+    CHECK(nlohmann::json::parse(metadata.at("quantization_config"))["quant_method"] == std::string(io::name(where)));
+  }
+}
+
 TEST_CASE("values that are refused are named by their row of the matrix, however it is cut") {
   const temporary_directory folder;
   for (const std::size_t matrices : {1u, 3u}) {

@@ -97,7 +97,13 @@ template <class Policy>
     if (!created) return created.error();
     folder.emplace(std::move(*created));
   }
-  const detail::file_metadata metadata(from, plan, options);
+  std::vector<std::string> left;
+  if (folder) {  // before the work, so that what cannot be copied does not cost it
+    auto written = detail::write_beside(from, plan, folder->temporary());
+    if (!written) return written.error();
+    left = std::move(*written);
+  }
+  const detail::file_metadata metadata(from, plan, options, is_file);
   auto writer =
       detail::shard_writer::try_create(is_file ? to : folder->temporary(), is_file, detail::declared_tensors(plan),
                                        options.shard_bytes, [&](const auto& tensors) { return metadata.of(tensors); });
@@ -113,10 +119,8 @@ template <class Policy>
   for (std::size_t i = 0; i < plan.parameters.size(); ++i) {
     report->parameters[i].bits = stored_bits(plan.parameters[i]);
   }
+  report->files_left = std::move(left);
   if (folder) {
-    auto left = detail::write_beside(from, plan, folder->temporary());
-    if (!left) return left.error();
-    report->files_left = std::move(*left);
     if (auto on = detail::check_stop(options); !on) return on.error();
     if (auto done = folder->try_commit(); !done) return done.error();
   }

@@ -22,7 +22,8 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 /// one.
 class file_metadata {
  public:
-  file_metadata(const io::checkpoint& from, const io::pack_plan& plan, const io::pack_options& options)
+  /// `is_alone`: one file is written, without config.json.
+  file_metadata(const io::checkpoint& from, const io::pack_plan& plan, const io::pack_options& options, bool is_alone)
       : common_(from.metadata()) {
     std::erase_if(common_, [](const auto& entry) {  // what the source was packed with, if it was
       return entry.first.starts_with("tetromino.") || entry.first == "quantization_config";
@@ -40,7 +41,7 @@ class file_metadata {
     if (options.special == special_values::poison) common_["tetromino.special"] = "poison";
     if (options.special == special_values::saturate) common_["tetromino.special"] = "saturate";
     for (const auto& [key, value] : options.metadata) common_[key] = value;
-    if (const auto config = quantization_config(plan); !config.is_null() && from.is_single_file()) {
+    if (const auto config = quantization_config(plan); !config.is_null() && (is_alone || from.is_single_file())) {
       common_["quantization_config"] = config.dump();
     }
     if (plan.options.layout != io::checkpoint_layout::linear && plan.options.chosen.empty()) return;
