@@ -395,7 +395,7 @@ TEST_CASE("what a reader would stumble over is found") {
   CHECK_THAT(llama.after_config([](nlohmann::json& c) { c["quantization_config"]["ignore"].clear(); }),
              contains("does not name its module"));
   CHECK_THAT(llama.after_config([](nlohmann::json& c) { c["quantization_config"]["ignore"].push_back("re:.*q_proj"); }),
-             contains("it is packed, but \"ignore\" in config.json names its module"));
+             contains("it is packed, but \"ignore\" in quantization_config names its module"));
   CHECK_THAT(llama.after_config([](nlohmann::json& c) { c["hidden_size"] = 65; }),
              contains("expected what the original has"));
   CHECK_THAT(llama.after_config([](nlohmann::json& c) { c["quantization_config"].erase("quantization_status"); }),

@@ -542,6 +542,29 @@ TEST_CASE("a directory packed to one file says in the file how it is quantized")
   }
 }
 
+TEST_CASE("a file that names another recipe than its weights is found") {
+  const temporary_directory folder;
+  write_model(folder / "in", {{"hidden_size", 64}}, {{q, {64, 64}}, {experts + "0.up_proj.weight", {64, 64}}});
+  pack_and_verify(folder / "in", folder / "out", by(layout::linear, "mxfp4-32/floor"));
+  const auto verified = [&](const std::string& key, const std::string& value) {
+    rewrite(folder / "out/model.safetensors", [&](auto& file) {
+      file.metadata.erase("tetromino.recipe");
+      file.metadata[key] = value;
+    });
+    return io::try_verify(tt::scalar, io::checkpoint::open(folder / "in"), io::checkpoint::open(folder / "out"));
+  };
+  CHECK(verified("tetromino.recipe", "mxfp4-32/floor"));
+  for (const char* other : {"nvfp4/amax", "mxfp4-32/oas"}) {
+    const auto found = verified("tetromino.recipe", other);
+    REQUIRE_FALSE(found);
+    CHECK_THAT(found.error().what(), contains("says it is packed as mxfp4-32/floor, but"));
+  }
+  const auto mixed = verified("tetromino.recipes", R"([{"weights": "experts", "recipe": "mxfp4-32/floor"},
+                                                       {"weights": "q_proj", "recipe": "nvfp4/amax"}])");
+  REQUIRE_FALSE(mixed);
+  CHECK_THAT(mixed.error().what(), contains("q_proj"));
+}
+
 TEST_CASE("values that are refused are named by their row of the matrix, however it is cut") {
   const temporary_directory folder;
   for (const std::size_t matrices : {1u, 3u}) {

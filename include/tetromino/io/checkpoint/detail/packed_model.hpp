@@ -10,6 +10,7 @@
 
 #include <nlohmann/json.hpp>  // nlohmann::json
 
+#include <algorithm>      // std::none_of
 #include <cmath>          // std::isfinite
 #include <cstddef>        // std::size_t
 #include <map>            // std::map
@@ -84,7 +85,8 @@ class packed_model {
       return wrong("expected a model that was packed, but neither config.json nor the files' metadata say so");
     }
     if (!by_method.empty() && named != metadata.end() && by_method != named->second) {
-      return wrong("config.json says ", printable(by_method), ", the files' metadata ", printable(named->second));
+      return wrong("quantization_config says ", printable(by_method), ", the files' metadata ",
+                   printable(named->second));
     }
     const auto layout = io::try_checkpoint_layout_named(by_method.empty() ? named->second : by_method);
     if (!layout) return layout.error();
@@ -190,6 +192,12 @@ class packed_model {
     if (const auto listed = weights_.find(p.name); listed != weights_.end()) {
       const auto how = recipe::try_parse(json_text(listed->second, "recipe"));
       if (!how) return how.error();
+      if (!rules_.empty() && std::none_of(rules_.begin(), rules_.end(), [&](const io::pack_rule& rule) {
+            return rule.how == *how && rule_matches(rule, p);
+          })) {
+        return wrong_tensor(p.name, "metadata tetromino.weights says it is packed as ", how->name(),
+                            ", but the recipes that the files name for it are others: ", printable(recipes_));
+      }
       out.how = *how;
     } else {
       for (const auto& rule : rules_) {

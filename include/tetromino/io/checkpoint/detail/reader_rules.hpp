@@ -62,19 +62,20 @@ inline result<void> check_left_alone(const packed_model& model) {
   const char* const key = is_gpt_oss ? "modules_to_not_convert" : "ignore";
   const auto& config = model.config();
   const auto left_alone = module_list::try_read(config.is_object() ? config.value(key, nlohmann::json()) : nullptr);
-  if (!left_alone) return model.wrong("config.json: \"", key, "\": ", left_alone.error().what());
+  if (!left_alone) return model.wrong("quantization_config: \"", key, "\": ", left_alone.error().what());
   for (const auto& one : model.parameters()) {
     const io::parameter& p = *one.source;
     const bool is_module = one.stored.empty() && p.shape.size() == 2 && p.name.ends_with(".weight") && !is_gpt_oss &&
                            p.kind.role != io::tensor_role::embedding;
     if (is_module && !left_alone->names(module_of(p.name))) {
-      return model.wrong_tensor(p.name, "it is not packed, but \"", key, "\" in config.json does not name its module");
+      return model.wrong_tensor(p.name, "it is not packed, but \"", key,
+                                "\" in quantization_config does not name its module");
     }
     for (const auto& stored : one.stored) {
       const std::string& codes = stored.codes.name;
       const std::string module = codes.substr(0, codes.rfind('.'));
       if (left_alone->names(module)) {
-        return model.wrong_tensor(codes, "it is packed, but \"", key, "\" in config.json names its module");
+        return model.wrong_tensor(codes, "it is packed, but \"", key, "\" in quantization_config names its module");
       }
       if (const auto* part = modelopt ? left_alone->name_within(module) : nullptr) {
         return model.wrong_tensor(codes, "it is packed, but vLLM leaves alone what has a name of \"", key,
@@ -97,7 +98,7 @@ inline result<void> check_input_scales(const packed_model& model) {
   }
   const std::string algorithm = json_text(model.config(), "quant_algo");
   if (model.layout() == io::checkpoint_layout::modelopt && (algorithm == "NVFP4") != (all && any_packed)) {
-    return model.wrong("config.json: quant_algo ", printable(algorithm), " needs ",
+    return model.wrong("quantization_config: quant_algo ", printable(algorithm), " needs ",
                        algorithm == "NVFP4" ? "an input_scale beside every weight" : "no input scales");
   }
   if (any != all && any_packed) return model.wrong("some packed weights have input scales, others none");
@@ -111,7 +112,7 @@ inline result<void> check_config(const packed_model& model) {
   if (auto done = check_input_scales(model); !done) return done;
   if (model.layout() == io::checkpoint_layout::compressed_tensors &&
       json_text(model.config(), "quantization_status") != "compressed") {
-    return model.wrong("config.json: expected \"quantization_status\": \"compressed\"");
+    return model.wrong("quantization_config: expected \"quantization_status\": \"compressed\"");
   }
   return {};
 }
