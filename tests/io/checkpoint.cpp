@@ -86,6 +86,23 @@ TEST_CASE("a directory, its index, a shard and a single file") {
   CHECK(shard.tensors().size() == 1);
   fs::remove(folder / "m/model.safetensors.index.json");
   CHECK(io::checkpoint::open(folder / "m").tensors().size() == 2);  // shards by their names
+  const auto refused = [&](const std::string& message) {
+    const auto opened = io::checkpoint::try_open(folder / "m");
+    REQUIRE_FALSE(opened);
+    CHECK(opened.error().code() == errc::io);
+    CHECK_THAT(opened.error().what(), contains(message));
+  };
+  const auto shard_named = [&](const std::string& name) { return folder / ("m/" + name + ".safetensors"); };
+  fs::copy_file(shard_named("model-00002-of-00002"), shard_named("model-00003-of-00002"));
+  refused("expected model.safetensors.index.json or 2 shards, found 3 without an index");
+  fs::remove(shard_named("model-00003-of-00002"));
+  fs::rename(shard_named("model-00001-of-00002"), folder / "apart");
+  refused("or 2 shards, found 1 without 'model-00001-of-00002.safetensors'");
+  fs::remove(shard_named("model-00002-of-00002"));
+  fs::rename(folder / "apart", shard_named("model-00001-of-00002"));
+  refused("or 2 shards, found 1 without 'model-00002-of-00002.safetensors'");
+  fs::rename(shard_named("model-00001-of-00002"), shard_named("end-of-part"));
+  refused("expected shards named as model-00001-of-00002, found 'end-of-part'");
   write_model(folder / "one", nullptr, two, 1);
   CHECK(io::checkpoint::open(folder / "one").tensors().size() == 2);
 }
@@ -137,7 +154,7 @@ TEST_CASE("a broken model says what was expected, and where") {
          }));
   broken("expected it in one file", errc::malformed_file, [&](const fs::path& m) {
     fs::remove(m / index);
-    fs::copy_file(m / first, m / "model-00003-of-00003.safetensors");
+    fs::copy_file(m / first, m / "model-00002-of-00002.safetensors", fs::copy_options::overwrite_existing);
   });
   broken("found 0 safetensors files", errc::io, [&](const fs::path& m) {
     for (const auto& file : std::vector<fs::path>{m / index, m / first, m / "model-00002-of-00002.safetensors"})

@@ -11,7 +11,8 @@
 
 #include <nlohmann/json.hpp>  // nlohmann::json
 
-#include <algorithm>    // std::sort, std::lower_bound, std::find
+#include <algorithm>    // std::sort, std::lower_bound, std::find, std::max, std::min
+#include <charconv>     // std::from_chars
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t, std::uint64_t
 #include <filesystem>   // std::filesystem::path
@@ -169,8 +170,32 @@ class checkpoint {
                                           " safetensors files"));
     }
     std::sort(shards.begin(), shards.end());
+    if (auto whole_set = check_shards(shards); !whole_set) return whole_set;
     for (const auto& shard : shards) {
       if (auto added = add_file(shard); !added) return added;
+    }
+    return {};
+  }
+
+  /// Shards without an index are NAME-00001-of-00003.safetensors and so on, all of them.
+  [[nodiscard]] TETROMINO_ABI result<void> check_shards(std::span<const std::filesystem::path> shards) const {
+    const std::string last = shards.back().stem().string();
+    const std::size_t of = last.rfind("-of-"), dash = of == 0 ? std::string::npos : last.rfind('-', of - 1);
+    const std::string total = last.substr(of + 4);
+    std::size_t count = 0;
+    const auto [end, problem] = std::from_chars(total.data(), total.data() + total.size(), count);
+    if (dash == std::string::npos || problem != std::errc() || end != total.data() + total.size() || count == 0) {
+      return error(errc::io, detail::text(path_.string(), ": expected shards named as model-00001-of-00002, found ",
+                                          detail::printable(last)));
+    }
+    const std::size_t digits = of - dash - 1;
+    for (std::size_t i = 0; i < std::max(count, shards.size()); ++i) {
+      const std::string number = std::to_string(i + 1), zeros(digits - std::min(digits, number.size()), '0');
+      const std::string name = last.substr(0, dash + 1) + zeros + number + last.substr(of) + ".safetensors";
+      if (i < count && i < shards.size() && shards[i].filename() == name) continue;
+      return error(errc::io,
+                   detail::text(path_.string(), ": expected ", index_name, " or ", count, " shards, found ",
+                                shards.size(), " without ", i < count ? detail::printable(name) : "an index"));
     }
     return {};
   }
