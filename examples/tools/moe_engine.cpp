@@ -201,7 +201,7 @@ void compare(const workplace& w) {
     json["recipes"].push_back(std::move(found));
   }
   if (!w.mpi.is_first() || w.options.print.quiet) return;
-  if (w.options.print.json) return fmt::print("{}\n", json.dump(2));
+  if (w.options.print.json) return ui::print_json(json);
   fmt::print("perplexity of {} documents; weights and activations of experts and attention\n", w.chosen.size());
   table.print();
 }
@@ -259,7 +259,7 @@ void serve(const workplace& w, const moe_lm::model& model) {
          fmt::format("{:.0f}", static_cast<double>(window.measured.between_nodes) / static_cast<double>(window.tokens)),
          std::to_string(window.layers), name_of(window.then.verdict), std::to_string(window.then.way.moves)});
   }
-  if (w.options.print.json) return fmt::print("{}\n", json.dump(2));
+  if (w.options.print.json) return ui::print_json(json);
   fmt::print("weights {}, {} bytes for an expert; {} documents on {} ranks, {} nodes, domain by domain\n\n",
              w.options.weights, ran.bytes_per_expert, w.chosen.size(), w.mpi.ranks(), w.cluster.nodes());
   table.print();
@@ -308,7 +308,7 @@ void run(const workplace& w) {
     out["nodes_per_token"] = here.nodes_per_token;
     out["gpu_imbalance"] = here.gpu_imbalance;
     out["node_imbalance"] = here.node_imbalance;
-    return fmt::print("{}\n", out.dump(2));
+    return ui::print_json(out);
   }
 
   fmt::print("weights {}, activations {}; {} documents on {} ranks, {} nodes; experts placed: {}\n\n",

@@ -99,7 +99,7 @@ class voice {
     if (!summary_.empty()) line("\n" + summary_);
     if (!plan_path.empty()) line(fmt::format("The plan: {}", plan_path)), found["plan_file"] = plan_path;
     if (page_) line(fmt::format("The report with pictures: {}", report_path_)), found["report_file"] = report_path_;
-    if (json_) fmt::print("{}\n", found.dump(2));
+    if (json_) ui::print_json(found);
   }
 
   ordered_json found;

@@ -233,7 +233,7 @@ nlohmann::ordered_json json_of(const settings& s, const io::budgeted_plan& withi
 
 void report_plan(const settings& s, const io::budgeted_plan& within, const io::pack_report* report) {
   if (s.print.json) {
-    fmt::print("{}\n", json_of(s, within, report).dump(2));
+    ui::print_json(json_of(s, within, report));
     return;
   }
   if (s.print.quiet) return;
@@ -351,6 +351,12 @@ int run_gguf(const settings& s) {
 int run(const settings& s) {
   if (s.input.ends_with(".gguf")) return run_gguf(s);
   if (!s.imatrix.empty()) throw ui::usage_error("--imatrix is for GGUF files; safetensors take --statistics");
+  if (s.output.ends_with(".gguf")) {
+    throw ui::usage_error(
+        fmt::format("{}: GGUF files are written from GGUF files; from {}, expected a directory or a "
+                    ".safetensors file",
+                    s.output, s.input));
+  }
   io::plan_options options = s.compare ? io::plan_options{.keep = s.keep, .pack = s.pack} : plan_options_of(s);
   comparison_job comparison{s.input, {}, nullptr, s.print};
   if (s.compare) comparison.recipes = recipes_to_compare(s.recipes, !s.statistics.empty());

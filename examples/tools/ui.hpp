@@ -157,6 +157,12 @@ class table {
   std::vector<std::vector<std::string>> rows_;
 };
 
+/// Prints JSON. What is no UTF-8, as names of files may be, becomes U+FFFD: strings in JSON have no other way.
+template <class Json>
+void print_json(const Json& json) {
+  fmt::print("{}\n", json.dump(2, ' ', false, Json::error_handler_t::replace));
+}
+
 /// Bytes for people: "7.9 MB".
 inline std::string bytes(std::size_t count) {
   const auto value = static_cast<double>(count);

@@ -56,7 +56,7 @@ int verify_gguf(const settings& s) {
                                         {"qsnr_db", report.errors.qsnr()},
                                         {"weights", report.errors.count},
                                         {"packed_again", report.packed_again}};
-    fmt::print("{}\n", out.dump(2));
+    ui::print_json(out);
     return 0;
   }
   fmt::print("{}: {} tensors packed{}, {} kept\n", s.packed, report.packed,
@@ -98,7 +98,7 @@ int verify_all(const settings& s) {
                                         {"qsnr_db", report.errors.qsnr()},
                                         {"weights", report.errors.count},
                                         {"packed_again", report.packed_again}};
-    fmt::print("{}\n", out.dump(2));
+    ui::print_json(out);
     return 0;
   }
   fmt::print("{}: {} tensors packed{} in layout {}, {} kept\n", s.packed, report.packed,

@@ -242,6 +242,17 @@ TEST_CASE("place_experts: outputs that cannot be written are refused before the 
   CHECK(files_in(folder.path()) == 2);
 }
 
+TEST_CASE("place_experts: names that are no UTF-8 are replaced in JSON") {
+  const temporary_directory folder;
+  write(folder / "trace\xff", routing());
+  const words command =
+      on_two_nodes((folder / "trace\xff").string(), {"--json", "--plan", (folder / "p\xff").string()});
+  const auto run = run_program("place_experts", command, folder.path());
+  CAPTURE(run.err);
+  CHECK(run.exit_code == 0);
+  CHECK(nlohmann::json::parse(run.out).is_object());
+}
+
 TEST_CASE("place_experts: a replaced output keeps its mode and its links, and is whole or as it was") {
   const temporary_directory folder;
   write(folder / "loads", loads);

@@ -248,6 +248,11 @@ TEST_CASE("what cannot be done is said in one line, and leaves no file") {
   fails(2, {model, out, "--imatrix", model}, "--imatrix is for GGUF files");
   fails(2, {"in.gguf", out, "--layout", "modelopt"}, "--layout is for safetensors");
   fails(2, {"in.gguf", "--compare"}, "--compare is for safetensors");
+  fails(2, {model, (folder / "out.gguf").string()}, "GGUF files are written from GGUF files");
+  CHECK_FALSE(std::filesystem::exists(folder / "out.gguf"));
+  store_text(folder / "rules.json", "[]");
+  fails(2, {model, out, "--recipe", (folder / "rules.json").string()}, "found none in it");
+  fails(2, {model, out, "--recipe", (folder / "none.json").string()}, "No such file");
   fails(2, {model, "--compare", "--recipe", "nvfp4/amax/gptq"}, "needs --statistics FILE");
   fails(1, {model, (folder / (std::string(250, 'x') + ".safetensors")).string()}, "File name too long");
   CHECK(std::filesystem::file_size(model) > 7'000'000);
@@ -266,6 +271,24 @@ TEST_CASE("what cannot be done is said in one line, and leaves no file") {
     const auto verified = run_program("verify_checkpoint", {bad, made}, folder.path());
     INFO(verified.err);
     CHECK(verified.exit_code == 0);
+  }
+}
+
+TEST_CASE("names that are no UTF-8 are replaced in JSON, after the work as before it") {
+  const temporary_directory folder;
+  const std::string in = (folder / "in\xff").string(), out = (folder / "out\xff").string();
+  write_model(in, {{"hidden_size", 64}}, {{"model.layers.0.mlp.up_proj.weight", {64, 64}}}, 1);
+  store_text(in + "/left\xff.bin", "weights of another form");
+  for (const std::vector<std::string>& more : {std::vector<std::string>{out}, {out, "--dry-run"}, {"--compare"}}) {
+    std::vector<std::string> arguments{in, "--json"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const auto run = run_program("quantize_checkpoint", arguments, folder.path());
+    CAPTURE(run.err);
+    CHECK(run.exit_code == 0);
+    const auto said = nlohmann::json::parse(run.out);
+    if (more.size() != 1 || more[0] != out) continue;
+    CHECK(said["files_left"] == nlohmann::json{"left\xEF\xBF\xBD.bin"});
+    CHECK(run_program("verify_checkpoint", {in, out, "--json"}, folder.path()).exit_code == 0);
   }
 }
 

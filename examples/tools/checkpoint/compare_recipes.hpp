@@ -214,7 +214,7 @@ inline int compare_recipes(const comparison_job& job, const io::checkpoint& mode
   if (job.print.json) {
     const nlohmann::ordered_json out = {
         {"input", job.input}, {"tensors", tensors}, {"weights", weights}, {"recipes", comparison.json()}};
-    fmt::print("{}\n", out.dump(2));
+    ui::print_json(out);
     return 0;
   }
   comparison.print();

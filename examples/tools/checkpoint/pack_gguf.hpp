@@ -107,7 +107,7 @@ inline int pack_gguf(const gguf_job& job, tetromino::io::gguf_options options, c
     nlohmann::ordered_json out = {{"input", job.input}, {"output", job.output}, {"layout", "gguf"}};
     if (report) out["bytes_read"] = bytes, out["bytes_written"] = written;
     out["tensors"] = gguf_json(plan, made);
-    fmt::print("{}\n", out.dump(2));
+    ui::print_json(out);
     return 0;
   }
   if (job.list) list_gguf(plan);

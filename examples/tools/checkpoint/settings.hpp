@@ -13,6 +13,8 @@
 
 #include <fmt/format.h>
 
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <optional>
@@ -82,9 +84,13 @@ auto usage(const F& f) {
 inline void add_rules(const std::string& text, std::vector<io::pack_rule>& rules) {
   if (text.ends_with(".json")) {
     std::ifstream file(text);
+    if (!file.is_open()) {
+      throw ui::usage_error(fmt::format("--recipe {}: could not open it: {}", text, std::strerror(errno)));
+    }
     const auto list = nlohmann::json::parse(file, nullptr, false);
-    if (!file.is_open() || !list.is_array()) {
-      throw ui::usage_error(fmt::format("--recipe {}: expected a JSON list of {{\"weights\", \"recipe\"}}", text));
+    if (!list.is_array() || list.empty()) {
+      throw ui::usage_error(fmt::format("--recipe {}: expected a JSON list of {{\"weights\", \"recipe\"}}{}", text,
+                                        list.is_array() ? ", found none in it" : ""));
     }
     for (const auto& entry : list) {
       if (!entry.is_object() || !entry.contains("recipe") || !entry["recipe"].is_string() ||
