@@ -33,6 +33,7 @@ outcome on_ranks(std::size_t ranks, const words& command, const temporary_direct
                                     {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"},
                                     {"OMPI_MCA_rmaps_base_oversubscribe", "1"},
                                     {"OMPI_MCA_btl_vader_single_copy_mechanism", "none"},
+                                    {"OMPI_MCA_mpi_yield_when_idle", "1"},  // other tests run beside this one
                                     {"PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"}}) {
     setenv(name, value, 1);
   }
