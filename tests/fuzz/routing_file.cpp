@@ -29,8 +29,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     require(!read->format.empty(), "a name for what was read");
     if (const auto* t = std::get_if<moe::trace>(&read->content)) {
       require(moe::try_validate(t->view()).has_value(), "a valid trace");
+      require(t->tokens() == 0 || read->layers.size() == t->shape().layers, "a number for each layer");
       require(t->view().tokens() <= t->tokens(), "requests inside the tokens");
     } else if (const auto* loads = std::get_if<moe::load_table>(&read->content)) {
+      require(read->layers.size() == loads->layers, "a number for each layer");
       require(loads->values.size() == loads->layers * loads->experts && loads->experts > 0, "a load for each expert");
       for (const double load : loads->values) require(std::isfinite(load) && load >= 0, "loads that are finite");
     } else {

@@ -160,9 +160,16 @@ TEST_CASE("plans of engines round-trip, without empty slots") {
   const placement p = placement::make(2, 3, 5, {0, 1, 2, 0, 2, 2, 1, 1, 0, 1});
   CHECK(to_plan(p, t, plan_format::physical_to_logical_json) ==
         R"({"physical_to_logical_map":[[0,1,2,0,2],[2,1,1,0,1]]})");
-  CHECK(to_plan(p, t, plan_format::tensorrt_llm_yaml, {3, 1}) ==
-        "num_slots: 5\ninitial_global_assignments:\n  3: [0, 1, 2, 0, 2]\n  4: [2, 1, 1, 0, 1]\n"
+  CHECK(to_plan(p, t, plan_format::tensorrt_llm_yaml, {{3, 5}, 1}) ==
+        "num_slots: 5\ninitial_global_assignments:\n  3: [0, 1, 2, 0, 2]\n  5: [2, 1, 1, 0, 1]\n"
         "layer_updates_per_iter: 1\n");
+  // a row for each layer of the model, the dense ones as SGLang fills them
+  CHECK(to_plan(p, t, plan_format::physical_to_logical_json, {{1, 3}}) ==
+        R"({"physical_to_logical_map":[[0,1,2,0,1],[0,1,2,0,2],[0,1,2,0,1],[2,1,1,0,1]]})");
+  CHECK(to_plan(p, t, plan_format::vllm_ascend_json, {{1, 3}}) == to_plan(p, t, plan_format::vllm_ascend_json));
+  for (const auto& wrong : {std::vector<std::uint32_t>{3}, {3, 3}, {4, 3}, {3, 65'536}}) {
+    CHECK(code_of(try_to_plan(p, t, plan_format::tensorrt_llm_yaml, {wrong})) == errc::invalid_argument);
+  }
   CHECK_THAT(to_plan(p, t, plan_format::vllm_ascend_json),
              contains(R"({"device_count":3,"device_list":[{"device_expert":[0,1],"device_id":0},)"));
   generator g(tetromino_test::seed());
@@ -190,6 +197,35 @@ TEST_CASE("plans of engines round-trip, without empty slots") {
         placement::make(2, 2, 2, {1, 0, 0, 1}));
 }
 
+TEST_CASE("plans say which layers of the model they are for") {
+  const auto numbers = [](std::string_view written) { return read_plan(written).layers; };
+  CHECK(numbers("initial_global_assignments:\n  3: [0, 1]\n  5: [1, 0]\n") == std::vector<std::uint32_t>{3, 5});
+  CHECK(numbers(R"({"physical_to_logical_map":[[0,1],[1,0]]})") == std::vector<std::uint32_t>{0, 1});
+  CHECK(numbers(R"({"layer_list":[{"device_list":[{"device_expert":[0,1]}]}]})").empty());
+  CHECK(numbers(to_json(placement::make(1, 2, 2, {0, 1}))).empty());
+}
+
+TEST_CASE("lists of vllm-ascend are in the order of their ids, or an error") {
+  const auto layer = [](int id, const std::string& devices) {
+    return R"({"layer_id":)" + std::to_string(id) + R"(,"device_list":[)" + devices + "]}";
+  };
+  const auto device = [](const std::string& id, const std::string& experts) {
+    return R"({"device_id":)" + id + R"(,"device_expert":[)" + experts + "]}";
+  };
+  const auto read = [](const std::string& layers) { return try_read_plan(R"({"layer_list":[)" + layers + "]}"); };
+  const std::string two = device("0", "3,2") + "," + device("1", "1,0");
+  CHECK(read(layer(0, two) + "," + layer(1, two))->experts == placement::make(2, 4, 4, {3, 2, 1, 0, 3, 2, 1, 0}));
+  for (const std::string& wrong :
+       {layer(1, two) + "," + layer(0, two), layer(0, two) + "," + layer(0, two), layer(0, two) + "," + layer(2, two),
+        layer(0, device("1", "3,2") + "," + device("0", "1,0")),
+        layer(0, device("0", "3,2") + "," + device("0", "1,0")),
+        layer(0, device("0", "3,2") + "," + device("2", "1,0")), layer(0, device("\"0\"", "3,2"))}) {
+    CAPTURE(wrong);
+    REQUIRE_FALSE(read(wrong).has_value());
+    CHECK_THAT(std::string(read(wrong).error().what()), tetromino_test::contains("in the order of their numbers"));
+  }
+}
+
 TEST_CASE("slots are filled with the rarest expert that the GPU lacks") {
   const topology t = topology::uniform(1, 2, 3);
   CHECK(fill_empty_slots(placement::make(1, 4, 6, {0, -1, -1, 1, 2, 3}), t) ==
@@ -203,13 +239,27 @@ TEST_CASE("slots are filled with the rarest expert that the GPU lacks") {
 }
 
 TEST_CASE("broken plans are errors") {
-  for (const std::string text :
-       {"", "{", "{}", "placement", R"({"physical_to_logical_map":7})", R"({"physical_to_logical_map":[[0],[0,1]]})",
-        R"({"physical_to_logical_map":[[0.5]]})", R"({"physical_to_logical_map":[[-2]]})",
-        R"({"layer_list":[{"device_list":[{"device_expert":3}]}]})", R"({"layer_list":[3]})",
-        "initial_global_assignments:\n", "initial_global_assignments:\n  0: [1, x]\n",
-        "initial_global_assignments:\n  0: [1]\n  0: [1]\n", "initial_global_assignments:\n  0: [1]\n  1: [1, 0]\n",
-        "initial_global_assignments: [1]\n", "initial_global_assignments:\n  0: [99999999999999999999]\n"}) {
+  for (const std::string text : {"",
+                                 "{",
+                                 "{}",
+                                 "placement",
+                                 R"({"physical_to_logical_map":7})",
+                                 R"({"physical_to_logical_map":[[0],[0,1]]})",
+                                 R"({"physical_to_logical_map":[[0.5]]})",
+                                 R"({"physical_to_logical_map":[[-2]]})",
+                                 R"({"layer_list":[{"device_list":[{"device_expert":3}]}]})",
+                                 R"({"layer_list":[3]})",
+                                 R"({"moe_layer_count":2,"layer_list":[{"device_list":[{"device_expert":[0]}]}]})",
+                                 R"({"layer_list":[{"device_count":2,"device_list":[{"device_expert":[0]}]}]})",
+                                 "num_slots: 3\ninitial_global_assignments:\n  0: [1, 0]\n",
+                                 "initial_global_assignments:\n  0: [1, 0]\nnum_slots: 3\n",
+                                 "initial_global_assignments:\n",
+                                 "initial_global_assignments:\n  0: [1, x]\n",
+                                 "initial_global_assignments:\n  0: [1]\n  0: [1]\n",
+                                 "initial_global_assignments:\n  65536: [1]\n",
+                                 "initial_global_assignments:\n  0: [1]\n  1: [1, 0]\n",
+                                 "initial_global_assignments: [1]\n",
+                                 "initial_global_assignments:\n  0: [99999999999999999999]\n"}) {
     CAPTURE(text);
     CHECK_FALSE(try_read_plan(text).has_value());
   }

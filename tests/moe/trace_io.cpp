@@ -61,6 +61,7 @@ tetromino::result<trace> from_tensors(const std::vector<tensor>& tensors,
 using u8 = std::vector<std::uint8_t>;
 using i64 = std::vector<std::int64_t>;
 using i32 = std::vector<std::int32_t>;
+using numbers_of = std::vector<std::uint32_t>;  // layers
 
 }  // namespace
 
@@ -451,11 +452,15 @@ TEST_CASE("counts from JSON, CSV and statistics, and plans") {
   CHECK(read_as<load_table>(pass + "\n" + pass) == load_table{1, 3, numbers{2, 0, 10}});
   CHECK(read_as<load_table>(std::string("count,layer,expert\r\n5,0,1\n7,1,0\n1,0,1\n")) ==
         load_table{2, 2, numbers{0, 6, 7, 0}});
+  CHECK(read_as<load_table>(std::string("\n\nlayer,expert,count\n0,1,3\n")) == load_table{1, 2, numbers{0, 3}});
+  CHECK_THAT(problem_in(std::string("\nexpert,counts\n")), contains("line 2: expected 3 cells"));
+  CHECK_THAT(problem_in(std::string("\nexpert,count,x\n")), contains("line 2: expected a column layer"));
   CHECK_THAT(problem_in(std::string("layer,expert,count\n0,1\n")), contains("line 2: expected 3 cells"));
   CHECK_THAT(problem_in(std::string("layer,expert,count\n0,-1,3\n")), contains("line 2: expected expert"));
   CHECK_THAT(problem_in(std::string("layer,expert,count\n65000,65000,3\n")), contains("at most"));
   CHECK_THAT(problem_in(std::string(R"({"logical_count":[[1,"x"]]})")), contains("layer 0, expert 1"));
   CHECK_THAT(problem_in(std::string(R"({"logical_count":[[1,-2]]})")), contains("0 or more"));
+  CHECK_THAT(problem_in(std::string(R"({"logical_count":[[1,2,3],[1]]})")), contains("3 counts in layer 1"));
 
   const temporary_directory folder;
   const auto save = [&](const std::vector<tensor>& tensors) {
@@ -470,6 +475,7 @@ TEST_CASE("counts from JSON, CSV and statistics, and plans") {
                                 make_tensor("7_5", {2, 2}, i32{0, 2, 2, -1})});
   REQUIRE(statistics.has_value());
   CHECK(std::get<load_table>(statistics->content) == load_table{2, 3, numbers{11, 22, 33, 1, 0, 2}});
+  CHECK(statistics->layers == numbers_of{3, 5});
   CHECK_THAT(save({make_tensor("weights", {1}, i32{1})}).error().what(), contains("iteration_layer"));
 
   CHECK(read_as<placement>(std::string(R"({"physical_to_logical_map":[[0,1,1],[1,0,-1]]})")) ==
@@ -479,6 +485,30 @@ TEST_CASE("counts from JSON, CSV and statistics, and plans") {
   std::ofstream(folder / "loads.csv") << "layer,expert,count\n0,0,1\n";
   CHECK_THAT(problem_of(try_read_trace(folder / "loads.csv")), contains("found CSV of counts"));
   CHECK_THAT(problem_of(try_read_trace("/dev/zero")), contains("regular file"));
+}
+
+TEST_CASE("what is read keeps the numbers of the model's layers") {
+  const auto layers_in = [](const auto& file) {
+    auto read = from_file(file);
+    REQUIRE(read.has_value());
+    return read->layers;
+  };
+  CHECK(layers_in(line("a", 0, 5, "0,1") + line("a", 0, 3, "-1,-1") + line("a", 0, 9, "1,0")) == numbers_of{5, 9});
+  // a dense layer, in which nobody serves
+  const auto ids = bytes_of(std::vector<std::uint16_t>{0xFFFF, 0xFFFF, 0, 1, 0xFFFF, 0xFFFF, 1, 2});
+  CHECK(layers_in(npy("<u2", "2, 2, 2", ids)) == numbers_of{1});
+  CHECK(layers_in(npy("<u2", "1, 4, 2", ids)) == numbers_of{1, 3});
+  CHECK(layers_in(npy("<i8", "2, 1", bytes_of(std::vector<std::int64_t>{0, 4}))) == numbers_of{0, 1});
+  CHECK(layers_in(std::string("layer,expert,count\n3,0,5\n5,1,0\n")) == numbers_of{3, 5});
+  CHECK(read_as<load_table>(std::string("layer,expert,count\n3,0,5\n5,1,0\n")) ==
+        load_table{2, 2, numbers{5, 0, 0, 0}});
+  CHECK(layers_in(std::string("initial_global_assignments:\n  7: [0, 1]\n")) == numbers_of{7});
+  const temporary_directory folder;
+  const tensor experts = make_tensor("experts", {2, 2, 1}, i32{-1, 0, -1, 1});
+  auto writer = tetromino::io::safetensors_writer::create(folder / "t", std::vector{experts.declared});
+  writer.append("experts", experts.bytes);
+  writer.finish();
+  CHECK(read_routing(folder / "t").layers == numbers_of{1});
 }
 
 TEST_CASE("a hundred thousand domains are read in linear time") {

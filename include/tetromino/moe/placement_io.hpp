@@ -12,9 +12,10 @@
 
 #include <nlohmann/json.hpp>  // nlohmann::json
 
-#include <algorithm>    // std::find, std::min
+#include <algorithm>    // std::adjacent_find, std::find, std::min
 #include <cstddef>      // std::size_t
-#include <cstdint>      // std::int32_t, std::uint64_t
+#include <cstdint>      // std::int32_t, std::uint32_t, std::uint64_t
+#include <functional>   // std::greater_equal
 #include <string>       // std::string
 #include <string_view>  // std::string_view
 #include <utility>      // std::move
@@ -92,21 +93,24 @@ inline namespace TETROMINO_ISA {
 
 /// How engines write down where experts live.
 enum class plan_format : std::uint8_t {
-  physical_to_logical_json,  ///< SGLang (--init-expert-location) and vLLM: `{"physical_to_logical_map": [[…], …]}`
+  physical_to_logical_json,  ///< SGLang (--init-expert-location), vLLM: `{"physical_to_logical_map": [[…], …]}`
   tensorrt_llm_yaml,         ///< MoE load balancer: num_slots, initial_global_assignments, layer_updates_per_iter
   vllm_ascend_json,          ///< expert_map.json: layer_list, device_list, device_expert
 };
 
 /// What the engines want to know besides.
 struct plan_write_options {
-  std::size_t first_layer = 0;             ///< number in the model of the placement's layer 0, after dense ones (YAML)
+  /// Numbers in the model of the placement's layers, ascending, below 65,536: dense layers come before, or between. For
+  /// SGLang and TensorRT-LLM; vLLM and vllm-ascend count layers with experts alone. Empty: 0, 1, …
+  std::vector<std::uint32_t> layers{};
   std::size_t layer_updates_per_iter = 0;  ///< TensorRT-LLM: 0 keeps the plan as it is
 };
 
 inline namespace TETROMINO_ISA {
 
-/// A plan as an engine reads it. Errors: slots that are empty (see fill_empty_slots), since no engine takes those; a
-/// placement for another topology.
+/// A plan as an engine reads it. In physical_to_logical_map, which has a row for each layer of the model, dense layers
+/// before and between have what SGLang gives them: experts 0, 1, …, and again from 0. Errors: slots that are empty (see
+/// fill_empty_slots), since no engine takes those; a placement for another topology; layer numbers out of order.
 [[nodiscard]] inline result<std::string> try_to_plan(const placement& p, const topology& t, plan_format format,
                                                      const plan_write_options& options = {}) {
   if (p.slots() != t.slots()) {
@@ -121,6 +125,15 @@ inline namespace TETROMINO_ISA {
                                 empty - row.begin(), " of layer ", l));
     }
   }
+  const std::vector<std::uint32_t>& numbers = options.layers;
+  if (!numbers.empty() &&
+      (numbers.size() != p.layers() || numbers.back() > 65'535 ||
+       std::adjacent_find(numbers.begin(), numbers.end(), std::greater_equal<>()) != numbers.end())) {
+    return error(errc::invalid_argument,
+                 detail::text("plan: expected ", p.layers(), " numbers of layers, ascending and below 65536, got ",
+                              numbers.size(), numbers.size() == p.layers() ? " others" : ""));
+  }
+  const auto number_of = [&](std::size_t l) { return numbers.empty() ? l : numbers[l]; };
   const auto list = [&](std::size_t l, std::size_t first, std::size_t count) {
     const auto row = p.layer(l).subspan(first, count);
     return std::vector<std::int32_t>(row.begin(), row.end());
@@ -128,15 +141,18 @@ inline namespace TETROMINO_ISA {
   if (format == plan_format::tensorrt_llm_yaml) {
     std::string out = detail::text("num_slots: ", p.slots(), "\ninitial_global_assignments:\n");
     for (std::size_t l = 0; l < p.layers(); ++l) {
-      out += detail::text("  ", options.first_layer + l, ": [");
+      out += detail::text("  ", number_of(l), ": [");
       for (std::size_t s = 0; s < p.slots(); ++s) out += detail::text(s == 0 ? "" : ", ", p.layer(l)[s]);
       out += "]\n";
     }
     return out + detail::text("layer_updates_per_iter: ", options.layer_updates_per_iter, "\n");
   }
+  std::vector<std::size_t> dense(p.slots());
+  for (std::size_t s = 0; s < dense.size(); ++s) dense[s] = s % p.experts();
   nlohmann::json layers = nlohmann::json::array();
   for (std::size_t l = 0; l < p.layers(); ++l) {
     if (format == plan_format::physical_to_logical_json) {
+      while (layers.size() < number_of(l)) layers.push_back(dense);
       layers.push_back(list(l, 0, p.slots()));
       continue;
     }
@@ -162,41 +178,69 @@ inline namespace TETROMINO_ISA {
 struct plan_file {
   std::string format;
   placement experts;
+  std::vector<std::uint32_t> layers;  ///< numbers in the model; none where the file counts layers with experts alone
 };
 
 namespace detail::inline TETROMINO_ISA {
 
+/// Lists of layers and devices are read in their order, as vllm-ascend reads them: numbers that say something else are
+/// an error. Says so, or nothing.
+[[nodiscard]] inline std::string check_place(const nlohmann::json& j, const char* key, std::size_t place) {
+  const auto found = j.find(key);
+  std::uint64_t n = 0;
+  if (found == j.end() || (whole_number(*found, ~std::uint64_t{0}, n) && n == place)) return {};
+  return text("expected lists in the order of their numbers, from 0: ", key, " ", place, ", got ",
+              found->is_number_integer() ? found->dump() : found->type_name());
+}
+
+/// Says where `key`, if it is there, counts something else than what is listed, or nothing.
+[[nodiscard]] inline std::string check_count(const nlohmann::json& j, const char* key, std::size_t listed) {
+  const auto found = j.find(key);
+  std::uint64_t n = 0;
+  if (found == j.end() || (whole_number(*found, ~std::uint64_t{0}, n) && n == listed)) return {};
+  return text("expected ", key, " to be what is listed, ", listed, ", got ",
+              found->is_number_integer() ? found->dump() : found->type_name());
+}
+
 [[nodiscard]] inline result<plan_file> plan_of_json(const nlohmann::json& j, std::size_t experts) {
   if (j.contains("slot_to_expert")) {
     auto p = placement_of_json(j);
-    return p ? result<plan_file>(plan_file{"placement (JSON)", std::move(*p)}) : p.error();
+    return p ? result<plan_file>(plan_file{"placement (JSON)", std::move(*p), {}}) : p.error();
   }
   slot_lists lists;
+  std::vector<std::uint32_t> numbers;
   const bool by_device = j.contains("layer_list");
   const nlohmann::json& layers = by_device ? j["layer_list"] : j["physical_to_logical_map"];
   if (!layers.is_array()) return error(errc::malformed_file, "plan: expected a list of layers");
+  if (std::string bad = by_device ? check_count(j, "moe_layer_count", layers.size()) : ""; !bad.empty()) {
+    return error(errc::malformed_file, text("plan: ", bad));
+  }
   for (std::size_t l = 0; l < layers.size(); ++l) {
     nlohmann::json row = nlohmann::json::array();
     std::string bad;
     if (by_device) {
       const auto devices = layers[l].is_object() ? layers[l].find("device_list") : layers[l].end();
       if (devices == layers[l].end() || !devices->is_array()) bad = "expected device_list, a list";
+      if (bad.empty()) bad = check_place(layers[l], "layer_id", l);
+      if (bad.empty()) bad = check_count(layers[l], "device_count", devices->size());
       for (std::size_t d = 0; bad.empty() && d < devices->size(); ++d) {
         const nlohmann::json& device = (*devices)[d];
         const auto held = device.is_object() ? device.find("device_expert") : device.end();
         if (held == device.end() || !held->is_array()) {
           bad = "expected device_expert, a list";
-        } else {
+        } else if (bad = check_place(device, "device_id", d); bad.empty()) {
           row.insert(row.end(), held->begin(), held->end());
         }
       }
     }
     if (bad.empty()) bad = lists.add(by_device ? row : layers[l]);
     if (!bad.empty()) return error(errc::malformed_file, text("plan: ", bad, " in layer ", l));
+    if (!by_device) numbers.push_back(static_cast<std::uint32_t>(l));
   }
   auto p = lists.finish(experts);
   if (!p) return p.error();
-  return plan_file{by_device ? "vllm-ascend expert map (JSON)" : "physical_to_logical_map (JSON)", std::move(*p)};
+  return plan_file{by_device ? "vllm-ascend expert map (JSON)" : "physical_to_logical_map (JSON)", std::move(*p),
+                   std::move(numbers)};
 }
 
 }  // namespace detail::inline TETROMINO_ISA
@@ -206,13 +250,14 @@ inline namespace TETROMINO_ISA {
 /// Reads a plan in any of the formats that are written here, `to_json` and `to_text` included, and says which it is.
 /// `written` is what a file holds, and not its path. `experts` is how many there are; 0: the largest number + 1. GPUs
 /// are not in it, so that slots count: a topology of as many slots goes with it. Errors: something else, lists of
-/// different lengths, numbers that are no experts.
+/// different lengths, numbers that are no experts, lists of vllm-ascend out of the order of their ids, counts of what
+/// is listed that are others.
 [[nodiscard]] inline result<plan_file> try_read_plan(std::string_view written, std::size_t experts = 0) {
   const std::size_t begin = written.find_first_not_of(" \t\r\n");
   const std::string_view rest = begin == std::string_view::npos ? std::string_view() : written.substr(begin);
   if (rest.starts_with("placement ")) {
     auto p = try_placement_from_text(rest);
-    return p ? result<plan_file>(plan_file{"placement (text)", std::move(*p)}) : p.error();
+    return p ? result<plan_file>(plan_file{"placement (text)", std::move(*p), {}}) : p.error();
   }
   if (rest.starts_with('{')) {
     detail::json_document<nlohmann::json> document;
@@ -225,11 +270,17 @@ inline namespace TETROMINO_ISA {
     }
   } else if (rest.find("initial_global_assignments:") != std::string_view::npos) {
     detail::slot_lists lists;
-    if (std::string bad = detail::read_yaml_lists(rest, lists); !bad.empty()) {
+    std::vector<std::uint32_t> layers;
+    if (std::string bad = detail::read_yaml_lists(rest, lists, layers); !bad.empty()) {
       return error(errc::malformed_file, detail::text("plan: ", bad));
     }
     auto p = lists.finish(experts);
-    return p ? result<plan_file>(plan_file{"TensorRT-LLM load balancer (YAML)", std::move(*p)}) : p.error();
+    if (!p) return p.error();
+    if (const auto slots = detail::yaml_number(rest, "num_slots:"); slots && *slots != p->slots()) {
+      return error(errc::malformed_file,
+                   detail::text("plan: expected num_slots to be what is listed, ", p->slots(), ", got ", *slots));
+    }
+    return plan_file{"TensorRT-LLM load balancer (YAML)", std::move(*p), std::move(layers)};
   }
   constexpr std::size_t shown = 60;  // characters that a message repeats
   const std::string_view line = rest.substr(0, std::min(rest.find_first_of("\r\n"), shown));

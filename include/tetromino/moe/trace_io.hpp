@@ -41,6 +41,9 @@ struct trace_read_options {
 struct routing_file {
   std::string format;  ///< what it was recognised as
   std::variant<trace, load_table, placement> content;
+  /// Numbers of its layers in the file, [layers of the content], ascending: those of the model where the file has the
+  /// dense ones too, or gives numbers. None in plans that count the layers with experts alone, nor without tokens.
+  std::vector<std::uint32_t> layers;
 };
 
 namespace detail::inline TETROMINO_ISA {
@@ -61,11 +64,12 @@ template <class Next>
       return error(errc::malformed_file, text(name, ", line ", lines.line(), ": ", bad));
     }
   }
-  auto content = lines.finish();
+  std::vector<std::uint32_t> layers;
+  auto content = lines.finish(layers);
   if (!content) return in_file(name, content.error());
   return std::visit(
       [&](auto& held) {
-        return routing_file{std::string(name_of(lines.kind())), std::move(held)};
+        return routing_file{std::string(name_of(lines.kind())), std::move(held), std::move(layers)};
       },
       *content);
 }
@@ -85,14 +89,15 @@ template <class Next>
         count_table counts;
         if (bad = add_counts(j["logical_count"], counts); !bad.empty())
           return error(errc::malformed_file, text(name, ": ", bad));
-        auto loads = counts.finish(options.experts);
+        std::vector<std::uint32_t> layers;
+        auto loads = counts.finish(options.experts, layers);
         if (!loads) return in_file(name, loads.error());
-        return routing_file{"logical_count (JSON)", std::move(*loads)};
+        return routing_file{"logical_count (JSON)", std::move(*loads), std::move(layers)};
       }
       if (j.contains("slot_to_expert") || j.contains("physical_to_logical_map") || j.contains("layer_list")) {
         auto plan = plan_of_json(j, options.experts);
         if (!plan) return in_file(name, plan.error());
-        return routing_file{std::move(plan->format), std::move(plan->experts)};
+        return routing_file{std::move(plan->format), std::move(plan->experts), std::move(plan->layers)};
       }
     }
   }
@@ -136,15 +141,16 @@ template <class Next>
       return error(errc::malformed_file, text(subject, ": ", bad));
     }
   }
+  std::vector<std::uint32_t> layers;
   if (has_requests) {
-    auto made = requests.finish(options.experts);
+    auto made = requests.finish(options.experts, layers);
     if (!made) return in_file(name, made.error());
-    return routing_file{archive ? "NumPy archive of routed experts" : "NumPy array of routed experts",
-                        std::move(*made)};
+    return routing_file{archive ? "NumPy archive of routed experts" : "NumPy array of routed experts", std::move(*made),
+                        std::move(layers)};
   }
-  auto loads = counts.finish(options.experts);
+  auto loads = counts.finish(options.experts, layers);
   if (!loads) return in_file(name, loads.error());
-  return routing_file{"NumPy array of counts", std::move(*loads)};
+  return routing_file{"NumPy array of counts", std::move(*loads), std::move(layers)};
 }
 
 }  // namespace detail::inline TETROMINO_ISA
@@ -157,8 +163,9 @@ inline namespace TETROMINO_ISA {
 /// count as decode; `domain`, a name. Other keys, empty lines, `{"type": "meta", …}` and lines before the first with
 /// routing are passed over. Each request needs consecutive token_idx (from any start: a cached prefix is not routed;
 /// where the first one comes again for a layer, the next forward pass begins) and, for each token, the same layers as
-/// all others; layers are renumbered from 0 in ascending order. Requests keep the order in which they first appear.
-/// Also takes lines of vLLM or SGLang with `routed_experts`. Errors name the line; 64 MiB are the longest.
+/// all others; layers are renumbered from 0 in ascending order (routing_file has their numbers). Requests keep the
+/// order in which they first appear. Also takes lines of vLLM or SGLang with `routed_experts`. Errors name the line; 64
+/// MiB are the longest.
 [[nodiscard]] inline result<trace> try_read_trace_json_lines(std::istream& in, const std::string& name,
                                                              const trace_read_options& options = {}) {
   constexpr std::size_t longest = std::size_t{64} << 20;
@@ -196,7 +203,8 @@ inline namespace TETROMINO_ISA {
 ///   .npy, .npz    [tokens, layers, experts per token] for each request; or counts [layers, experts]
 ///   JSON, YAML    logical_count; plans, see read_plan
 ///   CSV           layer,expert,count
-/// Layers in which nobody serves are left out of traces. Reading takes time in proportion to the file; beside it and
+/// Layers in which nobody serves are left out of traces, and those without a count out of loads; the numbers of the
+/// others are kept. Reading takes time in proportion to the file; beside it and
 /// what is read, memory is for one line of a log, or one JSON document, of at most 2^23 values: half a gigabyte. Errors
 /// name the file and what in it is wrong; pickles are refused, with a way to convert them.
 [[nodiscard]] inline result<routing_file> try_read_routing(const std::filesystem::path& path,
@@ -212,12 +220,15 @@ inline namespace TETROMINO_ISA {
   if (all.size() > 8 && all[8] == '{' && all[7] == 0) {
     const auto tensors = io::safetensors_file::try_open(path);
     if (!tensors) return tensors.error();
+    std::vector<std::uint32_t> layers;
     if (tensors->find("experts") != nullptr) {
-      auto made = detail::read_trace_tensors(*tensors, options.experts);
-      return made ? result<routing_file>(routing_file{"trace (safetensors)", std::move(*made)}) : made.error();
+      auto made = detail::read_trace_tensors(*tensors, options.experts, layers);
+      if (!made) return made.error();
+      return routing_file{"trace (safetensors)", std::move(*made), std::move(layers)};
     }
-    auto loads = detail::read_statistics(*tensors, options.experts);
-    return loads ? result<routing_file>(routing_file{"TensorRT-LLM statistics", std::move(*loads)}) : loads.error();
+    auto loads = detail::read_statistics(*tensors, options.experts, layers);
+    if (!loads) return loads.error();
+    return routing_file{"TensorRT-LLM statistics", std::move(*loads), std::move(layers)};
   }
   const std::size_t begin = all.find_first_not_of(" \t\r\n");
   const std::string_view written = begin == std::string_view::npos ? std::string_view() : all.substr(begin);
@@ -228,14 +239,15 @@ inline namespace TETROMINO_ISA {
     if (std::string bad = detail::add_csv(all, counts); !bad.empty()) {
       return error(errc::malformed_file, detail::text(name, ": ", bad));
     }
-    auto loads = counts.finish(options.experts);
+    std::vector<std::uint32_t> layers;
+    auto loads = counts.finish(options.experts, layers);
     if (!loads) return detail::in_file(name, loads.error());
-    return routing_file{"CSV of counts", std::move(*loads)};
+    return routing_file{"CSV of counts", std::move(*loads), std::move(layers)};
   }
   if (written.starts_with("placement ") || all.find("initial_global_assignments:") != std::string_view::npos) {
     auto plan = try_read_plan(written, options.experts);
     if (!plan) return detail::in_file(name, plan.error());
-    return routing_file{std::move(plan->format), std::move(plan->experts)};
+    return routing_file{std::move(plan->format), std::move(plan->experts), std::move(plan->layers)};
   }
   return error(
       errc::malformed_file,

@@ -7,15 +7,16 @@
 #include "json.hpp"          // nlohmann::json
 #include "number_array.hpp"  // number_array
 
-#include <algorithm>     // std::find, std::max, std::min
+#include <algorithm>     // std::copy_n, std::find, std::max, std::min
 #include <array>         // std::array
 #include <charconv>      // std::from_chars
 #include <cmath>         // std::isfinite
-#include <cstddef>       // std::size_t
-#include <cstdint>       // std::uint64_t
+#include <cstddef>       // std::ptrdiff_t, std::size_t
+#include <cstdint>       // std::uint32_t, std::uint64_t
 #include <string>        // std::string
 #include <string_view>   // std::string_view
 #include <system_error>  // std::errc
+#include <utility>       // std::exchange
 #include <vector>        // std::vector
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
@@ -37,20 +38,25 @@ class count_table {
       grow(layers, experts);
     }
     values_[layer * stride_ + expert] += count;
-    any_ = true;
+    counted_[layer] = true;
     return {};
   }
 
-  /// All counts, with rows of at least `experts`.
-  [[nodiscard]] result<load_table> finish(std::size_t experts) const {
-    if (!any_) return error(errc::malformed_file, "expected at least one count, got none");
+  /// All counts of the layers that have any, with rows of at least `experts`, and the numbers of these layers.
+  [[nodiscard]] result<load_table> finish(std::size_t experts, std::vector<std::uint32_t>& layers) const {
+    if (layers_ == 0) return error(errc::malformed_file, "expected at least one count, got none");
     if (experts != 0 && experts < experts_) {
       return error(errc::malformed_file, text("expected experts below ", experts, ", got ", experts_ - 1));
     }
-    load_table out{layers_, std::max(experts, experts_), {}};
-    out.values.assign(out.layers * out.experts, 0.0);
+    layers.clear();
     for (std::size_t l = 0; l < layers_; ++l) {
-      for (std::size_t e = 0; e < experts_; ++e) out.values[l * out.experts + e] = values_[l * stride_ + e];
+      if (counted_[l]) layers.push_back(static_cast<std::uint32_t>(l));
+    }
+    load_table out{layers.size(), std::max(experts, experts_), {}};
+    out.values.assign(out.layers * out.experts, 0.0);
+    for (std::size_t l = 0; l < out.layers; ++l) {
+      const double* const row = values_.data() + layers[l] * stride_;
+      std::copy_n(row, experts_, out.values.begin() + static_cast<std::ptrdiff_t>(l * out.experts));
     }
     return out;
   }
@@ -67,13 +73,14 @@ class count_table {
       stride_ = stride;
     }
     values_.resize(layers * stride_, 0.0);
+    counted_.resize(layers, false);
     layers_ = layers;
     experts_ = experts;
   }
 
   std::size_t layers_ = 0, experts_ = 0, stride_ = 0;
   std::vector<double> values_;  // [layers, stride]
-  bool any_ = false;
+  std::vector<bool> counted_;   // [layers]
 };
 
 /// Adds counts[layers][experts], or [steps][layers][experts]; says what is wrong, or nothing.
@@ -87,6 +94,9 @@ class count_table {
   }
   for (std::size_t l = 0; l < counts.size(); ++l) {
     if (!counts[l].is_array()) return text("expected logical_count of layer ", l, ", a list");
+    if (counts[l].size() != counts[0].size()) {
+      return text("expected ", counts[0].size(), " counts in layer ", l, " as in layer 0, got ", counts[l].size());
+    }
     for (std::size_t e = 0; e < counts[l].size(); ++e) {
       if (!counts[l][e].is_number()) return text("expected a count of layer ", l, ", expert ", e);
       if (std::string bad = to.add(l, e, counts[l][e].get<double>()); !bad.empty()) return bad;
@@ -116,6 +126,7 @@ class count_table {
 [[nodiscard]] inline std::string add_csv(std::string_view table, count_table& to) {
   std::array<std::size_t, 3> column{};
   std::array<std::string_view, 3> cell;
+  bool is_head = true;
   for (std::size_t number = 1; !table.empty(); ++number) {
     std::string_view line = table.substr(0, table.find('\n'));
     table.remove_prefix(std::min(table.size(), line.size() + 1));
@@ -132,9 +143,9 @@ class count_table {
     constexpr std::string_view names[] = {"layer", "expert", "count"};
     std::array<std::uint64_t, 3> value{};
     for (std::size_t i = 0; i < 3; ++i) {
-      if (number == 1) {
+      if (is_head) {
         const auto found = std::find(cell.begin(), cell.end(), names[i]);
-        if (found == cell.end()) return text("line 1: expected a column ", names[i]);
+        if (found == cell.end()) return text("line ", number, ": expected a column ", names[i]);
         column[i] = static_cast<std::size_t>(found - cell.begin());
         continue;
       }
@@ -144,7 +155,7 @@ class count_table {
         return text("line ", number, ": expected ", names[i], " to be a whole number");
       }
     }
-    if (number == 1) continue;
+    if (std::exchange(is_head, false)) continue;
     if (std::string bad = to.add(value[0], value[1], static_cast<double>(value[2])); !bad.empty()) {
       return text("line ", number, ": ", bad);
     }

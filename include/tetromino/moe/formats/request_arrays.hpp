@@ -10,6 +10,7 @@
 #include <algorithm>  // std::copy_n, std::count, std::max, std::min
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint16_t, std::uint32_t, std::uint64_t
+#include <numeric>    // std::iota
 #include <string>     // std::string
 #include <utility>    // std::move
 #include <vector>     // std::vector
@@ -17,7 +18,9 @@
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Leaves out layers in which no token has an expert: the dense ones of a model, which some engines record too.
-inline void drop_layers_of_nobody(routing_shape& shape, std::vector<std::uint16_t>& ids) {
+/// `numbers` [layers] are those of the layers in the model.
+inline void drop_layers_of_nobody(routing_shape& shape, std::vector<std::uint16_t>& ids,
+                                  std::vector<std::uint32_t>& numbers) {
   const std::size_t k = shape.experts_per_token, rows = ids.size() / k;
   std::vector<bool> used(shape.layers, false);
   for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -32,7 +35,19 @@ inline void drop_layers_of_nobody(routing_shape& shape, std::vector<std::uint16_
     to += k;
   }
   ids.resize(to);
+  std::size_t kept = 0;
+  for (std::size_t l = 0; l < shape.layers; ++l) {
+    if (used[l]) numbers[kept++] = numbers[l];
+  }
+  numbers.resize(left);
   shape.layers = left;
+}
+
+/// 0, 1, … for layers that a file holds in their order.
+[[nodiscard]] inline std::vector<std::uint32_t> numbers_of_layers(std::size_t layers) {
+  std::vector<std::uint32_t> out(layers);
+  std::iota(out.begin(), out.end(), std::uint32_t{0});
+  return out;
 }
 
 [[nodiscard]] inline std::size_t largest_id(const std::vector<std::uint16_t>& ids) {
@@ -63,11 +78,12 @@ class request_arrays {
     return {};
   }
 
-  /// The trace of all requests. `experts` 0: the largest id + 1.
-  [[nodiscard]] result<trace> finish(std::size_t experts) {
+  /// The trace of all requests, and the numbers of its layers. `experts` 0: the largest id + 1.
+  [[nodiscard]] result<trace> finish(std::size_t experts, std::vector<std::uint32_t>& layers) {
     if (ids_.empty()) return error(errc::malformed_file, "expected the routing of at least one token, got none");
     shape_.experts = experts != 0 ? experts : largest_id(ids_) + 1;
-    drop_layers_of_nobody(shape_, ids_);
+    layers = numbers_of_layers(shape_.layers);
+    drop_layers_of_nobody(shape_, ids_, layers);
     return trace::try_make(shape_, std::move(ids_), std::move(requests_));
   }
 

@@ -135,21 +135,21 @@ class routing_lines {
   [[nodiscard]] line_kind kind() const noexcept { return kind_; }
   [[nodiscard]] std::uint64_t line() const noexcept { return number_; }
 
-  /// All that the lines hold. Error texts begin with what follows the file's name.
-  [[nodiscard]] result<std::variant<trace, load_table>> finish() {
+  /// All that the lines hold, and the numbers of its layers. Error texts begin with what follows the file's name.
+  [[nodiscard]] result<std::variant<trace, load_table>> finish(std::vector<std::uint32_t>& layers) {
     using content = std::variant<trace, load_table>;
     if (kind_ == line_kind::counts) {
-      auto loads = counts_.finish(hints_.experts);
+      auto loads = counts_.finish(hints_.experts, layers);
       if (!loads) return error(loads.error().code(), text(": ", loads.error().what()));
       return content(std::move(*loads));
     }
     const std::size_t experts = hints_.experts != 0 ? hints_.experts : experts_in_meta_;
     if (kind_ == line_kind::records || kind_ == line_kind::unknown) {
-      auto made = builder_.finish(experts);
+      auto made = builder_.finish(experts, layers);
       if (!made) return made.error();
       return content(std::move(*made));
     }
-    auto made = arrays_.finish(experts);
+    auto made = arrays_.finish(experts, layers);
     if (!made) return error(made.error().code(), text(": ", made.error().what()));
     return content(std::move(*made));
   }

@@ -10,7 +10,8 @@
 #include <algorithm>     // std::count, std::max, std::min
 #include <charconv>      // std::from_chars
 #include <cstddef>       // std::ptrdiff_t, std::size_t
-#include <cstdint>       // std::int32_t, std::int64_t, std::uint64_t
+#include <cstdint>       // std::int32_t, std::int64_t, std::uint32_t, std::uint64_t
+#include <optional>      // std::optional, std::nullopt
 #include <string>        // std::string
 #include <string_view>   // std::string_view
 #include <system_error>  // std::errc
@@ -64,9 +65,23 @@ class slot_lists {
   std::int32_t largest_ = empty_slot;
 };
 
+/// The number after a key that begins a line; nothing where there is no such line.
+[[nodiscard]] inline std::optional<std::uint64_t> yaml_number(std::string_view written, std::string_view key) {
+  for (std::size_t at = written.find(key); at != std::string_view::npos; at = written.find(key, at + 1)) {
+    if (at > 0 && written[at - 1] != '\n') continue;
+    std::string_view rest = written.substr(at + key.size());
+    rest.remove_prefix(std::min(rest.size(), rest.find_first_not_of(' ')));
+    std::uint64_t n = 0;
+    if (std::from_chars(rest.data(), rest.data() + rest.size(), n).ec == std::errc()) return n;
+  }
+  return std::nullopt;
+}
+
 /// Numbers of `initial_global_assignments`, a mapping from layer to list, in flow or block style, as YAML writers put
-/// it; layers are expected in ascending order. Says what is wrong, and on which line, or nothing.
-[[nodiscard]] inline std::string read_yaml_lists(std::string_view written, slot_lists& to) {
+/// it; layers are expected in ascending order, and their numbers are added to `layers`. Says what is wrong, and on
+/// which line, or nothing.
+[[nodiscard]] inline std::string read_yaml_lists(std::string_view written, slot_lists& to,
+                                                 std::vector<std::uint32_t>& layers) {
   constexpr std::string_view start = "initial_global_assignments:";
   const std::size_t at = written.find(start);
   std::size_t line = 1 + static_cast<std::size_t>(
@@ -108,8 +123,11 @@ class slot_lists {
     if (skip < rest.size() && rest[skip] == ':') {
       rest.remove_prefix(skip + 1);
       bad = close();
-      if (bad.empty() && n <= last_layer) bad = text("expected layers in ascending order, got ", n);
+      if (bad.empty() && (n <= last_layer || n > 65'535)) {
+        bad = text("expected layers in ascending order, below 65536, got ", n);
+      }
       last_layer = n;
+      layers.push_back(static_cast<std::uint32_t>(n));
       open = true;
     } else {
       bad = open ? to.add_slot(n) : "expected a layer before its experts";

@@ -16,7 +16,6 @@
 #include <charconv>      // std::from_chars
 #include <cstddef>       // std::size_t
 #include <cstdint>       // std::int64_t, std::uint32_t
-#include <map>           // std::map
 #include <optional>      // std::optional
 #include <string>        // std::string
 #include <string_view>   // std::string_view
@@ -117,8 +116,9 @@ template <class Most, class Take>
   return {};
 }
 
-/// A trace in a file that has a tensor `experts`.
-[[nodiscard]] inline result<trace> read_trace_tensors(const io::safetensors_file& file, std::size_t experts) {
+/// A trace in a file that has a tensor `experts`, and the numbers of its layers.
+[[nodiscard]] inline result<trace> read_trace_tensors(const io::safetensors_file& file, std::size_t experts,
+                                                      std::vector<std::uint32_t>& layers) {
   const io::safetensors_tensor& tensor = file["experts"];
   const auto bad = [&](errc code, const auto&... what) {
     return error(code, text(file.path(), ": tensor experts: ", what...));
@@ -156,7 +156,10 @@ template <class Most, class Take>
   routing_shape shape{tensor.shape()[1], experts, tensor.shape()[2]};
   if (shape.experts == 0) shape.experts = metadata_number(file, "num_experts");
   if (shape.experts == 0) shape.experts = largest_id(ids) + 1;
-  if (!ids.empty()) drop_layers_of_nobody(shape, ids);
+  if (!ids.empty()) {
+    layers = numbers_of_layers(shape.layers);
+    drop_layers_of_nobody(shape, ids, layers);
+  }
   auto made = trace::try_make(shape, std::move(ids), std::move(*requests), std::move(names));
   if (!made) return error(made.error().code(), text(file.path(), ": ", made.error().what()));
   return made;
@@ -177,9 +180,10 @@ template <class Most, class Take>
 }
 
 /// Loads out of TensorRT-LLM's statistics: tensors `iteration_layer`, counts [experts], or ids [tokens, experts per
-/// token]; summed up over iterations. Layers are renumbered from 0.
-[[nodiscard]] inline result<load_table> read_statistics(const io::safetensors_file& file, std::size_t experts) {
-  std::map<std::uint32_t, std::size_t> layers;
+/// token]; summed up over iterations. `layers` are the numbers that the names give.
+[[nodiscard]] inline result<load_table> read_statistics(const io::safetensors_file& file, std::size_t experts,
+                                                        std::vector<std::uint32_t>& layers) {
+  count_table counts;
   for (const io::safetensors_tensor& t : file) {
     const auto name = iteration_and_layer(t.name());
     if (!name) {
@@ -189,13 +193,7 @@ template <class Most, class Take>
                         "(statistics), found ",
                         tetromino::detail::printable(t.name(), 40)));
     }
-    layers.emplace(name->second, 0);
-  }
-  std::size_t next = 0;
-  for (auto& [layer, number] : layers) number = next++;
-  count_table counts;
-  for (const io::safetensors_tensor& t : file) {
-    const std::size_t layer = layers.at(iteration_and_layer(t.name())->second);
+    const std::size_t layer = name->second;
     const auto numbers = numbers_of(t);
     std::string bad = numbers && (t.shape().size() == 1 || t.shape().size() == 2)
                           ? ""
@@ -218,7 +216,7 @@ template <class Most, class Take>
       return error(errc::malformed_file,
                    text(file.path(), ": tensor ", tetromino::detail::printable(t.name(), 40), ": ", bad));
   }
-  auto loads = counts.finish(experts);
+  auto loads = counts.finish(experts, layers);
   if (!loads) return error(loads.error().code(), text(file.path(), ": ", loads.error().what()));
   return loads;
 }

@@ -64,8 +64,9 @@ class trace_builder {
     return {};
   }
 
-  /// The trace of all lines. `experts` 0: the largest id + 1. Error texts begin with what follows the file's name.
-  [[nodiscard]] result<trace> finish(std::size_t experts) {
+  /// The trace of all lines, and the numbers that they give its layers. `experts` 0: the largest id + 1. Error texts
+  /// begin with what follows the file's name.
+  [[nodiscard]] result<trace> finish(std::size_t experts, std::vector<std::uint32_t>& numbers) {
     if (entries_.empty()) return error(errc::malformed_file, ": expected at least one line of routing, got none");
     const auto key = [](const entry& e) { return std::tuple(e.request, e.token, e.layer, e.line); };
     const auto before = [&](const entry& a, const entry& b) { return key(a) < key(b); };
@@ -120,7 +121,8 @@ class trace_builder {
 
     routing_shape shape{layers.size(), experts != 0 ? experts : largest_id(ids_) + 1, experts_per_token_};
     if (auto bad = check_ids(shape)) return *bad;
-    drop_layers_of_nobody(shape, ids);
+    numbers.assign(layers.begin(), layers.end());
+    drop_layers_of_nobody(shape, ids, numbers);
     std::vector<std::string> names = name_domains(requests);
     return trace::try_make(shape, std::move(ids), std::move(requests), std::move(names));
   }
