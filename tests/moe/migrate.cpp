@@ -323,6 +323,25 @@ TEST_CASE("a budget buys whole layers, those of most worth first, and the next c
   CHECK(cheaper.least_left.bytes_inside_nodes == 0);
   CHECK(migrate_within(current, other, t, 10, cheaper.least_left).layers_left == std::vector<std::size_t>{0});
 
+  // a layer that gains nothing, for nothing between nodes, is worth no more and no less than others that gain nothing
+  const topology four = topology::uniform(2, 2, 1);
+  const placement start = placement::make(4, 4, 4, {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3});
+  const placement goal = placement::make(4, 4, 4, {2, 1, 0, 3, 2, 1, 0, 3, 1, 0, 2, 3, 2, 1, 0, 3});
+  const auto left_of = [&](double bytes, std::vector<double> gains) {
+    return migrate_within(start, goal, four, 1, {.bytes_between_nodes = bytes}, gains).layers_left;
+  };
+  CHECK(left_of(4, {50, 1, 0, 10}) == std::vector<std::size_t>{1});
+  CHECK(left_of(2, {50, 1, 0, 10}) == std::vector<std::size_t>{3, 1});
+  CHECK(left_of(2, {-1, 0, 0, 10}) == std::vector<std::size_t>{1, 0});
+  CHECK(left_of(2, {1, 0, -1, 10}) == std::vector<std::size_t>{0, 1});
+  // within a budget inside nodes too, a free layer is the first or the last by the sign of its gain
+  const auto order_of = [&](std::vector<double> gains) {
+    return migrate_within(start, goal, four, 1, {0, 0}, gains).layers_left;
+  };
+  CHECK(order_of({50, 1, 2, 10}) == std::vector<std::size_t>{2, 0, 3, 1});
+  CHECK(order_of({50, 1, 0, -1}) == std::vector<std::size_t>{0, 1, 2, 3});
+  CHECK(order_of({50, 1, -1, -2}) == std::vector<std::size_t>{0, 1, 3, 2});
+
   placement lacking = current;
   lacking.layer(0)[0] = empty_slot;
   const auto must = migrate_within(lacking, next, t, 10, {0, 0});

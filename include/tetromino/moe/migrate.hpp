@@ -355,10 +355,11 @@ inline namespace TETROMINO_ISA {
     std::size_t layer;
     double between, inside, gain;
     bool must;
+    double worth;  // gain for each byte between nodes; without any, without bound, but for those that gain nothing
   };
   std::vector<of_layer> order;
   for (const layer_migration& l : whole->layers) {
-    of_layer cost{l.layer, 0, 0, gain_of_layer.empty() ? 1 : gain_of_layer[l.layer], false};
+    of_layer cost{l.layer, 0, 0, gain_of_layer.empty() ? 1 : gain_of_layer[l.layer], false, 0};
     if (!std::isfinite(cost.gain)) {
       return error(errc::invalid_argument,
                    detail::text("migrate: expected finite gains, got ", cost.gain, " of layer ", l.layer));
@@ -368,12 +369,12 @@ inline namespace TETROMINO_ISA {
         (t.node_of_gpu(m.from_gpu) == t.node_of_gpu(m.to_gpu) ? cost.inside : cost.between) += bytes_per_expert;
       }
     }
+    if (cost.gain != 0) cost.worth = cost.gain / cost.between;
     for (const missing_expert& m : whole->missing) cost.must = cost.must || m.layer == l.layer;
     order.push_back(cost);
   }
-  std::stable_sort(order.begin(), order.end(), [](const of_layer& a, const of_layer& b) {
-    return a.must != b.must ? a.must : a.gain * b.between > b.gain * a.between;
-  });
+  std::stable_sort(order.begin(), order.end(),
+                   [](const of_layer& a, const of_layer& b) { return a.must != b.must ? a.must : a.worth > b.worth; });
   double between = 0, inside = 0;
   std::vector<std::size_t> left;
   migration_budget least;
