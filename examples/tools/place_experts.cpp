@@ -36,6 +36,9 @@ using namespace study;
 struct settings {
   std::string trace_path, judge_path, report_path, plan_path, start_path, format = "json";
   trace_read_options reading;
+  std::size_t first_layer = 0;
+  std::vector<std::uint32_t> layers;      // of TRACE: their numbers in the model
+  std::vector<std::string> for_requests;  // options given that loads alone have no use for
   std::size_t nodes = 8, gpus_per_node = 8;
   std::vector<std::size_t> slots_per_node;
   std::size_t splits = 5;
@@ -46,6 +49,8 @@ struct settings {
   ui::output_options print;
   std::string command;  // as it was called
 };
+
+constexpr std::size_t most_nodes = 256;  // of local and node_affinity
 
 using rows = std::vector<std::vector<std::string>>;
 using nlohmann::ordered_json;
@@ -110,18 +115,23 @@ class voice {
   std::optional<report::page> page_;
 };
 
+/// What cannot be measured is null.
+ordered_json mean_of(const statistic& s) { return s.count() == 0 ? ordered_json() : ordered_json(s.mean()); }
 ordered_json json_of(const statistic& s) {
-  return {{"mean", s.mean()}, {"deviation", s.deviation()}, {"count", s.count()}};
+  return {{"mean", mean_of(s)},
+          {"deviation", s.count() < 2 ? ordered_json() : ordered_json(s.deviation())},
+          {"count", s.count()}};
 }
 
 std::string number(double x, int digits = 3) { return fmt::format("{:.{}f}", x, digits); }
 std::string number(const statistic& s, int digits = 3) {
+  if (s.count() == 0) return "–";
   return s.count() < 2 ? number(s.mean(), digits)
                        : fmt::format("{:.{}f} ± {:.{}f}", s.mean(), digits, s.deviation(), digits);
 }
 
 /// What placement lives on: some experts are busier, domains differ, and prefill predicts decode.
-void describe(const trace& t, voice& out) {
+void describe(const settings& s, const trace& t, voice& out) {
   // the loads of each domain are kept: of more than can be shown, none
   constexpr std::size_t most_domains = 32;
   const std::size_t domains = domains_of(t) <= most_domains ? domains_of(t) : 0;
@@ -129,15 +139,19 @@ void describe(const trace& t, voice& out) {
   p.add(t.view());
   const load_imbalance busiest = imbalance(p.loads(phase::decode));
   const phase_similarity similar = prefill_decode_similarity(p);
+  statistic same, across;
+  if (similar.requests > 0) same.add(similar.same_request);
+  if (similar.requests > 1) across.add(similar.across_requests);
   out.section("What the routing shows",
               fmt::format("{} requests, {} tokens ({} of them decoded), {} layers, {} of {} experts per token.",
                           t.requests().size(), t.tokens(), t.view().tokens(phase::decode), t.shape().layers,
                           t.shape().experts_per_token, t.shape().experts));
   rows found = {{"observation", "value"},
                 {"busiest expert / mean, mean over layers", number(busiest.mean, 2)},
-                {fmt::format("busiest expert / mean, worst layer ({})", busiest.worst_layer), number(busiest.worst, 2)},
-                {"cosine of prefill and decode use, same request", number(similar.same_request, 2)},
-                {"cosine of prefill and decode use, different requests", number(similar.across_requests, 2)}};
+                {fmt::format("busiest expert / mean, worst layer ({})", s.layers.at(busiest.worst_layer)),
+                 number(busiest.worst, 2)},
+                {"cosine of prefill and decode use, same request", number(same, 2)},
+                {"cosine of prefill and decode use, different requests", number(across, 2)}};
   ordered_json& json = out.found["routing"] = {{"requests", t.requests().size()},
                                                {"tokens", t.tokens()},
                                                {"decode_tokens", t.view().tokens(phase::decode)},
@@ -146,8 +160,8 @@ void describe(const trace& t, voice& out) {
                                                {"experts_per_token", t.shape().experts_per_token},
                                                {"busiest_expert", busiest.mean},
                                                {"busiest_expert_worst_layer", busiest.worst},
-                                               {"cosine_same_request", similar.same_request},
-                                               {"cosine_other_requests", similar.across_requests}};
+                                               {"cosine_same_request", mean_of(same)},
+                                               {"cosine_other_requests", mean_of(across)}};
   const std::size_t n = p.options().domains;
   if (n < 2) return out.table(found);
   const std::vector<double> apart = domain_divergence(p);
@@ -240,6 +254,8 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
   }
   rows r = {{"plan", "slots/node", "remote pairs", "nodes/token", "node imbalance", "GPU imbalance", "kB/token",
              "s to place"}};
+  // all plans are judged on the same tokens: where there are none, none is best
+  const bool is_measured = all.front().result.nodes_per_token.count() > 0;
   const auto fewest = [](const measured& a, const measured& b) {
     return a.result.nodes_per_token.mean() < b.result.nodes_per_token.mean();
   };
@@ -248,7 +264,7 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
     const outcome& o = m.result;
     out.found["plans"].push_back({{"name", m.name},
                                   {"slots_per_node", m.slots},
-                                  {"best", &m == &all[best]},
+                                  {"best", is_measured && &m == &all[best]},
                                   {"remote_pairs", json_of(o.remote_pairs)},
                                   {"nodes_per_token", json_of(o.nodes_per_token)},
                                   {"node_imbalance", json_of(o.node_imbalance)},
@@ -256,10 +272,15 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
                                   {"bytes_per_token", json_of(o.bytes_per_token)},
                                   {"seconds_to_place", json_of(o.seconds_to_place)}});
     r.push_back({m.name, std::to_string(m.slots), number(o.remote_pairs), number(o.nodes_per_token, 2),
-                 number(o.node_imbalance, 2), number(o.gpu_imbalance, 2), number(o.bytes_per_token.mean() * 1e-3, 0),
-                 number(o.seconds_to_place.mean(), 2)});
+                 number(o.node_imbalance, 2), number(o.gpu_imbalance, 2),
+                 is_measured ? number(o.bytes_per_token.mean() * 1e-3, 0) : "–",
+                 is_measured ? number(o.seconds_to_place.mean(), 2) : "–"});
   }
-  out.table(r, best + 1);
+  out.table(r, is_measured ? best + 1 : 0);
+  if (!is_measured) {
+    out.summary("The judged requests have no decode tokens: plans cannot be compared on them.");
+    return all;
+  }
   const outcome &before = all.front().result, &after = all[best].result;
   const double was = before.nodes_per_token.mean(), is = after.nodes_per_token.mean();
   out.summary(fmt::format(
@@ -309,19 +330,21 @@ void trade(const settings& s, const std::vector<split>& splits, const std::vecto
     for (std::size_t j = 0; j < splits.size(); ++j) o.add(found[i * splits.size() + j]);
     report::curve& c = for_pairs ? pairs : nodes;
     if (i % limits.size() == 0) c.lines.push_back({fmt::format("local, {} slots/node", slots), {}, true});
-    c.lines.back().points.emplace_back(o.node_imbalance.mean(),
-                                       (for_pairs ? o.remote_pairs : o.nodes_per_token).mean());
+    if (o.node_imbalance.count() > 0) {
+      c.lines.back().points.emplace_back(o.node_imbalance.mean(),
+                                         (for_pairs ? o.remote_pairs : o.nodes_per_token).mean());
+    }
     out.found["limits"].push_back({{"slots_per_node", slots},
                                    {"limit", plan.to.limit},
                                    {"objective", for_pairs ? "remote_pairs" : "nodes_per_token"},
-                                   {"remote_pairs", o.remote_pairs.mean()},
-                                   {"nodes_per_token", o.nodes_per_token.mean()},
-                                   {"node_imbalance", o.node_imbalance.mean()}});
+                                   {"remote_pairs", mean_of(o.remote_pairs)},
+                                   {"nodes_per_token", mean_of(o.nodes_per_token)},
+                                   {"node_imbalance", mean_of(o.node_imbalance)}});
     r.push_back({std::to_string(slots), number(plan.to.limit, 2), for_pairs ? "remote pairs" : "nodes/token",
                  number(o.remote_pairs), number(o.nodes_per_token, 2), number(o.node_imbalance, 2)});
   }
   for (const measured& m : lone) {
-    if (m.name == nodes_plan || m.name == pairs_plan) continue;
+    if (m.name == nodes_plan || m.name == pairs_plan || m.result.node_imbalance.count() == 0) continue;
     const double x = m.result.node_imbalance.mean();
     nodes.lines.push_back({m.name, {{x, m.result.nodes_per_token.mean()}}, false});
     pairs.lines.push_back({m.name, {{x, m.result.remote_pairs.mean()}}, false});
@@ -437,19 +460,41 @@ void draw(const cost_report& before, const cost_report& after, const topology& t
              "nodes = nodes/token summed over a row).");
 }
 
+/// The rows of a plan for the layers that TRACE has, by their numbers in the model where the plan has such.
+placement for_layers(const settings& s, const placement& p, const std::vector<std::uint32_t>& numbers) {
+  if (numbers.empty() && p.layers() == s.layers.size()) return p;
+  if (numbers.empty()) {
+    throw std::runtime_error(
+        fmt::format("{}: expected a plan of {} layers, got {}", s.start_path, s.layers.size(), p.layers()));
+  }
+  placement out(s.layers.size(), p.experts(), p.slots());
+  for (std::size_t l = 0; l < s.layers.size(); ++l) {
+    const auto found = std::lower_bound(numbers.begin(), numbers.end(), s.layers[l]);
+    if (found == numbers.end() || *found != s.layers[l]) {
+      throw std::runtime_error(fmt::format(
+          "{}: expected a plan for layer {} of the model, found none (--first-layer says where the layers of {} begin)",
+          s.start_path, s.layers[l], s.trace_path));
+    }
+    const auto row = p.layer(static_cast<std::size_t>(found - numbers.begin()));
+    std::copy(row.begin(), row.end(), out.layer(l).begin());
+  }
+  return out;
+}
+
 /// The plan given as --start, if there is one.
 std::optional<placement> plan_in_force(const settings& s, const routing_shape& shape, const topology& t) {
   if (s.start_path.empty()) return std::nullopt;
   const routing_file file = read_routing(s.start_path, {shape.experts});
   const placement* const p = std::get_if<placement>(&file.content);
   if (p == nullptr) throw std::runtime_error(fmt::format("{}: expected a plan, got {}", s.start_path, file.format));
-  validate(*p, t, {.one_copy_per_gpu = false});
-  return *p;
+  placement start = for_layers(s, *p, file.layers);
+  validate(start, t, {.one_copy_per_gpu = false});
+  return start;
 }
 
 void write_plan(const settings& s, const placement& p, const topology& t) {
   if (s.plan_path.empty()) return;
-  const auto engine = [&](plan_format f) { return to_plan(fill_empty_slots(p, t), t, f); };
+  const auto engine = [&](plan_format f) { return to_plan(fill_empty_slots(p, t), t, f, {s.layers}); };
   ui::write_file(s.plan_path, (s.format == "sglang"         ? engine(plan_format::physical_to_logical_json)
                                : s.format == "tensorrt-llm" ? engine(plan_format::tensorrt_llm_yaml)
                                : s.format == "vllm-ascend"  ? engine(plan_format::vllm_ascend_json)
@@ -491,12 +536,39 @@ void hand_over(const settings& s, const half& everything, const std::optional<pl
   write_plan(s, next, t);
 }
 
+/// The cluster with each number of slots. What `experts` and the options make impossible is found here, before any
+/// work.
+std::vector<topology> clusters_for(const settings& s, std::size_t experts) {
+  std::vector<topology> out;
+  for (const std::size_t slots : s.slots_per_node) {
+    auto t = topology::try_with_node_slots(s.nodes, s.gpus_per_node, slots);
+    if (!t) throw ui::usage_error(t.error().what());
+    if (t->slots() < experts) {
+      throw ui::usage_error(fmt::format("--slots {}: expected a slot for each of {} experts, got {} on {} nodes", slots,
+                                        experts, t->slots(), s.nodes));
+    }
+    out.push_back(std::move(*t));
+  }
+  if (const std::size_t most = out.front().slots_on_gpu(0); s.format != "json" && most > experts) {
+    throw ui::usage_error(
+        fmt::format("--slots {}: expected at most {} slots per GPU, one for each expert, as {} knows no "
+                    "empty ones, got {}",
+                    s.slots_per_node.front(), experts, s.format, most));
+  }
+  return out;
+}
+
 /// Loads alone: how uneven they are, and what balancing makes of them.
-int place_loads(const settings& s, const routing_file& file, voice& out) {
+int place_loads(settings s, const routing_file& file, voice& out) {
   const load_table& loads = std::get<load_table>(file.content);
-  const std::size_t slots =
-      s.slots_per_node.empty() ? (loads.experts + s.nodes - 1) / s.nodes : s.slots_per_node.front();
-  const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
+  if (s.slots_per_node.size() > 1) s.for_requests.emplace_back("a second number of --slots");
+  if (!s.for_requests.empty()) {
+    throw ui::usage_error(fmt::format("{}: expected a trace of requests for {}, found {}", s.trace_path,
+                                      s.for_requests.front(), file.format));
+  }
+  if (s.slots_per_node.empty()) s.slots_per_node = {(loads.experts + s.nodes - 1) / s.nodes};
+  const std::size_t slots = s.slots_per_node.front();
+  const topology t = clusters_for(s, loads.experts).front();
   const auto start = plan_in_force(s, {loads.layers, loads.experts, 1}, t);
   const placement p = balanced(loads.view(), t);
   out.section("Experts balanced",
@@ -540,6 +612,21 @@ int place_loads(const settings& s, const routing_file& file, voice& out) {
   return 0;
 }
 
+/// Plans must be made from some decode tokens, for which a file may be too small.
+void check_splits(const settings& s, const std::vector<split>& splits) {
+  for (const split& part : splits) {
+    if (part.calibration.view().tokens(phase::decode) > 0) continue;
+    const trace& all = *part.calibration.from;
+    throw std::runtime_error(
+        all.view().tokens(phase::decode) == 0
+            ? fmt::format("{}: expected decode tokens, for which plans are made, found none", s.trace_path)
+            : fmt::format(
+                  "{}: expected decode tokens in the random half that a plan is made from, found none: give more "
+                  "requests than {}, another --seed, or a trace to --judge on, so that all of this one plans",
+                  s.trace_path, all.requests().size()));
+  }
+}
+
 int place_all(settings s) {
   ui::check_outputs({{"--plan", s.plan_path}, {"--report", s.report_path}},
                     {{"TRACE", s.trace_path}, {"--judge", s.judge_path}, {"--start", s.start_path}});
@@ -548,24 +635,44 @@ int place_all(settings s) {
   out.found["format"] = file.format;
   out.found["cluster"] = {{"nodes", s.nodes}, {"gpus_per_node", s.gpus_per_node}};
   out.line(fmt::format("{}: {}", ui::printable(s.trace_path), file.format));
+  const auto in_model = [&](std::vector<std::uint32_t> layers) {
+    for (std::uint32_t& number : layers) number += static_cast<std::uint32_t>(s.first_layer);
+    return layers;
+  };
+  s.layers = in_model(file.layers);
   if (std::holds_alternative<load_table>(file.content)) return place_loads(s, file, out);
   if (std::holds_alternative<placement>(file.content)) {
     throw std::runtime_error(fmt::format("{}: expected routing, got a plan: give it as --start", s.trace_path));
   }
   const trace recorded = std::get<trace>(std::move(file.content));
-  const std::optional<trace> other =
-      s.judge_path.empty() ? std::nullopt : std::optional<trace>(read_trace(s.judge_path, s.reading));
+  if (s.nodes > most_nodes) {
+    throw ui::usage_error(fmt::format("--nodes: expected at most {} for requests, got {}", most_nodes, s.nodes));
+  }
+  std::optional<trace> other;
+  if (!s.judge_path.empty()) {
+    trace_read_options reading = s.reading;
+    reading.experts = recorded.shape().experts;
+    routing_file judged = read_routing(s.judge_path, reading);
+    if (!std::holds_alternative<trace>(judged.content)) {
+      throw std::runtime_error(fmt::format("{}: expected requests, found {}", s.judge_path, judged.format));
+    }
+    other = std::get<trace>(std::move(judged.content));
+    if (other->tokens() > 0 && in_model(judged.layers) != s.layers) {
+      throw std::runtime_error(fmt::format("{}: expected the layers of {}, found others", s.judge_path, s.trace_path));
+    }
+  }
   if (s.slots_per_node.empty()) {  // just enough, an eighth more, and half more
     const std::size_t enough = (recorded.shape().experts + s.nodes - 1) / s.nodes;
     s.slots_per_node = {enough, enough + (enough + 7) / 8, enough + (enough + 1) / 2};
   }
-  const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
-  const std::optional<placement> start = plan_in_force(s, recorded.shape(), t);
-  describe(recorded, out);
+  const topology t = clusters_for(s, recorded.shape().experts).front();
 
   const auto all_of = [](const trace& from) { return half{&from, {from.requests().begin(), from.requests().end()}}; };
   const std::vector<split> splits =
       other ? std::vector<split>{{all_of(recorded), all_of(*other)}} : random_halves(recorded, s.splits, s.seed);
+  check_splits(s, splits);
+  const std::optional<placement> start = plan_in_force(s, recorded.shape(), t);
+  describe(s, recorded, out);
   out.section(
       "Plans compared",
       fmt::format("{} nodes of {} GPUs. {}; requests are assigned by their prefill. "
@@ -577,7 +684,7 @@ int place_all(settings s) {
                                       splits.size() == 1 ? "" : fmt::format(", {} times", splits.size()))));
   const std::vector<measured> all = compare(s, splits, out);
   const auto best = std::find_if(all.begin(), all.end(), [](const measured& m) { return m.name == nodes_plan; });
-  draw(all.front().first, best->first, t, out);
+  if (all.front().first.tokens > 0) draw(all.front().first, best->first, t, out);
   const std::vector<split> few(splits.begin(),
                                splits.begin() + static_cast<std::ptrdiff_t>(std::min<std::size_t>(2, splits.size())));
   trade(s, few, all, out);
@@ -597,30 +704,42 @@ int main(int argc, char** argv) {
       {"TRACE --nodes 8 --gpus 8 --slots 16,18,24 --report report.html", "TRACE --judge OTHER --plan plan.json",
        "LOADS --start plan.json --plan location.json --format sglang"});
   app.add_file("TRACE", s.trace_path, "recorded routing or loads, as engines write them").required();
-  app.add_file("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
+  const auto judge = app.add_file("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
   app.add_option("--nodes", s.nodes, "nodes").within(1u, 65535u).shows_default();
   app.add_option("--gpus", s.gpus_per_node, "GPUs per node").within(1u, 65535u).shows_default();
   app.add_option("--slots", s.slots_per_node, "expert slots per node and layer; several: 16,18,24")
       .split_at(',')
       .within(1u, 1u << 24);
-  app.add_option("--limit", s.limit, "most load of a node, over the mean").within(1.0, 1e6).shows_default();
-  app.add_option("--splits", s.splits, "random halves to plan and judge on").within(1u, 1000000u).shows_default();
-  app.add_option("--seed", s.seed, "seed of the halves and of the solver").shows_default();
-  app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")
-      .within(0.0, 1e9)
-      .shows_default();
+  const auto limit =
+      app.add_option("--limit", s.limit, "most load of a node, over the mean").within(1.0, 1e6).shows_default();
+  const auto splits = app.add_option("--splits", s.splits, "random halves to plan and judge on")
+                          .within(1u, 1000000u)
+                          .shows_default()
+                          .excludes(judge);
+  const auto seed = app.add_option("--seed", s.seed, "seed of the halves and of the solver").shows_default();
+  const auto size =
+      app.add_option("--expert-mb", s.expert_megabytes, "size of an expert in one layer, for the migration")
+          .within(0.0, 1e9)
+          .shows_default();
   app.add_threads(s.threads);
   app.add_file("--start", s.start_path, "the plan in force, in any format: the last plan starts from it");
   const auto plan = app.add_file("--plan", s.plan_path, "write the placement made from all of TRACE here");
-  app.add_option("--format", s.format, "as what: json, sglang (and vLLM), tensorrt-llm or vllm-ascend")
+  app.add_option("--format", s.format, "as what: json, sglang, tensorrt-llm or vllm-ascend")
       .one_of({"json", "sglang", "tensorrt-llm", "vllm-ascend"})
       .shows_default()
       .needs(plan);
   app.add_option("--layers", s.reading.layers, "layers, where TRACE is bare ids (SGLang)");
+  app.add_option("--first-layer", s.first_layer,
+                 "number in the model of TRACE's layer 0, where it leaves out dense ones")
+      .within(0u, 1000u)
+      .shows_default();
   app.add_option("--top-k", s.reading.experts_per_token, "experts per token, likewise");
   app.add_file("--report", s.report_path, "write a page with pictures here (HTML)");
   app.add_output(s.print);
   if (const auto leave = app.read(argc, argv)) return leave();
+  for (const ui::option& given : {judge, limit, splits, seed, size}) {
+    if (given.is_given()) s.for_requests.push_back(given.name());
+  }
   for (int i = 0; i < argc; ++i) {
     s.command += (i == 0 ? "" : " ") + (i == 0 ? std::string("place_experts") : std::string(argv[i]));
   }

@@ -33,15 +33,16 @@ std::string read(const fs::path& path) {
 const std::string loads = "layer,expert,count\n0,0,9\n0,1,1\n0,2,4\n0,3,2\n1,0,1\n1,1,7\n1,2,2\n1,3,2\n";
 
 /// Routing of a few requests of two domains, or of so many, whose names hold what would act on a terminal.
-std::string routing(int domains = 2) {
+std::string routing(int domains = 2, int first_layer = 0, int prefill_length = 3) {
   std::string out;
   for (int r = 0; r < 12; ++r) {
     for (int token = 0; token < 6; ++token) {
       for (int layer = 0; layer < 2; ++layer) {
         out += R"({"req_id": ")" + std::to_string(r) + R"(", "token_idx": )" + std::to_string(token) +
-               R"(, "layer": )" + std::to_string(layer) + R"(, "topk_ids": [)" + std::to_string((r + layer) % 4) +
-               ", " + std::to_string((r + token) % 4 == (r + layer) % 4 ? (r + token + 1) % 4 : (r + token) % 4) +
-               R"(], "prefill_length": 3, "domain": ")" +
+               R"(, "layer": )" + std::to_string(first_layer + layer) + R"(, "topk_ids": [)" +
+               std::to_string((r + layer) % 4) + ", " +
+               std::to_string((r + token) % 4 == (r + layer) % 4 ? (r + token + 1) % 4 : (r + token) % 4) +
+               R"(], "prefill_length": )" + std::to_string(prefill_length) + R"(, "domain": ")" +
                (r % domains == 0 ? "plain" : "\\u001b[31mred" + (domains > 2 ? std::to_string(r % domains) : "")) +
                "\"}\n";
       }
@@ -96,6 +97,110 @@ TEST_CASE("place_experts: options say what they are, and mistakes in them are fo
     CHECK(run.out.empty());
     CHECK(!run.err.empty());
   }
+}
+
+TEST_CASE("place_experts: what loads, a file or a cluster have no use or no room for is found before the work") {
+  const temporary_directory folder;
+  write(folder / "loads", loads);
+  write(folder / "trace", routing());
+  const std::string counts = (folder / "loads").string(), trace = (folder / "trace").string(),
+                    plan = (folder / "plan").string();
+  const words two{"--nodes", "2", "--gpus", "1"};
+  const auto refused = [&](const std::string& input, const words& options, const std::string& says) {
+    words all{input};
+    all.insert(all.end(), options.begin(), options.end());
+    CAPTURE(all);
+    const auto run = run_program("place_experts", all, folder.path());
+    CHECK(run.exit_code == 2);
+    CHECK(run.out.find("Plans compared") == std::string::npos);
+    CHECK_THAT(run.err, contains(says));
+    CHECK(!fs::exists(plan));
+  };
+  for (const words& option : {words{"--judge", "none"}, words{"--splits", "2"}, words{"--limit", "1.5"},
+                              words{"--seed", "2"}, words{"--expert-mb", "4"}}) {
+    refused(counts, option, "expected a trace of requests for " + option[0] + ", found CSV of counts");
+  }
+  refused(counts, {"--slots", "2,3"}, "expected a trace of requests for a second number of --slots");
+  refused(trace, {"--judge", trace, "--splits", "2"}, "--judge excludes --splits");
+  refused(trace, {"--nodes", "300"}, "expected at most 256");
+  for (const std::string& input : {counts, trace}) {
+    refused(input, {"--nodes", "256", "--gpus", "256"}, "GPUs");
+    refused(input, {"--nodes", "2", "--gpus", "1", "--slots", "1"}, "a slot for each of 4 experts, got 2");
+    refused(input, {"--nodes", "2", "--gpus", "1", "--slots", "5", "--format", "sglang", "--plan", plan},
+            "at most 4 slots per GPU");
+  }
+}
+
+TEST_CASE("place_experts: plans name the layers of the model") {
+  const temporary_directory folder;
+  write(folder / "trace", routing(2, 3));
+  write(folder / "statistics", "layer,expert,count\n3,0,9\n3,1,1\n3,2,4\n3,3,2\n5,0,1\n5,1,7\n5,2,2\n5,3,2\n");
+  const std::string plan = (folder / "plan").string();
+  const auto keys = [&](const std::string& input, const words& more) {
+    words all{(folder / input).string(), "--nodes", "2", "--gpus", "1", "--plan", plan};
+    all.insert(all.end(), more.begin(), more.end());
+    const auto run = run_program("place_experts", all, folder.path());
+    INFO(run.err);
+    REQUIRE(run.exit_code == 0);
+    return read(plan);
+  };
+  const words yaml{"--format", "tensorrt-llm"}, map{"--format", "sglang"};
+  CHECK_THAT(keys("statistics", yaml), contains("\n  3: [") && contains("\n  5: [") && !contains("\n  0: ["));
+  CHECK_THAT(keys("statistics", {"--format", "tensorrt-llm", "--first-layer", "2"}),
+             contains("\n  5: [") && contains("\n  7: ["));
+  CHECK_THAT(keys("trace", {"--splits", "1", "--format", "tensorrt-llm"}),
+             contains("\n  3: [") && contains("\n  4: ["));
+  // a row for each layer of the model; and such a plan is one to start from
+  const auto rows = nlohmann::json::parse(keys("statistics", map)).at("physical_to_logical_map");
+  REQUIRE(rows.size() == 6);
+  for (const std::size_t dense : {0u, 1u, 2u, 4u}) CHECK(rows[dense] == nlohmann::json{0, 1, 2, 3});
+  write(folder / "start", read(plan));
+  const auto again =
+      nlohmann::json::parse(keys("statistics", {"--format", "sglang", "--start", (folder / "start").string()}));
+  CHECK(again.at("physical_to_logical_map") == rows);
+  const auto wrong = run_program("place_experts",
+                                 {(folder / "statistics").string(), "--nodes", "2", "--gpus", "1", "--first-layer", "1",
+                                  "--start", (folder / "start").string()},
+                                 folder.path());
+  CHECK(wrong.exit_code == 1);
+  CHECK_THAT(wrong.err, contains("for layer 6 of the model"));
+}
+
+TEST_CASE("place_experts: too little to plan from or to judge on") {
+  const temporary_directory folder;
+  const auto run = [&](const std::string& trace, const words& more) {
+    write(folder / "trace", trace);
+    words all{(folder / "trace").string(), "--nodes", "2", "--gpus", "1"};
+    all.insert(all.end(), more.begin(), more.end());
+    return run_program("place_experts", all, folder.path());
+  };
+  const auto one = run(R"({"req_id":1,"token_idx":0,"layer":0,"topk_ids":[0,1]})", {"--slots", "8"});
+  CHECK(one.exit_code == 1);
+  CHECK_THAT(one.err, contains("give more requests than 1, another --seed, or a trace to --judge on"));
+  const auto prompts = run(routing(2, 0, 6), {});
+  CHECK(prompts.exit_code == 1);
+  CHECK_THAT(prompts.err, contains("expected decode tokens, for which plans are made, found none"));
+
+  // what cannot be measured is null, and no plan is best
+  write(folder / "prompts", routing(2, 0, 6));
+  const auto judged = run(routing(), {"--judge", (folder / "prompts").string(), "--json", "--report",
+                                      (folder / "report").string(), "--slots", "2,3"});
+  INFO(judged.err);
+  REQUIRE(judged.exit_code == 0);
+  const auto found = nlohmann::json::parse(judged.out);
+  for (const auto& plan : found.at("plans")) {
+    CHECK(!plan.at("best").get<bool>());
+    for (const char* key : {"remote_pairs", "nodes_per_token", "node_imbalance", "gpu_imbalance", "bytes_per_token"}) {
+      CHECK(plan.at(key).at("mean").is_null());
+    }
+  }
+  for (const auto& limit : found.at("limits")) CHECK(limit.at("nodes_per_token").is_null());
+  const auto answers = nlohmann::json::parse(run(routing(2, 0, 0), {"--splits", "1", "--json"}).out).at("routing");
+  CHECK(answers.at("cosine_same_request").is_null());
+  CHECK(answers.at("cosine_other_requests").is_null());
+  CHECK_THAT(run(routing(), {"--judge", (folder / "prompts").string()}).out,
+             contains("no decode tokens: plans cannot be compared") && !contains("instead of"));
+  CHECK_THAT(run(routing(2, 3), {"--judge", (folder / "prompts").string()}).err, contains("expected the layers of"));
 }
 
 TEST_CASE("place_experts: what it finds as JSON, or nothing") {
@@ -206,7 +311,9 @@ TEST_CASE("place_experts: no output replaces an input or another output, by what
   }
   const std::string judge = (folder / "judge").string(), out = (folder / "out").string();
   const auto refused = [&](const words& options, const char* says) {
-    const auto run = run_program("place_experts", on_two_nodes(trace, options), folder.path());
+    words all{trace, "--nodes", "2", "--gpus", "1"};
+    all.insert(all.end(), options.begin(), options.end());
+    const auto run = run_program("place_experts", all, folder.path());
     CHECK(run.exit_code == 2);
     CHECK_THAT(run.err, contains(says));
   };
@@ -259,7 +366,7 @@ TEST_CASE("place_experts: a replaced output keeps its mode and its links, and is
   write(folder / "plan", "before");
   ::chmod((folder / "plan").c_str(), 0600);
   fs::create_symlink("plan", folder / "link");
-  const words command = on_two_nodes((folder / "loads").string(), {"--plan", (folder / "link").string()});
+  const words command{(folder / "loads").string(), "--nodes", "2", "--gpus", "1", "--plan", (folder / "link").string()};
   REQUIRE(run_program("place_experts", command, folder.path()).exit_code == 0);
   CHECK(fs::is_symlink(folder / "link"));
   CHECK_THAT(read(folder / "plan"), contains("slot_to_expert"));

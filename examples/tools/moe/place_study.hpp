@@ -205,8 +205,8 @@ struct outcome {
          a.plan->to == b.plan->to;
 }
 
-/// Plans and judges every experiment, each placement once, on the threads given. Experiments without requests to plan
-/// from or to judge find nothing. `done` is called after each, from any thread.
+/// Plans and judges every experiment, each placement once, on the threads given. Experiments without decode tokens to
+/// plan from, or without requests to judge, find nothing. `done` is called after each, from any thread.
 template <class Done>
 [[nodiscard]] std::vector<finding> run(const std::vector<experiment>& list, tetromino::executor_ref threads,
                                        const Done& done) {
@@ -223,7 +223,7 @@ template <class Done>
   std::vector<finding> out(list.size());
   const auto work = [&](std::size_t g) {
     const experiment& first = list[groups[g].front()];
-    if (first.calibration->requests.empty()) return done(groups[g].size());
+    if (first.calibration->view().tokens(phase::decode) == 0) return done(groups[g].size());
     const auto start = std::chrono::steady_clock::now();
     const placement experts = place(*first.plan, first.calibration->view(), *first.cluster);
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
