@@ -229,3 +229,4 @@ TEST_CASE("bad input to grouping is told apart") {
   const std::uint16_t eighth = 8;
   CHECK_THROWS_AS(builder.add({&eighth, 1}), tetromino_test::precondition_failed);
 }
+  CHECK_THROWS_AS(signature_builder({std::size_t{1} << 62, 4, 1}), tetromino_test::precondition_failed);

@@ -242,6 +242,8 @@ TEST_CASE("bad loads and sizes are errors") {
   const topology t = topology::uniform(2, 2, 2);
   std::vector<double> loads(8, 1.0);
   CHECK(code_of(try_balanced({0, 8, {}}, t)) == errc::invalid_argument);
+  CHECK(code_of(try_contiguous(std::size_t{1} << 62, 8, t)) == errc::invalid_argument);
+  CHECK(code_of(try_round_robin(std::size_t{1} << 62, 8, t)) == errc::invalid_argument);
   CHECK(code_of(try_balanced({1, 7, loads}, t)) == errc::shape_mismatch);
   CHECK(code_of(try_balanced({1, 8, loads}, t, {3})) == errc::invalid_argument);
   CHECK(code_of(try_balanced({1, 8, loads}, t, {0})) == errc::invalid_argument);

@@ -34,6 +34,7 @@ TEST_CASE("a placement starts empty and is filled by layer") {
   p.layer(1)[2] = 0;
   CHECK(p == placement::make(2, 3, 4, {-1, -1, -1, -1, -1, -1, 0, -1}));
   CHECK_THROWS_AS(p.layer(2), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(placement(std::size_t{1} << 62, 1, 4), tetromino_test::precondition_failed);  // 0 slots if it wraps
   const placement& reading = p;
   CHECK_THROWS_AS(reading.layer(2), tetromino_test::precondition_failed);
 }

@@ -171,6 +171,14 @@ TEST_CASE("what does not fit a profile is an error and adds nothing") {
   CHECK(code_of(profile::try_make({{0, 4, 2}, 0, 0, false, false})) == errc::invalid_argument);
   CHECK(code_of(profile::try_make({{1, 4, 5}, 0, 0, false, false})) == errc::invalid_argument);
   CHECK(code_of(profile::try_make({{1, 70'000, 5}, 0, 0, false, false})) == errc::invalid_argument);
+  // sizes whose product wraps to something small
+  const std::size_t many = std::size_t{1} << 62;
+  for (const profile_options& o :
+       {profile_options{{many, 4, 4}}, profile_options{{1, 4, 1}, many / 2}, profile_options{{2, 4, 1}, 0, many / 4},
+        profile_options{{std::size_t{1} << 32, 65'535, 1}, 0, 0, true, false},
+        profile_options{{std::size_t{1} << 32, 65'535, 1}, 0, 0, false, true}}) {
+    CHECK(code_of(profile::try_make(o)) == errc::invalid_argument);
+  }
   profile p = profile::make({{1, 4, 2}, 2, 2, false, false});
   const std::vector<std::uint16_t> good = {0, 1};
   CHECK_THROWS_WITH(p.add(std::vector<std::uint16_t>{0, 4}, {}), contains("expected expert ids below 4 or -1, got 4"));

@@ -179,6 +179,8 @@ TEST_CASE("solvers work from what a recorder has") {
 TEST_CASE("a recorder says what it cannot take") {
   CHECK(code_of(recorder::try_make({{0, 4, 2}})) == errc::invalid_argument);
   CHECK(code_of(recorder::try_make({{1, 4, 5}})) == errc::invalid_argument);
+  CHECK(code_of(recorder::try_make({{std::size_t{1} << 62, 4, 1}})) == errc::invalid_argument);
+  CHECK(code_of(recorder::try_make({{std::size_t{1} << 47, 4, 1}})) == errc::invalid_argument);
   CHECK(code_of(recorder::try_make({two_by_two, 0})) == errc::invalid_argument);
   CHECK(code_of(recorder::try_make({two_by_two, 1, 0})) == errc::invalid_argument);
   CHECK(code_of(recorder::try_make({two_by_two, 1, 1, std::nan("")})) == errc::invalid_argument);
@@ -196,6 +198,11 @@ TEST_CASE("a recorder says what it cannot take") {
   CHECK(code_of(r.try_merge(small())) == errc::shape_mismatch);
   CHECK_THROWS_AS(r.to_bytes(), tetromino_test::precondition_failed);
   r.add_layer(0, all(i32{-1, -1}));
+  CHECK(code_of(r.try_add_layer(0, all(i32{0, 1}))) == errc::invalid_argument);  // one token would count twice
+  r.end_pass();
+  CHECK(r.loads(phase::decode).layer(0)[0] == 0);
+  r.begin_pass(rows{{1}});
+  CHECK(r.try_add_layer(0, all(i32{0, 1})).has_value());  // the next pass has it again
   r.end_pass();
   CHECK(code_of(r.try_merge(recorder::make({{1, 4, 2}}))) == errc::shape_mismatch);
   CHECK(code_of(r.try_add_pass(rows{{1}}, all(i32{0, 1}))) == errc::shape_mismatch);

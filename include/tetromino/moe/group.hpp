@@ -42,11 +42,13 @@ struct request_signature {
 /// times, the 32 before 8 times, and so on down to once: what comes next resembles what came last.
 class signature_builder {
  public:
-  /// Preconditions: a shape without zero.
+  /// Preconditions: a shape without zero, of fewer than 2^32 experts in all rows.
   TETROMINO_ABI explicit signature_builder(const routing_shape& shape, const signature_options& options = {})
       : shape_(shape), options_(options), weights_(buckets() * shape.experts, 0) {
-    TETROMINO_EXPECTS(shape.layers > 0 && shape.experts > 0 && shape.experts_per_token > 0,
-                      "signature_builder: a shape without zero", shape.layers, shape.experts, shape.experts_per_token);
+    TETROMINO_EXPECTS(shape.layers > 0 && shape.experts > 0 && shape.experts_per_token > 0 &&
+                          buckets() <= 0xFFFF'FFFF / shape.experts,
+                      "signature_builder: a shape without zero, and not too large", shape.layers, shape.experts,
+                      shape.experts_per_token);
   }
 
   [[nodiscard]] TETROMINO_ABI const routing_shape& shape() const noexcept { return shape_; }

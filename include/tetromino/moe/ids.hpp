@@ -4,17 +4,19 @@
 
 /// Expert ids and counts as engines hold them: numbers of any type that follow each other in memory.
 
-#include "../config.hpp"  // TETROMINO_EXPECTS
-#include "../error.hpp"   // tetromino::detail::text
+#include "../config.hpp"        // TETROMINO_EXPECTS
+#include "../detail/sizes.hpp"  // tetromino::detail::most_elements
+#include "../error.hpp"         // tetromino::detail::text
 
-#include <concepts>     // std::integral
-#include <cstddef>      // std::size_t
-#include <cstdint>      // std::uint16_t, std::uint32_t
-#include <iterator>     // std::data, std::size
-#include <span>         // std::span
-#include <type_traits>  // std::is_arithmetic_v, std::is_same_v, std::remove_cvref_t
-#include <utility>      // std::cmp_greater_equal, std::cmp_less
-#include <vector>       // std::vector
+#include <concepts>          // std::integral
+#include <cstddef>           // std::size_t
+#include <cstdint>           // std::uint16_t, std::uint32_t
+#include <initializer_list>  // std::initializer_list
+#include <iterator>          // std::data, std::size
+#include <span>              // std::span
+#include <type_traits>       // std::is_arithmetic_v, std::is_same_v, std::remove_cvref_t
+#include <utility>           // std::cmp_greater_equal, std::cmp_less
+#include <vector>            // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
 
@@ -39,6 +41,15 @@ concept id_array = number_array<Ids> && requires(const Ids& ids) {
 };
 
 namespace detail::inline TETROMINO_ISA {
+
+/// Whether there can be an array of these extents: neither their product nor its size in bytes wraps.
+[[nodiscard]] constexpr bool can_be_array(std::initializer_list<std::size_t> extents) noexcept {
+  std::size_t room = tetromino::detail::most_elements;
+  for (const std::size_t n : extents) {
+    if (n != 0) room /= n;
+  }
+  return room != 0;
+}
 
 /// The id as traces and recorders keep it; `no_id` where it is neither nobody nor one that could be an expert.
 inline constexpr std::uint32_t no_id = 0x10000;

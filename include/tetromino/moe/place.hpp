@@ -27,6 +27,10 @@ namespace detail::inline TETROMINO_ISA {
     return error(errc::invalid_argument, text("place: expected at least 1 layer and 1 to ", placement::max_experts,
                                               " experts, got ", layers, " and ", experts));
   }
+  if (!can_be_array({layers, t.slots()})) {
+    return error(errc::invalid_argument,
+                 text("place: expected fewer slots, got ", layers, " layers × ", t.slots(), " slots"));
+  }
   if (t.slots() < experts) {
     return error(errc::infeasible,
                  text("place: expected a slot for each of ", experts, " experts, got ", t.slots(), " slots"));

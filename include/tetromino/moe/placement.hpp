@@ -31,9 +31,11 @@ class placement {
 
   TETROMINO_ABI placement() = default;
 
-  /// All slots empty: experts[layers, slots].
+  /// All slots empty: experts[layers, slots]. Precondition: at most 2^48 slots in all layers.
   TETROMINO_ABI placement(std::size_t layers, std::size_t experts, std::size_t slots)
-      : layers_(layers), experts_(experts), slots_(slots), slot_to_expert_(layers * slots, empty_slot) {}
+      : layers_(layers), experts_(experts), slots_(slots), slot_to_expert_(layers * slots, empty_slot) {
+    TETROMINO_EXPECTS(detail::can_be_array({layers, slots}), "placement: sizes of an array", layers, slots);
+  }
 
   /// From slot_to_expert[layers, slots], integers of any type, such as EPLB's int64 phy2log; −1 (or the largest number
   /// of an unsigned type) is an empty slot. Errors: a size that is zero or does not fit, an entry outside −1 … experts

@@ -40,7 +40,8 @@ struct token_origin {
 /// What routing says, added up token by token as it happens. Adding, merging and decaying allocate nothing.
 class profile {
  public:
-  /// All counts zero. Errors: a shape that has a zero, or experts per token above experts.
+  /// All counts zero. Errors: a shape that has a zero, or experts per token above experts; more than 2^48 counts of a
+  /// kind.
   [[nodiscard]] TETROMINO_ABI static result<profile> try_make(const profile_options& options) {
     const routing_shape& s = options.shape;
     if (s.layers == 0 || s.experts == 0 || s.experts > 65'535 || s.experts_per_token == 0 ||
@@ -48,6 +49,12 @@ class profile {
       return error(errc::invalid_argument,
                    detail::text("profile: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ",
                                 s.layers, " layers, ", s.experts_per_token, " of ", s.experts, " experts"));
+    }
+    const std::size_t pairs_of = options.co_activation || options.transitions ? s.experts : 1;
+    for (const std::size_t n : {pairs_of, options.domains, options.requests}) {
+      if (detail::can_be_array({s.layers, s.experts, n})) continue;
+      return error(errc::invalid_argument, detail::text("profile: expected fewer counts, got ", s.layers, " layers × ",
+                                                        s.experts, " experts × ", n));
     }
     profile p;
     p.options_ = options;

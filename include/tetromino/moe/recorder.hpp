@@ -40,7 +40,8 @@ struct recorded_row {
 /// `group` and `evaluate` want. Each rank keeps its own, and one merges them.
 class recorder {
  public:
-  /// Errors: a shape that has a zero or more than 65,535 experts, experts per token above experts, no token kept.
+  /// Errors: a shape that has a zero, more than 65,535 experts or more than 2^48 in all layers, experts per token above
+  /// experts, no token kept.
   [[nodiscard]] TETROMINO_ABI static result<recorder> try_make(const recorder_options& options) {
     const routing_shape& s = options.shape;
     if (s.layers == 0 || s.experts == 0 || s.experts > 65'535 || s.experts_per_token == 0 ||
@@ -48,6 +49,10 @@ class recorder {
       return error(errc::invalid_argument,
                    detail::text("recorder: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ",
                                 s.layers, " layers, ", s.experts_per_token, " of ", s.experts, " experts"));
+    }
+    if (!detail::can_be_array({s.layers, s.experts})) {
+      return error(errc::invalid_argument, detail::text("recorder: expected fewer counts, got ", s.layers, " layers × ",
+                                                        s.experts, " experts"));
     }
     if (options.tokens == 0 || options.keep_one_in == 0 || !std::isfinite(options.half_life_tokens) ||
         options.half_life_tokens < 0) {
@@ -85,6 +90,7 @@ class recorder {
       }
     }
     in_pass_ = true;
+    is_added_.assign(options_.shape.layers, false);
     pass_.assign(rows.begin(), rows.end());
     place_.resize(rows.size());
     // of a pass of more rows than are kept, the last ones
@@ -96,7 +102,7 @@ class recorder {
 
   /// Adds one layer of the pass: ids[rows, experts per token], best first; −1 (or the largest number of an unsigned
   /// type) is nobody, as in rows of padding. Errors (nothing is added then): no pass, another number of ids, a layer or
-  /// an id out of range, an expert twice for one token.
+  /// an id out of range, a layer that the pass has already, an expert twice for one token.
   template <id_array Ids>
   [[nodiscard]] TETROMINO_ABI result<void> try_add_layer(std::size_t layer, const Ids& all) {
     const std::span ids(std::data(all), std::size(all));
@@ -105,6 +111,10 @@ class recorder {
       return error(errc::shape_mismatch,
                    detail::text("recorder: expected ", pass_.size(), " × ", k, " ids of a layer below ", layers,
                                 " in a pass, got ", ids.size(), " of layer ", layer, in_pass_ ? "" : ", in no pass"));
+    }
+    if (is_added_[layer]) {
+      return error(errc::invalid_argument,
+                   detail::text("recorder: expected each layer once in a pass, got layer ", layer, " again"));
     }
     ids_.resize(ids.size());
     for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -129,6 +139,7 @@ class recorder {
       }
       if (place_[row] != not_kept) std::copy_n(chosen, k, kept_ids(place_[row]) + layer * k);
     }
+    is_added_[layer] = true;
     return {};
   }
   template <id_array Ids>
@@ -352,6 +363,7 @@ class recorder {
   std::size_t oldest_ = 0;
   std::uint64_t seen_ = 0;          // tokens ever
   bool in_pass_ = false;            // between begin_pass and end_pass
+  std::vector<bool> is_added_;      // [layers] of the pass
   std::vector<recorded_row> pass_;  // rows of the pass
   std::vector<std::size_t> place_;  // [rows of the pass] where each is kept
   std::vector<std::uint16_t> ids_;  // [rows of the pass, experts per token]
