@@ -251,6 +251,22 @@ TEST_CASE("a loop that cannot be is an error") {
   rebalancer loop = rebalancer::make(contiguous(1, 4, cluster), cluster, {});
   CHECK(code_of(loop.try_consider(t.view())) == errc::shape_mismatch);
   CHECK(code_of(loop.try_consider(t.view(), -1)) == errc::invalid_argument);
+  const auto with = [&](const auto& change) {
+    rebalance_options changed;
+    change(changed);
+    return code_of(rebalancer::try_make(contiguous(1, 4, cluster), cluster, changed));
+  };
+  using options = rebalance_options;
+  CHECK(with([](options& x) { x.plan.node_imbalance = std::nan(""); }) == errc::invalid_argument);
+  CHECK(with([](options& x) { x.plan.pair_weight = -1; }) == errc::invalid_argument);
+  static constexpr std::uint32_t second = 1;
+  CHECK(with([](options& x) { x.plan.layers = {&second, 1}; }) == errc::invalid_argument);
+  CHECK(with([](options& x) { x.plan.nodes_per_expert = 2; }) == errc::infeasible);
+  CHECK(with([](options& x) { x.group.token_budget = 0; }) == errc::invalid_argument);
+  CHECK(with([](options& x) { x.group.node_weight = std::nan(""); }) == errc::invalid_argument);
+  CHECK(with([](options& x) { x.replicas.node_limit = -1; }) == errc::invalid_argument);
+  CHECK(with([](options& x) { x.replicas.gpu_limit = std::nan(""); }) == errc::invalid_argument);
+  CHECK(with([](options& x) { x.replicas.choice = replica_choice::step_pairs; }) == errc::invalid_argument);
   recorder empty = recorder::make({{1, 4, 1}});
   CHECK(code_of(loop.try_consider(empty, std::nan(""))) == errc::invalid_argument);
   CHECK(loop.consider(empty).verdict == rebalance_verdict::too_few_tokens);

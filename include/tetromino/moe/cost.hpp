@@ -144,6 +144,13 @@ struct link_counts {
   }
 };
 
+[[nodiscard]] inline result<void> check_limits(const replica_options& r) {
+  const auto usable = [](double x) { return std::isfinite(x) && x >= 0; };
+  if (usable(r.node_limit) && usable(r.gpu_limit)) return {};
+  return error(errc::invalid_argument,
+               text("cost: expected limits of 0 or more per node and GPU, got ", r.node_limit, " and ", r.gpu_limit));
+}
+
 [[nodiscard]] inline result<void> check_cost_input(const trace_view& served, const placement& p, const topology& t,
                                                    std::span<const std::uint32_t> source_of_request,
                                                    const cost_options& options) {
@@ -165,12 +172,8 @@ struct link_counts {
     }
   }
   const auto usable = [](double x) { return std::isfinite(x) && x >= 0; };
-  const replica_options& r = options.replicas;
-  if (!usable(r.node_limit) || !usable(r.gpu_limit)) {
-    return error(errc::invalid_argument,
-                 text("cost: expected limits of 0 or more per node and GPU, got ", r.node_limit, " and ", r.gpu_limit));
-  }
-  if (is_step_choice(r.choice) && options.tokens_per_step == 0) {
+  if (auto ok = check_limits(options.replicas); !ok) return ok;
+  if (is_step_choice(options.replicas.choice) && options.tokens_per_step == 0) {
     return error(errc::invalid_argument,
                  "cost: expected tokens per step where copies are chosen for whole steps, got 0");
   }

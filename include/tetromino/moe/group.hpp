@@ -138,6 +138,22 @@ struct group_options {
   signature_options signature{};  ///< what is kept of a prompt
 };
 
+namespace detail::inline TETROMINO_ISA {
+
+[[nodiscard]] inline result<void> check_group_options(const group_options& o) {
+  const double both = o.node_weight + o.pair_weight;
+  if (!(o.node_weight >= 0) || !(o.pair_weight >= 0) || !(both > 0) || !std::isfinite(both)) {
+    return error(errc::invalid_argument,
+                 text("group: expected weights of 0 or more, not both 0, got ", o.node_weight, " and ", o.pair_weight));
+  }
+  if (!std::isfinite(o.token_budget) || o.token_budget < 1) {
+    return error(errc::invalid_argument, text("group: expected a token budget of 1 or more, got ", o.token_budget));
+  }
+  return {};
+}
+
+}  // namespace detail::inline TETROMINO_ISA
+
 /// What running a request on each node is worth, by its signature: a number per cell and node, learnt from recorded
 /// tokens under a placement. Whole numbers, so the same everywhere.
 class node_affinity {
@@ -166,15 +182,7 @@ class node_affinity {
                                                         "token, got ",
                                                         t.nodes(), " and ", s.experts_per_token));
     }
-    const double both = options.node_weight + options.pair_weight;
-    if (!(options.node_weight >= 0) || !(options.pair_weight >= 0) || !(both > 0) || !std::isfinite(both)) {
-      return error(errc::invalid_argument, detail::text("group: expected weights of 0 or more, not both 0, got ",
-                                                        options.node_weight, " and ", options.pair_weight));
-    }
-    if (!std::isfinite(options.token_budget) || options.token_budget < 1) {
-      return error(errc::invalid_argument,
-                   detail::text("group: expected a token budget of 1 or more, got ", options.token_budget));
-    }
+    if (auto ok = detail::check_group_options(options); !ok) return ok.error();
     node_affinity out(t, s, options);
     detail::with_mask_for(t.nodes(), [&]<class Mask>() { out.learn<Mask>(p, t, recorded); });
     return out;

@@ -23,18 +23,12 @@ namespace TETROMINO_NAMESPACE::moe {
 
 namespace detail::inline TETROMINO_ISA {
 
-[[nodiscard]] inline result<void> check_local(const trace_view& calibration, const topology& t,
-                                              const local_options& o) {
-  if (auto ok = check_place_shape(calibration.shape.layers, calibration.shape.experts, t); !ok) return ok;
+/// Options that can be told to be wrong before there is a trace.
+[[nodiscard]] inline result<void> check_local_options(std::size_t layers, std::size_t experts, const topology& t,
+                                                      const local_options& o) {
+  if (auto ok = check_place_shape(layers, experts, t); !ok) return ok;
   if (t.nodes() > most_nodes) {
     return error(errc::invalid_argument, text("local: expected at most ", most_nodes, " nodes, got ", t.nodes()));
-  }
-  if (calibration.shape.experts_per_token == 0 || calibration.shape.experts_per_token > 64) {
-    return error(errc::invalid_argument,
-                 text("local: expected 1 to 64 experts per token, got ", calibration.shape.experts_per_token));
-  }
-  if (calibration.tokens(o.served) == 0) {
-    return error(errc::invalid_argument, "local: expected tokens of the phase that options.served names, got none");
   }
   const auto weight = [](double x) { return std::isfinite(x) && x >= 0; };
   if (!weight(o.node_weight) || !weight(o.pair_weight) || !(o.node_weight + o.pair_weight > 0) ||
@@ -63,28 +57,38 @@ namespace detail::inline TETROMINO_ISA {
     return error(errc::invalid_argument,
                  text("local: expected copies on at least 1 node, and replicas for more, got ", o.nodes_per_expert));
   }
-  if (!has_room_for(t, calibration.shape.experts, o.nodes_per_expert)) {
-    return error(errc::infeasible,
-                 text("local: expected room for ", calibration.shape.experts, " experts on ", o.nodes_per_expert,
-                      " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"));
+  if (!has_room_for(t, experts, o.nodes_per_expert)) {
+    return error(errc::infeasible, text("local: expected room for ", experts, " experts on ", o.nodes_per_expert,
+                                        " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"));
+  }
+  for (const std::uint32_t l : o.layers) {
+    if (l >= layers) {
+      return error(errc::invalid_argument, text("local: expected layers below ", layers, ", got ", l));
+    }
+  }
+  return {};
+}
+
+[[nodiscard]] inline result<void> check_local(const trace_view& calibration, const topology& t,
+                                              const local_options& o) {
+  const routing_shape& s = calibration.shape;
+  if (auto ok = check_local_options(s.layers, s.experts, t, o); !ok) return ok;
+  if (s.experts_per_token == 0 || s.experts_per_token > 64) {
+    return error(errc::invalid_argument, text("local: expected 1 to 64 experts per token, got ", s.experts_per_token));
+  }
+  if (calibration.tokens(o.served) == 0) {
+    return error(errc::invalid_argument, "local: expected tokens of the phase that options.served names, got none");
   }
   if (o.start != nullptr) {
-    if (o.start->layers() != calibration.shape.layers || o.start->experts() != calibration.shape.experts) {
-      return error(errc::shape_mismatch,
-                   text("local: expected a start of ", calibration.shape.layers, " layers × ",
-                        calibration.shape.experts, " experts, got ", o.start->layers(), " × ", o.start->experts()));
+    if (o.start->layers() != s.layers || o.start->experts() != s.experts) {
+      return error(errc::shape_mismatch, text("local: expected a start of ", s.layers, " layers × ", s.experts,
+                                              " experts, got ", o.start->layers(), " × ", o.start->experts()));
     }
     if (auto ok = try_validate(*o.start, t, {.one_copy_per_gpu = false, .each_expert = !o.layers.empty()}); !ok)
       return ok;
   }
   if (!o.layers.empty() && (o.start == nullptr || !o.replicas)) {
     return error(errc::invalid_argument, "local: expected a start, with replicas, where only some layers may change");
-  }
-  for (const std::uint32_t l : o.layers) {
-    if (l >= calibration.shape.layers) {
-      return error(errc::invalid_argument,
-                   text("local: expected layers below ", calibration.shape.layers, ", got ", l));
-    }
   }
   return {};
 }

@@ -86,7 +86,8 @@ class rebalancer {
   TETROMINO_ABI rebalancer& operator=(const rebalancer&) = default;
   TETROMINO_ABI rebalancer& operator=(rebalancer&&) = default;
 
-  /// Errors: a placement that is not valid on the topology, weights, limits or sizes out of range.
+  /// Errors: a placement that is not valid on the topology, weights, limits or sizes out of range, as of local, group
+  /// and evaluate; a choice of copies for whole steps.
   [[nodiscard]] TETROMINO_ABI static result<rebalancer> try_make(placement current, topology t,
                                                                  rebalance_options options) {
     if (auto ok = try_validate(current, t, {.one_copy_per_gpu = false}); !ok) return ok.error();
@@ -95,6 +96,14 @@ class rebalancer {
         !usable(options.bytes_per_visit) || !usable(options.tokens_ahead) || !usable(options.least_return) ||
         !usable(options.byte_budget)) {
       return error(errc::invalid_argument, "rebalance: expected limits, sizes and counts to be finite and 0 or more");
+    }
+    if (auto ok = detail::check_local_options(current.layers(), current.experts(), t, options.plan); !ok) {
+      return ok.error();
+    }
+    if (auto ok = detail::check_group_options(options.group); !ok) return ok.error();
+    if (auto ok = detail::check_limits(options.replicas); !ok) return ok.error();
+    if (is_step_choice(options.replicas.choice)) {
+      return error(errc::invalid_argument, "rebalance: expected a choice of copies for single tokens");
     }
     return rebalancer(std::move(current), std::move(t), std::move(options));
   }
