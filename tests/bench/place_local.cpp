@@ -71,9 +71,8 @@ double least_remote_pairs(const trace_view& judged, const topology& t) {
     all += n;
     largest = std::max(largest, n);
   }
-  std::vector<std::size_t> gpus;
-  for (std::size_t n = 0; n < t.nodes(); ++n) gpus.push_back(t.gpus_on_node(n));
-  const std::vector<std::uint64_t> rooms = detail::token_room(all, largest, gpus, group_options{}.token_budget);
+  const std::vector<std::int64_t> rooms =
+      detail::token_room(all, largest, detail::node_speeds(t), group_options{}.token_budget);
   const auto room = static_cast<double>(*std::max_element(rooms.begin(), rooms.end()));
   double local = 0;
   for (std::size_t l = 0; l < layers; ++l) {

@@ -175,7 +175,8 @@ TEST_CASE("exchanges find the best assignment of small batches") {
   for (std::size_t round = 0; round < 200; ++round) {
     std::vector<std::int64_t> scores(18);
     for (std::int64_t& x : scores) x = static_cast<std::int64_t>(g.below(1000));
-    const std::vector<std::uint64_t> tokens(6, 1), room(3, 2);
+    const std::vector<std::uint64_t> tokens(6, 1);
+    const std::vector<std::int64_t> room(3, 2);
     std::vector<std::uint32_t> sources(6);
     detail::request_assigner().assign({scores, tokens, room}, sources);
     std::int64_t best = 0, found = 0;
@@ -198,6 +199,37 @@ TEST_CASE("exchanges find the best assignment of small batches") {
     lost += 1 - static_cast<double>(found) / static_cast<double>(best);
   }
   CHECK(lost / 200 < 0.01);
+}
+
+TEST_CASE("nodes take requests by the speed of their live GPUs, and dead ones none") {
+  const trace t = kinds_of_requests(2, 60, 4);
+  const topology whole = topology::uniform(3, 2, 4);
+  const auto on_nodes = [&](const topology& cluster) {
+    const node_affinity affinity = node_affinity::make(balanced(to_loads(2, 8, std::vector<int>(16, 1)), cluster),
+                                                       cluster, t.view(), {.token_budget = 1});
+    std::vector<request_signature> of = signatures(t, affinity);
+    std::vector<std::vector<int>> counts(2, std::vector<int>(cluster.nodes(), 0));
+    for (const std::uint32_t n : group(affinity, of, std::vector<std::uint64_t>(of.size(), 1))) ++counts[0][n];
+    online_grouper online(affinity);
+    for (const request_signature& s : of) ++counts[1][online.assign(s, 1)];
+    CHECK(counts[0] == counts[1]);
+    // requests without tokens neither
+    const std::vector<std::uint32_t> idle = group(affinity, of, std::vector<std::uint64_t>(of.size(), 0));
+    for (const std::uint32_t n : idle) CHECK(cluster.slots_on_node(n) > 0);
+    CHECK(cluster.slots_on_node(online_grouper(affinity).assign({}, 0)) > 0);
+    return counts[0];
+  };
+  CHECK(on_nodes(whole) == std::vector<int>{20, 20, 20});
+  CHECK(on_nodes(whole.without(std::vector<std::uint32_t>{2, 3})) == std::vector<int>{30, 0, 30});
+  CHECK(on_nodes(whole.without(std::vector<std::uint32_t>{0, 1})) == std::vector<int>{0, 30, 30});
+  CHECK(on_nodes(whole.without(std::vector<std::uint32_t>{2})) == std::vector<int>{24, 12, 24});
+  CHECK(on_nodes(whole.with_speeds(std::vector<double>{1, 1, 2, 2, 3, 3})) == std::vector<int>{10, 20, 30});
+  // whole requests fit nowhere: they go where most room is left, which is no dead node
+  const std::vector<std::int64_t> scores(6, 0), room{-1, 3, 1};
+  const std::vector<std::uint64_t> tokens(2, 9);
+  std::vector<std::uint32_t> sources(2);
+  detail::request_assigner().assign({scores, tokens, room}, sources);
+  CHECK(sources == std::vector<std::uint32_t>{1, 2});
 }
 
 TEST_CASE("bad input to grouping is told apart") {
@@ -225,8 +257,8 @@ TEST_CASE("bad input to grouping is told apart") {
                   tetromino_test::precondition_failed);  // cells go up to 2 layers × 8 experts
   CHECK_THROWS_AS(online_grouper(affinity, {0, -1.0}), tetromino_test::precondition_failed);
   CHECK_THROWS_AS(signature_builder({2, 0, 1}), tetromino_test::precondition_failed);
+  CHECK_THROWS_AS(signature_builder({std::size_t{1} << 62, 4, 1}), tetromino_test::precondition_failed);
   signature_builder builder({1, 8, 1});
   const std::uint16_t eighth = 8;
   CHECK_THROWS_AS(builder.add({&eighth, 1}), tetromino_test::precondition_failed);
 }
-  CHECK_THROWS_AS(signature_builder({std::size_t{1} << 62, 4, 1}), tetromino_test::precondition_failed);

@@ -378,6 +378,32 @@ TEST_CASE("nodes get pairs by what their GPUs can do") {
   }
 }
 
+TEST_CASE("nodes get requests by the speed of their live GPUs, and dead ones none") {
+  const trace t = synthetic(7, 2, 16, 2, 60, 3, 10);
+  const auto plan_on = [&](const topology& cluster) { return local(t.view(), cluster, {.node_imbalance = 1.02}); };
+  const auto requests_on = [](const local_plan& plan, std::size_t node) {
+    return std::count(plan.source_of_request.begin(), plan.source_of_request.end(), node);
+  };
+  const topology whole = topology::uniform(3, 2, 8);
+  for (const std::uint32_t dead : {0u, 1u}) {
+    const topology left = whole.without(std::vector<std::uint32_t>{2 * dead, 2 * dead + 1});
+    const local_plan plan = plan_on(left);
+    CHECK(requests_on(plan, dead) == 0);
+    CHECK(std::max(requests_on(plan, 2), requests_on(plan, 1 - dead)) <= 32);  // 1.05 × 30, rounded up
+    local_options warm;
+    warm.start = &plan.experts;
+    CHECK(requests_on(local(t.view(), left, warm), dead) == 0);
+  }
+  CHECK(requests_on(plan_on(whole.without(std::vector<std::uint32_t>{2})), 1) <= 13);  // one of five GPUs: 1.05 × 12
+  // each node holds all experts, so that pairs are served where requests are
+  const topology fast = topology::uniform(2, 2, 8).with_speeds(std::vector<double>{1, 1, 4, 4});
+  const local_plan plan = plan_on(fast);
+  CHECK(requests_on(plan, 0) <= 13);
+  CHECK(requests_on(plan, 1) <= 51);
+  CHECK(plan.reached.node_imbalance < 1.1);
+  CHECK(judge(t, fast, plan).node_imbalance < 1.1);
+}
+
 TEST_CASE("GPUs of a node share its pairs by their speed") {
   const trace t = synthetic(15, 2, 32, 4, 32, 0, 16);
   const std::vector<double> speeds = {1, 1, 0.25, 0.25, 1, 1, 0.25, 0.25};

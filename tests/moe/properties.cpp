@@ -50,8 +50,7 @@ void require_within_budget(const topology& t, const std::vector<std::uint32_t>& 
     smallest = std::min(smallest, tokens[r]);
   }
   for (std::size_t n = 0; n < t.nodes(); ++n) {
-    const double share =
-        static_cast<double>(all) * static_cast<double>(t.gpus_on_node(n)) / static_cast<double>(t.gpus());
+    const double share = static_cast<double>(all) * t.speed_of_node(n) / static_cast<double>(t.gpus_with_slots());
     const auto whole = static_cast<double>(largest);
     const double room = std::max(share * budget, std::ceil(share * budget / whole) * whole);
     CAPTURE(n, used[n], share, largest, smallest);
@@ -189,8 +188,8 @@ TEST_CASE("grouping: each request on one node, within the token budget") {
     for (std::size_t r = 0; r < tokens.size(); ++r) {
       all += tokens[r];
       const auto limit = [&](std::size_t n) {
-        return o.token_budget * static_cast<double>(all) / static_cast<double>(t.gpus()) *
-                   static_cast<double>(t.gpus_on_node(n)) +
+        return o.token_budget * static_cast<double>(all) / static_cast<double>(t.gpus_with_slots()) *
+                   t.speed_of_node(n) +
                1e-6;
       };
       bool room = false;

@@ -188,7 +188,11 @@ TEST_CASE("what a plan saves is what serving would show, requests that run stayi
         loop.affinity() == nullptr ? node_affinity::make(old_plan, cluster, now.view()) : *loop.affinity(), now);
     const double assigned = visits(now, old_plan, cluster, old_homes);
     if (loop.affinity() == nullptr) {  // requests run anywhere
-      for (std::size_t r = 0; r < old_homes.size(); ++r) old_homes[r] = static_cast<std::uint32_t>(r % cluster.nodes());
+      std::vector<std::uint32_t> live;
+      for (std::uint32_t n = 0; n < cluster.nodes(); ++n) {
+        if (cluster.slots_on_node(n) > 0) live.push_back(n);
+      }
+      for (std::size_t r = 0; r < old_homes.size(); ++r) old_homes[r] = live[r % live.size()];
     }
     const double stayed = visits(now, old_plan, cluster, old_homes),
                  kept = visits(now, free.current(), cluster, old_homes),
@@ -247,10 +251,6 @@ TEST_CASE("a loop that cannot be is an error") {
   rebalance_options o;
   o.byte_budget = std::nan("");
   CHECK(code_of(rebalancer::try_make(contiguous(1, 4, cluster), cluster, o)) == errc::invalid_argument);
-  const trace t = read_trace(tetromino_test::data_file("routing-16x2.safetensors"));
-  rebalancer loop = rebalancer::make(contiguous(1, 4, cluster), cluster, {});
-  CHECK(code_of(loop.try_consider(t.view())) == errc::shape_mismatch);
-  CHECK(code_of(loop.try_consider(t.view(), -1)) == errc::invalid_argument);
   const auto with = [&](const auto& change) {
     rebalance_options changed;
     change(changed);
@@ -267,6 +267,10 @@ TEST_CASE("a loop that cannot be is an error") {
   CHECK(with([](options& x) { x.replicas.node_limit = -1; }) == errc::invalid_argument);
   CHECK(with([](options& x) { x.replicas.gpu_limit = std::nan(""); }) == errc::invalid_argument);
   CHECK(with([](options& x) { x.replicas.choice = replica_choice::step_pairs; }) == errc::invalid_argument);
+  const trace t = read_trace(tetromino_test::data_file("routing-16x2.safetensors"));
+  rebalancer loop = rebalancer::make(contiguous(1, 4, cluster), cluster, {});
+  CHECK(code_of(loop.try_consider(t.view())) == errc::shape_mismatch);
+  CHECK(code_of(loop.try_consider(t.view(), -1)) == errc::invalid_argument);
   recorder empty = recorder::make({{1, 4, 1}});
   CHECK(code_of(loop.try_consider(empty, std::nan(""))) == errc::invalid_argument);
   CHECK(loop.consider(empty).verdict == rebalance_verdict::too_few_tokens);

@@ -134,7 +134,7 @@ inline namespace TETROMINO_ISA {
 struct group_options {
   double node_weight = 1;
   double pair_weight = 0;
-  double token_budget = 1.05;     ///< max / mean of tokens over nodes, by their GPUs
+  double token_budget = 1.05;     ///< max / mean of tokens over nodes, by the speed of their live GPUs
   signature_options signature{};  ///< what is kept of a prompt
 };
 
@@ -192,8 +192,9 @@ class node_affinity {
     return try_make(p, t, recorded, options).value();
   }
 
-  [[nodiscard]] TETROMINO_ABI std::size_t nodes() const noexcept { return gpus_.size(); }
-  [[nodiscard]] TETROMINO_ABI std::span<const std::size_t> gpus_of_nodes() const noexcept { return gpus_; }
+  [[nodiscard]] TETROMINO_ABI std::size_t nodes() const noexcept { return speeds_.size(); }
+  /// What nodes' shares of the tokens go by, [nodes]: topology::speed_of_node; 0 for one that takes none.
+  [[nodiscard]] TETROMINO_ABI std::span<const double> speeds_of_nodes() const noexcept { return speeds_; }
   [[nodiscard]] TETROMINO_ABI const group_options& options() const noexcept { return options_; }
   /// A builder of the signatures that this reads.
   [[nodiscard]] TETROMINO_ABI signature_builder builder() const {
@@ -216,9 +217,7 @@ class node_affinity {
 
  private:
   TETROMINO_ABI node_affinity(const topology& t, const routing_shape& shape, const group_options& options)
-      : shape_(shape), options_(options) {
-    for (std::size_t n = 0; n < t.nodes(); ++n) gpus_.push_back(t.gpus_on_node(n));
-  }
+      : shape_(shape), options_(options), speeds_(detail::node_speeds(t)) {}
 
   struct prices {
     std::int64_t visit, pair;
@@ -295,14 +294,15 @@ class node_affinity {
 
   routing_shape shape_;
   group_options options_;
-  std::vector<std::size_t> gpus_;    // [nodes]
+  std::vector<double> speeds_;       // [nodes]
   std::vector<std::int32_t> value_;  // [buckets, experts, nodes]
 };
 
 inline namespace TETROMINO_ISA {
 
-/// Assigns a batch of requests to nodes within the token budget. tokens[i] is what request i counts. Errors: lengths
-/// that disagree. A budget that whole requests cannot meet is exceeded by less than one request.
+/// Assigns a batch of requests to nodes within the token budget, none to a node without live GPUs. tokens[i] is what
+/// request i counts. Errors: lengths that disagree. A budget that whole requests cannot meet is exceeded by less than
+/// one request.
 [[nodiscard]] inline result<std::vector<std::uint32_t>> try_group(const node_affinity& affinity,
                                                                   std::span<const request_signature> signatures,
                                                                   std::span<const std::uint64_t> tokens) {
@@ -317,8 +317,8 @@ inline namespace TETROMINO_ISA {
     all += tokens[r];
     largest = std::max(largest, tokens[r]);
   }
-  const std::vector<std::uint64_t> room =
-      detail::token_room(all, largest, affinity.gpus_of_nodes(), affinity.options().token_budget);
+  const std::vector<std::int64_t> room =
+      detail::token_room(all, largest, affinity.speeds_of_nodes(), affinity.options().token_budget);
   std::vector<std::uint32_t> out(signatures.size(), 0);
   detail::request_assigner().assign({scores, tokens, room}, out);
   return out;
@@ -348,12 +348,12 @@ class online_grouper {
   TETROMINO_ABI explicit online_grouper(const node_affinity& affinity, const online_options& options = {})
       : affinity_(&affinity), options_(options), used_(affinity.nodes(), 0), scores_(affinity.nodes(), 0) {
     TETROMINO_EXPECTS(options.stickiness >= 0, "online_grouper: stickiness of 0 or more", options.stickiness);
-    for (const std::size_t g : affinity.gpus_of_nodes()) gpus_ += g;
+    for (const double s : affinity.speeds_of_nodes()) speed_ += s;
   }
 
   /// The node for a request that counts `tokens`: the best one within budget, `previous` (where an earlier turn of it
-  /// ran) unless another is clearly better; where no node is within budget, the one with the fewest tokens per GPU, of
-  /// several the best.
+  /// ran) unless another is clearly better; where no node is within budget, the one with the fewest tokens for its
+  /// speed, of several the best. Never one without live GPUs.
   TETROMINO_ABI std::uint32_t assign(const request_signature& signature, std::uint64_t tokens,
                                      std::uint32_t previous = anywhere) {
     TETROMINO_EXPECTS(previous == anywhere || previous < used_.size(), "online_grouper: previous node out of range",
@@ -364,14 +364,17 @@ class online_grouper {
       for (const std::int64_t s : scores_) most = std::max(most, s);
       scores_[previous] += static_cast<std::int64_t>(options_.stickiness * static_cast<double>(most));
     }
-    const std::span<const std::size_t> gpus = affinity_->gpus_of_nodes();
+    const std::span<const double> speeds = affinity_->speeds_of_nodes();
     const auto reckoned = static_cast<double>(std::max(all_ + tokens, options_.expected_tokens));
-    const double per_gpu = affinity_->options().token_budget * reckoned / static_cast<double>(gpus_);
-    std::size_t best = used_.size(), lightest = 0;
+    const double by_speed = affinity_->options().token_budget * reckoned / speed_;
+    std::size_t best = used_.size(), lightest = used_.size();
     for (std::size_t n = 0; n < used_.size(); ++n) {
-      const std::uint64_t here = used_[n] * gpus[lightest], there = used_[lightest] * gpus[n];
+      if (!(speeds[n] > 0)) continue;
+      if (lightest == used_.size()) lightest = n;
+      const double here = static_cast<double>(used_[n]) * speeds[lightest],
+                   there = static_cast<double>(used_[lightest]) * speeds[n];
       if (here < there || (here == there && scores_[n] > scores_[lightest])) lightest = n;
-      if (static_cast<double>(used_[n] + tokens) > per_gpu * static_cast<double>(gpus[n])) continue;
+      if (static_cast<double>(used_[n] + tokens) > by_speed * speeds[n]) continue;
       if (best == used_.size() || scores_[n] > scores_[best]) best = n;
     }
     if (best == used_.size()) best = lightest;
@@ -385,8 +388,8 @@ class online_grouper {
     TETROMINO_EXPECTS(affinity.nodes() == used_.size(), "online_grouper: an affinity of as many nodes",
                       affinity.nodes(), used_.size());
     affinity_ = &affinity;
-    gpus_ = 0;
-    for (const std::size_t g : affinity.gpus_of_nodes()) gpus_ += g;
+    speed_ = 0;
+    for (const double s : affinity.speeds_of_nodes()) speed_ += s;
   }
   /// A request has ended. Precondition: the node had that many tokens.
   TETROMINO_ABI void release(std::uint32_t node, std::uint64_t tokens) {
@@ -404,7 +407,7 @@ class online_grouper {
   std::vector<std::uint64_t> used_;   // [nodes]
   std::vector<std::int64_t> scores_;  // [nodes]
   std::uint64_t all_ = 0;
-  std::size_t gpus_ = 0;
+  double speed_ = 0;  // of all nodes
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe

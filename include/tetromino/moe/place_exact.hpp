@@ -25,7 +25,7 @@ struct exact_options {
   double pair_weight = 0;             ///< of a remote pair
   double node_imbalance = 0;          ///< max / mean of pairs over nodes, in each layer; 0: no limit
   phase served = phase::decode;       ///< whose traffic and load is counted
-  double token_budget = 1.05;         ///< max / mean of tokens over source nodes, by their GPUs
+  double token_budget = 1.05;         ///< max / mean of tokens over source nodes, by the speed of their live GPUs
   std::uint64_t max_steps = 1 << 30;  ///< experts put on a node by way of trial, before the search gives up
 };
 
@@ -44,9 +44,7 @@ class exact_search {
  public:
   exact_search(const trace_view& served, const topology& t, const exact_options& options)
       : served_(served), topology_(t), options_(options), nodes_(t.nodes()) {
-    std::vector<std::size_t> gpus;
     std::uint64_t largest = 0;
-    for (std::size_t n = 0; n < nodes_; ++n) gpus.push_back(t.gpus_on_node(n));
     for (const request& r : served.requests) {
       tokens_of_.push_back(r.range(options.served).size());
       largest = std::max(largest, tokens_of_.back());
@@ -55,9 +53,9 @@ class exact_search {
         request_of_token_.push_back(tokens_of_.size() - 1);
       }
     }
-    room_ = token_room(token_.size(), largest, gpus, options.token_budget);
-    const std::size_t pairs = token_.size() * served.shape.experts_per_token;
     const std::vector<double> speeds = node_speeds(t);
+    room_ = token_room(token_.size(), largest, speeds, options.token_budget);
+    const std::size_t pairs = token_.size() * served.shape.experts_per_token;
     double speed = 0;
     for (const double s : speeds) speed += s;
     for (const double s : speeds) {
@@ -133,11 +131,12 @@ class exact_search {
     }
     const std::size_t last = topology_.is_uniform() ? std::min(nodes_, touched + 1) : nodes_;
     for (std::size_t n = 0; n < last; ++n) {
-      if (room_[n] < tokens_of_[r]) continue;
-      room_[n] -= tokens_of_[r];
+      const auto tokens = static_cast<std::int64_t>(tokens_of_[r]);
+      if (room_[n] < tokens) continue;
+      room_[n] -= tokens;
       source_[r] = static_cast<std::uint32_t>(n);
       assign(r + 1, std::max(touched, n + 1));
-      room_[n] += tokens_of_[r];
+      room_[n] += tokens;
     }
   }
 
@@ -211,7 +210,7 @@ class exact_search {
   std::vector<std::uint64_t> tokens_of_;  // [requests]
   std::vector<std::uint64_t> token_;      // [served tokens] number in the trace
   std::vector<std::size_t> request_of_token_;
-  std::vector<std::uint64_t> room_;       // [nodes] tokens that still fit
+  std::vector<std::int64_t> room_;        // [nodes] tokens that still fit
   std::vector<std::size_t> load_limits_;  // [nodes] pairs
   std::vector<layer> layers_;
   std::vector<std::uint32_t> source_, best_source_;           // [requests]

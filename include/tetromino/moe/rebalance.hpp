@@ -316,7 +316,11 @@ class rebalancer {
       return out;
     }
     // nothing has assigned requests yet, so they run anywhere
-    for (std::size_t r = 0; r < out.homes.size(); ++r) out.homes[r] = static_cast<std::uint32_t>(r % topology_.nodes());
+    std::vector<std::uint32_t> live;
+    for (std::size_t n = 0; n < topology_.nodes(); ++n) {
+      if (topology_.slots_on_node(n) > 0) live.push_back(static_cast<std::uint32_t>(n));
+    }
+    for (std::size_t r = 0; r < out.homes.size(); ++r) out.homes[r] = live[r % live.size()];
     auto running = judge(current_, seen, out.homes);
     if (!running) return running.error();
     out.running = std::move(*running);

@@ -127,7 +127,8 @@ class topology {
     return try_make(gpus_per_node, slots_per_gpu, links).value();
   }
 
-  /// The same GPUs, with no slot on those named: what is left to plan for when they are dead or shall leave. GPUs keep
+  /// The same GPUs, with no slot on those named: what is left to plan for when they are dead or shall leave. A node
+  /// that has no other takes no requests. GPUs keep
   /// their numbers, slots do not (see carry_over). Errors: a GPU that is not there, no slot left.
   [[nodiscard]] TETROMINO_ABI result<topology> try_without(std::span<const std::uint32_t> gone) const {
     std::vector<std::size_t> gpus_per_node, slots_per_gpu;
@@ -148,7 +149,8 @@ class topology {
   }
 
   /// The same GPUs, as fast as `speeds` says: [GPUs], in any unit (a GPU of speed 2 serves twice as many pairs in the
-  /// same time). `balanced`, `local`, choices of copies for single tokens and the imbalances of the cost go by it.
+  /// same time). `balanced`, `local`, nodes' shares of requests, choices of copies for single tokens and the imbalances
+  /// of the cost go by it.
   /// Errors: another number of GPUs, a speed outside 1/64 to 64 times the fastest's.
   [[nodiscard]] TETROMINO_ABI result<topology> try_with_speeds(std::span<const double> speeds) const {
     if (speeds.size() != gpus()) {

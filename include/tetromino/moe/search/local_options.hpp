@@ -39,7 +39,7 @@ struct local_options {
 
   bool replicas = true;              ///< fill spare slots with copies; else they stay empty
   phase served = phase::decode;      ///< whose traffic and load is counted
-  double token_budget = 1.05;        ///< max / mean of tokens over source nodes, by their GPUs
+  double token_budget = 1.05;        ///< max / mean of tokens over source nodes, by the speed of their live GPUs
   std::size_t nodes_per_expert = 1;  ///< copies of each expert on at least so many nodes: none is lost with a node
 
   /// Plan in force, to start from and to keep unless there is a better one. It may lack experts, after the loss of a

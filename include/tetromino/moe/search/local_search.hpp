@@ -62,11 +62,10 @@ class local_search {
       random_of_layer_.emplace_back(random_.bits());
       (may_change[l] ? searched_ : kept_).push_back(l);
     }
-    for (std::size_t n = 0; n < t.nodes(); ++n) gpus_.push_back(t.gpus_on_node(n));
     set_limits();
     std::uint64_t largest = 0;
     for (const std::uint64_t n : sample_.tokens_of) largest = std::max(largest, n);
-    room_ = token_room(sample_.tokens(), largest, gpus_, options.token_budget);
+    room_ = token_room(sample_.tokens(), largest, rules_.speed, options.token_budget);
   }
 
   [[nodiscard]] local_plan run() {
@@ -565,7 +564,7 @@ class local_search {
                    });
     };
     options_.executor((out.size() + together - 1) / together, work);
-    const std::vector<std::uint64_t> room = token_room(all, largest, gpus_, options_.token_budget);
+    const std::vector<std::int64_t> room = token_room(all, largest, rules_.speed, options_.token_budget);
     assigner_.assign({scores, tokens, room}, out);
     return out;
   }
@@ -586,8 +585,7 @@ class local_search {
   std::vector<std::size_t> searched_, kept_;    // layers that may change, and that stay
   std::vector<std::uint32_t> source_;           // [sampled requests]
   std::vector<std::uint32_t> source_of_token_;  // [sampled tokens]
-  std::vector<std::size_t> gpus_;               // [nodes]
-  std::vector<std::uint64_t> room_;             // [nodes]
+  std::vector<std::int64_t> room_;              // [nodes]
   std::vector<std::int64_t> scores_;            // [sampled requests, nodes]
   std::vector<std::int64_t> loads_;             // [layers, experts, nodes] pairs of the sample served there
   std::vector<std::int64_t> expert_limits_;     // [layers, nodes] pairs of an expert; empty: no limit

@@ -4,7 +4,7 @@
 
 #include "../random.hpp"  // search_random
 
-#include <algorithm>  // std::max, std::sort
+#include <algorithm>  // std::max, std::min, std::sort
 #include <cmath>      // std::ceil
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::int64_t, std::uint32_t, std::uint64_t
@@ -16,33 +16,41 @@
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
 /// Requests to be spread over nodes: scores[requests, nodes] (more is better), tokens[requests], and the tokens that
-/// each node may take.
+/// each node may take, below 0 for nodes that serve nobody. One node serves at least.
 struct assignment_problem {
   std::span<const std::int64_t> scores;
   std::span<const std::uint64_t> tokens;
-  std::span<const std::uint64_t> room;
+  std::span<const std::int64_t> room;
 
   [[nodiscard]] std::size_t nodes() const noexcept { return room.size(); }
+  [[nodiscard]] bool serves(std::size_t node) const { return room[node] >= 0; }
+  [[nodiscard]] bool fits(std::size_t node, std::uint64_t all_tokens) const {
+    return serves(node) && all_tokens <= static_cast<std::uint64_t>(room[node]);
+  }
   [[nodiscard]] std::int64_t score(std::size_t request, std::size_t node) const {
     return scores[request * nodes() + node];
   }
 };
 
-/// Room of each node when none may take more than `budget` × its share (by its GPUs), and at least so much that whole
-/// requests of the given size fit.
-[[nodiscard]] inline std::vector<std::uint64_t> token_room(std::uint64_t tokens, std::uint64_t largest,
-                                                           std::span<const std::size_t> gpus, double budget) {
-  std::size_t all = 0;
-  for (const std::size_t g : gpus) all += g;
-  std::vector<std::uint64_t> out, whole;
+/// Room of each node when none may take more than `budget` × its share (by its speed, see node_speeds), and at least so
+/// much that whole requests of the given size fit. −1 for nodes of speed 0.
+[[nodiscard]] inline std::vector<std::int64_t> token_room(std::uint64_t tokens, std::uint64_t largest,
+                                                          std::span<const double> speeds, double budget) {
+  double all = 0;
+  for (const double s : speeds) all += s;
+  std::vector<std::int64_t> out, whole;
   std::uint64_t sum = 0;
-  for (const std::size_t g : gpus) {
-    const double share = static_cast<double>(tokens) * static_cast<double>(g) / static_cast<double>(all);
-    out.push_back(static_cast<std::uint64_t>(share * budget));
-    if (largest == 0) continue;
-    sum += out.back() / largest * largest;  // what fits in whole requests of the largest size
+  for (const double s : speeds) {
+    const double share = static_cast<double>(tokens) * s / all;
+    const double room = std::min(share * budget, 0x1p62);
+    out.push_back(s > 0 ? static_cast<std::int64_t>(room) : -1);
+    whole.push_back(out.back());
+    if (largest == 0 || !(s > 0)) continue;
+    sum +=
+        static_cast<std::uint64_t>(out.back()) / largest * largest;  // what fits in whole requests of the largest size
     // from the share itself: one of half a token is rounded up too
-    whole.push_back(static_cast<std::uint64_t>(std::ceil(share * budget / static_cast<double>(largest))) * largest);
+    whole.back() =
+        static_cast<std::int64_t>(std::ceil(room / static_cast<double>(largest))) * static_cast<std::int64_t>(largest);
   }
   return sum >= tokens ? out : whole;
 }
@@ -59,11 +67,12 @@ class request_assigner {
     for (std::size_t r = 0; r < requests; ++r) {
       std::int64_t best = std::numeric_limits<std::int64_t>::min(), second = best;
       for (std::size_t n = 0; n < nodes; ++n) {
+        if (!p.serves(n)) continue;
         const std::int64_t s = p.score(r, n);
         second = s > best ? best : std::max(second, s);
         best = std::max(best, s);
       }
-      regret_[r] = nodes > 1 ? best - second : 0;
+      regret_[r] = second > std::numeric_limits<std::int64_t>::min() ? best - second : 0;
       order_[r] = static_cast<std::uint32_t>(r);
     }
     std::sort(order_.begin(), order_.end(), [&](std::uint32_t a, std::uint32_t b) {
@@ -72,7 +81,7 @@ class request_assigner {
     for (const std::uint32_t r : order_) {
       std::size_t best = nodes;
       for (std::size_t n = 0; n < nodes; ++n) {
-        if (used_[n] + p.tokens[r] <= p.room[n] && (best == nodes || p.score(r, n) > p.score(r, best))) best = n;
+        if (p.fits(n, used_[n] + p.tokens[r]) && (best == nodes || p.score(r, n) > p.score(r, best))) best = n;
       }
       if (best == nodes) best = roomiest(p);
       used_[best] += p.tokens[r];
@@ -129,20 +138,18 @@ class request_assigner {
     for (std::size_t r = 0; r < sources.size(); ++r) used_[sources[r]] += p.tokens[r];
   }
   [[nodiscard]] std::size_t roomiest(const assignment_problem& p) const {
-    std::size_t best = 0;
-    const auto left = [&](std::size_t n) {
-      return static_cast<std::int64_t>(p.room[n]) - static_cast<std::int64_t>(used_[n]);
-    };
-    for (std::size_t n = 1; n < p.nodes(); ++n) {
-      if (left(n) > left(best)) best = n;
+    std::size_t best = p.nodes();
+    const auto left = [&](std::size_t n) { return p.room[n] - static_cast<std::int64_t>(used_[n]); };
+    for (std::size_t n = 0; n < p.nodes(); ++n) {
+      if (p.serves(n) && (best == p.nodes() || left(n) > left(best))) best = n;
     }
     return best;
   }
   // Whether `there` tokens may go from a to b and `back` return: within room, or no worse than it is.
   [[nodiscard]] bool fits(const assignment_problem& p, std::size_t a, std::size_t b, std::uint64_t there,
                           std::uint64_t back) const {
-    return (there <= back || used_[b] + there - back <= p.room[b]) &&
-           (back <= there || used_[a] + back - there <= p.room[a]);
+    return p.serves(b) && (there <= back || p.fits(b, used_[b] + there - back)) &&
+           (back <= there || p.fits(a, used_[a] + back - there));
   }
 
   void list_movers(const assignment_problem& p, std::span<const std::uint32_t> sources, std::size_t from,

@@ -24,7 +24,7 @@ namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 /// Groups requests by what experts they use, within the room of nodes: k-means by cosine, in whole numbers.
 /// counts[requests, cells] is changed into directions of length about 2¹⁴.
 inline void cluster_requests(std::span<std::int32_t> counts, std::size_t cells, std::span<const std::uint64_t> tokens,
-                             std::span<const std::uint64_t> room, search_random& random,
+                             std::span<const std::int64_t> room, search_random& random,
                              std::span<std::uint32_t> sources) {
   const std::size_t requests = sources.size(), nodes = room.size();
   const auto row = [&](std::size_t r) { return counts.subspan(r * cells, cells); };
