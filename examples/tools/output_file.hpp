@@ -27,16 +27,20 @@ inline void check_outputs(const std::vector<named_file>& outputs, const std::vec
     std::error_code ignored;
     return fs::equivalent(a, b, ignored) || fs::weakly_canonical(a, ignored) == fs::weakly_canonical(b, ignored);
   };
-  for (std::size_t i = 0; i < outputs.size(); ++i) {
-    const named_file& out = outputs[i];
+  std::vector<named_file> others = inputs;
+  for (const named_file& out : outputs) {
     if (out.path.empty()) continue;
-    std::vector<named_file> others = inputs;
-    others.insert(others.end(), outputs.begin(), outputs.begin() + static_cast<std::ptrdiff_t>(i));
-    for (const named_file& other : others) {
-      if (other.path.empty() || !are_same(out.path, other.path)) continue;
-      throw usage_error(fmt::format("{} {}: expected another file than {}", out.option, out.path, other.option));
-    }
-    tetromino::io::pending_file::try_create(out.path).value();  // and away with it: nothing is left if we are killed
+    const auto refuse_same = [&](const std::string& path) {
+      for (const named_file& other : others) {
+        if (other.path.empty() || !are_same(path, other.path)) continue;
+        throw usage_error(fmt::format("{} {}: expected another file than {}", out.option, out.path, other.option));
+      }
+    };
+    refuse_same(out.path);
+    // created and away with it: nothing is left if we are killed; it knows where a link leads that leads to nothing yet
+    const std::string place = tetromino::io::pending_file::try_create(out.path).value().path().string();
+    refuse_same(place);
+    others.push_back({out.option, place});
   }
 }
 

@@ -320,6 +320,10 @@ TEST_CASE("place_experts: no output replaces an input or another output, by what
   refused({"--judge", judge, "--plan", judge}, "expected another file than --judge");
   refused({"--start", judge, "--report", judge}, "expected another file than --start");
   refused({"--plan", out, "--report", out}, "expected another file than --plan");
+  fs::create_symlink("out", folder / "to_out");  // which is not there yet
+  refused({"--plan", out, "--report", (folder / "to_out").string()}, "expected another file than --plan");
+  refused({"--plan", (folder / "to_out").string(), "--report", out}, "expected another file than --plan");
+  CHECK(fs::is_symlink(folder / "to_out"));
   CHECK(read(folder / "judge") == loads);
   CHECK(!fs::exists(out));
 }
