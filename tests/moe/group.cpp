@@ -213,8 +213,9 @@ TEST_CASE("nodes take requests by the speed of their live GPUs, and dead ones no
     online_grouper online(affinity);
     for (const request_signature& s : of) ++counts[1][online.assign(s, 1)];
     CHECK(counts[0] == counts[1]);
-    // requests without tokens neither
-    const std::vector<std::uint32_t> idle = group(affinity, of, std::vector<std::uint64_t>(of.size(), 0));
+    // nor those without tokens, which all nodes suit alike
+    const std::vector<std::uint32_t> idle =
+        group(affinity, std::vector<request_signature>(3), std::vector<std::uint64_t>(3, 0));
     for (const std::uint32_t n : idle) CHECK(cluster.slots_on_node(n) > 0);
     CHECK(cluster.slots_on_node(online_grouper(affinity).assign({}, 0)) > 0);
     return counts[0];
