@@ -25,10 +25,16 @@ namespace TETROMINO_NAMESPACE::detail {
 struct pending_tensor {
   std::string name;
   std::string_view type_name;                  ///< what an io::dtype of the same elements is called, if any is
-  std::size_t begin = 0;                       ///< byte of the file
-  std::size_t size = 0;                        ///< bytes
+  std::size_t begin;                           ///< byte of the file
+  std::size_t size;                            ///< bytes
   std::size_t written = 0;                     ///< bytes from its first on
   std::map<std::size_t, std::size_t> apart{};  ///< further ranges that are written, where each begins and ends
+
+  TETROMINO_ABI pending_tensor(std::string tensor, std::string_view type, std::size_t first, std::size_t bytes)
+      : name(std::move(tensor)), type_name(type), begin(first), size(bytes) {}
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI pending_tensor(pending_tensor&&) = default;
+  TETROMINO_ABI pending_tensor& operator=(pending_tensor&&) = default;
 
   /// Notes a range: in order, that takes no memory.
   TETROMINO_ABI void note(std::size_t first, std::size_t last) {
