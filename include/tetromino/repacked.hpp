@@ -16,6 +16,7 @@
 #include <cstdint>    // std::uint8_t
 #include <cstring>    // std::memcpy
 #include <span>       // std::span
+#include <utility>    // std::move
 #include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE {
@@ -223,13 +224,11 @@ result<repacked> try_repack(const Policy& policy, const Weights& weights, memory
   if (auto fits = detail::check_storage(w); !fits) return fits.error();
   const repacked_shape shape{w.shape()};
   constexpr std::size_t group = repacked_shape::group;
-  repacked out{w.format,
-               w.matrices,
-               w.rows,
-               w.cols,
-               decltype(repacked::data)(detail::page_allocator<repacked::line>(pages == memory_pages::huge)),
-               {w.tensor_scales.begin(), w.tensor_scales.end()}};
-  out.data.resize(shape.bytes() / sizeof(repacked::line));
+  // of its size at once: resize would hold code that moves lines, which objects share
+  decltype(repacked::data) lines(shape.bytes() / sizeof(repacked::line),
+                                 detail::page_allocator<repacked::line>(pages == memory_pages::huge));
+  repacked out{w.format, w.matrices,       w.rows,
+               w.cols,   std::move(lines), {w.tensor_scales.begin(), w.tensor_scales.end()}};
   auto* const data = reinterpret_cast<std::uint8_t*>(out.data.data());
   // A task takes all rows of a group, which share cache lines.
   detail::for_each_row(policy.executor, w.matrices * shape.groups(), w.cols * group, [&](std::size_t i) {
