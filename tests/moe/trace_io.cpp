@@ -339,7 +339,7 @@ std::vector<std::uint8_t> zip(const std::vector<std::pair<std::string, std::vect
       put(*to, data.size(), 4);
       put(*to, name.size(), 2);
       put(*to, 0, 2);
-      if (to == &directory) put(*to, 0, 10), put(*to, at, 4);
+      if (to == &directory) put(*to, 0, 8), put(*to, 0, 2), put(*to, at, 4);
       to->insert(to->end(), name.begin(), name.end());
     }
     out.insert(out.end(), data.begin(), data.end());
