@@ -183,23 +183,22 @@ struct plan_file {
 
 namespace detail::inline TETROMINO_ISA {
 
-/// Lists of layers and devices are read in their order, as vllm-ascend reads them: numbers that say something else are
-/// an error. Says so, or nothing.
-[[nodiscard]] inline std::string check_place(const nlohmann::json& j, const char* key, std::size_t place) {
+/// Says where `key`, if it is there, is another number than the list that is read says, or nothing. `rule`: what lists
+/// and their numbers owe each other.
+[[nodiscard]] inline std::string check_number(const nlohmann::json& j, const char* key, std::size_t expected,
+                                              std::string_view rule) {
   const auto found = j.find(key);
   std::uint64_t n = 0;
-  if (found == j.end() || (whole_number(*found, ~std::uint64_t{0}, n) && n == place)) return {};
-  return text("expected lists in the order of their numbers, from 0: ", key, " ", place, ", got ",
+  if (found == j.end() || (whole_number(*found, ~std::uint64_t{0}, n) && n == expected)) return {};
+  return text("expected ", rule, ": ", key, " ", expected, ", got ",
               found->is_number_integer() ? found->dump() : found->type_name());
 }
-
-/// Says where `key`, if it is there, counts something else than what is listed, or nothing.
+/// Lists of layers and devices are read in their order, as vllm-ascend reads them.
+[[nodiscard]] inline std::string check_place(const nlohmann::json& j, const char* key, std::size_t place) {
+  return check_number(j, key, place, "lists in the order of their numbers, from 0");
+}
 [[nodiscard]] inline std::string check_count(const nlohmann::json& j, const char* key, std::size_t listed) {
-  const auto found = j.find(key);
-  std::uint64_t n = 0;
-  if (found == j.end() || (whole_number(*found, ~std::uint64_t{0}, n) && n == listed)) return {};
-  return text("expected ", key, " to be what is listed, ", listed, ", got ",
-              found->is_number_integer() ? found->dump() : found->type_name());
+  return check_number(j, key, listed, "counts of what is listed");
 }
 
 [[nodiscard]] inline result<plan_file> plan_of_json(const nlohmann::json& j, std::size_t experts) {

@@ -128,8 +128,8 @@ class topology {
   }
 
   /// The same GPUs, with no slot on those named: what is left to plan for when they are dead or shall leave. A node
-  /// that has no other takes no requests. GPUs keep
-  /// their numbers, slots do not (see carry_over). Errors: a GPU that is not there, no slot left.
+  /// that has no other takes no requests. GPUs keep their numbers, slots do not (see carry_over). Errors: a GPU that is
+  /// not there, no slot left.
   [[nodiscard]] TETROMINO_ABI result<topology> try_without(std::span<const std::uint32_t> gone) const {
     std::vector<std::size_t> gpus_per_node, slots_per_gpu;
     for (std::size_t n = 0; n < nodes(); ++n) gpus_per_node.push_back(gpus_on_node(n));
