@@ -1,7 +1,7 @@
 #include "check.hpp"
 
-/// Inputs of less than a megabyte that are made to cost time or memory, through every reader: each comes to an end
-/// within two seconds and 256 MiB, whether it is taken or refused.
+/// Inputs of up to half a megabyte that are made to cost time or memory, through every reader: each comes to an end
+/// within a second and 128 MiB, whether it is taken or refused.
 
 #include <tetromino/io/checkpoint.hpp>
 #include <tetromino/io/gguf.hpp>
@@ -29,16 +29,16 @@ using tetromino_test::memory_in_use;
 using tetromino_test::most_memory_in_use;
 using tetromino_test::store;
 
-constexpr std::size_t megabyte = 1'000'000;
+constexpr std::size_t most_bytes = 500'000;
 
-std::string repeated(const std::string& piece, std::size_t most = megabyte) {
+std::string repeated(const std::string& piece, std::size_t most = most_bytes) {
   std::string out;
   while (out.size() + piece.size() <= most) out += piece;
   return out;
 }
 
 /// piece(0), piece(1) … between commas, up to `most` bytes.
-std::string listed(const std::function<std::string(std::size_t)>& piece, std::size_t most = megabyte - 5000) {
+std::string listed(const std::function<std::string(std::size_t)>& piece, std::size_t most = most_bytes - 5000) {
   std::string out;
   for (std::size_t i = 0; out.size() < most; ++i) out += (i == 0 ? "" : ",") + piece(i);
   return out;
@@ -47,7 +47,7 @@ std::string listed(const std::function<std::string(std::size_t)>& piece, std::si
 /// Lines of a routing log, each with other values.
 std::string log_lines(const std::function<std::string(std::size_t)>& line) {
   std::string out;
-  for (std::size_t i = 0; out.size() + 200 < megabyte; ++i) out += line(i) + "\n";
+  for (std::size_t i = 0; out.size() + 200 < most_bytes; ++i) out += line(i) + "\n";
   return out;
 }
 std::string record(const std::string& request, std::size_t token, std::size_t layer, const std::string& more = "") {
@@ -63,7 +63,7 @@ std::string overlapping_zip(std::size_t data_bytes, const std::string& content) 
   out.resize(31 + data_bytes);
   const std::size_t directory = out.size();
   std::size_t count = 0;
-  while (out.size() + 47 + 22 < megabyte && count < 0xFFFF) {
+  while (out.size() + 47 + 22 < most_bytes && count < 0xFFFF) {
     out += "PK\x01\x02" + std::string(6, '\0') + little(0, 2) + std::string(8, '\0') + little(data_bytes, 4) +
            little(data_bytes, 4) + little(1, 2) + std::string(12, '\0') + little(0, 4) + "a";
     ++count;
@@ -96,14 +96,14 @@ std::vector<input> json_inputs() {
       {"nothing but commas", "[" + repeated(",")},
       {"many keys", "{" + listed(key) + "}"},
       {"the same key", "{" + listed([](std::size_t) { return std::string("\"a\":0"); }) + "}"},
-      {"many keys, then many lists", "{" + listed(key, megabyte / 2) + ",\"l\":[" +
-                                         listed([](std::size_t) { return std::string("[]"); }, megabyte / 2) + "]}"},
+      {"many keys, then many lists", "{" + listed(key, most_bytes / 2) + ",\"l\":[" +
+                                         listed([](std::size_t) { return std::string("[]"); }, most_bytes / 2) + "]}"},
       {"an object of many keys, then many objects",
-       "[{" + listed(key, megabyte / 2) + "}," + listed([](std::size_t) { return std::string("{}"); }, megabyte / 2) +
-           "]"},
+       "[{" + listed(key, most_bytes / 2) + "}," +
+           listed([](std::size_t) { return std::string("{}"); }, most_bytes / 2) + "]"},
       {"an object of many keys, then many lists",
-       "[{" + listed(key, megabyte / 2) + "}," + listed([](std::size_t) { return std::string("[]"); }, megabyte / 2) +
-           "]"},
+       "[{" + listed(key, most_bytes / 2) + "}," +
+           listed([](std::size_t) { return std::string("[]"); }, most_bytes / 2) + "]"},
       {"empty objects", "[" + listed([](std::size_t) { return std::string("{}"); }) + "]"},
       {"numbers", "[" + listed([](std::size_t) { return std::string("1"); }) + "]"},
       {"counts of one layer", R"({"logical_count":[[)" + listed([](std::size_t) { return std::string("1"); }) + "]]}"},
@@ -150,39 +150,39 @@ std::vector<input> line_inputs() {
 }
 
 std::vector<input> other_text_inputs() {
-  return {{"CSV", "layer,expert,count\n" + repeated("0,0,1\n", megabyte - 100)},
+  return {{"CSV", "layer,expert,count\n" + repeated("0,0,1\n", most_bytes - 100)},
           {"CSV that grows",
            [] {
              std::string out = "layer,expert,count\n";
-             for (std::size_t i = 0; out.size() < megabyte - 100; ++i)
+             for (std::size_t i = 0; out.size() < most_bytes - 100; ++i)
                out += std::to_string(i % 64) + "," + std::to_string(i % 65'000) + ",1\n";
              return out;
            }()},
           {"CSV of the last cell", "layer,expert,count\n65534,65534,1\n"},
-          {"CSV of many cells", "layer,expert,count\n" + repeated(",", megabyte - 100)},
+          {"CSV of many cells", "layer,expert,count\n" + repeated(",", most_bytes - 100)},
           {"CSV of a wide layer and many layers",
            [] {
              std::string out = "layer,expert,count\n0,63,1\n";
-             for (std::size_t i = 0; out.size() < megabyte - 100; ++i) out += std::to_string(i % 65'000) + ",0,1\n";
+             for (std::size_t i = 0; out.size() < most_bytes - 100; ++i) out += std::to_string(i % 65'000) + ",0,1\n";
              return out;
            }()},
           {"YAML", "num_slots: 1\ninitial_global_assignments:\n" +
                        [] {
                          std::string out;
-                         for (std::size_t i = 0; out.size() < megabyte - 100; ++i)
+                         for (std::size_t i = 0; out.size() < most_bytes - 100; ++i)
                            out += "  " + std::to_string(i) + ": [0]\n";
                          return out;
                        }()},
-          {"YAML of one layer", "initial_global_assignments:\n  0: [" + repeated("0,", megabyte - 100) + "]\n"},
-          {"YAML of brackets", "initial_global_assignments:\n  0: " + repeated("[", megabyte - 100)},
-          {"YAML of comments", "initial_global_assignments:\n" + repeated("#\n", megabyte - 100)},
+          {"YAML of one layer", "initial_global_assignments:\n  0: [" + repeated("0,", most_bytes - 100) + "]\n"},
+          {"YAML of brackets", "initial_global_assignments:\n  0: " + repeated("[", most_bytes - 100)},
+          {"YAML of comments", "initial_global_assignments:\n" + repeated("#\n", most_bytes - 100)},
           {"text of a placement that promises", "placement 1000000 65535 1000000\n"},
-          {"text of a placement of many numbers", "placement 1 65535 400000\n" + repeated("0 ", megabyte - 100)}};
+          {"text of a placement of many numbers", "placement 1 65535 200000\n" + repeated("0 ", most_bytes - 100)}};
 }
 
 std::vector<input> safetensors_inputs() {
   const auto tensors = [](const std::function<std::string(std::size_t)>& one, std::size_t data) {
-    std::string header = "{" + listed(one, megabyte - data - 1000) + "}";
+    std::string header = "{" + listed(one, most_bytes - data - 1000) + "}";
     header.resize((header.size() + 7) / 8 * 8, ' ');
     return file_with(header, data);
   };
@@ -194,7 +194,7 @@ std::vector<input> safetensors_inputs() {
                                        return entry(std::to_string(i), "U8", "[1]",
                                                     "[" + std::to_string(i) + "," + std::to_string(i + 1) + "]");
                                      },
-                                     15'000)},
+                                     7'500)},
       {"tensors that overlap",
        tensors([&](std::size_t i) { return entry(std::to_string(i), "U8", "[100]", "[0,100]"); }, 100)},
       {"tensors of one name", tensors([&](std::size_t) { return entry("a", "U8", "[0]", "[0,0]"); }, 0)},
@@ -203,7 +203,7 @@ std::vector<input> safetensors_inputs() {
            "{" + entry("a", "U8", "[" + listed([](std::size_t) { return std::string("1"); }) + "]", "[0,1]") + "}", 1)},
       {"a huge shape", file_with("{" + entry("experts", "U8", "[1099511627776,0,8]", "[0,0]") + "}", 0)},
       {"a trace of no layers", file_with("{" + entry("experts", "U8", "[4000000000,0,8]", "[0,0]") + "}", 0)},
-      {"a long name", file_with("{" + entry(repeated("n", megabyte - 1000), "U8", "[0]", "[0,0]") + "}", 0)},
+      {"a long name", file_with("{" + entry(repeated("n", most_bytes - 1000), "U8", "[0]", "[0,0]") + "}", 0)},
       {"metadata", file_with("{\"__metadata__\":{" +
                                  listed([](std::size_t i) { return "\"" + std::to_string(i) + "\":\"\""; }) + "}}",
                              0)},
@@ -215,9 +215,9 @@ std::vector<input> safetensors_inputs() {
                                           return entry("0_" + std::to_string(i * 7919 % 65'000), "U8", "[1]",
                                                        "[" + std::to_string(i) + "," + std::to_string(i + 1) + "]");
                                         },
-                                        13'000)},
+                                        6'500)},
       {"experts called by many domains",
-       file_with(R"({"__metadata__":{"domains":")" + repeated(",", megabyte - 1000) + R"("},)" +
+       file_with(R"({"__metadata__":{"domains":")" + repeated(",", most_bytes - 1000) + R"("},)" +
                      entry("experts", "U8", "[1,1,1]", "[0,1]") + "," + entry("domain", "U8", "[1]", "[1,2]") + "}",
                  2)}};
 }
@@ -228,27 +228,27 @@ std::vector<input> binary_inputs() {
   return {{"GGUF that promises tensors", gguf + little(std::uint64_t{1} << 60, 8) + little(0, 8)},
           {"GGUF that promises metadata", gguf + little(0, 8) + little(std::uint64_t{1} << 60, 8)},
           {"GGUF, a long list of bytes", gguf + little(0, 8) + little(1, 8) + text("a") + little(9, 4) + little(0, 4) +
-                                             little(990'000, 8) + std::string(990'000, '\0')},
+                                             little(490'000, 8) + std::string(490'000, '\0')},
           {"GGUF, a list of empty texts", gguf + little(0, 8) + little(1, 8) + text("a") + little(9, 4) + little(8, 4) +
-                                              little(124'000, 8) + std::string(8 * 124'000, '\0')},
+                                              little(62'000, 8) + std::string(8 * 62'000, '\0')},
           {"GGUF, lists in lists",
            [&] {
              std::string out = gguf + little(0, 8) + little(1, 8) + text("a") + little(9, 4);
-             while (out.size() + 12 < megabyte) out += little(9, 4) + little(1, 8);
+             while (out.size() + 12 < most_bytes) out += little(9, 4) + little(1, 8);
              return out;
            }()},
           {"GGUF, many keys",
            [&] {
              std::string out;
              std::uint64_t n = 0;
-             for (; out.size() + 40 < megabyte; ++n) out += text(std::to_string(n)) + little(0, 4) + "x";
+             for (; out.size() + 40 < most_bytes; ++n) out += text(std::to_string(n)) + little(0, 4) + "x";
              return gguf + little(0, 8) + little(n, 8) + out;
            }()},
           {"GGUF, many empty tensors",
            [&] {
              std::string out;
              std::uint64_t n = 0;
-             for (; out.size() + 60 < megabyte; ++n)
+             for (; out.size() + 60 < most_bytes; ++n)
                out += text(std::to_string(n)) + little(1, 4) + little(0, 8) + little(0, 4) + little(0, 8);
              return gguf + little(n, 8) + little(0, 8) + out;
            }()},
@@ -256,16 +256,16 @@ std::vector<input> binary_inputs() {
            [&] {
              std::string out;
              std::uint64_t n = 0;
-             for (; out.size() + 30 < megabyte; ++n)
+             for (; out.size() + 30 < most_bytes; ++n)
                out += little(6, 4) + std::to_string(100'000 + n) + little(1, 4) + little(1, 4) + std::string(4, '\0');
              return little(n, 4) + out;
            }()},
           {"imatrix that promises", little(0x7FFFFFFF, 4) + little(0x7FFFFFFF, 4)},
           {".npy of no layers", npy("(4000000000, 0, 8)", 0)},
-          {".npy of ids", npy("(900000, 1, 1)", 900'000)},
-          {".npy of counts", npy("(1, 900000)", 900'000)},
+          {".npy of ids", npy("(450000, 1, 1)", 450'000)},
+          {".npy of counts", npy("(1, 450000)", 450'000)},
           {".npy of many dimensions", npy("(" + repeated("1,", 60'000) + ")", 1)},
-          {"archive of the same ids", overlapping_zip(500'000, npy("(499000, 1, 1)", 499'000).substr(0, 500'000))},
+          {"archive of the same ids", overlapping_zip(250'000, npy("(249000, 1, 1)", 249'000).substr(0, 250'000))},
           {"archive of no directory", "PK\x03\x04" + repeated("PK\x05\x06")},
           {"a pickle", "\x80\x02" + repeated("(")}};
 }
@@ -298,15 +298,15 @@ const std::vector<std::pair<const char*, std::function<void(const std::filesyste
 void check_all(const std::vector<input>& inputs) {
   const tetromino_test::temporary_directory folder;
   for (const auto& [name, content] : inputs) {
-    REQUIRE(content.size() <= megabyte + 100);
+    REQUIRE(content.size() <= most_bytes + 100);
     const auto path = store(folder / "input", content), model = folder / "model";
     for (const auto& [reader, read] : readers) {
       INFO(name << ", read as " << reader);
       const std::size_t before = most_memory_in_use = memory_in_use.load();
       const std::clock_t start = std::clock();  // of this program alone
       read(path, content);
-      CHECK(std::clock() - start < 2 * CLOCKS_PER_SEC);
-      if (measures_memory) CHECK(most_memory_in_use - before < std::size_t{256} << 20);
+      CHECK(std::clock() - start < CLOCKS_PER_SEC);
+      if (measures_memory) CHECK(most_memory_in_use - before < std::size_t{128} << 20);
     }
     for (const char* part : {"config.json", "model.safetensors.index.json"}) {  // a model's texts
       INFO(name << ", as " << part);
@@ -316,8 +316,8 @@ void check_all(const std::vector<input>& inputs) {
       const std::size_t before = most_memory_in_use = memory_in_use.load();
       const std::clock_t start = std::clock();  // of this program alone
       static_cast<void>(io::checkpoint::try_open(model));
-      CHECK(std::clock() - start < 2 * CLOCKS_PER_SEC);
-      if (measures_memory) CHECK(most_memory_in_use - before < std::size_t{256} << 20);
+      CHECK(std::clock() - start < CLOCKS_PER_SEC);
+      if (measures_memory) CHECK(most_memory_in_use - before < std::size_t{128} << 20);
       std::filesystem::remove_all(model);
     }
   }
@@ -357,9 +357,9 @@ TEST_CASE("worst cases: 100 MB in one line of a file take bounded memory", "[.sl
   const tetromino_test::temporary_directory folder;
   const std::string start = R"({"req_id":"a","token_idx":0,"layer":0,"topk_ids":)";
   for (const auto& [name, content] : std::vector<input>{
-           {"numbers", start + "[" + listed([](std::size_t) { return std::string("1"); }, 100 * megabyte) + "]}"},
-           {"lists", start + repeated("[", 100 * megabyte)},
-           {"one string", start + "\"" + repeated("x", 100 * megabyte) + "\"}"}}) {
+           {"numbers", start + "[" + listed([](std::size_t) { return std::string("1"); }, 100'000'000) + "]}"},
+           {"lists", start + repeated("[", 100'000'000)},
+           {"one string", start + "\"" + repeated("x", 100'000'000) + "\"}"}}) {
     INFO(name);
     const auto path = store(folder / "log", content);
     const std::size_t before = most_memory_in_use = memory_in_use.load();

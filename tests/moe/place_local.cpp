@@ -142,7 +142,7 @@ TEST_CASE("plans are valid, within budget and limit, and better than contiguous 
       const topology cluster = topology::with_node_slots(nodes, 2, (32 + nodes - 1) / nodes + extra);
       local_options options;
       options.node_imbalance = nodes <= 4 ? 1.1 : 0;
-      options.effort = 0.2;
+      options.effort = 0.05;
       const local_plan plan = local(t.view(), cluster, options);
       try_validate(plan.experts, cluster).value();
       CHECK(filled(plan.experts) == 3 * std::min(cluster.slots(), 32 * nodes));
@@ -190,7 +190,7 @@ TEST_CASE("a mask of 256 bits gives the plan that one of 64 gives") {
         local_options options;
         options.node_weight = 1 - pairs;
         options.pair_weight = pairs;
-        options.max_proposals = 3'000;
+        options.max_proposals = 1'500;
         options.start = warm ? &before : nullptr;
         CAPTURE(cluster.nodes(), pairs, warm);
         const local_plan narrow = detail::search_local<std::uint64_t>(t.view(), cluster, options);
@@ -211,7 +211,7 @@ TEST_CASE("clusters of more nodes than a machine word has bits") {
     CAPTURE(nodes);
     local_options options;
     options.node_imbalance = 0;
-    options.max_proposals = 12'000;
+    options.max_proposals = 6'000;
     const local_plan plan = local(t.view(), cluster, options);
     try_validate(plan.experts, cluster).value();
     const cost_report cost = judge(t, cluster, plan);
@@ -521,7 +521,7 @@ TEST_CASE("recorded routing: far less traffic on the requests it was made from",
 
 TEST_CASE("local keeps copies on as many nodes as it is told, also from a plan that lost a node") {
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 60; ++i) {
+  for (int i = 0; i < 20; ++i) {
     const topology t = topology::uniform(2 + g.below(3), 1 + g.below(2), 3 + g.below(4));
     const std::size_t experts = 1 + g.below(t.slots() / 2);
     const auto made = reference::make_routing(g.bits(), 2, experts, 1, 8, 0, 6, 2);
@@ -567,7 +567,7 @@ TEST_CASE("local keeps copies on as many nodes as it is told, also from a plan t
 
 TEST_CASE("local plans around choices that nobody serves") {
   generator g(tetromino_test::seed());
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < 8; ++i) {
     auto made = reference::make_routing(g.bits(), 2, 8, 2, 12, 2, 8, 3);
     for (auto& id : made.ids) id = g.below(4) == 0 ? no_expert : id;
     std::vector<request> requests;
