@@ -1,8 +1,8 @@
 # Every public header compiles alone, with our warnings, next to the packages that it names: what a program or another such
 # header includes first, there. (Those that few but headers of ours include do in a slow test: detail/, moe/search,
 # moe/formats, and io/checkpoint and io/gguf but for their doors pack.hpp and verify.hpp.) And two translation units that
-# include all of them link: one in order, one in reverse, without exceptions and without vectors; both after others have
-# defined words that we use as macros.
+# include all of them share what they define: one in order, one in reverse, without exceptions and without vectors; both
+# after others have defined words that we use as macros.
 file(GLOB_RECURSE headers CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/tetromino/*.hpp)
 list(FILTER headers EXCLUDE REGEX "/detail/macros_(off|back)[.]hpp$")  # the two ends of other headers
 # What differs between instruction sets is in detail/simd/isa: other vector code has names for it.
@@ -112,34 +112,26 @@ list(REMOVE_ITEM includes ${first_of_all} ${last_of_all})
 list(PREPEND includes ${first_of_all})
 list(APPEND includes ${last_of_all})
 list(TRANSFORM includes REPLACE "^${PROJECT_SOURCE_DIR}/include/(.*)$" "#include <\\1>\n")
-set(function "int backward();\nint main() { return backward(); }")
 foreach(direction IN ITEMS forward backward)
   list(JOIN includes "" text)
   file(
     CONFIGURE
     OUTPUT odr/${direction}.cpp
     CONTENT
-      "#include <support/foreign_macros.hpp>\n@text@\n#if !defined(max) || !defined(slots)\n#error what others defined is lost\n#endif\n@function@\n"
+      "#include <support/foreign_macros.hpp>\n@text@\n#if !defined(max) || !defined(slots)\n#error what others defined is lost\n#endif\nvoid @direction@();\nvoid @direction@() {}\n"
     @ONLY)
   list(REVERSE includes)
-  set(function "int backward();\nint backward() { return 0; }")
+  add_library(test_headers_${direction} OBJECT ${CMAKE_CURRENT_BINARY_DIR}/odr/${direction}.cpp)
+  target_include_directories(test_headers_${direction} PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+  target_compile_options(test_headers_${direction} PRIVATE -O0)
+  target_link_libraries(test_headers_${direction} PRIVATE tetromino ${packages_of_all} tetromino_warnings)
 endforeach()
-
-add_library(test_bare OBJECT ${CMAKE_CURRENT_BINARY_DIR}/odr/backward.cpp)
-target_include_directories(test_bare PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
-target_compile_options(test_bare PRIVATE -fno-exceptions -DTETROMINO_SIMD=0)
-target_link_libraries(test_bare PRIVATE tetromino ${packages_of_all} tetromino_warnings)
+target_compile_options(test_headers_backward PRIVATE -fno-exceptions -DTETROMINO_SIMD=0)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  target_compile_options(test_bare PRIVATE -O0 -fkeep-inline-functions)
+  # all functions by name, without the machine code that would take most of the time
+  target_compile_options(test_headers_backward PRIVATE -fkeep-inline-functions -flto -fno-fat-lto-objects)
   separate_arguments(flags UNIX_COMMAND "${CMAKE_CXX_FLAGS}")
-  tetromino_register(headers.linkage package ${CMAKE_CURRENT_SOURCE_DIR}/linkage.sh ${CMAKE_NM} ${CMAKE_CXX_COMPILER}
-                     ${PROJECT_SOURCE_DIR}/include $<TARGET_OBJECTS:test_bare> ${flags})
+  tetromino_register(
+    headers.linkage package ${CMAKE_CURRENT_SOURCE_DIR}/linkage.sh ${CMAKE_NM} ${CMAKE_CXX_COMPILER}
+    ${PROJECT_SOURCE_DIR}/include $<TARGET_OBJECTS:test_headers_forward> $<TARGET_OBJECTS:test_headers_backward> ${flags})
 endif()
-
-add_executable(test_odr ${CMAKE_CURRENT_BINARY_DIR}/odr/forward.cpp $<TARGET_OBJECTS:test_bare>)
-target_include_directories(test_odr PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
-target_link_libraries(test_odr PRIVATE tetromino ${packages_of_all} Threads::Threads tetromino_warnings)
-if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  target_link_options(test_odr PRIVATE -Wl,--gc-sections)  # what was kept calls what is in libraries
-endif()
-tetromino_register(headers.two_units_link package test_odr)
