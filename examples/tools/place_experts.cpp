@@ -37,9 +37,10 @@ struct settings {
   std::string trace_path, judge_path, report_path, plan_path, start_path, format = "json";
   trace_read_options reading;
   std::size_t first_layer = 0;
-  std::vector<std::uint32_t> layers;      // of TRACE: their numbers in the model
-  std::vector<std::string> for_requests;  // options given that loads alone have no use for
-  std::size_t nodes = 8, gpus_per_node = 8;
+  std::vector<std::uint32_t> layers;                             // of TRACE: their numbers in the model
+  std::vector<std::string> for_requests;                         // options given that loads alone have no use for
+  std::size_t nodes = 8, gpus_per_node = 8, nodes_per_rack = 0;  // 0: no racks
+  double rack_cost = 3;
   std::vector<std::size_t> slots_per_node;
   std::size_t splits = 5;
   std::uint64_t seed = 1;
@@ -51,6 +52,13 @@ struct settings {
 };
 
 constexpr std::size_t most_nodes = 256;  // of local and node_affinity
+
+/// The cluster with so many slots on each node.
+tetromino::result<topology> try_cluster(const settings& s, std::size_t slots) {
+  auto t = topology::try_with_node_slots(s.nodes, s.gpus_per_node, slots);
+  return t && s.nodes_per_rack > 0 ? t->try_with_racks(s.nodes_per_rack, s.rack_cost) : t;
+}
+topology cluster(const settings& s, std::size_t slots) { return try_cluster(s, slots).value(); }
 
 using rows = std::vector<std::vector<std::string>>;
 using nlohmann::ordered_json;
@@ -237,13 +245,13 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
   }
   std::vector<topology> clusters;
   for (const auto& plan : plans) {
-    clusters.push_back(topology::with_node_slots(s.nodes, s.gpus_per_node, plan.first));
+    clusters.push_back(cluster(s, plan.first));
   }
   std::vector<experiment> list;
   for (std::size_t i = 0; i < plans.size(); ++i) {
     // of equal size, the first: what is planned for it is planned once
-    const topology& cluster = *std::find(clusters.begin(), clusters.end(), clusters[i]);
-    for (const split& part : splits) list.push_back({&plans[i].second, &part.calibration, &part.judged, &cluster});
+    const topology& t = *std::find(clusters.begin(), clusters.end(), clusters[i]);
+    for (const split& part : splits) list.push_back({&plans[i].second, &part.calibration, &part.judged, &t});
   }
   const std::vector<finding> found = run_all(s, "comparing plans", list);
   std::vector<measured> all;
@@ -254,6 +262,7 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
   }
   rows r = {{"plan", "slots/node", "remote pairs", "nodes/token", "node imbalance", "GPU imbalance", "kB/token",
              "s to place"}};
+  if (s.nodes_per_rack > 0) r.front().insert(r.front().begin() + 4, "cost/token");
   // all plans are judged on the same tokens: where there are none, none is best
   const bool is_measured = all.front().result.nodes_per_token.count() > 0;
   const auto fewest = [](const measured& a, const measured& b) {
@@ -269,12 +278,14 @@ std::vector<measured> compare(const settings& s, const std::vector<split>& split
                                   {"nodes_per_token", json_of(o.nodes_per_token)},
                                   {"node_imbalance", json_of(o.node_imbalance)},
                                   {"gpu_imbalance", json_of(o.gpu_imbalance)},
+                                  {"cost_per_token", json_of(o.cost_per_token)},
                                   {"bytes_per_token", json_of(o.bytes_per_token)},
                                   {"seconds_to_place", json_of(o.seconds_to_place)}});
     r.push_back({m.name, std::to_string(m.slots), number(o.remote_pairs), number(o.nodes_per_token, 2),
                  number(o.node_imbalance, 2), number(o.gpu_imbalance, 2),
                  is_measured ? number(o.bytes_per_token.mean() * 1e-3, 0) : "–",
                  is_measured ? number(o.seconds_to_place.mean(), 2) : "–"});
+    if (s.nodes_per_rack > 0) r.back().insert(r.back().begin() + 4, number(o.cost_per_token, 2));
   }
   out.table(r, is_measured ? best + 1 : 0);
   if (!is_measured) {
@@ -310,7 +321,7 @@ void trade(const settings& s, const std::vector<split>& splits, const std::vecto
   };
   std::vector<point> points;
   for (const std::size_t slots : s.slots_per_node) {
-    const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, slots);
+    const topology t = cluster(s, slots);
     for (const bool for_pairs : {false, true}) {
       for (const double limit : limits) {
         points.push_back({slots, t, {"", experts_by::local, requests_by::prefill, {s.seed, limit, for_pairs}}});
@@ -362,7 +373,7 @@ void drift(const settings& s, const trace& recorded, const std::vector<split>& s
               fmt::format("nodes/token (and node imbalance) when one domain is served; \"local\" is planned on all "
                           "domains, on the served one, or on each of the others (mean). {} slots per node.",
                           s.slots_per_node.front()));
-  const topology t = topology::with_node_slots(s.nodes, s.gpus_per_node, s.slots_per_node.front());
+  const topology t = cluster(s, s.slots_per_node.front());
   const contender local{"", experts_by::local, requests_by::prefill, {s.seed, s.limit, false}};
   struct parts {
     std::vector<half> calibration, judged;  // [domains]
@@ -541,7 +552,7 @@ void hand_over(const settings& s, const half& everything, const std::optional<pl
 std::vector<topology> clusters_for(const settings& s, std::size_t experts) {
   std::vector<topology> out;
   for (const std::size_t slots : s.slots_per_node) {
-    auto t = topology::try_with_node_slots(s.nodes, s.gpus_per_node, slots);
+    auto t = try_cluster(s, slots);
     if (!t) throw ui::usage_error(t.error().what());
     if (t->slots() < experts) {
       throw ui::usage_error(fmt::format("--slots {}: expected a slot for each of {} experts, got {} on {} nodes", slots,
@@ -634,6 +645,10 @@ int place_all(settings s) {
   voice out(s);
   out.found["format"] = file.format;
   out.found["cluster"] = {{"nodes", s.nodes}, {"gpus_per_node", s.gpus_per_node}};
+  if (s.nodes_per_rack > 0) {
+    out.found["cluster"]["nodes_per_rack"] = s.nodes_per_rack;
+    out.found["cluster"]["rack_cost"] = s.rack_cost;
+  }
   out.line(fmt::format("{}: {}", ui::printable(s.trace_path), file.format));
   const auto in_model = [&](std::vector<std::uint32_t> layers) {
     for (std::uint32_t& number : layers) number += static_cast<std::uint32_t>(s.first_layer);
@@ -677,11 +692,15 @@ int place_all(settings s) {
       "Plans compared",
       fmt::format("{} nodes of {} GPUs. {}; requests are assigned by their prefill. "
                   "Remote pairs: (token, expert) pairs served on another node. nodes/token: other nodes that a "
-                  "token is sent to, per layer. Imbalance: busiest / mean, mean over layers.",
+                  "token is sent to, per layer. {}Imbalance: busiest / mean, mean over layers.",
                   s.nodes, s.gpus_per_node,
                   other ? std::string("Planned on one trace and judged on the decode tokens of the other")
                         : fmt::format("Planned on half of the requests and judged on the decode tokens of the other{}",
-                                      splits.size() == 1 ? "" : fmt::format(", {} times", splits.size()))));
+                                      splits.size() == 1 ? "" : fmt::format(", {} times", splits.size())),
+                  s.nodes_per_rack == 0 ? ""
+                                        : fmt::format("cost/token: the same, those in other racks of {} nodes counted "
+                                                      "{} times. ",
+                                                      s.nodes_per_rack, s.rack_cost)));
   const std::vector<measured> all = compare(s, splits, out);
   const auto best = std::find_if(all.begin(), all.end(), [](const measured& m) { return m.name == nodes_plan; });
   if (all.front().first.tokens > 0) draw(all.front().first, best->first, t, out);
@@ -707,6 +726,12 @@ int main(int argc, char** argv) {
   const auto judge = app.add_file("--judge", s.judge_path, "judge on this trace, instead of on a part of TRACE");
   app.add_option("--nodes", s.nodes, "nodes").within(1u, 65535u).shows_default();
   app.add_option("--gpus", s.gpus_per_node, "GPUs per node").within(1u, 65535u).shows_default();
+  const auto rack =
+      app.add_option("--rack", s.nodes_per_rack, "nodes per rack, where racks are far apart").within(1u, 65535u);
+  const auto rack_cost = app.add_option("--rack-cost", s.rack_cost, "what a byte between racks costs, over inside one")
+                             .within(0.001, 1000.0)
+                             .shows_default()
+                             .needs(rack);
   app.add_option("--slots", s.slots_per_node, "expert slots per node and layer; several: 16,18,24")
       .split_at(',')
       .within(1u, 1u << 24);
@@ -737,7 +762,7 @@ int main(int argc, char** argv) {
   app.add_file("--report", s.report_path, "write a page with pictures here (HTML)");
   app.add_output(s.print);
   if (const auto leave = app.read(argc, argv)) return leave();
-  for (const ui::option& given : {judge, limit, splits, seed, size}) {
+  for (const ui::option& given : {judge, limit, splits, seed, size, rack, rack_cost}) {
     if (given.is_given()) s.for_requests.push_back(given.name());
   }
   for (int i = 0; i < argc; ++i) {

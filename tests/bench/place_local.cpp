@@ -267,6 +267,36 @@ void from_profile(const trace& recorded) {
   }
 }
 
+/// Eight nodes in two racks, between which a byte costs three times as much: planned and served as if there were none,
+/// and with them.
+void racks(const trace& recorded) {
+  fmt::print("\nTwo racks of 4 nodes x 8 GPUs, a byte between them 3 times as dear (judged requests)\n");
+  fmt::print("{:<34} {:>15} {:>15} {:>14}\n", "slots per node, planned", "cost/token", "nodes/token", "node imbalance");
+  const std::vector<study::split> splits = study::random_halves(recorded, 5, 1);
+  for (const std::size_t slots : std::initializer_list<std::size_t>{16, 24}) {
+    const topology alike = topology::with_node_slots(8, 8, slots), far = alike.with_racks(4, 3);
+    for (const topology& known : {alike, far}) {
+      const study::contender c{
+          "", study::experts_by::local, study::requests_by::prefill, {1, slots == 16 ? 1.01 : 1.03, false}};
+      study::statistic cost, nodes, imbalance;
+      for (const study::split& s : splits) {
+        const trace_view calibration = s.calibration.view(), judged = s.judged.view();
+        const placement p = study::place(c, calibration, known);
+        const cost_report r = study::judge(p, study::assign(c, p, calibration, judged, known), judged, known, 1.05);
+        double sum = 0;
+        for (std::size_t i = 0; i < r.copies_between.size(); ++i) {
+          sum += static_cast<double>(r.copies_between[i]) * far.node_cost(i / 8, i % 8);
+        }
+        cost.add(sum / static_cast<double>(r.tokens * r.layers));
+        nodes.add(r.nodes_per_token());
+        imbalance.add(r.node_imbalance);
+      }
+      fmt::print("{:<34} {:>15} {:>15} {:>14}\n", fmt::format("{}, {}", slots, known == far ? "with racks" : "without"),
+                 spread(cost, 2), spread(nodes, 2), spread(imbalance, 2));
+    }
+  }
+}
+
 void few_requests(const trace& recorded, const topology& t, std::size_t requests, std::size_t halves, bool pairs) {
   const double limit = t.slots() == recorded.shape().experts ? 1.01 : 1.03;
   fmt::print("{:<24} {:>15} {:>15} {:>14}\n", "domains", "nodes/token", "remote pairs", "node imbalance");
@@ -358,5 +388,6 @@ int main(int argc, char** argv) {
   }
   cut_signatures(recorded);
   from_profile(recorded);
+  racks(recorded);
   speed(recorded);
 }

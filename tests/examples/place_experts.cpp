@@ -123,6 +123,8 @@ TEST_CASE("place_experts: what loads, a file or a cluster have no use or no room
   refused(counts, {"--slots", "2,3"}, "expected a trace of requests for a second number of --slots");
   refused(trace, {"--judge", trace, "--splits", "2"}, "--judge excludes --splits");
   refused(trace, {"--nodes", "300"}, "expected at most 256");
+  refused(counts, {"--rack", "1"}, "expected a trace of requests for --rack");
+  refused(trace, {"--rack-cost", "2"}, "--rack-cost requires --rack");
   for (const std::string& input : {counts, trace}) {
     refused(input, {"--nodes", "256", "--gpus", "256"}, "GPUs");
     refused(input, {"--nodes", "2", "--gpus", "1", "--slots", "1"}, "a slot for each of 4 experts, got 2");
@@ -228,6 +230,26 @@ TEST_CASE("place_experts: what it finds as JSON, or nothing") {
   CHECK(found.at("migration").at("from") == "contiguous");
   CHECK(
       run_program("place_experts", on_two_nodes((folder / "trace").string(), {"--quiet"}), folder.path()).out.empty());
+}
+
+TEST_CASE("place_experts: between racks, a copy costs what it is told") {
+  const temporary_directory folder;
+  write(folder / "trace", routing());
+  const auto asked = [&](const std::string& more) {
+    return run_program("place_experts",
+                       on_two_nodes((folder / "trace").string(), {"--rack", "1", "--rack-cost", "2.5", more}),
+                       folder.path());
+  };
+  const auto run = asked("--json");
+  REQUIRE(run.exit_code == 0);
+  const auto found = nlohmann::json::parse(run.out);
+  CHECK(found.at("cluster").at("nodes_per_rack") == 1);
+  CHECK(found.at("cluster").at("rack_cost") == 2.5);
+  for (const auto& plan : found.at("plans")) {
+    const double nodes = plan.at("nodes_per_token").at("mean").get<double>();
+    CHECK(plan.at("cost_per_token").at("mean").get<double>() == Approx(2.5 * nodes));
+  }
+  CHECK_THAT(asked("--threads=1").out, contains("cost/token"));
 }
 
 TEST_CASE("place_experts: of many domains, the extremes have names and the others a picture") {

@@ -112,7 +112,7 @@ bool reads_files(const char* folder) {
 int NAMED(place, SET)(const char* folder);
 int NAMED(place, SET)(const char* folder) {
   const moe::trace seen = recorded();
-  const auto t = moe::topology::uniform(2, 2, 5).with_speeds(std::vector<double>{1, 1, 0.5, 1});
+  const auto t = moe::topology::uniform(2, 2, 5).with_speeds(std::vector<double>{1, 1, 0.5, 1}).with_racks(1, 2);
   if (!plans(seen, t)) return 4;
   return serves() ? (reads_files(folder) ? 0 : 6) : 5;
 }

@@ -96,6 +96,41 @@ TEST_CASE("a case counted by hand") {
   CHECK(e.dispatch_seconds == Approx(1.0 + 2 * 2 + 0.1 + 2 * 1));
 }
 
+TEST_CASE("what goes to another rack takes ports for longer") {
+  // racks {0, 1} and {2}; a token on node 0 is sent to both others
+  const topology near = topology::uniform(3, 1, 1, {.inside = {100, 1}, .between = {10, 2}});
+  const topology t = near.with_racks(2, 4);
+  const placement p = contiguous(1, 3, t);
+  const trace tr = trace::make({1, 3, 3}, {0, 1, 2}, {{0, 1, 0, 0}});
+  const std::vector<std::uint32_t> sources = {0};
+  cost_options options;
+  options.hidden = 10;
+  const cost_report r = evaluate(tr.view(), p, t, sources, options);
+  CHECK(r.nodes_per_token() == 2);
+  CHECK(r.cost_per_token() == 5);
+  CHECK(r.between_nodes.dispatch == 20);
+  CHECK(r.dispatch_seconds == Approx(5.0 + 2));
+  CHECK(evaluate(tr.view(), p, near, sources, options).cost_per_token() == 2);
+}
+
+TEST_CASE("copies come from the nearest node that has one") {
+  // expert 0 is on nodes 1 and 2; node 2 is in the token's rack
+  const topology t = topology::uniform(4, 1, 1).with_node_costs(std::vector<double>{0, 3, 1, 3,  //
+                                                                                    3, 0, 3, 1,  //
+                                                                                    1, 3, 0, 3,  //
+                                                                                    3, 1, 3, 0});
+  const placement p = placement::make(1, 2, 4, {1, 0, 0, 1});
+  const trace tr = trace::make({1, 2, 1}, {0, 0}, {{0, 1, 0, 0}, {1, 1, 0, 0}});
+  const std::vector<std::uint32_t> sources = {0, 3};
+  for (const replica_choice choice : {replica_choice::nearest, replica_choice::fewest_nodes}) {
+    cost_options options;
+    options.replicas.choice = choice;
+    const cost_report r = evaluate(tr.view(), p, t, sources, options);
+    CHECK(r.copies_between == std::vector<std::uint64_t>{0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0});
+    CHECK(r.cost_per_token() == 1);
+  }
+}
+
 TEST_CASE("a node that many send to is the busiest by what comes in") {
   // requests on nodes 0 and 1, all experts on node 2: two copies leave each, four arrive
   const topology t = topology::uniform(3, 1, 2, {.inside = {100, 1}, .between = {10, 2}});
@@ -105,6 +140,7 @@ TEST_CASE("a node that many send to is the busiest by what comes in") {
   options.hidden = 10;
   const std::vector<std::uint32_t> sources = {0, 1};
   CHECK(evaluate(tr.view(), p, t, sources, options).dispatch_seconds == Approx(4.0 + 2));
+  CHECK(evaluate(tr.view(), p, t.with_racks(2, 4), sources, options).dispatch_seconds == Approx(4 * 4.0 + 2));
 }
 
 TEST_CASE("a GPU that others of its node send to is the busiest by what comes in") {
@@ -143,7 +179,19 @@ TEST_CASE("cost equals the plain count on random clusters, placements and traces
       slots.push_back(g.below(4));
     }
     slots[0] += 1;
-    const topology t = topology::make(gpus, slots);
+    topology t = topology::make(gpus, slots);
+    std::vector<std::vector<std::size_t>> ways;  // what a copy from node to node costs
+    if (g.below(2) == 0) {
+      ways.assign(gpus.size(), std::vector<std::size_t>(gpus.size(), 1));
+      std::vector<double> costs(gpus.size() * gpus.size(), std::nan(""));
+      for (std::size_t a = 0; a < gpus.size(); ++a) {
+        for (std::size_t b = 0; b < a; ++b) {
+          ways[a][b] = ways[b][a] = 1 + g.below(3);
+          costs[a * gpus.size() + b] = costs[b * gpus.size() + a] = static_cast<double>(ways[a][b]);
+        }
+      }
+      t = t.with_node_costs(costs);
+    }
     const routing_shape shape{1 + g.below(3), 1 + g.below(t.slots()), 1};
     const routing_shape full{shape.layers, shape.experts, 1 + g.below(std::min<std::size_t>(shape.experts, 5))};
     const trace tr = random_trace(g, full, 1 + g.below(6));
@@ -160,7 +208,7 @@ TEST_CASE("cost equals the plain count on random clusters, placements and traces
     for (auto& s : sources) s = static_cast<std::uint32_t>(g.below(on_node ? t.nodes() : t.gpus()));
     CAPTURE(i, t.nodes(), t.gpus(), t.slots(), full.layers, full.experts, full.experts_per_token);
 
-    reference::routing_world world{gpus, slots, {}, {}, {}};
+    reference::routing_world world{gpus, slots, {}, {}, {}, ways};
     for (std::size_t l = 0; l < full.layers; ++l) world.placement.emplace_back(p.layer(l).begin(), p.layer(l).end());
     for (std::size_t r = 0; r < sources.size(); ++r) {
       const token_range range = tr.requests()[r].range(options.tokens);
@@ -188,6 +236,9 @@ TEST_CASE("cost equals the plain count on random clusters, placements and traces
         REQUIRE(got.copies_between[a * t.nodes() + b] == (found == expected.node_to_node.end() ? 0 : found->second));
       }
     }
+    std::size_t cost = 0;
+    for (const auto& [way, copies] : expected.node_to_node) cost += copies * world.cost(way.first, way.second);
+    REQUIRE(got.copies_cost == static_cast<double>(cost));
     double imbalance = 0, worst = 0;
     for (std::size_t l = 0; l < full.layers; ++l) {
       double most = 0, sum = 0, units = 0;

@@ -72,6 +72,17 @@ TEST_CASE("a copy on the same node is preferred, then the GPU that sends least")
   CHECK(even.layers[0].rounds.size() == 1);
 }
 
+TEST_CASE("an expert comes from the nearest node that has it, which is sooner there") {
+  // expert 0 is on nodes 0 and 2; node 3, in the rack of node 2, is to have it
+  const topology t = topology::uniform(4, 1, 1, {.inside = {100, 1}, .between = {10, 2}}).with_racks(2, 5);
+  const placement now = placement::make(1, 2, 4, {0, 1, 0, 1}), next = placement::make(1, 2, 4, {0, 1, 0, 0});
+  const migration way = migrate(now, next, t, 20);
+  REQUIRE(way.moves == 1);
+  CHECK(way.layers[0].rounds[0].moves[0].from_gpu == 2);
+  CHECK(way.seconds == Approx(2 + 2.0));
+  CHECK(migrate(placement::make(1, 2, 4, {0, 1, 1, 1}), next, t, 20).seconds == Approx(2 * (2 + 10.0)));
+}
+
 TEST_CASE("a second copy on a GPU comes from the first, and a GPU sends one expert at a time") {
   const topology t = topology::uniform(2, 1, 2, {.inside = {100, 1}, .between = {10, 2}});
   CHECK(migrate(placement::make(1, 2, 4, {0, 1, -1, -1}), placement::make(1, 2, 4, {0, -1, 1, 1}), t, 1).moves == 1);

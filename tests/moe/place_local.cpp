@@ -225,6 +225,31 @@ TEST_CASE("clusters of more nodes than a machine word has bits") {
   }
 }
 
+TEST_CASE("in racks, less goes far; nodes that are all as far apart change nothing") {
+  double before = 0, after = 0;
+  for (const std::uint64_t seed : {std::uint64_t{3}, std::uint64_t{4}, std::uint64_t{5}}) {
+    const trace t = synthetic(seed, 3, 32, 4, 60, 8, 24);
+    for (const double pair_weight : {0.0, 1.0}) {
+      for (const std::size_t slots : {std::size_t{8}, std::size_t{10}}) {
+        const topology even = topology::uniform(4, 1, slots), racks = even.with_racks(2, 4);
+        local_options options;
+        options.node_weight = 1 - pair_weight;
+        options.pair_weight = pair_weight;
+        options.effort = 0.2;
+        const local_plan plan = local(t.view(), even, options), near = local(t.view(), racks, options);
+        const local_plan alike = local(t.view(), even.with_node_costs(std::vector<double>(16, 3.0)), options);
+        CHECK(alike.experts == plan.experts);
+        CHECK(alike.source_of_request == plan.source_of_request);
+        validate(near.experts, racks);
+        CHECK(token_spread(t, near, 4) < 1.1);
+        before += judge(t, racks, plan).cost_per_token();
+        after += judge(t, racks, near).cost_per_token();
+      }
+    }
+  }
+  CHECK(after < 0.99 * before);
+}
+
 TEST_CASE("the same seed gives the same plan, another seed another") {
   const trace t = synthetic(5, 2, 32, 4, 40, 0, 12);
   const topology cluster = topology::uniform(4, 2, 5);

@@ -4,16 +4,17 @@
 
 #include <tetromino/moe/search/layers/node_mask.hpp>
 #include <tetromino/moe/search/layers/node_visits.hpp>
+#include <tetromino/moe/search/near_numbers.hpp>
 #include <tetromino/moe/search/random.hpp>
 #include <tetromino/moe/search/requests/domain_weights.hpp>
 #include <tetromino/moe/search/sample.hpp>
 
 #include "reference/generators.hpp"
 
-#include <algorithm>  // std::max, std::min
+#include <algorithm>  // std::max, std::min, std::next_permutation, std::swap
 #include <bit>        // std::popcount
 #include <cmath>      // std::abs, std::log, std::sqrt
-#include <cstdint>    // std::uint8_t, std::uint16_t, std::uint32_t, std::uint64_t
+#include <cstdint>    // std::int64_t, std::uint8_t, std::uint16_t, std::uint32_t, std::uint64_t
 #include <set>        // std::set
 #include <vector>     // std::vector
 
@@ -185,4 +186,71 @@ TEST_CASE("256 bits reckon as 64 do") {
     const std::uint64_t a = g.bits(), b = g.below(2) == 0 ? g.bits() : 0;
     if (a >= b) REQUIRE(wide_mask(a) - wide_mask(b) == wide_mask(a - b));
   }
+}
+
+namespace {
+
+/// Nodes that are near or far from each other, each of one GPU with one slot or with two.
+topology random_distances(generator& g, std::size_t nodes) {
+  std::vector<std::size_t> slots(nodes);
+  for (std::size_t& s : slots) s = 1 + g.below(5) / 4;
+  std::vector<double> costs(nodes * nodes, 0.0);
+  for (std::size_t a = 0; a < nodes; ++a) {
+    for (std::size_t b = 0; b < a; ++b)
+      costs[a * nodes + b] = costs[b * nodes + a] = static_cast<double>(1 + g.below(3));
+  }
+  return topology::make(std::vector<std::size_t>(nodes, 1), slots).with_node_costs(costs);
+}
+
+}  // namespace
+
+TEST_CASE("nodes that are alike change places until no two of them save by it, and near the best there is") {
+  CAPTURE(tetromino_test::seed());
+  generator g(tetromino_test::seed());
+  std::size_t cases = 0, best_found = 0;
+  for (int round = 0; round < 400; ++round) {
+    const std::size_t nodes = 2 + g.below(5);
+    const topology t = random_distances(g, nodes);
+    const std::vector<std::int64_t> costs = detail::relative_costs(t);
+    if (costs.empty()) continue;
+    std::vector<std::int64_t> sent(nodes * nodes);
+    for (std::int64_t& s : sent) s = static_cast<std::int64_t>(g.below(1000));
+    const auto total = [&](const std::vector<std::uint32_t>& number) {
+      std::int64_t sum = 0;
+      for (std::size_t a = 0; a < nodes; ++a) {
+        for (std::size_t b = 0; b < nodes; ++b) {
+          if (a != b) sum += sent[a * nodes + b] * costs[number[a] * nodes + number[b]];
+        }
+      }
+      return sum;
+    };
+    const auto fits = [&](const std::vector<std::uint32_t>& number) {
+      for (std::size_t n = 0; n < nodes; ++n) {
+        if (t.slots_on_node(n) != t.slots_on_node(number[n])) return false;
+      }
+      return true;
+    };
+    std::vector<std::uint32_t> number(nodes);
+    for (std::size_t n = 0; n < nodes; ++n) number[n] = static_cast<std::uint32_t>(n);
+    std::int64_t least = total(number);
+    const std::int64_t before = least;
+    do {
+      if (fits(number)) least = std::min(least, total(number));
+    } while (std::next_permutation(number.begin(), number.end()));
+    number = detail::near_numbers(t, sent, costs);
+    REQUIRE(std::set<std::uint32_t>(number.begin(), number.end()).size() == nodes);
+    REQUIRE(fits(number));
+    const std::int64_t found = total(number);
+    REQUIRE(found <= before);
+    ++cases;
+    best_found += found == least ? 1U : 0U;
+    for (std::size_t a = 0; a < nodes; ++a) {
+      for (std::size_t b = 0; b < a; ++b) {
+        std::swap(number[a], number[b]);
+        if (fits(number)) REQUIRE(total(number) >= found);
+        std::swap(number[a], number[b]);
+      }
+    }
+  }
+  CHECK(best_found * 10 > cases * 7);
 }

@@ -127,3 +127,32 @@ TEST_CASE("GPUs of unequal speed: balanced gives the fast ones more, and the cos
   }
   CHECK_THROWS_AS(t.speed(4), tetromino_test::precondition_failed);
 }
+
+TEST_CASE("nodes may be near and far") {
+  const topology t = topology::uniform(5, 2, 4);
+  const topology racks = t.with_racks(2, 3);  // {0, 1}, {2, 3}, {4}
+  for (std::size_t a = 0; a < 5; ++a) {
+    for (std::size_t b = 0; b < 5; ++b) CHECK(racks.node_cost(a, b) == (a / 2 == b / 2 ? 1 : 3));
+  }
+  CHECK(racks == t.with_node_costs(racks.node_costs()));
+  CHECK_FALSE(racks == t);
+  CHECK(t.node_cost(0, 4) == 1);
+  CHECK(racks.without(std::vector<std::uint32_t>{0}).node_cost(0, 4) == 3);
+  CHECK(racks.with_speeds(std::vector<double>(10, 1.0)).node_cost(0, 4) == 3);
+  // costs of 1 say nothing, whatever the diagonal has
+  CHECK(t.with_racks(2, 1) == t);
+  CHECK(t.with_racks(9, 3) == t);
+  std::vector<double> costs(25, 1.0);
+  costs[0] = 7;
+  CHECK(t.with_node_costs(costs) == t);
+  costs[1] = 2;
+  CHECK_THROWS_WITH(t.with_node_costs(costs), tetromino_test::contains("from node 1 to 0 and 2 back"));
+  CHECK(code_of(t.try_with_node_costs(std::vector<double>(24, 1.0))) == errc::shape_mismatch);
+  CHECK(code_of(t.try_with_racks(0, 1)) == errc::invalid_argument);
+  for (const double bad : {0.0, -1.0, 1e-4, 1001.0, std::nan(""), HUGE_VAL}) {
+    CHECK(code_of(t.try_with_racks(1, bad)) == errc::invalid_argument);
+  }
+  CHECK(code_of(topology::uniform(5000, 1, 1).try_with_racks(1, 2)) == errc::invalid_argument);
+  CHECK(code_of(topology::uniform(5000, 1, 1).try_with_node_costs({})) == errc::shape_mismatch);
+  CHECK_THROWS_AS(t.node_cost(0, 5), tetromino_test::precondition_failed);
+}

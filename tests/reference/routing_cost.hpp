@@ -21,6 +21,9 @@ struct routing_world {
   std::vector<std::vector<std::int32_t>> placement;           // [layers][slots], -1 = empty
   std::vector<std::vector<std::vector<std::size_t>>> tokens;  // [tokens][layers][k]
   std::vector<std::size_t> home_gpu;                          // [tokens]
+  std::vector<std::vector<std::size_t>> way{};                // [nodes][nodes] what a copy sent there costs; none: 1
+
+  [[nodiscard]] std::size_t cost(std::size_t from, std::size_t to) const { return way.empty() ? 1 : way[from][to]; }
 };
 
 struct routing_cost {
@@ -107,8 +110,8 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
         }
       }
       while (rule == copies_rule::fewest_nodes && std::count(done.begin(), done.end(), false) > 0) {
-        // go to the node that holds most of what is open, of equals the one with least to do for each of its GPUs, and
-        // take what it has
+        // go to the node that holds most of what is open for what the way costs, of equals the one with least to do for
+        // each of its GPUs, and take what it has
         std::size_t next = 0, most = 0;
         for (std::size_t n = 0; n < w.gpus_of_node.size(); ++n) {
           std::size_t has = 0;
@@ -116,7 +119,8 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
             if (!done[i] && !among(holders[i], [&](std::size_t g) { return node_of[g] == n; }).empty()) ++has;
           }
           const bool less_busy = served_by_node[{l, n}] * working[next] < served_by_node[{l, next}] * working[n];
-          if (has > most || (has == most && less_busy)) next = n, most = has;
+          const std::size_t worth = has * w.cost(home_node, next), best = most * w.cost(home_node, n);
+          if (has > 0 && (most == 0 || worth > best || (worth == best && less_busy))) next = n, most = has;
         }
         nodes_visited.insert(next);
         for (std::size_t i = 0; i < experts.size(); ++i) {
@@ -130,7 +134,12 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
           continue;
         }
         if (rule == copies_rule::nearest) serve_by(i, on_visited);
-        if (!done[i]) serve(i, lightest(holders[i]));
+        if (done[i]) continue;
+        std::size_t least = ~std::size_t{0};  // of the nearest copies, the lightest
+        for (const std::size_t g : holders[i]) least = std::min(least, w.cost(home_node, node_of[g]));
+        const bool anywhere = rule == copies_rule::least_loaded;
+        serve(i, lightest(among(holders[i],
+                                [&](std::size_t g) { return anywhere || w.cost(home_node, node_of[g]) == least; })));
       }
 
       for (const auto& [i, gpu] : served) ++served_by_node[{l, node_of[gpu]}];

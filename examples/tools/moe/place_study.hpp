@@ -186,7 +186,8 @@ struct finding {
 
 /// What a contender costs, over all splits.
 struct outcome {
-  statistic remote_pairs, nodes_per_token, node_imbalance, gpu_imbalance, bytes_per_token, seconds_to_place;
+  statistic remote_pairs, nodes_per_token, node_imbalance, gpu_imbalance, cost_per_token, bytes_per_token,
+      seconds_to_place;
 
   void add(const finding& f) {
     const cost_report& r = f.cost;
@@ -195,6 +196,7 @@ struct outcome {
     nodes_per_token.add(r.nodes_per_token());
     node_imbalance.add(r.node_imbalance);
     gpu_imbalance.add(r.gpu_imbalance);
+    cost_per_token.add(r.cost_per_token());
     bytes_per_token.add(r.between_nodes.total() / static_cast<double>(r.tokens));
     seconds_to_place.add(f.seconds_to_place);
   }

@@ -84,9 +84,13 @@ struct cost_report {
   step_figures step_gpu_imbalance;   ///< max / mean of pairs per GPU
   step_figures step_activated;       ///< experts whose weights the busiest GPU reads
 
+  /// Activations sent to other nodes, each at its topology::node_cost.
+  double copies_cost = 0;
+
   exchange_bytes between_nodes;
   exchange_bytes inside_nodes;
-  double dispatch_seconds = 0;  ///< Σ over layers of the busiest link, first between, then inside nodes, plus latencies
+  double dispatch_seconds = 0;  ///< Σ over layers of the busiest link, first between, then inside nodes, plus
+                                ///< latencies; a byte to another node takes the ports of both by its node_cost
   double combine_seconds = 0;
   double weight_seconds = 0;  ///< Σ over steps and layers of what the busiest GPU reads of experts' weights
 
@@ -109,6 +113,11 @@ struct cost_report {
   [[nodiscard]] TETROMINO_ABI double nodes_per_token() const noexcept {
     return tokens == 0 ? 0 : static_cast<double>(remote_visits) / static_cast<double>(tokens * layers);
   }
+  /// What sending one token's activation to other nodes costs in one layer, on average, by topology::node_cost: with
+  /// costs of 1 and one copy per node, nodes_per_token().
+  [[nodiscard]] TETROMINO_ABI double cost_per_token() const noexcept {
+    return tokens == 0 ? 0 : copies_cost / static_cast<double>(tokens * layers);
+  }
   /// Pairs per node of one layer: [nodes].
   [[nodiscard]] TETROMINO_ABI std::vector<std::uint64_t> pairs_on_nodes(std::size_t layer, const topology& t) const {
     std::vector<std::uint64_t> out(nodes, 0);
@@ -121,8 +130,8 @@ namespace detail::inline TETROMINO_ISA {
 
 // Activations that cross each kind of link in one layer. Combine sends the same ones back.
 struct link_counts {
-  std::vector<std::uint64_t> node_out, node_in;  // [nodes] to and from other nodes
-  std::vector<std::uint64_t> gpu_out, gpu_in;    // [gpus] to and from GPUs of the same node
+  std::vector<double> node_out, node_in;       // [nodes] to and from other nodes, each at its node_cost
+  std::vector<std::uint64_t> gpu_out, gpu_in;  // [gpus] to and from GPUs of the same node
   std::uint64_t between = 0, inside = 0;
 
   link_counts(std::size_t nodes, std::size_t gpus) : node_out(nodes), node_in(nodes), gpu_out(gpus), gpu_in(gpus) {}
@@ -130,8 +139,7 @@ struct link_counts {
   [[nodiscard]] double seconds(const topology& t, double bytes_per_copy, double steps) const {
     double busiest_node = 0, busiest_gpu = 0;
     for (std::size_t n = 0; n < node_out.size(); ++n) {
-      busiest_node = std::max(busiest_node, static_cast<double>(std::max(node_out[n], node_in[n])) /
-                                                static_cast<double>(t.gpus_on_node(n)));
+      busiest_node = std::max(busiest_node, std::max(node_out[n], node_in[n]) / static_cast<double>(t.gpus_on_node(n)));
     }
     for (std::size_t g = 0; g < gpu_out.size(); ++g) {
       busiest_gpu = std::max(busiest_gpu, static_cast<double>(std::max(gpu_out[g], gpu_in[g])));
@@ -200,6 +208,7 @@ class cost_counter {
   cost_counter(const trace_view& served, const placement& p, const topology& t, const cost_options& options)
       : served_(served),
         topology_(t),
+        node_costs_(t.node_costs()),
         options_(options),
         links_(p.layers(), link_counts(t.nodes(), t.gpus())),
         node_seen_(t.nodes(), 0),
@@ -316,8 +325,9 @@ class cost_counter {
       report_.visits_of_layer[l] += remote && new_node ? 1U : 0U;
       if (remote && (new_node || !per_node)) {
         ++report_.copies_between[home_node * nodes + node];
-        ++link.node_out[home_node];
-        ++link.node_in[node];
+        const double way = node_costs_.empty() ? 1.0 : node_costs_[home_node * nodes + node];
+        link.node_out[home_node] += way;
+        link.node_in[node] += way;
         ++link.between;
       }
       // inside a node, an activation starts where it is or where it landed (the GPU of the same local number)
@@ -379,6 +389,10 @@ class cost_counter {
       report_.worst_gpu_imbalance = std::max(report_.worst_gpu_imbalance, gpu);
       report_.worst_node_imbalance = std::max(report_.worst_node_imbalance, node);
     }
+    for (std::size_t i = 0; i < report_.copies_between.size(); ++i) {
+      report_.copies_cost +=
+          static_cast<double>(report_.copies_between[i]) * (node_costs_.empty() ? 1.0 : node_costs_[i]);
+    }
     report_.steps = node_imbalance_.size();
     report_.step_node_imbalance = summed_up(node_imbalance_);
     report_.step_gpu_imbalance = summed_up(gpu_imbalance_);
@@ -388,6 +402,7 @@ class cost_counter {
 
   const trace_view& served_;
   const topology& topology_;
+  std::span<const double> node_costs_;
   const cost_options& options_;
   std::optional<replica_chooser> by_token_;
   std::optional<step_chooser> by_step_;

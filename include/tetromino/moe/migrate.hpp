@@ -239,8 +239,13 @@ class move_planner {
  private:
   static constexpr std::uint32_t nowhere = 0xFFFF'FFFF;
 
-  // A GPU of the same node if one has it, else of another; among several, the one that sends least.
+  // A GPU of the same node if one has it, else of the nearest; among several, the one that sends least.
   [[nodiscard]] std::uint32_t source(std::size_t l, std::uint32_t expert, std::uint32_t to) const {
+    const std::size_t node = topology_.node_of_gpu(to);
+    const auto distance = [&](std::uint32_t gpu) {
+      const std::size_t other = topology_.node_of_gpu(gpu);
+      return other == node ? 0.0 : topology_.node_cost(other, node);
+    };
     std::uint32_t from = arrived_at_[expert];
     for (const std::uint32_t slot : where_.slots_of(l, expert)) {
       const auto candidate = static_cast<std::uint32_t>(topology_.gpu_of_slot(slot));
@@ -248,9 +253,8 @@ class move_planner {
         from = candidate;
         continue;
       }
-      const bool closer = topology_.node_of_gpu(candidate) == topology_.node_of_gpu(to),
-                 was_near = topology_.node_of_gpu(from) == topology_.node_of_gpu(to);
-      if (closer != was_near ? closer : sends_[candidate] < sends_[from]) from = candidate;
+      const double there = distance(candidate), now = distance(from);
+      if (there != now ? there < now : sends_[candidate] < sends_[from]) from = candidate;
     }
     return from;
   }
@@ -269,7 +273,7 @@ class move_planner {
 inline namespace TETROMINO_ISA {
 
 /// Plans the way from `current` to `next`, layer by layer. An expert that its GPU holds already, in whatever slot, does
-/// not move. Each other comes from a GPU of the same node if one has it, else from another node; among several, from
+/// not move. Each other comes from a GPU of the same node if one has it, else of the nearest node; among several, from
 /// the one that sends least. `current` may lack experts (see carry_over): those are named, to be had from elsewhere
 /// before the rounds of their layer. A GPU without an expert in `current` is never a source, one without in `next`
 /// never a target. `bytes_per_expert` is the size of one expert's weights in one layer. Rounds are packed greedily:
@@ -295,10 +299,12 @@ inline namespace TETROMINO_ISA {
     for (const migration_round& round : layer.rounds) {
       double slowest = 0;
       for (const expert_move& m : round.moves) {
-        const bool inside = t.node_of_gpu(m.from_gpu) == t.node_of_gpu(m.to_gpu);
+        const std::size_t source = t.node_of_gpu(m.from_gpu), target = t.node_of_gpu(m.to_gpu);
+        const bool inside = source == target;
         const link& way = inside ? t.links().inside : t.links().between;
         (inside ? out.bytes_inside_nodes : out.bytes_between_nodes) += bytes_per_expert;
-        slowest = std::max(slowest, way.latency_seconds + bytes_per_expert / way.bytes_per_second);
+        slowest = std::max(slowest,
+                           way.latency_seconds + bytes_per_expert * t.node_cost(source, target) / way.bytes_per_second);
       }
       out.seconds += slowest;
     }

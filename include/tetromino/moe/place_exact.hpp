@@ -225,7 +225,8 @@ class exact_search {
 inline namespace TETROMINO_ISA {
 
 /// The plan of least traffic that there is, one copy per expert, by branch and bound: to tell how far `local` is from
-/// it on small cases. The time grows as nodes^(experts + requests). Errors: more than 8 nodes, 12 experts, 12 requests
+/// it on small cases. All other nodes count alike, whatever topology::node_cost says. The time grows as
+/// nodes^(experts + requests). Errors: more than 8 nodes, 12 experts, 12 requests
 /// or 64 served tokens, fewer slots than experts, no served token, options out of range, limits that no plan keeps,
 /// more steps than `max_steps`. Precondition: the view is valid (a trace made it).
 [[nodiscard]] inline result<exact_plan> try_exact(const trace_view& served, const topology& t,

@@ -176,13 +176,14 @@ inline namespace TETROMINO_ISA {
 
 /// Places experts and groups requests together so that tokens stay near, within an imbalance limit: grouping and layers
 /// are improved in turns, layers by annealing on exact counts of a sample of tokens. Requests that were not sampled are
-/// assigned to the placement found. Where requests are of several domains, their tokens are weighed so that the part
-/// which chance has in the domains' shares is taken out; give them one domain to plan for just these requests. From a
-/// plan in force at no price, the plan is never worse than without one, if all layers may change. Each thread of the
-/// executor keeps 12 bytes × experts × (nodes + 1)²: 13 MB for 256 experts on 64 nodes, 200 MB on 256. Errors: fewer
-/// slots than experts, no room for copies on that many nodes, more than 256 nodes, no token of the served phase,
-/// options out of range, a start of another shape. Precondition: the view is valid (a trace made it). (arXiv
-/// 2604.23150)
+/// assigned to the placement found. Where some nodes are nearer than others (topology::with_node_costs), nodes that are
+/// alike change places in the end, so that those that send each other much are near; the search itself counts all other
+/// nodes alike. Where requests are of several domains, their tokens are weighed so that the part which chance has in
+/// the domains' shares is taken out; give them one domain to plan for just these requests. From a plan in force at no
+/// price, the plan is never worse than without one, if all layers may change. Each thread of the executor keeps 12
+/// bytes × experts × (nodes + 1)²: 13 MB for 256 experts on 64 nodes, 200 MB on 256. Errors: fewer slots than experts,
+/// no room for copies on that many nodes, more than 256 nodes, no token of the served phase, options out of range, a
+/// start of another shape. Precondition: the view is valid (a trace made it). (arXiv 2604.23150)
 [[nodiscard]] inline result<local_plan> try_local(const trace_view& calibration, const topology& t,
                                                   const local_options& options = {}) {
   if (auto ok = detail::check_local(calibration, t, options); !ok) return ok.error();

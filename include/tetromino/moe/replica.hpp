@@ -19,10 +19,12 @@ namespace TETROMINO_NAMESPACE::moe {
 /// Which copy of a replicated expert serves a token: token by token (replica_chooser), or for all tokens of a step at
 /// once (step_chooser).
 enum class replica_choice : std::uint8_t {
-  nearest,          ///< one on the token's node; else on a node the token visits anyway; else the least loaded
+  nearest,          ///< one on the token's node; else on a node the token visits anyway; else on the nearest node, of
+                    ///< several the least loaded
   even,             ///< each copy in turn, wherever it is: what DeepSeek EPLB assumes
   least_loaded,     ///< the copy whose GPU has served least lately, wherever it is
-  fewest_nodes,     ///< as `nearest`, but the next node visited is the one that holds most of what is still open
+  fewest_nodes,     ///< as `nearest`, but the next node visited is the one that holds most of what is still open, for
+                    ///< what the way there costs
   step_pairs,       ///< so that the busiest GPU of the step gets the fewest (token, expert) pairs there can be, for its
                     ///< speed
   step_activation,  ///< so that the busiest GPU of the step reads the weights of the fewest experts there can be, for
@@ -74,6 +76,7 @@ class replica_chooser {
       recent_on_node_.assign(p.layers() * t.nodes(), 0);
       open_on_node_.assign(t.nodes(), 0);
     }
+    node_costs_.assign(t.node_costs().begin(), t.node_costs().end());
     speed_of_node_ = detail::node_speeds(t);
     for (const double speed : speed_of_node_) speed_of_gpus_ += speed;
     visited_node_.assign(t.nodes(), 0);
@@ -184,7 +187,7 @@ class replica_chooser {
     if (!pass(at_home) || !pass(on_visited_node)) return;
     if (options_.choice == replica_choice::fewest_nodes) {
       do {
-        visited_node_[busiest_open_node(layer, experts, gpus)] = now_;
+        visited_node_[next_node(layer, experts, gpus, home_node)] = now_;
       } while (pass(on_visited_node));
       return;
     }
@@ -192,10 +195,15 @@ class replica_chooser {
       if (gpus[i] != undecided) continue;
       const std::span<const std::uint32_t> from = copies_.gpus_of(layer, experts[i]);
       std::uint32_t gpu = best_of(from, home_gpu, load, on_visited_node);
-      if (gpu == undecided) gpu = least_loaded(from, load, [](std::uint32_t) { return true; });
+      if (gpu == undecided) gpu = nearest(from, home_node, load);
       gpus[i] = gpu;
       visit(gpu, load);
     }
+  }
+
+  // What the way from one node to another costs.
+  [[nodiscard]] TETROMINO_ABI double way(std::size_t from, std::size_t to) const {
+    return node_costs_.empty() ? 1.0 : node_costs_[from * visited_node_.size() + to];
   }
 
   // How long a node takes for what it serves; served[nodes].
@@ -203,9 +211,10 @@ class replica_chooser {
     return static_cast<double>(served[node]) / speed_of_node_[node];
   }
 
-  // The node that holds most of the experts still open; the one that is busy for the shortest time among equals.
-  [[nodiscard]] TETROMINO_ABI std::size_t busiest_open_node(std::size_t layer, std::span<const std::uint16_t> experts,
-                                                            std::span<const std::uint32_t> gpus) {
+  // The node that holds most of the experts still open for what the way there costs; the one that is busy for the
+  // shortest time among equals.
+  [[nodiscard]] TETROMINO_ABI std::size_t next_node(std::size_t layer, std::span<const std::uint16_t> experts,
+                                                    std::span<const std::uint32_t> gpus, std::size_t home_node) {
     std::fill(open_on_node_.begin(), open_on_node_.end(), 0);
     for (std::size_t i = 0; i < experts.size(); ++i) {
       if (gpus[i] != undecided) continue;
@@ -217,11 +226,10 @@ class replica_chooser {
     }
     const std::uint64_t* const served = recent_on_node_.data() + layer * open_on_node_.size();
     std::size_t best = 0;
-    for (std::size_t n = 1; n < open_on_node_.size(); ++n) {
-      if (open_on_node_[n] > open_on_node_[best] ||
-          (open_on_node_[n] == open_on_node_[best] && node_busy(n, served) < node_busy(best, served))) {
-        best = n;
-      }
+    while (open_on_node_[best] == 0) ++best;
+    for (std::size_t n = best + 1; n < open_on_node_.size(); ++n) {
+      const double worth = open_on_node_[n] * way(home_node, best), most = open_on_node_[best] * way(home_node, n);
+      if (worth > most || (worth == most && node_busy(n, served) < node_busy(best, served))) best = n;
     }
     return best;
   }
@@ -287,6 +295,13 @@ class replica_chooser {
     }
     return best;
   }
+  // The least loaded of those on the nearest nodes.
+  [[nodiscard]] TETROMINO_ABI std::uint32_t nearest(std::span<const std::uint32_t> from, std::uint32_t home_node,
+                                                    const std::uint64_t* load) const {
+    double least = way(home_node, copies_.node_of(from[0]));
+    for (const std::uint32_t gpu : from) least = std::min(least, way(home_node, copies_.node_of(gpu)));
+    return least_loaded(from, load, [&](std::uint32_t gpu) { return !(way(home_node, copies_.node_of(gpu)) > least); });
+  }
   // How long a GPU takes for what it serves.
   [[nodiscard]] TETROMINO_ABI std::uint64_t busy(std::uint32_t gpu, const std::uint64_t* load) const {
     return load[gpu] * copies_.time_of_pair(gpu);
@@ -303,6 +318,7 @@ class replica_chooser {
   std::vector<std::uint32_t> open_on_node_;    // [nodes], for `fewest_nodes`
   std::vector<double> speed_of_node_;          // [nodes] 0 without slots
   double speed_of_gpus_ = 0;                   // of all that have slots
+  std::vector<double> node_costs_;             // [nodes, nodes]; empty: all 1
   std::vector<std::uint64_t> visited_node_;    // [nodes] last `now_` at which the token went there
   std::vector<std::uint64_t> visited_gpu_;     // [gpus]
   std::vector<std::uint16_t> ids_;             // those of a token, where they come as another type

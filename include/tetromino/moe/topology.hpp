@@ -4,11 +4,12 @@
 
 #include "../error.hpp"  // tetromino::result, tetromino::error
 
-#include <cmath>    // std::isfinite
-#include <cstddef>  // std::size_t
-#include <cstdint>  // std::uint32_t
-#include <span>     // std::span
-#include <vector>   // std::vector
+#include <algorithm>  // std::all_of
+#include <cmath>      // std::isfinite
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::uint32_t
+#include <span>       // std::span
+#include <vector>     // std::vector
 
 namespace TETROMINO_NAMESPACE::moe {
 
@@ -39,6 +40,7 @@ class topology {
  public:
   static constexpr std::size_t max_gpus = 65'535;
   static constexpr std::size_t max_slots = std::size_t{1} << 24;
+  static constexpr std::size_t max_nodes_with_costs = 4096;
 
   // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
   TETROMINO_ABI topology(const topology&) = default;
@@ -141,7 +143,10 @@ class topology {
       slots_per_gpu[g] = 0;
     }
     auto left = try_make(gpus_per_node, slots_per_gpu, links_);
-    if (left) left->speeds_ = speeds_;
+    if (left) {
+      left->speeds_ = speeds_;
+      left->node_costs_ = node_costs_;
+    }
     return left;
   }
   [[nodiscard]] TETROMINO_ABI topology without(std::span<const std::uint32_t> gone) const {
@@ -186,6 +191,62 @@ class topology {
       sum += slots_on_gpu(g) > 0 ? speed(g) : 0;
     }
     return sum;
+  }
+
+  /// The same GPUs, on nodes that are near to some and far from others: a byte from one node to another takes its ports
+  /// `costs` times as long as `fabric::between` says. [nodes, nodes], the same both ways, since what is sent comes
+  /// back; the diagonal is not looked at. Cost, choices of copies for single tokens, migration and `local` go by it.
+  /// Errors: another number of costs, one outside 1/1000 to 1000, one that differs from that of the way back, more than
+  /// max_nodes_with_costs nodes.
+  [[nodiscard]] TETROMINO_ABI result<topology> try_with_node_costs(std::span<const double> costs) const {
+    if (nodes() > max_nodes_with_costs || costs.size() != nodes() * nodes()) {
+      return error(errc::shape_mismatch,
+                   detail::text("topology: expected a cost for each pair of at most ", max_nodes_with_costs,
+                                " nodes, got ", costs.size(), " for ", nodes(), " nodes"));
+    }
+    topology t = *this;
+    t.node_costs_.assign(costs.begin(), costs.end());
+    for (std::size_t from = 0; from < nodes(); ++from) {
+      t.node_costs_[from * nodes() + from] = 1;
+      for (std::size_t to = 0; to < from; ++to) {
+        const double there = costs[from * nodes() + to], back = costs[to * nodes() + from];
+        if (!(there >= 1e-3) || !(there <= 1e3) || there != back) {
+          return error(errc::invalid_argument,
+                       detail::text("topology: expected costs of 0.001 to 1000, the same both ways, got ", there,
+                                    " from node ", from, " to ", to, " and ", back, " back"));
+        }
+      }
+    }
+    const auto one = [](double c) { return c == 1; };
+    if (std::all_of(t.node_costs_.begin(), t.node_costs_.end(), one)) t.node_costs_.clear();
+    return t;
+  }
+  [[nodiscard]] TETROMINO_ABI topology with_node_costs(std::span<const double> costs) const {
+    return try_with_node_costs(costs).value();
+  }
+  /// The same for racks (or pods) of `nodes_per_rack` nodes, counted from the first: between nodes of two of them a
+  /// byte costs `cost`, inside one 1. Errors: racks of no node, and as try_with_node_costs.
+  [[nodiscard]] TETROMINO_ABI result<topology> try_with_racks(std::size_t nodes_per_rack, double cost) const {
+    if (nodes_per_rack == 0 || nodes() > max_nodes_with_costs) {
+      return error(errc::invalid_argument,
+                   detail::text("topology: expected racks of 1 node or more and at most ", max_nodes_with_costs,
+                                " nodes, got ", nodes_per_rack, " of ", nodes()));
+    }
+    std::vector<double> costs(nodes() * nodes(), 1.0);
+    for (std::size_t i = 0; i < costs.size(); ++i) {
+      if (i / nodes() / nodes_per_rack != i % nodes() / nodes_per_rack) costs[i] = cost;
+    }
+    return try_with_node_costs(costs);
+  }
+  [[nodiscard]] TETROMINO_ABI topology with_racks(std::size_t nodes_per_rack, double cost) const {
+    return try_with_racks(nodes_per_rack, cost).value();
+  }
+  /// [nodes, nodes], 1 from a node to itself; empty where all are 1.
+  [[nodiscard]] TETROMINO_ABI std::span<const double> node_costs() const noexcept { return node_costs_; }
+  /// What a byte from one node to another costs; 1 from a node to itself.
+  [[nodiscard]] TETROMINO_ABI double node_cost(std::size_t from, std::size_t to) const {
+    TETROMINO_EXPECTS(from < nodes() && to < nodes(), "topology: node, GPU or slot number out of range");
+    return node_costs_.empty() ? 1.0 : node_costs_[from * nodes() + to];
   }
 
   [[nodiscard]] TETROMINO_ABI std::size_t nodes() const noexcept { return first_gpu_.size() - 1; }
@@ -257,6 +318,7 @@ class topology {
   std::vector<std::uint32_t> first_slot_;   // [gpus + 1]
   std::vector<std::uint32_t> gpu_of_slot_;  // [slots]
   std::vector<double> speeds_;              // [gpus]; empty: all alike
+  std::vector<double> node_costs_;          // [nodes, nodes]; empty: all 1
 };
 
 namespace detail::inline TETROMINO_ISA {

@@ -15,10 +15,11 @@
 #include "requests/clusters.hpp"       // cluster_requests
 #include "requests/source_scores.hpp"  // source_scorer
 #include "local_options.hpp"           // local_options, local_plan
+#include "near_numbers.hpp"            // near_numbers, relative_costs
 #include "sample.hpp"                  // take_sample
 #include "workspaces.hpp"              // workspaces
 
-#include <algorithm>  // std::copy_n, std::fill, std::find, std::max, std::min, std::sort
+#include <algorithm>  // std::copy, std::copy_n, std::fill, std::find, std::max, std::min, std::sort
 #include <chrono>     // std::chrono::steady_clock
 #include <cmath>      // std::llround, std::sqrt
 #include <cstddef>    // std::size_t
@@ -63,6 +64,7 @@ class local_search {
       (may_change[l] ? searched_ : kept_).push_back(l);
     }
     set_limits();
+    node_costs_ = relative_costs(topology_);
     std::uint64_t largest = 0;
     for (const std::uint64_t n : sample_.tokens_of) largest = std::max(largest, n);
     room_ = token_room(sample_.tokens(), largest, rules_.speed, options.token_budget);
@@ -102,6 +104,7 @@ class local_search {
       }
     }
     measure();
+    if (variation_.start == nullptr && exchange_nodes()) measure();
     reached_.seconds = seconds();
     return finish();
   }
@@ -422,6 +425,7 @@ class local_search {
     struct measured {
       std::int64_t visits = 0, remote = 0;
       double imbalance = 0;
+      std::vector<std::int64_t> sent;
     };
     const std::size_t nodes = rules_.nodes, k = rules_.experts_per_token, tokens = sample_.tokens();
     loads_.assign(layers_.size() * nodes * rules_.experts, 0);
@@ -430,21 +434,31 @@ class local_search {
       measured& m = of_layer[l];
       std::vector<std::int64_t> load(nodes, 0);
       std::vector<Mask> held(k);
+      m.sent.assign(node_costs_.size(), 0);
       std::int64_t* const of_expert = loads_.data() + l * nodes * rules_.experts;
       const std::uint16_t* e = sample_.layer(l).data();
       for (std::size_t t = 0; t < tokens; ++t, e += k) {
         for (std::size_t i = 0; i < k; ++i) held[i] = layers_[l].holders[e[i]];
         const Mask home = bit(source_of_token_[t]);
+        const std::size_t from = source_of_token_[t] * nodes;
         const Mask seen =
             serve_token(held.data(), k, home, std::span(rules_.speed), load.data(), [&](std::size_t i, std::size_t n) {
               ++of_expert[e[i] * nodes + n];
               m.remote += n == source_of_token_[t] ? 0 : 1;
+              if (!m.sent.empty()) m.sent[from + n] += rules_.pair_price;
             });
         m.visits += node_count(seen);
+        for (Mask to = seen; !m.sent.empty() && to != 0; to = without_first(to)) {
+          m.sent[from + first_node(to)] += rules_.visit_price;
+        }
       }
       m.imbalance = max_over_mean(load, [&](std::size_t n) { return rules_.speed[n]; });
     });
     measured all;
+    sent_.assign(node_costs_.size(), 0);
+    for (const measured& m : of_layer) {
+      for (std::size_t i = 0; i < sent_.size(); ++i) sent_[i] += m.sent[i];
+    }
     std::size_t pairs = 0;
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       all.visits += of_layer[l].visits;
@@ -457,6 +471,32 @@ class local_search {
     reached_.remote_pair_fraction =
         static_cast<double>(all.remote) / static_cast<double>(std::max<std::size_t>(pairs, 1));
     reached_.node_imbalance = all.imbalance / layers;
+  }
+
+  // Exchanges nodes that are alike, with all that they hold and run, so that those that send each other much are near.
+  // Says whether any were.
+  bool exchange_nodes() {
+    if (node_costs_.empty()) return false;
+    const std::vector<std::uint32_t> number = near_numbers(topology_, sent_, node_costs_);
+    bool any = false;
+    for (std::size_t n = 0; n < number.size(); ++n) any = any || number[n] != n;
+    if (!any) return false;
+    for (layer_state<Mask>& state : layers_) {
+      const std::vector<std::uint32_t> slots = state.slots;
+      for (std::size_t n = 0; n < number.size(); ++n) {
+        std::copy(slots.begin() + static_cast<std::ptrdiff_t>(rules_.first_slot[n]),
+                  slots.begin() + static_cast<std::ptrdiff_t>(rules_.first_slot[n + 1]),
+                  state.slots.begin() + static_cast<std::ptrdiff_t>(rules_.first_slot[number[n]]));
+      }
+      for (Mask& held : state.holders) {
+        Mask then{0};
+        for (Mask m = held; m != 0; m = without_first(m)) then = static_cast<Mask>(then | bit(number[first_node(m)]));
+        held = then;
+      }
+    }
+    for (std::uint32_t& n : source_) n = number[n];
+    spread_sources();
+    return true;
   }
 
   [[nodiscard]] local_plan finish() {
@@ -590,6 +630,8 @@ class local_search {
   std::vector<std::int64_t> loads_;             // [layers, experts, nodes] pairs of the sample served there
   std::vector<std::int64_t> expert_limits_;     // [layers, nodes] pairs of an expert; empty: no limit
   std::vector<std::int64_t> load_limits_;       // [layers, nodes] pairs
+  std::vector<std::int64_t> node_costs_;        // [nodes, nodes] in 1/256; empty: all the same
+  std::vector<std::int64_t> sent_;              // [nodes, nodes] what the sample sends, where some are nearer
   local_progress reached_;
 };
 
