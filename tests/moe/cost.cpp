@@ -96,6 +96,20 @@ TEST_CASE("a case counted by hand") {
   CHECK(e.dispatch_seconds == Approx(1.0 + 2 * 2 + 0.1 + 2 * 1));
 }
 
+TEST_CASE("dead GPUs send and receive nothing") {
+  // GPU 0 of node 0 and GPU 4 of node 1 are dead: tokens are on GPUs 1 and 2, and land on 3 and 5
+  const topology t =
+      topology::uniform(2, 3, 1, {.inside = {100, 1}, .between = {10, 2}}).without(std::vector<std::uint32_t>{0, 4});
+  const placement p = placement::make(1, 2, 4, {-1, -1, 0, 1});
+  const trace tr = trace::make({1, 2, 1}, {0, 0, 1, 1}, {{0, 4, 0, 0}});
+  const std::vector<std::uint32_t> sources = {0};
+  cost_options options;
+  options.hidden = 10;
+  const cost_report r = evaluate(tr.view(), p, t, sources, options);
+  CHECK(r.inside_nodes.dispatch == 20);                    // of two tokens that want the other GPU
+  CHECK(r.dispatch_seconds == Approx(2.0 + 2 + 0.1 + 1));  // four copies from two ports, one to each GPU inside
+}
+
 TEST_CASE("what goes to another rack takes ports for longer") {
   // racks {0, 1} and {2}; a token on node 0 is sent to both others
   const topology near = topology::uniform(3, 1, 1, {.inside = {100, 1}, .between = {10, 2}});
@@ -209,6 +223,7 @@ TEST_CASE("cost equals the plain count on random clusters, placements and traces
     CAPTURE(i, t.nodes(), t.gpus(), t.slots(), full.layers, full.experts, full.experts_per_token);
 
     reference::routing_world world{gpus, slots, {}, {}, {}, ways};
+    const auto running = reference::running_gpus(gpus, slots);
     for (std::size_t l = 0; l < full.layers; ++l) world.placement.emplace_back(p.layer(l).begin(), p.layer(l).end());
     for (std::size_t r = 0; r < sources.size(); ++r) {
       const token_range range = tr.requests()[r].range(options.tokens);
@@ -218,7 +233,8 @@ TEST_CASE("cost equals the plain count on random clusters, placements and traces
           const auto ids = tr.view().experts_of(token, l);
           world.tokens.back().emplace_back(ids.begin(), ids.end());
         }
-        world.home_gpu.push_back(on_node ? t.first_gpu(sources[r]) + token % t.gpus_on_node(sources[r]) : sources[r]);
+        const std::vector<std::size_t>& runs = running[on_node ? sources[r] : t.node_of_gpu(sources[r])];
+        world.home_gpu.push_back(on_node ? runs[token % runs.size()] : sources[r]);
       }
     }
     const auto expected = reference::count_cost(world, static_cast<reference::copies_rule>(options.replicas.choice),

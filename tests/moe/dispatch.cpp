@@ -158,6 +158,16 @@ TEST_CASE("entry_ranks: the sender's counterpart on another node, or its leader"
   CHECK(from(5, entry_rule::leader) == numbers{0, 0, 0, 3, 3, 5, 5});
   moe::ranks_of_slots(t, ranks);
   CHECK(ranks == numbers{0, 1, 2, 3, 3, 4, 5});
+  // GPUs 0 and 4 have left: rows enter at those that stay, the first of each node by 1 and 3
+  const auto left = t.without(std::vector<std::uint32_t>{0, 4});
+  ranks.resize(left.slots());
+  const auto of_left = [&](std::size_t rank, entry_rule rule) {
+    moe::entry_ranks(left, rank, rule, ranks);
+    return ranks;
+  };
+  CHECK(of_left(2, entry_rule::same_local_number) == numbers{2, 2, 3, 3, 5});
+  CHECK(of_left(5, entry_rule::same_local_number) == numbers{1, 1, 3, 3, 5});
+  CHECK(of_left(3, entry_rule::leader) == numbers{1, 1, 3, 3, 5});
 }
 
 TEST_CASE("make_calls: the copy on the serving GPU") {

@@ -35,6 +35,22 @@ struct routing_cost {
   std::vector<std::vector<std::size_t>> pairs_on_gpu;  // [layers][gpus]
 };
 
+/// GPUs of each node that have slots, or where none has any, all.
+inline std::vector<std::vector<std::size_t>> running_gpus(const std::vector<std::size_t>& gpus_of_node,
+                                                          const std::vector<std::size_t>& slots_of_gpu) {
+  std::vector<std::vector<std::size_t>> out;
+  std::size_t gpu = 0;
+  for (const std::size_t gpus : gpus_of_node) {
+    std::vector<std::size_t> all, with_slots;
+    for (std::size_t i = 0; i < gpus; ++i, ++gpu) {
+      all.push_back(gpu);
+      if (slots_of_gpu[gpu] > 0) with_slots.push_back(gpu);
+    }
+    out.push_back(with_slots.empty() ? all : with_slots);
+  }
+  return out;
+}
+
 inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool one_copy_per_node) {
   std::vector<std::size_t> node_of, gpu_of_slot, first_gpu;
   for (std::size_t n = 0; n < w.gpus_of_node.size(); ++n) {
@@ -46,6 +62,7 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
   }
   std::vector<std::size_t> working(w.gpus_of_node.size(), 0);  // GPUs of each node that have slots
   for (std::size_t g = 0; g < w.slots_of_gpu.size(); ++g) working[node_of[g]] += w.slots_of_gpu[g] > 0 ? 1U : 0U;
+  const std::vector<std::vector<std::size_t>> running = running_gpus(w.gpus_of_node, w.slots_of_gpu);
   routing_cost out;
   out.pairs_on_gpu.assign(w.placement.size(), std::vector<std::size_t>(node_of.size(), 0));
   std::map<std::pair<std::size_t, std::size_t>, std::size_t> turn;
@@ -143,6 +160,11 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
       }
 
       for (const auto& [i, gpu] : served) ++served_by_node[{l, node_of[gpu]}];
+      // a token lands on the GPU whose place among those of its node that work is its home's
+      const std::vector<std::size_t>& mates = running[home_node];
+      const auto at = std::find(mates.begin(), mates.end(), home);
+      const auto number =
+          at == mates.end() ? home - first_gpu[home_node] : static_cast<std::size_t>(at - mates.begin());
       std::set<std::size_t> other_nodes;
       std::set<std::pair<std::size_t, std::size_t>> fanned_out;  // (where it landed, GPU)
       for (const auto& [i, gpu] : served) {
@@ -156,8 +178,7 @@ inline routing_cost count_cost(const routing_world& w, copies_rule rule, bool on
             continue;
           }
         }
-        const std::size_t landed =
-            node == home_node ? home : first_gpu[node] + (home - first_gpu[home_node]) % w.gpus_of_node[node];
+        const std::size_t landed = node == home_node ? home : running[node][number % running[node].size()];
         if (gpu == landed) continue;
         if (one_copy_per_node) {
           fanned_out.insert({landed, gpu});

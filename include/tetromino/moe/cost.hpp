@@ -28,7 +28,7 @@ enum class dispatch_copies : std::uint8_t {
 
 /// What the sources of requests are numbers of.
 enum class source_kind : std::uint8_t {
-  node,  ///< attention is spread over a node; its GPUs send the node's tokens in turn
+  node,  ///< attention is spread over a node; its GPUs send the node's tokens in turn, those without slots none
   gpu,   ///< attention runs on one GPU per request
 };
 
@@ -136,10 +136,10 @@ struct link_counts {
 
   link_counts(std::size_t nodes, std::size_t gpus) : node_out(nodes), node_in(nodes), gpu_out(gpus), gpu_in(gpus) {}
 
-  [[nodiscard]] double seconds(const topology& t, double bytes_per_copy, double steps) const {
+  [[nodiscard]] double seconds(const topology& t, const live_gpus& live, double bytes_per_copy, double steps) const {
     double busiest_node = 0, busiest_gpu = 0;
     for (std::size_t n = 0; n < node_out.size(); ++n) {
-      busiest_node = std::max(busiest_node, std::max(node_out[n], node_in[n]) / static_cast<double>(t.gpus_on_node(n)));
+      busiest_node = std::max(busiest_node, std::max(node_out[n], node_in[n]) / static_cast<double>(live.of(n).size()));
     }
     for (std::size_t g = 0; g < gpu_out.size(); ++g) {
       busiest_gpu = std::max(busiest_gpu, static_cast<double>(std::max(gpu_out[g], gpu_in[g])));
@@ -209,6 +209,7 @@ class cost_counter {
       : served_(served),
         topology_(t),
         node_costs_(t.node_costs()),
+        live_(t),
         options_(options),
         links_(p.layers(), link_counts(t.nodes(), t.gpus())),
         node_seen_(t.nodes(), 0),
@@ -237,13 +238,12 @@ class cost_counter {
     for (std::size_t r = 0; r < served_.requests.size(); ++r) {
       const std::uint32_t source = source_of_request[r];
       const std::size_t node = on_node ? source : node_of_gpu_[source];
-      const std::size_t first = topology_.first_gpu(node), gpus = topology_.gpus_on_node(node);
+      const std::span<const std::uint32_t> gpus = live_.of(node);
       const token_range range = served_.requests[r].range(options_.tokens);
       for (std::uint64_t token = range.first; token < range.last; ++token) {
         const std::span<const std::uint16_t> ids = served_.token(token);
         if (std::all_of(ids.begin(), ids.end(), [](std::uint16_t e) { return e == no_expert; })) continue;
-        const std::size_t local = on_node ? token % gpus : source - first;
-        step_.push_back({ids.data(), static_cast<std::uint32_t>(first + local), static_cast<std::uint32_t>(local)});
+        step_.push_back({ids.data(), on_node ? gpus[token % gpus.size()] : source});
         if (step_.size() == piece) serve();
       }
     }
@@ -254,7 +254,7 @@ class cost_counter {
  private:
   struct step_token {
     const std::uint16_t* ids;
-    std::uint32_t home_gpu, local;  // local: its number on the node
+    std::uint32_t home_gpu;
   };
 
   void serve() {
@@ -331,8 +331,7 @@ class cost_counter {
         ++link.between;
       }
       // inside a node, an activation starts where it is or where it landed (the GPU of the same local number)
-      const std::size_t landed =
-          remote ? topology_.first_gpu(node) + token.local % topology_.gpus_on_node(node) : token.home_gpu;
+      const std::uint32_t landed = remote ? live_.counterpart(token.home_gpu, node) : token.home_gpu;
       if (gpu != landed && (per_node ? new_gpu : !remote)) {
         ++link.gpu_out[landed];
         ++link.gpu_in[gpu];
@@ -377,8 +376,8 @@ class cost_counter {
       report_.between_nodes.combine += between * combine_bytes;
       report_.inside_nodes.dispatch += inside * dispatch_bytes;
       report_.inside_nodes.combine += inside * combine_bytes;
-      report_.dispatch_seconds += links_[l].seconds(topology_, dispatch_bytes, steps);
-      report_.combine_seconds += links_[l].seconds(topology_, combine_bytes, steps);
+      report_.dispatch_seconds += links_[l].seconds(topology_, live_, dispatch_bytes, steps);
+      report_.combine_seconds += links_[l].seconds(topology_, live_, combine_bytes, steps);
 
       const auto on_gpus = std::span<const std::uint64_t>(report_.pairs_on_gpu).subspan(l * report_.gpus, report_.gpus);
       const double gpu =
@@ -403,6 +402,7 @@ class cost_counter {
   const trace_view& served_;
   const topology& topology_;
   std::span<const double> node_costs_;
+  live_gpus live_;
   const cost_options& options_;
   std::optional<replica_chooser> by_token_;
   std::optional<step_chooser> by_step_;

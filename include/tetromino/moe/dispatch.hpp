@@ -75,15 +75,15 @@ inline void ranks_of_slots(const topology& t, std::span<std::uint32_t> ranks) {
 }
 
 /// slot → the rank where a row of `from` enters the slot's node, which is `from` itself on its own node: the first of
-/// two hops. Writes ranks[slots].
+/// two hops. Ranks without slots, which may be dead, are passed over. Writes ranks[slots].
 inline void entry_ranks(const topology& t, std::size_t from, entry_rule rule, std::span<std::uint32_t> ranks) {
   TETROMINO_EXPECTS(ranks.size() == t.slots() && from < t.gpus(), "entry_ranks: a rank for each slot, `from` a GPU",
                     ranks.size(), t.slots(), from, t.gpus());
-  const std::size_t home = t.node_of_gpu(from), local = from - t.first_gpu(home);
+  const detail::live_gpus live(t);
   for (std::size_t s = 0; s < ranks.size(); ++s) {
     const std::size_t node = t.node_of_slot(s);
-    const std::size_t number = rule == entry_rule::leader ? 0 : local % t.gpus_on_node(node);
-    ranks[s] = static_cast<std::uint32_t>(node == home ? from : t.first_gpu(node) + number);
+    const std::uint32_t entry = rule == entry_rule::leader ? live.of(node)[0] : live.counterpart(from, node);
+    ranks[s] = node == t.node_of_gpu(from) ? static_cast<std::uint32_t>(from) : entry;
   }
 }
 

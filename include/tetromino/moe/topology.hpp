@@ -330,6 +330,39 @@ namespace detail::inline TETROMINO_ISA {
   return out;
 }
 
+/// The GPUs of each node that have slots, or all of a node's where none has any: those that run its tokens and send and
+/// receive what it exchanges with others.
+class live_gpus {
+ public:
+  explicit live_gpus(const topology& t) : first_(1, 0), number_(t.gpus(), 0) {
+    for (std::size_t n = 0; n < t.nodes(); ++n) {
+      const std::size_t first = t.first_gpu(n);
+      for (std::size_t g = first; g < first + t.gpus_on_node(n); ++g) {
+        number_[g] = g - first;
+        if (t.slots_on_gpu(g) == 0 && t.slots_on_node(n) > 0) continue;
+        number_[g] = gpus_.size() - first_.back();
+        gpus_.push_back(static_cast<std::uint32_t>(g));
+      }
+      first_.push_back(gpus_.size());
+    }
+  }
+
+  [[nodiscard]] std::span<const std::uint32_t> of(std::size_t node) const {
+    return std::span(gpus_).subspan(first_[node], first_[node + 1] - first_[node]);
+  }
+  /// A GPU's place among them; of one that is none of them, among all of its node.
+  [[nodiscard]] std::size_t number(std::size_t gpu) const { return number_[gpu]; }
+  /// The one of another node that a GPU sends to: of its own number, and so on from the first.
+  [[nodiscard]] std::uint32_t counterpart(std::size_t gpu, std::size_t node) const {
+    return of(node)[number(gpu) % of(node).size()];
+  }
+
+ private:
+  std::vector<std::size_t> first_;   // [nodes + 1] into gpus_
+  std::vector<std::uint32_t> gpus_;  // by node
+  std::vector<std::size_t> number_;  // [gpus]
+};
+
 }  // namespace detail::inline TETROMINO_ISA
 
 }  // namespace TETROMINO_NAMESPACE::moe
