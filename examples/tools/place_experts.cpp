@@ -36,10 +36,10 @@ using namespace study;
 struct settings {
   std::string trace_path, judge_path, report_path, plan_path, start_path, format = "json";
   trace_read_options reading;
-  std::size_t first_layer = 0;
-  std::vector<std::uint32_t> layers;                             // of TRACE: their numbers in the model
-  std::vector<std::string> for_requests;                         // options given that loads alone have no use for
-  std::size_t nodes = 8, gpus_per_node = 8, nodes_per_rack = 0;  // 0: no racks
+  std::size_t first_layer = 0, layer_step = 1, model_layers = 0;  // 0: the last one has experts
+  std::vector<std::uint32_t> layers;                              // of TRACE: their numbers in the model
+  std::vector<std::string> for_requests;                          // options given that loads alone have no use for
+  std::size_t nodes = 8, gpus_per_node = 8, nodes_per_rack = 0;   // 0: no racks
   double rack_cost = 3;
   std::vector<std::size_t> slots_per_node;
   std::size_t splits = 5;
@@ -505,7 +505,9 @@ std::optional<placement> plan_in_force(const settings& s, const routing_shape& s
 
 void write_plan(const settings& s, const placement& p, const topology& t) {
   if (s.plan_path.empty()) return;
-  const auto engine = [&](plan_format f) { return to_plan(fill_empty_slots(p, t), t, f, {s.layers}); };
+  const auto engine = [&](plan_format f) {
+    return to_plan(fill_empty_slots(p, t), t, f, {.layers = s.layers, .model_layers = s.model_layers});
+  };
   ui::write_file(s.plan_path, (s.format == "sglang"         ? engine(plan_format::physical_to_logical_json)
                                : s.format == "tensorrt-llm" ? engine(plan_format::tensorrt_llm_yaml)
                                : s.format == "vllm-ascend"  ? engine(plan_format::vllm_ascend_json)
@@ -651,10 +653,16 @@ int place_all(settings s) {
   }
   out.line(fmt::format("{}: {}", ui::printable(s.trace_path), file.format));
   const auto in_model = [&](std::vector<std::uint32_t> layers) {
-    for (std::uint32_t& number : layers) number += static_cast<std::uint32_t>(s.first_layer);
+    for (std::uint32_t& number : layers) {
+      number = static_cast<std::uint32_t>(s.first_layer + number * s.layer_step);
+    }
     return layers;
   };
   s.layers = in_model(file.layers);
+  if (s.model_layers > 0 && !s.layers.empty() && s.layers.back() >= s.model_layers) {
+    throw ui::usage_error(fmt::format("--model-layers: expected more than {}, a layer of {}, got {}", s.layers.back(),
+                                      s.trace_path, s.model_layers));
+  }
   if (std::holds_alternative<load_table>(file.content)) return place_loads(s, file, out);
   if (std::holds_alternative<placement>(file.content)) {
     throw std::runtime_error(fmt::format("{}: expected routing, got a plan: give it as --start", s.trace_path));
@@ -758,6 +766,14 @@ int main(int argc, char** argv) {
                  "number in the model of TRACE's layer 0, where it leaves out dense ones")
       .within(0u, 1000u)
       .shows_default();
+  app.add_option("--layer-step", s.layer_step,
+                 "which layers of the model TRACE's are, where it leaves out dense ones "
+                 "between: 2 is every second")
+      .within(1u, 1000u)
+      .shows_default();
+  app.add_option("--model-layers", s.model_layers, "layers of the model, where the last are dense (sglang)")
+      .within(1u, 65536u)
+      .needs(plan);
   app.add_option("--top-k", s.reading.experts_per_token, "experts per token, likewise");
   app.add_file("--report", s.report_path, "write a page with pictures here (HTML)");
   app.add_output(s.print);

@@ -152,6 +152,17 @@ TEST_CASE("place_experts: plans name the layers of the model") {
              contains("\n  5: [") && contains("\n  7: ["));
   CHECK_THAT(keys("trace", {"--splits", "1", "--format", "tensorrt-llm"}),
              contains("\n  3: [") && contains("\n  4: ["));
+  CHECK_THAT(keys("statistics", {"--format", "tensorrt-llm", "--first-layer", "1", "--layer-step", "2"}),
+             contains("\n  7: [") && contains("\n  11: ["));
+  CHECK(nlohmann::json::parse(keys("statistics", {"--format", "sglang", "--model-layers", "8"}))
+            .at("physical_to_logical_map")
+            .size() == 8);
+  const auto short_model = run_program(
+      "place_experts",
+      {(folder / "statistics").string(), "--nodes", "2", "--gpus", "1", "--plan", plan, "--model-layers", "5"},
+      folder.path());
+  CHECK(short_model.exit_code == 2);
+  CHECK_THAT(short_model.err, contains("expected more than 5"));
   // a row for each layer of the model; and such a plan is one to start from
   const auto rows = nlohmann::json::parse(keys("statistics", map)).at("physical_to_logical_map");
   REQUIRE(rows.size() == 6);

@@ -167,6 +167,11 @@ TEST_CASE("plans of engines round-trip, without empty slots") {
   // a row for each layer of the model, the dense ones as SGLang fills them
   CHECK(to_plan(p, t, plan_format::physical_to_logical_json, {{1, 3}}) ==
         R"({"physical_to_logical_map":[[0,1,2,0,1],[0,1,2,0,2],[0,1,2,0,1],[2,1,1,0,1]]})");
+  CHECK(to_plan(p, t, plan_format::physical_to_logical_json, {.layers = {1, 2}, .model_layers = 5}) ==
+        R"({"physical_to_logical_map":[[0,1,2,0,1],[0,1,2,0,2],[2,1,1,0,1],[0,1,2,0,1],[0,1,2,0,1]]})");
+  for (const std::size_t wrong : {std::size_t{2}, std::size_t{65'537}}) {
+    CHECK_FALSE(try_to_plan(p, t, plan_format::physical_to_logical_json, {.layers = {1, 2}, .model_layers = wrong}));
+  }
   CHECK(to_plan(p, t, plan_format::vllm_ascend_json, {{1, 3}}) == to_plan(p, t, plan_format::vllm_ascend_json));
   for (const auto& wrong : {std::vector<std::uint32_t>{3}, {3, 3}, {4, 3}, {3, 65'536}}) {
     CHECK(code_of(try_to_plan(p, t, plan_format::tensorrt_llm_yaml, {wrong})) == errc::invalid_argument);

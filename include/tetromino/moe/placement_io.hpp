@@ -104,13 +104,15 @@ struct plan_write_options {
   /// SGLang and TensorRT-LLM; vLLM and vllm-ascend count layers with experts alone. Empty: 0, 1, …
   std::vector<std::uint32_t> layers{};
   std::size_t layer_updates_per_iter = 0;  ///< TensorRT-LLM: 0 keeps the plan as it is
+  std::size_t model_layers =
+      0;  ///< SGLang: layers of the model, up to 65,536, where the last are dense; 0: none of them
 };
 
 inline namespace TETROMINO_ISA {
 
 /// A plan as an engine reads it. In physical_to_logical_map, which has a row for each layer of the model, dense layers
-/// before and between have what SGLang gives them: experts 0, 1, …, and again from 0. Errors: slots that are empty (see
-/// fill_empty_slots), since no engine takes those; a placement for another topology; layer numbers out of order.
+/// have what SGLang gives them: experts 0, 1, …, and again from 0. Errors: slots that are empty (see fill_empty_slots),
+/// since no engine takes those; a placement for another topology; layer numbers out of order, or beyond the model's.
 [[nodiscard]] inline result<std::string> try_to_plan(const placement& p, const topology& t, plan_format format,
                                                      const plan_write_options& options = {}) {
   if (p.slots() != t.slots()) {
@@ -134,6 +136,12 @@ inline namespace TETROMINO_ISA {
                               numbers.size(), numbers.size() == p.layers() ? " others" : ""));
   }
   const auto number_of = [&](std::size_t l) { return numbers.empty() ? l : numbers[l]; };
+  if (const std::size_t all = options.model_layers;
+      all != 0 && (all > 65'536 || (p.layers() > 0 && all <= number_of(p.layers() - 1)))) {
+    return error(
+        errc::invalid_argument,
+        detail::text("plan: expected a model of at most 65536 layers, the last one of the plan among them, got ", all));
+  }
   const auto list = [&](std::size_t l, std::size_t first, std::size_t count) {
     const auto row = p.layer(l).subspan(first, count);
     return std::vector<std::int32_t>(row.begin(), row.end());
@@ -163,6 +171,7 @@ inline namespace TETROMINO_ISA {
     layers.push_back({{"layer_id", l}, {"device_count", t.gpus()}, {"device_list", std::move(devices)}});
   }
   if (format == plan_format::physical_to_logical_json) {
+    while (layers.size() < options.model_layers) layers.push_back(dense);
     return nlohmann::json{{"physical_to_logical_map", std::move(layers)}}.dump();
   }
   return nlohmann::json{{"moe_layer_count", p.layers()}, {"layer_list", std::move(layers)}}.dump();
