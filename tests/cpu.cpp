@@ -137,9 +137,10 @@ void compare(std::string_view backend, const tetromino::recipe& r, reference::ge
 TEST_CASE("cpu: every backend packs and unpacks the same bytes") {
   reference::generator random(seed());
   for (const std::string_view backend : cpu_backends()) {
-    for (const char* name : {"mxfp4-32/floor", "mxfp4-32/oas", "mxfp4-16/even", "mxfp4-32/min-error",
-                             "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-search@64", "mxfp4-16/round-up/hadamard-32",
-                             "nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error/hadamard-16"}) {
+    for (const char* name :
+         {"mxfp4-32/floor", "mxfp4-32/oas", "mxfp4-16/even", "mxfp4-32/min-error", "mxfp4-16/oas/mbs-static",
+          "mxfp4-32/oas/mbs-search@64", "mxfp4-16/round-up/hadamard-32", "mxfp4-32/min-error/mbs-search@8x2",
+          "mxfp4-32/oas/mbs-static@16x2", "nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error/hadamard-16"}) {
       INFO(backend << ", " << name);
       const auto r = tetromino::recipe::parse(name);
       for (int i = 0; i < 4; ++i) {
@@ -182,6 +183,7 @@ TEST_CASE("cpu: avx512_bf16 sums bfloat16 by pairs in the order that it states")
   reference::generator random(seed());
   for (int round = 0; round < 60; ++round) {
     const any_format format = all_formats()[random.below(all_formats().size())];
+    if (format.macro_bits == 2) continue;  // multiplied as floats
     const std::size_t rows = 1 + random.below(20), outputs = 1 + random.below(40), cols = 1 + random.below(1200);
     const auto w = random_packed(random, format, 1, outputs, cols);
     matrix<bfloat16> x(rows, cols);

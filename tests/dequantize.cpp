@@ -26,6 +26,7 @@ std::vector<any_format> formats() {
   std::vector<any_format> out{mxfp4{}, mxfp4_16{}, nvfp4{}};
   for (const std::size_t block : {16u, 32u}) {
     for (const std::size_t macro : {32u, 64u, 128u, 256u}) out.push_back({scale_type::e8m0, block, macro});
+    if (block == 32) out.insert(out.end(), {mbs<mxfp4, 8, 2>{}, mbs<mxfp4, 16, 2>{}});
   }
   return out;
 }
@@ -47,6 +48,7 @@ std::vector<float> expected_values(const packed<any_format>& p) {
   r.nv = p.format.scale == scale_type::e4m3;
   r.block = p.format.block;
   r.macro = p.format.macro_block;
+  r.fine = p.format.macro_bits == 2 ? p.format.macro_block / 4 : 0;
   reference::packed same{p.matrices, p.rows, p.cols, p.codes, p.scales, p.macros, {}};
   for (std::size_t e = 0; e < p.matrices; ++e) same.tensor_scales.push_back(p.view().tensor_scale(e));
   return reference::dequantize(r, same);

@@ -120,7 +120,8 @@ TEST_CASE("without correlations feedback changes nothing") {
   const calibration nothing(w.cols);
   std::vector<float> weights(w.cols);
   for (float& v : weights) v = std::uniform_real_distribution<float>(0.1f, 10)(random);
-  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/min-error/mbs-search@64", "nvfp4/four-over-six"}) {
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/min-error/mbs-search@64", "mxfp4-32/min-error/mbs-search@16x2",
+                           "mxfp4-32/oas/mbs-static@8x2", "nvfp4/four-over-six"}) {
     CAPTURE(name);
     recipe r = recipe::parse(name);
     const auto plain = quantize(scalar, w, r, {.column_weights = weights});
@@ -167,7 +168,8 @@ TEST_CASE("feedback lowers the error of products, on other activations too") {
   std::copy_n(all.data.begin() + static_cast<std::ptrdiff_t>(x.data.size()), x.data.size(), held_out.data.begin());
   const matrix<float> w = gaussian(random, 32, 256);
   const calibration seen = seen_in(x);
-  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-search", "nvfp4/amax", "mxfp4-16/oas/hadamard-32"}) {
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-search", "mxfp4-32/min-error/mbs-search@8x2", "nvfp4/amax",
+                           "mxfp4-16/oas/hadamard-32"}) {
     CAPTURE(name);
     recipe r = recipe::parse(name);
     matrix<float> reference = w, judged = held_out;

@@ -165,6 +165,14 @@ TEST_CASE("macro-block factors") {
   for (unsigned m = 0; m < 256; ++m) {
     CHECK(tetromino::macro_factor(static_cast<std::uint8_t>(m)) == reference::macro_factor(m));
   }
+  for (unsigned m = 0; m < 4; ++m) {
+    CHECK(tetromino::fine_factor(m) == reference::fine_factor(m));
+    CHECK(tetromino::fine_inverse(m) == reference::quotient(1, reference::fine_factor(m)));
+  }
+  const std::uint8_t bytes[] = {0b11100100, 0b00011011};
+  for (std::size_t k = 0; k < 64; ++k) {
+    CHECK(tetromino::fine_bits(bytes, 8, k) == (k < 32 ? k / 8 : 7 - k / 8));
+  }
 }
 
 TEST_CASE("every recipe has a name that reads back") {
@@ -187,6 +195,17 @@ TEST_CASE("every recipe has a name that reads back") {
     }
   }
   CHECK(count == 2 * 6 * 3 * 5);
+  for (const std::string macro : {"mbs-static", "mbs-search"}) {
+    for (const unsigned elements : {8u, 16u}) {
+      const std::string name = "mxfp4-32/min-error/" + macro + "@" + std::to_string(elements) + "x2";
+      const recipe r = recipe::parse(name);
+      CHECK(r.name() == name);
+      CHECK(tetromino::elements_per_factor(r.format) == elements);
+      CHECK(r.format.macro_block == 4 * elements);
+      CHECK(r.format.macro_bits == 2);
+      CHECK(r.format.block == 32);
+    }
+  }
   for (const std::string rule : {"amax", "four-over-six", "min-error"}) {
     const recipe r = recipe::parse("nvfp4/" + rule);
     CHECK(r.name() == "nvfp4/" + rule);
@@ -197,12 +216,29 @@ TEST_CASE("every recipe has a name that reads back") {
 }
 
 TEST_CASE("a name that is no recipe gets an error that lists what exists") {
-  for (const std::string name :
-       {"", "/", "mxfp5", "mxfp4-64/floor", "mxfp4-32/", "mxfp4-32/flor", "MXFP4-32/floor", "mxfp4-32/floor/",
-        "mxfp4-32/floor/mbs", "mxfp4-32/oas/mbs-search@", " mxfp4-32/oas", "mxfp4-32/oas/mbs-search@48",
-        "mxfp4-32/oas/mbs-search@0128", "mxfp4-32/oas/mbs-search@128x", "mxfp4-32/oas/mbs-search/mbs-search",
-        "mxfp4-32/oas@64", "nvfp4/oass", "mxfp4-32/oas/mbs-search@-64",
-        "mxfp4-32/oas/mbs-search@99999999999999999999"}) {
+  for (const std::string name : {"",
+                                 "/",
+                                 "mxfp5",
+                                 "mxfp4-64/floor",
+                                 "mxfp4-32/",
+                                 "mxfp4-32/flor",
+                                 "MXFP4-32/floor",
+                                 "mxfp4-32/floor/",
+                                 "mxfp4-32/floor/mbs",
+                                 "mxfp4-32/oas/mbs-search@",
+                                 " mxfp4-32/oas",
+                                 "mxfp4-32/oas/mbs-search@48",
+                                 "mxfp4-32/oas/mbs-search@0128",
+                                 "mxfp4-32/oas/mbs-search@128x",
+                                 "mxfp4-32/oas/mbs-search/mbs-search",
+                                 "mxfp4-32/oas@64",
+                                 "nvfp4/oass",
+                                 "mxfp4-32/oas/mbs-search@-64",
+                                 "mxfp4-32/oas/mbs-search@8",
+                                 "mxfp4-32/oas/mbs-search@32x2",
+                                 "mxfp4-32/oas/mbs-search@8x4",
+                                 "mxfp4-32/oas/mbs-search@8x2x",
+                                 "mxfp4-32/oas/mbs-search@99999999999999999999"}) {
     INFO("\"" << name << "\"");
     const auto parsed = recipe::try_parse(name);
     REQUIRE(!parsed);
@@ -263,4 +299,11 @@ TEST_CASE("a rule of another format is an invalid argument") {
   CHECK(code_of("mxfp4-32/amax") == errc::invalid_argument);
   CHECK(code_of("mxfp4-16/four-over-six") == errc::invalid_argument);
   CHECK(code_of("nvfp4/amax/mbs-search") == errc::invalid_argument);
+  const auto said = [](const char* name) {
+    CHECK(code_of(name) == errc::invalid_argument);
+    return std::string(recipe::try_parse(name).error().what());
+  };
+  CHECK_THAT(said("mxfp4-16/oas/mbs-search@8x2"), tetromino_test::contains("mxfp4-16 has no factors of 2 bits"));
+  CHECK_THAT(said("mxfp4/oas/mbs-search256@16x2"),
+             tetromino_test::contains("mbs-search256 is for factors of 8 bits, not 16x2"));
 }

@@ -57,7 +57,7 @@ TETROMINO_C_API const char* tetromino_version(void);
 typedef struct tetromino_sizes {
   size_t codes;  /**< [rows, blocks, block / 2], low nibble first; the last block of a row is padded */
   size_t scales; /**< [rows, blocks]: E8M0, or E4M3 for NVFP4 */
-  size_t macros; /**< macro-block bytes [rows, macro blocks], 0 for recipes without */
+  size_t macros; /**< bytes of factors [rows, macro blocks], four factors of 2 bits in one; 0 for recipes without */
   size_t ggml;   /**< ggml's block_mxfp4 or block_nvfp4, 0 where it has no blocks for this recipe and these columns */
 } tetromino_sizes;
 TETROMINO_C_API tetromino_status tetromino_packed_sizes(const char* recipe, size_t rows, size_t cols,

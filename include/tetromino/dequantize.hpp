@@ -31,8 +31,8 @@ template <class Policy, class T>
 concept can_dequantize = real<T> && detail::attached<Policy, detail::has_dequantize_on<Policy, T>>::value;
 
 /// Unpacks storage [matrices, rows, cols] into `out` of the same shape: float, half or bfloat16 (rounded to nearest
-/// even). A value is q * 2^E for MX formats, float(q / f) * 2^E with a macro-block factor f = 1 + m / 256, and
-/// q * float(t * s) for NVFP4 with tensor scale t and block scale s.
+/// even). A value is q * 2^E for MX formats, float(q / f) * 2^E with a macro-block factor f = 1 + m / 256 of 8 bits,
+/// q * f * 2^E with f = 1 + m / 4 of 2 bits, and q * float(t * s) for NVFP4 with tensor scale t and block scale s.
 /// Errors: shape_mismatch.
 template <class Policy, packed_like Packed, class T>
   requires(can_dequantize<Policy, T>)

@@ -36,7 +36,9 @@ template <>
 struct fmt::formatter<tetromino::any_format> : fmt::formatter<std::string> {
   template <class Context>
   auto format(const tetromino::any_format& f, Context& context) const {
-    const std::string macro = f.macro_block == 0 ? "" : fmt::format(" mbs@{}", f.macro_block);
+    const std::string bits = f.macro_bits == 8 ? "" : fmt::format("x{}", f.macro_bits);
+    const std::string macro =
+        f.macro_block == 0 ? "" : fmt::format(" mbs@{}{}", tetromino::elements_per_factor(f), bits);
     return fmt::formatter<std::string>::format(
         fmt::format("{}{} ({:.4g} bits)", tetromino::name_of(f), macro, tetromino::bits_per_weight(f)), context);
   }

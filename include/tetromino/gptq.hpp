@@ -294,14 +294,17 @@ void correct_weights(const Policy& policy, const calibration& seen, double dampi
 
 /// What turns an element into its code and back under the scales of its block.
 struct element_scale {
-  float factor = 1;  // macro-block factor f
+  float factor = 1;  // macro-block factor f of 8 bits, or float(1 / f) of 2 bits
   float step = 0;    // 2^E, or float(t * s); 0: the element is 0; NaN: its block is poisoned
+  float fine = 0;    // f of 2 bits; 0: there is none
 
   [[nodiscard]] bool is_poisoned() const { return !is_finite(step); }
   [[nodiscard]] e2m1 encode(float x) const {
     return step == 0 || is_poisoned() ? e2m1{} : e2m1::encode(rounded(factor * x) / step);
   }
-  [[nodiscard]] float decode(e2m1 code) const { return rounded(code.value() / factor) * step; }
+  [[nodiscard]] float decode(e2m1 code) const {
+    return (fine != 0 ? code.value() * fine : rounded(code.value() / factor)) * step;
+  }
 };
 
 template <block_format Format>
@@ -310,10 +313,12 @@ element_scale scale_at(const packed<Format>& p, std::size_t row, std::size_t col
   const std::uint8_t byte = p.scales[row * shape.blocks_per_row() + col / shape.format.block];
   if (shape.format.scale == scale_type::e4m3)
     return {1.0f, rounded(p.tensor_scales[0] * e4m3::from_bits(byte).value())};
-  const std::uint8_t m = shape.format.macro_block == 0
-                             ? std::uint8_t{0}
-                             : p.macros[row * shape.macros_per_row() + col / shape.format.macro_block];
-  return {macro_factor(m), e8m0::from_bits(byte).value()};
+  const float step = e8m0::from_bits(byte).value();
+  if (shape.format.macro_block == 0) return {1.0f, step};
+  const std::uint8_t* macros = p.macros.data() + row * shape.macros_per_row();
+  if (shape.format.macro_bits == 8) return {macro_factor(macros[col / shape.format.macro_block]), step};
+  const unsigned m = fine_bits(macros, elements_per_factor(shape.format), col);
+  return {fine_inverse(m), step, fine_factor(m)};
 }
 
 /// Packs columns x[rows, n] by themselves, for the sake of their scales. Where they are whole blocks, rows are laid
@@ -354,6 +359,22 @@ result<void> refresh_scales(const Policy& policy, const eigen_matrix<float>& w, 
   const auto weigh = [&](std::size_t n) {
     if (!options.column_weights.empty()) here.column_weights = options.column_weights.subspan(first, n);
   };
+  if (format.macro_bits == 2) {
+    const std::size_t n = at_most(format.block);
+    weigh(n);
+    const auto chosen = pack_columns(policy, columns(n), format, here);
+    if (!chosen) return chosen.error();
+    // A block's factors are a whole byte or half of one.
+    const auto shift = first % format.macro_block / 8;
+    const unsigned mask = format.macro_block == format.block ? 0xFFu : 0xFu << shift;
+    for (std::size_t r = 0; r < shape.rows; ++r) {
+      std::uint8_t& macro = out.macros[r * shape.macros_per_row() + first / format.macro_block];
+      macro = static_cast<std::uint8_t>((macro & ~mask) | (unsigned{chosen->macros[r]} << shift & mask));
+      if (scale_at(out, r, first).is_poisoned()) continue;
+      out.scales[r * shape.blocks_per_row() + first / format.block] = chosen->scales[r];
+    }
+    return {};
+  }
   if (format.macro_block != 0 && first % format.macro_block == 0) {
     const std::size_t n = at_most(format.macro_block);
     weigh(n);

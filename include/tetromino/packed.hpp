@@ -18,7 +18,8 @@ namespace TETROMINO_NAMESPACE {
 /// Sizes of a packed batch [matrices, rows, cols] in the linear layout.
 /// - codes [matrices, rows, blocks_per_row * block / 2]: low nibble = even k; the last block is padded with zero codes
 /// - scales [matrices, rows, blocks_per_row]: E8M0 or E4M3 bytes
-/// - macros [matrices, rows, macros_per_row]: macro-block bytes; empty without macro blocks
+/// - macros [matrices, rows, macros_per_row]: macro-block bytes, each one factor of 8 bits or four of 2 bits, the first
+///   in its low bits; empty without macro blocks
 struct packed_shape {
   any_format format{};
   std::size_t matrices = 0;
@@ -214,10 +215,15 @@ packed_view<any_format> as_packed(const packed<Format>& storage) noexcept {
 
 /// Says why a format known at run time is none, if it is none.
 TETROMINO_COLD inline result<void> unknown_format(const any_format& f) {
-  return error(errc::invalid_argument, {"not a 4-bit block format: ", f.scale == scale_type::e8m0 ? "MX" : "NVFP4",
-                                        " with block ", f.block, ", macro block ", f.macro_block});
+  return error(errc::invalid_argument,
+               {"not a 4-bit block format: ", f.scale == scale_type::e8m0 ? "MX" : "NVFP4", " with block ", f.block,
+                ", macro block ", f.macro_block, " of ", f.macro_bits, " bits"});
 }
 inline result<void> check_format(const any_format& f) {
+  if (f.macro_bits != 8) {
+    if (f == any_format(mbs<mxfp4, 8, 2>{}) || f == any_format(mbs<mxfp4, 16, 2>{})) return {};
+    return unknown_format(f);
+  }
   const bool has_block = f.block == 16 || (f.block == 32 && f.scale == scale_type::e8m0);
   const bool has_macro = f.macro_block == 32 || f.macro_block == 64 || f.macro_block == 128 || f.macro_block == 256;
   if (has_block && (f.macro_block == 0 || (has_macro && f.scale == scale_type::e8m0))) return {};

@@ -72,6 +72,9 @@ inline result<void> check_options(quantize_options& options, const any_format& f
   if (!has_rule(format.scale, *options.rule)) {
     return error(errc::invalid_argument, {name_of(format), " has no scale rule \"", name_of(*options.rule), "\""});
   }
+  if (!has_rule(format, options.macro)) {
+    return error(errc::invalid_argument, {name_of(format), " with factors of 2 bits has no rule \"mbs-search256\""});
+  }
   if (const std::size_t n = options.column_weights.size(); n != 0 && n != cols && n != matrices * cols) {
     return error(errc::shape_mismatch, {"column_weights needs ", cols, " entries (one for each column) or ",
                                         matrices * cols, " (for each matrix and column), got ", n});
@@ -213,9 +216,10 @@ result<void> try_quantize_to(const Policy& policy, const Input& x, const named_r
   if (!way) return way.error();
   const recipe& r = *way;
   if (any_format(out.format) != r.format) {
-    return error(errc::invalid_argument,
-                 {"recipe ", r.name(), " needs storage of its format, got ", name_of(any_format(out.format)),
-                  " with macro block ", any_format(out.format).macro_block});
+    return error(
+        errc::invalid_argument,
+        {"recipe ", r.name(), " needs storage of its format, got ", name_of(any_format(out.format)),
+         " with macro block ", any_format(out.format).macro_block, " of ", any_format(out.format).macro_bits, " bits"});
   }
   quantize_options settings = options;
   if (auto valid = detail::set_rules(settings, r); !valid) return valid;

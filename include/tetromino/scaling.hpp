@@ -27,11 +27,21 @@ enum class scale_rule : std::uint8_t {
   four_over_six,  ///< NVFP4: a mapped to 6 or to 4, whichever errs less; tensor scale with 256 in place of 448
 };
 
-/// How the byte m of a macro block is chosen; elements are multiplied by f = 1 + m / 256 before they are packed.
+/// How the factors of macro blocks are chosen.
+///
+/// Of 8 bits: elements are multiplied by f = 1 + m / 256, and then packed as if there were no macro blocks.
+///
+/// Of 2 bits: a closed-form rule gives a block the exponent E that it has without factors. An element x becomes
+/// q = E2M1(float(float(x 2^-E) float(1 / f))) with f = 1 + m / 4, and its error is float(float(x 2^-E) - q f). Each
+/// group of 8 or 16 elements gets its m by itself, the smaller one on ties. Squared errors are added up in the order of
+/// all searches: 16 strided sums (8 of a group of 8), then halves onto halves. Where min_error compares exponents,
+/// errors of a block are (g0 + g2) + (g1 + g3) of its groups of 8, g0 + g1 of those of 16. Groups of zeros have m = 0.
 enum class macro_rule : std::uint8_t {
-  from_amax,   ///< the top 8 mantissa bits of 6 / amax (MBS-S, "mbs-static"): one pass, for activations
-  search,      ///< least squared error of m = 0, 16, ... 240 (MBS-D, "mbs-search"): for weights
-  search_256,  ///< least squared error of all 256 values ("mbs-search256")
+  from_amax,   ///< 8 bits: the top 8 mantissa bits of 6 / amax (MBS-S, "mbs-static"), in one pass, for activations.
+               ///< 2 bits: the m under which the group's largest element errs least
+  search,      ///< 8 bits: least squared error of m = 0, 16, ... 240 (MBS-D, "mbs-search"), for weights.
+               ///< 2 bits: least squared error of the group
+  search_256,  ///< 8 bits: least squared error of all 256 values ("mbs-search256")
 };
 
 /// A format and its rules: everything that names a way to pack, picked at run time.
@@ -44,8 +54,10 @@ struct recipe {
 
   /// Reads FORMAT[/RULE][/MACRO][/hadamard-N][/gptq], such as "nvfp4", "mxfp4" (mxfp4-32 by its default rule),
   /// "mxfp4-16/oas/mbs-search", "mxfp4-32/floor", "mxfp4-32/oas/mbs-static@64", "nvfp4/four-over-six" or
-  /// "mxfp4-16/min-error/mbs-search256@64/hadamard-16/gptq". Errors: unknown_name, with the nearest name and all that
-  /// exist; invalid_argument for a rule of another format, and for a piece given twice or in the wrong place.
+  /// "mxfp4-16/min-error/mbs-search256@64/hadamard-16/gptq". Behind @ is how many elements share a factor of 8 bits, or
+  /// 8x2 and 16x2 for factors of 2 bits: "mxfp4-32/min-error/mbs-search@8x2". Errors: unknown_name, with the nearest
+  /// name and all that exist; invalid_argument for a rule or factors of another format, and for a piece given twice or
+  /// in the wrong place.
   TETROMINO_ABI static result<recipe> try_parse(std::string_view name);
   TETROMINO_ABI static recipe parse(std::string_view name) { return try_parse(name).value(); }
 
@@ -61,6 +73,11 @@ inline namespace TETROMINO_ISA {
 [[nodiscard]] constexpr bool has_rule(scale_type scale, scale_rule rule) noexcept {
   if (rule == scale_rule::min_error) return true;
   return (rule == scale_rule::amax || rule == scale_rule::four_over_six) == (scale == scale_type::e4m3);
+}
+
+/// True where the rule picks factors of this format.
+[[nodiscard]] constexpr bool has_rule(const any_format& format, macro_rule rule) noexcept {
+  return format.macro_bits == 8 || rule != macro_rule::search_256;
 }
 
 /// The rule that a format uses unless told otherwise: oas for MX formats, amax for NVFP4.
@@ -85,9 +102,22 @@ inline namespace TETROMINO_ISA {
   return amax == 0.0f ? std::uint8_t{0} : static_cast<std::uint8_t>(detail::bit_cast<std::uint32_t>(6.0f / amax) >> 15);
 }
 
-/// What a macro-block byte multiplies by: f = 1 + m / 256, in [1, 2).
+/// The factor of a macro-block byte, by which elements are multiplied before they are packed: f = 1 + m / 256.
 [[nodiscard]] TETROMINO_HD constexpr float macro_factor(std::uint8_t m) noexcept {
   return detail::bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(m) << 15);
+}
+
+/// A factor of 2 bits, by which elements are multiplied when they are unpacked: f = 1 + m / 4, for m = 0 ... 3.
+[[nodiscard]] TETROMINO_HD constexpr float fine_factor(unsigned m) noexcept {
+  return detail::bit_cast<float>(0x3F800000u | m << 21);
+}
+/// What elements are multiplied by instead of a division by that factor.
+[[nodiscard]] TETROMINO_HD constexpr float fine_inverse(unsigned m) noexcept { return 1.0f / fine_factor(m); }
+/// The m of column k of a row that has these bytes of factors of 2 bits, each for so many elements.
+[[nodiscard]] TETROMINO_HD constexpr unsigned fine_bits(const std::uint8_t* macros, std::size_t elements,
+                                                        std::size_t k) noexcept {
+  const std::size_t i = k / elements;
+  return static_cast<unsigned>(macros[i / 4]) >> (i % 4 * 2) & 3u;
 }
 
 /// What a closed-form MX rule adds to the bits of a block's largest magnitude a before it takes the exponent. All five
@@ -114,6 +144,7 @@ inline namespace TETROMINO_ISA {
   return static_cast<int>((detail::bit_cast<std::uint32_t>(a) + carry) >> 23) - 127 - 2;
 }
 
+static_assert(fine_factor(0) == 1.0f && fine_factor(1) == 1.25f && fine_factor(3) == 1.75f);
 static_assert(tensor_scale_for(0x1p-130f, scale_rule::amax) == 0x1p-126f && tensor_scale_for(0, scale_rule::amax) == 0);
 static_assert(mx_exponent(7.0f, carry_of(scale_rule::oas)) == 0);
 static_assert(mx_exponent(7.000001f, carry_of(scale_rule::oas)) == 1);
@@ -204,7 +235,8 @@ inline constexpr std::string_view recipe_help =
     "a recipe is FORMAT[/RULE][/MACRO][/hadamard-N][/gptq]: mxfp4-32 (or mxfp4) or mxfp4-16 with floor, ceil, "
     "round-up, even, oas "
     "or min-error, then "
-    "optionally mbs-static, mbs-search or mbs-search256, with @32, @64, @128 (default) or @256 for the macro block; or "
+    "optionally mbs-static, mbs-search or mbs-search256, with @32, @64, @128 (default) or @256 for the macro block, or "
+    "with @8x2 or @16x2 for factors of 2 bits (mxfp4-32, not mbs-search256); or "
     "nvfp4 with amax, four-over-six or min-error; then optionally hadamard-16, -32, -64 or -128, then optionally gptq";
 
 }  // namespace detail::inline TETROMINO_ISA
@@ -232,7 +264,8 @@ TETROMINO_COLD inline std::string recipe::name() const {
     for (const auto& [name, value] : detail::macro_names) {
       if (value == macro) out += detail::text('/', name);
     }
-    if (format.macro_block != 128) out += detail::text('@', format.macro_block);
+    if (format.macro_block != 128) out += detail::text('@', elements_per_factor(format));
+    if (format.macro_bits != 8) out += detail::text('x', format.macro_bits);
   }
   if (rotation != 0) out += detail::text("/hadamard-", rotation);
   if (error_feedback) out += "/gptq";
@@ -313,6 +346,12 @@ TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
     }
     if (out.format.scale == scale_type::e4m3) return invalid(format, " has no macro blocks", "");
     const std::string_view size = at == std::string_view::npos ? "128" : piece.substr(at + 1);
+    if (size == "8x2" || size == "16x2") {
+      if (out.format.block != 32) return invalid(format, " has no factors of 2 bits", "");
+      if (out.macro == macro_rule::search_256) return invalid("mbs-search256 is for factors of 8 bits, not ", size, "");
+      out.format = size == "8x2" ? any_format(mbs<mxfp4, 8, 2>{}) : any_format(mbs<mxfp4, 16, 2>{});
+      continue;
+    }
     out.format.macro_block = size == "32" ? 32 : size == "64" ? 64 : size == "128" ? 128 : size == "256" ? 256 : 0;
     if (out.format.macro_block == 0) return unknown("macro-block size", size);
   }

@@ -66,6 +66,11 @@ constexpr line lines[] = {
     {"mxfp4-16/oas/mbs-search256", unknown, unknown, unknown},
     {"mxfp4-16/min-error/mbs-search@32", unknown, unknown, unknown},
     {"mxfp4-32/min-error/mbs-search256@32", unknown, unknown, unknown},
+    {"mxfp4-32/floor/mbs-static@8x2", unknown, unknown, unknown},
+    {"mxfp4-32/floor/mbs-search@16x2", unknown, unknown, unknown},
+    {"mxfp4-32/floor/mbs-search@8x2", unknown, unknown, unknown},
+    {"mxfp4-32/min-error/mbs-search@16x2", unknown, unknown, unknown},
+    {"mxfp4-32/min-error/mbs-search@8x2", unknown, unknown, unknown},
     // Rotated: what packing takes from the rotated values.
     {"mxfp4-32/floor/hadamard-32", unknown, unknown, unknown},
     {"mxfp4-32/oas/hadamard-32", unknown, unknown, unknown},

@@ -67,6 +67,18 @@ std::string message(const tetromino::result<void>& done, errc expected = errc::s
 
 }  // namespace
 
+TEST_CASE("cuda: factors of 2 bits are refused") {
+  fixture f;
+  const tetromino::packed<tetromino::mbs<tetromino::mxfp4, 8, 2>> fine({}, 2, 96, 160);
+  cuda::repacked_shape shape{fine.format, 2, 96, 160};
+  std::vector<std::byte> memory(shape.bytes());
+  const cuda::repacked_view<bfloat16, std::byte> out{shape, memory};
+  calls = 0;
+  CHECK_THAT(message(tetromino::try_repack_to(the_stream, fine, out), errc::invalid_argument),
+             contains("expected macro-block factors of 8 bits, got factors of 2 bits"));
+  CHECK(calls == 0);
+}
+
 TEST_CASE("cuda: repack_to says what does not fit") {
   fixture f;
   calls = 0;

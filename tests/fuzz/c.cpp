@@ -49,10 +49,11 @@ std::string any_recipe(fuzz_bytes& in) {
                                "nvfp4/min-error",
                                "nvfp4/four-over-six",
                                "mxfp4-32/min-error/mbs-search@64",
+                               "mxfp4-32/floor/mbs-search@16x2",
                                "nvfp4/hadamard-32",
                                "mxfp4-32/gptq"};
-  const std::size_t which = in.below(10);
-  if (which < 8) return known[which];
+  const std::size_t which = in.below(11);
+  if (which < 9) return known[which];
   const std::vector<char> bytes = in.fill<char>(in.below(40));
   return std::string(bytes.begin(), bytes.end());
 }

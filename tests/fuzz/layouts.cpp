@@ -35,8 +35,9 @@ bool same(std::span<const std::uint8_t> a, std::span<const std::uint8_t> b) {
 }
 
 any_format pick_format(fuzz_bytes& in) {
-  constexpr any_format formats[] = {mxfp4{}, nvfp4{}, mxfp4_16{}, mbs<mxfp4>{}, any_format(scale_type::e4m3, 32, 0)};
-  return formats[in.below(16) < 12 ? in.below(2) : in.below(5)];
+  constexpr any_format formats[] = {
+      mxfp4{}, nvfp4{}, mxfp4_16{}, mbs<mxfp4>{}, mbs<mxfp4, 8, 2>{}, any_format(scale_type::e4m3, 32, 0)};
+  return formats[in.below(16) < 12 ? in.below(2) : in.below(6)];
 }
 
 packed<any_format> pick_storage(fuzz_bytes& in, const any_format& format) {

@@ -30,6 +30,8 @@ recipe pick_recipe(fuzz_bytes& in) {
     constexpr std::size_t macro_blocks[] = {0, 0, 0, 32, 64, 128, 256};
     r.format.macro_block = macro_blocks[in.below(7)];
     if (r.format.macro_block != 0) r.macro = static_cast<macro_rule>(in.below(16) == 0 ? 2 : in.below(2));
+    const bool can_be_fine = r.format.block == 32 && (r.format.macro_block == 32 || r.format.macro_block == 64);
+    if (can_be_fine && r.macro != macro_rule::search_256 && in.below(2) == 0) r.format.macro_bits = 2;
   }
   constexpr std::size_t rotations[] = {0, 0, 0, 0, 16, 32, 64, 128};
   r.rotation = rotations[in.below(8)];

@@ -20,6 +20,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   require(detail::check_format(parsed->format).has_value(), "a format");
   require(has_rule(parsed->format.scale, parsed->rule), "a rule of the format");
+  require(has_rule(parsed->format, parsed->macro), "a macro rule of the format");
   require(parsed->rotation == 0 || detail::check_rotation(hadamard{parsed->rotation}).has_value(), "a rotation");
   const auto again = recipe::try_parse(parsed->name());
   require(again.has_value() && again->name() == parsed->name(), "the same name");

@@ -26,8 +26,8 @@ std::size_t any_size(fuzz_bytes& in) {
 }
 
 any_format any_known(fuzz_bytes& in) {
-  const any_format all[] = {mxfp4{}, mxfp4_16{}, nvfp4{}, mbs<mxfp4>{}, mbs<mxfp4_16, 32>{}};
-  return all[in.below(5)];
+  const any_format all[] = {mxfp4{}, mxfp4_16{}, nvfp4{}, mbs<mxfp4>{}, mbs<mxfp4_16, 32>{}, mbs<mxfp4, 16, 2>{}};
+  return all[in.below(6)];
 }
 
 }  // namespace

@@ -49,6 +49,11 @@ std::vector<recipe> all_recipes() {
           out.push_back({{tetromino::scale_type::e8m0, block, macro}, rule, search});
         }
       }
+      for (const macro_rule search : {macro_rule::from_amax, macro_rule::search}) {
+        if (block != 32) continue;
+        out.push_back({tetromino::mbs<tetromino::mxfp4, 8, 2>{}, rule, search});
+        out.push_back({tetromino::mbs<tetromino::mxfp4, 16, 2>{}, rule, search});
+      }
     }
   }
   return out;
@@ -297,7 +302,8 @@ TEST_CASE("any bytes unpack as scalar unpacks them") {
   reference::generator g(tetromino_test::seed() + 3);
   for (const any_format format :
        {any_format(tetromino::nvfp4{}), any_format(tetromino::mxfp4{}), any_format(tetromino::mxfp4_16{}),
-        any_format(tetromino::mbs<tetromino::mxfp4, 32>{}), any_format(tetromino::mbs<tetromino::mxfp4_16, 256>{})}) {
+        any_format(tetromino::mbs<tetromino::mxfp4, 32>{}), any_format(tetromino::mbs<tetromino::mxfp4_16, 256>{}),
+        any_format(tetromino::mbs<tetromino::mxfp4, 8, 2>{}), any_format(tetromino::mbs<tetromino::mxfp4, 16, 2>{})}) {
     tetromino::packed<any_format> packed(format, 1, 64, 16 * 256);
     for (auto* bytes : {&packed.codes, &packed.scales, &packed.macros}) {
       for (auto& b : *bytes) b = static_cast<std::uint8_t>(g.bits());

@@ -4,7 +4,7 @@
 
 #include "numbers.hpp"  // e2m1_encode, e2m1_value, e4m3_value, e8m0_value
 #include "philox.hpp"   // uniform
-#include "scaling.hpp"  // exponent, nv_scale, searched_macro, static_macro, under_factor
+#include "scaling.hpp"  // exponent, fine_choice, nv_scale, searched_macro, static_macro, under_factor
 
 #include <algorithm>  // std::min, std::max
 #include <cmath>      // std::isnan, std::isinf, std::isfinite, std::signbit, std::fabs
@@ -23,6 +23,7 @@ struct recipe {
   nv_rule nvfp4 = nv_rule::amax;
   std::size_t macro = 0;                     ///< elements of a macro block, 0 without
   unsigned macro_steps = 0;                  ///< 0: static; 16 or 256: searched
+  std::size_t fine = 0;                      ///< elements with a factor of 2 bits, of which a byte has four; 0 without
   bool poison = false;                       ///< a non-finite element poisons its block; else it is saturated
   double largest = 3.402823466385288598e38;  ///< what an infinity saturates to
   double overflow = 3.4028235677973366e38;   ///< the least number that is rounded to infinity
@@ -120,6 +121,7 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
       const std::size_t begin = m * r.macro;
       const std::size_t size = std::min(r.macro, cols - begin);
       const auto part = line.subspan(begin, size);
+      if (r.fine != 0) continue;  // chosen with the scales
       out.macros[row * macros + m] = static_cast<std::uint8_t>(
           r.macro_steps == 0
               ? static_macro(amax(part))
@@ -151,6 +153,24 @@ inline packed quantize(const recipe& r, std::size_t experts, std::size_t rows, s
         if (code == 0) continue;
         const float unit = product(t, static_cast<float>(e4m3_value(code)));
         for (const float v : part) y.push_back(unit == 0 ? 0 : quotient(v, unit));
+      } else if (r.fine != 0) {
+        fine_block chosen = fine_choice(r.mx, part, part_weights, r.fine, r.macro_steps != 0);
+        const auto decodes_past = [&](std::size_t first) {
+          const auto group = part.subspan(first, std::min(r.fine, size - first));
+          const unsigned m = chosen.m[first / r.fine];
+          const float q = largest_element(fine_element(amax(group), chosen.exponent, m), r.seed.has_value());
+          return std::ldexp(static_cast<double>(product(q, fine_factor(m))), chosen.exponent) >= r.overflow;
+        };
+        for (std::size_t first = 0; first < size; first += r.fine) {
+          while (decodes_past(first)) --chosen.exponent;
+        }
+        scale = static_cast<std::uint8_t>(chosen.exponent + 127);
+        for (std::size_t i = 0; i < size; ++i) {
+          const unsigned m = chosen.m[i / r.fine];
+          y.push_back(fine_element(part[i], chosen.exponent, m));
+          const std::size_t factor = (begin + i) / r.fine;
+          out.macros[row * macros + factor / 4] |= static_cast<std::uint8_t>(m << (factor % 4 * 2));
+        }
       } else if (r.macro != 0) {
         const float f = macro_factor(out.macros[row * macros + begin / r.macro]);
         macro_block_part chosen = under_factor(r.mx, part, part_weights, f);
@@ -191,6 +211,11 @@ inline std::vector<float> dequantize(const recipe& r, const packed& p) {
       const unsigned scale = p.scales[row * blocks + k / r.block];
       if (r.nv) {
         out.push_back(product(q, product(p.tensor_scales[row / p.rows], static_cast<float>(e4m3_value(scale)))));
+        continue;
+      }
+      if (r.fine != 0) {
+        const unsigned m = p.macros[row * macros + k / r.macro] >> (k / r.fine % 4 * 2) & 3;
+        out.push_back(static_cast<float>(static_cast<double>(product(q, fine_factor(m))) * e8m0_value(scale)));
         continue;
       }
       const float f = macros == 0 ? 1.0f : macro_factor(p.macros[row * macros + k / r.macro]);

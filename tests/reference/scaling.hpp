@@ -6,7 +6,7 @@
 
 #include "numbers.hpp"  // e2m1_encode, e2m1_value, e4m3_encode, e4m3_value, floor_log2, ceil_log2, bits_of
 
-#include <algorithm>  // std::clamp, std::max, std::none_of
+#include <algorithm>  // std::clamp, std::max, std::min, std::none_of
 #include <array>      // std::array
 #include <cmath>      // std::fabs, std::ldexp
 #include <cstddef>    // std::size_t
@@ -219,6 +219,76 @@ inline unsigned searched_macro(mx_rule rule, std::span<const float> x, std::span
       least_error(ties::first_wins, candidates, weights, [&](int m, std::span<const float> by) {
         return macro_error(rule, x, by, block, macro_factor(static_cast<unsigned>(m)));
       }));
+}
+
+/// What a factor of 2 bits is: f = 1 + m/4, by which elements are multiplied when they are decoded.
+inline float fine_factor(unsigned m) { return static_cast<float>(1.0 + static_cast<double>(m) / 4.0); }
+
+/// What becomes an element, under block exponent E and factor m.
+inline float fine_element(float x, int exponent, unsigned m) {
+  return product(scaled(x, -exponent), quotient(1, fine_factor(m)));
+}
+/// How far an element is from what it decodes to, in units of 2^E.
+inline float fine_difference(float x, int exponent, unsigned m) {
+  return difference(scaled(x, -exponent), product(nearest_e2m1(fine_element(x, exponent, m)), fine_factor(m)));
+}
+inline float fine_error(std::span<const float> x, std::span<const float> weights, int exponent, unsigned m) {
+  error_sum errors;
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    errors.add(fine_difference(x[i], exponent, m), weights.empty() ? 1.0f : weights[i]);
+  }
+  return errors.total();
+}
+
+/// A block with factors of 2 bits: its exponent, the m of each group, and the error in units of 2^exponent.
+struct fine_block {
+  int exponent = -127;
+  std::array<unsigned, 4> m{};
+  float error = 0;
+};
+
+/// The factors of block x under an exponent, one for each so many elements: by the largest element of each, or by
+/// search.
+inline fine_block fine_under(std::span<const float> x, std::span<const float> weights, std::size_t elements,
+                             bool search, int exponent) {
+  fine_block out{exponent, {}, 0};
+  std::array<float, 4> errors{};
+  const std::array<int, 4> candidates{0, 1, 2, 3};
+  for (std::size_t g = 0; g * elements < x.size(); ++g) {
+    const std::size_t size = std::min(elements, x.size() - g * elements);
+    const auto group = x.subspan(g * elements, size);
+    const auto by = weights.empty() ? weights : weights.subspan(g * elements, size);
+    const float largest = amax(group);
+    out.m[g] = static_cast<unsigned>(
+        search
+            ? least_error(ties::first_wins, candidates, by,
+                          [&](int m, std::span<const float> w) {
+                            return fine_error(group, w, exponent, static_cast<unsigned>(m));
+                          })
+            : least_error(ties::first_wins, candidates, std::span<const float>{}, [&](int m, std::span<const float>) {
+                return std::fabs(fine_difference(largest, exponent, static_cast<unsigned>(m)));
+              }));
+    errors[g] = fine_error(group, by, exponent, out.m[g]);
+  }
+  out.error = elements == 8 ? sum(sum(errors[0], errors[2]), sum(errors[1], errors[3])) : sum(errors[0], errors[1]);
+  return out;
+}
+
+/// Block x, not all zero: the exponent that the rule gives it without factors, or of four that with the least error.
+inline fine_block fine_choice(mx_rule rule, std::span<const float> x, std::span<const float> weights,
+                              std::size_t elements, bool search) {
+  const auto under = [&](int exponent, std::span<const float> by) {
+    return fine_under(x, by, elements, search, exponent);
+  };
+  if (rule != mx_rule::min_error) return under(exponent(rule, x), weights);
+  const int up = clamp_exponent(exponent_of_amax(mx_rule::round_up, static_cast<double>(amax(x))));
+  const std::array<int, 4> candidates{clamp_exponent(up + 1), up, clamp_exponent(up - 1), clamp_exponent(up - 2)};
+  std::span<const float> counted;
+  const int best = least_error(ties::first_wins, candidates, weights, [&](int exponent, std::span<const float> by) {
+    counted = by;  // none where weights leave all exponents with the same error
+    return scaled(under(exponent, by).error, 2 * (exponent - up));
+  });
+  return under(best, counted);
 }
 
 }  // namespace reference

@@ -29,6 +29,7 @@ inline const std::vector<any_format>& all_formats() {
     for (const std::size_t block : {16u, 32u}) {
       for (const std::size_t macro : {0u, 32u, 64u, 128u, 256u}) out.push_back({scale_type::e8m0, block, macro});
     }
+    for (const std::size_t macro : {32u, 64u}) out.push_back({scale_type::e8m0, 32, macro, 2});
     return out;
   }();
   return formats;
@@ -47,7 +48,8 @@ inline packed<any_format> random_packed(reference::generator& random, const any_
   return out;
 }
 
-/// The numbers that packed storage stands for: q / f · scale · tensor scale. [matrices · rows, cols]
+/// The numbers that packed storage stands for: q / f · scale · tensor scale, or q · f · scale where factors have 2
+/// bits. [matrices · rows, cols]
 inline std::vector<double> meaning(const packed<any_format>& p) {
   std::vector<double> out;
   const std::size_t blocks = (p.cols + p.format.block - 1) / p.format.block;
@@ -62,7 +64,12 @@ inline std::vector<double> meaning(const packed<any_format>& p) {
         x *= reference::e8m0_value(scale);
       }
       if (const std::size_t macro = p.format.macro_block; macro != 0) {
-        x /= 1.0 + p.macros[row * ((p.cols + macro - 1) / macro) + k / macro] / 256.0;
+        const unsigned m = p.macros[row * ((p.cols + macro - 1) / macro) + k / macro];
+        if (p.format.macro_bits == 8) {
+          x /= 1.0 + m / 256.0;
+        } else {
+          x *= 1.0 + (m >> (k / (macro / 4) % 4 * 2) & 3) / 4.0;
+        }
       }
       out.push_back(x);
     }

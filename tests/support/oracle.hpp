@@ -77,6 +77,10 @@ template <class T>
     for (const std::string size : {"@32", "@64", "@128", "@256"}) {
       out.push_back(tetromino::recipe::parse(plain.name() + "/" + macro + size));
     }
+    if (plain.format.block != 32 || macro == "mbs-search256") continue;
+    for (const std::string size : {"@8x2", "@16x2"}) {
+      out.push_back(tetromino::recipe::parse(plain.name() + "/" + macro + size));
+    }
   }
   return out;
 }
@@ -116,6 +120,7 @@ template <class T>
       break;
   }
   out.macro = r.format.macro_block;
+  out.fine = r.format.macro_bits == 2 ? tetromino::elements_per_factor(r.format) : 0;
   out.macro_steps = r.macro == tetromino::macro_rule::from_amax ? 0
                     : r.macro == tetromino::macro_rule::search  ? 16
                                                                 : 256;

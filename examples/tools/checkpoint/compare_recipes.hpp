@@ -21,6 +21,8 @@ inline const std::vector<std::string> compared_recipes = {"mxfp4-32/floor",
                                                           "mxfp4-32/min-error",
                                                           "mxfp4-32/oas/mbs-static",
                                                           "mxfp4-32/oas/mbs-search",
+                                                          "mxfp4-32/min-error/mbs-search@16x2",
+                                                          "mxfp4-32/min-error/mbs-search@8x2",
                                                           "mxfp4-16/floor",
                                                           "mxfp4-16/oas",
                                                           "mxfp4-16/min-error",
@@ -31,9 +33,12 @@ inline const std::vector<std::string> compared_recipes = {"mxfp4-32/floor",
                                                           "nvfp4/amax",
                                                           "nvfp4/four-over-six",
                                                           "nvfp4/min-error"};
-inline const std::vector<std::string> compared_with_statistics = {
-    "mxfp4-32/oas/gptq", "mxfp4-32/min-error/mbs-search@32", "mxfp4-32/min-error/mbs-search@32/gptq",
-    "nvfp4/four-over-six/gptq", "nvfp4/min-error/gptq"};
+inline const std::vector<std::string> compared_with_statistics = {"mxfp4-32/oas/gptq",
+                                                                  "mxfp4-32/min-error/mbs-search@8x2/gptq",
+                                                                  "mxfp4-32/min-error/mbs-search@32",
+                                                                  "mxfp4-32/min-error/mbs-search@32/gptq",
+                                                                  "nvfp4/four-over-six/gptq",
+                                                                  "nvfp4/min-error/gptq"};
 
 /// Squares of products with the activations that statistics describe: of the weights, and of what packing errs. Weights
 /// that make up for drift are not the nearest ones there, on purpose.

@@ -4,6 +4,7 @@
 #include "../e4m3.hpp"      // e4m3
 #include "../float16.hpp"   // half, bfloat16, largest
 #include "../rounding.hpp"  // element_rounding
+#include "../scaling.hpp"   // fine_factor, fine_inverse
 
 #include <cstdint>  // std::uint8_t, std::uint32_t
 
@@ -43,6 +44,17 @@ inline constexpr float safely_finite = largest<T> / 4;
   for (; exponent > -127; --exponent) {
     const float y = scaled * normal_power(96 - exponent);
     if (!(rounded_up_to(y, rounding) / factor * normal_power(exponent) >= overflow)) break;
+  }
+  return exponent;
+}
+
+/// The same for a group of elements with a factor of 2 bits; `amax` is the group's largest magnitude.
+[[nodiscard]] TETROMINO_HD constexpr int finite_fine_exponent(int exponent, float amax, unsigned m,
+                                                              element_rounding rounding, float overflow) noexcept {
+  const float reduced = amax * 0x1p-64f;
+  for (; exponent > -127; --exponent) {
+    const float y = rounded(reduced * normal_power(64 - exponent) * fine_inverse(m));
+    if (!(rounded_up_to(y, rounding) * fine_factor(m) * normal_power(exponent) >= overflow)) break;
   }
   return exponent;
 }

@@ -3,7 +3,7 @@
 #include "../e2m1.hpp"     // e2m1
 #include "../e4m3.hpp"     // e4m3
 #include "../e8m0.hpp"     // e8m0
-#include "../scaling.hpp"  // macro_factor
+#include "../scaling.hpp"  // macro_factor, fine_factor
 #include "cpu_matmul.hpp"  // float_product, integer_product, matmul_tile
 
 #include <algorithm>  // std::min
@@ -17,11 +17,13 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 ///
 /// The order of its sums, where both sides are integers: products of one block along K (the smaller block of the two
 /// sides) exactly; times the product of both sides' scales, each of which is rounded after multiplication by 1 / f
-/// where the side has a factor; blocks from left to right; times the product of both tensor scales. All backends do so.
+/// where the side has a factor of 8 bits; blocks from left to right; times the product of both tensor scales. With
+/// factors of 2 bits the integers are 8 q f, and the side's scale is divided by 4. All backends do so.
 ///
 /// With float, half or bfloat16 activations: products of one block from left to right, times the block's scale, added
 /// up over a macro block or all of K from left to right; times 1 / f, added up from left to right; times the tensor
-/// scale. Other backends may add in another order, as long as it is always the same.
+/// scale. A factor of 2 bits is part of the elements. Other backends may add in another order, as long as it is always
+/// the same.
 struct scalar_matmul_kernels {
   static constexpr std::size_t tile_rows = 64, tile_cols = 64;
 
@@ -60,20 +62,26 @@ struct scalar_matmul_kernels {
   static unsigned code(const std::uint8_t* codes, std::size_t k) {
     return k % 2 == 0 ? codes[k / 2] & 15u : codes[k / 2] >> 4;
   }
-  static int twice(unsigned code) {
-    return static_cast<int>(2.0f * e2m1::from_bits(static_cast<std::uint8_t>(code)).value());
+  /// The element of column k over its block's scale, exactly; a factor of 8 bits is left out.
+  static float value(const packed_row<const std::uint8_t>& row, const any_format& format, std::size_t k) {
+    const float q = e2m1::from_bits(static_cast<std::uint8_t>(code(row.codes, k))).value();
+    return format.macro_bits == 8 ? q : q * fine_factor(fine_bits(row.macros, elements_per_factor(format), k));
+  }
+  static int element(const packed_row<const std::uint8_t>& row, const any_format& format, std::size_t k) {
+    return static_cast<int>((format.macro_bits == 8 ? 2.0f : 8.0f) * value(row, format, k));
   }
   static float scale(const packed_row<const std::uint8_t>& row, const any_format& format, std::size_t k) {
     const std::uint8_t byte = row.scales[k / format.block];
     return format.scale == scale_type::e4m3 ? e4m3::from_bits(byte).value() : e8m0::from_bits(byte).value();
   }
   static float inverse_factor(const packed_row<const std::uint8_t>& row, const any_format& format, std::size_t k) {
-    return format.macro_block == 0 ? 1.0f : 1.0f / macro_factor(row.macros[k / format.macro_block]);
+    if (format.macro_block == 0 || format.macro_bits == 2) return 1.0f;
+    return 1.0f / macro_factor(row.macros[k / format.macro_block]);
   }
 
-  /// A block's scale with its macro factor.
+  /// A block's scale with its macro factor, for integers that are twice the elements without either.
   static float whole_scale(const packed_row<const std::uint8_t>& row, const any_format& format, std::size_t k) {
-    return rounded(scale(row, format, k) * inverse_factor(row, format, k));
+    return rounded(scale(row, format, k) * (format.macro_bits == 2 ? 0.25f : inverse_factor(row, format, k)));
   }
 
   template <real T>
@@ -86,7 +94,7 @@ struct scalar_matmul_kernels {
       for (std::size_t first = begin; first < end; first += format.block) {
         float products = 0;
         for (std::size_t k = first; k < std::min(end, first + format.block); ++k) {
-          products += to_float(x[k]) * e2m1::from_bits(static_cast<std::uint8_t>(code(w.codes, k))).value();
+          products += to_float(x[k]) * value(w, format, k);
         }
         sum += products * scale(w, format, first);
       }
@@ -95,8 +103,7 @@ struct scalar_matmul_kernels {
     return total * w.tensor_scale;
   }
 
-  static int element(const int8_row& x, std::size_t k) { return x.values[k]; }
-  static int element(const packed_row<const std::uint8_t>& x, std::size_t k) { return twice(code(x.codes, k)); }
+  static int element(const int8_row& x, const any_format&, std::size_t k) { return x.values[k]; }
   /// With the halves of the values that are summed as their doubles.
   static float activation_scale(const int8_row& x, const any_format& blocks, std::size_t k) {
     return 0.5f * x.scales[k / blocks.block];
@@ -114,8 +121,9 @@ struct scalar_matmul_kernels {
     float total = 0;
     for (std::size_t first = 0; first < cols; first += block) {
       int sum = 0;
-      for (std::size_t k = first; k < std::min(cols, first + block); ++k)
-        sum += element(x, k) * twice(code(w.codes, k));
+      for (std::size_t k = first; k < std::min(cols, first + block); ++k) {
+        sum += element(x, blocks, k) * element(w, format, k);
+      }
       const float scales = whole_scale(w, format, first) * activation_scale(x, blocks, first);
       total += rounded(static_cast<float>(sum) * scales);
     }

@@ -46,15 +46,22 @@ struct scalar_kernels : scalar_rotation {
         const std::size_t rejected = load(rules, in, k + b * block, values[b]);
         if (rejected < in.cols) return rejected;
       }
+      const bool is_fine = rules.format.macro_bits == 2;
       std::uint8_t m = 0;
       if (rules.format.macro_block != 0) {
-        m = macro_byte(rules, values, blocks);
+        if (!is_fine) m = macro_byte(rules, values, blocks);
         out.macros[k / span] = m;
       }
       for (std::size_t b = 0; b < blocks; ++b) {
         const std::size_t index = k / block + b;
-        pack(rules, values[b], m, out.tensor_scale, in.first_index + k + b * block, out.codes + index * (block / 2),
-             out.scales[index]);
+        std::uint8_t* const codes = out.codes + index * (block / 2);
+        const std::uint64_t first = in.first_index + k + b * block;
+        if (is_fine) {
+          const unsigned bits = pack_fine(rules, values[b], first, codes, out.scales[index]);
+          out.macros[k / span] = static_cast<std::uint8_t>(out.macros[k / span] | bits << (b * 8 / (span / block)));
+        } else {
+          pack(rules, values[b], m, out.tensor_scale, first, codes, out.scales[index]);
+        }
       }
     }
     return in.cols;
@@ -71,6 +78,9 @@ struct scalar_kernels : scalar_rotation {
       float x;
       if (format.scale == scale_type::e4m3) {
         x = q * rounded(in.tensor_scale * e4m3::from_bits(scale).value());
+      } else if (format.macro_bits == 2) {
+        const unsigned m = fine_bits(in.macros, elements_per_factor(format), k);
+        x = q * fine_factor(m) * e8m0::from_bits(scale).value();
       } else if (format.macro_block != 0) {
         x = rounded(q / macro_factor(in.macros[k / format.macro_block])) * e8m0::from_bits(scale).value();
       } else {
@@ -298,6 +308,98 @@ struct scalar_kernels : scalar_rotation {
     return e4m3::from_bits(static_cast<std::uint8_t>(search.best()));
   }
 
+  /// How a block is packed with factors of 2 bits: the exponent of its scale, and the m of each of its groups.
+  struct fine_choice {
+    int exponent = e8m0::min_exponent;
+    unsigned m[4] = {};
+    float total = 0;  // of the weighted squared errors, in units of 2^exponent
+  };
+
+  /// x 2^-exponent, as it is rounded under a factor.
+  static float fine_element(float scaled, unsigned m) { return rounded(scaled * fine_inverse(m)); }
+
+  /// The error of a group of elements that begins at `first`.
+  static float fine_error(const block_values& block, std::size_t first, std::size_t elements, int exponent,
+                          unsigned m) {
+    error_sum sum;
+    for (std::size_t i = first; i < first + elements; ++i) {
+      const float scaled = block.x[i] * power_of_two(-exponent);
+      sum.add(i, scaled - e2m1::encode(fine_element(scaled, m)).value() * fine_factor(m), block);
+    }
+    return sum.total();
+  }
+
+  /// The m of that group.
+  static unsigned fine_bits_of(const row_rules& rules, const block_values& block, std::size_t first,
+                               std::size_t elements, int exponent) {
+    least_error<ties::first_wins> search;
+    float largest = 0;
+    for (std::size_t i = first; i < first + elements; ++i) largest = std::max(largest, magnitude(block.x[i]));
+    const float scaled = largest * power_of_two(-exponent);
+    for (unsigned m = 0; m < 4; ++m) {
+      search.offer(static_cast<int>(m),
+                   rules.macro == macro_rule::from_amax
+                       ? magnitude(scaled - e2m1::encode(fine_element(scaled, m)).value() * fine_factor(m))
+                       : fine_error(block, first, elements, exponent, m));
+    }
+    if (block.weighted && rules.macro != macro_rule::from_amax && !search.tells_apart()) {
+      return fine_bits_of(rules, without_weights(block), first, elements, exponent);
+    }
+    return static_cast<unsigned>(search.best());
+  }
+
+  /// The factors of a block under an exponent, and its error with them.
+  static fine_choice fine_factors(const row_rules& rules, const block_values& block, int exponent) {
+    const std::size_t elements = elements_per_factor(rules.format), groups = block.size / elements;
+    fine_choice out{exponent, {}, 0};
+    float errors[4] = {};
+    for (std::size_t g = 0; g < groups; ++g) {
+      out.m[g] = fine_bits_of(rules, block, g * elements, elements, exponent);
+      errors[g] = fine_error(block, g * elements, elements, exponent, out.m[g]);
+    }
+    out.total = (errors[0] + errors[2]) + (errors[1] + errors[3]);
+    return out;
+  }
+
+  static fine_choice choose_fine(const row_rules& rules, const block_values& block) {
+    const auto exponent_by = [&](scale_rule rule) {
+      return std::clamp(mx_exponent(block.amax, carry_of(rule)), e8m0::min_exponent, e8m0::max_exponent);
+    };
+    if (rules.rule != scale_rule::min_error) return fine_factors(rules, block, exponent_by(rules.rule));
+    const int up = exponent_by(scale_rule::round_up);
+    least_error<ties::first_wins> search;
+    for (const int step : {1, 0, -1, -2}) {  // the larger scale first: it keeps ties
+      const int exponent = std::clamp(up + step, e8m0::min_exponent, e8m0::max_exponent);
+      search.offer(exponent, fine_factors(rules, block, exponent).total * power_of_two(2 * (exponent - up)));
+    }
+    if (block.weighted && !search.tells_apart()) return choose_fine(rules, without_weights(block));
+    return fine_factors(rules, block, search.best());
+  }
+
+  /// pack() with factors of 2 bits; returns those of the block, the first in the low bits.
+  static unsigned pack_fine(const row_rules& rules, const block_values& block, std::uint64_t first_index,
+                            std::uint8_t* codes, std::uint8_t& scale_byte) {
+    const std::size_t elements = elements_per_factor(rules.format), groups = block.size / elements;
+    float y[32] = {};
+    unsigned bits = 0;
+    scale_byte = block.poisoned ? e8m0::nan_bits : std::uint8_t{0};
+    if (block.amax != 0) {
+      fine_choice chosen = choose_fine(rules, block);
+      for (std::size_t g = 0; g < groups && block.amax >= block.safe; ++g) {
+        float largest = 0;
+        for (std::size_t i = 0; i < elements; ++i) largest = std::max(largest, magnitude(block.x[g * elements + i]));
+        chosen.exponent = finite_fine_exponent(chosen.exponent, largest, chosen.m[g], rules.rounding, block.overflow);
+      }
+      scale_byte = e8m0::from_exponent(chosen.exponent).bits;
+      for (std::size_t i = 0; i < block.size; ++i) {
+        y[i] = fine_element(block.x[i] * power_of_two(-chosen.exponent), chosen.m[i / elements]);
+      }
+      for (std::size_t g = 0; g < groups; ++g) bits |= chosen.m[g] << (2 * g);
+    }
+    store_codes(rules, block, y, first_index, codes);
+    return bits;
+  }
+
   /// Chooses the block's scale and rounds its elements.
   static void pack(const row_rules& rules, const block_values& block, std::uint8_t m, float tensor_scale,
                    std::uint64_t first_index, std::uint8_t* codes, std::uint8_t& scale_byte) {
@@ -323,6 +425,12 @@ struct scalar_kernels : scalar_rotation {
         for (std::size_t i = 0; i < block.size && divisor != 0; ++i) y[i] = block.x[i] / divisor;
       }
     }
+    store_codes(rules, block, y, first_index, codes);
+  }
+
+  /// Rounds elements y to codes.
+  static void store_codes(const row_rules& rules, const block_values& block, const float* y, std::uint64_t first_index,
+                          std::uint8_t* codes) {
     for (std::size_t i = 0; i < block.size; i += 2) {
       const auto code = [&](std::size_t j) -> unsigned {
         if (rules.rounding == element_rounding::nearest_even || j >= block.used) return e2m1::encode(y[j]).bits;

@@ -2,7 +2,7 @@
 
 #include <tetromino/detail/macros_off.hpp>
 
-#include "detail/checks.hpp"  // is_aligned
+#include "detail/checks.hpp"  // check_factors, is_aligned
 #include "stream.hpp"         // stream
 
 #include <tetromino/error.hpp>     // error, result
@@ -101,11 +101,13 @@ template <activation T, class Byte>
 /// The hook that tetromino::repack_to finds. out.shape says the gating, and has the format and the sizes of `w`.
 ///
 /// For bfloat16 activations nothing is rounded. For half, a block whose scale is more than 2^24 below the largest of
-/// its row loses low bits, which are below 2^-24 of the row's largest weight. Errors: shape_mismatch; device.
+/// its row loses low bits, which are below 2^-24 of the row's largest weight. Errors: shape_mismatch; invalid_argument
+/// for factors of 2 bits; device.
 template <activation T>
 [[nodiscard]] result<void> repack_on(const stream& s, const packed_view<any_format>& w,
                                      const repacked_view<T, std::byte>& out) {
   using tetromino::detail::text;
+  if (auto known = detail::check_factors(w.format); !known) return known;
   const repacked_shape& shape = out.shape;
   if (!(shape.format == w.format) || shape.matrices != w.matrices || shape.rows != w.rows || shape.cols != w.cols) {
     return error(errc::shape_mismatch, text("repack: the weights are ", name_of(w.format), " [", w.matrices, ", ",

@@ -28,7 +28,8 @@ struct simd_matmul_kernels {
   template <class Words>
   static void multiply_floats(const float_product& product, const matmul_tile& tile) {
     if constexpr (multiplies_bfloat16<Words>) {
-      if (product.x.type == real_type::bfloat16) return bfloat16_matmul<Words>::multiply(product, tile);
+      const bool is_fine = product.weights.format.macro_bits == 2;  // whose factors are applied to floats
+      if (product.x.type == real_type::bfloat16 && !is_fine) return bfloat16_matmul<Words>::multiply(product, tile);
     }
     float_matmul::multiply(product, tile);
   }

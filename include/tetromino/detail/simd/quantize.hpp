@@ -10,11 +10,13 @@
 #include "../../rounding.hpp"    // round_stochastic, philox4x32
 #include "../finite_scales.hpp"  // finite_exponent, finite_scale
 #include "../row.hpp"            // row_rules, packed_row, input_row, admit
+#include "fine.hpp"              // fine_search, spread_eighths, unpack_fine
 #include "isa.hpp"               // floats, words, block_amax, encode_e2m1, e2m1_decoder
 #include "hadamard.hpp"          // simd_rotation
 #include "scales.hpp"            // closed_form_bytes, searched_macros, nvfp4_codes
 
-#include <algorithm>  // std::min, std::copy_n, std::fill, std::find_if, std::replace_if
+#include <algorithm>  // std::min, std::max, std::copy_n, std::fill, std::find_if, std::replace_if
+#include <cmath>      // std::fabs
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 
@@ -119,6 +121,7 @@ struct simd_kernels : simd_rotation {
   template <std::size_t Block, real T>
   TETROMINO_INLINE static void unpack(const any_format& format, const packed_row<const std::uint8_t>& in, std::size_t n,
                                       T* out) {
+    if (format.macro_bits == 2) return unpack_fine(format, in.codes, in.scales, in.macros, n, out);
     const words bytes = load_bytes(in.scales);
     const floats scales =
         format.scale == scale_type::e4m3 ? broadcast(in.tensor_scale) * decode_e4m3(bytes) : decode_e8m0(bytes);
@@ -242,13 +245,15 @@ struct simd_kernels : simd_rotation {
     return poisoned;
   }
 
-  /// What is done to elements: NVFP4 divides, by inverses where quotients can be had from those.
-  enum class rescaling : std::uint8_t { multiply, multiply_by_inverse, divide };
+  /// What is done to elements: NVFP4 divides, by inverses where quotients can be had from those; factors of 2 bits
+  /// multiply eight elements each.
+  enum class rescaling : std::uint8_t { multiply, multiply_by_inverse, divide, multiply_eighths };
   /// How the elements of 16 blocks become E2M1: times a power of two and a macro-block factor, or over a divisor.
   struct element_scales {
     alignas(64) float multiplier[blocks_at_once];  // MX: f 2^-E. NVFP4: 1 / divisor
     float divisor[blocks_at_once];                 // NVFP4
     alignas(64) float factor[blocks_at_once];      // MX: f
+    alignas(64) float eighths[4][blocks_at_once];  // factors of 2 bits: 1 / f 2^-E
     std::int32_t amax[blocks_at_once];             // bits
     std::uint32_t empty;                           // blocks whose codes are all 0
     rescaling how;
@@ -340,7 +345,10 @@ struct simd_kernels : simd_rotation {
     }
     span_of_blocks<float> padded{x, n, in.first_index, {codes, scales, macros, out.tensor_scale}, {}};
     choose_scales(rules, in.weights == nullptr ? nullptr : weights, amax, padded);
-    if (any_at_least(amax, limits.unsafe)) keep_finite(rules, limits, padded.out, padded.scales);
+    if (any_at_least(amax, limits.unsafe)) {
+      rules.format.macro_bits == 2 ? keep_fine_finite(rules, limits, x, padded.out, padded.scales)
+                                   : keep_finite(rules, limits, padded.out, padded.scales);
+    }
     store_elements<Block>(rules, padded);
     for (std::size_t b = 0; b < blocks_at_once; ++b) {
       if ((poisoned >> b & 1u) != 0) scales[b] = is_nvfp4(rules) ? e4m3::nan_bits : e8m0::nan_bits;
@@ -356,10 +364,12 @@ struct simd_kernels : simd_rotation {
 
   template <class T>
   static void choose_scales(const row_rules& rules, const float* weights, const words& amax, span_of_blocks<T>& span) {
-    const bool compares = is_nvfp4(rules) ? rules.rule != scale_rule::amax
-                                          : rules.rule == scale_rule::min_error ||
-                                                (rules.format.macro_block != 0 && rules.macro != macro_rule::from_amax);
-    const auto choose = is_nvfp4(rules) ? &choose_nvfp4 : &choose_mx;
+    const bool compares = is_nvfp4(rules)
+                              ? rules.rule != scale_rule::amax
+                              : rules.rule == scale_rule::min_error ||
+                                    (rules.format.macro_block != 0 && rules.macro != macro_rule::from_amax) ||
+                                    rules.format.macro_bits == 2;
+    const auto choose = is_nvfp4(rules) ? &choose_nvfp4 : rules.format.macro_bits == 2 ? &choose_fine : &choose_mx;
     store(span.scales.amax, amax);
     if (!compares) return choose(rules, {nullptr, nullptr, rules.format.block}, amax, span.out, span.scales);
     alignas(64) float x[32 * blocks_at_once];
@@ -409,6 +419,43 @@ struct simd_kernels : simd_rotation {
     store_bytes(out.scales, byte);
   }
 
+  TETROMINO_OUTLINE static void choose_fine(const row_rules& rules, const block_magnitudes& in, const words& amax,
+                                            const packed_row<std::uint8_t>& out, element_scales& scales) {
+    const fine_choice choice = fine_search(rules, in).choose(amax);
+    const bool are_eighths = rules.format.macro_block == 32;
+    repeat<4>([&](auto j) TETROMINO_INLINE_LAMBDA {
+      const floats factor = fine_factors(choice.m[are_eighths ? j : j / 2]);
+      store(scales.eighths[j], broadcast(1.0f) / factor * inverse_power(choice.byte));
+    });
+    scales.empty = zero_lanes(amax);
+    scales.how = rescaling::multiply_eighths;
+    store_bytes(out.scales, choice.byte);
+    store_factors(rules.format, choice.m, out.macros);
+  }
+  /// keep_finite for factors of 2 bits. The elements x of such blocks get smaller by 2^-8, since inverses of the
+  /// largest scales are no normal floats; stochastic rounding does without those.
+  TETROMINO_COLD static void keep_fine_finite(const row_rules& rules, const type_limits& limits, float* x,
+                                              const packed_row<std::uint8_t>& out, element_scales& scales) {
+    const std::size_t elements = elements_per_factor(rules.format);
+    for (std::size_t b = 0; b < blocks_at_once; ++b) {
+      if (scales.amax[b] < limits.unsafe) continue;
+      int exponent = out.scales[b] - 127;
+      for (std::size_t k = 32 * b; k < 32 * (b + 1); k += elements) {
+        float largest = 0;
+        for (std::size_t i = k; i < k + elements; ++i) largest = std::max(largest, std::fabs(x[i]));
+        exponent = finite_fine_exponent(exponent, largest, fine_bits(out.macros, elements, k), rules.rounding,
+                                        limits.overflow);
+      }
+      out.scales[b] = e8m0::from_exponent(exponent).bits;
+      if (rules.rounding == element_rounding::stochastic) continue;
+      for (std::size_t i = 32 * b; i < 32 * (b + 1); ++i) x[i] *= 0x1p-8f;
+      for (std::size_t j = 0; j < 4; ++j) {
+        scales.eighths[j][b] =
+            fine_inverse(fine_bits(out.macros, elements, 32 * b + 8 * j)) * normal_power(8 - exponent);
+      }
+    }
+  }
+
   /// Lowers the scales under which elements would decode to infinities.
   TETROMINO_COLD static void keep_finite(const row_rules& rules, const type_limits& limits,
                                          const packed_row<std::uint8_t>& out, element_scales& scales) {
@@ -443,6 +490,8 @@ struct simd_kernels : simd_rotation {
       store_nearest<Block>(block, span, rescaling::multiply);
     } else if (scales.how == rescaling::multiply_by_inverse) {
       store_nearest<Block>(block, span, rescaling::multiply_by_inverse);
+    } else if (scales.how == rescaling::multiply_eighths) {
+      if constexpr (Block == 32) store_nearest<Block>(block, span, rescaling::multiply_eighths);
     } else {
       store_nearest<Block>(block, span, rescaling::divide);
     }
@@ -471,6 +520,10 @@ struct simd_kernels : simd_rotation {
   template <std::size_t Block, class T>
   TETROMINO_INLINE static floats_pair rescale(std::size_t block, const span_of_blocks<T>& span, rescaling how,
                                               const floats_pair& v, std::size_t b) {
+    if (how == rescaling::multiply_eighths) {
+      const floats_pair m = spread_eighths<T>(span.scales.eighths, b);
+      return {v.first * m.first, v.second * m.second};
+    }
     const float *divisor = span.scales.divisor + b, *multiplier = span.scales.multiplier + b;
     if (how == rescaling::multiply) {
       const floats_pair m = spread<T, Block>(block, multiplier);
@@ -498,6 +551,12 @@ struct simd_kernels : simd_rotation {
     }
   }
 
+  /// Element i of 16 blocks with factors of 2 bits, as E2M1 takes it.
+  static float fine_element(const any_format& format, const packed_row<std::uint8_t>& out, std::size_t i, float x) {
+    const float scaled = x * e8m0::from_exponent(127 - out.scales[i / 32]).value();
+    return detail::rounded(scaled * fine_inverse(fine_bits(out.macros, elements_per_factor(format), i)));
+  }
+
   /// The same with stochastic rounding, where tiny y matter: in the two steps of the reference.
   TETROMINO_OUTLINE static void store_stochastic(const row_rules& rules, const float* x, std::size_t n,
                                                  std::uint64_t first_index, const packed_row<std::uint8_t>& out,
@@ -513,8 +572,9 @@ struct simd_kernels : simd_rotation {
       const std::uint64_t index = first_index + i;
       if (i == 0 || index % 4 == 0) random = philox4x32(index / 4, rules.seed);
       const std::size_t b = block_at<any_size>(block, i);
-      const float y = is_nvfp4(rules) ? x[i] / scales.divisor[b]
-                                      : detail::rounded(scales.factor[b] * (x[i] * to_one[b])) * to_scale[b];
+      const float y = rules.format.macro_bits == 2 ? fine_element(rules.format, out, i, x[i])
+                      : is_nvfp4(rules)            ? x[i] / scales.divisor[b]
+                                        : detail::rounded(scales.factor[b] * (x[i] * to_one[b])) * to_scale[b];
       const unsigned code = round_stochastic(y, uniform(random, index)).bits;
       out.codes[i / 2] = static_cast<std::uint8_t>(out.codes[i / 2] | code << (i % 2 * 4));
     }

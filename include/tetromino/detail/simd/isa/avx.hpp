@@ -29,6 +29,13 @@ TETROMINO_INLINE sixteen_bytes biased_table() {
   return _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
 }
 
+/// Whether sums of eight products are two halves of a lane that are yet to be added.
+inline constexpr bool has_paired_sums = !TETROMINO_HAS_VNNI;
+/// What takes the bias off such a sum, where the eight bytes of the other side have this one.
+TETROMINO_INLINE std::int32_t fine_offset(std::int32_t sum) {
+  return has_paired_sums ? -value_bias * sum & 0xFFFF : -value_bias * sum;
+}
+
 TETROMINO_INLINE void store_elements(__m256i x, std::int8_t* out, std::int32_t* offsets) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), x);
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(value_bias), x);

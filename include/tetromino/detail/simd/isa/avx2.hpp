@@ -103,6 +103,11 @@ TETROMINO_INLINE void stream_line(void* to, const void* from) {
 /// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
 TETROMINO_INLINE floats broadcast_halves(float a, float b) { return lanes(_mm256_set1_ps(a), _mm256_set1_ps(b)); }
 
+/// Lanes 0 ... 3 get a, the next four b, and so on.
+TETROMINO_INLINE floats broadcast_quarters(float a, float b, float c, float d) {
+  return lanes(_mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)), _mm256_set_m128(_mm_set1_ps(d), _mm_set1_ps(c)));
+}
+
 /// Lane i gets what lane i ^ Distance has.
 template <int Distance>
 TETROMINO_INLINE words exchange(const words& a) {
@@ -302,6 +307,15 @@ class e2m1_decoder {
   /// 32 codes, times the scales of their blocks, in the order of `place`.
   template <std::size_t Block>
   static TETROMINO_INLINE floats_pair scaled(const std::uint8_t* codes, const float* scales) {
+    if constexpr (Block == 8) {
+      const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(scales));
+      const __m256 first = _mm256_permute_ps(all, 0x50), second = _mm256_permute_ps(all, 0xFA);
+      const floats_pair q = part_halves(look_up<0>(codes));
+      const auto times = [&](const floats& v) TETROMINO_INLINE_LAMBDA {
+        return lanes(_mm256_mul_ps(raw(v.r[0]), first), _mm256_mul_ps(raw(v.r[1]), second));
+      };
+      return {times(q.first), times(q.second)};
+    }
     const floats both = broadcast_halves(scales[0], scales[32 / Block - 1]);
     const floats_pair q = part_halves(look_up<0>(codes));
     return {q.first * both, q.second * both};
@@ -428,6 +442,34 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
     const __m256i all = _mm256_madd_epi16(_mm256_add_epi16(ab, cd), _mm256_set1_epi16(1));
     return _mm256_add_epi32(raw(sum.r[i]), all);
 #endif
+  });
+}
+
+/// 4 + m of the factors of eight columns each, number D of four in each lane: as add_fine_products takes them.
+template <int D>
+TETROMINO_INLINE words fine_multipliers(const words& four) {
+  const words all = shift_right<2 * D>(has_paired_sums ? four | shift_left<16>(four) : four);
+  return (all & broadcast(has_paired_sums ? 0x00030003 : 3)) + broadcast(has_paired_sums ? 0x00040004 : 4);
+}
+/// sum + factor Σ of the products in each lane of four bytes of a and b, biased values, by bytes 0 ... 7 of x, signed;
+/// `offset`, the fine_offset of their sum, takes off the bias.
+TETROMINO_INLINE words add_fine_products(const words& sum, const words& a, const words& b, const std::int8_t* x,
+                                         const std::int32_t* offset, const words& factor) {
+  const auto four = [](const void* from) TETROMINO_INLINE_LAMBDA {
+    std::int32_t word;
+    std::memcpy(&word, from, sizeof word);
+    return _mm256_set1_epi32(word);
+  };
+  const __m256i x0 = four(x), x1 = four(x + 4), bias = four(offset);
+  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+  // Sums of eight products, and halves of those with the offset, fit 16 bits.
+#if TETROMINO_HAS_VNNI
+    const __m256i exact = _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(bias, raw(a.r[i]), x0), raw(b.r[i]), x1);
+#else
+    const __m256i exact = _mm256_add_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(raw(a.r[i]), x0), bias),
+                                           _mm256_maddubs_epi16(raw(b.r[i]), x1));
+#endif
+    return _mm256_add_epi32(raw(sum.r[i]), _mm256_madd_epi16(exact, raw(factor.r[i])));
   });
 }
 

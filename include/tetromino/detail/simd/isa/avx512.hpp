@@ -85,6 +85,11 @@ TETROMINO_INLINE floats broadcast_halves(float a, float b) {
   return lanes(_mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1));
 }
 
+/// Lanes 0 ... 3 get a, the next four b, and so on.
+TETROMINO_INLINE floats broadcast_quarters(float a, float b, float c, float d) {
+  return lanes(_mm512_setr_ps(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d));
+}
+
 /// Lane i gets what lane i ^ Distance has.
 template <int Distance>
 TETROMINO_INLINE words exchange(const words& a) {
@@ -278,6 +283,12 @@ class e2m1_decoder {
       product.values_ = _mm512_mul_ps(values_, _mm512_set1_ps(scales[0]));
       return product.split(codes);
     }
+    if constexpr (Block == 8) {
+      const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+      const floats each = lanes(_mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(_mm_loadu_ps(scales))));
+      const floats_pair q = split(codes);
+      return {q.first * each, q.second * each};
+    }
     const floats both = lanes(_mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[0]), 0xFF00, _mm_load_ss(scales + 1)));
     const floats_pair q = split(codes);
     return {q.first * both, q.second * both};
@@ -345,6 +356,31 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
   const __m512i cd = _mm512_add_epi16(_mm512_maddubs_epi16(raw(c), four(8)), _mm512_maddubs_epi16(raw(d), four(12)));
   return lanes(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(_mm512_add_epi16(ab, cd), _mm512_set1_epi16(1))));
 #endif
+}
+
+/// 4 + m of the factors of eight columns each, number D of four in each lane: as add_fine_products takes them.
+template <int D>
+TETROMINO_INLINE words fine_multipliers(const words& four) {
+  const words all = shift_right<2 * D>(has_paired_sums ? four | shift_left<16>(four) : four);
+  return (all & broadcast(has_paired_sums ? 0x00030003 : 3)) + broadcast(has_paired_sums ? 0x00040004 : 4);
+}
+/// sum + factor Σ of the products in each lane of four bytes of a and b, biased values, by bytes 0 ... 7 of x, signed;
+/// `offset`, the fine_offset of their sum, takes off the bias.
+TETROMINO_INLINE words add_fine_products(const words& sum, const words& a, const words& b, const std::int8_t* x,
+                                         const std::int32_t* offset, const words& factor) {
+  const auto four = [](const void* from) TETROMINO_INLINE_LAMBDA {
+    std::int32_t word;
+    std::memcpy(&word, from, sizeof word);
+    return _mm512_set1_epi32(word);
+  };
+  // Sums of eight products, and halves of those with the offset, fit 16 bits.
+#if TETROMINO_HAS_VNNI
+  const __m512i exact = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(four(offset), raw(a), four(x)), raw(b), four(x + 4));
+#else
+  const __m512i exact = _mm512_add_epi16(_mm512_add_epi16(_mm512_maddubs_epi16(raw(a), four(x)), four(offset)),
+                                         _mm512_maddubs_epi16(raw(b), four(x + 4)));
+#endif
+  return lanes(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(exact, raw(factor))));
 }
 
 #if TETROMINO_HAS_BF16

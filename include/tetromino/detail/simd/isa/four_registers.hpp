@@ -107,6 +107,11 @@ TETROMINO_INLINE floats broadcast_halves(float a, float b) {
   return floats(low, low, high, high);
 }
 
+/// Lanes 0 ... 3 get a, the next four b, and so on.
+TETROMINO_INLINE floats broadcast_quarters(float a, float b, float c, float d) {
+  return floats(all_lanes(a), all_lanes(b), all_lanes(c), all_lanes(d));
+}
+
 /// Lane i gets what lane i ^ Distance has.
 template <int Distance>
 TETROMINO_INLINE words exchange(const words& a) {
@@ -271,8 +276,9 @@ class e2m1_decoder {
   template <std::size_t Block>
   TETROMINO_INLINE floats_pair scaled(const std::uint8_t* codes, const float* scales) const {
     const floats_pair q = split(codes);
-    const floats both = broadcast_halves(scales[0], scales[32 / Block - 1]);
-    return {q.first * both, q.second * both};
+    const floats each = Block == 8 ? broadcast_quarters(scales[0], scales[1], scales[2], scales[3])
+                                   : broadcast_halves(scales[0], scales[32 / Block - 1]);
+    return {q.first * each, q.second * each};
   }
   /// Where `scaled` puts code i of 32.
   static constexpr std::size_t place(std::size_t i) { return i % 2 * 16 + i / 2; }
@@ -332,6 +338,22 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
   return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
     return as_words(
         factors.add_to(as_bytes(sum.r[i]), as_bytes(a.r[i]), as_bytes(b.r[i]), as_bytes(c.r[i]), as_bytes(d.r[i])));
+  });
+}
+
+/// There is no bias to be taken off.
+TETROMINO_INLINE std::int32_t fine_offset(std::int32_t) { return 0; }
+/// 4 + m of the factors of eight columns each, number D of four in each lane.
+template <int D>
+TETROMINO_INLINE words fine_multipliers(const words& four) {
+  return (shift_right<2 * D>(four) & broadcast(3)) + broadcast(4);
+}
+/// sum + factor Σ of the products in each lane of four bytes of a and b by bytes 0 ... 7 of x; all are signed.
+TETROMINO_INLINE words add_fine_products(const words& sum, const words& a, const words& b, const std::int8_t* x,
+                                         const std::int32_t*, const words& factor) {
+  const eight_factors eight(x);
+  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+    return as_words(eight.add_to(as_bytes(sum.r[i]), as_bytes(a.r[i]), as_bytes(b.r[i]), as_bytes(factor.r[i])));
   });
 }
 

@@ -126,6 +126,34 @@ class product_factors {
 
   int8x16_t x_;
 };
+/// Eight of them, whose sums of products have a factor.
+class eight_factors {
+ public:
+  TETROMINO_INLINE explicit eight_factors(const std::int8_t* x) : x_(vld1_s8(x)) {}
+  /// sum + factor Σ of the products in each word of four bytes of a and b by the eight.
+  TETROMINO_INLINE sixteen_bytes add_to(sixteen_bytes sum, sixteen_bytes a, sixteen_bytes b,
+                                        sixteen_bytes factor) const {
+#if TETROMINO_HAS_VNNI
+    const int32x4_t ab = vdotq_lane_s32(vdotq_lane_s32(vdupq_n_s32(0), as_s8(a), x_, 0), as_s8(b), x_, 1);
+#else
+    // Products are at most 12 * 128, so that two of them fit 16 bits.
+    const int8x16_t x0 = four<0>(), x1 = four<1>();
+    int16x8_t low = vmull_s8(vget_low_s8(as_s8(a)), vget_low_s8(x0)), high = vmull_high_s8(as_s8(a), x0);
+    low = vmlal_s8(low, vget_low_s8(as_s8(b)), vget_low_s8(x1)), high = vmlal_high_s8(high, as_s8(b), x1);
+    const int32x4_t ab = vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+#endif
+    const int32x4_t before = vreinterpretq_s32_u8(sum);
+    return vreinterpretq_u8_s32(vmlaq_s32(before, ab, vreinterpretq_s32_u8(factor)));
+  }
+
+ private:
+  template <int I>
+  TETROMINO_INLINE int8x16_t four() const {
+    return vreinterpretq_s8_s32(vdupq_lane_s32(vreinterpret_s32_s8(x_), I));
+  }
+
+  int8x8_t x_;
+};
 
 }  // namespace TETROMINO_ISA
 }  // namespace TETROMINO_NAMESPACE::detail

@@ -65,6 +65,11 @@ concept works_across_lanes = requires(typename Set::real_lanes f, typename Set::
                                       typename Set::real_lanes (*get)(std::size_t)) {
   // lanes 0 ... 7 get the first, the others the second
   { broadcast_halves(typename Set::float32{}, typename Set::float32{}) } -> std::same_as<typename Set::real_lanes>;
+  // lanes 0 ... 3 get the first, the next four the second, and so on
+  {
+    broadcast_quarters(typename Set::float32{}, typename Set::float32{}, typename Set::float32{},
+                       typename Set::float32{})
+    } -> std::same_as<typename Set::real_lanes>;
   // lane i gets what lane i ^ distance has
   { exchange<1>(w) } -> std::same_as<typename Set::word_lanes>;
   { exchange<2>(w) } -> std::same_as<typename Set::word_lanes>;
@@ -99,10 +104,11 @@ concept codes_e2m1 = requires(typename Set::real_lanes f, typename Set::word_lan
   { encode_e2m1(f, f) } -> std::same_as<typename Set::word_lanes>;
   store_codes<typename Set::float32>(bytes, w, w, w, w);
   store_codes<typename Set::brain16>(bytes, w, w, w, w);
-  // 32 codes in order, even ones first, or in the order of `place` with their scales
+  // 32 codes in order, even ones first, or in the order of `place` with the scales of each 8, 16 or 32
   requires std::constructible_from<typename Set::decoder, typename Set::float32>;
   decode(bytes).first;
   decode.split(bytes).first;
+  decode.template scaled<8>(bytes, singles).first;
   decode.template scaled<16>(bytes, singles).first;
   decode.template scaled<32>(bytes, singles).first;
   { Set::decoder::place(std::size_t{}) } -> std::same_as<std::size_t>;
@@ -121,6 +127,10 @@ concept multiplies_bytes = requires(typename Set::word_lanes w, const typename S
   { add_products(w, w, w, w, w, x) } -> std::same_as<typename Set::word_lanes>;
   split_elements(x, out, offsets);
   split_codes(codes, out, offsets);
+  // the same with a factor for each eight columns
+  { fine_offset(std::int32_t{}) } -> std::same_as<std::int32_t>;
+  { fine_multipliers<3>(w) } -> std::same_as<typename Set::word_lanes>;
+  { add_fine_products(w, w, w, x, offsets, w) } -> std::same_as<typename Set::word_lanes>;
 };
 
 // What some sets can do besides ---------------------------------------------------------------------------------------

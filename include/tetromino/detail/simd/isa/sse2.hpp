@@ -88,6 +88,13 @@ TETROMINO_INLINE sixteen_bytes twice_values(sixteen_bytes codes) {
   return _mm_sub_epi8(_mm_xor_si128(twice, negative), negative);
 }
 
+/// Σ of the products of four signed bytes in each word of a and x.
+TETROMINO_INLINE __m128i products(__m128i a, __m128i x) {
+  const auto even = [](__m128i bytes) TETROMINO_INLINE_LAMBDA { return _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 8); };
+  const auto odd = [](__m128i bytes) TETROMINO_INLINE_LAMBDA { return _mm_srai_epi16(bytes, 8); };
+  return _mm_add_epi32(_mm_madd_epi16(even(a), even(x)), _mm_madd_epi16(odd(a), odd(x)));
+}
+
 /// 16 signed bytes, made ready to be multiplied four at a time.
 class product_factors {
  public:
@@ -103,12 +110,22 @@ class product_factors {
   }
 
  private:
-  static TETROMINO_INLINE __m128i products(__m128i a, __m128i x) {
-    const auto even = [](__m128i bytes) TETROMINO_INLINE_LAMBDA { return _mm_srai_epi16(_mm_slli_epi16(bytes, 8), 8); };
-    const auto odd = [](__m128i bytes) TETROMINO_INLINE_LAMBDA { return _mm_srai_epi16(bytes, 8); };
-    return _mm_add_epi32(_mm_madd_epi16(even(a), even(x)), _mm_madd_epi16(odd(a), odd(x)));
+  __m128i x_;
+};
+/// Eight of them, whose sums of products have a factor.
+class eight_factors {
+ public:
+  TETROMINO_INLINE explicit eight_factors(const std::int8_t* x)
+      : x_(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x))) {}
+  /// sum + factor Σ of the products in each word of four bytes of a and b by the eight; it is less than 2^15.
+  TETROMINO_INLINE sixteen_bytes add_to(sixteen_bytes sum, sixteen_bytes a, sixteen_bytes b,
+                                        sixteen_bytes factor) const {
+    const __m128i ab =
+        _mm_add_epi32(products(a, _mm_shuffle_epi32(x_, 0x00)), products(b, _mm_shuffle_epi32(x_, 0x55)));
+    return _mm_add_epi32(sum, _mm_madd_epi16(ab, factor));  // ab fits 16 bits
   }
 
+ private:
   __m128i x_;
 };
 

@@ -8,6 +8,7 @@
 
 #include "../../../scaling.hpp"  // macro_factor
 #include "../../cpu_matmul.hpp"  // float_product, matmul_tile
+#include "../fine.hpp"           // factors_of_eight
 #include "../isa.hpp"            // e2m1_decoder, multiply_add, shifts_scales, sum_each
 #include "panel.hpp"             // load_scales
 #include "rows.hpp"              // linear_rows
@@ -17,6 +18,7 @@
 #include <array>      // std::array
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
+#include <cstring>    // std::memcpy
 #include <utility>    // std::index_sequence
 
 TETROMINO_VECTOR_CODE_BEGIN
@@ -30,6 +32,7 @@ inline namespace TETROMINO_ISA {
 class float_matmul {
  public:
   static void multiply(const float_product& product, const matmul_tile& tile) {
+    if (product.weights.format.macro_bits == 2) return float_matmul(product, tile).run<8>();
     if (product.weights.format.block == 16) return float_matmul(product, tile).run<16>();
     return float_matmul(product, tile).run<32>();
   }
@@ -95,10 +98,38 @@ class float_matmul {
     return out;
   }();
 
-  /// Block scales with their macro factors.
+  /// Those of 2 bits of each byte, the first in the low bits.
+  using four_lanes = float __attribute__((vector_size(16)));
+  static constexpr std::array<four_lanes, 256> fine_factors = [] {
+    std::array<four_lanes, 256> out{};
+    for (unsigned byte = 0; byte < 256; ++byte) {
+      out[byte] = four_lanes{fine_factor(byte & 3), fine_factor(byte >> 2 & 3), fine_factor(byte >> 4 & 3),
+                             fine_factor(byte >> 6)};
+    }
+    return out;
+  }();
+
+  /// Block scales with their macro factors. Where these have 2 bits, each eight elements count as a block.
   template <std::size_t Block>
   void load_block_scales(const packed_row<const std::uint8_t>& row, std::size_t blocks, float* scales) const {
     const any_format& format = weights_.format;
+    if constexpr (Block == 8) {
+      const std::size_t own = blocks / 4;
+      for (std::size_t b = 0; b < own; b += lane_count) {
+        alignas(64) float of_blocks[lane_count];
+        std::uint8_t padded[lane_count] = {}, bytes[lane_count];
+        const bool are_whole = own - b >= lane_count;
+        if (!are_whole) std::copy_n(row.scales + b, own - b, padded);
+        store(of_blocks, load_scales<scale_type::e8m0>(are_whole ? row.scales + b : padded));
+        const std::size_t n = std::min(own - b, lane_count);
+        factors_of_eight(row.macros + b * 32 / format.macro_block, format, n, bytes);
+        for (std::size_t i = 0; i < n; ++i) {
+          const four_lanes factors = fine_factors[bytes[i]] * of_blocks[i];
+          std::memcpy(scales + 4 * (b + i), &factors, sizeof factors);
+        }
+      }
+      return;
+    }
     for (std::size_t b = 0; b < blocks; b += lane_count) {
       std::uint8_t padded[lane_count] = {};
       const std::uint8_t* bytes = row.scales + b;
@@ -129,7 +160,7 @@ class float_matmul {
   template <std::size_t Block>
   void load_weights(const packed_row<const std::uint8_t>& row, std::size_t used, float* out) {
     const std::uint8_t* codes = row.codes;
-    const std::size_t blocks = (used + Block - 1) / Block;
+    const std::size_t blocks = Block == 8 ? (used + 31) / 32 * 4 : (used + Block - 1) / Block;
     alignas(64) float scales[depth / Block] = {};
     load_block_scales<Block>(row, blocks, scales);
     const e2m1_decoder decode;
@@ -193,7 +224,7 @@ class float_matmul {
           repeat<together>([&](auto r) TETROMINO_INLINE_LAMBDA { store(sums[first / depth][l + r], sum[r]); });
         }
       };
-      if constexpr (shifts_scales<Decoder>) {
+      if constexpr (shifts_scales<Decoder> && Block != 8) {
         alignas(64) std::int32_t shifts[together][most / Block];
         if (load_shifts<Block, together, Decoder>(l, used, shifts)) {
           add_all([&](auto r, std::size_t i) TETROMINO_INLINE_LAMBDA {

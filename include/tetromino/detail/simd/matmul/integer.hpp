@@ -8,7 +8,7 @@
 
 #include "../../../e4m3.hpp"     // e4m3
 #include "../../../e8m0.hpp"     // e8m0
-#include "../../../scaling.hpp"  // macro_factor
+#include "../../../scaling.hpp"  // macro_factor, fine_bits
 #include "../../cpu_matmul.hpp"  // integer_product, matmul_tile
 #include "../isa.hpp"            // split_elements, split_codes
 #include "panel.hpp"             // element_rows, add_panel, add_row_as_it_lies, row_panels, rows_at_once
@@ -44,7 +44,7 @@ class integer_matmul {
   template <class Words>
   void run() {
     if constexpr (multiplies_by_tiles<Words>) {
-      if (tile_panels<Words>::pay(rows_, common_)) {
+      if (product_.weights.format.macro_bits == 8 && tile_panels<Words>::pay(rows_, common_)) {
         tile_panels<Words> tiles(common_);
         return add_all<tile_panels<Words>::rows_at_once>(
             [&](const weight_panels& w, std::size_t first, float(*total)[lane_count]) {
@@ -110,12 +110,34 @@ class integer_matmul {
       float &first = scales[0], &second = scales[RowsAtOnce];
       std::int32_t unused[2];
       split(row, k + i, std::min<std::size_t>(32, used - i), values, RowsAtOnce == 1 ? offsets : unused);
+      if (blocks_.macro_bits == 2) apply_factors(row, k + i, values, RowsAtOnce == 1 ? offsets : unused);
+      if (product_.weights.format.macro_bits == 2) {
+        for (std::size_t e = 0; e < 4; ++e) {
+          x_.fine_offsets[(m * x_.stride + i) / 8 + e] = fine_offset(sum_of_eight(values + 8 * e));
+        }
+      }
       if (RowsAtOnce == 1 && common_ == 32) offsets[0] += offsets[1];
       first = scale_at(row, k + i);
       second = blocks_.block == 32 ? first : i + 16 < used ? scale_at(row, k + i + 16) : 0.0f;
       if (first < least_scale || second < least_scale) drop_scales_of_zeros(values, first, second);
     }
   }
+  static std::int32_t sum_of_eight(const std::int8_t* values) {
+    std::int32_t sum = 0;
+    for (std::size_t i = 0; i < 8; ++i) sum += values[i];
+    return sum;
+  }
+  /// Multiplies 32 values by four times their factors of 2 bits; the offsets change, too.
+  void apply_factors(const packed_row<const std::uint8_t>& row, std::size_t k, std::int8_t* values,
+                     std::int32_t* offsets) const {
+    for (std::size_t i = 0; i < 32; ++i) {
+      const unsigned m = fine_bits(row.macros, elements_per_factor(blocks_), k + i);
+      values[i] = static_cast<std::int8_t>(values[i] * static_cast<int>(4 + m));
+    }
+    offsets[0] = -value_bias * (sum_of_eight(values) + sum_of_eight(values + 8));
+    offsets[1] = -value_bias * (sum_of_eight(values + 16) + sum_of_eight(values + 24));
+  }
+  void apply_factors(const int8_row&, std::size_t, std::int8_t*, std::int32_t*) const {}
   static constexpr float least_scale = 0x1p-100f;
   /// Blocks of zeros have the least scale there is, which is no normal float and slow to multiply with; 1 does as well.
   void drop_scales_of_zeros(const std::int8_t* values, float& first, float& second) const {
@@ -149,7 +171,11 @@ class integer_matmul {
   TETROMINO_INLINE float scale_at(const packed_row<const std::uint8_t>& row, std::size_t k) const {
     const std::uint8_t byte = row.scales[k >> (blocks_.block == 32 ? 5 : 4)];
     float scale = blocks_.scale == scale_type::e4m3 ? e4m3::from_bits(byte).value() : e8m0::from_bits(byte).value();
-    if (blocks_.macro_block != 0) scale *= 1.0f / macro_factor(row.macros[k / blocks_.macro_block]);
+    if (blocks_.macro_bits == 2) {
+      scale *= 0.25f;
+    } else if (blocks_.macro_block != 0) {
+      scale *= 1.0f / macro_factor(row.macros[k / blocks_.macro_block]);
+    }
     return 0.25f * scale;
   }
 

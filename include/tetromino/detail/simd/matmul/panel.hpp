@@ -40,8 +40,8 @@ TETROMINO_INLINE floats load_scales(const std::uint8_t* x) {
   }
 }
 
-/// Goes along panels.
-template <std::size_t Block>
+/// Goes along panels. `IsFine`: factors have 2 bits, and belong to the elements, which are 4 f times as large.
+template <std::size_t Block, bool IsFine = false>
 class panel_walk {
  public:
   TETROMINO_INLINE explicit panel_walk(const weight_panels& w)
@@ -52,6 +52,7 @@ class panel_walk {
 
   /// Arrives at the panel of column k, in turn from 0 on.
   TETROMINO_INLINE void arrive(std::size_t k) {
+    if constexpr (IsFine) return arrive_at_fine(k);
     if (!begins_macro_block(format_, k)) return;
     codes_ += macro_step_;
     factor_ = broadcast(1.0f) / macro_factors(load_bytes(codes_ - scale_bytes - lane_count));
@@ -67,6 +68,8 @@ class panel_walk {
   [[nodiscard]] TETROMINO_INLINE const std::uint8_t* scale_codes(std::size_t b) const {
     return codes_ - scale_bytes + b * lane_count;
   }
+  /// The factors of 2 bits of each eight columns of the panel, the first in the low bits.
+  [[nodiscard]] TETROMINO_INLINE const words& fine_factors() const { return factors_; }
   /// The scales of block b of the panel, times the factors of the macro block.
   template <scale_type Scale>
   [[nodiscard]] TETROMINO_INLINE floats scales(std::size_t b) const {
@@ -75,12 +78,26 @@ class panel_walk {
   }
 
  private:
+  TETROMINO_INLINE void arrive_at_fine(std::size_t k) {
+    const bool begins = begins_macro_block(format_, k);
+    if (begins) codes_ += macro_step_;
+    if (format_.macro_block == 32) {
+      factors_ = load_bytes(codes_ - scale_bytes - lane_count);
+      return;
+    }
+    // A byte has two factors for this panel and two for the next.
+    bytes_ = begins ? load_bytes(codes_ - scale_bytes - lane_count) : shift_right<4>(bytes_);
+    const words apart = (bytes_ & broadcast(3)) | shift_left<2>(bytes_ & broadcast(12));
+    factors_ = apart | shift_left<2>(apart);
+  }
+
   static constexpr std::size_t scale_bytes = 32 / Block * lane_count;  // right before the codes, behind macro bytes
 
   any_format format_;
   std::size_t step_, macro_step_;
   const std::uint8_t* codes_;
-  floats factor_ = broadcast(1.0f);
+  floats factor_ = broadcast(IsFine ? 0.25f : 1.0f);
+  words factors_, bytes_;
 };
 
 /// Rows of activations as bytes; in the order of split_elements. Row m begins at m * stride, in units of 16 where there
@@ -89,7 +106,8 @@ struct element_rows {
   static constexpr std::size_t capacity = 32768;
   std::size_t stride = 0;
   alignas(64) std::int8_t values[capacity];
-  std::int32_t offsets[capacity / 16];  ///< for blocks of 32, the first of two is for both
+  std::int32_t offsets[capacity / 16];      ///< for blocks of 32, the first of two is for both
+  std::int32_t fine_offsets[capacity / 8];  ///< for weights with factors of 2 bits
   float scales[capacity / 16];
 
   /// Codes of E8M0 by which all scales can be multiplied by addition to their exponents: they and the products are
@@ -301,6 +319,57 @@ void add_each(const weight_panels& w, const element_rows& x, std::size_t first, 
   if constexpr (rows_at_once > 1) add(std::integral_constant<std::size_t, 1>{});
 }
 
+/// add_rows for weights with factors of 2 bits. `common` is the smaller block of both sides.
+template <std::size_t Rows>
+TETROMINO_OUTLINE void add_fine_rows(const weight_panels& w, std::size_t common, const element_rows& x, std::size_t at,
+                                     float (*total)[lane_count]) {
+  const std::size_t stride = x.stride;
+  const std::int8_t* values = x.values + at;
+  const std::int32_t* offsets = x.fine_offsets + at / 8;
+  const float* row_scales = x.scales + at / 16;
+  panel_walk<32, true> panel(w);
+  floats sum[Rows];
+  repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA { sum[r] = load(total[r]); });
+  for (std::size_t k = 0; k < w.cols; k += 32) {
+    panel.arrive(k);
+    const std::uint8_t* const codes = panel.codes();
+    if (w.is_repacked) panel.prefetch_ahead();
+    const floats scale = panel.template scales<scale_type::e8m0>(0);
+    words products[Rows];
+    const auto add_scaled = [&](std::size_t part) TETROMINO_INLINE_LAMBDA {
+      repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA {
+        const floats both = scale * broadcast(row_scales[(r * stride + k) / 16 + part]);
+        sum[r] = sum[r] + rounded(to_floats(products[r]) * both);
+      });
+    };
+    repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA {
+      if (d == 2 && common == 16) add_scaled(0);
+      const words all = load(reinterpret_cast<const std::int32_t*>(codes + 64 * d));
+      const words a = biased_values(all), b = biased_values(shift_right<4>(all));
+      const words factor = fine_multipliers<static_cast<int>(d)>(panel.fine_factors());
+      const bool begins = d == 0 || (d == 2 && common == 16);
+      repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA {
+        const std::size_t first = r * stride + k + 8 * d;
+        products[r] =
+            add_fine_products(begins ? broadcast(0) : products[r], a, b, values + first, offsets + first / 8, factor);
+      });
+    });
+    add_scaled(common == 16 ? 1 : 0);
+    panel.leave();
+  }
+  repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA { store(total[r], sum[r]); });
+}
+/// add_each for such weights.
+inline void add_each_fine(const weight_panels& w, std::size_t common, const element_rows& x, std::size_t first,
+                          std::size_t rows, float (*total)[lane_count]) {
+  std::size_t m = 0;
+  const auto add = [&](auto at_once) TETROMINO_INLINE_LAMBDA {
+    for (; m + at_once <= rows; m += at_once) add_fine_rows<at_once>(w, common, x, m * x.stride + first, total + m);
+  };
+  add(std::integral_constant<std::size_t, rows_at_once>{});
+  if constexpr (rows_at_once > 1) add(std::integral_constant<std::size_t, 1>{});
+}
+
 /// Calls f<Scale, Block, Common>() for weights of this format, where `common` is the smaller block of both sides.
 template <class F>
 TETROMINO_INLINE void with_blocks(const any_format& format, std::size_t common, const F& f) {
@@ -314,6 +383,7 @@ TETROMINO_INLINE void with_blocks(const any_format& format, std::size_t common, 
 /// smaller block of both.
 inline void add_panel(const weight_panels& w, std::size_t common, const element_rows& x, std::size_t first,
                       std::size_t rows, float (*total)[lane_count]) {
+  if (w.format.macro_bits == 2) return add_each_fine(w, common, x, first, rows, total);
   with_blocks(w.format, common, [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {
     add_each<Scale, Block, Common>(w, x, first, rows, total);
   });
@@ -347,7 +417,7 @@ TETROMINO_INLINE bool add_row_as_it_lies(const row_panels& panel, std::size_t co
                                          std::size_t at, float* total) {
   if constexpr (multiplies_rows<Words>) {
     const weight_panels w = panel.scales();
-    if (w.cols % 128 != 0) return false;
+    if (w.cols % 128 != 0 || w.format.macro_bits == 2) return false;
     with_blocks(w.format, common,
                 [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {
                   add_row_of_linear<Scale, Block, Common>(w, panel.rows(), x, at, total);

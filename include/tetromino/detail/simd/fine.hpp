@@ -1,0 +1,243 @@
+#pragma once
+
+#include "../../config.hpp"  // TETROMINO_SIMD
+
+/// Factors of 2 bits, four of which are in a byte: 16 blocks of 32 elements side by side, lane b belongs to block b.
+
+#if TETROMINO_SIMD
+
+#include "../../scaling.hpp"  // carry_of, fine_factor, fine_inverse
+#include "../row.hpp"         // row_rules
+#include "isa.hpp"            // floats, words, snap
+#include "scales.hpp"         // block_magnitudes, closed_form_bytes, inverse_power
+
+#include <algorithm>  // std::copy_n
+#include <cstddef>    // std::size_t
+#include <cstdint>    // std::int32_t, std::uint8_t
+
+namespace TETROMINO_NAMESPACE::detail {
+inline namespace TETROMINO_ISA {
+
+/// The bytes of n blocks of a row, the first of which begins a byte, as if each factor were for 8 elements.
+inline void factors_of_eight(const std::uint8_t* macros, const any_format& format, std::size_t n, std::uint8_t* out) {
+  if (format.macro_block == 32) return static_cast<void>(std::copy_n(macros, n, out));
+  for (std::size_t b = 0; b < n; ++b) {
+    const unsigned two = macros[b / 2] >> (b % 2 * 4) & 15u;
+    out[b] = static_cast<std::uint8_t>((two & 3) * 0x05 | (two >> 2) * 0x50);
+  }
+}
+
+/// 1 + m / 4.
+TETROMINO_INLINE floats fine_factors(const words& m) { return floats_of(shift_left<21>(m) | broadcast(0x3F800000)); }
+
+/// The scales of 16 blocks and the m of their groups of 8 or 16.
+struct fine_choice {
+  words byte, m[4];
+  floats total;  // squared errors, in units of the scale
+};
+
+/// How 16 blocks with factors of 2 bits are packed.
+class fine_search {
+ public:
+  /// Of these blocks, which are finite.
+  fine_search(const row_rules& rules, const block_magnitudes& in) : rules_(rules), is_weighted_(in.weights != nullptr) {
+    for (std::size_t b = 0; b < blocks_at_once; ++b) {
+      for (std::size_t i = 0; i < block; ++i) x_[i][b] = in.x[b * block + i];
+    }
+    for (std::size_t b = 0; b < blocks_at_once && is_weighted_; ++b) {
+      for (std::size_t i = 0; i < block; ++i) weights_[i][b] = in.weights[b * block + i];
+    }
+  }
+
+  [[nodiscard]] fine_choice choose(const words& amax) const { return choose(amax, is_weighted_); }
+
+ private:
+  static constexpr std::size_t block = 32;
+
+  [[nodiscard]] fine_choice choose(const words& amax, bool is_weighted) const {
+    const auto under = [&](const words& byte) {
+      return is_weighted ? factors_under<true>(byte) : factors_under<false>(byte);
+    };
+    if (rules_.rule != scale_rule::min_error) return under(closed_form_bytes(amax, carry_of(rules_.rule)));
+    const words up = closed_form_bytes(amax, carry_of(scale_rule::round_up));
+    fine_choice best{};
+    words told = broadcast(0);
+    floats least = broadcast(0.0f), first = least;
+    for (const std::int32_t step : {1, 0, -1, -2}) {  // the larger scale first: it keeps ties
+      const words byte = clamp(up + broadcast(step), 0, 254), twice = byte - up + byte - up;
+      const fine_choice choice = under(byte);
+      const floats total = choice.total * floats_of(shift_left<23>(twice + broadcast(127)));
+      if (step == 1) {
+        best = choice;
+        least = first = total;
+        continue;
+      }
+      take(total < least, choice, best);
+      least = min(total, least);
+      told = told_apart(told, total, first);
+    }
+    const flags is_empty = floats_of(amax) <= broadcast(0.0f);
+    const flags settled = is_set(told) | is_empty;
+    if (is_weighted && !all(settled)) {
+      fine_choice other = choose(amax, false);
+      take(settled, best, other);
+      best = other;
+    }
+    best.byte = select(is_empty, broadcast(0), best.byte);
+    return best;
+  }
+  static void take(const flags& where, const fine_choice& from, fine_choice& to) {
+    to.byte = select(where, from.byte, to.byte);
+    for (std::size_t g = 0; g < 4; ++g) to.m[g] = select(where, from.m[g], to.m[g]);
+  }
+
+  /// The factors that blocks get under these scales.
+  template <bool Weighted>
+  TETROMINO_OUTLINE fine_choice factors_under(const words& byte) const {
+    const std::size_t elements = elements_per_factor(rules_.format), groups = block / elements;
+    const floats to_scale = inverse_power(byte);
+    fine_choice out{};
+    out.byte = byte;
+    floats errors[4];
+    for (std::size_t g = 0; g < 4; ++g) {
+      out.m[g] = broadcast(0);
+      errors[g] = broadcast(0.0f);
+    }
+    for (std::size_t g = 0; g < groups; ++g) {
+      alignas(64) float x[16][lane_count];
+      words largest = broadcast(0);
+      for (std::size_t i = 0; i < elements; ++i) {
+        const floats scaled = rounded(load(x_[g * elements + i]) * to_scale);
+        largest = max(largest, bits_of(scaled));
+        store(x[i], scaled);
+      }
+      choose_group<Weighted>(g * elements, elements, x, floats_of(largest), out.m[g], errors[g]);
+    }
+    out.total = (errors[0] + errors[2]) + (errors[1] + errors[3]);
+    return out;
+  }
+
+  /// The m of the group that begins at `first`, and its error; x are its elements over the scale.
+  template <bool Weighted>
+  TETROMINO_INLINE void choose_group(std::size_t first, std::size_t elements, const float (*x)[lane_count],
+                                     const floats& largest, words& best, floats& error) const {
+    const bool by_largest = rules_.macro == macro_rule::from_amax;
+    words told = broadcast(0);
+    floats least = broadcast(0.0f), of_first = least;
+    for (std::int32_t m = 0; m < 4; ++m) {
+      const floats sum = squared_error<Weighted>(first, elements, x, m);
+      const floats key = by_largest ? magnitude(difference(largest, m)) : sum;
+      if (m == 0) {
+        best = broadcast(0);
+        error = sum;
+        least = of_first = key;
+      } else {
+        const flags better = key < least;
+        best = select(better, broadcast(m), best);
+        error = select(better, sum, error);
+        least = select(better, key, least);
+      }
+      if constexpr (Weighted) told = told_apart(told, key, of_first);
+    }
+    if constexpr (Weighted) {
+      // Where weights leave all factors of a group with the same error, what a search without them gives.
+      const flags settled = is_set(told);
+      if (by_largest || all(settled)) return;
+      words plain;
+      floats unused;
+      choose_group<false>(first, elements, x, largest, plain, unused);
+      best = select(settled, best, plain);
+    }
+  }
+
+  /// How far an element is from what it decodes to, both over the block's scale.
+  static TETROMINO_INLINE floats difference(const floats& x, std::int32_t m) {
+    const floats y = rounded(x * broadcast(fine_inverse(static_cast<unsigned>(m))));
+    const floats q = snap(min(y, broadcast(6.0f)), broadcast(1.0f));
+    return x - q * broadcast(fine_factor(static_cast<unsigned>(m)));
+  }
+  template <bool Weighted>
+  TETROMINO_INLINE floats squared_error(std::size_t first, std::size_t elements, const float (*x)[lane_count],
+                                        std::int32_t m) const {
+    const auto square = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+      const floats off = difference(load(x[i]), m), squared = rounded(off * off);
+      if constexpr (Weighted) return rounded(load(weights_[first + i]) * squared);
+      return squared;
+    };
+    floats part[4];
+    for (std::size_t i = 0; i < 4; ++i) {  // halves of 16 strided sums onto each other
+      if (elements == 8) {
+        part[i] = square(i) + square(i + 4);
+      } else {
+        part[i] = (square(i) + square(i + 8)) + (square(i + 4) + square(i + 12));
+      }
+    }
+    return (part[0] + part[2]) + (part[1] + part[3]);
+  }
+
+  const row_rules& rules_;
+  bool is_weighted_;
+  alignas(64) float x_[block][blocks_at_once];
+  alignas(64) float weights_[block][blocks_at_once];
+};
+
+/// Stores the bytes of factors of 16 blocks.
+TETROMINO_INLINE void store_factors(const any_format& format, const words (&m)[4], std::uint8_t* macros) {
+  if (format.macro_block == 32) {
+    return store_bytes(macros, m[0] | shift_left<2>(m[1]) | shift_left<4>(m[2]) | shift_left<6>(m[3]));
+  }
+  std::int32_t two[lane_count];
+  store(two, m[0] | shift_left<2>(m[1]));
+  for (std::size_t i = 0; i < lane_count / 2; ++i) {
+    macros[i] = static_cast<std::uint8_t>(two[2 * i] | two[2 * i + 1] << 4);
+  }
+}
+
+/// What each eight elements of 16 blocks are unpacked with: their factor times the scale of their block.
+struct fine_scales {
+  alignas(64) float of[4][blocks_at_once];
+
+  fine_scales(const any_format& format, const std::uint8_t* scales, const std::uint8_t* macros) {
+    alignas(64) std::uint8_t bytes[blocks_at_once];
+    factors_of_eight(macros, format, blocks_at_once, bytes);
+    const words factors = load_bytes(bytes);
+    const floats scale = decode_e8m0(load_bytes(scales));
+    repeat<4>([&](auto j) TETROMINO_INLINE_LAMBDA {
+      store(of[j], fine_factors(shift_right<2 * j>(factors) & broadcast(3)) * scale);
+    });
+  }
+};
+
+/// The numbers of 32 elements that load_pair gives, when each eight of block b have one of of[0][b] ... of[3][b].
+template <class T>
+TETROMINO_INLINE floats_pair spread_eighths(const float (*of)[blocks_at_once], std::size_t b) {
+  if constexpr (is_split<T>) {
+    const floats all = broadcast_quarters(of[0][b], of[1][b], of[2][b], of[3][b]);
+    return {all, all};
+  }
+  return {broadcast_halves(of[0][b], of[1][b]), broadcast_halves(of[2][b], of[3][b])};
+}
+
+/// Unpacks n elements of at most 16 blocks, rounded up to 32.
+template <real T>
+TETROMINO_OUTLINE void unpack_fine(const any_format& format, const std::uint8_t* codes, const std::uint8_t* scales,
+                                   const std::uint8_t* macros, std::size_t n, T* out) {
+  const fine_scales scale(format, scales, macros);
+  const e2m1_decoder decode;
+  for (std::size_t k = 0; k < n; k += 32) {
+    const floats_pair s = spread_eighths<T>(scale.of, k / 32);
+    if constexpr (is_split<T>) {
+      const floats_pair q = decode.split(codes + k / 2);  // products are bfloat16 already
+      store_words(out + k, join_upper_halves(bits_of(q.first * s.first), bits_of(q.second * s.second)));
+    } else {
+      const floats_pair q = decode(codes + k / 2);
+      store(out + k, q.first * s.first);
+      store(out + k + lane_count, q.second * s.second);
+    }
+  }
+}
+
+}  // namespace TETROMINO_ISA
+}  // namespace TETROMINO_NAMESPACE::detail
+
+#endif
