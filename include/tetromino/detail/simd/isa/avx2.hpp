@@ -7,6 +7,7 @@
 #if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 256
 
 #include "../../../float16.hpp"  // half, bfloat16
+#include "../../../format.hpp"   // any_format
 #include "avx.hpp"               // split_elements, split_codes, biased_table
 #include "lanes.hpp"             // floats, words
 #include "sse2.hpp"              // load_16, store_16
@@ -17,7 +18,7 @@
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
 #include <cstring>      // std::memcpy
-#include <type_traits>  // std::is_same_v
+#include <type_traits>  // std::is_same_v, std::is_void_v
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
@@ -473,11 +474,53 @@ TETROMINO_INLINE words add_fine_products(const words& sum, const words& a, const
   });
 }
 
-/// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as split_elements orders
-/// them): lane n of out[b] is the sum over block b of row n, biased.
-template <std::size_t Block>
-void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x,
-                   words (&out)[128 / Block]) {
+/// Factors of 2 bits of rows of weights, for multiply_rows; those of each eight columns are in a lane.
+class fine_rows {
+ public:
+  /// Of the columns where the bytes of rows begin, with this fine_offset for each eight.
+  fine_rows(const any_format& format, const std::uint8_t* const* bytes, const std::int32_t* offsets)
+      : bytes_(bytes), offsets_(offsets), is_of_eight_(format.macro_block == 32) {
+    const __m256i eight = _mm256_setr_epi16(1 << 14, 1 << 14, 1 << 12, 1 << 12, 1 << 10, 1 << 10, 1 << 8, 1 << 8,
+                                            1 << 6, 1 << 6, 1 << 4, 1 << 4, 1 << 2, 1 << 2, 1, 1);
+    const __m256i sixteen = _mm256_setr_epi16(1 << 14, 1 << 14, 1 << 14, 1 << 14, 1 << 12, 1 << 12, 1 << 12, 1 << 12,
+                                              1 << 10, 1 << 10, 1 << 10, 1 << 10, 1 << 8, 1 << 8, 1 << 8, 1 << 8);
+    shifts_ = is_of_eight_ ? eight : sixteen;
+  }
+  /// What takes the bias off sums of eight columns, number `part` of 64 on, as pairs of 16 bits.
+  [[nodiscard]] TETROMINO_INLINE __m256i offset(std::size_t part) const {
+    return _mm256_and_si256(load_register(offsets_ + 8 * part), _mm256_set1_epi32(0xFFFF));
+  }
+  /// 4 + m of the same columns of row n.
+  [[nodiscard]] TETROMINO_INLINE __m256i of(std::size_t n, std::size_t part) const {
+    std::uint16_t two = 0;
+    if (is_of_eight_) {
+      std::memcpy(&two, bytes_[n] + 2 * part, sizeof two);
+    } else {
+      two = bytes_[n][part];
+    }
+    const __m256i shifted = _mm256_mullo_epi16(_mm256_set1_epi16(static_cast<short>(two)), shifts_);
+    return _mm256_add_epi16(_mm256_srli_epi16(shifted, 14), _mm256_set1_epi16(4));
+  }
+
+ private:
+  const std::uint8_t* const* bytes_;
+  const std::int32_t* offsets_;
+  bool is_of_eight_;
+  __m256i shifts_;
+};
+
+/// Says to templates that there are such factors.
+TETROMINO_INLINE fine_rows factors_of_rows(const words&, const any_format& format, const std::uint8_t* const* bytes,
+                                           const std::int32_t* offsets) {
+  return {format, bytes, offsets};
+}
+
+/// Products of 128 columns of 16 rows, 64 bytes of codes each, by as many bytes of x (as split_elements orders them):
+/// lane n of out[b] is the sum over block b of row n, biased, or by factors of 2 bits, and then not biased.
+template <std::size_t Block, class Factors = void>
+void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const std::int8_t* x, words (&out)[128 / Block],
+                   [[maybe_unused]] const Factors* factors = nullptr) {
+  constexpr bool is_fine = !std::is_void_v<Factors>;
   const __m256i one = _mm256_set1_epi16(1);
   repeat<2>([&](auto part) TETROMINO_INLINE_LAMBDA {
     const __m256 low = _mm256_castsi256_ps(load_register(x + 64 * part)),
@@ -490,7 +533,15 @@ void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const st
       const __m256i codes = load_register(rows[n] + offset + 32 * part), mask = _mm256_set1_epi8(15);
       const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, mask));
       const __m256i second = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask));
-      return _mm256_add_epi16(_mm256_maddubs_epi16(first, even), _mm256_maddubs_epi16(second, odd));
+      const __m256i a = _mm256_maddubs_epi16(first, even), b = _mm256_maddubs_epi16(second, odd);
+      if constexpr (is_fine) {
+        const __m256i exact = _mm256_add_epi16(_mm256_add_epi16(a, factors->offset(part)), b);
+        return _mm256_madd_epi16(exact, factors->of(n, part));
+      }
+      return _mm256_add_epi16(a, b);
+    };
+    const auto join_pairs = [&](__m256i a, __m256i b) TETROMINO_INLINE_LAMBDA {
+      return is_fine ? _mm256_add_epi32(a, b) : _mm256_madd_epi16(_mm256_add_epi16(a, b), one);
     };
     // Each part of four[j][h] has one block, or part h of a pair of blocks, of rows 4 j ... 4 j + 3.
     constexpr std::size_t halves = 32 / Block;
@@ -500,12 +551,11 @@ void multiply_rows(const std::uint8_t* const* rows, std::size_t offset, const st
       const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
       const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
       if constexpr (Block == 32) {
-        const __m256i ab = _mm256_madd_epi16(_mm256_add_epi16(ab0, ab1), one);
-        const __m256i cd = _mm256_madd_epi16(_mm256_add_epi16(cd0, cd1), one);
+        const __m256i ab = join_pairs(ab0, ab1), cd = join_pairs(cd0, cd1);
         four[0][j] = _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
       } else {
         const auto join = [&](__m256i ab, __m256i cd) TETROMINO_INLINE_LAMBDA {
-          return _mm256_madd_epi16(_mm256_add_epi16(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd)), one);
+          return join_pairs(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
         };
         four[0][j] = join(ab0, cd0);
         four[1][j] = join(ab1, cd1);

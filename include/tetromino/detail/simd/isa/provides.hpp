@@ -7,6 +7,7 @@
 #if TETROMINO_SIMD
 
 #include "../../../float16.hpp"  // half, bfloat16
+#include "../../../format.hpp"   // any_format
 #include "amx.hpp"               // tiles_of
 #include "avx2.hpp"              // floats, words ...
 #include "avx512.hpp"            // floats, words ...
@@ -146,6 +147,13 @@ concept shifts_scales = requires(const Decoder decode, const std::uint8_t* codes
 template <class Words>
 concept multiplies_rows = requires(const std::uint8_t* const* rows, const std::int8_t* x, Words (&out)[4]) {
   multiply_rows<32>(rows, std::size_t{}, x, out);
+};
+
+/// The same with a factor of 2 bits for each 8 or 16 columns.
+template <class Words>
+concept multiplies_fine_rows = requires(const Words& w, const any_format& format, const std::uint8_t* const* bytes,
+                                        const std::int32_t* offsets) {
+  factors_of_rows(w, format, bytes, offsets);
 };
 
 /// Products of bfloat16 that are summed by pairs.

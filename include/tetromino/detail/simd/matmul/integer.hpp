@@ -110,34 +110,35 @@ class integer_matmul {
       float &first = scales[0], &second = scales[RowsAtOnce];
       std::int32_t unused[2];
       split(row, k + i, std::min<std::size_t>(32, used - i), values, RowsAtOnce == 1 ? offsets : unused);
-      if (blocks_.macro_bits == 2) apply_factors(row, k + i, values, RowsAtOnce == 1 ? offsets : unused);
-      if (product_.weights.format.macro_bits == 2) {
-        for (std::size_t e = 0; e < 4; ++e) {
-          x_.fine_offsets[(m * x_.stride + i) / 8 + e] = fine_offset(sum_of_eight(values + 8 * e));
-        }
-      }
       if (RowsAtOnce == 1 && common_ == 32) offsets[0] += offsets[1];
       first = scale_at(row, k + i);
       second = blocks_.block == 32 ? first : i + 16 < used ? scale_at(row, k + i + 16) : 0.0f;
       if (first < least_scale || second < least_scale) drop_scales_of_zeros(values, first, second);
     }
+    if (blocks_.macro_bits == 2 || product_.weights.format.macro_bits == 2) apply_factors(row, m, k, RowsAtOnce == 1);
   }
-  static std::int32_t sum_of_eight(const std::int8_t* values) {
-    std::int32_t sum = 0;
-    for (std::size_t i = 0; i < 8; ++i) sum += values[i];
-    return sum;
-  }
-  /// Multiplies 32 values by four times their factors of 2 bits; the offsets change, too.
-  void apply_factors(const packed_row<const std::uint8_t>& row, std::size_t k, std::int8_t* values,
-                     std::int32_t* offsets) const {
-    for (std::size_t i = 0; i < 32; ++i) {
-      const unsigned m = fine_bits(row.macros, elements_per_factor(blocks_), k + i);
-      values[i] = static_cast<std::int8_t>(values[i] * static_cast<int>(4 + m));
+  /// What factors of 2 bits change about row m of values that are there, on its own side or on that of the weights.
+  template <class Row>
+  TETROMINO_OUTLINE void apply_factors(const Row& row, std::size_t m, std::size_t k, bool has_offsets) {
+    for (std::size_t i = 0; i < x_.stride; i += 8) {
+      const std::size_t at = m * x_.stride + i;
+      std::int8_t* const values = x_.values + at;
+      if (blocks_.macro_bits == 2) multiply_by_factor(row, std::min(k + i, product_.weights.cols - 1), values);
+      std::int32_t sum = 0;
+      for (std::size_t e = 0; e < 8; ++e) sum += values[e];
+      x_.fine_offsets[at / 8] = fine_offset(sum);
+      if (!has_offsets) continue;
+      std::int32_t& offset = x_.offsets[at / common_ * common_ / 16];
+      offset = -value_bias * sum + (at % common_ == 0 ? 0 : offset);
     }
-    offsets[0] = -value_bias * (sum_of_eight(values) + sum_of_eight(values + 8));
-    offsets[1] = -value_bias * (sum_of_eight(values + 16) + sum_of_eight(values + 24));
   }
-  void apply_factors(const int8_row&, std::size_t, std::int8_t*, std::int32_t*) const {}
+  /// Eight values by four times their factor.
+  void multiply_by_factor(const packed_row<const std::uint8_t>& row, std::size_t column, std::int8_t* values) const {
+    const unsigned m = fine_bits(row.macros, elements_per_factor(blocks_), column);
+    for (std::size_t e = 0; e < 8; ++e) values[e] = static_cast<std::int8_t>(values[e] * static_cast<int>(4 + m));
+  }
+  void multiply_by_factor(const int8_row&, std::size_t, std::int8_t*) const {}
+
   static constexpr float least_scale = 0x1p-100f;
   /// Blocks of zeros have the least scale there is, which is no normal float and slow to multiply with; 1 does as well.
   void drop_scales_of_zeros(const std::int8_t* values, float& first, float& second) const {

@@ -164,17 +164,27 @@ class row_panels {
       prefetch_to_l2(scales, lane_count * row_scales);
       if (l < last) codes += row_bytes, scales += row_scales;
     }
-    for (std::size_t i = 0; i < macros; ++i) {
-      const std::uint8_t* from = w.macros.data() + row * row_macros + macro + i;
-      std::uint8_t* const to = scales_of(i * format_.macro_block) - lane_count;
-      for (std::size_t l = 0; l < lane_count; ++l) to[l] = from[std::min(l, last) * row_macros];
+    for (std::size_t l = 0; l < lane_count && macros != 0; ++l) {
+      macros_[l] = w.macros.data() + (row + std::min(l, last)) * row_macros + macro;
     }
-    format_.block == 16 ? store_scales<16>() : store_scales<32>();
+    if (format_.macro_block == 32) {
+      store_bytes_of_rows<32>(macros_, macros, lane_count);
+    } else if (format_.macro_block == 64) {
+      store_bytes_of_rows<64>(macros_, macros, lane_count);
+    } else {
+      for (std::size_t i = 0; i < macros; ++i) {
+        std::uint8_t* const to = scales_of(i * format_.macro_block) - lane_count;
+        for (std::size_t l = 0; l < lane_count; ++l) to[l] = macros_[l][i];
+      }
+    }
+    format_.block == 16 ? store_bytes_of_rows<16>(scales_, blocks_, 0) : store_bytes_of_rows<32>(scales_, blocks_, 0);
   }
 
   /// The panels, but for their codes.
   [[nodiscard]] weight_panels scales() const { return {format_, data_[0], used_, false}; }
   [[nodiscard]] const std::uint8_t* const* rows() const { return codes_; }
+  /// Their bytes of factors; unset where there are none.
+  [[nodiscard]] const std::uint8_t* const* macros() const { return macros_; }
 
   /// The whole panels.
   weight_panels columns() {
@@ -206,18 +216,20 @@ class row_panels {
     std::uint8_t* const codes = codes_of(2 * i);
     repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA { store_words(codes + 4 * d * lane_count, columns.part[d]); });
   }
-  template <std::size_t Block>
-  void store_scales() {
-    for (std::size_t b = 0; b < blocks_; b += 16) {
+  /// Stores n bytes of each row, one for each `Columns`, so far before the place of the scales.
+  template <std::size_t Columns>
+  void store_bytes_of_rows(const std::uint8_t* const* rows, std::size_t n, std::size_t before) {
+    for (std::size_t b = 0; b < n; b += 16) {
       std::uint8_t padded[lane_count][16];
       const std::uint8_t* ends[lane_count];
-      if (blocks_ - b < 16) pad_rows(scales_, b, blocks_ - b, padded, ends);
-      const byte_columns columns = blocks_ - b < 16 ? load_columns(ends, 0) : load_columns(scales_, b);
-      std::uint8_t* const first = scales_of(b * Block);
+      if (n - b < 16) pad_rows(rows, b, n - b, padded, ends);
+      const byte_columns columns = n - b < 16 ? load_columns(ends, 0) : load_columns(rows, b);
+      std::uint8_t* const first = scales_of(b * Columns) - before;
       repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA {
         repeat<4>([&](auto i) TETROMINO_INLINE_LAMBDA {
-          constexpr std::size_t k = (4 * d + i) * Block;
-          store_bytes(first + k / 32 * weight_panels::panel_bytes + k % 32 / Block * lane_count,
+          constexpr std::size_t k = (4 * d + i) * Columns;
+          if (Columns > 32 && b * Columns + k >= most_cols) return;
+          store_bytes(first + k / 32 * weight_panels::panel_bytes + k % 32 / Columns * lane_count,
                       shift_right<8 * i>(columns.part[d]) & broadcast(0xFF));
         });
       });
@@ -231,7 +243,7 @@ class row_panels {
 
   any_format format_;
   std::size_t used_, blocks_;
-  const std::uint8_t *codes_[lane_count], *scales_[lane_count];
+  const std::uint8_t *codes_[lane_count], *scales_[lane_count], *macros_[lane_count];
   alignas(64) std::uint8_t data_[most_cols / 32][weight_panels::panel_bytes];
 };
 
@@ -410,6 +422,27 @@ void add_row_of_linear(const weight_panels& w, const std::uint8_t* const* rows, 
   store(total, sum);
 }
 
+/// The same with factors of 2 bits.
+template <std::size_t Common, class Words>
+void add_row_of_fine(const row_panels& panels, const element_rows& x, std::size_t at, float* total) {
+  const weight_panels w = panels.scales();
+  floats sum = load(total), scale;
+  panel_walk<32, true> panel(w);
+  const std::uint8_t* bytes[lane_count];
+  for (std::size_t k = 0; k < w.cols; k += 128) {
+    for (std::size_t l = 0; l < lane_count; ++l) bytes[l] = panels.macros()[l] + k / w.format.macro_block;
+    const auto factors = factors_of_rows(Words{}, w.format, bytes, x.fine_offsets + (at + k) / 8);
+    words products[128 / Common];
+    multiply_rows<Common>(panels.rows(), k / 2, x.values + at + k, products, &factors);
+    repeat<128 / Common>([&](auto i) TETROMINO_INLINE_LAMBDA {
+      if constexpr (i * Common % 32 == 0) scale = panel.template scales<scale_type::e8m0>(0), panel.leave();
+      const floats both = scale * broadcast(x.scales[(at + k + i * Common) / 16]);
+      sum = sum + rounded(to_floats(products[i]) * both);
+    });
+  }
+  store(total, sum);
+}
+
 /// add_panel for one row of activations where the set multiplies rows of weights as they lie: columns need not be put
 /// side by side first. Otherwise, or for other numbers of columns than multiples of 128, returns false.
 template <class Words = words>
@@ -417,7 +450,15 @@ TETROMINO_INLINE bool add_row_as_it_lies(const row_panels& panel, std::size_t co
                                          std::size_t at, float* total) {
   if constexpr (multiplies_rows<Words>) {
     const weight_panels w = panel.scales();
-    if (w.cols % 128 != 0 || w.format.macro_bits == 2) return false;
+    if (w.cols % 128 != 0) return false;
+    if (w.format.macro_bits == 2) {
+      if constexpr (multiplies_fine_rows<Words>) {
+        common == 16 ? add_row_of_fine<16, Words>(panel, x, at, total)
+                     : add_row_of_fine<32, Words>(panel, x, at, total);
+        return true;
+      }
+      return false;
+    }
     with_blocks(w.format, common,
                 [&]<scale_type Scale, std::size_t Block, std::size_t Common>() TETROMINO_INLINE_LAMBDA {
                   add_row_of_linear<Scale, Block, Common>(w, panel.rows(), x, at, total);
