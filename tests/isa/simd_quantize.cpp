@@ -265,7 +265,7 @@ void compare(reference::generator& g, const recipe& r, std::size_t cols) {
 TEST_CASE("simd packs and unpacks as scalar does: every recipe") {
   reference::generator g(tetromino_test::seed());
   for (const recipe& r : all_recipes()) {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 3; ++i) {
       const std::size_t cols = i == 0 ? 300 + g.below(1000) : g.below(301);
       compare<float>(g, r, cols);
       compare<half>(g, r, cols);
@@ -278,7 +278,7 @@ TEST_CASE("simd packs and unpacks as scalar does: every length up to 300") {
   reference::generator g(tetromino_test::seed() + 1);
   const std::vector<recipe> recipes = all_recipes();
   for (std::size_t cols = 0; cols <= 300; ++cols) {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       compare<float>(g, recipes[g.below(recipes.size())], cols);
       compare<half>(g, recipes[g.below(recipes.size())], cols);
       compare<bfloat16>(g, recipes[g.below(recipes.size())], cols);
