@@ -367,7 +367,7 @@ void speed(const trace& recorded) {
 
 int main(int argc, char** argv) {
   if (argc > 7 && std::string(argv[1]) == "--few") {
-    const auto number = [&](int i) { return static_cast<std::size_t>(std::stoul(argv[i])); };
+    const auto number = [&](int i) -> std::size_t { return std::stoul(argv[i]); };
     few_requests(read_trace(argv[2]), topology::with_node_slots(number(3), number(4), number(5)), number(6), number(7),
                  argc > 8);
     return 0;

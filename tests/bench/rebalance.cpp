@@ -295,7 +295,7 @@ void drift(const trace& recorded) {
 int main(int argc, char** argv) {
   const std::filesystem::path data = std::filesystem::path(__FILE__).parent_path() / "../../examples/data";
   const std::string path = argc > 1 ? argv[1] : (data / "routing-128x8.safetensors").string();
-  const std::size_t splits = argc > 2 ? static_cast<std::size_t>(std::strtoul(argv[2], nullptr, 10)) : 5;
+  const std::size_t splits = argc > 2 ? std::strtoul(argv[2], nullptr, 10) : 5;
   const trace recorded = read_trace(path);
   activation(recorded);
   drift(recorded);
