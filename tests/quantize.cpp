@@ -492,7 +492,7 @@ TEST_CASE("fake_quantize refuses an output of another shape") {
 
 TEST_CASE("weights that cannot tell candidates apart do not count") {
   reference::generator random(tetromino_test::seed());
-  matrix<float> x(16, 256);
+  matrix<float> x(4, 256);
   for (float& v : x.data) v = static_cast<float>(random.normal());
   for (const char* name : {"mxfp4-32/min-error", "nvfp4/min-error", "nvfp4/four-over-six", "mxfp4-32/oas/mbs-search",
                            "mxfp4-16/min-error/mbs-search256@32"}) {
@@ -510,7 +510,7 @@ TEST_CASE("weights that cannot tell candidates apart do not count") {
       CHECK(got.scales == plain.scales);
       CHECK(got.macros == plain.macros);
       CHECK(quantize(fastest, x, r, {.column_weights = weights}).codes == plain.codes);
-      matrix<float> fake(16, 256);
+      matrix<float> fake(4, 256);
       fake_quantize(scalar, x, r, fake.view(), {.column_weights = weights});
       CHECK(fake.data == dequantize<float>(scalar, plain).data);
     }
