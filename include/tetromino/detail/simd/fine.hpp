@@ -55,9 +55,7 @@ class fine_search {
   static constexpr std::size_t block = 32;
 
   [[nodiscard]] fine_choice choose(const words& amax, bool is_weighted) const {
-    const auto under = [&](const words& byte) {
-      return is_weighted ? factors_under<true>(byte) : factors_under<false>(byte);
-    };
+    const auto under = [&](const words& byte) { return factors_under(byte, is_weighted); };
     if (rules_.rule != scale_rule::min_error) return under(closed_form_bytes(amax, carry_of(rules_.rule)));
     const words up = closed_form_bytes(amax, carry_of(scale_rule::round_up));
     fine_choice best{};
@@ -92,8 +90,7 @@ class fine_search {
   }
 
   /// The factors that blocks get under these scales.
-  template <bool Weighted>
-  TETROMINO_OUTLINE fine_choice factors_under(const words& byte) const {
+  TETROMINO_OUTLINE fine_choice factors_under(const words& byte, bool is_weighted) const {
     const std::size_t elements = elements_per_factor(rules_.format), groups = block / elements;
     const floats to_scale = inverse_power(byte);
     fine_choice out{};
@@ -111,43 +108,48 @@ class fine_search {
         largest = max(largest, bits_of(scaled));
         store(x[i], scaled);
       }
-      choose_group<Weighted>(g * elements, elements, x, floats_of(largest), out.m[g], errors[g]);
+      choose_group({x, is_weighted ? weights_ + g * elements : nullptr, elements, floats_of(largest)}, out.m[g],
+                   errors[g]);
     }
     out.total = (errors[0] + errors[2]) + (errors[1] + errors[3]);
     return out;
   }
 
-  /// The m of the group that begins at `first`, and its error; x are its elements over the scale.
-  template <bool Weighted>
-  TETROMINO_INLINE void choose_group(std::size_t first, std::size_t elements, const float (*x)[lane_count],
-                                     const floats& largest, words& best, floats& error) const {
+  /// Elements that share a factor, over the scales of their blocks; the weights are null where all are 1.
+  struct group {
+    const float (*x)[lane_count];
+    const float (*weights)[lane_count];
+    std::size_t elements;
+    floats largest;
+  };
+
+  /// The m of a group, and its error.
+  TETROMINO_OUTLINE void choose_group(const group& in, words& best, floats& error) const {
     const bool by_largest = rules_.macro == macro_rule::from_amax;
     words told = broadcast(0);
-    floats least = broadcast(0.0f), of_first = least;
+    floats least = broadcast(0.0f), first = least;
     for (std::int32_t m = 0; m < 4; ++m) {
-      const floats sum = squared_error<Weighted>(first, elements, x, m);
-      const floats key = by_largest ? magnitude(difference(largest, m)) : sum;
+      const floats sum = squared_error(in, m);
+      const floats key = by_largest ? magnitude(difference(in.largest, m)) : sum;
       if (m == 0) {
         best = broadcast(0);
         error = sum;
-        least = of_first = key;
+        least = first = key;
       } else {
         const flags better = key < least;
         best = select(better, broadcast(m), best);
         error = select(better, sum, error);
         least = select(better, key, least);
       }
-      if constexpr (Weighted) told = told_apart(told, key, of_first);
+      told = told_apart(told, key, first);
     }
-    if constexpr (Weighted) {
-      // Where weights leave all factors of a group with the same error, what a search without them gives.
-      const flags settled = is_set(told);
-      if (by_largest || all(settled)) return;
-      words plain;
-      floats unused;
-      choose_group<false>(first, elements, x, largest, plain, unused);
-      best = select(settled, best, plain);
-    }
+    // Where weights leave all factors of a group with the same error, what a search without them gives.
+    const flags settled = is_set(told);
+    if (in.weights == nullptr || by_largest || all(settled)) return;
+    words plain;
+    floats unused;
+    choose_group({in.x, nullptr, in.elements, in.largest}, plain, unused);
+    best = select(settled, best, plain);
   }
 
   /// How far an element is from what it decodes to, both over the block's scale.
@@ -156,23 +158,17 @@ class fine_search {
     const floats q = snap(min(y, broadcast(6.0f)), broadcast(1.0f));
     return x - q * broadcast(fine_factor(static_cast<unsigned>(m)));
   }
-  template <bool Weighted>
-  TETROMINO_INLINE floats squared_error(std::size_t first, std::size_t elements, const float (*x)[lane_count],
-                                        std::int32_t m) const {
-    const auto square = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-      const floats off = difference(load(x[i]), m), squared = rounded(off * off);
-      if constexpr (Weighted) return rounded(load(weights_[first + i]) * squared);
-      return squared;
-    };
-    floats part[4];
-    for (std::size_t i = 0; i < 4; ++i) {  // halves of 16 strided sums onto each other
-      if (elements == 8) {
-        part[i] = square(i) + square(i + 4);
-      } else {
-        part[i] = (square(i) + square(i + 8)) + (square(i + 4) + square(i + 12));
-      }
+  /// Summed up by halves.
+  static TETROMINO_OUTLINE floats squared_error(const group& in, std::int32_t m) {
+    alignas(64) float square[16][lane_count];
+    for (std::size_t i = 0; i < in.elements; ++i) {
+      const floats off = difference(load(in.x[i]), m), squared = rounded(off * off);
+      store(square[i], in.weights == nullptr ? squared : rounded(load(in.weights[i]) * squared));
     }
-    return (part[0] + part[2]) + (part[1] + part[3]);
+    for (std::size_t n = in.elements / 2; n > 0; n /= 2) {
+      for (std::size_t i = 0; i < n; ++i) store(square[i], load(square[i]) + load(square[i + n]));
+    }
+    return load(square[0]);
   }
 
   const row_rules& rules_;

@@ -486,12 +486,13 @@ struct simd_kernels : simd_rotation {
       store_stochastic(rules, x, span.n, span.first_index, span.out, scales);
     } else if constexpr (Block == any_size) {
       store_nearest<Block>(block, span, scales.how);
+    } else if constexpr (Block == 32) {
+      scales.how == rescaling::multiply ? store_nearest<Block>(block, span, rescaling::multiply)
+                                        : store_nearest<Block>(block, span, rescaling::multiply_eighths);
     } else if (scales.how == rescaling::multiply) {
       store_nearest<Block>(block, span, rescaling::multiply);
     } else if (scales.how == rescaling::multiply_by_inverse) {
       store_nearest<Block>(block, span, rescaling::multiply_by_inverse);
-    } else if (scales.how == rescaling::multiply_eighths) {
-      if constexpr (Block == 32) store_nearest<Block>(block, span, rescaling::multiply_eighths);
     } else {
       store_nearest<Block>(block, span, rescaling::divide);
     }

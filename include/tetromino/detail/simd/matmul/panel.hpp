@@ -169,8 +169,6 @@ class row_panels {
     }
     if (format_.macro_block == 32) {
       store_bytes_of_rows<32>(macros_, macros, lane_count);
-    } else if (format_.macro_block == 64) {
-      store_bytes_of_rows<64>(macros_, macros, lane_count);
     } else {
       for (std::size_t i = 0; i < macros; ++i) {
         std::uint8_t* const to = scales_of(i * format_.macro_block) - lane_count;
@@ -228,7 +226,6 @@ class row_panels {
       repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA {
         repeat<4>([&](auto i) TETROMINO_INLINE_LAMBDA {
           constexpr std::size_t k = (4 * d + i) * Columns;
-          if (Columns > 32 && b * Columns + k >= most_cols) return;
           store_bytes(first + k / 32 * weight_panels::panel_bytes + k % 32 / Columns * lane_count,
                       shift_right<8 * i>(columns.part[d]) & broadcast(0xFF));
         });
@@ -422,23 +419,23 @@ void add_row_of_linear(const weight_panels& w, const std::uint8_t* const* rows, 
   store(total, sum);
 }
 
-/// The same with factors of 2 bits.
-template <std::size_t Common, class Words>
+/// The same with factors of 2 bits and blocks of 32 on both sides.
+template <class Words>
 void add_row_of_fine(const row_panels& panels, const element_rows& x, std::size_t at, float* total) {
   const weight_panels w = panels.scales();
-  floats sum = load(total), scale;
+  floats sum = load(total);
   panel_walk<32, true> panel(w);
   const std::uint8_t* bytes[lane_count];
   for (std::size_t k = 0; k < w.cols; k += 128) {
     for (std::size_t l = 0; l < lane_count; ++l) bytes[l] = panels.macros()[l] + k / w.format.macro_block;
     const auto factors = factors_of_rows(Words{}, w.format, bytes, x.fine_offsets + (at + k) / 8);
-    words products[128 / Common];
-    multiply_rows<Common>(panels.rows(), k / 2, x.values + at + k, products, &factors);
-    repeat<128 / Common>([&](auto i) TETROMINO_INLINE_LAMBDA {
-      if constexpr (i * Common % 32 == 0) scale = panel.template scales<scale_type::e8m0>(0), panel.leave();
-      const floats both = scale * broadcast(x.scales[(at + k + i * Common) / 16]);
+    words products[4];
+    multiply_rows<32>(panels.rows(), k / 2, x.values + at + k, products, &factors);
+    for (std::size_t i = 0; i < 4; ++i) {
+      const floats both = panel.template scales<scale_type::e8m0>(0) * broadcast(x.scales[(at + k) / 16 + 2 * i]);
       sum = sum + rounded(to_floats(products[i]) * both);
-    });
+      panel.leave();
+    }
   }
   store(total, sum);
 }
@@ -453,9 +450,7 @@ TETROMINO_INLINE bool add_row_as_it_lies(const row_panels& panel, std::size_t co
     if (w.cols % 128 != 0) return false;
     if (w.format.macro_bits == 2) {
       if constexpr (multiplies_fine_rows<Words>) {
-        common == 16 ? add_row_of_fine<16, Words>(panel, x, at, total)
-                     : add_row_of_fine<32, Words>(panel, x, at, total);
-        return true;
+        if (common == 32) return add_row_of_fine<Words>(panel, x, at, total), true;
       }
       return false;
     }
