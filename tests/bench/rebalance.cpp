@@ -217,6 +217,12 @@ void drift(const trace& recorded) {
   const topology t = topology::with_node_slots(8, 8, 16);
   const auto periods = drifting(recorded, 16, 160);
   const auto view = [&](std::size_t p) { return recorded.view().with(periods[p]); };
+  std::vector<std::vector<request>> with_last{periods[0]};  // each period with the one before
+  for (std::size_t p = 1; p < periods.size(); ++p) {
+    with_last.push_back(periods[p - 1]);
+    with_last.back().insert(with_last.back().end(), periods[p].begin(), periods[p].end());
+  }
+  const auto two_periods = [&](std::size_t p) { return recorded.view().with(with_last[p]); };
   const auto options = [](const placement* start, double price) {
     local_options o;
     o.node_imbalance = 1.01;
@@ -226,7 +232,8 @@ void drift(const trace& recorded) {
   };
   const placement first = local(view(0), t, options(nullptr, 0)).experts;
   using next_plan = std::function<std::optional<placement>(std::size_t, const placement&)>;
-  const auto simulate = [&](const next_plan& next) {
+  using requests_seen = std::function<trace_view(std::size_t)>;
+  const auto simulate = [&](const next_plan& next, const requests_seen& from) {
     drift_figures f;
     placement p = first;
     std::size_t known = 0;
@@ -242,7 +249,7 @@ void drift(const trace& recorded) {
           known = i - 1;
         }
       }
-      f.serve(view(i), p, t, view(known));
+      f.serve(view(i), p, t, from(known));
     }
     return f;
   };
@@ -250,21 +257,26 @@ void drift(const trace& recorded) {
       "\nDrift, code and math → chat and general in 16 periods of 160 requests, 8 x 8 GPUs, 16 slots, experts of 44 "
       "MB\n{:<32} {:>6} {:>7} {:>7} {:>7} {:>9} {:>9} {:>6} {:>7} {:>9} {:>7}\n",
       "renewed", "nodes", "imb.", "worst", "step", "GB betw.", "GB ins.", "plans", "s each", "gain", "bytes");
-  const drift_figures once = simulate([](std::size_t, const placement&) { return std::nullopt; });
-  const drift_figures cold =
-      simulate([&](std::size_t seen, const placement&) { return local(view(seen), t, options(nullptr, 0)).experts; });
+  const drift_figures once = simulate([](std::size_t, const placement&) { return std::nullopt; }, view);
+  const drift_figures cold = simulate(
+      [&](std::size_t seen, const placement&) { return local(view(seen), t, options(nullptr, 0)).experts; }, view);
   const double a = once.nodes.mean(), b = cold.nodes.mean();
   once.print("never", a, b, cold.between);
   cold.print("each period, cold", a, b, cold.between);
-  for (const double price : {0.0, 0.5, 1.0, 2.0, 4.0, 10.0}) {
-    simulate([&](std::size_t seen, const placement& now) {
-      return local(view(seen), t, options(&now, price)).experts;
-    }).print(fmt::format("each period, warm, price {}", price), a, b, cold.between);
-  }
-  simulate([&](std::size_t seen, const placement&) {
-    const std::vector<double> loads = study::decode_loads(view(seen));
-    return balanced({recorded.shape().layers, recorded.shape().experts, loads}, t);
-  }).print("each period, balanced", a, b, cold.between);
+  const auto warm = [&](double price, const requests_seen& from, const char* periods_seen) {
+    simulate([&](std::size_t seen, const placement& now) { return local(from(seen), t, options(&now, price)).experts; },
+             from)
+        .print(fmt::format("each period, warm, price {}{}", price, periods_seen), a, b, cold.between);
+  };
+  for (const double price : {0.0, 0.5, 1.0, 2.0, 4.0, 6.0, 10.0}) warm(price, view, "");
+  for (const double price : {2.0, 4.0}) warm(price, two_periods, ", of two");
+  simulate(
+      [&](std::size_t seen, const placement&) {
+        const std::vector<double> loads = study::decode_loads(view(seen));
+        return balanced({recorded.shape().layers, recorded.shape().experts, loads}, t);
+      },
+      view)
+      .print("each period, balanced", a, b, cold.between);
 
   drift_figures f;
   rebalance_options o;

@@ -196,8 +196,8 @@ class local_search {
   // Visits: few steps, each rebuilds the lists of tokens. Pairs: many, they cost little, and grouping cools down too.
   [[nodiscard]] schedule make_schedule() const {
     schedule s = rules_.visit_price > 0 ? schedule{12, 8e-3, 0.745, 0} : schedule{96, 1e-2, 0.93, 0};
-    if (variation_.start != nullptr) {  // warm enough to mend a plan, not to forget it
-      while (s.hottest > 1.2e-3) {
+    if (variation_.start != nullptr) {  // warm enough to mend a plan, not to forget it: what a move costs keeps it too
+      while (s.hottest > (rules_.visit_price > 0 ? 5e-3 : 1.2e-3)) {
         s.hottest = s.hottest * s.ratio;
         --s.steps;
       }
