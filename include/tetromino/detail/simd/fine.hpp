@@ -84,7 +84,7 @@ class fine_search {
     best.byte = select(is_empty, broadcast(0), best.byte);
     return best;
   }
-  static void take(const flags& where, const fine_choice& from, fine_choice& to) {
+  TETROMINO_OUTLINE static void take(const flags& where, const fine_choice& from, fine_choice& to) {
     to.byte = select(where, from.byte, to.byte);
     for (std::size_t g = 0; g < 4; ++g) to.m[g] = select(where, from.m[g], to.m[g]);
   }
@@ -196,41 +196,38 @@ struct fine_scales {
   fine_scales(const any_format& format, const std::uint8_t* scales, const std::uint8_t* macros) {
     alignas(64) std::uint8_t bytes[blocks_at_once];
     factors_of_eight(macros, format, blocks_at_once, bytes);
-    const words factors = load_bytes(bytes);
+    words factors = load_bytes(bytes);
     const floats scale = decode_e8m0(load_bytes(scales));
-    repeat<4>([&](auto j) TETROMINO_INLINE_LAMBDA {
-      store(of[j], fine_factors(shift_right<2 * j>(factors) & broadcast(3)) * scale);
-    });
+    for (float* const eighth : {of[0], of[1], of[2], of[3]}) {
+      store(eighth, fine_factors(factors & broadcast(3)) * scale);
+      factors = shift_right<2>(factors);
+    }
   }
 };
 
-/// The numbers of 32 elements that load_pair gives, when each eight of block b have one of of[0][b] ... of[3][b].
-template <class T>
+/// What 32 elements in order are multiplied by, when each eight of block b have one of of[0][b] ... of[3][b].
 TETROMINO_INLINE floats_pair spread_eighths(const float (*of)[blocks_at_once], std::size_t b) {
-  if constexpr (is_split<T>) {
-    const floats all = broadcast_quarters(of[0][b], of[1][b], of[2][b], of[3][b]);
-    return {all, all};
-  }
   return {broadcast_halves(of[0][b], of[1][b]), broadcast_halves(of[2][b], of[3][b])};
 }
 
 /// Unpacks n elements of at most 16 blocks, rounded up to 32.
-template <real T>
-TETROMINO_OUTLINE void unpack_fine(const any_format& format, const std::uint8_t* codes, const std::uint8_t* scales,
-                                   const std::uint8_t* macros, std::size_t n, T* out) {
+TETROMINO_OUTLINE inline void unpack_fine(const any_format& format, const std::uint8_t* codes,
+                                          const std::uint8_t* scales, const std::uint8_t* macros, std::size_t n,
+                                          float* out) {
   const fine_scales scale(format, scales, macros);
   const e2m1_decoder decode;
   for (std::size_t k = 0; k < n; k += 32) {
-    const floats_pair s = spread_eighths<T>(scale.of, k / 32);
-    if constexpr (is_split<T>) {
-      const floats_pair q = decode.split(codes + k / 2);  // products are bfloat16 already
-      store_words(out + k, join_upper_halves(bits_of(q.first * s.first), bits_of(q.second * s.second)));
-    } else {
-      const floats_pair q = decode(codes + k / 2);
-      store(out + k, q.first * s.first);
-      store(out + k + lane_count, q.second * s.second);
-    }
+    const floats_pair s = spread_eighths(scale.of, k / 32), q = decode(codes + k / 2);
+    store(out + k, q.first * s.first);
+    store(out + k + lane_count, q.second * s.second);
   }
+}
+template <class T>
+void unpack_fine(const any_format& format, const std::uint8_t* codes, const std::uint8_t* scales,
+                 const std::uint8_t* macros, std::size_t n, T* out) {
+  float x[32 * blocks_at_once];
+  unpack_fine(format, codes, scales, macros, n, x);
+  for (std::size_t i = 0; i < n; i += lane_count) store(out + i, load(x + i));
 }
 
 }  // namespace TETROMINO_ISA

@@ -19,6 +19,7 @@
 #include <cmath>      // std::fabs
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
+#include <utility>    // std::pair
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
@@ -423,10 +424,10 @@ struct simd_kernels : simd_rotation {
                                             const packed_row<std::uint8_t>& out, element_scales& scales) {
     const fine_choice choice = fine_search(rules, in).choose(amax);
     const bool are_eighths = rules.format.macro_block == 32;
-    repeat<4>([&](auto j) TETROMINO_INLINE_LAMBDA {
+    for (std::size_t j = 0; j < 4; ++j) {
       const floats factor = fine_factors(choice.m[are_eighths ? j : j / 2]);
       store(scales.eighths[j], broadcast(1.0f) / factor * inverse_power(choice.byte));
-    });
+    }
     scales.empty = zero_lanes(amax);
     scales.how = rescaling::multiply_eighths;
     store_bytes(out.scales, choice.byte);
@@ -480,15 +481,16 @@ struct simd_kernels : simd_rotation {
   TETROMINO_OUTLINE static void store_elements(const row_rules& rules, const span_of_blocks<T>& span) {
     const std::size_t block = size_of<Block>(rules.format.block);
     const element_scales& scales = span.scales;
-    if (rules.rounding == element_rounding::stochastic) {
+    if (rules.rounding == element_rounding::stochastic || scales.how == rescaling::multiply_eighths) {
       float x[32 * blocks_at_once];
       for (std::size_t i = 0; i < block * blocks_at_once; i += lane_count) store(x + i, load(span.x + i));
-      store_stochastic(rules, x, span.n, span.first_index, span.out, scales);
+      const bool is_nearest = rules.rounding == element_rounding::nearest_even;
+      is_nearest ? store_eighths(x, span.n, span.out.codes, scales)
+                 : store_stochastic(rules, x, span.n, span.first_index, span.out, scales);
     } else if constexpr (Block == any_size) {
       store_nearest<Block>(block, span, scales.how);
     } else if constexpr (Block == 32) {
-      scales.how == rescaling::multiply ? store_nearest<Block>(block, span, rescaling::multiply)
-                                        : store_nearest<Block>(block, span, rescaling::multiply_eighths);
+      store_nearest<Block>(block, span, rescaling::multiply);
     } else if (scales.how == rescaling::multiply) {
       store_nearest<Block>(block, span, rescaling::multiply);
     } else if (scales.how == rescaling::multiply_by_inverse) {
@@ -521,10 +523,6 @@ struct simd_kernels : simd_rotation {
   template <std::size_t Block, class T>
   TETROMINO_INLINE static floats_pair rescale(std::size_t block, const span_of_blocks<T>& span, rescaling how,
                                               const floats_pair& v, std::size_t b) {
-    if (how == rescaling::multiply_eighths) {
-      const floats_pair m = spread_eighths<T>(span.scales.eighths, b);
-      return {v.first * m.first, v.second * m.second};
-    }
     const float *divisor = span.scales.divisor + b, *multiplier = span.scales.multiplier + b;
     if (how == rescaling::multiply) {
       const floats_pair m = spread<T, Block>(block, multiplier);
@@ -556,6 +554,19 @@ struct simd_kernels : simd_rotation {
   static float fine_element(const any_format& format, const packed_row<std::uint8_t>& out, std::size_t i, float x) {
     const float scaled = x * e8m0::from_exponent(127 - out.scales[i / 32]).value();
     return detail::rounded(scaled * fine_inverse(fine_bits(out.macros, elements_per_factor(format), i)));
+  }
+
+  /// The same with factors of 2 bits.
+  TETROMINO_OUTLINE static void store_eighths(const float* x, std::size_t n, std::uint8_t* codes,
+                                              const element_scales& scales) {
+    for (std::size_t k = 0; k < n; k += 64) {
+      const auto encode = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
+        const floats_pair v = load_pair(x + i), m = spread_eighths(scales.eighths, i / 32);
+        return std::pair(encode_e2m1(v.first * m.first, v.first), encode_e2m1(v.second * m.second, v.second));
+      };
+      const auto a = encode(k), b = encode(k + 32);
+      store_codes<float>(codes + k / 2, a.first, a.second, b.first, b.second);
+    }
   }
 
   /// The same with stochastic rounding, where tiny y matter: in the two steps of the reference.

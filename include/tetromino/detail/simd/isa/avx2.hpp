@@ -104,11 +104,6 @@ TETROMINO_INLINE void stream_line(void* to, const void* from) {
 /// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
 TETROMINO_INLINE floats broadcast_halves(float a, float b) { return lanes(_mm256_set1_ps(a), _mm256_set1_ps(b)); }
 
-/// Lanes 0 ... 3 get a, the next four b, and so on.
-TETROMINO_INLINE floats broadcast_quarters(float a, float b, float c, float d) {
-  return lanes(_mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)), _mm256_set_m128(_mm_set1_ps(d), _mm_set1_ps(c)));
-}
-
 /// Lane i gets what lane i ^ Distance has.
 template <int Distance>
 TETROMINO_INLINE words exchange(const words& a) {

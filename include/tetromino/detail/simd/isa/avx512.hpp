@@ -85,11 +85,6 @@ TETROMINO_INLINE floats broadcast_halves(float a, float b) {
   return lanes(_mm512_insertf32x8(_mm512_set1_ps(a), _mm256_set1_ps(b), 1));
 }
 
-/// Lanes 0 ... 3 get a, the next four b, and so on.
-TETROMINO_INLINE floats broadcast_quarters(float a, float b, float c, float d) {
-  return lanes(_mm512_setr_ps(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d));
-}
-
 /// Lane i gets what lane i ^ Distance has.
 template <int Distance>
 TETROMINO_INLINE words exchange(const words& a) {

@@ -107,11 +107,6 @@ TETROMINO_INLINE floats broadcast_halves(float a, float b) {
   return floats(low, low, high, high);
 }
 
-/// Lanes 0 ... 3 get a, the next four b, and so on.
-TETROMINO_INLINE floats broadcast_quarters(float a, float b, float c, float d) {
-  return floats(all_lanes(a), all_lanes(b), all_lanes(c), all_lanes(d));
-}
-
 /// Lane i gets what lane i ^ Distance has.
 template <int Distance>
 TETROMINO_INLINE words exchange(const words& a) {
@@ -276,8 +271,9 @@ class e2m1_decoder {
   template <std::size_t Block>
   TETROMINO_INLINE floats_pair scaled(const std::uint8_t* codes, const float* scales) const {
     const floats_pair q = split(codes);
-    const floats each = Block == 8 ? broadcast_quarters(scales[0], scales[1], scales[2], scales[3])
-                                   : broadcast_halves(scales[0], scales[32 / Block - 1]);
+    const floats each =
+        Block == 8 ? floats(all_lanes(scales[0]), all_lanes(scales[1]), all_lanes(scales[2]), all_lanes(scales[3]))
+                   : broadcast_halves(scales[0], scales[32 / Block - 1]);
     return {q.first * each, q.second * each};
   }
   /// Where `scaled` puts code i of 32.

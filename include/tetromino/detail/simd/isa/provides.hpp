@@ -66,11 +66,6 @@ concept works_across_lanes = requires(typename Set::real_lanes f, typename Set::
                                       typename Set::real_lanes (*get)(std::size_t)) {
   // lanes 0 ... 7 get the first, the others the second
   { broadcast_halves(typename Set::float32{}, typename Set::float32{}) } -> std::same_as<typename Set::real_lanes>;
-  // lanes 0 ... 3 get the first, the next four the second, and so on
-  {
-    broadcast_quarters(typename Set::float32{}, typename Set::float32{}, typename Set::float32{},
-                       typename Set::float32{})
-    } -> std::same_as<typename Set::real_lanes>;
   // lane i gets what lane i ^ distance has
   { exchange<1>(w) } -> std::same_as<typename Set::word_lanes>;
   { exchange<2>(w) } -> std::same_as<typename Set::word_lanes>;
