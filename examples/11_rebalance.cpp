@@ -21,7 +21,7 @@ int main() {
   moe::rebalance_options options;
   options.least_tokens = 1000;
   options.plan.price_per_move = 1;
-  options.plan.effort = 0.1;  // of a short example
+  options.plan.effort = 0.05;  // of a short example
   moe::rebalancer loop = moe::rebalancer::make(moe::contiguous(shape.layers, shape.experts, cluster), cluster, options);
   moe::recorder recorder = moe::recorder::make({shape, 16384});
 

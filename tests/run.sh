@@ -82,7 +82,8 @@ fi
 build "$folder" "$preset" "$targets" "${options[@]}" -D TETROMINO_CUDA=$cuda
 
 say "testing"
-ctest --test-dir "$folder" --parallel "$jobs" --output-on-failure --no-tests=error "${select[@]}" "$@" || status=1
+# One more than there are cores: some tests wait.
+ctest --test-dir "$folder" --parallel $((jobs + 1)) --output-on-failure --no-tests=error "${select[@]}" "$@" || status=1
 grep -h '^skipped: ' "$folder/Testing/Temporary/LastTest.log" | sort | uniq -c || true
 [ -z "$late" ] || echo "$late"
 [ $status -eq 0 ] || fail "something failed, see above; a random test repeats with the TETROMINO_SEED that it printed"
