@@ -104,8 +104,8 @@ struct plan_write_options {
   /// SGLang and TensorRT-LLM; vLLM and vllm-ascend count layers with experts alone. Empty: 0, 1, …
   std::vector<std::uint32_t> layers{};
   std::size_t layer_updates_per_iter = 0;  ///< TensorRT-LLM: 0 keeps the plan as it is
-  std::size_t model_layers =
-      0;  ///< SGLang: layers of the model, up to 65,536, where the last are dense; 0: none of them
+  /// SGLang: layers of the model, up to 65,536, where the last are dense; 0: none of them.
+  std::size_t model_layers = 0;
 };
 
 inline namespace TETROMINO_ISA {

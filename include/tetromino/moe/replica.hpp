@@ -298,6 +298,7 @@ class replica_chooser {
   // The least loaded of those on the nearest nodes.
   [[nodiscard]] TETROMINO_ABI std::uint32_t nearest(std::span<const std::uint32_t> from, std::uint32_t home_node,
                                                     const std::uint64_t* load) const {
+    if (node_costs_.empty()) return least_loaded(from, load, [](std::uint32_t) { return true; });
     double least = way(home_node, copies_.node_of(from[0]));
     for (const std::uint32_t gpu : from) least = std::min(least, way(home_node, copies_.node_of(gpu)));
     return least_loaded(from, load, [&](std::uint32_t gpu) { return !(way(home_node, copies_.node_of(gpu)) > least); });
