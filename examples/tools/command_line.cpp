@@ -90,6 +90,7 @@ template option command_line::add_option(const std::string&, unsigned&, const st
 template option command_line::add_option(const std::string&, std::uint64_t&, const std::string&);
 template option command_line::add_option(const std::string&, std::vector<std::uint64_t>&, const std::string&);
 template option command_line::add_option(const std::string&, double&, const std::string&);
+template option command_line::add_option(const std::string&, std::optional<unsigned>&, const std::string&);
 template option command_line::add_option(const std::string&, std::optional<double>&, const std::string&);
 
 option command_line::add_flag(const std::string& name, bool& to, const std::string& help) {

@@ -72,7 +72,7 @@ class command_line {
   ~command_line();
 
   /// An option, or an argument where `name` has no dashes, whose value is written to `to`: a number, a string, vectors
-  /// of them, or an std::optional<double>.
+  /// of them, or an std::optional of unsigned or double.
   template <class Value>
   option add_option(const std::string& name, Value& to, const std::string& help);
   option add_flag(const std::string& name, bool& to, const std::string& help);

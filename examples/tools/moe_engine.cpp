@@ -240,7 +240,8 @@ void serve(const workplace& w, const moe_lm::model& model) {
       {"perplexity", perplexities_json(w, ran.losses)},
       {"bytes_per_expert", ran.bytes_per_expert},
       {"weights", {{"planned", bytes_json(ran.planned)}, {"measured", bytes_json(ran.moved)}}}};
-  ui::table table({"served", "tokens", "bytes between nodes per token", "layers switched", "then", "experts to move"});
+  ui::table table({"served", "tokens", "bytes between nodes per token", "layers switched", "then", "experts to move",
+                   "experts on ranks"});
   for (const auto& window : ran.windows) {
     std::vector<std::string> domains;
     for (const std::size_t i : window.which) {
@@ -252,12 +253,15 @@ void serve(const workplace& w, const moe_lm::model& model) {
                                {"tokens", window.tokens},
                                {"bytes", bytes_json(window.measured)},
                                {"layers_switched", window.layers},
+                               {"documents_on_rank", window.documents_on_rank},
+                               {"experts_on_rank", window.experts_on_rank},
                                {"verdict", name_of(window.then.verdict)},
                                {"experts_to_move", window.then.way.moves}});
     table.add(
         {fmt::format("{}", fmt::join(domains, ", ")), std::to_string(window.tokens),
          fmt::format("{:.0f}", static_cast<double>(window.measured.between_nodes) / static_cast<double>(window.tokens)),
-         std::to_string(window.layers), name_of(window.then.verdict), std::to_string(window.then.way.moves)});
+         std::to_string(window.layers), name_of(window.then.verdict), std::to_string(window.then.way.moves),
+         fmt::format("{}", fmt::join(window.experts_on_rank, " "))});
   }
   if (w.options.print.json) return ui::print_json(json);
   fmt::print("weights {}, {} bytes for an expert; {} documents on {} ranks, {} nodes, domain by domain\n\n",
@@ -356,7 +360,14 @@ moe::topology make_cluster(const settings& s, const mpi::session& mpi, const moe
                 fmt::format("--replicas: expected at most {}, one for each expert, got {}", size.experts, s.replicas));
   }
   const std::size_t per_node = (size.experts + s.nodes - 1) / s.nodes + s.replicas;
-  return moe::topology::with_node_slots(s.nodes, ranks / s.nodes, per_node);
+  const auto cluster = moe::topology::with_node_slots(s.nodes, ranks / s.nodes, per_node);
+  if (s.drain && cluster.slots() - cluster.slots_on_gpu(*s.drain) < size.experts) {
+    throw error(
+        errc::infeasible,
+        fmt::format("--drain {}: expected slots for {} experts on the other ranks, got {}: --replicas adds some",
+                    *s.drain, size.experts, cluster.slots() - cluster.slots_on_gpu(*s.drain)));
+  }
+  return cluster;
 }
 
 /// Text that is judged too has to be cut in halves.
@@ -394,7 +405,9 @@ std::vector<std::pair<std::string, std::string>> shared_settings(const settings&
       {"--half", s.half},
       {"--losses", s.losses.empty() ? "" : "written"},
       {"--statistics", s.statistics.empty() ? "" : "written"},
-      {"--compare", s.compare ? "yes" : "no"}};
+      {"--compare", s.compare ? "yes" : "no"},
+      {"--drain", s.drain ? std::to_string(*s.drain) : ""},
+      {"--rejoin", s.rejoin ? "yes" : "no"}};
   for (const auto& [name, number] :
        {std::pair{"--nodes", s.nodes}, std::pair{"--replicas", s.replicas}, std::pair{"--documents", s.documents},
         std::pair{"--prefill", s.prefill}, std::pair{"--batch", s.batch}, std::pair{"--rebalance", s.rebalance}}) {
@@ -417,6 +430,9 @@ void check_options(const settings& s, const mpi::session& mpi) {
   if (s.nodes == 0 || mpi.ranks() % s.nodes != 0) {
     throw ui::usage_error(
         fmt::format("--nodes: expected a number that divides the {} ranks, got {}", mpi.ranks(), s.nodes));
+  }
+  if (s.drain && *s.drain >= mpi.ranks()) {
+    throw ui::usage_error(fmt::format("--drain: expected a rank below {}, got {}", mpi.ranks(), *s.drain));
   }
 }
 
@@ -518,6 +534,11 @@ int main(int argc, char** argv) {
                      "documents come domain by domain; after every N, move weights where a better placement pays")
           .value_name("N")
           .positive();
+  const auto drain =
+      app.add_option("--drain", s.drain, "this rank gives its documents and experts away after the first N documents")
+          .value_name("RANK")
+          .needs(rebalance);
+  app.add_flag("--rejoin", s.rejoin, "it is back for the last N").needs(drain);
   app.add_option("--batch", s.batch, "tokens that a rank runs together").shows_default();
   const auto calibrate = app.add_file(
       "--calibrate", s.calibrate, "text (safetensors) that weighs errors in searched scales and makes gptq possible");

@@ -1,10 +1,11 @@
 /// What `local` reaches on requests it was not made from, beside what was aimed at, and how long it takes:
 ///   bench_place_local [TRACE] [OTHER_TRACE]
 ///   bench_place_local --few TRACE NODES GPUS SLOTS REQUESTS HALVES [pairs]
+///   bench_place_local --made LAYERS EXPERTS REQUESTS NODES SLOTS
 /// TRACE (of 128 experts, 8 per token) is laid out on 8 × 8, 4 × 8, 16 × 4 and 1 × 8 GPUs, OTHER_TRACE (of 16 experts)
 /// on 4 nodes. Plans come from random halves of the requests, and are judged on the decode tokens of the other halves,
 /// which are assigned by their prefill. `--few` plans from so many requests of each half alone (0: all of it), with the
-/// labels of their domains and without.
+/// labels of their domains and without. `--made` times plans from made-up routing on nodes of 8 GPUs.
 
 #include "../../examples/tools/moe/place_study.hpp"
 #include "synthetic_trace.hpp"
@@ -325,23 +326,27 @@ void time_local(const std::string& name, const trace& t, const topology& cluster
   }
 }
 
+/// The same, of made-up routing, on nodes of 8 GPUs.
+void time_made_up(std::size_t layers, std::size_t experts, std::size_t requests, std::size_t nodes, std::size_t slots) {
+  time_local(fmt::format("made up: {} layers x {} experts x {} requests, {} nodes, {} slots", layers, experts, requests,
+                         nodes, slots),
+             synthetic_trace(layers, experts, requests, 0, 4), topology::with_node_slots(nodes, 8, slots));
+}
+
 void speed(const trace& recorded) {
   fmt::print("\nlocal, processor time (aims: 8 x 128 x 480 requests under 1 s, 58 x 256 x 10,000 under 30 s)\n");
   for (const std::size_t slots : std::initializer_list<std::size_t>{16, 18, 24}) {
     time_local(fmt::format("the trace: {} requests, 8 nodes, {} slots", recorded.requests().size(), slots), recorded,
                topology::with_node_slots(8, 8, slots));
   }
-  const auto made = [](std::size_t layers, std::size_t experts, std::size_t requests, std::size_t nodes,
-                       std::size_t slots) {
-    time_local(fmt::format("made up: {} layers x {} experts x {} requests, {} nodes, {} slots", layers, experts,
-                           requests, nodes, slots),
-               synthetic_trace(layers, experts, requests, 0, 4), topology::with_node_slots(nodes, 8, slots));
-  };
-  for (const std::size_t layers : std::initializer_list<std::size_t>{4, 8, 16}) made(layers, 128, 2000, 8, 16);
-  for (const std::size_t experts : std::initializer_list<std::size_t>{64, 256}) made(8, experts, 2000, 8, experts / 8);
-  for (const std::size_t requests : std::initializer_list<std::size_t>{500, 8000}) made(8, 128, requests, 8, 16);
-  for (const std::size_t nodes : std::initializer_list<std::size_t>{2, 16}) made(8, 128, 2000, nodes, 128 / nodes);
-  made(58, 256, 10'000, 8, 32);
+  for (const std::size_t layers : std::initializer_list<std::size_t>{4, 8, 16}) time_made_up(layers, 128, 2000, 8, 16);
+  for (const std::size_t experts : std::initializer_list<std::size_t>{64, 256})
+    time_made_up(8, experts, 2000, 8, experts / 8);
+  for (const std::size_t requests : std::initializer_list<std::size_t>{500, 8000})
+    time_made_up(8, 128, requests, 8, 16);
+  for (const std::size_t nodes : std::initializer_list<std::size_t>{2, 16})
+    time_made_up(8, 128, 2000, nodes, 128 / nodes);
+  time_made_up(58, 256, 10'000, 8, 32);
 
   fmt::print("\nonline_grouper: one arriving request (aim: under 20 us)\n");
   const topology t = topology::with_node_slots(8, 8, 16);
@@ -370,6 +375,11 @@ int main(int argc, char** argv) {
     const auto number = [&](int i) -> std::size_t { return std::stoul(argv[i]); };
     few_requests(read_trace(argv[2]), topology::with_node_slots(number(3), number(4), number(5)), number(6), number(7),
                  argc > 8);
+    return 0;
+  }
+  if (argc > 6 && std::string(argv[1]) == "--made") {
+    const auto number = [&](int i) -> std::size_t { return std::stoul(argv[i]); };
+    time_made_up(number(2), number(3), number(4), number(5), number(6));
     return 0;
   }
   const std::filesystem::path data = "examples/data";  // seen from the root of the tree

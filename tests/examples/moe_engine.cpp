@@ -152,7 +152,10 @@ TEST_CASE("moe_engine: weights move between ranks while documents are served, an
     const temporary_directory folder;
     words all = options;
     all.insert(all.end(), {"--losses", (folder / "losses").string(), "--json"});
-    if (ranks > 0) all.insert(all.end(), {"--nodes", "2", "--replicas", "1", "--rebalance", "6", "--batch", "500"});
+    if (ranks > 0) {
+      all.insert(all.end(), {"--nodes", "2", "--replicas", "3", "--rebalance", "6", "--batch", "500"});
+      all.insert(all.end(), {"--drain", "1", "--rejoin"});  // rank 1 leaves after 6 documents, and is back for the last
+    }
     const outcome run = engine(ranks, all, folder);
     INFO(run.err);
     REQUIRE(run.exit_code == 0);
@@ -176,6 +179,17 @@ TEST_CASE("moe_engine: weights move between ranks while documents are served, an
     const auto moved = report["weights"]["measured"];
     CHECK(moved["between_nodes"].get<std::size_t>() + moved["inside_nodes"].get<std::size_t>() ==
           moves * report["bytes_per_expert"].get<std::size_t>());
+    const auto rank_1 = [&](std::size_t window, const char* what) {
+      return report["windows"][window][what][1].get<std::size_t>();
+    };
+    CHECK(report["windows"][0]["verdict"] == "new plan");
+    CHECK(rank_1(0, "experts_on_rank") > 0);
+    for (const std::size_t window : {1u, 2u}) CHECK(rank_1(window, "documents_on_rank") == 0);
+    CHECK(rank_1(2, "experts_on_rank") == 0);
+    CHECK(report["windows"][2]["verdict"] == "new plan");
+    for (const char* what : {"documents_on_rank", "experts_on_rank"}) {
+      for (const std::size_t window : {0u, 3u}) CHECK(rank_1(window, what) > 0);
+    }
   }
 }
 

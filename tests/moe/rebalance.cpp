@@ -243,6 +243,95 @@ TEST_CASE("a GPU dies, a node dies, and both come back") {
   CHECK(code_of(loop.try_change_cluster(topology::uniform(1, 1, 15))) == errc::infeasible);
 }
 
+TEST_CASE("GPUs that leave give all away before, and no expert is ever missing") {
+  CAPTURE(tetromino_test::seed());
+  reference::generator g(tetromino_test::seed());
+  std::size_t drained = 0;
+  for (int i = 0; i < 100; ++i) {
+    const topology cluster = tetromino_test::random_cluster(g, 4, 3, 4);
+    std::vector<std::uint32_t> leaving;
+    for (std::uint32_t gpu = 0; gpu < cluster.gpus(); ++gpu) {
+      if (g.below(3) == 0) leaving.push_back(gpu);
+    }
+    const auto left = cluster.try_without(leaving);
+    if (!left.has_value() || leaving.empty()) continue;
+    const std::size_t experts = 1 + g.below(std::min<std::size_t>(left->slots(), 12)), layers = 1 + g.below(3);
+    const std::size_t k = 1 + g.below(std::min<std::size_t>(experts, 3));
+    const trace t = tetromino_test::random_routing(g, layers, experts, k, 4 + g.below(12));
+    rebalance_options o = quick();
+    o.least_tokens = 1;
+    rebalancer loop = rebalancer::make(contiguous(layers, experts, cluster), cluster, o);
+    if (g.below(2) == 0) static_cast<void>(loop.consider(t.view()));  // given up where it has only begun
+    if (loop.next_layer() != nullptr && g.below(2) == 0) loop.commit_layer();
+    loop.drain(leaving);
+    CAPTURE(i, leaving);
+    REQUIRE(loop.next_layer() == nullptr);
+    const placement before = loop.current();
+    const auto is_on = [&](const placement& p, std::size_t gpu) {
+      std::size_t count = 0;
+      for (std::size_t l = 0; l < layers; ++l) {
+        for (std::size_t s = 0; s < cluster.slots_on_gpu(gpu); ++s) {
+          count += p.layer(l)[cluster.first_slot(gpu) + s] != empty_slot ? 1U : 0U;
+        }
+      }
+      return count;
+    };
+    std::size_t held = 0;
+    for (const std::uint32_t gpu : leaving) held += is_on(before, gpu);
+    const rebalance_report r = loop.consider(t.view());
+    if (held > 0) {
+      REQUIRE(r.verdict == rebalance_verdict::new_plan);
+      ++drained;
+    }
+    REQUIRE(r.way.missing.empty());
+    // GPUs hold what they held, and what the rounds bring them from one that holds it
+    std::set<std::vector<std::size_t>> weights;  // layer, GPU, expert
+    for (std::size_t l = 0; l < layers; ++l) {
+      for (std::size_t s = 0; s < cluster.slots(); ++s) {
+        if (const std::int32_t e = before.layer(l)[s]; e != empty_slot) {
+          weights.insert({l, cluster.gpu_of_slot(s), static_cast<std::size_t>(e)});
+        }
+      }
+    }
+    while (const layer_migration* layer = loop.next_layer()) {
+      for (const migration_round& round : layer->rounds) {
+        for (const expert_move& m : round.moves) {
+          REQUIRE(weights.count({layer->layer, m.from_gpu, m.expert}) == 1);
+          REQUIRE(std::find(leaving.begin(), leaving.end(), m.to_gpu) == leaving.end());
+          weights.insert({layer->layer, m.to_gpu, m.expert});
+        }
+      }
+      loop.commit_layer();
+      REQUIRE(try_validate(loop.current(), cluster, {.one_copy_per_gpu = false}).has_value());
+      for (std::size_t l = 0; l < layers; ++l) {
+        for (std::size_t s = 0; s < cluster.slots(); ++s) {
+          const std::int32_t e = loop.current().layer(l)[s];
+          if (e != empty_slot) {
+            REQUIRE(weights.count({l, cluster.gpu_of_slot(s), static_cast<std::size_t>(e)}) == 1);
+          }
+        }
+      }
+    }
+    if (loop.affinity() != nullptr) {
+      for (const std::uint32_t home : homes_by(*loop.affinity(), t)) REQUIRE(left->slots_on_node(home) > 0);
+    }
+    static_cast<void>(loop.consider(t.view()));  // plans to come leave them out too
+    carry_out(loop);
+    for (const std::uint32_t gpu : leaving) REQUIRE(is_on(loop.current(), gpu) == 0);
+    rebalancer gone = loop, back = loop;
+    gone.change_cluster(*left);
+    REQUIRE(try_validate(gone.current(), *left, {.one_copy_per_gpu = false}).has_value());
+    back.drain({});  // they stay: as a loop that begins with this plan
+    rebalancer fresh = rebalancer::make(loop.current(), cluster, o);
+    REQUIRE(back.consider(t.view()).verdict == fresh.consider(t.view()).verdict);
+    REQUIRE(back.next() == fresh.next());
+  }
+  CHECK(drained > 20);
+  rebalancer loop = rebalancer::make(contiguous(1, 4, topology::uniform(3, 1, 2)), topology::uniform(3, 1, 2), {});
+  CHECK(code_of(loop.try_drain(std::vector<std::uint32_t>{0, 1})) == errc::infeasible);
+  CHECK(code_of(loop.try_drain(std::vector<std::uint32_t>{3})) == errc::invalid_argument);
+}
+
 TEST_CASE("a loop that cannot be is an error") {
   const topology cluster = topology::uniform(2, 1, 2);
   CHECK(code_of(rebalancer::try_make(placement(1, 4, 4), cluster, {})) == errc::invalid_argument);

@@ -30,7 +30,8 @@ struct settings {
   std::string losses;
   std::string calibrate, statistics, half;
   std::size_t nodes = 1, replicas = 0, documents = 0, prefill = 64, batch = 2048, rebalance = 0;
-  bool compare = false;
+  std::optional<std::uint32_t> drain;  // a rank that leaves
+  bool rejoin = false, compare = false;
   ui::output_options print;
 };
 
@@ -52,12 +53,16 @@ struct workplace {
   const calibration_text* calibration;  // if there is any
 
   [[nodiscard]] std::size_t rank() const { return mpi.rank(); }
-  /// Documents to ranks in turn, as engines do.
-  [[nodiscard]] std::vector<std::uint32_t> in_turn() const {
-    std::vector<std::uint32_t> source(chosen.size());
-    for (std::size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::uint32_t>(i % mpi.ranks());
+  /// Documents to ranks in turn, as engines do; to those that have slots in `serving`.
+  [[nodiscard]] std::vector<std::uint32_t> in_turn(const moe::topology& serving) const {
+    std::vector<std::uint32_t> ranks, source(chosen.size());
+    for (std::uint32_t rank = 0; rank < serving.gpus(); ++rank) {
+      if (serving.slots_on_gpu(rank) > 0) ranks.push_back(rank);
+    }
+    for (std::size_t i = 0; i < source.size(); ++i) source[i] = ranks[i % ranks.size()];
     return source;
   }
+  [[nodiscard]] std::vector<std::uint32_t> in_turn() const { return in_turn(cluster); }
   [[nodiscard]] std::vector<std::size_t> all() const {
     std::vector<std::size_t> which(chosen.size());
     std::iota(which.begin(), which.end(), std::size_t{0});
@@ -162,6 +167,17 @@ class engine {
     for (const std::size_t i : which) out.tokens += w_.tokens_of(i, at_most).size();
     out.measured += carried(w_);
     return out;
+  }
+
+  /// Experts that each rank holds, all layers together: [ranks].
+  [[nodiscard]] std::vector<std::size_t> experts_on_ranks() const {
+    std::vector<std::size_t> held(w_.mpi.ranks(), 0);
+    for (std::size_t l = 0; l < placement_.layers(); ++l) {
+      for (std::size_t s = 0; s < placement_.slots(); ++s) {
+        if (placement_.layer(l)[s] != moe::empty_slot) ++held[w_.cluster.gpu_of_slot(s)];
+      }
+    }
+    return held;
   }
 
   /// The bytes of one expert's weights in one layer.

@@ -11,6 +11,7 @@
 #include <fmt/format.h>
 
 #include <fstream>
+#include <limits>
 #include <sstream>
 
 namespace moe_lm {
@@ -21,16 +22,21 @@ struct plan {
   std::vector<std::uint32_t> source_of_document;
 };
 
-/// Documents of a node to its ranks, the longest first, each to the rank with the fewest tokens.
-inline std::vector<std::uint32_t> ranks_of(const workplace& w, std::span<const std::size_t> which,
+/// Documents of a node to its ranks that have slots in `serving`, the longest first, each to the rank with the fewest
+/// tokens.
+inline std::vector<std::uint32_t> ranks_of(const workplace& w, const moe::topology& serving,
+                                           std::span<const std::size_t> which,
                                            const std::vector<std::uint32_t>& node_of_document) {
   const auto tokens = [&](std::size_t d) { return w.tokens_of(d, std::string::npos).size(); };
   std::vector<std::size_t> order(which.begin(), which.end()), load(w.mpi.ranks());
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return tokens(a) > tokens(b); });
   std::vector<std::uint32_t> rank(w.chosen.size());
+  for (std::size_t r = 0; r < load.size(); ++r) {
+    if (serving.slots_on_gpu(r) == 0) load[r] = std::numeric_limits<std::size_t>::max();
+  }
   for (const std::size_t d : order) {
-    const std::size_t first = w.cluster.first_gpu(node_of_document[d]);
-    const auto loads = std::span(load).subspan(first, w.cluster.gpus_on_node(node_of_document[d]));
+    const std::size_t first = serving.first_gpu(node_of_document[d]);
+    const auto loads = std::span(load).subspan(first, serving.gpus_on_node(node_of_document[d]));
     const auto lightest = std::min_element(loads.begin(), loads.end());
     *lightest += tokens(d);
     rank[d] = static_cast<std::uint32_t>(first + static_cast<std::size_t>(lightest - loads.begin()));
@@ -38,9 +44,10 @@ inline std::vector<std::uint32_t> ranks_of(const workplace& w, std::span<const s
   return rank;
 }
 
-/// Runs the beginnings of documents, in turn: what the router chose, on all ranks; a request for each of `which`.
-inline moe::trace routing_of_beginnings(const workplace& w, engine& e, std::span<const std::size_t> which) {
-  const auto source = w.in_turn();
+/// Runs the beginnings of documents, each where `source` says: what the router chose, on all ranks; a request for each
+/// of `which`.
+inline moe::trace routing_of_beginnings(const workplace& w, engine& e, std::span<const std::size_t> which,
+                                        std::span<const std::uint32_t> source) {
   const outcome ran = e.run(which, source, w.options.prefill, "prefill");
   std::vector<std::uint16_t> ids;
   for (const auto& of_rank : w.mpi.gather(ran.ids)) ids.insert(ids.end(), of_rank.begin(), of_rank.end());
@@ -60,7 +67,7 @@ inline moe::trace routing_of_beginnings(const workplace& w, engine& e, std::span
 /// Runs the beginning of every document with contiguous experts and plans with what the router chose.
 inline plan plan_from_prefill(const workplace& w, const model& m) {
   engine before(w, m, moe::contiguous(w.size.layers, w.size.experts, w.cluster));
-  const moe::trace seen = routing_of_beginnings(w, before, w.all());
+  const moe::trace seen = routing_of_beginnings(w, before, w.all(), w.in_turn());
   const moe::routing_shape& shape = seen.shape();
   if (w.options.placement == "balanced") {
     std::vector<double> loads(w.size.layers * w.size.experts);
@@ -74,7 +81,7 @@ inline plan plan_from_prefill(const workplace& w, const model& m) {
   plan out;
   w.mpi.together("moe_engine", [&] {  // the same plan everywhere: the search depends on its seed alone
     const moe::local_plan found = moe::local(seen.view(), w.cluster, options);
-    out = {found.experts, ranks_of(w, w.all(), found.source_of_request)};
+    out = {found.experts, ranks_of(w, w.cluster, w.all(), found.source_of_request)};
   });
   return out;
 }

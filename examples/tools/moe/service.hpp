@@ -9,6 +9,7 @@
 #include <tetromino/moe/recorder.hpp>
 
 #include <algorithm>
+#include <array>
 
 namespace moe_lm {
 
@@ -20,6 +21,7 @@ struct service_outcome {
     traffic measured;        // of activations
     std::size_t layers = 0;  // that switched to another placement
     moe::rebalance_report then;
+    std::vector<std::size_t> documents_on_rank, experts_on_rank;  // [ranks], the latter at its end
   };
   std::vector<double> losses;  // of each chosen document, on all ranks
   std::vector<window> windows;
@@ -28,11 +30,16 @@ struct service_outcome {
 };
 
 /// Documents come domain by domain. After every few of them the ranks put together what their routers chose, and all
-/// come to the same plan. Its layers migrate one by one, each between two steps of the documents that follow.
+/// come to the same plan. Its layers migrate one by one, each between two steps of the documents that follow. A rank
+/// that leaves gives away its documents at once, and its experts as these migrate.
 class service {
  public:
   service(const workplace& w, const model& m, const moe::placement& start)
-      : w_(w), engine_(w, m, start), seen_(moe::recorder::make(options_of(w))), loop_(rebalancer_of(start)) {}
+      : w_(w),
+        engine_(w, m, start),
+        seen_(moe::recorder::make(options_of(w))),
+        loop_(rebalancer_of(start)),
+        serving_(w.cluster) {}
 
   service_outcome run() {
     service_outcome out;
@@ -43,9 +50,13 @@ class service {
     for (std::span<const std::size_t> rest(order); !rest.empty();) {
       const auto which = rest.first(std::min(rest.size(), w_.options.rebalance));
       rest = rest.subspan(which.size());
-      serve(which, rest.first(std::min(rest.size(), w_.options.rebalance)), out);
+      serve(which, out);
+      change_ranks(!rest.empty() && rest.size() <= w_.options.rebalance, out);
+      consider(rest.first(std::min(rest.size(), w_.options.rebalance)), out);
+      out.windows.back().experts_on_rank = engine_.experts_on_ranks();
     }
-    while (loop_.next_layer() != nullptr) migrate_layer(out);
+    finish_migration(out);
+    out.windows.back().experts_on_rank = engine_.experts_on_ranks();
     return out;
   }
 
@@ -67,8 +78,7 @@ class service {
 
   [[nodiscard]] std::uint8_t domain(std::size_t i) const { return w_.text.domain[w_.chosen[i]]; }
 
-  // The documents after these run while layers switch, on the nodes that suit the plan before.
-  void serve(std::span<const std::size_t> which, std::span<const std::size_t> after, service_outcome& out) {
+  void serve(std::span<const std::size_t> which, service_outcome& out) {
     auto& window = out.windows.emplace_back();
     const auto source = sources_of(which);
     const auto migrate = [&] {
@@ -78,7 +88,30 @@ class service {
     window.which.assign(which.begin(), which.end());
     window.tokens = ran.tokens;
     window.measured = ran.measured;
-    for (const std::size_t i : which) out.losses[i] = ran.losses[i];
+    window.documents_on_rank.assign(w_.mpi.ranks(), 0);
+    for (const std::size_t i : which) {
+      out.losses[i] = ran.losses[i];
+      ++window.documents_on_rank[source[i]];
+    }
+  }
+
+  // A rank leaves after the first documents, and may be back for the last.
+  void change_ranks(bool last_are_next, service_outcome& out) {
+    if (!w_.options.drain) return;
+    if (out.windows.size() == 1) {
+      const std::array<std::uint32_t, 1> gone{*w_.options.drain};
+      loop_.drain(gone);
+      serving_ = w_.cluster.without(gone);
+    } else if (w_.options.rejoin && last_are_next) {
+      finish_migration(out);
+      loop_.drain({});
+      serving_ = w_.cluster;
+    }
+  }
+
+  // The documents after these run while layers switch, on the nodes that suit the plan before.
+  void consider(std::span<const std::size_t> after, service_outcome& out) {
+    auto& window = out.windows.back();
     moe::recorder all = moe::recorder::make({routing_of(w_.size), 16'384 * w_.mpi.ranks()});
     for (const auto& bytes : w_.mpi.gather(seen_.to_bytes())) all.merge(bytes);
     double running = 0;
@@ -92,8 +125,9 @@ class service {
   /// Documents to nodes by what the router chooses for their beginnings; in turn as long as there is no plan.
   [[nodiscard]] std::vector<std::uint32_t> sources_of(std::span<const std::size_t> which) {
     const moe::node_affinity* const affinity = loop_.affinity();
-    if (affinity == nullptr) return w_.in_turn();
-    const moe::trace beginnings = routing_of_beginnings(w_, engine_, which);
+    const std::vector<std::uint32_t> in_turn = w_.in_turn(serving_);
+    if (affinity == nullptr) return in_turn;
+    const moe::trace beginnings = routing_of_beginnings(w_, engine_, which, in_turn);
     moe::signature_builder builder = affinity->builder();
     std::vector<moe::request_signature> signatures;
     std::vector<std::uint64_t> tokens;
@@ -104,7 +138,7 @@ class service {
     const std::vector<std::uint32_t> nodes = moe::group(*affinity, signatures, tokens);
     std::vector<std::uint32_t> node_of_document(w_.chosen.size(), 0);
     for (std::size_t r = 0; r < which.size(); ++r) node_of_document[which[r]] = nodes[r];
-    return ranks_of(w_, which, node_of_document);
+    return ranks_of(w_, serving_, which, node_of_document);
   }
 
   void migrate_layer(service_outcome& out) {
@@ -112,11 +146,15 @@ class service {
     loop_.commit_layer();
     ++out.windows.back().layers;
   }
+  void finish_migration(service_outcome& out) {
+    while (loop_.next_layer() != nullptr) migrate_layer(out);
+  }
 
   const workplace& w_;
   engine engine_;
   moe::recorder seen_;  // by this rank
   moe::rebalancer loop_;
+  moe::topology serving_;  // ranks that take documents have slots in it
 };
 
 }  // namespace moe_lm

@@ -138,10 +138,11 @@ class rebalancer {
     }
     if (seen.tokens(options_.plan.served) < std::max<std::uint64_t>(options_.least_tokens, 1)) return out;
     load_table loads = loads_of(seen);
-    const bool whole = try_validate(current_, topology_, {.one_copy_per_gpu = false}).has_value();
+    const placement here = carry_over(current_, topology_, planned_);
+    const bool whole = try_validate(here, planned_, {.one_copy_per_gpu = false}).has_value();
     std::optional<outlook> before;
-    if (whole) {
-      auto looked = look(seen, tokens_running);
+    if (whole && carry_over(here, planned_, topology_) == current_) {  // nothing is left where GPUs shall leave
+      auto looked = look(here, seen, tokens_running);
       if (!looked) return looked.error();
       before = std::move(*looked);
       out.nodes_per_token = before->now.nodes_per_token();
@@ -157,8 +158,9 @@ class rebalancer {
         return out;
       }
     }
-    auto found = find(seen, before);
+    auto found = find(here, seen, before);
     if (!found) return found.error();
+    found->experts = carry_over(found->experts, planned_, topology_);
     auto way = try_migrate(current_, found->experts, topology_, options_.bytes_per_expert);
     if (!way) return way.error();
     out.way = std::move(*way);
@@ -169,7 +171,7 @@ class rebalancer {
     if (before && !pays(out)) {
       out.verdict = rebalance_verdict::no_gain;
       if (!affinity_) {  // what is there is what to serve under
-        affinity_ = node_affinity::make(current_, topology_, seen, options_.group);
+        affinity_ = node_affinity::make(here, planned_, seen, options_.group);
         loads_ = std::move(loads);
       }
       return out;
@@ -211,22 +213,32 @@ class rebalancer {
   /// moves. Errors: as carry_over; a cluster with fewer slots than experts.
   [[nodiscard]] TETROMINO_ABI result<void> try_change_cluster(topology t,
                                                               std::span<const std::uint32_t> gpu_before = {}) {
-    if (t.slots() < current_.experts()) {
-      return error(errc::infeasible, detail::text("rebalance: expected a slot for each of ", current_.experts(),
-                                                  " experts, got ", t.slots()));
-    }
+    if (auto ok = check_room(t); !ok) return ok;
     auto carried = try_carry_over(current_, topology_, t, gpu_before);
     if (!carried) return carried.error();
     current_ = std::move(*carried);
+    planned_ = t;
     topology_ = std::move(t);
-    layers_.clear();
-    affinity_.reset();
-    loads_ = {};
+    start_anew();
     return {};
   }
   TETROMINO_ABI void change_cluster(topology t, std::span<const std::uint32_t> gpu_before = {}) {
     try_change_cluster(std::move(t), gpu_before).value();
   }
+
+  /// These GPUs shall leave, and no others: the next `consider` makes a plan without them, whatever it moves. They hold
+  /// and serve what they have until its layers are committed, and weights come from them too; after that nothing is
+  /// left on them. A plan on its way is given up. With none, those that were to leave stay, and may get experts again.
+  /// Errors: a GPU that is not there, fewer slots than experts on the others.
+  [[nodiscard]] TETROMINO_ABI result<void> try_drain(std::span<const std::uint32_t> gpus) {
+    auto left = topology_.try_without(gpus);
+    if (!left) return left.error();
+    if (auto ok = check_room(*left); !ok) return ok;
+    planned_ = std::move(*left);
+    start_anew();
+    return {};
+  }
+  TETROMINO_ABI void drain(std::span<const std::uint32_t> gpus) { try_drain(gpus).value(); }
 
  private:
   using sources = std::vector<std::uint32_t>;  // [requests] nodes
@@ -259,7 +271,19 @@ class rebalancer {
   };
 
   TETROMINO_ABI rebalancer(placement current, topology t, rebalance_options options)
-      : current_(std::move(current)), topology_(std::move(t)), options_(std::move(options)) {}
+      : current_(std::move(current)), topology_(t), planned_(std::move(t)), options_(std::move(options)) {}
+
+  [[nodiscard]] TETROMINO_ABI result<void> check_room(const topology& t) const {
+    if (t.slots() >= current_.experts()) return {};
+    return error(errc::infeasible, detail::text("rebalance: expected a slot for each of ", current_.experts(),
+                                                " experts, got ", t.slots()));
+  }
+  // The next `consider` knows of no traffic before.
+  TETROMINO_ABI void start_anew() {
+    layers_.clear();
+    affinity_.reset();
+    loads_ = {};
+  }
 
   [[nodiscard]] TETROMINO_ABI load_table loads_of(const trace_view& seen) const {
     const routing_shape& s = seen.shape;
@@ -292,19 +316,20 @@ class rebalancer {
     cost_options cost;
     cost.tokens = options_.plan.served;
     cost.replicas = options_.replicas;
-    return try_evaluate(seen, p, topology_, homes, cost);
+    return try_evaluate(seen, p, planned_, homes, cost);
   }
 
-  [[nodiscard]] TETROMINO_ABI result<outlook> look(const trace_view& seen, double tokens_running) const {
+  [[nodiscard]] TETROMINO_ABI result<outlook> look(const placement& here, const trace_view& seen,
+                                                   double tokens_running) const {
     std::optional<node_affinity> learnt;
     if (!affinity_) {
-      auto made = node_affinity::try_make(current_, topology_, seen, options_.group);
+      auto made = node_affinity::try_make(here, planned_, seen, options_.group);
       if (!made) return made.error();
       learnt.emplace(std::move(*made));
     }
     auto homes = assigned(affinity_ ? *affinity_ : *learnt, seen);
     if (!homes) return homes.error();
-    auto now = judge(current_, seen, *homes);
+    auto now = judge(here, seen, *homes);
     if (!now) return now.error();
     outlook out;
     out.now = std::move(*now);
@@ -317,25 +342,25 @@ class rebalancer {
     }
     // nothing has assigned requests yet, so they run anywhere
     std::vector<std::uint32_t> live;
-    for (std::size_t n = 0; n < topology_.nodes(); ++n) {
-      if (topology_.slots_on_node(n) > 0) live.push_back(static_cast<std::uint32_t>(n));
+    for (std::size_t n = 0; n < planned_.nodes(); ++n) {
+      if (planned_.slots_on_node(n) > 0) live.push_back(static_cast<std::uint32_t>(n));
     }
     for (std::size_t r = 0; r < out.homes.size(); ++r) out.homes[r] = live[r % live.size()];
-    auto running = judge(current_, seen, out.homes);
+    auto running = judge(here, seen, out.homes);
     if (!running) return running.error();
     out.running = std::move(*running);
     return out;
   }
 
-  [[nodiscard]] TETROMINO_ABI result<candidate> find(const trace_view& seen,
+  [[nodiscard]] TETROMINO_ABI result<candidate> find(const placement& here, const trace_view& seen,
                                                      const std::optional<outlook>& before) const {
     local_options how = options_.plan;
-    how.start = &current_;
-    auto plan = try_local(seen, topology_, how);
+    how.start = &here;
+    auto plan = try_local(seen, planned_, how);
     if (!plan) return plan.error();
-    placement next = align(current_, std::move(plan->experts), topology_);
+    placement next = align(here, std::move(plan->experts), planned_);
     for (int pass = 0;; ++pass) {
-      auto affinity = node_affinity::try_make(next, topology_, seen, options_.group);
+      auto affinity = node_affinity::try_make(next, planned_, seen, options_.group);
       if (!affinity) return affinity.error();
       const auto homes = assigned(*affinity, seen);
       if (!homes) return homes.error();
@@ -349,7 +374,7 @@ class rebalancer {
         out.running = std::move(*running);
       }
       out.saved_in_layer = saved(*before, out);
-      if (pass > 0 || options_.byte_budget == 0 || !keep_within_budget(out)) return out;
+      if (pass > 0 || options_.byte_budget == 0 || !keep_within_budget(here, out)) return out;
       next = std::move(out.experts);
     }
   }
@@ -372,8 +397,8 @@ class rebalancer {
   }
 
   // Gives up the layers that gain least for what they move; true if there are any.
-  [[nodiscard]] TETROMINO_ABI bool keep_within_budget(candidate& next) const {
-    auto part = migrate_within(current_, std::move(next.experts), topology_, options_.bytes_per_expert,
+  [[nodiscard]] TETROMINO_ABI bool keep_within_budget(const placement& here, candidate& next) const {
+    auto part = migrate_within(here, std::move(next.experts), planned_, options_.bytes_per_expert,
                                {.bytes_between_nodes = options_.byte_budget}, next.saved_in_layer);
     next.experts = std::move(part.reached);
     return !part.layers_left.empty();
@@ -400,6 +425,7 @@ class rebalancer {
 
   placement current_, next_;
   topology topology_;
+  topology planned_;  // without the GPUs that shall leave: plans are made, and judged, on this
   rebalance_options options_;
   std::optional<node_affinity> affinity_, next_affinity_;
   load_table loads_;                    // that the plan in force was made for
