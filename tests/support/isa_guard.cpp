@@ -13,11 +13,6 @@ namespace {
 
 #if defined(TETROMINO_TEST_CPU)
 bool supported() { return tetromino::cpu.try_backend().has_value(); }
-#elif defined(TETROMINO_TEST_ISA_avx512_bf16)
-bool supported() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx512vbmi");
-}
 #elif defined(TETROMINO_TEST_ISA_avx512)
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
