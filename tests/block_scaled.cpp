@@ -265,8 +265,10 @@ TEST_CASE("block_scaled: what cannot be an operand is an error that says so") {
   };
   const dims d{1, 4, 128};
   const any_format macros(tetromino::scale_type::e8m0, 32, 128);
-  fails(random_storage(macros, d, 100, 110), block_scaled_kind::e4m3_16, errc::invalid_argument, "macro blocks of 128");
-  fails(random_storage(macros, d, 100, 110), block_scaled_kind::e8m0_32, errc::invalid_argument, "macro blocks of 128");
+  fails(random_storage(macros, d, 100, 110), block_scaled_kind::e4m3_16, errc::invalid_argument,
+        "factors of 8 bits for 128 elements");
+  fails(random_storage(macros, d, 100, 110), block_scaled_kind::e8m0_32, errc::invalid_argument,
+        "factors of 8 bits for 128 elements");
   fails(random_storage(nvfp4{}, d, 1, 9), block_scaled_kind::e8m0_32, errc::invalid_argument, "made of mxfp4-32");
   fails(random_storage(mxfp4_16{}, d, 1, 9), block_scaled_kind::e8m0_32, errc::invalid_argument, "kind e4m3_16 takes");
   fails(random_storage(nvfp4{}, d, 0x80, 0x80), block_scaled_kind::e4m3_16, errc::invalid_argument, "got code 128");

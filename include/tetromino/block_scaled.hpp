@@ -155,8 +155,8 @@ inline result<void> check_block_scaled(const packed_shape& from, const block_sca
   if (format.macro_block != 0) {
     return error(errc::invalid_argument,
                  {"block-scaled operand: expected a format without macro blocks, whose factors the tensor cores do "
-                  "not know, got macro blocks of ",
-                  format.macro_block});
+                  "not know, got factors of ",
+                  format.macro_bits, " bits for ", elements_per_factor(format), " elements"});
   }
   const bool is_same = to.kind == block_scaled_kind::e4m3_16 || format == any_format(mxfp4{});
   if (!is_same) {

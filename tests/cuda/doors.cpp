@@ -3,6 +3,7 @@
 
 #include "check.hpp"
 
+#include <tetromino/cuda/block_scaled.hpp>
 #include <tetromino/cuda/matmul.hpp>
 
 #include <array>   // std::array
@@ -30,6 +31,12 @@ namespace TETROMINO_NAMESPACE::cuda::detail {
 template <>
 result<void> repack<bfloat16>(const stream&, const packed_view<any_format>&, const repacked_shape&, std::byte* out) {
   repacked_to = out, ++calls;
+  return {};
+}
+template <class Byte>
+result<void> repack_block_scaled(const stream&, const packed_view<any_format, Byte>&,
+                                 const block_scaled_view<std::uint8_t, float>&) {
+  ++calls;
   return {};
 }
 template <>
@@ -67,16 +74,26 @@ std::string message(const tetromino::result<void>& done, errc expected = errc::s
 
 }  // namespace
 
-TEST_CASE("cuda: factors of 2 bits are refused") {
+TEST_CASE("cuda: factors of 2 bits lie in the tiles, and are refused as block-scaled operands") {
   fixture f;
-  const tetromino::packed<tetromino::mbs<tetromino::mxfp4, 8, 2>> fine({}, 2, 96, 160);
-  cuda::repacked_shape shape{fine.format, 2, 96, 160};
-  std::vector<std::byte> memory(shape.bytes());
-  const cuda::repacked_view<bfloat16, std::byte> out{shape, memory};
+  const tetromino::packed<tetromino::mbs<tetromino::mxfp4, 16, 2>> fine({}, 2, 96, 160);
+  const cuda::repacked_shape shape{fine.format, 2, 96, 160};
+  CHECK(shape.tile_bytes() * 8 == 64 * 64 * 9 / 2);
+  CHECK(shape.bytes() == shape.macros_at());
+  f.memory.resize(shape.bytes() + 256);
   calls = 0;
-  CHECK_THAT(message(tetromino::try_repack_to(the_stream, fine, out), errc::invalid_argument),
-             contains("expected macro-block factors of 8 bits, got factors of 2 bits"));
-  CHECK(calls == 0);
+  tetromino::repack_to(the_stream, fine, cuda::repacked_view<bfloat16, std::byte>{shape, f.room(shape.bytes())});
+  CHECK(calls == 1);
+
+  const tetromino::block_scaled_shape operand{tetromino::block_scaled_kind::e8m0_32, 2, 96, 160};
+  CHECK_THAT(message(tetromino::try_repack_to(the_stream, fine,
+                                              tetromino::block_scaled_view<std::uint8_t, float>{operand, {}, {}, {}}),
+                     errc::invalid_argument),
+             contains("whose factors the tensor cores do not know, got factors of 2 bits for 16 elements"));
+  const auto as_operand = cuda::try_as_block_scaled(fine.view());
+  REQUIRE_FALSE(as_operand);
+  CHECK_THAT(as_operand.error().what(), contains("got mxfp4-32 with macro blocks"));
+  CHECK(calls == 1);
 }
 
 TEST_CASE("cuda: repack_to says what does not fit") {

@@ -215,7 +215,9 @@ const char* const all_recipes[] = {"mxfp4-32/oas",
                                    "mxfp4-16/oas/mbs-static@64",
                                    "mxfp4-32/oas/mbs-static@32",
                                    "mxfp4-16/oas/mbs-static@32",
-                                   "mxfp4-32/oas/mbs-static@256"};
+                                   "mxfp4-32/oas/mbs-static@256",
+                                   "mxfp4-32/min-error/mbs-search@8x2",
+                                   "mxfp4-32/oas/mbs-static@16x2"};
 
 template <class T>
 void shapes() {
@@ -241,7 +243,8 @@ void shapes() {
     }
   }
   // tiles of 256 rows, which a product gets where they take fewer rounds; the last rows fill less than half of one
-  for (const char* name : {"mxfp4-32/oas", "nvfp4/amax", "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-static@32"}) {
+  for (const char* name : {"mxfp4-32/oas", "nvfp4/amax", "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-static@32",
+                           "mxfp4-32/oas/mbs-static@8x2"}) {
     const shape s = is_short() ? shape{512, 7168, 128} : shape{2100, 3072, 320};
     check_product<T>("tall", s, recipe::parse(name), {}, normals(s.n * s.k, seed, 0.02f),
                      normals(s.m * s.k, seed + 1, 1.0f));
@@ -249,7 +252,8 @@ void shapes() {
   }
   if (is_short()) {  // every other kernel, with more columns than its stages hold
     for (const std::size_t m : {4, 12, 32, 64, 128, 300}) {
-      for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-static@32", "nvfp4/amax"}) {
+      for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-static@32", "nvfp4/amax",
+                               "mxfp4-32/oas/mbs-static@8x2"}) {
         const shape s{m, 192, 3072};
         check_product<T>("long", s, recipe::parse(name), {}, normals(s.n * s.k, seed, 0.02f),
                          normals(s.m * s.k, seed + 1, 1.0f));

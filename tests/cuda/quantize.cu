@@ -182,6 +182,8 @@ const char* const closed_recipes[] = {
     "nvfp4/amax",
     "mxfp4-16/oas/mbs-static@32",
     "mxfp4-32/round-up/mbs-static@256",
+    "mxfp4-32/oas/mbs-static@8x2",
+    "mxfp4-32/floor/mbs-static@16x2",
 };
 const char* const searched_recipes[] = {
     "mxfp4-32/min-error",           "mxfp4-16/min-error",
@@ -190,10 +192,13 @@ const char* const searched_recipes[] = {
     "mxfp4-32/ceil/mbs-search@64",  "mxfp4-16/oas/mbs-search@64",
     "mxfp4-32/oas/mbs-search@256",  "mxfp4-16/round-up/mbs-search@256",
     "nvfp4/four-over-six",          "nvfp4/min-error",
+    "mxfp4-32/ceil/mbs-search@8x2", "mxfp4-32/even/mbs-search@16x2",
 };
 const char* const slow_recipes[] = {
-    "mxfp4-32/oas/mbs-search256",    "mxfp4-16/oas/mbs-search256@64",    "mxfp4-32/min-error/mbs-search",
-    "mxfp4-16/min-error/mbs-static", "mxfp4-16/min-error/mbs-search@32", "mxfp4-32/min-error/mbs-static@256",
+    "mxfp4-32/oas/mbs-search256",         "mxfp4-16/oas/mbs-search256@64",      "mxfp4-32/min-error/mbs-search",
+    "mxfp4-16/min-error/mbs-static",      "mxfp4-16/min-error/mbs-search@32",   "mxfp4-32/min-error/mbs-static@256",
+    "mxfp4-32/min-error/mbs-search@8x2",  "mxfp4-32/min-error/mbs-search@16x2", "mxfp4-32/min-error/mbs-static@8x2",
+    "mxfp4-32/min-error/mbs-static@16x2",
 };
 
 template <class T>
@@ -317,7 +322,8 @@ template <class T>
 void every_code() {
   for (const any_format format :
        {any_format(tetromino::mxfp4{}), any_format(tetromino::mxfp4_16{}), any_format(tetromino::nvfp4{}),
-        any_format(tetromino::mbs<tetromino::mxfp4_16>{}), any_format(tetromino::mbs<tetromino::mxfp4, 32>{})}) {
+        any_format(tetromino::mbs<tetromino::mxfp4_16>{}), any_format(tetromino::mbs<tetromino::mxfp4, 32>{}),
+        any_format(tetromino::mbs<tetromino::mxfp4, 8, 2>{}), any_format(tetromino::mbs<tetromino::mxfp4, 16, 2>{})}) {
     for (const float tensor_scale : {1.0f, 0.0371f}) {
       packed<any_format> p(format, 1, 256, 512 * 16);
       for (std::size_t i = 0; i < p.codes.size(); ++i)
@@ -348,7 +354,8 @@ void every_code() {
 template <class T>
 void rejects() {
   const std::size_t rows = 40, cols = 320;
-  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-search", "nvfp4/amax", "mxfp4-32/oas/mbs-static"}) {
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-search", "nvfp4/amax", "mxfp4-32/oas/mbs-static",
+                           "mxfp4-32/min-error/mbs-search@16x2"}) {
     auto values = varied<T>(rows * cols, 5);
     values[7 * cols + 19] = make<T>(INFINITY);
     values[7 * cols + 18] = make<T>(NAN);
@@ -379,7 +386,7 @@ void rejects() {
 
 void swizzled() {
   for (const auto& [matrices, rows, cols] : {std::array<std::size_t, 3>{1, 128, 256}, {2, 130, 272}, {1, 5, 2880}}) {
-    for (const char* name : {"mxfp4-32/oas", "nvfp4/amax", "mxfp4-32/min-error"}) {
+    for (const char* name : {"mxfp4-32/oas", "nvfp4/amax", "mxfp4-32/min-error", "mxfp4-32/oas/mbs-search@16x2"}) {
       const recipe r = recipe::parse(name);
       const auto values = varied<bfloat16>(matrices * rows * cols, 11);
       const batch_view<const bfloat16> host(values.data(), matrices, rows, cols);
@@ -402,7 +409,7 @@ void swizzled() {
       view.scales = scales.span();
       auto report = tetromino::cuda::rejections::create();
       quantize_options options;
-      options.rule = r.rule;
+      options.rule = r.rule, options.macro = r.macro;
       require(tetromino::cuda::try_quantize_swizzled_to(tetromino::cuda::stream{}.reporting(report),
                                                         batch_view<const bfloat16>(x.data(), matrices, rows, cols),
                                                         view, options),
@@ -410,6 +417,7 @@ void swizzled() {
       expect(first_difference(expected, scales.values()) < 0, "swizzled scales of %s [%zu, %zu, %zu]", name, matrices,
              rows, cols);
       expect(first_difference(linear.codes, out.codes.values()) < 0, "codes with swizzled scales of %s", name);
+      expect(first_difference(linear.macros, out.macros.values()) < 0, "macros with swizzled scales of %s", name);
       expect(scales.is_intact(), "swizzled scales: written past the end");
     }
   }
@@ -562,7 +570,8 @@ void rotations() {
 
 /// What rotations refuse: values that are not finite where they lie, and sums that overflow.
 void rotated_rejects() {
-  for (const char* name : {"mxfp4-32/oas", "mxfp4-32/min-error/mbs-search", "nvfp4/amax"}) {
+  for (const char* name :
+       {"mxfp4-32/oas", "mxfp4-32/min-error/mbs-search", "nvfp4/amax", "mxfp4-32/min-error/mbs-search@8x2"}) {
     std::vector<float> values(64 * 256, 1.0f);
     for (std::size_t k = 0; k < 32; ++k) values[11 * 256 + 96 + k] = 3e38f;
     const recipe r = recipe::parse(name);

@@ -5,9 +5,8 @@
 /// The CUDA backend: include this header and pass tetromino::cuda::stream as the policy. It needs no CUDA compiler: the
 /// kernels are linked from the target tetromino::cuda, or compiled into a .cu file that includes cuda/kernels.cuh.
 
-#include "cuda/detail/checks.hpp"  // check_factors
-#include "cuda/matmul.hpp"         // matmul_on
-#include "cuda/stream.hpp"         // stream, rejections
+#include "cuda/matmul.hpp"  // matmul_on
+#include "cuda/stream.hpp"  // stream, rejections
 
 #include <tetromino/dequantize.hpp>  // dequantize_to
 #include <tetromino/hadamard.hpp>    // rotate_job
@@ -49,16 +48,14 @@ result<void> amax(const stream& s, const batch_view<const T>& x, special_values 
 }  // namespace detail
 
 /// The hooks that tetromino::quantize_to, fake_quantize, dequantize_to, rotate and rotate_back find. All of them give
-/// the bytes that the scalar backend gives. Factors of 2 bits are refused: invalid_argument. Column weights and tensor
-/// scales among the options are device memory, and not looked at before the launch.
+/// the bytes that the scalar backend gives. Column weights and tensor scales among the options are device memory, and
+/// not looked at before the launch.
 template <real T>
 result<void> quantize_on(const stream& s, const tetromino::detail::quantize_job<T>& job) {
-  if (auto known = detail::check_factors(job.out.format); !known) return known;
   return detail::quantize(s, job, detail::scale_order::rows);
 }
 template <real T>
 result<void> fake_quantize_on(const stream& s, const tetromino::detail::fake_quantize_job<T>& job) {
-  if (auto known = detail::check_factors(job.format); !known) return known;
   return detail::fake_quantize(s, job);
 }
 template <real T>
@@ -67,7 +64,6 @@ result<void> rotate_on(const stream& s, const tetromino::detail::rotate_job<T>& 
 }
 template <real T>
 result<void> dequantize_on(const stream& s, const tetromino::detail::dequantize_job<T>& job) {
-  if (auto known = detail::check_factors(job.in.format); !known) return known;
   return detail::dequantize(s, job);
 }
 
@@ -94,7 +90,6 @@ template <matrix_like Input, block_format Format>
                                                     const quantize_options& options = {}) {
   const auto in = tetromino::detail::as_batch(x);
   const packed_shape shape = out.shape();
-  if (auto known = detail::check_factors(shape.format); !known) return known;
   const std::size_t bytes = layout::swizzled_bytes(shape.matrices, shape.rows, shape.blocks_per_row());
   if (out.scales.size() != bytes) {
     return error(errc::shape_mismatch, tetromino::detail::text("packed storage: swizzled scales need ", bytes,
@@ -124,7 +119,6 @@ template <matrix_like Input, block_format Format>
                                                       const quantize_options& options = {}) {
   const auto in = tetromino::detail::as_batch(x);
   const packed_shape shape = out.shape();
-  if (auto known = detail::check_factors(shape.format); !known) return known;
   if (auto fits = tetromino::detail::check_storage(out); !fits) return fits;
   if (shape.matrices != in.matrices || shape.rows != in.cols || shape.cols != in.rows) {
     return error(errc::shape_mismatch, tetromino::detail::text("packed storage is [", shape.matrices, ", ", shape.rows,

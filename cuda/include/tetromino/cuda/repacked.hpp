@@ -2,7 +2,7 @@
 
 #include <tetromino/detail/macros_off.hpp>
 
-#include "detail/checks.hpp"  // check_factors, is_aligned
+#include "detail/checks.hpp"  // is_aligned
 #include "stream.hpp"         // stream
 
 #include <tetromino/error.hpp>     // error, result
@@ -32,8 +32,8 @@ enum class gating_rows : std::uint8_t {
 };
 
 /// Sizes of weights [matrices, rows, cols] in the order in which the products of the GPU read them: tiles of 64 rows by
-/// 64 columns whose codes lie as the tensor cores' lanes want them, each with its block scales; a float for each row;
-/// and the macro-block bytes.
+/// 64 columns whose codes lie as the tensor cores' lanes want them, each with its block scales and factors of 2 bits; a
+/// float for each row; and the macro-block bytes of 8 bits.
 struct repacked_shape {
   any_format format{};
   std::size_t matrices = 0;
@@ -44,9 +44,14 @@ struct repacked_shape {
   [[nodiscard]] constexpr std::size_t row_tiles() const noexcept { return (rows + 63) / 64; }
   /// An even number, so that a product can take two tiles at a time.
   [[nodiscard]] constexpr std::size_t col_tiles() const noexcept { return (cols + 127) / 128 * 2; }
-  [[nodiscard]] constexpr std::size_t tile_bytes() const noexcept { return 64 * 64 / 2 + 64 * 64 / format.block; }
-  /// Columns of a macro block as it is stored: one of 64 columns is two of 32, which spares the products a case.
+  /// Codes and block scales; of factors of 2 bits also those, one for each eight columns.
+  [[nodiscard]] constexpr std::size_t tile_bytes() const noexcept {
+    return 64 * 64 / 2 + 64 * 64 / format.block + (format.macro_bits == 2 ? 64 * 64 / 32 : 0);
+  }
+  /// Columns of a macro block as it is stored behind the tiles, 0 for none: one of 64 columns is two of 32, which
+  /// spares the products a case.
   [[nodiscard]] constexpr std::size_t stored_macro_block() const noexcept {
+    if (format.macro_bits == 2) return 0;
     return format.macro_block == 64 ? 32 : static_cast<std::size_t>(format.macro_block);
   }
   [[nodiscard]] constexpr std::size_t macros_per_row() const noexcept {
@@ -101,13 +106,12 @@ template <activation T, class Byte>
 /// The hook that tetromino::repack_to finds. out.shape says the gating, and has the format and the sizes of `w`.
 ///
 /// For bfloat16 activations nothing is rounded. For half, a block whose scale is more than 2^24 below the largest of
-/// its row loses low bits, which are below 2^-24 of the row's largest weight. Errors: shape_mismatch; invalid_argument
-/// for factors of 2 bits; device.
+/// its row (2^22 where factors have 2 bits) loses low bits, which are below 2^-24 of the row's largest weight. Errors:
+/// shape_mismatch; device.
 template <activation T>
 [[nodiscard]] result<void> repack_on(const stream& s, const packed_view<any_format>& w,
                                      const repacked_view<T, std::byte>& out) {
   using tetromino::detail::text;
-  if (auto known = detail::check_factors(w.format); !known) return known;
   const repacked_shape& shape = out.shape;
   if (!(shape.format == w.format) || shape.matrices != w.matrices || shape.rows != w.rows || shape.cols != w.cols) {
     return error(errc::shape_mismatch, text("repack: the weights are ", name_of(w.format), " [", w.matrices, ", ",

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <tetromino/error.hpp>   // error, result
-#include <tetromino/format.hpp>  // any_format
 #include <tetromino/matrix.hpp>  // batch_view
 
 #include "divider.hpp"  // divider
@@ -32,14 +31,6 @@ template <class T>
 [[nodiscard]] inline result<void> check_packed_pointers(const void* codes) {
   if (is_aligned(codes, 8)) return {};
   return error(errc::invalid_argument, "cuda: expected packed codes at a multiple of 8 bytes");
-}
-
-/// Says so where the kernels do not know a format.
-[[nodiscard]] inline result<void> check_factors(const any_format& format) {
-  if (format.macro_bits == 8) return {};
-  return error(errc::invalid_argument,
-               tetromino::detail::text("cuda: expected macro-block factors of 8 bits, got factors of ",
-                                       format.macro_bits, " bits, which the CPU's backends pack and multiply"));
 }
 
 /// Says so where a batch has more rows, or more pieces of rows, than a kernel can count.

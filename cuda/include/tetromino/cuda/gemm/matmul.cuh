@@ -38,6 +38,7 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
   args.weights.are_settled = job.options.settled_weights;
   args.out.is_aligned = is_aligned(job.out.data, 16) && job.out.row_stride % 8 == 0 && args.out.cols % 8 == 0;
   if (shape.format.scale == scale_type::e4m3) return matmul_of_kind<T, weight_kind::nv, 0>(s, job, args);
+  if (shape.format.macro_bits == 2) return matmul_of_kind<T, weight_kind::mx32_fine, 0>(s, job, args);
   if (shape.format.macro_block == 0) {
     if (shape.format.block == 16) return matmul_of_kind<T, weight_kind::mx16, 0>(s, job, args);
     return matmul_of_kind<T, weight_kind::mx32, 0>(s, job, args);

@@ -2,6 +2,8 @@
 
 #include <tetromino/cuda/repacked.hpp>  // repacked_shape
 
+#include <tetromino/scaling.hpp>  // fine_bits
+
 #include "weight_tile.cuh"  // weight_tile, spread_codes
 
 #include <cstdint>  // std::uint32_t
@@ -19,6 +21,7 @@ struct repack_args {
   std::uint8_t* macros_out;
   std::uint32_t rows, blocks_per_row, block, row_tiles, col_tiles, macros_in, macros_per_row;
   std::uint32_t macro_repeats;  ///< how often a macro byte is stored
+  std::uint32_t fine_elements;  ///< that share a factor, where factors have 2 bits
   gating_rows gating;
   bool scale_per_matrix;
 };
@@ -82,10 +85,13 @@ __global__ void __launch_bounds__(256) repack_kernel(const repack_args args) {
                                       codes_of(high, byte + 4)};
       reinterpret_cast<std::uint32_t*>(tile)[i] = spread_codes<T>(pairs);
     }
-    if (threadIdx.x < weight_tile<Kind>::scale_bytes) {
-      constexpr std::uint32_t per_lane = weight_tile<Kind>::lane_scales;
-      const std::uint32_t i = threadIdx.x, warp = i / per_lane % 4, g = i / (4 * per_lane);
-      const std::uint32_t in_tile = warp * 16 + g + i % 2 * 8, b = t * (64 / block) + i % per_lane / 2;
+    constexpr std::uint32_t lane_scales = weight_tile<Kind>::lane_scales,
+                            per_lane = lane_scales - weight_tile<Kind>::lane_factors;
+    if (threadIdx.x < 32 * per_lane) {
+      const std::uint32_t i = threadIdx.x % per_lane, of_lane = threadIdx.x / per_lane;
+      const std::uint32_t is_high = weight_tile<Kind>::is_fine ? i / 2 : i % 2;
+      const std::uint32_t in_tile = of_lane % 4 * 16 + of_lane / 4 + is_high * 8;
+      const std::uint32_t b = t * (64 / block) + (weight_tile<Kind>::is_fine ? i % 2 : i / 2);
       const std::uint32_t row = source_row(first + in_tile, args.rows, args.gating);
       std::uint32_t stored = 0;
       if (row < args.rows && b < args.blocks_per_row) {
@@ -99,7 +105,22 @@ __global__ void __launch_bounds__(256) repack_kernel(const repack_args args) {
                        : static_cast<std::uint32_t>(max(top_field + static_cast<int>(scale) - top[in_tile], 0));
         }
       }
-      tile[weight_tile<Kind>::scales_at + i] = static_cast<std::uint8_t>(stored);
+      tile[weight_tile<Kind>::scales_at + of_lane * lane_scales + i] = static_cast<std::uint8_t>(stored);
+    }
+    if constexpr (weight_tile<Kind>::is_fine) {
+      if (threadIdx.x < 32) {
+        std::uint32_t word = 0;
+        for (std::uint32_t i = 0; i < 16; ++i) {
+          const std::uint32_t is_high = i / 8, in_tile = threadIdx.x % 4 * 16 + threadIdx.x / 4 + is_high * 8;
+          const std::uint32_t row = source_row(first + in_tile, args.rows, args.gating), column = t * 64 + i % 8 * 8;
+          if (row >= args.rows || column / (4 * args.fine_elements) >= args.macros_in) continue;
+          const std::uint32_t m =
+              fine_bits(args.macros + (matrix_row + row) * args.macros_in, args.fine_elements, column);
+          word |= fine_decoding<T>::stored(m, i % 8, is_high != 0);
+        }
+        *reinterpret_cast<std::uint32_t*>(tile + weight_tile<Kind>::scales_at + threadIdx.x * lane_scales + per_lane) =
+            word;
+      }
     }
   }
   std::uint8_t* macros =
@@ -129,6 +150,7 @@ result<void> repack(const stream& s, const packed_view<any_format>& w, const rep
   args.macros_in = static_cast<std::uint32_t>(from.macros_per_row());
   args.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
   args.macro_repeats = shape.format.macro_block == 64 ? 2 : 1;
+  args.fine_elements = static_cast<std::uint32_t>(elements_per_factor(shape.format));
   args.gating = shape.gating;
   args.scale_per_matrix = w.tensor_scales.size() > 1;
   if (shape.matrices > 65535) {
@@ -138,6 +160,8 @@ result<void> repack(const stream& s, const packed_view<any_format>& w, const rep
   const dim3 grid(args.row_tiles, static_cast<unsigned>(shape.matrices));
   if (shape.format.scale == scale_type::e4m3) {
     repack_kernel<T, weight_kind::nv><<<grid, 256, 0, s.handle>>>(args);
+  } else if (shape.format.macro_bits == 2) {
+    repack_kernel<T, weight_kind::mx32_fine><<<grid, 256, 0, s.handle>>>(args);
   } else if (shape.format.block == 16) {
     repack_kernel<T, weight_kind::mx16><<<grid, 256, 0, s.handle>>>(args);
   } else {

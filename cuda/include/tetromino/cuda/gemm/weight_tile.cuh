@@ -15,18 +15,29 @@
 /// float keeps its sign, the end of its exponent and the start of its fraction.
 ///   tile    codes [warp 4][lane 32][step 4] words, then scales [g 8][warp 4][block][row g, row g + 8] bytes
 ///   macros  [macro block][g 8][warp 4][row g, row g + 8] bytes
+///
+/// Factors of 2 bits lie in the tile, in place of macros, one for each eight columns: [g 8][warp 4] of scales
+/// [row g, row g + 8][block] bytes, then a word of factors. They are the fraction of the power of two that the scale
+/// is, so that one multiplication applies both.
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
-enum class weight_kind : std::uint8_t { mx32, mx16, nv };
+enum class weight_kind : std::uint8_t {
+  mx32,
+  mx16,
+  nv,
+  mx32_fine,  ///< with factors of 2 bits
+};
 
 /// Sizes of a tile: its codes, then its block scales.
 template <weight_kind Kind>
 struct weight_tile {
-  static constexpr std::uint32_t block = Kind == weight_kind::mx32 ? 32 : 16;
+  static constexpr bool is_fine = Kind == weight_kind::mx32_fine;
+  static constexpr std::uint32_t block = Kind == weight_kind::mx32 || is_fine ? 32 : 16;
   static constexpr std::uint32_t scales_at = 64 * 64 / 2;
-  static constexpr std::uint32_t scale_bytes = 64 * 64 / block;
+  static constexpr std::uint32_t lane_factors = is_fine ? 4 : 0;  ///< bytes behind the scales of a lane
+  static constexpr std::uint32_t scale_bytes = 64 * 64 / block + 32 * lane_factors;
   static constexpr std::uint32_t bytes = scales_at + scale_bytes;
-  /// What a lane needs of each: the codes of its warp's 16 rows, and the scales of its two rows.
+  /// What a lane needs of each: the codes of its warp's 16 rows, and the scales of its two rows, factors among them.
   static constexpr std::uint32_t warp_codes = scales_at / 4;
   static constexpr std::uint32_t lane_codes = warp_codes / 32;
   static constexpr std::uint32_t lane_scales = scale_bytes / 32;
@@ -42,6 +53,7 @@ struct weight_tile {
 
 static_assert(weight_tile<weight_kind::mx32>::bytes == repacked_shape{mxfp4{}}.tile_bytes());
 static_assert(weight_tile<weight_kind::nv>::bytes == repacked_shape{nvfp4{}}.tile_bytes());
+static_assert(weight_tile<weight_kind::mx32_fine>::bytes == repacked_shape{mbs<mxfp4, 16, 2>{}}.tile_bytes());
 
 /// The word of four pairs of codes: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each as a byte.
 template <activation T>
@@ -98,7 +110,7 @@ struct scale_decoding {
 };
 
 /// The multipliers of a word of scale bytes (block 0 of row g, of row g + 8, block 1 of row g, of row g + 8): those of
-/// a row as a pair of T, block 0 below.
+/// a row as a pair of T, block 0 below. Where there are factors of 2 bits, rows and blocks change places.
 template <activation T, weight_kind Kind>
 struct scale_pairs {
   std::uint32_t low, high;  ///< of rows g and g + 8
@@ -112,6 +124,23 @@ struct scale_pairs {
     } else {
       high = (word >> -odd_up & rule::mask) | rule::base;
     }
+  }
+};
+
+/// Which bits of a word of factors of 2 bits are those of eight columns: behind a rotation to the right by twice their
+/// number in the tile, the bits of `mask`, where a T's fraction begins; of row g in the low half, of row g + 8 above.
+template <activation T>
+struct fine_decoding {
+  static constexpr int first = std::same_as<T, half> ? 8 : 5;
+  static constexpr std::uint32_t mask = 0x00030003u << first;
+
+  /// The bits of factor m of the `eight`th columns of row g, or g + 8.
+  [[nodiscard]] __device__ static std::uint32_t stored(std::uint32_t m, std::uint32_t eight, bool is_high) {
+    const std::uint32_t up = first + 2 * eight + (is_high ? 16 : 0);
+    return __funnelshift_l(m, m, up);
+  }
+  [[nodiscard]] __device__ static std::uint32_t fractions(std::uint32_t word, std::uint32_t eight) {
+    return __funnelshift_r(word, word, 2 * eight) & mask;
   }
 };
 
@@ -166,6 +195,16 @@ struct coded_tile {
     const int block = s * 16 / static_cast<int>(weight_tile<Kind>::block);
     const scale_pairs<T, Kind> scale(scales[block / 2]);
     gather_codes<T>(word[s], a);
+    if constexpr (weight_tile<Kind>::is_fine) {
+      const std::uint32_t of_block = block == 0 ? scale.low : scale.high;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const std::uint32_t by =
+            of_block | fine_decoding<T>::fractions(scales[1], static_cast<std::uint32_t>(2 * s + i));
+        a[2 * i] = multiply_by<T>(a[2 * i], by, 0), a[2 * i + 1] = multiply_by<T>(a[2 * i + 1], by, 1);
+      }
+      return;
+    }
     a[0] = multiply_by<T>(a[0], scale.low, block % 2), a[1] = multiply_by<T>(a[1], scale.high, block % 2);
     a[2] = multiply_by<T>(a[2], scale.low, block % 2), a[3] = multiply_by<T>(a[3], scale.high, block % 2);
   }

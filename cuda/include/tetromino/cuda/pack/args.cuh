@@ -37,10 +37,12 @@ struct pack_rules {
   }
 
   std::uint32_t block, macro_block;
-  std::uint32_t macro_shift;  ///< log2 of macro_block
-  std::uint32_t carry;        ///< of the closed-form MX rules
-  bool min_error;             ///< search each block's exponent instead
-  std::uint32_t macro_step;   ///< between the macro bytes that a search tries; 0: from the largest magnitude
+  std::uint32_t macro_shift;    ///< log2 of macro_block
+  std::uint32_t fine_elements;  ///< that share a factor of 2 bits; 0 where factors have 8 bits, or there are none
+  std::uint32_t carry;          ///< of the closed-form MX rules
+  bool min_error;               ///< search each block's exponent instead
+  std::uint32_t macro_step;  ///< between the macro bytes that a search tries; 0: from the largest magnitude. Of factors
+                             ///< of 2 bits a search tries all
   special_values special;
   tiny_block_scale tiny_blocks;
   bool stochastic;
@@ -139,6 +141,10 @@ template <class T>
 /// 2^n for n in [-126, 127].
 [[nodiscard]] __device__ inline float power_of_two(int n) {
   return bit_cast<float>(static_cast<std::uint32_t>(n + 127) << 23);
+}
+/// 2^-n for n in [-127, 127].
+[[nodiscard]] __device__ inline float inverse_power_of_two(int n) {
+  return n < 127 ? power_of_two(-n) : bit_cast<float>(0x00400000u);
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

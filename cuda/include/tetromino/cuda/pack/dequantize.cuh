@@ -26,24 +26,28 @@ struct unpack_args {
   bool is_flat;  ///< all rows are one, of whole chunks
 };
 
+template <unpack_rule Rule>
+inline constexpr bool reads_macros = Rule == unpack_rule::mx_macro || Rule == unpack_rule::mx_fine;
+
 /// One thread unpacks sixteen elements. `Flat`: all rows are one, of whole chunks.
 template <real T, unpack_rule Rule, bool Flat>
 __global__ void __launch_bounds__(256) unpack_kernel(const unpack_args<T> args) {
   const std::size_t c = static_cast<std::size_t>(blockIdx.x) * 256 + threadIdx.x;
   if (c >= args.chunks) return;
   std::size_t code_at, scale_at, macro_at = 0, out_at;
-  std::uint32_t n = chunk_size, matrix = 0;
+  std::uint32_t n = chunk_size, matrix = 0, in_row = static_cast<std::uint32_t>(c);
   if constexpr (Flat) {
     code_at = c * 8, out_at = c * 16;
     scale_at = c >> (args.block_shift - 4);
-    if constexpr (Rule == unpack_rule::mx_macro) macro_at = c >> (args.macro_shift - 4);
+    if constexpr (reads_macros<Rule>) macro_at = c >> (args.macro_shift - 4);
   } else {
     const auto row = args.rows.by_chunks.quotient(static_cast<std::uint32_t>(c));
-    const std::uint32_t col = (static_cast<std::uint32_t>(c) - row * args.rows.chunks_per_row) * chunk_size;
+    in_row -= row * args.rows.chunks_per_row;
+    const std::uint32_t col = in_row * chunk_size;
     const std::size_t first_block = static_cast<std::size_t>(row) * args.blocks_per_row;
     code_at = ((first_block << args.block_shift) + col) / 2;
     scale_at = first_block + (col >> args.block_shift);
-    if constexpr (Rule == unpack_rule::mx_macro) {
+    if constexpr (reads_macros<Rule>) {
       macro_at = static_cast<std::size_t>(row) * args.macros_per_row + (col >> args.macro_shift);
     }
     out_at = args.rows.offset(row) + col;
@@ -52,7 +56,8 @@ __global__ void __launch_bounds__(256) unpack_kernel(const unpack_args<T> args) 
   }
   const uint2 codes = __ldg(reinterpret_cast<const uint2*>(args.codes + code_at));
   const std::uint32_t scale = __ldg(args.scales + scale_at);
-  const std::uint32_t macro = Rule == unpack_rule::mx_macro ? __ldg(args.macros + macro_at) : 0;
+  std::uint32_t macro = reads_macros<Rule> ? __ldg(args.macros + macro_at) : 0;
+  if constexpr (Rule == unpack_rule::mx_fine) macro = fine_bits_of_chunk(macro, in_row, args.macro_shift);
   const float tensor_scale = Rule == unpack_rule::nv ? __ldg(args.tensor_scales + matrix) : 1.0f;
   const chunk<T> x = unpack<T, Rule>({codes.x, codes.y}, scale, macro, tensor_scale);
   if (Flat || (args.is_aligned && n == chunk_size)) {
@@ -75,7 +80,10 @@ __global__ void __launch_bounds__(256) unpack_floats_kernel(const unpack_args<fl
     if (c >= args.chunks) return;
     const std::uint32_t codes = __ldg(reinterpret_cast<const std::uint16_t*>(args.codes + c * 8) + quarter);
     const std::uint32_t scale = __ldg(args.scales + (c >> (args.block_shift - 4)));
-    const std::uint32_t macro = Rule == unpack_rule::mx_macro ? __ldg(args.macros + (c >> (args.macro_shift - 4))) : 0;
+    std::uint32_t macro = reads_macros<Rule> ? __ldg(args.macros + (c >> (args.macro_shift - 4))) : 0;
+    if constexpr (Rule == unpack_rule::mx_fine) {
+      macro = fine_bits_of_chunk(macro, static_cast<std::uint32_t>(c), args.macro_shift) >> (quarter / 2 * 2);
+    }
     const chunk<float> x = unpack<float, Rule>({codes, 0}, scale, macro, tensor_scale);
     reinterpret_cast<uint4*>(args.out + c * chunk_size)[quarter] =
         make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]);
@@ -130,6 +138,7 @@ result<void> dequantize(const stream& s, const tetromino::detail::dequantize_job
     args.chunks = static_cast<std::size_t>(rows->rows) * rows->chunks_per_row;
   }
   if (is_nv) return launch_unpack<T, unpack_rule::nv>(s, args);
+  if (shape.format.macro_bits == 2) return launch_unpack<T, unpack_rule::mx_fine>(s, args);
   if (shape.format.macro_block != 0) return launch_unpack<T, unpack_rule::mx_macro>(s, args);
   return launch_unpack<T, unpack_rule::mx>(s, args);
 }

@@ -43,15 +43,19 @@ struct code_multiplier {
   }
 };
 
-/// The difference between y >= 0 and the nearest E2M1 value times `unit`, a power of two; exact, and of either sign
-/// where two are as near. Unless `Clamped`, y is at most 7 * unit.
+/// The E2M1 value times `unit`, a power of two, that y >= 0 is rounded to. Unless `Clamped`, y is at most 7 * unit, and
+/// may become 8 * unit where 6 * unit is as near.
 template <bool Clamped>
-[[nodiscard]] __device__ inline float difference_to_nearest(float y, float unit) {
+[[nodiscard]] __device__ inline float nearest_value(float y, float unit) {
   const float power = fmaxf(bit_cast<float>(bit_cast<std::uint32_t>(y) & 0x7F800000u), unit);
   const float shifted = __fmaf_rn(power, 0x1p22f, y);  // the last bit now counts half of `power`, the local step
-  float nearest = __fmaf_rn(power, -0x1p22f, shifted);
-  if constexpr (Clamped) nearest = fminf(nearest, 6.0f * unit);
-  return __fadd_rn(y, -nearest);
+  const float nearest = __fmaf_rn(power, -0x1p22f, shifted);
+  return Clamped ? fminf(nearest, 6.0f * unit) : nearest;
+}
+/// The difference between y >= 0 and that value; exact, and of either sign where two are as near.
+template <bool Clamped>
+[[nodiscard]] __device__ inline float difference_to_nearest(float y, float unit) {
+  return __fadd_rn(y, -nearest_value<Clamped>(y, unit));
 }
 
 /// Eight codes from code_bits of elements 0 ... 7.

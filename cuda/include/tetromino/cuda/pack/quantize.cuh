@@ -21,7 +21,7 @@
 #include <cstdint>      // std::uint32_t
 #include <type_traits>  // std::is_void_v
 
-/// Packing in one pass over memory: all rules but the rare ones that spans.cuh has.
+/// Packing in one pass over memory: all rules but those that spans.cuh has.
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
 enum class pack_rule : std::uint8_t {
@@ -395,10 +395,11 @@ __global__ void __launch_bounds__(256, blocks_at_once<T, Rule, Stochastic, Sourc
   }
 }
 
-/// Whether the rules are among the rare ones that only pack_spans_kernel has: searches that round stochastically, that
-/// weigh errors, or that go through exponents for each macro-block byte.
+/// Whether the rules are among those that only pack_spans_kernel has: factors of 2 bits; searches that round
+/// stochastically, that weigh errors, or that go through exponents for each macro-block byte.
 [[nodiscard]] inline bool is_rare(const pack_rules& rules, bool is_nv, bool weighted) {
   const bool is_searched = rules.macro_step != 0 || rules.min_error;
+  if (rules.fine_elements != 0) return true;
   return !is_nv && is_searched && (rules.stochastic || weighted || (rules.min_error && rules.macro_block != 0));
 }
 
@@ -455,7 +456,7 @@ result<void> dispatch_pack(const stream& s, const pack_args& args, scale_rule ru
 template <real T>
 result<void> launch_packing(const stream& s, const pack_args& args, scale_rule rule) {
   if (is_rare(args.rules, args.tensor_scales.data != nullptr, args.weights.data != nullptr)) {
-    return launch_pack_spans<T>(s, args, std::max(args.rules.macro_block, args.rules.block));
+    return launch_pack_spans<T>(s, args);
   }
   return args.rotation.size != 0 ? dispatch_pack<void>(s, args, rule) : dispatch_pack<T>(s, args, rule);
 }
@@ -480,6 +481,7 @@ result<pack_args> make_args(const stream& s, const batch_view<const T>& x, const
   rules.block = static_cast<std::uint32_t>(format.block);
   rules.macro_block = static_cast<std::uint32_t>(format.macro_block);
   rules.macro_shift = static_cast<std::uint32_t>(std::bit_width(format.macro_block | 1)) - 1;
+  rules.fine_elements = format.macro_bits == 2 ? static_cast<std::uint32_t>(elements_per_factor(format)) : 0;
   rules.carry = carry_of(*options.rule);
   rules.min_error = *options.rule == scale_rule::min_error;
   if (format.macro_block != 0 && options.macro != macro_rule::from_amax) {
@@ -515,7 +517,7 @@ result<pack_args> make_args(const stream& s, const batch_view<const T>& x, const
   if (source == pack_source::transposed)
     args.in.tile_cols = static_cast<std::uint32_t>(std::max<std::size_t>(128, span));
   const std::size_t together = std::max({span, std::size_t{args.rotation.size}, std::size_t{args.in.tile_cols}});
-  auto rows = map_rows(x, pieces_per_row(x.cols, is_whole ? span : chunk_size, together));
+  auto rows = map_rows(x, pieces_per_row(x.cols, is_whole ? span_size(rules) : chunk_size, together));
   if (!rows) return rows.error();
   args.rows = *rows;
   args.chunks = static_cast<std::size_t>(rows->rows) * rows->chunks_per_row;

@@ -110,7 +110,7 @@ template <std::uint32_t Block, real T>
 #pragma unroll
   for (int step = 1; step >= -2; --step) {  // the larger scale first: it keeps ties
     const int e = clamped(up + step);
-    const float to_scale = bit_cast<float>(e < 127 ? static_cast<std::uint32_t>(127 - e) << 23 : 0x00400000u);
+    const float to_scale = inverse_power_of_two(e);
     float partial[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
