@@ -6,7 +6,7 @@
 # Objects also share templates of the standard library and of JSON, such as std::vector<double>::_M_fill_assign; with
 # little optimization operator== of vectors too, with none std::max<float> and the constructors and assignments that
 # compilers add to data types. An old CPU runs what makes use of those where the plain object comes first: that is all
-# up to -O1, else what places experts and reads files.
+# up to -O1 and with -Og, else what places experts and reads files.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/link
 compiler=$1 work=$2 levels=$3 sets=$4
@@ -70,7 +70,7 @@ for level in $levels; do
     for order in "$wide $plain $main" "$main $plain $wide"; do
       # shellcheck disable=SC2086
       "$compiler" $order -pthread -o "$work/program"
-      if [[ -n $old_cpu && ($level != -O[01] || $order != "$wide"*) ]]; then
+      if [[ -n $old_cpu && ($level != -O[01g] || $order != "$wide"*) ]]; then
         "$old_cpu" -cpu Nehalem "$work/program" || { echo "$order: $? on an old CPU" && status=1; }
       fi
       if [[ -n $old_cpu && $order != "$wide"* ]]; then

@@ -90,6 +90,22 @@ struct repacked {
   std::vector<line, detail::page_allocator<line>> data;
   std::vector<float> tensor_scales;
 
+  TETROMINO_ABI repacked() = default;
+  /// Of these parts.
+  TETROMINO_ABI repacked(const any_format& format_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,
+                         std::vector<line, detail::page_allocator<line>> data_, std::vector<float> tensor_scales_)
+      : format(format_),
+        matrices(matrices_),
+        rows(rows_),
+        cols(cols_),
+        data(std::move(data_)),
+        tensor_scales(std::move(tensor_scales_)) {}
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI repacked(const repacked&) = default;
+  TETROMINO_ABI repacked(repacked&&) = default;
+  TETROMINO_ABI repacked& operator=(const repacked&) = default;
+  TETROMINO_ABI repacked& operator=(repacked&&) = default;
+
   [[nodiscard]] TETROMINO_ABI repacked_shape shape() const noexcept { return {{format, matrices, rows, cols}}; }
 
   /// All bytes of the storage, tensor scales included.
@@ -227,8 +243,8 @@ result<repacked> try_repack(const Policy& policy, const Weights& weights, memory
   // of its size at once: resize would hold code that moves lines, which objects share
   decltype(repacked::data) lines(shape.bytes() / sizeof(repacked::line),
                                  detail::page_allocator<repacked::line>(pages == memory_pages::huge));
-  repacked out{w.format, w.matrices,       w.rows,
-               w.cols,   std::move(lines), {w.tensor_scales.begin(), w.tensor_scales.end()}};
+  repacked out(w.format, w.matrices, w.rows, w.cols, std::move(lines),
+               {w.tensor_scales.begin(), w.tensor_scales.end()});
   auto* const data = reinterpret_cast<std::uint8_t*>(out.data.data());
   // A task takes all rows of a group, which share cache lines.
   detail::for_each_row(policy.executor, w.matrices * shape.groups(), w.cols * group, [&](std::size_t i) {

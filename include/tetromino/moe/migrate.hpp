@@ -58,6 +58,13 @@ struct migration {
   double bytes_between_nodes = 0;
   double bytes_inside_nodes = 0;
   double seconds = 0;  ///< all rounds of all layers one after the other, each as long as its slowest move
+
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI migration() = default;
+  TETROMINO_ABI migration(const migration&) = default;
+  TETROMINO_ABI migration(migration&&) = default;
+  TETROMINO_ABI migration& operator=(const migration&) = default;
+  TETROMINO_ABI migration& operator=(migration&&) = default;
 };
 
 namespace detail::inline TETROMINO_ISA {
@@ -331,6 +338,15 @@ struct partial_migration {
   migration way;                         ///< from the current placement to `reached`
   std::vector<std::size_t> layers_left;  ///< that differ from the next placement still, in the order of their worth
   migration_budget least_left{0, 0};     ///< what the layer left takes that takes least: a budget that moves something
+
+  TETROMINO_ABI partial_migration(placement where, migration from_current, std::vector<std::size_t> left = {},
+                                  const migration_budget& least = {0, 0})
+      : reached(std::move(where)), way(std::move(from_current)), layers_left(std::move(left)), least_left(least) {}
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI partial_migration(const partial_migration&) = default;
+  TETROMINO_ABI partial_migration(partial_migration&&) = default;
+  TETROMINO_ABI partial_migration& operator=(const partial_migration&) = default;
+  TETROMINO_ABI partial_migration& operator=(partial_migration&&) = default;
 };
 
 inline namespace TETROMINO_ISA {
@@ -398,10 +414,10 @@ inline namespace TETROMINO_ISA {
       least = {l.between, l.inside};
     }
   }
-  if (left.empty()) return partial_migration{std::move(next), std::move(*whole), {}, {0, 0}};
+  if (left.empty()) return partial_migration(std::move(next), std::move(*whole));
   auto way = try_migrate(current, next, t, bytes_per_expert);
   if (!way) return way.error();
-  return partial_migration{std::move(next), std::move(*way), std::move(left), least};
+  return partial_migration(std::move(next), std::move(*way), std::move(left), least);
 }
 [[nodiscard]] inline partial_migration migrate_within(const placement& current, placement next, const topology& t,
                                                       double bytes_per_expert, const migration_budget& budget,

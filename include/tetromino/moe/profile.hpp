@@ -40,6 +40,12 @@ struct token_origin {
 /// What routing says, added up token by token as it happens. Adding, merging and decaying allocate nothing.
 class profile {
  public:
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI profile(const profile&) = default;
+  TETROMINO_ABI profile(profile&&) = default;
+  TETROMINO_ABI profile& operator=(const profile&) = default;
+  TETROMINO_ABI profile& operator=(profile&&) = default;
+
   /// All counts zero. Errors: a shape that has a zero, or experts per token above experts; more than 2^48 counts of a
   /// kind.
   [[nodiscard]] TETROMINO_ABI static result<profile> try_make(const profile_options& options) {

@@ -20,6 +20,7 @@
 #include <cstdint>    // std::uint8_t, std::uint32_t, std::uint64_t
 #include <deque>      // std::deque
 #include <limits>     // std::numeric_limits
+#include <memory>     // std::shared_ptr
 #include <optional>   // std::optional
 #include <span>       // std::span
 #include <string>     // std::string
@@ -45,6 +46,18 @@ struct rebalance_options {
   double byte_budget =
       0;  ///< most bytes between nodes for one plan; layers that gain most per byte go first. 0: no limit
 };
+
+namespace detail::inline TETROMINO_ISA {
+
+/// As copy_of(local_options).
+[[nodiscard]] inline rebalance_options copy_of(const rebalance_options& o) {
+  const auto& [plan, group, replicas, least_tokens, divergence, node_imbalance, bytes_per_expert, bytes_per_visit,
+               tokens_ahead, least_return, byte_budget] = o;
+  return {copy_of(plan),    group,           replicas,     least_tokens, divergence, node_imbalance,
+          bytes_per_expert, bytes_per_visit, tokens_ahead, least_return, byte_budget};
+}
+
+}  // namespace detail::inline TETROMINO_ISA
 
 /// What a look at the traffic has led to.
 enum class rebalance_verdict : std::uint8_t {
@@ -89,7 +102,7 @@ class rebalancer {
   /// Errors: a placement that is not valid on the topology, weights, limits or sizes out of range, as of local, group
   /// and evaluate; a choice of copies for whole steps.
   [[nodiscard]] TETROMINO_ABI static result<rebalancer> try_make(placement current, topology t,
-                                                                 rebalance_options options) {
+                                                                 const rebalance_options& options) {
     if (auto ok = try_validate(current, t, {.one_copy_per_gpu = false}); !ok) return ok.error();
     const auto usable = [](double x) { return std::isfinite(x) && x >= 0; };
     if (!usable(options.divergence) || !usable(options.node_imbalance) || !usable(options.bytes_per_expert) ||
@@ -105,10 +118,10 @@ class rebalancer {
     if (is_step_choice(options.replicas.choice)) {
       return error(errc::invalid_argument, "rebalance: expected a choice of copies for single tokens");
     }
-    return rebalancer(std::move(current), std::move(t), std::move(options));
+    return rebalancer(std::move(current), std::move(t), options);
   }
-  [[nodiscard]] TETROMINO_ABI static rebalancer make(placement current, topology t, rebalance_options options) {
-    return try_make(std::move(current), std::move(t), std::move(options)).value();
+  [[nodiscard]] TETROMINO_ABI static rebalancer make(placement current, topology t, const rebalance_options& options) {
+    return try_make(std::move(current), std::move(t), options).value();
   }
 
   /// The plan to serve under now: the layers committed are new, the others as before.
@@ -119,7 +132,7 @@ class rebalancer {
   [[nodiscard]] TETROMINO_ABI const node_affinity* affinity() const noexcept {
     return affinity_ ? &*affinity_ : nullptr;
   }
-  [[nodiscard]] TETROMINO_ABI const rebalance_options& options() const noexcept { return options_; }
+  [[nodiscard]] TETROMINO_ABI const rebalance_options& options() const noexcept { return *options_; }
 
   /// Looks at tokens served lately and decides. `tokens_running` are those that requests which run now will still
   /// generate, on all nodes together: such requests stay where their KV cache is, so a new plan serves these tokens
@@ -136,7 +149,7 @@ class rebalancer {
       out.verdict = rebalance_verdict::migrating;
       return out;
     }
-    if (seen.tokens(options_.plan.served) < std::max<std::uint64_t>(options_.least_tokens, 1)) return out;
+    if (seen.tokens(options_->plan.served) < std::max<std::uint64_t>(options_->least_tokens, 1)) return out;
     load_table loads = loads_of(seen);
     const placement here = carry_over(current_, topology_, planned_);
     const bool whole = try_validate(here, planned_, {.one_copy_per_gpu = false}).has_value();
@@ -153,7 +166,7 @@ class rebalancer {
         if (!bits) return bits.error();
         out.divergence = *bits;
       }
-      if (out.divergence < options_.divergence && out.node_imbalance < options_.node_imbalance) {
+      if (out.divergence < options_->divergence && out.node_imbalance < options_->node_imbalance) {
         out.verdict = rebalance_verdict::steady;
         return out;
       }
@@ -161,7 +174,7 @@ class rebalancer {
     auto found = find(here, seen, before);
     if (!found) return found.error();
     found->experts = carry_over(found->experts, planned_, topology_);
-    auto way = try_migrate(current_, found->experts, topology_, options_.bytes_per_expert);
+    auto way = try_migrate(current_, found->experts, topology_, options_->bytes_per_expert);
     if (!way) return way.error();
     out.way = std::move(*way);
     out.planned_nodes_per_token = found->cost.nodes_per_token();
@@ -171,7 +184,7 @@ class rebalancer {
     if (before && !pays(out)) {
       out.verdict = rebalance_verdict::no_gain;
       if (!affinity_) {  // what is there is what to serve under
-        affinity_ = node_affinity::make(here, planned_, seen, options_.group);
+        affinity_ = node_affinity::make(here, planned_, seen, options_->group);
         loads_ = std::move(loads);
       }
       return out;
@@ -270,8 +283,11 @@ class rebalancer {
     TETROMINO_ABI candidate& operator=(candidate&&) = default;
   };
 
-  TETROMINO_ABI rebalancer(placement current, topology t, rebalance_options options)
-      : current_(std::move(current)), topology_(t), planned_(std::move(t)), options_(std::move(options)) {}
+  TETROMINO_ABI rebalancer(placement current, topology t, const rebalance_options& options)
+      : current_(std::move(current)),
+        topology_(t),
+        planned_(std::move(t)),
+        options_(new rebalance_options(detail::copy_of(options))) {}
 
   [[nodiscard]] TETROMINO_ABI result<void> check_room(const topology& t) const {
     if (t.slots() >= current_.experts()) return {};
@@ -289,7 +305,7 @@ class rebalancer {
     const routing_shape& s = seen.shape;
     load_table out{s.layers, s.experts, std::vector<double>(s.layers * s.experts, 0.0)};
     for (const request& r : seen.requests) {
-      const token_range range = r.range(options_.plan.served);
+      const token_range range = r.range(options_->plan.served);
       for (std::uint64_t t = range.first; t < range.last; ++t) {
         const std::span<const std::uint16_t> ids = seen.token(t);
         for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -307,15 +323,15 @@ class rebalancer {
     std::vector<std::uint64_t> tokens;
     for (const request& r : seen.requests) {
       signatures.push_back(signature_of(seen, r, builder));
-      tokens.push_back(r.range(options_.plan.served).size());
+      tokens.push_back(r.range(options_->plan.served).size());
     }
     return try_group(affinity, signatures, tokens);
   }
   [[nodiscard]] TETROMINO_ABI result<cost_report> judge(const placement& p, const trace_view& seen,
                                                         const sources& homes) const {
     cost_options cost;
-    cost.tokens = options_.plan.served;
-    cost.replicas = options_.replicas;
+    cost.tokens = options_->plan.served;
+    cost.replicas = options_->replicas;
     return try_evaluate(seen, p, planned_, homes, cost);
   }
 
@@ -323,7 +339,7 @@ class rebalancer {
                                                    double tokens_running) const {
     std::optional<node_affinity> learnt;
     if (!affinity_) {
-      auto made = node_affinity::try_make(here, planned_, seen, options_.group);
+      auto made = node_affinity::try_make(here, planned_, seen, options_->group);
       if (!made) return made.error();
       learnt.emplace(std::move(*made));
     }
@@ -334,7 +350,7 @@ class rebalancer {
     outlook out;
     out.now = std::move(*now);
     out.homes = std::move(*homes);
-    out.tokens_running = std::min(tokens_running, options_.tokens_ahead);
+    out.tokens_running = std::min(tokens_running, options_->tokens_ahead);
     if (out.tokens_running == 0) return out;
     if (affinity_) {
       out.running = out.now;
@@ -354,13 +370,13 @@ class rebalancer {
 
   [[nodiscard]] TETROMINO_ABI result<candidate> find(const placement& here, const trace_view& seen,
                                                      const std::optional<outlook>& before) const {
-    local_options how = options_.plan;
+    local_options how = detail::copy_of(options_->plan);
     how.start = &here;
     auto plan = try_local(seen, planned_, how);
     if (!plan) return plan.error();
     placement next = align(here, std::move(plan->experts), planned_);
     for (int pass = 0;; ++pass) {
-      auto affinity = node_affinity::try_make(next, planned_, seen, options_.group);
+      auto affinity = node_affinity::try_make(next, planned_, seen, options_->group);
       if (!affinity) return affinity.error();
       const auto homes = assigned(*affinity, seen);
       if (!homes) return homes.error();
@@ -374,7 +390,7 @@ class rebalancer {
         out.running = std::move(*running);
       }
       out.saved_in_layer = saved(*before, out);
-      if (pass > 0 || options_.byte_budget == 0 || !keep_within_budget(here, out)) return out;
+      if (pass > 0 || options_->byte_budget == 0 || !keep_within_budget(here, out)) return out;
       next = std::move(out.experts);
     }
   }
@@ -389,8 +405,8 @@ class rebalancer {
              static_cast<double>(from.tokens);
     };
     for (std::size_t l = 0; l < current_.layers(); ++l) {
-      out.push_back(options_.bytes_per_visit *
-                    ((options_.tokens_ahead - before.tokens_running) * fewer(before.now, next.cost, l) +
+      out.push_back(options_->bytes_per_visit *
+                    ((options_->tokens_ahead - before.tokens_running) * fewer(before.now, next.cost, l) +
                      before.tokens_running * fewer(before.running, next.running, l)));
     }
     return out;
@@ -398,16 +414,16 @@ class rebalancer {
 
   // Gives up the layers that gain least for what they move; true if there are any.
   [[nodiscard]] TETROMINO_ABI bool keep_within_budget(const placement& here, candidate& next) const {
-    auto part = migrate_within(here, std::move(next.experts), planned_, options_.bytes_per_expert,
-                               {.bytes_between_nodes = options_.byte_budget}, next.saved_in_layer);
+    auto part = migrate_within(here, std::move(next.experts), planned_, options_->bytes_per_expert,
+                               {.bytes_between_nodes = options_->byte_budget}, next.saved_in_layer);
     next.experts = std::move(part.reached);
     return !part.layers_left.empty();
   }
 
   [[nodiscard]] TETROMINO_ABI bool pays(const rebalance_report& r) const {
     if (r.way.moves == 0) return false;
-    if (r.node_imbalance >= options_.node_imbalance && r.planned_node_imbalance < r.node_imbalance) return true;
-    return r.bytes_saved > options_.least_return * r.way.bytes_between_nodes;
+    if (r.node_imbalance >= options_->node_imbalance && r.planned_node_imbalance < r.node_imbalance) return true;
+    return r.bytes_saved > options_->least_return * r.way.bytes_between_nodes;
   }
 
   TETROMINO_ABI void begin(candidate found, load_table loads, const migration& way) {
@@ -426,7 +442,7 @@ class rebalancer {
   placement current_, next_;
   topology topology_;
   topology planned_;  // without the GPUs that shall leave: plans are made, and judged, on this
-  rebalance_options options_;
+  std::shared_ptr<const rebalance_options> options_;  // which copies share
   std::optional<node_affinity> affinity_, next_affinity_;
   load_table loads_;                    // that the plan in force was made for
   std::deque<layer_migration> layers_;  // still to be migrated

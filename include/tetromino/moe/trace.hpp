@@ -156,6 +156,12 @@ inline void validate(const trace_view& view) { try_validate(view).value(); }
 /// Recorded routing that owns its ids: what `try_make` was given, validated, ready to be viewed.
 class trace {
  public:
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI trace(const trace&) = default;
+  TETROMINO_ABI trace(trace&&) = default;
+  TETROMINO_ABI trace& operator=(const trace&) = default;
+  TETROMINO_ABI trace& operator=(trace&&) = default;
+
   /// Takes ids [tokens, layers, experts_per_token] and requests over those tokens. `domain_names` may be empty; else
   /// each request's domain is an index into it. Errors: see try_validate.
   [[nodiscard]] TETROMINO_ABI static result<trace> try_make(routing_shape shape, std::vector<std::uint16_t> ids,

@@ -27,6 +27,12 @@ static_assert(std::endian::native == std::endian::little, "the files are little-
 /// A tensor of an open file, whatever its format. It refers to the file: it must not outlive it.
 class stored_tensor {
  public:
+  // written out, since what a compiler adds has no tag (see TETROMINO_ABI), and may be too long to inline
+  TETROMINO_ABI stored_tensor(const stored_tensor&) = default;
+  TETROMINO_ABI stored_tensor(stored_tensor&&) = default;
+  TETROMINO_ABI stored_tensor& operator=(const stored_tensor&) = default;
+  TETROMINO_ABI stored_tensor& operator=(stored_tensor&&) = default;
+
   [[nodiscard]] TETROMINO_ABI const std::string& name() const noexcept { return name_; }
   /// Row-major; empty for a scalar.
   [[nodiscard]] TETROMINO_ABI const std::vector<std::size_t>& shape() const noexcept { return shape_; }

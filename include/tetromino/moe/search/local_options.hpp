@@ -67,6 +67,20 @@ struct local_options {
   std::function<bool(const local_progress&)> progress{};  ///< called after each step; false ends the search
 };
 
+namespace detail::inline TETROMINO_ISA {
+
+/// A copy, member by member: the constructor that a compiler adds has no tag (see TETROMINO_ABI).
+[[nodiscard]] inline local_options copy_of(const local_options& o) {
+  const auto& [node_weight, pair_weight, node_imbalance, gpu_imbalance, replicas, served, token_budget,
+               nodes_per_expert, start, layers, price_per_move, executor, seed, effort, max_proposals, sample_tokens,
+               sample_requests, time_limit_seconds, progress] = o;
+  return {node_weight,      pair_weight,   node_imbalance,  gpu_imbalance,      replicas, served, token_budget,
+          nodes_per_expert, start,         layers,          price_per_move,     executor, seed,   effort,
+          max_proposals,    sample_tokens, sample_requests, time_limit_seconds, progress};
+}
+
+}  // namespace detail::inline TETROMINO_ISA
+
 /// A placement and the node on which each request of the calibration runs, made for each other.
 struct local_plan {
   placement experts;
