@@ -220,7 +220,7 @@ void run(const layer& l, const std::vector<std::size_t>& tokens, const std::stri
   const device_array<bfloat16> dense(l.n * l.k * l.experts), x(most * l.k), out(most * l.n);
   fill(dense), fill(x);
   std::vector<std::unique_ptr<packed_experts>> ours;
-  for (const char* name : {"mxfp4-32/oas", "mxfp4-32/oas/mbs-static", "nvfp4/amax"}) {
+  for (const char* name : {"mxfp4-32/oas", "mxfp4-32/oas/mbs-static", "nvfp4/amax", "mxfp4-32/floor/mbs-static@8x2"}) {
     ours.push_back(std::make_unique<packed_experts>(name, l, dense, s.stream));
   }
   for (const std::size_t n : tokens) {

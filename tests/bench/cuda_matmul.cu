@@ -50,8 +50,12 @@ void fill(bfloat16* to, std::size_t n, float size) {
 }
 
 constexpr std::size_t most_rows = 4096;
-const char* const recipes[] = {"mxfp4-32/oas", "mxfp4-16/oas", "nvfp4/amax", "mxfp4-32/oas/mbs-static",
-                               "mxfp4-16/oas/mbs-static"};
+const char* const recipes[] = {"mxfp4-32/oas",
+                               "mxfp4-16/oas",
+                               "nvfp4/amax",
+                               "mxfp4-32/oas/mbs-static",
+                               "mxfp4-16/oas/mbs-static",
+                               "mxfp4-32/floor/mbs-static@8x2"};
 
 /// One layer's weights [n, k]: copies in bfloat16, and copies repacked under each recipe, to take turns.
 struct layer {

@@ -68,11 +68,27 @@ void run(const char* type, double copy, const buffers& b) {
   };
   const double in_bytes = static_cast<double>(n * sizeof(T));
   const batch_view<const T> in(x, 1, rows, cols);
-  for (const char* name :
-       {"mxfp4-32/floor", "mxfp4-32/ceil", "mxfp4-32/round-up", "mxfp4-32/even", "mxfp4-32/oas", "mxfp4-16/oas",
-        "mxfp4-32/oas/mbs-static", "mxfp4-16/oas/mbs-static", "nvfp4/amax", "nvfp4/four-over-six", "nvfp4/min-error",
-        "mxfp4-32/min-error", "mxfp4-32/oas/mbs-search", "mxfp4-16/oas/mbs-search", "mxfp4-32/oas/hadamard-32",
-        "mxfp4-32/oas/hadamard-128", "nvfp4/amax/hadamard-16"}) {
+  for (const char* name : {"mxfp4-32/floor",
+                           "mxfp4-32/ceil",
+                           "mxfp4-32/round-up",
+                           "mxfp4-32/even",
+                           "mxfp4-32/oas",
+                           "mxfp4-16/oas",
+                           "mxfp4-32/oas/mbs-static",
+                           "mxfp4-16/oas/mbs-static",
+                           "nvfp4/amax",
+                           "nvfp4/four-over-six",
+                           "nvfp4/min-error",
+                           "mxfp4-32/min-error",
+                           "mxfp4-32/oas/mbs-search",
+                           "mxfp4-16/oas/mbs-search",
+                           "mxfp4-32/oas/hadamard-32",
+                           "mxfp4-32/oas/hadamard-128",
+                           "nvfp4/amax/hadamard-16",
+                           "mxfp4-32/floor/mbs-static@8x2",
+                           "mxfp4-32/floor/mbs-search@8x2",
+                           "mxfp4-32/min-error/mbs-search@8x2",
+                           "mxfp4-32/min-error/mbs-search@16x2"}) {
     const recipe r = recipe::parse(name);
     const auto out = view_of(b, r.format);
     quantize_options options;
