@@ -8,7 +8,7 @@
 
 #include "../../../float16.hpp"  // half, bfloat16
 #include "../../../format.hpp"   // any_format
-#include "avx.hpp"               // split_elements, split_codes, biased_table
+#include "avx.hpp"               // add_products, split_elements, biased_table
 #include "lanes.hpp"             // floats, words
 #include "sse2.hpp"              // load_16, store_16
 
@@ -410,69 +410,10 @@ TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std:
   return out;
 }
 
-/// Of each byte's low four bits, a code: value_bias + twice its value, from 0 to 24.
-TETROMINO_INLINE words biased_values(const words& codes) {
-  const __m256i table = _mm256_broadcastsi128_si256(biased_table());
-  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-    return _mm256_shuffle_epi8(table, _mm256_and_si256(raw(codes.r[i]), _mm256_set1_epi8(15)));
-  });
-}
-/// sum + Σ of the products in each lane of four bytes of a, b, c and d, biased values, by bytes 0 ... 15 of x, signed.
-TETROMINO_INLINE words add_products(const words& sum, const words& a, const words& b, const words& c, const words& d,
-                                    const std::int8_t* x) {
-  const auto four = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-    std::int32_t bytes;
-    std::memcpy(&bytes, x + i, sizeof bytes);
-    return _mm256_set1_epi32(bytes);
-  };
-  const __m256i x0 = four(0), x1 = four(4), x2 = four(8), x3 = four(12);
-  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-#if TETROMINO_HAS_VNNI
-    const __m256i two =
-        _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(raw(sum.r[i]), raw(a.r[i]), x0), raw(b.r[i]), x1);
-    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(two, raw(c.r[i]), x2), raw(d.r[i]), x3);
-#else
-    // Pairs of products are at most 2 * 24 * 128, so that four of them fit 16 bits.
-    const __m256i ab = _mm256_add_epi16(_mm256_maddubs_epi16(raw(a.r[i]), x0), _mm256_maddubs_epi16(raw(b.r[i]), x1));
-    const __m256i cd = _mm256_add_epi16(_mm256_maddubs_epi16(raw(c.r[i]), x2), _mm256_maddubs_epi16(raw(d.r[i]), x3));
-    const __m256i all = _mm256_madd_epi16(_mm256_add_epi16(ab, cd), _mm256_set1_epi16(1));
-    return _mm256_add_epi32(raw(sum.r[i]), all);
-#endif
-  });
-}
-
-/// 4 + m of the factors of eight columns each, number D of four in each lane: as add_fine_products takes them.
-template <int D>
-TETROMINO_INLINE words fine_multipliers(const words& four) {
-  const words all = shift_right<2 * D>(has_paired_sums ? four | shift_left<16>(four) : four);
-  return (all & broadcast(has_paired_sums ? 0x00030003 : 3)) + broadcast(has_paired_sums ? 0x00040004 : 4);
-}
-/// sum + factor Σ of the products in each lane of four bytes of a and b, biased values, by bytes 0 ... 7 of x, signed;
-/// `offset`, the fine_offset of their sum, takes off the bias.
-TETROMINO_INLINE words add_fine_products(const words& sum, const words& a, const words& b, const std::int8_t* x,
-                                         const std::int32_t* offset, const words& factor) {
-  const auto four = [](const void* from) TETROMINO_INLINE_LAMBDA {
-    std::int32_t word;
-    std::memcpy(&word, from, sizeof word);
-    return _mm256_set1_epi32(word);
-  };
-  const __m256i x0 = four(x), x1 = four(x + 4), bias = four(offset);
-  return by_register<words>([&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-  // Sums of eight products, and halves of those with the offset, fit 16 bits.
-#if TETROMINO_HAS_VNNI
-    const __m256i exact = _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(bias, raw(a.r[i]), x0), raw(b.r[i]), x1);
-#else
-    const __m256i exact = _mm256_add_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(raw(a.r[i]), x0), bias),
-                                           _mm256_maddubs_epi16(raw(b.r[i]), x1));
-#endif
-    return _mm256_add_epi32(raw(sum.r[i]), _mm256_madd_epi16(exact, raw(factor.r[i])));
-  });
-}
-
 /// Factors of 2 bits of rows of weights, for multiply_rows; those of each eight columns are in a lane.
 class fine_rows {
  public:
-  /// Of the columns where the bytes of rows begin, with this fine_offset for each eight.
+  /// Of the columns where the bytes of rows begin, with what store_fine_offsets stores for them.
   fine_rows(const any_format& format, const std::uint8_t* const* bytes, const std::int32_t* offsets)
       : bytes_(bytes), offsets_(offsets), is_of_eight_(format.macro_block == 32) {
     const __m256i eight = _mm256_setr_epi16(1 << 14, 1 << 14, 1 << 12, 1 << 12, 1 << 10, 1 << 10, 1 << 8, 1 << 8,

@@ -7,7 +7,7 @@
 #if TETROMINO_SIMD && TETROMINO_VECTOR_BITS == 512
 
 #include "../../../float16.hpp"  // half, bfloat16
-#include "avx.hpp"               // split_elements, split_codes, biased_table
+#include "avx.hpp"               // add_products, split_elements, biased_table
 #include "lanes.hpp"             // floats, words
 #include "sse2.hpp"              // load_16, store_16
 
@@ -323,59 +323,6 @@ TETROMINO_INLINE byte_columns load_columns(const std::uint8_t* const* rows, std:
   const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
   return {{lanes(_mm512_unpacklo_epi64(ab_low, cd_low)), lanes(_mm512_unpackhi_epi64(ab_low, cd_low)),
            lanes(_mm512_unpacklo_epi64(ab_high, cd_high)), lanes(_mm512_unpackhi_epi64(ab_high, cd_high))}};
-}
-
-/// Of each byte's low four bits, a code: value_bias + twice its value, from 0 to 24.
-TETROMINO_INLINE words biased_values(const words& codes) {
-  const __m512i table = _mm512_broadcast_i32x4(biased_table());
-#if TETROMINO_HAS_VNNI
-  return lanes(_mm512_permutexvar_epi8(raw(codes), table));  // heeds six bits, of which the upper two pick a copy
-#else
-  return lanes(_mm512_shuffle_epi8(table, _mm512_and_si512(raw(codes), _mm512_set1_epi8(15))));
-#endif
-}
-/// sum + Σ of the products in each lane of four bytes of a, b, c and d, biased values, by bytes 0 ... 15 of x, signed.
-TETROMINO_INLINE words add_products(const words& sum, const words& a, const words& b, const words& c, const words& d,
-                                    const std::int8_t* x) {
-  const auto four = [&](std::size_t i) TETROMINO_INLINE_LAMBDA {
-    std::int32_t bytes;
-    std::memcpy(&bytes, x + i, sizeof bytes);
-    return _mm512_set1_epi32(bytes);
-  };
-#if TETROMINO_HAS_VNNI
-  const __m512i two = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(raw(sum), raw(a), four(0)), raw(b), four(4));
-  return lanes(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(two, raw(c), four(8)), raw(d), four(12)));
-#else
-  // Pairs of products are at most 2 * 24 * 128, so that four of them fit 16 bits.
-  const __m512i ab = _mm512_add_epi16(_mm512_maddubs_epi16(raw(a), four(0)), _mm512_maddubs_epi16(raw(b), four(4)));
-  const __m512i cd = _mm512_add_epi16(_mm512_maddubs_epi16(raw(c), four(8)), _mm512_maddubs_epi16(raw(d), four(12)));
-  return lanes(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(_mm512_add_epi16(ab, cd), _mm512_set1_epi16(1))));
-#endif
-}
-
-/// 4 + m of the factors of eight columns each, number D of four in each lane: as add_fine_products takes them.
-template <int D>
-TETROMINO_INLINE words fine_multipliers(const words& four) {
-  const words all = shift_right<2 * D>(has_paired_sums ? four | shift_left<16>(four) : four);
-  return (all & broadcast(has_paired_sums ? 0x00030003 : 3)) + broadcast(has_paired_sums ? 0x00040004 : 4);
-}
-/// sum + factor Σ of the products in each lane of four bytes of a and b, biased values, by bytes 0 ... 7 of x, signed;
-/// `offset`, the fine_offset of their sum, takes off the bias.
-TETROMINO_INLINE words add_fine_products(const words& sum, const words& a, const words& b, const std::int8_t* x,
-                                         const std::int32_t* offset, const words& factor) {
-  const auto four = [](const void* from) TETROMINO_INLINE_LAMBDA {
-    std::int32_t word;
-    std::memcpy(&word, from, sizeof word);
-    return _mm512_set1_epi32(word);
-  };
-  // Sums of eight products, and halves of those with the offset, fit 16 bits.
-#if TETROMINO_HAS_VNNI
-  const __m512i exact = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(four(offset), raw(a), four(x)), raw(b), four(x + 4));
-#else
-  const __m512i exact = _mm512_add_epi16(_mm512_add_epi16(_mm512_maddubs_epi16(raw(a), four(x)), four(offset)),
-                                         _mm512_maddubs_epi16(raw(b), four(x + 4)));
-#endif
-  return lanes(_mm512_add_epi32(raw(sum), _mm512_madd_epi16(exact, raw(factor))));
 }
 
 #if TETROMINO_HAS_BF16

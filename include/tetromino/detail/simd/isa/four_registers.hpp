@@ -337,13 +337,16 @@ TETROMINO_INLINE words add_products(const words& sum, const words& a, const word
   });
 }
 
-/// There is no bias to be taken off.
-TETROMINO_INLINE std::int32_t fine_offset(std::int32_t) { return 0; }
+/// Factors of 2 bits multiply sums of eight columns, of which there is no bias to be taken off.
+inline constexpr bool begins_with_fine_offset = false;
+inline void store_fine_offsets(const std::int8_t*, const std::int32_t*, std::int32_t*) {}
 /// 4 + m of the factors of eight columns each, number D of four in each lane.
 template <int D>
 TETROMINO_INLINE words fine_multipliers(const words& four) {
   return (shift_right<2 * D>(four) & broadcast(3)) + broadcast(4);
 }
+/// Of each byte's low four bits, a code: what add_fine_products takes.
+TETROMINO_INLINE words fine_values(const words& codes, const words&) { return biased_values(codes); }
 /// sum + factor Σ of the products in each lane of four bytes of a and b by bytes 0 ... 7 of x; all are signed.
 TETROMINO_INLINE words add_fine_products(const words& sum, const words& a, const words& b, const std::int8_t* x,
                                          const std::int32_t*, const words& factor) {

@@ -124,8 +124,10 @@ concept multiplies_bytes = requires(typename Set::word_lanes w, const typename S
   split_elements(x, out, offsets);
   split_codes(codes, out, offsets);
   // the same with a factor for each eight columns
-  { fine_offset(std::int32_t{}) } -> std::same_as<std::int32_t>;
+  { begins_with_fine_offset } -> std::same_as<const bool&>;
+  store_fine_offsets(x, offsets, offsets);
   { fine_multipliers<3>(w) } -> std::same_as<typename Set::word_lanes>;
+  { fine_values(w, w) } -> std::same_as<typename Set::word_lanes>;
   { add_fine_products(w, w, w, x, offsets, w) } -> std::same_as<typename Set::word_lanes>;
 };
 

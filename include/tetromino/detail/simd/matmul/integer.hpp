@@ -115,19 +115,24 @@ class integer_matmul {
       second = blocks_.block == 32 ? first : i + 16 < used ? scale_at(row, k + i + 16) : 0.0f;
       if (first < least_scale || second < least_scale) drop_scales_of_zeros(values, first, second);
     }
-    if (blocks_.macro_bits == 2 || product_.weights.format.macro_bits == 2) apply_factors(row, m, k, RowsAtOnce == 1);
+    if (blocks_.macro_bits == 2) apply_factors(row, m, k, RowsAtOnce == 1);
+    if (product_.weights.format.macro_bits == 2) {
+      const std::size_t begin = m * x_.stride, end = begin + x_.stride;
+      for (std::size_t at = begin; at < end; at += 32) {
+        store_fine_offsets(x_.values + at, x_.offsets + at / 16, x_.fine_offsets + at / 8);
+      }
+    }
   }
-  /// What factors of 2 bits change about row m of values that are there, on its own side or on that of the weights.
+  /// What its own factors of 2 bits change about row m of values that are there.
   template <class Row>
   TETROMINO_OUTLINE void apply_factors(const Row& row, std::size_t m, std::size_t k, bool has_offsets) {
     for (std::size_t i = 0; i < x_.stride; i += 8) {
       const std::size_t at = m * x_.stride + i;
       std::int8_t* const values = x_.values + at;
-      if (blocks_.macro_bits == 2) multiply_by_factor(row, std::min(k + i, product_.weights.cols - 1), values);
+      multiply_by_factor(row, std::min(k + i, product_.weights.cols - 1), values);
+      if (!has_offsets) continue;
       std::int32_t sum = 0;
       for (std::size_t e = 0; e < 8; ++e) sum += values[e];
-      x_.fine_offsets[at / 8] = fine_offset(sum);
-      if (!has_offsets) continue;
       std::int32_t& offset = x_.offsets[at / common_ * common_ / 16];
       offset = -value_bias * sum + (at % common_ == 0 ? 0 : offset);
     }

@@ -354,13 +354,14 @@ TETROMINO_OUTLINE void add_fine_rows(const weight_panels& w, std::size_t common,
     repeat<4>([&](auto d) TETROMINO_INLINE_LAMBDA {
       if (d == 2 && common == 16) add_scaled(0);
       const words all = load(reinterpret_cast<const std::int32_t*>(codes + 64 * d));
-      const words a = biased_values(all), b = biased_values(shift_right<4>(all));
       const words factor = fine_multipliers<static_cast<int>(d)>(panel.fine_factors());
+      const words a = fine_values(all, factor), b = fine_values(shift_right<4>(all), factor);
       const bool begins = d == 0 || (d == 2 && common == 16);
       repeat<Rows>([&](auto r) TETROMINO_INLINE_LAMBDA {
         const std::size_t first = r * stride + k + 8 * d;
-        products[r] =
-            add_fine_products(begins ? broadcast(0) : products[r], a, b, values + first, offsets + first / 8, factor);
+        const std::int32_t* const offset = offsets + first / 8;
+        if (begins) products[r] = broadcast(begins_with_fine_offset ? *offset : 0);
+        products[r] = add_fine_products(products[r], a, b, values + first, offset, factor);
       });
     });
     add_scaled(common == 16 ? 1 : 0);
@@ -376,6 +377,7 @@ inline void add_each_fine(const weight_panels& w, std::size_t common, const elem
     for (; m + at_once <= rows; m += at_once) add_fine_rows<at_once>(w, common, x, m * x.stride + first, total + m);
   };
   add(std::integral_constant<std::size_t, rows_at_once>{});
+  if constexpr (rows_at_once > 4) add(std::integral_constant<std::size_t, 4>{});
   if constexpr (rows_at_once > 1) add(std::integral_constant<std::size_t, 1>{});
 }
 
