@@ -49,6 +49,33 @@ static void check_blocks(void) {
   CHECK(codes[0] == 0x10 && codes[1] == 0x3A && codes[31] == 0x76);
 }
 
+/* Eights of a block that are codes times 1, 1.25, 1.5 and 1.75 find these factors, and come back. */
+static void check_fine_factors(void) {
+  const char* recipe = "mxfp4-32/floor/mbs-search@8x2";
+  char message[200];
+  float x[32], back[32];
+  uint8_t codes[16], scales[1], macros[1], blocks[17];
+  tetromino_packed linear = {NULL, codes, scales, macros, NULL}, ggml = {blocks, NULL, NULL, NULL, NULL};
+  tetromino_sizes sizes;
+  int i;
+  for (i = 0; i < 32; ++i) {
+    const int code = i % 8 == 7 && i >= 16 ? 6 : i % 8; /* 6 * 1.5 would raise the scale */
+    x[i] = steps[code] * (1.0f + (float)(i / 8) / 4.0f);
+  }
+  CHECK(tetromino_packed_sizes(recipe, 2, 33, &sizes, NULL, 0) == TETROMINO_OK);
+  CHECK(sizes.codes == 2 * 32 && sizes.scales == 4 && sizes.macros == 4 && sizes.ggml == 0);
+  CHECK(tetromino_packed_sizes("mxfp4-32/floor/mbs-search@16x2", 2, 33, &sizes, NULL, 0) == TETROMINO_OK);
+  CHECK(sizes.scales == 4 && sizes.macros == 2);
+
+  CHECK(tetromino_quantize(recipe, x, TETROMINO_FLOAT, 1, 32, NULL, &linear, message, sizeof message) == TETROMINO_OK);
+  CHECK(macros[0] == 0xE4 && scales[0] == 127 && codes[0] == 0x10 && codes[7] == 0x76 && codes[15] == 0x66);
+  CHECK(tetromino_dequantize(recipe, &linear, 1, 32, NULL, back, TETROMINO_FLOAT, NULL, 0) == TETROMINO_OK);
+  CHECK(memcmp(x, back, sizeof x) == 0);
+  CHECK(tetromino_quantize(recipe, x, TETROMINO_FLOAT, 1, 32, NULL, &ggml, message, sizeof message) ==
+        TETROMINO_INVALID_ARGUMENT);
+  CHECK(strstr(message, "mxfp4-32 with macro blocks") != NULL);
+}
+
 /* NVFP4: a tensor scale of 0 is computed, any other kept. */
 static void check_tensor_scale(void) {
   float x[64], back[64], scale = 0.0f;
@@ -206,6 +233,7 @@ static void check_local(void) {
 int main(void) {
   CHECK(strchr(tetromino_version(), '.') != NULL);
   check_blocks();
+  check_fine_factors();
   check_tensor_scale();
   check_options();
   check_errors();

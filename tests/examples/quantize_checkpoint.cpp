@@ -39,6 +39,7 @@ struct layout_case {
   std::string codes, scales, tensor_scale;  // how the names of the parts end, in place of ".weight"
   std::size_t block;
   std::string scale_dtype;
+  std::size_t fine = 0;  // elements with a factor of 2 bits
 };
 
 const std::vector<layout_case> layout_cases = {
@@ -48,6 +49,8 @@ const std::vector<layout_case> layout_cases = {
     {"modelopt", "nvfp4/four-over-six", ".weight", ".weight_scale", ".weight_scale_2", 16, "F8_E4M3"},
     {"linear", "nvfp4/min-error", ".weight.codes", ".weight.scales", ".weight.tensor_scales", 16, "F8_E4M3"},
     {"linear", "mxfp4-16/floor", ".weight.codes", ".weight.scales", "", 16, "F8_E8M0"},
+    {"linear", "mxfp4-32/floor/mbs-search@8x2", ".weight.codes", ".weight.scales", "", 32, "F8_E8M0", 8},
+    {"linear", "mxfp4-32/floor/mbs-static@16x2", ".weight.codes", ".weight.scales", "", 32, "F8_E8M0", 16},
 };
 
 /// The modules that hold a weight: one for each expert, where readers of a layout want that.
@@ -104,10 +107,15 @@ TEST_CASE("each layout is read back by an independent reader, bit for bit") {
           std::memcpy(own.data(), stored.bytes.data(), stored.bytes.size());
           for (float& scale : own) scale = c.layout == "compressed-tensors" ? 1.0f / scale : scale;
         }
+        const auto factor = [&](std::size_t i) {  // rows are whole bytes of factors
+          if (c.fine == 0) return 1.0f;
+          const unsigned four = written.tensors.at(module + ".weight.macros").bytes[i / c.fine / 4];
+          return 1.0f + static_cast<float>(four >> (i / c.fine % 4 * 2) & 3) / 4.0f;
+        };
         for (std::size_t i = 0; i < codes.bytes.size() * 2; ++i) {
           const std::uint8_t scale = block_scales.bytes[i / c.block];
           decoded.push_back(
-              e2m1_value(codes.bytes[i / 2], i) *
+              e2m1_value(codes.bytes[i / 2], i) * factor(i) *
               (own.empty() ? e8m0_value(scale) : own[i / (codes.bytes.size() * 2 / own.size())] * e4m3_value(scale)));
         }
         scales.insert(scales.end(), own.begin(), own.end());
@@ -620,6 +628,10 @@ TEST_CASE("bits where they matter: candidates for every weight within a budget")
     CHECK(verified.exit_code == 0);
     CHECK_THAT(verified.out, contains("packing again gives the same bytes"));
   }
+  const auto factors = nlohmann::json::parse(
+      run({"--dry-run", "--json", "--bits", "4.4", "--candidates", "mxfp4-32/floor,mxfp4-32/floor/mbs-search@8x2"}));
+  CHECK(factors["budget"]["reached"].get<double>() <= 4.4);
+  CHECK(factors["budget"]["reached"].get<double>() > 4.35);
   const auto table = run({"--dry-run", "--bits", "5", "--candidates", "mxfp4-32/oas,keep"});
   CHECK_THAT(table, contains("--bits 5: 4.9"));
   CHECK_THAT(table, contains("kept       13   212992       16.000"));
@@ -647,6 +659,8 @@ TEST_CASE("bits where they matter: what cannot be chosen is said before any work
         "layout modelopt stores nvfp4, not mxfp4-32");
   fails({"--bits", "4.5", "--candidates", "mxfp4-32/oas,nvfp4/amax", "--layout", "gpt-oss"},
         "layout gpt-oss stores mxfp4-32, not nvfp4");
+  fails({"--bits", "4.5", "--candidates", "mxfp4-32/oas/mbs-search@8x2", "--layout", "gpt-oss"},
+        "layout gpt-oss stores mxfp4-32, not mxfp4-32 with macro blocks");
   fails({"--bits", "4.5", "--candidates", "mxfp4-32/oas/gptq,nvfp4/amax"}, "needs --statistics FILE");
   fails({"--bits", "4.5", "--candidates", "mxfp4-32/oas", "--recipe", "nvfp4/amax"},
         "--recipe nvfp4/amax is for all weights: with --bits, give it to --candidates");

@@ -342,7 +342,7 @@ TEST_CASE("keep, pack, rules by pattern and what cannot be asked for") {
     CHECK_THROWS_AS(io::plan_gguf(file, asked), tetromino::error);
     return std::string(plan.error().what());
   };
-  for (const char* name : {"mxfp4-16/oas", "mxfp4-32/oas/mbs-search"}) {
+  for (const char* name : {"mxfp4-16/oas", "mxfp4-32/oas/mbs-search", "mxfp4-32/oas/mbs-search@8x2"}) {
     CHECK_THAT(refused(with(name)), contains("expected a recipe of mxfp4-32 or nvfp4 without macro blocks, got mxfp4"));
   }
   CHECK_THAT(refused(with("mxfp4-32/oas/hadamard-32")), contains("llama.cpp does not rotate activations"));
