@@ -5,6 +5,7 @@
 #include "check.hpp"
 
 #include "examples/program.hpp"
+#include "support/model_folder.hpp"
 #include "support/safetensors_files.hpp"
 
 #include <tetromino/io/safetensors.hpp>

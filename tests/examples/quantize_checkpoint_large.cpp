@@ -2,7 +2,7 @@
 
 #include "examples/large_model.hpp"
 #include "examples/program.hpp"
-#include "support/safetensors_files.hpp"
+#include "support/model_folder.hpp"
 
 #include <tetromino/io/safetensors.hpp>
 
@@ -15,12 +15,11 @@ namespace {
 namespace io = tetromino::io;
 using namespace tetromino_test;
 
-}  // namespace
-
-TEST_CASE("a gigabyte passes through bounded memory, and stops at a signal") {
+/// Packs, measures and verifies two matrices of `rows` rows of 32 KiB, and is stopped in between.
+void pass_in_bounded_memory(std::size_t rows) {
   const temporary_directory folder;
   const std::string in = (folder / "in.safetensors").string(), out = (folder / "out.safetensors").string();
-  constexpr std::size_t rows = 1 << 14, cols = 1 << 14, tensors = 2;  // 512 MiB of bfloat16 each
+  constexpr std::size_t cols = 1 << 14, tensors = 2;
   {
     std::vector<io::tensor_declaration> declarations;
     for (std::size_t t = 0; t < tensors; ++t)
@@ -88,6 +87,14 @@ TEST_CASE("a gigabyte passes through bounded memory, and stops at a signal") {
   CHECK(verified.exit_code == 0);
   CAPTURE(verified.peak_bytes);
   if (tetromino_test::measures_memory) CHECK(verified.peak_bytes < (64u << 20) + 2 * slice);
+}
+
+}  // namespace
+
+TEST_CASE("half a gigabyte passes through bounded memory, and stops at a signal") { pass_in_bounded_memory(1 << 13); }
+
+TEST_CASE("a whole gigabyte passes through bounded memory, and stops at a signal", "[.slow]") {
+  pass_in_bounded_memory(1 << 14);
 }
 
 TEST_CASE("matrices of two gigabytes, beside cp", "[.slow]") {
