@@ -113,19 +113,21 @@ TEST_CASE("dead GPUs send and receive nothing") {
 TEST_CASE("GPUs of unequal speed with as many slots are as even as their experts allow, with slots by speed wholly") {
   // experts of equal loads: a quarter of them each, where the slow ones can do a tenth
   const std::vector<double> speeds = {1, 1, 4, 4};
-  std::vector<std::uint16_t> ids(4000);
-  for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::uint16_t>(i % 20);
-  const trace served = trace::make({1, 20, 1}, ids, {{0, 4000, 0, 0}});
   const std::vector<std::uint32_t> source = {0};
-  const auto imbalance = [&](const std::vector<std::size_t>& slots) {
+  const auto imbalance = [&](const std::vector<std::size_t>& slots, std::size_t experts = 20) {
+    std::vector<std::uint16_t> ids(200 * experts);
+    for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::uint16_t>(i % experts);
+    const trace served = trace::make({1, experts, 1}, ids, {{0, static_cast<std::uint32_t>(ids.size()), 0, 0}});
     const topology t = topology::make(std::vector<std::size_t>{2, 2}, slots).with_speeds(speeds);
-    const std::vector<double> loads(20, 1.0);
+    const std::vector<double> loads(experts, 1.0);
     cost_options options;
     options.replicas.choice = replica_choice::least_loaded;
-    return evaluate(served.view(), balanced({1, 20, loads}, t), t, source, options).gpu_imbalance;
+    return evaluate(served.view(), balanced({1, experts, loads}, t), t, source, options).gpu_imbalance;
   };
   CHECK(imbalance({5, 5, 5, 5}) == Approx(2.5));
   CHECK(imbalance({2, 2, 8, 8}) == Approx(1));
+  // with spare slots, copies on slow GPUs serve less than those on fast ones
+  for (const std::size_t experts : {10u, 11u, 12u}) CHECK(imbalance({5, 5, 5, 5}, experts) < 1.01);
 }
 
 TEST_CASE("what goes to another rack takes ports for longer") {

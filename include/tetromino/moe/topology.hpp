@@ -155,7 +155,7 @@ class topology {
 
   /// The same GPUs, as fast as `speeds` says: [GPUs], in any unit (a GPU of speed 2 serves twice as many pairs in the
   /// same time). `balanced`, `local`, nodes' shares of requests, choices of copies for single tokens and the imbalances
-  /// of the cost go by it. Give a slow GPU fewer slots: with as many as a fast one it has to hold as many experts.
+  /// of the cost go by it. Give a slow GPU fewer slots, or all some to spare: else it has to hold as many experts.
   /// Errors: another number of GPUs, a speed outside 1/64 to 64 times the fastest's.
   [[nodiscard]] TETROMINO_ABI result<topology> try_with_speeds(std::span<const double> speeds) const {
     if (speeds.size() != gpus()) {

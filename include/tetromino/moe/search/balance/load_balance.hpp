@@ -4,13 +4,15 @@
 
 #include "../../topology.hpp"  // topology, node_speeds
 #include "bin_packer.hpp"      // bin_packer
+#include "copy_levels.hpp"     // copy_levels
 
-#include <algorithm>  // std::find, std::make_heap, std::max, std::pop_heap, std::push_heap, std::swap_ranges
-#include <cstddef>    // std::ptrdiff_t, std::size_t
-#include <cstdint>    // std::int32_t, std::uint32_t
-#include <span>       // std::span
-#include <utility>    // std::swap
-#include <vector>     // std::vector
+#include <algorithm>  // std::find, std::make_heap, std::max, std::min, std::pop_heap, std::push_heap, std::sort, std::swap_ranges
+#include <cstddef>  // std::ptrdiff_t, std::size_t
+#include <cstdint>  // std::int32_t, std::uint32_t
+#include <limits>   // std::numeric_limits
+#include <span>     // std::span
+#include <utility>  // std::swap
+#include <vector>   // std::vector
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
 
@@ -59,12 +61,19 @@ class load_balancer {
     for (std::size_t b = 0; all_slots && b + 1 < bins.size(); ++b) {
       fill(load, experts, expert_of_slot.subspan(bins[b], bins[b + 1] - bins[b]));
     }
+    gpu_load_.assign(packer_.loads().begin(), packer_.loads().end());
+    if (!speeds_.empty() && slots > experts.size()) {
+      relieve(load, experts, bins, speeds_.subspan(first_gpu, bins.size() - 1), copies, expert_of_slot);
+    }
   }
 
   /// The load that each GPU given to `solve` carries now: [last_gpu − first_gpu].
-  [[nodiscard]] std::span<const double> gpu_loads() const noexcept { return packer_.loads(); }
+  [[nodiscard]] std::span<const double> gpu_loads() const noexcept { return gpu_load_; }
 
  private:
+  // The rounds after which shares hardly change: while copies are added one by one, and from equal shares.
+  static constexpr std::size_t few_rounds = 4, enough_rounds = 64;
+
   struct weighed {
     double weight;
     std::uint32_t index;
@@ -86,6 +95,84 @@ class load_balancer {
       slot = static_cast<std::int32_t>(experts[best]);
       ++copies_[best];
     }
+  }
+
+  // Where GPUs differ in speed, copies that serve equal shares, as those placed so far, keep slow GPUs busy for long.
+  // The other way: each expert once, then copies that take from whichever GPU is busiest, as much as that makes even.
+  // Taken where it gains more, squared, than equal shares would lose by it: tokens that stay near home share about so.
+  void relieve(std::span<const double> load, std::span<const std::uint32_t> experts,
+               std::span<const std::uint32_t> bins, std::span<const double> speeds, std::size_t copies,
+               std::span<std::int32_t> expert_of_slot) {
+    const std::size_t gpus = speeds.size();
+    load_.clear();
+    items_.clear();
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      load_.push_back(load[experts[i]]);
+      items_.push_back({load_[i], static_cast<std::uint32_t>(i)});
+    }
+    levels_.begin(load_, speeds);
+    for (std::size_t g = 0; g < gpus; ++g) {
+      for (std::size_t s = bins[g]; s < bins[g + 1]; ++s) {
+        const auto found = std::find(experts.begin(), experts.end(), static_cast<std::uint32_t>(expert_of_slot[s]));
+        if (found != experts.end()) levels_.add(static_cast<std::size_t>(found - experts.begin()), g);
+      }
+    }
+    levels_.level(enough_rounds);
+    const double before = levels_.busiest(), even_before = levels_.busiest_if_even();
+
+    packer_.pack(items_, bins, item_of_slot_, bins.size() * 4, speeds);
+    levels_.begin(load_, speeds);
+    room_.assign(gpus, 0);
+    for (std::size_t g = 0; g < gpus; ++g) {
+      for (std::size_t s = bins[g] - bins[0]; s < bins[g + 1] - bins[0]; ++s) {
+        if (item_of_slot_[s] == bin_packer::nothing) {
+          ++room_[g];
+        } else {
+          levels_.add(item_of_slot_[s], g);
+        }
+      }
+    }
+    for (; copies > 0 && add_relief(experts.size()); --copies) levels_.level(few_rounds);
+    levels_.level(enough_rounds);
+    const double gained = levels_.busiest() / before, even = levels_.busiest_if_even() / even_before;
+    if (!(gained * gained * std::max(even, 1.0) < 0.96)) return;
+    gpu_load_.assign(levels_.gpu_loads().begin(), levels_.gpu_loads().end());
+    for (std::size_t g = 0; g < gpus; ++g) {
+      std::size_t slot = bins[g];
+      for (std::size_t i = 0; i < experts.size(); ++i) {
+        if (levels_.find(i, g) != nullptr) expert_of_slot[slot++] = static_cast<std::int32_t>(experts[i]);
+      }
+      while (slot < bins[g + 1]) expert_of_slot[slot++] = -1;
+    }
+  }
+  // One more copy where it takes most from the busiest GPU that has anything to give; false if there is none.
+  bool add_relief(std::size_t experts) {
+    busiest_first_.resize(room_.size());
+    for (std::size_t g = 0; g < room_.size(); ++g) busiest_first_[g] = {levels_.busy(g), static_cast<std::uint32_t>(g)};
+    std::sort(busiest_first_.begin(), busiest_first_.end(),
+              [](const weighed& a, const weighed& b) { return below_heaviest(b, a); });
+    for (const weighed& from : busiest_first_) {
+      double most = -std::numeric_limits<double>::infinity();
+      std::size_t expert = experts, to = 0;
+      for (std::size_t e = 0; e < experts; ++e) {
+        const copy_levels::copy* const here = levels_.find(e, from.index);
+        if (here == nullptr) continue;
+        for (std::size_t g = 0; g < room_.size(); ++g) {
+          if (room_[g] == 0) continue;
+          const double taken = std::min(here->share, levels_.until_even(from.index, g));
+          if (taken > most && levels_.find(e, g) == nullptr) {
+            most = taken;
+            expert = e;
+            to = g;
+          }
+        }
+      }
+      if (expert == experts) continue;
+      levels_.add(expert, to);
+      --room_[to];
+      return true;
+    }
+    return false;
   }
 
   // One copy after the other for whoever carries most per copy and may have more.
@@ -116,6 +203,12 @@ class load_balancer {
   std::vector<pack_item> items_;
   std::vector<std::uint32_t> item_of_slot_;
   std::vector<weighed> heap_;
+  std::vector<double> gpu_load_;  // [last_gpu − first_gpu]
+
+  copy_levels levels_;
+  std::vector<double> load_;            // [experts]
+  std::vector<std::size_t> room_;       // [gpus] slots
+  std::vector<weighed> busiest_first_;  // [gpus]
 };
 
 /// Exchanges whole GPUs, of equally many slots and one speed, between nodes while that makes the busiest node less so.
