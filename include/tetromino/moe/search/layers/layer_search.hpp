@@ -191,6 +191,7 @@ class layer_search {
     }
     lanes_.clear(first_chunk_.back());
     list_.resize(active_ * k);
+    choice_.resize(active_ * k);
     place_.resize(active_ * k);
     words_ = (active_ + 63) / 64;
     uses_token_.assign(experts * words_, 0);
@@ -203,6 +204,7 @@ class layer_search {
       for (std::size_t i = 0; i < k; ++i) {
         const std::size_t at = cursor_[e[i]]++, position = at - first_[e[i]];
         list_[at] = static_cast<std::uint32_t>(t);
+        choice_[at] = static_cast<std::uint8_t>(i);
         const std::size_t lane = lane_of(e[i], position);
         place_[t * k + i] = static_cast<std::uint32_t>(lane);
         uses_token_[e[i] * words_ + t / 64] |= std::uint64_t{1} << (t % 64);
@@ -385,25 +387,32 @@ class layer_search {
     if (rules_->visit_price == 0) return;
     const std::size_t k = rules_->experts_per_token;
     visits_if(h.expert, h.then, new_visits_.data());
-    told_.resize((first_[h.expert + 1] - first_[h.expert]) * (k - 1));
+    const std::size_t first = first_[h.expert], count = first_[h.expert + 1] - first;
+    told_.resize(count * (k - 1));
     std::uint32_t* told = told_.data();
-    for (std::size_t i = first_[h.expert]; i < first_[h.expert + 1]; ++i) {
-      const std::size_t t = list_[i];
-      const std::uint16_t* const e = ids(t);
-      std::size_t mine = 0;
-      while (e[mine] != h.expert) ++mine;
-      const std::uint32_t* const lane = place_.data() + t * k;
+    for (std::size_t i = first; i < first + count; ++i) {
+      const std::uint32_t* const lane = place_.data() + list_[i] * k;
+      const std::size_t mine = choice_[i];
       const auto row = static_cast<std::uint32_t>(cover_lanes * mine);
       for (std::size_t j = 0; j < mine; ++j) *told++ = lane[j] + row;
       for (std::size_t j = mine + 1; j < k; ++j) *told++ = lane[j] + row + std::uint32_t{cover_lanes};
-      const std::uint8_t new_visits = new_visits_[i - first_[h.expert]];
-      if (new_visits != visits_[t]) {
-        const std::int64_t more = static_cast<std::int64_t>(new_visits) - static_cast<std::int64_t>(visits_[t]);
-        visits_[t] = new_visits;
-        for (std::size_t j = 0; j < k; ++j) list_visits_[e[j]] += more;
-      }
     }
     lanes_.set(told_, h.then);
+
+    // those with other visits are listed first: a branch for each of them would cost more than the list
+    changed_tokens_.resize(count + 1);
+    std::size_t changed = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+      changed_tokens_[changed] = static_cast<std::uint32_t>(i);
+      changed += new_visits_[i] != visits_[list_[first + i]] ? 1U : 0U;
+    }
+    for (std::size_t c = 0; c < changed; ++c) {
+      const std::size_t i = changed_tokens_[c], t = list_[first + i];
+      const std::int64_t more = static_cast<std::int64_t>(new_visits_[i]) - static_cast<std::int64_t>(visits_[t]);
+      visits_[t] = new_visits_[i];
+      const std::uint16_t* const e = ids(t);
+      for (std::size_t j = 0; j < k; ++j) list_visits_[e[j]] += more;
+    }
   }
 
   const search_rules* rules_;
@@ -427,13 +436,15 @@ class layer_search {
 
   std::vector<std::size_t> first_, first_chunk_, cursor_;  // [experts + 2] where lists begin
   std::vector<std::uint32_t> list_;                        // tokens of each expert, ascending
+  std::vector<std::uint8_t> choice_;                       // which of the token's choices it is
   std::vector<std::uint32_t> place_;                       // [active, experts per token] lane of a token in those lists
   token_lanes<Mask> lanes_;                                // of each expert's tokens, their homes and other experts
   std::vector<std::uint64_t> uses_token_;                  // [experts, words] a bit per token
   std::vector<std::uint8_t> visits_;                       // [active]
   std::vector<std::int64_t> list_visits_;                  // [experts] sum over the tokens of each
   std::vector<std::uint8_t> new_visits_;
-  std::vector<std::uint32_t> told_;  // lanes that hear of a change
+  std::vector<std::uint32_t> told_;            // lanes that hear of a change
+  std::vector<std::uint32_t> changed_tokens_;  // in the list of an expert, by a change
 };
 
 }  // namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA
