@@ -283,6 +283,7 @@ void show_costs() {
   }
   for (const char* name : {"mxfp4-32/oas/gptq", "mxfp4-32/oas/mbs-search/gptq", "mxfp4-32/min-error/mbs-search@32/gptq",
                            "mxfp4-32/min-error/mbs-search256/gptq", "mxfp4-32/min-error/mbs-search256@32/gptq",
+                           "mxfp4-32/min-error/mbs-search@16x2/gptq", "mxfp4-32/min-error/mbs-search@8x2/gptq",
                            "mxfp4-16/min-error/mbs-search256/gptq", "nvfp4/amax/gptq", "nvfp4/min-error/gptq",
                            "nvfp4/min-error/hadamard-16/gptq"}) {
     const matrix_view<const float> view(w.data.data(), n, n);

@@ -126,8 +126,8 @@ template <class X, class Out>
 /// The hooks that tetromino::matmul and grouped_matmul find, with what the GPU alone has as a last argument: half or
 /// bfloat16 activations by weights that were repacked for them. The outputs of gated weights are silu(gate) · up, [M,
 /// n]. Sums run in float, in an order that depends on the shapes and the GPU alone, so that results repeat; a
-/// macro-block factor multiplies partial sums. `row_offsets` is device memory, and not looked at before the launch.
-/// Errors: shape_mismatch; device.
+/// macro-block factor of 8 bits multiplies partial sums, one of 2 bits is part of the weights. `row_offsets` is device
+/// memory, and not looked at before the launch. Errors: shape_mismatch; device.
 template <class X, class Weights, class Out>
 [[nodiscard]] result<void> matmul_on(const stream& s, const X& x, const Weights& w, const matrix_view<Out>& out,
                                      const matmul_options& options = {}) {
