@@ -191,7 +191,7 @@ class checkpoint {
     const std::size_t digits = of - dash - 1;
     for (std::size_t i = 0; i < std::max(count, shards.size()); ++i) {
       const std::string number = std::to_string(i + 1), zeros(digits - std::min(digits, number.size()), '0');
-      const std::string name = last.substr(0, dash + 1) + zeros + number + last.substr(of) + ".safetensors";
+      const std::string name = detail::text(last.substr(0, dash + 1), zeros, number, last.substr(of), ".safetensors");
       if (i < count && i < shards.size() && shards[i].filename() == name) continue;
       return error(errc::io,
                    detail::text(path_.string(), ": expected ", index_name, " or ", count, " shards, found ",

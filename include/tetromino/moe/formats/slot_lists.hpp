@@ -15,7 +15,7 @@
 #include <string>        // std::string
 #include <string_view>   // std::string_view
 #include <system_error>  // std::errc
-#include <utility>       // std::exchange, std::move
+#include <utility>       // std::exchange
 #include <vector>        // std::vector
 
 namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
@@ -56,7 +56,7 @@ class slot_lists {
   /// `experts` 0: the largest number + 1.
   [[nodiscard]] result<placement> finish(std::size_t experts) {
     return placement::try_make(layers_, experts != 0 ? experts : static_cast<std::size_t>(largest_ + 1), slots_,
-                               std::move(entries_));
+                               entries_);
   }
 
  private:

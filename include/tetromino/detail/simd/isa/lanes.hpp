@@ -300,8 +300,8 @@ TETROMINO_INLINE void store(float* out, const floats& a) {
 
 /// What is `ahead` bytes after x, which may be past the end of everything: where pointers must not go.
 TETROMINO_INLINE const void* far_after(const void* x, std::size_t ahead) {
-  return reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(x) +
-                                       ahead);  // NOLINT(performance-no-int-to-ptr)
+  const std::uintptr_t there = reinterpret_cast<std::uintptr_t>(x) + ahead;
+  return reinterpret_cast<const void*>(there);  // NOLINT(performance-no-int-to-ptr)
 }
 /// Asks for what is there, in the first cache or in the second.
 TETROMINO_INLINE void prefetch(const void* x, std::size_t ahead) { __builtin_prefetch(far_after(x, ahead)); }
