@@ -12,7 +12,6 @@
 
 #include <immintrin.h>
 
-#include <array>    // std::array
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int8_t, std::int32_t, std::uint8_t
 #include <cstring>  // std::memcpy
@@ -124,12 +123,15 @@ inline constexpr std::int32_t fine_bias = 84;
 /// Whether sums begin with the first fine offset of a block; else each eight columns have their own.
 inline constexpr bool begins_with_fine_offset = true;
 /// For m and each code: fine_bias + 2 q (4 + m), from 0 to 168.
-inline constexpr auto fine_table = [] {
+struct fine_table {
+  std::uint8_t of[64];
+};
+inline constexpr fine_table fine_bytes = [] {
   constexpr std::int32_t twice[8] = {0, 1, 2, 3, 4, 6, 8, 12};
-  std::array<std::uint8_t, 64> out{};
+  fine_table out{};
   for (std::int32_t i = 0; i < 64; ++i) {
     const std::int32_t magnitude = twice[i % 8] * (4 + i / 16);
-    out[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(fine_bias + (i % 16 < 8 ? magnitude : -magnitude));
+    out.of[i] = static_cast<std::uint8_t>(fine_bias + (i % 16 < 8 ? magnitude : -magnitude));
   }
   return out;
 }();
@@ -151,7 +153,7 @@ TETROMINO_INLINE words fine_multipliers(const words& four) {
 /// Of each byte's low four bits, a code, and a factor: what add_fine_products takes.
 TETROMINO_INLINE words fine_values(const words& codes, const words& factor) {
   const __m512i index = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x30), factor.r[0], codes.r[0], 0xCA);
-  return words(_mm512_permutexvar_epi8(index, _mm512_loadu_si512(fine_table.data())));
+  return words(_mm512_permutexvar_epi8(index, _mm512_loadu_si512(fine_bytes.of)));
 }
 /// sum + Σ of the products in each lane of four bytes of a and b by bytes 0 ... 7 of x, signed.
 TETROMINO_INLINE words add_fine_products(const words& sum, const words& a, const words& b, const std::int8_t* x,
