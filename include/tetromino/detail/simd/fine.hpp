@@ -8,8 +8,9 @@
 
 #include "../../scaling.hpp"  // carry_of, fine_factor, fine_inverse
 #include "../row.hpp"         // row_rules
+#include "estimates.hpp"      // block_columns
 #include "isa.hpp"            // floats, words, snap
-#include "scales.hpp"         // block_magnitudes, closed_form_bytes, inverse_power
+#include "scales.hpp"         // closed_form_bytes, inverse_power
 
 #include <algorithm>  // std::copy_n
 #include <cstddef>    // std::size_t
@@ -40,16 +41,9 @@ struct fine_choice {
 class fine_search {
  public:
   /// Of these blocks, which are finite.
-  fine_search(const row_rules& rules, const block_magnitudes& in) : rules_(rules), is_weighted_(in.weights != nullptr) {
-    for (std::size_t b = 0; b < blocks_at_once; ++b) {
-      for (std::size_t i = 0; i < block; ++i) x_[i][b] = in.x[b * block + i];
-    }
-    for (std::size_t b = 0; b < blocks_at_once && is_weighted_; ++b) {
-      for (std::size_t i = 0; i < block; ++i) weights_[i][b] = in.weights[b * block + i];
-    }
-  }
+  fine_search(const row_rules& rules, const block_magnitudes& in) : rules_(rules), in_(in) {}
 
-  [[nodiscard]] fine_choice choose(const words& amax) const { return choose(amax, is_weighted_); }
+  [[nodiscard]] fine_choice choose(const words& amax) const { return choose(amax, in_.is_weighted); }
 
  private:
   static constexpr std::size_t block = 32;
@@ -104,11 +98,11 @@ class fine_search {
       alignas(64) float x[16][lane_count];
       words largest = broadcast(0);
       for (std::size_t i = 0; i < elements; ++i) {
-        const floats scaled = rounded(load(x_[g * elements + i]) * to_scale);
+        const floats scaled = rounded(load(in_.x[g * elements + i]) * to_scale);
         largest = max(largest, bits_of(scaled));
         store(x[i], scaled);
       }
-      choose_group({x, is_weighted ? weights_ + g * elements : nullptr, elements, floats_of(largest)}, out.m[g],
+      choose_group({x, is_weighted ? in_.weights + g * elements : nullptr, elements, floats_of(largest)}, out.m[g],
                    errors[g]);
     }
     out.total = (errors[0] + errors[2]) + (errors[1] + errors[3]);
@@ -172,9 +166,7 @@ class fine_search {
   }
 
   const row_rules& rules_;
-  bool is_weighted_;
-  alignas(64) float x_[block][blocks_at_once];
-  alignas(64) float weights_[block][blocks_at_once];
+  block_columns in_;
 };
 
 /// Stores the bytes of factors of 16 blocks.

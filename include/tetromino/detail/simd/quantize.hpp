@@ -15,11 +15,12 @@
 #include "hadamard.hpp"          // simd_rotation
 #include "scales.hpp"            // closed_form_bytes, searched_macros, nvfp4_codes
 
-#include <algorithm>  // std::min, std::max, std::copy_n, std::fill, std::find_if, std::replace_if
-#include <cmath>      // std::fabs
-#include <cstddef>    // std::size_t
-#include <cstdint>    // std::uint8_t
-#include <utility>    // std::pair
+#include <algorithm>    // std::min, std::max, std::copy_n, std::fill, std::find_if, std::replace_if
+#include <cmath>        // std::fabs
+#include <cstddef>      // std::size_t
+#include <cstdint>      // std::uint8_t
+#include <type_traits>  // std::is_same_v
+#include <utility>      // std::pair
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
@@ -373,11 +374,13 @@ struct simd_kernels : simd_rotation {
     const auto choose = is_nvfp4(rules) ? &choose_nvfp4 : rules.format.macro_bits == 2 ? &choose_fine : &choose_mx;
     store(span.scales.amax, amax);
     if (!compares) return choose(rules, {nullptr, nullptr, rules.format.block}, amax, span.out, span.scales);
-    alignas(64) float x[32 * blocks_at_once];
-    for (std::size_t i = 0; i < rules.format.block * blocks_at_once; i += lane_count) {
-      store(x + i, magnitude(load(span.x + i)));
+    if constexpr (std::is_same_v<T, float>) {
+      choose(rules, {span.x, weights, rules.format.block}, amax, span.out, span.scales);
+    } else {
+      alignas(64) float x[32 * blocks_at_once];
+      for (std::size_t i = 0; i < rules.format.block * blocks_at_once; i += lane_count) store(x + i, load(span.x + i));
+      choose(rules, {x, weights, rules.format.block}, amax, span.out, span.scales);
     }
-    choose(rules, {x, weights, rules.format.block}, amax, span.out, span.scales);
   }
 
   TETROMINO_OUTLINE static void choose_nvfp4(const row_rules& rules, const block_magnitudes& in, const words& amax,
@@ -396,10 +399,11 @@ struct simd_kernels : simd_rotation {
                                           const packed_row<std::uint8_t>& out, element_scales& scales) {
     const std::size_t macro = rules.format.macro_block;
     floats factor = broadcast(1.0f);
+    const block_columns columns(in);
     if (macro != 0) {
       const std::size_t group = block_at<any_size>(in.block, macro);
       const words m = rules.macro == macro_rule::from_amax ? static_macros(group_max(amax, group))
-                                                           : searched_macros(rules, in, amax, group);
+                                                           : searched_macros(rules, in, columns, amax, group);
       std::int32_t lane[lane_count];
       store(lane, m);
       for (std::size_t i = 0; i * group < lane_count; ++i) out.macros[i] = static_cast<std::uint8_t>(lane[i * group]);
@@ -407,7 +411,7 @@ struct simd_kernels : simd_rotation {
     }
     words byte;
     if (rules.rule == scale_rule::min_error) {
-      byte = select(floats_of(amax) <= broadcast(0.0f), broadcast(0), least_error_bytes(in, amax, factor));
+      byte = select(floats_of(amax) <= broadcast(0.0f), broadcast(0), least_error_bytes(in, columns, amax, factor));
     } else if (macro == 0) {
       byte = closed_form_bytes(amax, carry_of(rules.rule));
     } else {
