@@ -581,26 +581,32 @@ class local_search {
       all += tokens[r];
       largest = std::max(largest, tokens[r]);
     }
-    const auto score = [&](std::size_t r, score_sheet& sheet) {
-      const token_range range = calibration_.requests[r].range(options_.served);
-      const std::uint64_t looked_at = std::min<std::uint64_t>(range.size(), 64);
-      if (looked_at == 0) return;
-      const auto weight = static_cast<std::int64_t>(256 * range.size() / looked_at);
-      for (std::size_t l = 0; l < layers_.size(); ++l) {
-        sheet.scorer.score(
-            layers_[l].holders, rules_.copies, static_cast<std::size_t>(looked_at),
-            [&](std::size_t i) {
-              return calibration_.token(range.first + i * range.size() / looked_at).data() + l * k;
-            },
-            [&](std::size_t, std::size_t n, std::int64_t s) { scores[r * nodes + n] += weight * s; });
-      }
+    struct looked_at {
+      std::size_t request;
+      std::uint64_t token;
+      std::int64_t weight;
     };
-    constexpr std::size_t together = 64;  // requests of one task
+    constexpr std::size_t together = 64;  // requests of one task, so that tokens of short ones are scored together too
     const auto work = [&](std::size_t piece) {
+      std::vector<looked_at> tokens_of_piece;
+      for (std::size_t r = piece * together; r < std::min(out.size(), (piece + 1) * together); ++r) {
+        const token_range range = calibration_.requests[r].range(options_.served);
+        const std::uint64_t count = std::min<std::uint64_t>(range.size(), 64);
+        for (std::uint64_t i = 0; i < count; ++i) {
+          tokens_of_piece.push_back(
+              {r, range.first + i * range.size() / count, static_cast<std::int64_t>(256 * range.size() / count)});
+        }
+      }
       sheets_.lend([&] { return new_sheet(); },
                    [&](score_sheet& sheet) {
-                     const std::size_t last = std::min(out.size(), (piece + 1) * together);
-                     for (std::size_t r = piece * together; r < last; ++r) score(r, sheet);
+                     for (std::size_t l = 0; l < layers_.size(); ++l) {
+                       sheet.scorer.score(
+                           layers_[l].holders, rules_.copies, tokens_of_piece.size(),
+                           [&](std::size_t i) { return calibration_.token(tokens_of_piece[i].token).data() + l * k; },
+                           [&](std::size_t i, std::size_t n, std::int64_t s) {
+                             scores[tokens_of_piece[i].request * nodes + n] += tokens_of_piece[i].weight * s;
+                           });
+                     }
                    });
     };
     options_.executor((out.size() + together - 1) / together, work);
