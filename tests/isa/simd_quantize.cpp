@@ -320,6 +320,17 @@ TEST_CASE("simd packs and unpacks as scalar does: at length", "[.slow]") {
   }
 }
 
+TEST_CASE("simd finds the E4M3 scales of least error that scalar finds, in every place of the search") {
+  reference::generator g(tetromino_test::seed() + 5);
+  tetromino::matrix<float> x(8, 4096);
+  for (float& v : x.data) v = static_cast<float>(g.normal());
+  quantize_options options;
+  options.rule = scale_rule::min_error;
+  const auto expected = tetromino::quantize<tetromino::nvfp4>(tetromino::scalar, x.view(), options);
+  const auto got = tetromino::quantize<tetromino::nvfp4>(vectors, x.view(), options);
+  CHECK((expected.scales == got.scales && expected.codes == got.codes));
+}
+
 TEST_CASE("any bytes unpack as scalar unpacks them") {
   reference::generator g(tetromino_test::seed() + 3);
   for (const any_format format :
