@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <sstream>
+#include <tuple>
 
 namespace {
 
@@ -252,6 +253,15 @@ TEST_CASE("moe_engine: what cannot be run is refused by one rank, and all end") 
     check_refused(ranks, {program, cut, text}, cut);
     check_refused(ranks, {program, text, text}, "not a model of this form");
     check_refused(ranks, {program, model, model}, "expected a tensor");
+  }
+
+  const words leaving{program, model, text, "--nodes", "2", "--rebalance", "6", "--drain"};
+  for (const auto& [rank, says, status] :
+       {std::tuple{"2", "--drain: expected a rank below 2, got 2", 2},
+        {"1", "--drain 1: expected slots for 16 experts on the other ranks, got 8", 1}}) {
+    words command = leaving;
+    command.emplace_back(rank);
+    check_refused(2, command, says, status);
   }
 
   const std::string small = (folder / "small").string();
