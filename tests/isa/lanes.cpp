@@ -50,30 +50,4 @@ TEST_CASE("quotients for codes lie on the right side of every midpoint") {
   CHECK(wrong == 0);
 }
 
-TEST_CASE("quotients from inverses are correctly rounded") {
-  reference::generator g(tetromino_test::seed() + 5);
-  using namespace tetromino::detail;
-  for (int round = 0; round < 100000; ++round) {
-    // Quotients next to the middle between two floats, divisors of all mantissas, and anything.
-    const float divisor = std::ldexp(std::bit_cast<float>(0x3F800000u | static_cast<std::uint32_t>(g.below(1 << 23))),
-                                     static_cast<int>(g.below(20)) - 10);
-    float x[lane_count], quick[lane_count];
-    for (float& v : x) {
-      const double q =
-          static_cast<double>(std::bit_cast<float>(0x3F800000u + static_cast<std::uint32_t>(g.below(1 << 23))));
-      const double middle = q + 0x1p-24;
-      v = static_cast<float>(g.below(2) == 0 ? middle * static_cast<double>(divisor) : q);
-    }
-    const floats d = broadcast(divisor), inverse = broadcast(1.0f) / d;
-    store(quick, quotient<true>(load(x), d, inverse));
-    for (std::size_t i = 0; i < lane_count; ++i) {
-      const float y = x[i] / divisor;
-      if (std::bit_cast<std::uint32_t>(y) != std::bit_cast<std::uint32_t>(quick[i])) {
-        CAPTURE(x[i], divisor);
-        REQUIRE(y == quick[i]);
-      }
-    }
-  }
-}
-
 #endif

@@ -63,12 +63,13 @@ std::vector<std::uint32_t> homes_by(const node_affinity& affinity, const trace& 
 /// Serves each request once on its node, token by token: how often one goes to another node. Each expert has one copy.
 double visits(const trace& t, const placement& p, const topology& cluster, const std::vector<std::uint32_t>& homes) {
   std::size_t out = 0;
+  const trace_view calls = t.view();
   for (std::size_t r = 0; r < homes.size(); ++r) {
     const token_range range = t.requests()[r].range(phase::decode);
     for (std::uint64_t token = range.first; token < range.last; ++token) {
       for (std::size_t l = 0; l < p.layers(); ++l) {
         std::set<std::size_t> nodes;
-        for (const std::uint16_t e : t.view().experts_of(token, l)) {
+        for (const std::uint16_t e : calls.experts_of(token, l)) {
           const auto slot = std::find(p.layer(l).begin(), p.layer(l).end(), e) - p.layer(l).begin();
           nodes.insert(cluster.node_of_slot(static_cast<std::size_t>(slot)));
         }
