@@ -1,6 +1,6 @@
 #pragma once
 
-#include "token_per_warp.cuh"  // route_args, order_of, sigmoid_of, refuse_bias
+#include "token_per_warp.cuh"  // route_args, order_of, sigmoid_of
 
 #include <cstdint>      // std::uint32_t
 #include <type_traits>  // std::true_type
@@ -130,6 +130,14 @@ template <int Lanes, int Held>
   const std::uint32_t bad = least_of<Lanes>(at < Held ? expert_at<Lanes>(at, own) : all_fine);
   most = -least_of<Lanes>(-most);
   return bad == all_fine && most < -largest_float ? 0 : bad;
+}
+
+/// Reports a token that is refused for the bias: at the first expert whose bias is not finite. It happens to all tokens
+/// or none; inlined, it would cost the others registers.
+__device__ __noinline__ inline void report_bias(const route_args& args, std::uint32_t token) {
+  std::uint32_t e = 0;
+  while (fabsf(__ldg(args.bias + e)) <= largest_float) ++e;
+  report_rejection(args.rejected, static_cast<std::uint64_t>(token) * args.experts + e);
 }
 
 /// Keeps the best groups: those of other experts are no longer offered. Returns the least of what is second best in a
@@ -308,7 +316,6 @@ __global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) token_per_lanes_kernel(c
   using room_type = route_room<Sigmoid ? Lanes * Fours : 4>;
   static_assert(sizeof(room_type) / 16 % 2 == 1);
   __shared__ room_type rooms[128 / lanes];
-  if (Sigmoid && refuse_bias(args, 128 / lanes)) return;
   room_type& room = rooms[threadIdx.x / lanes];
   const std::uint32_t own = threadIdx.x % lanes, place = blockIdx.x * (128 / lanes) + threadIdx.x / lanes;
   if ((blockIdx.x * 4 + threadIdx.x / 32) * (32 / lanes) >= args.tokens) return;
@@ -355,11 +362,13 @@ __global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) token_per_lanes_kernel(c
 
   const auto choice_of = [&](float x, float add) { return Sigmoid ? quick_sigmoid(x) + add : x; };
   if constexpr (Sigmoid) {
+    float odd = 0;  // NaN where the bias is not finite
     const auto become_scores = [&](auto whole) {
 #pragma unroll
       for (int j = 0; j < Fours; ++j) {
         float4 add = make_float4(0, 0, 0, 0);
         if (decltype(whole)::value || (args.bias != nullptr && j * Lanes < fours)) add = read_four(args.bias, j);
+        odd = __fmaf_rn(add.w, 0.0f, __fmaf_rn(add.z, 0.0f, __fmaf_rn(add.y, 0.0f, __fmaf_rn(add.x, 0.0f, odd))));
         set_four(j, make_float4(choice_of(score[4 * j], add.x), choice_of(score[4 * j + 1], add.y),
                                 choice_of(score[4 * j + 2], add.z), choice_of(score[4 * j + 3], add.w)));
       }
@@ -368,6 +377,13 @@ __global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) token_per_lanes_kernel(c
       become_scores(std::true_type{});
     } else {
       become_scores(std::false_type{});
+    }
+    if (__any_sync(full_warp, !(odd == 0))) {  // then all tokens are refused
+      if (own == 0 && place == token) report_bias(args, token);
+      refused = true;
+      masked = ~offered;
+#pragma unroll
+      for (int i = 0; i < held; ++i) score[i] = 0;
     }
   }
   if (__any_sync(full_warp, masked != 0)) {

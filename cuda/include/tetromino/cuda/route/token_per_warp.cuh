@@ -37,7 +37,8 @@ inline constexpr float largest_float = 0x1.FFFFFEp127f;
 [[nodiscard]] __device__ inline float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
 
 /// A bias that is not finite refuses all tokens. Called by whole blocks before anything else, for the tokens that the
-/// block routes; true if they are done with. Inlined, it would cost the kernels registers.
+/// block routes; true if they are done with. Inlined, it would cost the kernels registers. (Where lanes hold the whole
+/// bias, they see it themselves: a block of few tokens would wait for this longer than it needs for them.)
 [[nodiscard]] __device__ __noinline__ inline bool refuse_bias(const route_args& args, std::uint32_t tokens_of_block) {
   if (args.bias == nullptr) return false;
   const auto is_bad = [&](std::uint32_t e) { return !(fabsf(__ldg(args.bias + e)) <= largest_float); };
