@@ -175,7 +175,7 @@ struct simd_kernels : simd_rotation {
     }
   };
 
-  static constexpr std::size_t far_ahead = 4096;  // bytes; hardware looks ahead too, but not as far as this work needs
+  static constexpr std::size_t far_ahead = 8192;  // bytes; hardware looks ahead too, but not as far as this work needs
   static constexpr std::int32_t infinity = 0x7F800000;
   /// What elements' type means for their values, and the bits of the least magnitude for which a scale may have to be
   /// lowered.
@@ -546,7 +546,7 @@ struct simd_kernels : simd_rotation {
     std::uint8_t* const codes = span.out.codes;
     for (std::size_t k = 0; k < span.n; k += 64) {
       const floats_pair a = load_pair(span.x + k), b = load_pair(span.x + k + 32);
-      for (std::size_t i = 0; i < 64 * sizeof(T); i += 64) prefetch(span.x + k, far_ahead + i);
+      for (std::size_t i = 0; i < 64 * sizeof(T); i += 64) prefetch_to_l2(span.x + k, far_ahead + i);
       const floats_pair ya = rescale<Block>(block, span, how, a, block_at<Block>(block, k));
       const floats_pair yb = rescale<Block>(block, span, how, b, block_at<Block>(block, k + 32));
       store_codes<T>(codes + k / 2, encode_e2m1(ya.first, a.first), encode_e2m1(ya.second, a.second),
