@@ -12,11 +12,13 @@
 #include "isa/backend.hpp"
 #include "reference/generators.hpp"
 
+#include <algorithm>    // std::find_if, std::none_of
 #include <csignal>      // raise, SIGSTOP
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint64_t
 #include <cstdio>       // std::printf
 #include <functional>   // std::function
+#include <iterator>     // std::begin, std::end
 #include <string>       // std::string
 #include <string_view>  // std::string_view
 #include <utility>      // std::move
@@ -157,7 +159,8 @@ std::vector<work> all_work() {
 }
 
 /// Instructions for 32 elements (of a product: for 32 weights and a row), by backend. About 240 of each call are those
-/// of the calls themselves: checks, and the way to the backend.
+/// of the calls themselves: checks, and the way to the backend. What avx512_bf16 has no count for are kernels of
+/// avx512.
 struct expected_count {
   std::string_view name;
   double avx2 = 0, avx512 = 0, avx512_bf16 = 0;
@@ -169,24 +172,24 @@ struct expected_count {
 constexpr double tolerance = 0.04;
 constexpr expected_count expected[] = {
     // clang-format off
-    {"float -> mxfp4-32/floor", 151.9, 107.5, 107.5},
-    {"float -> mxfp4-32/oas", 152.1, 107.8, 107.8},
-    {"float -> mxfp4-16/oas", 171.8, 121.3, 121.3},
-    {"float -> mxfp4-32/min-error", 329.9, 213.3, 213.3},
-    {"float -> mxfp4-16/oas/mbs-static", 189.9, 134.0, 134.0},
-    {"float -> mxfp4-16/oas/mbs-search", 1083.9, 676.9, 676.9},
-    {"float -> nvfp4/amax", 201.9, 139.0, 139.0},
-    {"float -> nvfp4/four-over-six", 430.6, 270.8, 270.8},
-    {"float -> nvfp4/min-error", 1590.3, 1081.9, 1081.9},
-    {"bfloat16 -> mxfp4-32/oas", 147.7, 103.7, 103.7},
-    {"bfloat16 -> nvfp4/amax", 200.2, 136.6, 136.6},
-    {"half -> mxfp4-32/oas", 154.9, 106.2, 106.2},
-    {"half -> nvfp4/amax", 210.8, 136.2, 136.2},
-    {"float -> int8", 56.6, 47.5, 47.5},
-    {"bfloat16 -> int8", 63.5, 46.4, 46.4},
-    {"half -> int8", 66.1, 47.8, 47.8},
-    {"mxfp4-32/oas -> float", 80.3, 58.6, 58.6},
-    {"mxfp4-32/oas -> bfloat16", 88.1, 57.8, 57.8},
+    {"float -> mxfp4-32/floor", 151.9, 107.5},
+    {"float -> mxfp4-32/oas", 152.1, 107.8},
+    {"float -> mxfp4-16/oas", 171.8, 121.3},
+    {"float -> mxfp4-32/min-error", 329.9, 213.3},
+    {"float -> mxfp4-16/oas/mbs-static", 189.9, 134.0},
+    {"float -> mxfp4-16/oas/mbs-search", 1083.9, 676.9},
+    {"float -> nvfp4/amax", 201.9, 139.0},
+    {"float -> nvfp4/four-over-six", 430.6, 270.8},
+    {"float -> nvfp4/min-error", 1590.3, 1081.9},
+    {"bfloat16 -> mxfp4-32/oas", 147.7, 103.7},
+    {"bfloat16 -> nvfp4/amax", 200.2, 136.6},
+    {"half -> mxfp4-32/oas", 154.9, 106.2},
+    {"half -> nvfp4/amax", 210.8, 136.2},
+    {"float -> int8", 56.6, 47.5},
+    {"bfloat16 -> int8", 63.5, 46.4},
+    {"half -> int8", 66.1, 47.8},
+    {"mxfp4-32/oas -> float", 80.3, 58.6},
+    {"mxfp4-32/oas -> bfloat16", 88.1, 57.8},
     {"int8 x mxfp4-32/oas, M = 1", 17.0, 12.0, 11.2},
     {"int8 x mxfp4-32/oas, M = 4", 13.8, 9.0, 8.4},
     {"packed x mxfp4-32/oas, M = 1", 18.2, 13.3, 12.4},
@@ -197,8 +200,8 @@ constexpr expected_count expected[] = {
     {"packed x repacked mxfp4-32/oas, M = 1", 15.4, 11.1, 10.2},
     {"bfloat16 x repacked mxfp4-32/oas, M = 1", 39.5, 27.9, 10.4},
     {"bfloat16 x repacked mxfp4-32/oas, M = 8", 16.5, 9.7, 4.6},
-    {"nvfp4/amax -> float", 89.1, 63.1, 63.1},
-    {"nvfp4/amax -> bfloat16", 115.8, 73.9, 73.9},
+    {"nvfp4/amax -> float", 89.1, 63.1},
+    {"nvfp4/amax -> bfloat16", 115.8, 73.9},
     {"int8 x nvfp4/amax, M = 1", 20.0, 14.0, 13.2},
     {"int8 x nvfp4/amax, M = 4", 15.3, 9.6, 9.1},
     {"packed x nvfp4/amax, M = 1", 22.3, 16.3, 15.5},
@@ -225,17 +228,17 @@ TEST_CASE("instructions for 32 elements are no more than the table says") {
     return;
   }
   const std::string backend(vectors.backend());
-  if (expected[0].of(backend) == 0) {
+  if (std::none_of(std::begin(expected), std::end(expected), [&](const auto& e) { return e.of(backend) != 0; })) {
     WARN("skipped: there is no table for " << backend);
     return;
   }
   for (const work& w : all_work()) {
+    const auto* const row = std::find_if(std::begin(expected), std::end(expected),
+                                         [&](const expected_count& e) { return e.name == w.name; });
+    const double wanted = row == std::end(expected) ? 0 : row->of(backend);
+    if (row != std::end(expected) && wanted == 0) continue;
     const double count = static_cast<double>(instructions_of(w.f)) * 32 / static_cast<double>(w.elements);
     std::printf("%-12s %-44s %8.1f\n", backend.c_str(), w.name.c_str(), count);
-    double wanted = 0;
-    for (const expected_count& e : expected) {
-      if (e.name == w.name) wanted = e.of(backend);
-    }
     if (!is_the_compiler_of_the_table || wanted == 0) continue;
     INFO(w.name << ": " << count << " instructions for 32 elements, expected " << wanted);
     CHECK(count <= (1 + tolerance) * wanted);
