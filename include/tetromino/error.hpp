@@ -9,7 +9,6 @@
 #include <cstdio>            // std::fprintf, std::snprintf
 #include <initializer_list>  // std::initializer_list
 #include <new>               // placement new
-#include <optional>          // std::optional
 #include <stdexcept>         // std::runtime_error
 #include <string>            // std::string
 #include <string_view>       // std::string_view
@@ -86,10 +85,11 @@ template <class... Pieces>
 /// Bad data: says what was expected and what came. Thrown at the public door, or returned by the `try_` form of a call.
 class error : public std::runtime_error {
  public:
-  TETROMINO_ABI error(errc code, const std::string& message) : std::runtime_error(message), code_(code) {}
   /// The message joins strings and numbers.
   TETROMINO_ABI TETROMINO_COLD error(errc code, std::initializer_list<detail::text_piece> message)
-      : error(code, detail::joined(message)) {}
+      : std::runtime_error(detail::joined(message)), code_(code) {}
+  // not a std::string: for each message in braces, compilers would look through its constructors
+  TETROMINO_ABI error(errc code, const detail::text_piece& message) : error(code, {message}) {}
   [[nodiscard]] TETROMINO_ABI errc code() const noexcept { return code_; }
 
  private:
@@ -116,21 +116,49 @@ class result;
 template <>
 class [[nodiscard]] result<void> {
  public:
-  TETROMINO_ABI result() = default;
-  TETROMINO_ABI result(tetromino::error e) : error_(std::move(e)) {}
+  TETROMINO_ABI result() noexcept {}
+  TETROMINO_ABI TETROMINO_COLD result(const tetromino::error& e) noexcept : fails_(true), error_(e) {}
 
-  [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return !error_; }
+  TETROMINO_ABI result(const result& other) noexcept {
+    if (other.fails_) fail(other.error_);
+  }
+  TETROMINO_ABI result& operator=(const result& other) noexcept {
+    if (fails_ || other.fails_) replace(other);
+    return *this;
+  }
+  TETROMINO_ABI ~result() {
+    if (fails_) drop();
+  }
+
+  [[nodiscard]] TETROMINO_ABI bool has_value() const noexcept { return !fails_; }
   TETROMINO_ABI explicit operator bool() const noexcept { return has_value(); }
   TETROMINO_ABI void value() const {
-    if (error_) detail::raise(*error_);
+    if (fails_) detail::raise(error_);
   }
   [[nodiscard]] TETROMINO_ABI const tetromino::error& error() const {
     TETROMINO_EXPECTS(!has_value(), "result::error() needs a result that holds an error");
-    return *error_;
+    return error_;
   }
 
  private:
-  std::optional<tetromino::error> error_;
+  TETROMINO_ABI TETROMINO_COLD void fail(const tetromino::error& e) noexcept {
+    new (&error_) tetromino::error(e);
+    fails_ = true;
+  }
+  TETROMINO_ABI TETROMINO_COLD void drop() noexcept {
+    error_.~error();
+    fails_ = false;
+  }
+  TETROMINO_ABI TETROMINO_COLD void replace(const result& other) noexcept {
+    if (this == &other) return;
+    if (fails_) drop();
+    if (other.fails_) fail(other.error_);
+  }
+
+  bool fails_ = false;
+  union {  // in place of a std::optional: what is done to errors is called, and not a part of each caller
+    tetromino::error error_;
+  };
 };
 
 /// A value, whose move does not throw, or the error that prevented it. `value()` raises the error; `operator*` expects
@@ -138,13 +166,14 @@ class [[nodiscard]] result<void> {
 template <class T>
 class [[nodiscard]] result {
  public:
-  TETROMINO_ABI result(T value) : value_(std::move(value)) {}
-  TETROMINO_ABI result(tetromino::error e) : done_(std::move(e)) {}
+  TETROMINO_ABI result(const T& value) requires(std::is_copy_constructible_v<T>) : value_(value) {}
+  TETROMINO_ABI result(T&& value) : value_(std::move(value)) {}
+  TETROMINO_ABI result(const tetromino::error& e) noexcept : done_(e) {}
 
   TETROMINO_ABI result(const result& other) requires(std::is_copy_constructible_v<T>) : done_(other.done_) {
     if (has_value()) new (&value_) T(other.value_);
   }
-  TETROMINO_ABI result(result&& other) noexcept : done_(std::move(other.done_)) {
+  TETROMINO_ABI result(result&& other) noexcept : done_(other.done_) {
     if (has_value()) new (&value_) T(std::move(other.value_));
   }
   TETROMINO_ABI result& operator=(result other) noexcept {

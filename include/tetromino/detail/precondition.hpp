@@ -12,10 +12,11 @@ namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 /// The values that a precondition looks at, as text: "layer = 7, layers_ = 4". `names` are the expressions as the
 /// macro saw them, which have no commas outside of brackets.
 struct named_values {
-  char text[400] = "";
+  char text[400];
 
   template <class... Values>
   explicit named_values([[maybe_unused]] const char* names, const Values&... values) {
+    text[0] = '\0';
     (append(names, static_cast<shown<Values>>(values)), ...);
   }
 
