@@ -272,21 +272,61 @@ TETROMINO_COLD inline std::string recipe::name() const {
   return out;
 }
 
-TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
-  constexpr std::size_t shown = 60;  // characters of a wrong name that a message repeats
-  const auto unknown = [&](std::string_view what, std::string_view piece) {
-    const std::string_view meant = detail::nearest_recipe_word(piece);
-    return error(errc::unknown_name, {"recipe \"", name.substr(0, shown), "\": unknown ", what, " \"",
-                                      piece.substr(0, shown), meant.empty() ? "\"; " : "\", did you mean \"", meant,
-                                      meant.empty() ? "" : "\"? ", detail::recipe_help});
-  };
-  const auto invalid = [&](std::string_view subject, std::string_view piece, std::string_view why) {
+namespace detail::inline TETROMINO_ISA {
+
+/// What can be wrong with the name of a recipe.
+struct recipe_errors {
+  static constexpr std::size_t shown = 60;  // characters of a wrong name that a message repeats
+  std::string_view name;
+
+  [[nodiscard]] TETROMINO_COLD error unknown(std::string_view what, std::string_view piece) const {
+    const std::string_view meant = nearest_recipe_word(piece);
+    return error(errc::unknown_name,
+                 {"recipe \"", name.substr(0, shown), "\": unknown ", what, " \"", piece.substr(0, shown),
+                  meant.empty() ? "\"; " : "\", did you mean \"", meant, meant.empty() ? "" : "\"? ", recipe_help});
+  }
+  [[nodiscard]] TETROMINO_COLD error invalid(std::string_view subject, std::string_view piece,
+                                             std::string_view why) const {
     return error(errc::invalid_argument,
-                 {"recipe \"", name.substr(0, shown), "\": ", subject, piece, why, "; ", detail::recipe_help});
-  };
-  const auto misplaced = [&](std::string_view kind, std::string_view piece, bool is_second) {
+                 {"recipe \"", name.substr(0, shown), "\": ", subject, piece, why, "; ", recipe_help});
+  }
+  [[nodiscard]] error misplaced(std::string_view kind, std::string_view piece, bool is_second) const {
     return invalid(kind, piece, is_second ? "\" is a second one" : "\" comes too late");
-  };
+  }
+};
+
+/// Reads MACRO[@SIZE] into `out`, which has what is before it. `format` is the format's name, `kind` what the piece is
+/// where no macro rule has its name.
+TETROMINO_COLD inline result<void> read_macro(const recipe_errors& wrong, std::string_view format,
+                                              std::string_view kind, std::string_view piece, recipe& out) {
+  const std::size_t at = piece.find('@');
+  bool found = false;
+  for (const auto& [macro_name, value] : macro_names) {
+    if (macro_name == piece.substr(0, at)) out.macro = value, found = true;
+  }
+  if (!found) return wrong.unknown(kind, piece);
+  if (out.format.macro_block != 0 || out.rotation != 0 || out.error_feedback) {
+    return wrong.misplaced("macro rule \"", piece.substr(0, at), out.format.macro_block != 0);
+  }
+  if (out.format.scale == scale_type::e4m3) return wrong.invalid(format, " has no macro blocks", "");
+  const std::string_view size = at == std::string_view::npos ? "128" : piece.substr(at + 1);
+  if (size == "8x2" || size == "16x2") {
+    if (out.format.block != 32) return wrong.invalid(format, " has no factors of 2 bits", "");
+    if (out.macro == macro_rule::search_256) {
+      return wrong.invalid("mbs-search256 is for factors of 8 bits, not ", size, "");
+    }
+    out.format = size == "8x2" ? any_format(mbs<mxfp4, 8, 2>{}) : any_format(mbs<mxfp4, 16, 2>{});
+    return {};
+  }
+  out.format.macro_block = size == "32" ? 32 : size == "64" ? 64 : size == "128" ? 128 : size == "256" ? 256 : 0;
+  if (out.format.macro_block == 0) return wrong.unknown("macro-block size", size);
+  return {};
+}
+
+}  // namespace detail::inline TETROMINO_ISA
+
+TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
+  const detail::recipe_errors wrong{name};
   // The pieces still to be read; an empty piece is none of the names below.
   std::string_view rest = name;
   bool more = true;
@@ -305,55 +345,33 @@ TETROMINO_COLD inline result<recipe> recipe::try_parse(std::string_view name) {
   } else if (format == "mxfp4-16") {
     out.format = mxfp4_16{};
   } else if (format != "mxfp4-32" && format != "mxfp4") {
-    return unknown("format", format);
+    return wrong.unknown("format", format);
   }
   out.rule = default_rule(out.format);
 
   bool is_first = more;  // only the first piece can be a rule
-  bool has_own_rule = false, found = false;
+  bool has_own_rule = false;
   while (more) {
     const std::string_view piece = next_piece();
-    found = false;
+    bool is_rule = false;
     for (const auto& [rule_name, value] : detail::rule_names) {
       if (rule_name != piece) continue;
-      if (!is_first) return misplaced("rule \"", piece, has_own_rule);
-      out.rule = value, found = has_own_rule = true;
+      if (!is_first) return wrong.misplaced("rule \"", piece, has_own_rule);
+      out.rule = value, is_rule = has_own_rule = true;
     }
-    if (found && !has_rule(out.format.scale, out.rule)) {
-      return invalid(format, " has no rule ", piece);
-    }
-    const std::string_view what = detail::kind_of_piece(piece, is_first);
+    if (is_rule && !has_rule(out.format.scale, out.rule)) return wrong.invalid(format, " has no rule ", piece);
+    const std::string_view kind = detail::kind_of_piece(piece, is_first);
     is_first = false;
-    if (found) continue;
+    if (is_rule) continue;
     if (const std::size_t size = detail::rotation_named(piece); size != 0) {
-      if (out.rotation != 0 || out.error_feedback) return misplaced("rotation \"", piece, out.rotation != 0);
+      if (out.rotation != 0 || out.error_feedback) return wrong.misplaced("rotation \"", piece, out.rotation != 0);
       out.rotation = size;
-      continue;
-    }
-    if (piece == "gptq") {
-      if (out.error_feedback) return misplaced("step \"", piece, true);
+    } else if (piece == "gptq") {
+      if (out.error_feedback) return wrong.misplaced("step \"", piece, true);
       out.error_feedback = true;
-      continue;
+    } else if (auto read = detail::read_macro(wrong, format, kind, piece, out); !read) {
+      return read.error();
     }
-    const std::size_t at = piece.find('@');
-    found = false;
-    for (const auto& [macro_name, value] : detail::macro_names) {
-      if (macro_name == piece.substr(0, at)) out.macro = value, found = true;
-    }
-    if (!found) return unknown(what, piece);
-    if (out.format.macro_block != 0 || out.rotation != 0 || out.error_feedback) {
-      return misplaced("macro rule \"", piece.substr(0, at), out.format.macro_block != 0);
-    }
-    if (out.format.scale == scale_type::e4m3) return invalid(format, " has no macro blocks", "");
-    const std::string_view size = at == std::string_view::npos ? "128" : piece.substr(at + 1);
-    if (size == "8x2" || size == "16x2") {
-      if (out.format.block != 32) return invalid(format, " has no factors of 2 bits", "");
-      if (out.macro == macro_rule::search_256) return invalid("mbs-search256 is for factors of 8 bits, not ", size, "");
-      out.format = size == "8x2" ? any_format(mbs<mxfp4, 8, 2>{}) : any_format(mbs<mxfp4, 16, 2>{});
-      continue;
-    }
-    out.format.macro_block = size == "32" ? 32 : size == "64" ? 64 : size == "128" ? 128 : size == "256" ? 256 : 0;
-    if (out.format.macro_block == 0) return unknown("macro-block size", size);
   }
   return out;
 }
