@@ -101,7 +101,7 @@ class row_rotation {
   row_rotation() = default;  // none
   row_rotation(const hadamard& rotation, std::size_t cols) : size_(rotation.size), scale_(inverse_root(rotation.size)) {
     if (!rotation.sign_seed) return;
-    signs_.resize(cols);
+    signs_ = std::vector<std::uint32_t>(cols);
     for (std::size_t k = 0; k < cols; ++k) {
       signs_[k] = philox4x32(k / 4, *rotation.sign_seed).word[k % 4] << 31;
     }

@@ -141,13 +141,14 @@ struct packed {
   /// Throws shape_mismatch for more than 2^48 elements.
   TETROMINO_ABI packed(Format format_, std::size_t matrices_, std::size_t rows_, std::size_t cols_,
                        std::size_t tensor_scale_count = 1)
-      : format(format_), matrices(matrices_), rows(rows_), cols(cols_) {
-    detail::check_sizes(matrices_, rows_, cols_).value();
-    codes.resize(shape().code_bytes());
-    scales.resize(shape().scale_bytes());
-    macros.resize(shape().macro_bytes());
-    if (any_format(format).scale == scale_type::e4m3) tensor_scales.resize(tensor_scale_count);
-  }
+      : format(format_),
+        matrices(matrices_),
+        rows(rows_),
+        cols((detail::check_sizes(matrices_, rows_, cols_).value(), cols_)),
+        codes(shape().code_bytes()),
+        scales(shape().scale_bytes()),
+        macros(shape().macro_bytes()),
+        tensor_scales(any_format(format).scale == scale_type::e4m3 ? tensor_scale_count : 0) {}
 
   [[nodiscard]] TETROMINO_ABI packed_shape shape() const noexcept { return {any_format(format), matrices, rows, cols}; }
 

@@ -144,10 +144,10 @@ packed<Format> with_format(packed<any_format>&& from, const Format& format) {
   out.matrices = from.matrices;
   out.rows = from.rows;
   out.cols = from.cols;
-  out.codes = std::move(from.codes);
-  out.scales = std::move(from.scales);
-  out.macros = std::move(from.macros);
-  out.tensor_scales = std::move(from.tensor_scales);
+  out.codes.swap(from.codes);
+  out.scales.swap(from.scales);
+  out.macros.swap(from.macros);
+  out.tensor_scales.swap(from.tensor_scales);
   return out;
 }
 

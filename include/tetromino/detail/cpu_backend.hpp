@@ -8,7 +8,7 @@
 #include "rejection.hpp"     // rejection_of
 #include "row.hpp"           // row_rules, admit
 
-#include <algorithm>  // std::min, std::max, std::any_of, std::fill
+#include <algorithm>  // std::min, std::max, std::fill
 #include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
@@ -22,6 +22,14 @@ template <real T>
 TETROMINO_COLD error rejection(const batch_view<const T>& in, std::size_t position) {
   const std::size_t col = position % in.cols, row = position / in.cols % in.rows, e = position / in.cols / in.rows;
   return rejection_of(to_float(in.row(e, row)[col]), in.matrices, e, row, col);
+}
+
+template <real T>
+bool has_infinity(const T* x, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    if (is_infinite(to_float(x[i]))) return true;
+  }
+  return false;
 }
 
 constexpr std::size_t piece_of_row = 2048;  // a multiple of every macro block and rotation
@@ -86,9 +94,7 @@ class row_packer {
     const std::size_t size = rotation_.from(first).size;
     for (std::size_t k = 0; k < n; k += size) {
       const std::size_t end = std::min(n, k + size);
-      if (std::any_of(in + k, in + end, [](T x) { return is_infinite(to_float(x)); })) {
-        std::fill(rotated + k, rotated + end, 0.0f);
-      }
+      if (has_infinity(in + k, end - k)) std::fill(rotated + k, rotated + end, 0.0f);
     }
   }
 
@@ -130,19 +136,11 @@ void amax_cpu(executor_ref executor, const batch_view<const T>& in, const RowAma
   for (std::size_t i = 0; i < out.size(); ++i) out[i] = bit_cast<float>(largest[i].load());
 }
 
-/// Where infinities saturate and all else is 0, the largest magnitude is that of the infinities.
-template <real T>
-void count_lone_infinities(executor_ref executor, const batch_view<const T>& in, std::span<float> amax) {
-  bool any_zero = false;
-  for (const float a : amax) any_zero = any_zero || a == 0;
-  if (!any_zero) return;
-  std::vector<float> infinite(amax.size());
-  amax_cpu<T>(executor, in,
-              [](const T* x, std::size_t cols) {
-                return std::any_of(x, x + cols, [](T v) { return is_infinite(to_float(v)); }) ? largest<T> : 0.0f;
-              },
-              {infinite.data(), infinite.size()});
-  for (std::size_t i = 0; i < amax.size(); ++i) amax[i] = amax[i] == 0 ? infinite[i] : amax[i];
+inline bool has_zero(std::span<const float> x) {
+  for (const float v : x) {
+    if (v == 0) return true;
+  }
+  return false;
 }
 
 /// The tensor scales of NVFP4: those given, or from the largest magnitudes.
@@ -152,9 +150,18 @@ void set_tensor_scales(executor_ref executor, const batch_view<const T>& in, con
   if (scales.empty()) return;
   const default_float_state usual;
   if (options.tensor_scales.empty()) {
-    amax_cpu<T>(
-        executor, in, [&](const T* x, std::size_t cols) { return packer.amax(x, cols); }, scales);
-    if (options.special == special_values::saturate) count_lone_infinities<T>(executor, in, scales);
+    bool counts_infinities = false;
+    const auto row_amax = [&](const T* x, std::size_t cols) {
+      return !counts_infinities ? packer.amax(x, cols) : has_infinity(x, cols) ? largest<T> : 0.0f;
+    };
+    amax_cpu<T>(executor, in, row_amax, scales);
+    if (options.special == special_values::saturate && has_zero(scales)) {
+      // where infinities saturate and all else is 0, the largest magnitude is that of the infinities
+      counts_infinities = true;
+      std::vector<float> infinite(scales.size());
+      amax_cpu<T>(executor, in, row_amax, {infinite.data(), infinite.size()});
+      for (std::size_t i = 0; i < scales.size(); ++i) scales[i] = scales[i] == 0 ? infinite[i] : scales[i];
+    }
     for (float& scale : scales) scale = tensor_scale_for(scale, *options.rule, options.invertible_tensor_scales);
   } else {
     for (std::size_t i = 0; i < scales.size(); ++i) {
@@ -170,7 +177,7 @@ class counted_weights {
     const default_float_state usual;  // or subnormal weights might compare as zeros
     for (std::size_t i = 0; i < given.size(); ++i) {
       if (!(given[i] > 0 && given[i] < least_column_weight)) continue;
-      if (copy_.empty()) copy_.assign(given.data(), given.data() + given.size());
+      if (copy_.empty()) copy_ = std::vector<float>(given.data(), given.data() + given.size());
       copy_[i] = 0;
     }
     if (!copy_.empty()) weights_ = {copy_.data(), copy_.size()};
@@ -245,7 +252,7 @@ result<void> fake_quantize_cpu(executor_ref executor, const fake_quantize_job<T>
   std::vector<float> tensor_scales;
   if (job.format.scale == scale_type::e4m3) {
     const bool one = job.options.scope == tensor_scale_scope::batch && job.options.tensor_scales.size() <= 1;
-    tensor_scales.resize(one ? 1 : in.matrices);
+    tensor_scales = std::vector<float>(one ? 1 : in.matrices);
   }
   set_tensor_scales(executor, in, packer, job.options, {tensor_scales.data(), tensor_scales.size()});
   const counted_weights weights(job.options.column_weights);
