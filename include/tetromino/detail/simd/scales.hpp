@@ -80,14 +80,19 @@ TETROMINO_INLINE words closed_form_bytes(const parted_amax& amax, const floats& 
 // are too close to tell: not for blocks that are `decided`, 1, which get any outcome.
 
 /// Adds the squared errors of block b, once multiplied by m, against the grid of E2M1 times s.
-TETROMINO_INLINE floats add_errors(const block_magnitudes& in, std::size_t b, const floats& m, const floats& s,
-                                   floats sum) {
+TETROMINO_OUTLINE inline void add_errors(const block_magnitudes& in, std::size_t b, const floats& m, const floats& s,
+                                         float* sums) {
+  floats sum = load(sums);
   for (std::size_t i = b * in.block; i < (b + 1) * in.block; i += lane_count) {
     const floats y = rounded(magnitude(load(in.x + i)) * m), difference = y - snap(min(y, s * broadcast(6.0f)), s);
     const floats square = rounded(difference * difference);
     sum = sum + (in.weights == nullptr ? square : rounded(load(in.weights + i) * square));
   }
-  return sum;
+  store(sums, sum);
+}
+/// Lane b is the sum of all lanes of block b.
+TETROMINO_OUTLINE inline floats sums_of(const float (&errors)[blocks_at_once][lane_count]) {
+  return sum_each([&](std::size_t b) TETROMINO_INLINE_LAMBDA { return load(errors[b]); });
 }
 
 /// Where a and b differ, or `told` says so already, 1.
@@ -103,9 +108,9 @@ TETROMINO_OUTLINE inline floats scaled_errors(const block_magnitudes& in, const 
   store(to_scale, multiplier);
   for (std::size_t b = 0; b < blocks_at_once; ++b) {
     if ((open >> b & 1u) == 0) continue;
-    store(errors[b], add_errors(in, b, broadcast(to_scale[b]), broadcast(1.0f), broadcast(0.0f)));
+    add_errors(in, b, broadcast(to_scale[b]), broadcast(1.0f), errors[b]);
   }
-  return sum_each([&](std::size_t b) TETROMINO_INLINE_LAMBDA { return load(errors[b]); });
+  return sums_of(errors);
 }
 
 /// The scale bytes that min_error compares: `round_up`'s and its neighbours.
@@ -225,14 +230,11 @@ TETROMINO_COLD words exact_searched_macros(const row_rules& rules, const block_m
     store(scale, floats_of(shift_left<23>(max(byte - unit + broadcast(127), broadcast(1)))));
     for (std::size_t begin = 0; begin < blocks_at_once; begin += group) {
       if ((open >> begin & 1u) == 0) continue;
-      floats sum = broadcast(0.0f);
       for (std::size_t b = begin; b < begin + group; ++b) {
-        sum = add_errors(scaled, b, broadcast(factor), broadcast(scale[b]), sum);
+        add_errors(scaled, b, broadcast(factor), broadcast(scale[b]), errors[begin]);
       }
-      store(errors[begin], sum);
     }
-    store(totals, sum_each([&](std::size_t b) TETROMINO_INLINE_LAMBDA { return load(errors[b]); }) /
-                      broadcast(factor * factor));
+    store(totals, sums_of(errors) / broadcast(factor * factor));
     for (std::size_t begin = 0; begin < blocks_at_once; begin += group) {
       const float total = totals[begin];
       if (m == 0) of_first[begin] = total;
@@ -351,9 +353,9 @@ TETROMINO_OUTLINE inline floats nvfp4_errors(const block_magnitudes& in, const w
   for (std::size_t b = 0; b < blocks_at_once; ++b) {
     if ((open >> b & 1u) == 0) continue;
     store(over + 16 * b, load(in.x + 16 * b) / broadcast(divisors[b]));
-    store(errors[b], add_errors({over, in.weights, 16}, b, broadcast(1.0f), broadcast(1.0f), broadcast(0.0f)));
+    add_errors({over, in.weights, 16}, b, broadcast(1.0f), broadcast(1.0f), errors[b]);
   }
-  return rounded(scale * scale) * sum_each([&](std::size_t b) TETROMINO_INLINE_LAMBDA { return load(errors[b]); });
+  return rounded(scale * scale) * sums_of(errors);
 }
 
 /// The scale codes under which the largest magnitudes become `largest_value`.
