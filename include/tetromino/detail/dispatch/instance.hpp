@@ -10,7 +10,8 @@
 #include "../../config.hpp"  // TETROMINO_ISA
 
 #if defined(TETROMINO_CPU_INSTANCE)
-#include "tables.hpp"  // quantize_table, matmul_table
+#include "../simd/isa.hpp"  // checked_set
+#include "tables.hpp"       // quantize_table, matmul_table
 #if TETROMINO_CPU_ROWS
 #include "../simd/activations.hpp"  // simd_int8
 #include "../simd/quantize.hpp"     // simd_kernels
@@ -20,6 +21,8 @@
 
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
+
+template struct checked_set<this_set>;
 
 #if TETROMINO_CPU_ROWS
 extern const quantize_table rows_table;

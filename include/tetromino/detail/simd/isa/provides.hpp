@@ -2,7 +2,7 @@
 
 #include "../../../config.hpp"  // TETROMINO_SIMD, TETROMINO_VECTOR_BITS
 
-/// What an instruction set provides beyond lanewise arithmetic (lanes.hpp): the one list, checked where it is included.
+/// What an instruction set provides beyond lanewise arithmetic (lanes.hpp): the one list.
 
 #if TETROMINO_SIMD
 
@@ -165,7 +165,8 @@ concept multiplies_by_tiles = requires(const Words& codes) {
   tiles_of(codes);
 };
 
-/// Says what is missing: the compiler names the function below these words.
+/// Says what is missing: the compiler names the function below these words. Instances of tetromino::cpu have one, so
+/// that those who include headers need not wait for it.
 template <class Set>
 struct checked_set {
   static_assert(moves_numbers<Set>, "an instruction set lacks what moves numbers between memory and lanes");
@@ -174,7 +175,6 @@ struct checked_set {
   static_assert(codes_e2m1<Set>, "an instruction set lacks what encodes and decodes E2M1");
   static_assert(multiplies_bytes<Set>, "an instruction set lacks what integer products are made of");
 };
-template struct checked_set<this_set>;
 
 }  // namespace TETROMINO_ISA
 }  // namespace TETROMINO_NAMESPACE::detail
