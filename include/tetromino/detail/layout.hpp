@@ -8,7 +8,7 @@
 #include "../scaling.hpp"  // name_of
 #include "sizes.hpp"       // check_sizes
 
-#include <algorithm>         // std::find, std::find_if
+#include <algorithm>         // std::find
 #include <bit>               // std::endian
 #include <cstddef>           // std::size_t
 #include <cstdint>           // std::uint8_t, std::uint64_t
@@ -53,14 +53,14 @@ inline result<void> check_layout_shape(std::string_view layout, const packed_sha
 /// Says where the first block scale above `largest` is, if there is one.
 inline result<void> check_layout_scales(std::string_view layout, const packed_shape& shape,
                                         std::span<const std::uint8_t> scales, std::uint8_t largest) {
-  const auto bad = std::find_if(scales.begin(), scales.end(), [&](std::uint8_t scale) { return scale > largest; });
-  if (bad == scales.end()) return {};
-  const auto at = static_cast<std::size_t>(bad - scales.begin());
+  std::size_t at = 0;
+  while (at < scales.size() && scales[at] <= largest) ++at;
+  if (at == scales.size()) return {};
   const std::size_t per_row = shape.blocks_per_row();
   return layout_error(
       errc::non_finite, layout,
-      text("expected finite, non-negative block scales, codes up to ", largest, "; got code ", *bad, " in matrix ",
-           at / per_row / shape.rows, ", row ", at / per_row % shape.rows, ", block ", at % per_row));
+      text("expected finite, non-negative block scales, codes up to ", largest, "; got code ", scales[at],
+           " in matrix ", at / per_row / shape.rows, ", row ", at / per_row % shape.rows, ", block ", at % per_row));
 }
 
 inline constexpr std::uint8_t largest_e8m0 = 0xFE, largest_e4m3 = 0x7E;

@@ -5,8 +5,7 @@
 #include "../detail/layout.hpp"  // check_layout_shape
 #include "../packed.hpp"         // packed, packed_view, packed_like
 
-#include <algorithm>    // std::copy, std::copy_n, std::equal
-#include <bit>          // std::bit_cast
+#include <algorithm>    // std::copy, std::copy_n
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t, std::uint32_t
 #include <span>         // std::span
@@ -63,9 +62,11 @@ result<void> check_interleaved(const Half& even, const Half& odd, const Whole& w
 }
 
 inline bool same_bits(std::span<const float> a, std::span<const float> b) noexcept {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) {
-    return std::bit_cast<std::uint32_t>(x) == std::bit_cast<std::uint32_t>(y);
-  });
+  if (a.size() != b.size()) return false;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (bit_cast<std::uint32_t>(a[i]) != bit_cast<std::uint32_t>(b[i])) return false;
+  }
+  return true;
 }
 
 template <class View, class Visit>
