@@ -75,8 +75,8 @@ template <matrix_like Input>
                                        special_values special = special_values::poison) {
   const auto in = tetromino::detail::as_batch(x);
   if (out.size() != 1 && out.size() != in.matrices) {
-    return error(errc::shape_mismatch, tetromino::detail::text("amax: expected room for 1 magnitude or ", in.matrices,
-                                                               " (one for each matrix), got ", out.size()));
+    return error(errc::shape_mismatch,
+                 {"amax: expected room for 1 magnitude or ", in.matrices, " (one for each matrix), got ", out.size()});
   }
   return detail::amax(s, in, special, out);
 }
@@ -92,8 +92,8 @@ template <matrix_like Input, block_format Format>
   const packed_shape shape = out.shape();
   const std::size_t bytes = layout::swizzled_bytes(shape.matrices, shape.rows, shape.blocks_per_row());
   if (out.scales.size() != bytes) {
-    return error(errc::shape_mismatch, tetromino::detail::text("packed storage: swizzled scales need ", bytes,
-                                                               " entries, got ", out.scales.size()));
+    return error(errc::shape_mismatch,
+                 {"packed storage: swizzled scales need ", bytes, " entries, got ", out.scales.size()});
   }
   auto linear = out;
   linear.scales = out.scales.first(shape.scale_bytes());
@@ -121,9 +121,9 @@ template <matrix_like Input, block_format Format>
   const packed_shape shape = out.shape();
   if (auto fits = tetromino::detail::check_storage(out); !fits) return fits;
   if (shape.matrices != in.matrices || shape.rows != in.cols || shape.cols != in.rows) {
-    return error(errc::shape_mismatch, tetromino::detail::text("packed storage is [", shape.matrices, ", ", shape.rows,
-                                                               ", ", shape.cols, "], the transpose of the input [",
-                                                               in.matrices, ", ", in.cols, ", ", in.rows, "]"));
+    return error(errc::shape_mismatch,
+                 {"packed storage is [", shape.matrices, ", ", shape.rows, ", ", shape.cols,
+                  "], the transpose of the input [", in.matrices, ", ", in.cols, ", ", in.rows, "]"});
   }
   tetromino::detail::quantize_job<element_of<Input>> job{in, out, options};
   if (auto valid = tetromino::detail::check_options(job.options, shape.format, in.matrices, in.rows,

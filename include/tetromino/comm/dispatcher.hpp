@@ -91,8 +91,8 @@ class dispatcher {
     const std::size_t k = hops_.front().plan.calls_per_row();
     if (calls.size() % k != 0 || tags.size() != calls.size() / k || x.size() != calls.size() / k * width) {
       return error(errc::shape_mismatch,
-                   detail::text("dispatch: expected ", k, " calls, ", width, " values and a tag for each row, got ",
-                                calls.size(), ", ", x.size(), " and ", tags.size()));
+                   {"dispatch: expected ", k, " calls, ", width, " values and a tag for each row, got ", calls.size(),
+                    ", ", x.size(), " and ", tags.size()});
     }
     std::span<const std::byte> rows = std::as_bytes(x);
     for (std::size_t i = 0; i < hops_.size(); ++i) {
@@ -140,10 +140,9 @@ class dispatcher {
                                                        std::size_t width) {
     hop& last = hops_.back();
     if (y.size() != last.plan.expert_rows().size() * width || out.size() != hops_.front().plan.rows() * width) {
-      return error(errc::shape_mismatch,
-                   detail::text("combine: expected ", last.plan.expert_rows().size(),
-                                " outputs of experts and room for ", hops_.front().plan.rows(), " rows, of ", width,
-                                " values each, got ", y.size(), " and ", out.size(), " values"));
+      return error(errc::shape_mismatch, {"combine: expected ", last.plan.expert_rows().size(),
+                                          " outputs of experts and room for ", hops_.front().plan.rows(), " rows, of ",
+                                          width, " values each, got ", y.size(), " and ", out.size(), " values"});
     }
     last.answers.resize(last.plan.received() * width);
     last.plan.add_expert_outputs(y, last.answers, width);

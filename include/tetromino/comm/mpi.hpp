@@ -25,9 +25,9 @@ inline namespace TETROMINO_ISA {
   char text[MPI_MAX_ERROR_STRING] = {};
   int length = 0;
   if (MPI_Error_string(code, text, &length) != MPI_SUCCESS) length = 0;
-  return error(errc::io, detail::text(call, " failed: ",
-                                      length > 0 ? std::string(text, static_cast<std::size_t>(length))
-                                                 : detail::text("MPI error ", code)));
+  return error(errc::io,
+               {call, " failed: ",
+                length > 0 ? std::string(text, static_cast<std::size_t>(length)) : detail::text("MPI error ", code)});
 }
 
 }  // namespace TETROMINO_ISA
@@ -54,8 +54,7 @@ class mpi_exchange {
   /// Errors: a plan for another number of ranks; MPI's.
   [[nodiscard]] TETROMINO_ABI result<void> try_exchange_counts(moe::dispatch_plan& plan) const {
     if (plan.ranks() != ranks_) {
-      return error(errc::shape_mismatch,
-                   detail::text("MPI exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()));
+      return error(errc::shape_mismatch, {"MPI exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()});
     }
     counts_.resize(ranks_);
     if (auto ok = check_mpi(
@@ -112,7 +111,7 @@ class mpi_exchange {
       std::span<const std::int32_t> receive_offsets, std::size_t row_bytes) const {
     static_assert(sizeof(int) == sizeof(std::int32_t), "MPI counts are 32-bit integers");
     if (row_bytes > static_cast<std::size_t>(std::numeric_limits<int>::max())) {
-      return error(errc::invalid_argument, detail::text("MPI exchange: expected rows below 2 GiB, got ", row_bytes));
+      return error(errc::invalid_argument, {"MPI exchange: expected rows below 2 GiB, got ", row_bytes});
     }
     const row_type row(row_bytes);
     if (auto ok = check_mpi(row.code, "MPI_Type_contiguous"); !ok) return ok;

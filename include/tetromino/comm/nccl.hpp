@@ -46,7 +46,7 @@ inline namespace TETROMINO_ISA {
 /// ncclInProgress, which is no error.
 [[nodiscard]] inline result<void> check_nccl(ncclResult_t code, const char* call) {
   if (code == ncclSuccess || code == ncclInProgress) return {};
-  return error(errc::io, detail::text(call, " failed: ", name_of(code), " (", ncclGetErrorString(code), ")"));
+  return error(errc::io, {call, " failed: ", name_of(code), " (", ncclGetErrorString(code), ")"});
 }
 
 }  // namespace TETROMINO_ISA
@@ -70,8 +70,8 @@ class nccl_exchange {
     if (auto ok = check_nccl(ncclCommCount(communicator, &ranks), "ncclCommCount"); !ok) return ok.error();
     const std::size_t room = static_cast<std::size_t>(ranks) * (static_cast<std::size_t>(ranks) + 1);
     if (counts.size() < room) {
-      return error(errc::shape_mismatch, detail::text("NCCL exchange: expected room for ", room,
-                                                      " counts in device memory, got ", counts.size()));
+      return error(errc::shape_mismatch,
+                   {"NCCL exchange: expected room for ", room, " counts in device memory, got ", counts.size()});
     }
     return nccl_exchange(communicator, stream, counts.data(), static_cast<std::size_t>(rank),
                          static_cast<std::size_t>(ranks));
@@ -109,8 +109,7 @@ class nccl_exchange {
                                                                std::span<const std::uint32_t> offsets) {
     if (auto ok = check_plan(plan); !ok) return ok;
     if (offsets.size() != ranks_ + 1) {
-      return error(errc::shape_mismatch,
-                   detail::text("NCCL exchange: expected ", ranks_ + 1, " offsets, got ", offsets.size()));
+      return error(errc::shape_mismatch, {"NCCL exchange: expected ", ranks_ + 1, " offsets, got ", offsets.size()});
     }
     all_offsets_.resize(ranks_ * (ranks_ + 1));
     if (auto ok = gather_offsets(offsets.data()); !ok) return ok;
@@ -157,14 +156,12 @@ class nccl_exchange {
 
   [[nodiscard]] TETROMINO_ABI static result<void> check_cuda(cudaError_t code) {
     if (code == cudaSuccess) return {};
-    return error(errc::io,
-                 detail::text("NCCL exchange: ", cudaGetErrorName(code), " (", cudaGetErrorString(code), ")"));
+    return error(errc::io, {"NCCL exchange: ", cudaGetErrorName(code), " (", cudaGetErrorString(code), ")"});
   }
 
   [[nodiscard]] TETROMINO_ABI result<void> check_plan(const moe::dispatch_plan& plan) const {
     if (plan.ranks() == ranks_) return {};
-    return error(errc::shape_mismatch,
-                 detail::text("NCCL exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()));
+    return error(errc::shape_mismatch, {"NCCL exchange: expected a plan for ", ranks_, " ranks, got ", plan.ranks()});
   }
 
   /// The offsets [ranks + 1] of each rank, which lie in device memory, to all ranks. Waits for the stream.

@@ -101,7 +101,7 @@ class gguf_writer : public detail::pending_tensors {
                                                                     std::span<const gguf_declaration> tensors,
                                                                     const gguf_file* source = nullptr) {
     const auto plan = lay_out(metadata, tensors);
-    if (!plan) return error(errc::invalid_argument, detail::text(path.string(), ": ", plan.error().what()));
+    if (!plan) return error(errc::invalid_argument, {path.string(), ": ", plan.error().what()});
     auto file = try_begin(path, plan->header, source);
     if (!file) return file.error();
     if (plan->file_size > plan->header.size()) {  // the padding behind the last tensor, and the size of the whole
@@ -130,7 +130,7 @@ class gguf_writer : public detail::pending_tensors {
                                                           std::span<const gguf_declaration> declarations) {
     constexpr std::size_t longest_name = 63;
     constexpr auto largest = static_cast<std::size_t>(std::numeric_limits<std::int64_t>::max() / 2);
-    const auto bad = [](const auto&... what) { return error(errc::invalid_argument, detail::text(what...)); };
+    const auto bad = [](const auto&... what) { return error(errc::invalid_argument, {what...}); };
     std::size_t alignment = detail::gguf_default_alignment;
     if (const auto* const value = metadata.find(detail::gguf_alignment_key)) {
       const auto number = value->try_as<std::uint32_t>();

@@ -41,7 +41,7 @@ class imatrix {
       return from_gguf(std::move(*file));
     }
     detail::legacy_imatrix_parser parser(mapping->bytes());
-    if (!parser.run()) return error(errc::malformed_file, detail::text(path.string(), ": ", parser.problem));
+    if (!parser.run()) return error(errc::malformed_file, {path.string(), ": ", parser.problem});
     imatrix out(path.string());
     for (auto& found : parser.found.entries) {
       out.entries_.push_back({std::move(found.name), found.sums, {}, static_cast<float>(found.calls)});
@@ -85,19 +85,19 @@ class imatrix {
     const entry* const found = find(tensor);
     if (found == nullptr) {
       const auto name_of = [](const entry& e) -> std::string_view { return e.name; };
-      return error(errc::unknown_name, detail::text(subject, ": expected activations of it; ",
-                                                    detail::nearest_names(tensor, entries_, name_of)));
+      return error(errc::unknown_name,
+                   {subject, ": expected activations of it; ", detail::nearest_names(tensor, entries_, name_of)});
     }
     const std::size_t sums = found->sums.size() / sizeof(float), counts = found->counts.size() / sizeof(float);
     const bool is_shared = sums == cols && counts <= 1;
     if (!is_shared && (sums / cols != matrices || sums % cols != 0 || (counts > 1 && counts != matrices))) {
-      return error(errc::shape_mismatch, detail::text(subject, ": expected activations of ", matrices, " x ", cols,
-                                                      " columns, found ", sums, " of them and ", counts, " counts"));
+      return error(errc::shape_mismatch, {subject, ": expected activations of ", matrices, " x ", cols,
+                                          " columns, found ", sums, " of them and ", counts, " counts"});
     }
     const std::size_t which = is_shared ? 0 : matrix;
     const float count = counts == 0 ? found->calls : number(found->counts, counts == 1 ? 0 : which);
     if (!(count >= 0.0f && count <= detail::largest<float>)) {
-      return error(errc::malformed_file, detail::text(subject, ": expected a count of at least 0, found ", count));
+      return error(errc::malformed_file, {subject, ": expected a count of at least 0, found ", count});
     }
     const detail::default_float_state usual;
     std::vector<float> out(cols, 1.0f);
@@ -105,7 +105,7 @@ class imatrix {
       out[k] = number(found->sums, which * cols + k) / (count > 0.0f ? count : 1.0f);
       if (!(out[k] >= 0.0f && out[k] <= detail::largest<float>)) {
         return error(errc::malformed_file,
-                     detail::text(subject, ": expected finite means of at least 0, found ", out[k], " in column ", k));
+                     {subject, ": expected finite means of at least 0, found ", out[k], " in column ", k});
       }
     }
     return out;
@@ -126,9 +126,7 @@ class imatrix {
   [[nodiscard]] TETROMINO_ABI static result<imatrix> from_gguf(gguf_file&& file) {
     constexpr std::string_view sums = ".in_sum2", counts = ".counts";
     imatrix out(file.path());
-    const auto bad = [&](const auto&... what) {
-      return error(errc::malformed_file, detail::text(file.path(), ": ", what...));
-    };
+    const auto bad = [&](const auto&... what) { return error(errc::malformed_file, {file.path(), ": ", what...}); };
     for (const gguf_tensor& tensor : file) {
       if (!tensor.name().ends_with(sums)) continue;
       const std::string name = tensor.name().substr(0, tensor.name().size() - sums.size());

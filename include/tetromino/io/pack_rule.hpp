@@ -65,8 +65,8 @@ inline bool is_for(const io::pack_rule& rule, std::string_view name, bool is_exp
 /// The error of a pattern, given to the option `what`, that no entry fits.
 template <class Entries, class NameOf>
 error unmatched(std::string_view what, const std::string& pattern, const Entries& entries, const NameOf& name_of) {
-  return error(errc::invalid_argument, text("--", what, ' ', printable(pattern), ": it matches no tensor; ",
-                                            nearest_names(pattern, entries, name_of)));
+  return error(errc::invalid_argument, {"--", what, ' ', printable(pattern), ": it matches no tensor; ",
+                                        nearest_names(pattern, entries, name_of)});
 }
 
 /// Fails with the first pattern that no entry fits.

@@ -115,8 +115,8 @@ class safetensors_writer : public detail::pending_tensors {
     const std::string header = detail::write_safetensors_header(*entries, metadata);
     if (header.size() - 8 > detail::safetensors_header_limit) {
       return error(errc::invalid_argument,
-                   detail::text(path.string(), ": expected a header of at most ", detail::safetensors_header_limit,
-                                " bytes, got one of ", header.size() - 8));
+                   {path.string(), ": expected a header of at most ", detail::safetensors_header_limit,
+                    " bytes, got one of ", header.size() - 8});
     }
     const auto* const bytes = reinterpret_cast<const std::uint8_t*>(header.data());
     auto file = try_begin(path, std::span(bytes, header.size()), source);
@@ -136,9 +136,7 @@ class safetensors_writer : public detail::pending_tensors {
   [[nodiscard]] TETROMINO_ABI static result<std::vector<detail::safetensors_entry>> lay_out(
       const std::filesystem::path& path, std::span<const tensor_declaration> tensors,
       const safetensors_metadata& metadata) {
-    const auto bad = [&](const auto&... what) {
-      return error(errc::invalid_argument, detail::text(path.string(), ": ", what...));
-    };
+    const auto bad = [&](const auto&... what) { return error(errc::invalid_argument, {path.string(), ": ", what...}); };
     for (const auto& [key, value] : metadata) {
       if (detail::invalid_utf8(key) || detail::invalid_utf8(value)) {
         return bad("metadata key ", detail::printable(key), ": expected UTF-8");

@@ -156,7 +156,7 @@ struct link_counts {
   const auto usable = [](double x) { return std::isfinite(x) && x >= 0; };
   if (usable(r.node_limit) && usable(r.gpu_limit)) return {};
   return error(errc::invalid_argument,
-               text("cost: expected limits of 0 or more per node and GPU, got ", r.node_limit, " and ", r.gpu_limit));
+               {"cost: expected limits of 0 or more per node and GPU, got ", r.node_limit, " and ", r.gpu_limit});
 }
 
 [[nodiscard]] inline result<void> check_cost_input(const trace_view& served, const placement& p, const topology& t,
@@ -164,19 +164,19 @@ struct link_counts {
                                                    const cost_options& options) {
   const routing_shape& s = served.shape;
   if (p.layers() != s.layers || p.experts() != s.experts) {
-    return error(errc::shape_mismatch, text("cost: expected a placement of ", s.layers, " layers × ", s.experts,
-                                            " experts as in the trace, got ", p.layers(), " × ", p.experts()));
+    return error(errc::shape_mismatch, {"cost: expected a placement of ", s.layers, " layers × ", s.experts,
+                                        " experts as in the trace, got ", p.layers(), " × ", p.experts()});
   }
   if (auto ok = try_validate(p, t, {.one_copy_per_gpu = false}); !ok) return ok;
   if (source_of_request.size() != served.requests.size()) {
-    return error(errc::shape_mismatch, text("cost: expected a source for each of ", served.requests.size(),
-                                            " requests, got ", source_of_request.size()));
+    return error(errc::shape_mismatch, {"cost: expected a source for each of ", served.requests.size(),
+                                        " requests, got ", source_of_request.size()});
   }
   const std::size_t sources = options.sources == source_kind::node ? t.nodes() : t.gpus();
   for (std::size_t r = 0; r < source_of_request.size(); ++r) {
     if (source_of_request[r] >= sources) {
       return error(errc::invalid_argument,
-                   text("cost: expected sources below ", sources, ", got ", source_of_request[r], " for request ", r));
+                   {"cost: expected sources below ", sources, ", got ", source_of_request[r], " for request ", r});
     }
   }
   const auto usable = [](double x) { return std::isfinite(x) && x >= 0; };
@@ -187,13 +187,12 @@ struct link_counts {
   }
   if (!usable(options.bytes_per_expert) ||
       !(usable(options.memory_bytes_per_second) && options.memory_bytes_per_second > 0)) {
-    return error(errc::invalid_argument, text("cost: expected 0 or more bytes per expert at more than 0 bytes/s, got ",
-                                              options.bytes_per_expert, " at ", options.memory_bytes_per_second));
+    return error(errc::invalid_argument, {"cost: expected 0 or more bytes per expert at more than 0 bytes/s, got ",
+                                          options.bytes_per_expert, " at ", options.memory_bytes_per_second});
   }
   if (!usable(options.dispatch_bytes_per_value) || !usable(options.combine_bytes_per_value)) {
-    return error(errc::invalid_argument,
-                 text("cost: expected 0 or more bytes per value, got ", options.dispatch_bytes_per_value, " and ",
-                      options.combine_bytes_per_value));
+    return error(errc::invalid_argument, {"cost: expected 0 or more bytes per value, got ",
+                                          options.dispatch_bytes_per_value, " and ", options.combine_bytes_per_value});
   }
   return {};
 }

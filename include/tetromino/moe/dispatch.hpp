@@ -130,7 +130,7 @@ class dispatch_plan {
     const std::size_t k = calls_per_row_;
     if (calls.size() % k != 0 || calls.size() > std::numeric_limits<std::int32_t>::max()) {
       return error(errc::shape_mismatch,
-                   detail::text("dispatch: expected fewer than 2^31 calls, ", k, " for each row, got ", calls.size()));
+                   {"dispatch: expected fewer than 2^31 calls, ", k, " for each row, got ", calls.size()});
     }
     position_of_call_.resize(calls.size());
     std::fill(send_counts_.begin(), send_counts_.end(), 0);
@@ -139,9 +139,8 @@ class dispatch_plan {
       position_of_call_[i] = nowhere;
       if (slot == no_slot) continue;
       if (slot >= rank_of_slot.size() || rank_of_slot[slot] >= ranks()) {
-        return error(errc::invalid_argument,
-                     detail::text("dispatch: expected slots below ", rank_of_slot.size(), " on ranks below ", ranks(),
-                                  ", got slot ", slot, " for row ", i / k));
+        return error(errc::invalid_argument, {"dispatch: expected slots below ", rank_of_slot.size(),
+                                              " on ranks below ", ranks(), ", got slot ", slot, " for row ", i / k});
       }
       if (copies == row_copies::per_expert || earlier_call_to(calls, rank_of_slot, i) == i) {
         ++send_counts_[rank_of_slot[slot]];
@@ -204,8 +203,8 @@ class dispatch_plan {
       if (slot == no_slot) continue;
       if (slot < first_slot || slot - first_slot >= slots) {
         return error(errc::invalid_argument,
-                     detail::text("dispatch: expected calls for slots ", first_slot, " to ", first_slot + slots,
-                                  " (excluded), got slot ", slot, " in received row ", i / calls_per_row_));
+                     {"dispatch: expected calls for slots ", first_slot, " to ", first_slot + slots,
+                      " (excluded), got slot ", slot, " in received row ", i / calls_per_row_});
       }
       ++expert_offsets_[slot - first_slot + 1];
     }
@@ -298,13 +297,13 @@ class dispatch_plan {
   [[nodiscard]] TETROMINO_ABI result<void> check_counts(std::span<const std::int32_t> counts, const char* way) const {
     if (counts.size() != ranks()) {
       return error(errc::shape_mismatch,
-                   detail::text("dispatch: expected a count for each of ", ranks(), " ranks, got ", counts.size()));
+                   {"dispatch: expected a count for each of ", ranks(), " ranks, got ", counts.size()});
     }
     std::int64_t sum = 0;
     for (std::size_t r = 0; r < counts.size(); ++r) {
       if (counts[r] < 0 || (sum += counts[r]) > std::numeric_limits<std::int32_t>::max()) {
-        return error(errc::invalid_argument, detail::text("dispatch: expected 0 to 2^31 − 1 rows in all, got ",
-                                                          counts[r], " ", way, " rank ", r, ", ", sum, " so far"));
+        return error(errc::invalid_argument, {"dispatch: expected 0 to 2^31 − 1 rows in all, got ", counts[r], " ", way,
+                                              " rank ", r, ", ", sum, " so far"});
       }
     }
     return {};

@@ -144,10 +144,10 @@ namespace detail::inline TETROMINO_ISA {
   const double both = o.node_weight + o.pair_weight;
   if (!(o.node_weight >= 0) || !(o.pair_weight >= 0) || !(both > 0) || !std::isfinite(both)) {
     return error(errc::invalid_argument,
-                 text("group: expected weights of 0 or more, not both 0, got ", o.node_weight, " and ", o.pair_weight));
+                 {"group: expected weights of 0 or more, not both 0, got ", o.node_weight, " and ", o.pair_weight});
   }
   if (!std::isfinite(o.token_budget) || o.token_budget < 1) {
-    return error(errc::invalid_argument, text("group: expected a token budget of 1 or more, got ", o.token_budget));
+    return error(errc::invalid_argument, {"group: expected a token budget of 1 or more, got ", o.token_budget});
   }
   return {};
 }
@@ -171,16 +171,15 @@ class node_affinity {
                                                                     const group_options& options = {}) {
     const routing_shape& s = recorded.shape;
     if (p.layers() != s.layers || p.experts() != s.experts) {
-      return error(errc::shape_mismatch,
-                   detail::text("group: expected a placement of ", s.layers, " layers × ", s.experts,
-                                " experts as in the trace, got ", p.layers(), " × ", p.experts()));
+      return error(errc::shape_mismatch, {"group: expected a placement of ", s.layers, " layers × ", s.experts,
+                                          " experts as in the trace, got ", p.layers(), " × ", p.experts()});
     }
     if (auto ok = try_validate(p, t, {.one_copy_per_gpu = false}); !ok) return ok.error();
     if (t.nodes() > detail::most_nodes || s.experts_per_token == 0 || s.experts_per_token > 64) {
-      return error(errc::invalid_argument, detail::text("group: expected at most ", detail::most_nodes,
-                                                        " nodes and 1 to 64 experts per "
-                                                        "token, got ",
-                                                        t.nodes(), " and ", s.experts_per_token));
+      return error(errc::invalid_argument, {"group: expected at most ", detail::most_nodes,
+                                            " nodes and 1 to 64 experts per "
+                                            "token, got ",
+                                            t.nodes(), " and ", s.experts_per_token});
     }
     if (auto ok = detail::check_group_options(options); !ok) return ok.error();
     node_affinity out(t, s, options);
@@ -307,8 +306,8 @@ inline namespace TETROMINO_ISA {
                                                                   std::span<const request_signature> signatures,
                                                                   std::span<const std::uint64_t> tokens) {
   if (signatures.size() != tokens.size()) {
-    return error(errc::shape_mismatch, detail::text("group: expected tokens for each of ", signatures.size(),
-                                                    " signatures, got ", tokens.size()));
+    return error(errc::shape_mismatch,
+                 {"group: expected tokens for each of ", signatures.size(), " signatures, got ", tokens.size()});
   }
   std::vector<std::int64_t> scores(signatures.size() * affinity.nodes());
   std::uint64_t all = 0, largest = 0;

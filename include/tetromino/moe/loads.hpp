@@ -32,12 +32,12 @@ inline namespace TETROMINO_ISA {
 /// Checks loads: at least one layer and expert, sizes that agree, each value finite and 0 or more.
 [[nodiscard]] inline result<void> try_validate(const load_view& loads) {
   if (loads.layers == 0 || loads.experts == 0) {
-    return error(errc::invalid_argument, detail::text("loads: expected at least 1 layer and 1 expert, got ",
-                                                      loads.layers, " and ", loads.experts));
+    return error(errc::invalid_argument,
+                 {"loads: expected at least 1 layer and 1 expert, got ", loads.layers, " and ", loads.experts});
   }
   if (loads.values.size() % loads.experts != 0 || loads.values.size() / loads.experts != loads.layers) {
-    return error(errc::shape_mismatch, detail::text("loads: expected ", loads.layers, " × ", loads.experts,
-                                                    " values, got ", loads.values.size()));
+    return error(errc::shape_mismatch,
+                 {"loads: expected ", loads.layers, " × ", loads.experts, " values, got ", loads.values.size()});
   }
   for (std::size_t i = 0; i < loads.values.size(); ++i) {
     if (!std::isfinite(loads.values[i]) || loads.values[i] < 0) {

@@ -72,14 +72,13 @@ namespace detail::inline TETROMINO_ISA {
 [[nodiscard]] inline result<void> check_shapes(const char* verb, const placement& current, const placement& next,
                                                const topology& t) {
   if (current.layers() != next.layers() || current.experts() != next.experts() || current.slots() != next.slots()) {
-    return error(errc::shape_mismatch,
-                 text(verb, ": expected placements of one shape, got ", current.layers(), " layers × ",
-                      current.experts(), " experts in ", current.slots(), " slots, then ", next.layers(), " × ",
-                      next.experts(), " in ", next.slots()));
+    return error(errc::shape_mismatch, {verb, ": expected placements of one shape, got ", current.layers(),
+                                        " layers × ", current.experts(), " experts in ", current.slots(),
+                                        " slots, then ", next.layers(), " × ", next.experts(), " in ", next.slots()});
   }
   if (next.slots() != t.slots()) {
     return error(errc::shape_mismatch,
-                 text(verb, ": expected placements of ", t.slots(), " slots as in the topology, got ", next.slots()));
+                 {verb, ": expected placements of ", t.slots(), " slots as in the topology, got ", next.slots()});
   }
   return {};
 }
@@ -290,8 +289,7 @@ inline namespace TETROMINO_ISA {
                                                    double bytes_per_expert) {
   if (auto ok = detail::check_migration(current, next, t); !ok) return ok.error();
   if (!std::isfinite(bytes_per_expert) || bytes_per_expert < 0) {
-    return error(errc::invalid_argument,
-                 detail::text("migrate: expected 0 or more bytes per expert, got ", bytes_per_expert));
+    return error(errc::invalid_argument, {"migrate: expected 0 or more bytes per expert, got ", bytes_per_expert});
   }
   migration out;
   detail::move_planner planner(current, next, t);
@@ -366,12 +364,12 @@ inline namespace TETROMINO_ISA {
   if (!whole) return whole.error();
   if (!(budget.bytes_between_nodes >= 0) || !(budget.bytes_inside_nodes >= 0)) {
     return error(errc::invalid_argument,
-                 detail::text("migrate: expected a budget of 0 or more bytes, got ", budget.bytes_between_nodes,
-                              " between and ", budget.bytes_inside_nodes, " inside nodes"));
+                 {"migrate: expected a budget of 0 or more bytes, got ", budget.bytes_between_nodes, " between and ",
+                  budget.bytes_inside_nodes, " inside nodes"});
   }
   if (!gain_of_layer.empty() && gain_of_layer.size() != current.layers()) {
-    return error(errc::shape_mismatch, detail::text("migrate: expected a gain for each of ", current.layers(),
-                                                    " layers, got ", gain_of_layer.size()));
+    return error(errc::shape_mismatch,
+                 {"migrate: expected a gain for each of ", current.layers(), " layers, got ", gain_of_layer.size()});
   }
   struct of_layer {
     std::size_t layer;
@@ -383,8 +381,7 @@ inline namespace TETROMINO_ISA {
   for (const layer_migration& l : whole->layers) {
     of_layer cost{l.layer, 0, 0, gain_of_layer.empty() ? 1 : gain_of_layer[l.layer], false, 0};
     if (!std::isfinite(cost.gain)) {
-      return error(errc::invalid_argument,
-                   detail::text("migrate: expected finite gains, got ", cost.gain, " of layer ", l.layer));
+      return error(errc::invalid_argument, {"migrate: expected finite gains, got ", cost.gain, " of layer ", l.layer});
     }
     for (const migration_round& round : l.rounds) {
       for (const expert_move& m : round.moves) {

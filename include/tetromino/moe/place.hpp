@@ -24,16 +24,16 @@ namespace detail::inline TETROMINO_ISA {
 
 [[nodiscard]] inline result<void> check_place_shape(std::size_t layers, std::size_t experts, const topology& t) {
   if (layers == 0 || experts == 0 || experts > placement::max_experts) {
-    return error(errc::invalid_argument, text("place: expected at least 1 layer and 1 to ", placement::max_experts,
-                                              " experts, got ", layers, " and ", experts));
+    return error(errc::invalid_argument, {"place: expected at least 1 layer and 1 to ", placement::max_experts,
+                                          " experts, got ", layers, " and ", experts});
   }
   if (!can_be_array({layers, t.slots()})) {
     return error(errc::invalid_argument,
-                 text("place: expected fewer slots, got ", layers, " layers × ", t.slots(), " slots"));
+                 {"place: expected fewer slots, got ", layers, " layers × ", t.slots(), " slots"});
   }
   if (t.slots() < experts) {
     return error(errc::infeasible,
-                 text("place: expected a slot for each of ", experts, " experts, got ", t.slots(), " slots"));
+                 {"place: expected a slot for each of ", experts, " experts, got ", t.slots(), " slots"});
   }
   return {};
 }
@@ -143,21 +143,21 @@ inline namespace TETROMINO_ISA {
   if (shape.groups == 0 || shape.nodes == 0 || shape.gpus == 0 || shape.replicas > topology::max_slots ||
       loads.experts > placement::max_experts) {
     return error(errc::invalid_argument,
-                 detail::text("eplb: expected at least 1 group, node and GPU, at most ", topology::max_slots,
-                              " replicas of ", placement::max_experts, " experts, got ", shape.groups, ", ",
-                              shape.nodes, ", ", shape.gpus, ", ", shape.replicas, " and ", loads.experts));
+                 {"eplb: expected at least 1 group, node and GPU, at most ", topology::max_slots, " replicas of ",
+                  placement::max_experts, " experts, got ", shape.groups, ", ", shape.nodes, ", ", shape.gpus, ", ",
+                  shape.replicas, " and ", loads.experts});
   }
   if (shape.groups % shape.nodes != 0) shape.groups = shape.nodes = 1;
   if (shape.experts % shape.groups != 0 || shape.gpus % shape.nodes != 0 || shape.replicas % shape.gpus != 0) {
     return error(errc::shape_mismatch,
-                 detail::text("eplb: expected groups to divide experts, nodes to divide GPUs and GPUs to divide "
-                              "replicas, got ",
-                              shape.experts, " experts in ", shape.groups, " groups, ", shape.replicas, " replicas on ",
-                              shape.gpus, " GPUs of ", options.nodes, " nodes"));
+                 {"eplb: expected groups to divide experts, nodes to divide GPUs and GPUs to divide "
+                  "replicas, got ",
+                  shape.experts, " experts in ", shape.groups, " groups, ", shape.replicas, " replicas on ", shape.gpus,
+                  " GPUs of ", options.nodes, " nodes"});
   }
   if (shape.replicas < shape.experts) {
-    return error(errc::infeasible, detail::text("eplb: expected at least ", shape.experts,
-                                                " replicas, one per expert, got ", shape.replicas));
+    return error(errc::infeasible,
+                 {"eplb: expected at least ", shape.experts, " replicas, one per expert, got ", shape.replicas});
   }
 
   index_tensors out{loads.layers, loads.experts, shape.replicas, 0, {}, {}, {}};
@@ -217,27 +217,27 @@ namespace detail::inline TETROMINO_ISA {
   if (auto ok = check_place_shape(loads.layers, loads.experts, t); !ok) return ok;
   if (options.groups == 0 || loads.experts % options.groups != 0) {
     return error(errc::invalid_argument,
-                 text("balanced: expected groups that divide ", loads.experts, " experts, got ", options.groups));
+                 {"balanced: expected groups that divide ", loads.experts, " experts, got ", options.groups});
   }
   const std::size_t group_size = loads.experts / options.groups, room = first_groups(t, group_size).back();
   if (options.groups > 1 && room < options.groups) {
-    return error(errc::infeasible, text("balanced: expected nodes with slots for ", options.groups, " whole groups of ",
-                                        group_size, " experts, got slots for ", room));
+    return error(errc::infeasible, {"balanced: expected nodes with slots for ", options.groups, " whole groups of ",
+                                    group_size, " experts, got slots for ", room});
   }
   if (!options.copies_per_layer.empty() && (options.copies_per_layer.size() != loads.layers || options.groups > 1)) {
     return error(errc::shape_mismatch,
-                 text("balanced: expected copies for each of ", loads.layers, " layers, without groups, got ",
-                      options.copies_per_layer.size(), " and ", options.groups, " groups"));
+                 {"balanced: expected copies for each of ", loads.layers, " layers, without groups, got ",
+                  options.copies_per_layer.size(), " and ", options.groups, " groups"});
   }
   if (options.nodes_per_expert == 0 || (options.nodes_per_expert > 1 && options.groups > 1)) {
     return error(errc::invalid_argument,
-                 text("balanced: expected copies on at least 1 node, and no groups for more than 1, got ",
-                      options.nodes_per_expert, " nodes and ", options.groups, " groups"));
+                 {"balanced: expected copies on at least 1 node, and no groups for more than 1, got ",
+                  options.nodes_per_expert, " nodes and ", options.groups, " groups"});
   }
   if (!has_room_for(t, loads.experts, options.nodes_per_expert)) {
     return error(errc::infeasible,
-                 text("balanced: expected room for ", loads.experts, " experts on ", options.nodes_per_expert,
-                      " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"));
+                 {"balanced: expected room for ", loads.experts, " experts on ", options.nodes_per_expert,
+                  " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"});
   }
   return {};
 }
@@ -280,8 +280,8 @@ inline namespace TETROMINO_ISA {
       gpu_load.assign(balancer.gpu_loads().begin(), balancer.gpu_loads().end());
       detail::level_nodes(t, gpu_load, out.layer(l));
       if (!spreader.spread(out.layer(l), load)) {
-        return error(errc::infeasible, detail::text("balanced: expected room for copies of each expert on ",
-                                                    options.nodes_per_expert, " nodes, found none in layer ", l));
+        return error(errc::infeasible, {"balanced: expected room for copies of each expert on ",
+                                        options.nodes_per_expert, " nodes, found none in layer ", l});
       }
       continue;
     }

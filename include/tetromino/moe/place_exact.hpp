@@ -245,24 +245,22 @@ inline namespace TETROMINO_ISA {
   const auto weight = [](double x) { return std::isfinite(x) && x >= 0; };
   if (!weight(options.node_weight) || !weight(options.pair_weight) ||
       !(options.node_weight + options.pair_weight > 0)) {
-    return error(errc::invalid_argument, detail::text("exact: expected weights of 0 or more, not both 0, got ",
-                                                      options.node_weight, " and ", options.pair_weight));
+    return error(errc::invalid_argument, {"exact: expected weights of 0 or more, not both 0, got ", options.node_weight,
+                                          " and ", options.pair_weight});
   }
   if ((options.node_imbalance != 0 && !(std::isfinite(options.node_imbalance) && options.node_imbalance >= 1)) ||
       !(std::isfinite(options.token_budget) && options.token_budget >= 1)) {
     return error(errc::invalid_argument,
-                 detail::text("exact: expected a limit of 1 or more (or 0) and a token budget of 1 or more, got ",
-                              options.node_imbalance, " and ", options.token_budget));
+                 {"exact: expected a limit of 1 or more (or 0) and a token budget of 1 or more, got ",
+                  options.node_imbalance, " and ", options.token_budget});
   }
   detail::exact_search search(served, t, options);
   if (!search.run()) {
-    return error(errc::invalid_argument,
-                 detail::text("exact: expected to end within ", options.max_steps, " steps, and did not"));
+    return error(errc::invalid_argument, {"exact: expected to end within ", options.max_steps, " steps, and did not"});
   }
   if (!search.found()) {
-    return error(errc::infeasible,
-                 detail::text("exact: expected limits that some plan keeps, got a node imbalance of ",
-                              options.node_imbalance, " and a token budget of ", options.token_budget));
+    return error(errc::infeasible, {"exact: expected limits that some plan keeps, got a node imbalance of ",
+                                    options.node_imbalance, " and a token budget of ", options.token_budget});
   }
   return search.plan();
 }

@@ -28,42 +28,42 @@ namespace detail::inline TETROMINO_ISA {
                                                       const local_options& o) {
   if (auto ok = check_place_shape(layers, experts, t); !ok) return ok;
   if (t.nodes() > most_nodes) {
-    return error(errc::invalid_argument, text("local: expected at most ", most_nodes, " nodes, got ", t.nodes()));
+    return error(errc::invalid_argument, {"local: expected at most ", most_nodes, " nodes, got ", t.nodes()});
   }
   const auto weight = [](double x) { return std::isfinite(x) && x >= 0; };
   if (!weight(o.node_weight) || !weight(o.pair_weight) || !(o.node_weight + o.pair_weight > 0) ||
       !std::isfinite(o.node_weight + o.pair_weight)) {
     return error(errc::invalid_argument,
-                 text("local: expected weights of 0 or more, not both 0, got ", o.node_weight, " and ", o.pair_weight));
+                 {"local: expected weights of 0 or more, not both 0, got ", o.node_weight, " and ", o.pair_weight});
   }
   const auto limit = [](double x) { return x == 0 || (std::isfinite(x) && x >= 1); };
   if (!limit(o.node_imbalance) || !limit(o.gpu_imbalance)) {
-    return error(errc::invalid_argument, text("local: expected limits of 1 or more, or 0 for none, got ",
-                                              o.node_imbalance, " per node and ", o.gpu_imbalance, " per GPU"));
+    return error(errc::invalid_argument, {"local: expected limits of 1 or more, or 0 for none, got ", o.node_imbalance,
+                                          " per node and ", o.gpu_imbalance, " per GPU"});
   }
   if (!std::isfinite(o.token_budget) || o.token_budget < 1) {
-    return error(errc::invalid_argument, text("local: expected a token budget of 1 or more, got ", o.token_budget));
+    return error(errc::invalid_argument, {"local: expected a token budget of 1 or more, got ", o.token_budget});
   }
   if (!weight(o.price_per_move) || !weight(o.effort) || !weight(o.time_limit_seconds) || o.effort > 1e4 ||
       o.price_per_move > 1e9) {
     return error(errc::invalid_argument, "local: expected price, effort and time limit to be finite and 0 or more");
   }
   if (o.sample_tokens == 0 || o.sample_tokens > (std::size_t{1} << 22) || o.sample_requests == 0) {
-    return error(errc::invalid_argument, text("local: expected a sample of 1 to 4194304 tokens of at least 1 request, "
-                                              "got ",
-                                              o.sample_tokens, " of ", o.sample_requests));
+    return error(errc::invalid_argument, {"local: expected a sample of 1 to 4194304 tokens of at least 1 request, "
+                                          "got ",
+                                          o.sample_tokens, " of ", o.sample_requests});
   }
   if (o.nodes_per_expert == 0 || (o.nodes_per_expert > 1 && !o.replicas)) {
     return error(errc::invalid_argument,
-                 text("local: expected copies on at least 1 node, and replicas for more, got ", o.nodes_per_expert));
+                 {"local: expected copies on at least 1 node, and replicas for more, got ", o.nodes_per_expert});
   }
   if (!has_room_for(t, experts, o.nodes_per_expert)) {
-    return error(errc::infeasible, text("local: expected room for ", experts, " experts on ", o.nodes_per_expert,
-                                        " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"));
+    return error(errc::infeasible, {"local: expected room for ", experts, " experts on ", o.nodes_per_expert,
+                                    " nodes each, got ", t.slots(), " slots on ", t.nodes(), " nodes"});
   }
   for (const std::uint32_t l : o.layers) {
     if (l >= layers) {
-      return error(errc::invalid_argument, text("local: expected layers below ", layers, ", got ", l));
+      return error(errc::invalid_argument, {"local: expected layers below ", layers, ", got ", l});
     }
   }
   return {};
@@ -74,15 +74,15 @@ namespace detail::inline TETROMINO_ISA {
   const routing_shape& s = calibration.shape;
   if (auto ok = check_local_options(s.layers, s.experts, t, o); !ok) return ok;
   if (s.experts_per_token == 0 || s.experts_per_token > 64) {
-    return error(errc::invalid_argument, text("local: expected 1 to 64 experts per token, got ", s.experts_per_token));
+    return error(errc::invalid_argument, {"local: expected 1 to 64 experts per token, got ", s.experts_per_token});
   }
   if (calibration.tokens(o.served) == 0) {
     return error(errc::invalid_argument, "local: expected tokens of the phase that options.served names, got none");
   }
   if (o.start != nullptr) {
     if (o.start->layers() != s.layers || o.start->experts() != s.experts) {
-      return error(errc::shape_mismatch, text("local: expected a start of ", s.layers, " layers × ", s.experts,
-                                              " experts, got ", o.start->layers(), " × ", o.start->experts()));
+      return error(errc::shape_mismatch, {"local: expected a start of ", s.layers, " layers × ", s.experts,
+                                          " experts, got ", o.start->layers(), " × ", o.start->experts()});
     }
     if (auto ok = try_validate(*o.start, t, {.one_copy_per_gpu = false, .each_expert = !o.layers.empty()}); !ok)
       return ok;
@@ -190,8 +190,8 @@ inline namespace TETROMINO_ISA {
   local_plan plan = detail::with_mask_for(
       t.nodes(), [&]<class Mask>() { return detail::search_local<Mask>(calibration, t, options); });
   if (!detail::is_whole(plan, t, options)) {
-    return error(errc::infeasible, detail::text("local: expected room for copies of each expert on ",
-                                                options.nodes_per_expert, " nodes, found none"));
+    return error(errc::infeasible, {"local: expected room for copies of each expert on ", options.nodes_per_expert,
+                                    " nodes, found none"});
   }
   return plan;
 }

@@ -46,21 +46,19 @@ class placement {
     const std::size_t count = std::size(slot_to_expert);
     if (layers == 0 || slots == 0 || slots > topology::max_slots || experts == 0 || experts > max_experts) {
       return error(errc::invalid_argument,
-                   detail::text("placement: expected layers ≥ 1, slots 1 to ", topology::max_slots,
-                                " and experts 1 to ", max_experts, ", got ", layers, ", ", slots, " and ", experts));
+                   {"placement: expected layers ≥ 1, slots 1 to ", topology::max_slots, " and experts 1 to ",
+                    max_experts, ", got ", layers, ", ", slots, " and ", experts});
     }
     if (count % slots != 0 || count / slots != layers) {
-      return error(errc::shape_mismatch,
-                   detail::text("placement: expected ", layers, " × ", slots, " entries, got ", count));
+      return error(errc::shape_mismatch, {"placement: expected ", layers, " × ", slots, " entries, got ", count});
     }
     placement p(layers, experts, slots);
     for (std::size_t i = 0; i < count; ++i) {
       const auto expert = std::data(slot_to_expert)[i];
       const std::uint32_t id = detail::to_id(expert, experts);
       if (id == detail::no_id) {
-        return error(errc::invalid_argument,
-                     detail::text("placement: expected experts from -1 (empty) to ", experts - 1, ", got ", expert,
-                                  " in layer ", i / slots, ", slot ", i % slots));
+        return error(errc::invalid_argument, {"placement: expected experts from -1 (empty) to ", experts - 1, ", got ",
+                                              expert, " in layer ", i / slots, ", slot ", i % slots});
       }
       if (id != no_expert) p.slot_to_expert_[i] = static_cast<std::int32_t>(id);
     }
@@ -150,7 +148,7 @@ inline namespace TETROMINO_ISA {
 [[nodiscard]] inline result<void> try_validate(const placement& p, const topology& t, placement_rules rules = {}) {
   if (p.slots() != t.slots()) {
     return error(errc::shape_mismatch,
-                 detail::text("placement: expected ", t.slots(), " slots as in the topology, got ", p.slots()));
+                 {"placement: expected ", t.slots(), " slots as in the topology, got ", p.slots()});
   }
   constexpr std::uint32_t nowhere = 0xFFFF'FFFF;
   std::vector<std::uint32_t> last_gpu(p.experts()), last_node(p.experts()), nodes(p.experts());
@@ -165,8 +163,8 @@ inline namespace TETROMINO_ISA {
       const auto gpu = static_cast<std::uint32_t>(t.gpu_of_slot(s));
       const auto node = static_cast<std::uint32_t>(t.node_of_gpu(gpu));
       if (rules.one_copy_per_gpu && last_gpu[e] == gpu) {
-        return error(errc::invalid_argument, detail::text("placement: expected an expert once per GPU, got expert ", e,
-                                                          " twice on GPU ", gpu, " in layer ", l));
+        return error(errc::invalid_argument, {"placement: expected an expert once per GPU, got expert ", e,
+                                              " twice on GPU ", gpu, " in layer ", l});
       }
       nodes[e] += last_node[e] == node ? 0U : 1U;
       last_gpu[e] = gpu;
@@ -175,12 +173,12 @@ inline namespace TETROMINO_ISA {
     for (std::size_t e = 0; e < p.experts(); ++e) {
       if (last_gpu[e] == nowhere && !rules.each_expert) continue;
       if (last_gpu[e] == nowhere) {
-        return error(errc::invalid_argument, detail::text("placement: expected each expert at least once, got expert ",
-                                                          e, " nowhere in layer ", l));
+        return error(errc::invalid_argument,
+                     {"placement: expected each expert at least once, got expert ", e, " nowhere in layer ", l});
       }
       if (nodes[e] < rules.nodes_per_expert) {
-        return error(errc::invalid_argument, detail::text("placement: expected each expert on ", rules.nodes_per_expert,
-                                                          " nodes, got expert ", e, " on ", nodes[e], " in layer ", l));
+        return error(errc::invalid_argument, {"placement: expected each expert on ", rules.nodes_per_expert,
+                                              " nodes, got expert ", e, " on ", nodes[e], " in layer ", l});
       }
     }
   }
@@ -199,9 +197,8 @@ inline constexpr std::uint32_t new_gpu = 0xFFFF'FFFF;
 [[nodiscard]] inline result<placement> try_carry_over(const placement& p, const topology& from, const topology& to,
                                                       std::span<const std::uint32_t> gpu_before = {}) {
   if (p.slots() != from.slots() || (!gpu_before.empty() && gpu_before.size() != to.gpus())) {
-    return error(errc::shape_mismatch,
-                 detail::text("carry_over: expected ", from.slots(), " slots and a former GPU for each of ", to.gpus(),
-                              ", got ", p.slots(), " and ", gpu_before.size()));
+    return error(errc::shape_mismatch, {"carry_over: expected ", from.slots(), " slots and a former GPU for each of ",
+                                        to.gpus(), ", got ", p.slots(), " and ", gpu_before.size()});
   }
   placement out(p.layers(), p.experts(), to.slots());
   for (std::size_t g = 0; g < to.gpus(); ++g) {
@@ -210,8 +207,7 @@ inline constexpr std::uint32_t new_gpu = 0xFFFF'FFFF;
                                                      : new_gpu;
     if (before == new_gpu) continue;
     if (before >= from.gpus()) {
-      return error(errc::invalid_argument,
-                   detail::text("carry_over: expected former GPUs below ", from.gpus(), ", got ", before));
+      return error(errc::invalid_argument, {"carry_over: expected former GPUs below ", from.gpus(), ", got ", before});
     }
     for (std::size_t l = 0; l < p.layers(); ++l) {
       std::size_t next = to.first_slot(g);
@@ -236,7 +232,7 @@ inline constexpr std::uint32_t new_gpu = 0xFFFF'FFFF;
 [[nodiscard]] inline result<placement> try_fill_empty_slots(placement p, const topology& t) {
   if (p.slots() != t.slots()) {
     return error(errc::shape_mismatch,
-                 detail::text("placement: expected ", t.slots(), " slots as in the topology, got ", p.slots()));
+                 {"placement: expected ", t.slots(), " slots as in the topology, got ", p.slots()});
   }
   std::vector<std::uint32_t> copies(p.experts());
   std::vector<bool> held(p.experts());
@@ -259,9 +255,8 @@ inline constexpr std::uint32_t new_gpu = 0xFFFF'FFFF;
           if (!held[e] && (best == p.experts() || copies[e] < copies[best])) best = e;
         }
         if (best == p.experts()) {
-          return error(errc::infeasible,
-                       detail::text("placement: expected at most ", p.experts(),
-                                    " slots per GPU, one for each expert, got ", slots.size(), " on GPU ", g));
+          return error(errc::infeasible, {"placement: expected at most ", p.experts(),
+                                          " slots per GPU, one for each expert, got ", slots.size(), " on GPU ", g});
         }
         slot = static_cast<std::int32_t>(best);
         held[best] = true;
@@ -380,25 +375,25 @@ inline namespace TETROMINO_ISA {
   std::size_t layers = 0, experts = 0, slots = 0;
   if (in.word() != "placement" || in.word() != "layers" || !in.number(layers) || in.word() != "experts" ||
       !in.number(experts) || in.word() != "slots" || !in.number(slots)) {
-    return error(errc::malformed_file, detail::text("placement: expected \"placement layers L experts E slots S\", got "
-                                                    "something else on line ",
-                                                    in.line()));
+    return error(errc::malformed_file, {"placement: expected \"placement layers L experts E slots S\", got "
+                                        "something else on line ",
+                                        in.line()});
   }
   // each entry takes two characters at least: a text that promises more than it holds allocates nothing
   if (slots == 0 || layers > written.size() / slots) {
-    return error(errc::malformed_file, detail::text("placement: expected ", layers, " × ", slots,
-                                                    " entries, got a text of ", written.size(), " bytes"));
+    return error(errc::malformed_file,
+                 {"placement: expected ", layers, " × ", slots, " entries, got a text of ", written.size(), " bytes"});
   }
   std::vector<std::int32_t> entries(layers * slots);
   for (std::int32_t& e : entries) {
     if (!in.number(e)) {
-      return error(errc::malformed_file, detail::text("placement: expected ", layers, " × ", slots,
-                                                      " expert numbers, got something else on line ", in.line()));
+      return error(errc::malformed_file, {"placement: expected ", layers, " × ", slots,
+                                          " expert numbers, got something else on line ", in.line()});
     }
   }
   if (const std::string_view more = in.word(); !more.empty()) {
-    return error(errc::malformed_file, detail::text("placement: expected the end of the text, got \"",
-                                                    more.substr(0, 40), "\" on line ", in.line()));
+    return error(errc::malformed_file,
+                 {"placement: expected the end of the text, got \"", more.substr(0, 40), "\" on line ", in.line()});
   }
   return placement::try_make(layers, experts, slots, entries);
 }

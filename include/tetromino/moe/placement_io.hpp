@@ -46,27 +46,27 @@ namespace detail::inline TETROMINO_ISA {
     const auto found = j.find(keys[i]);
     std::uint64_t n = 0;
     if (found == j.end() || !whole_number(*found, ~std::uint64_t{0}, n)) {
-      return error(errc::malformed_file, text("placement: expected ", keys[i], ", a whole number"));
+      return error(errc::malformed_file, {"placement: expected ", keys[i], ", a whole number"});
     }
     sizes[i] = n;
   }
   if (sizes[1] == 0 || sizes[1] > placement::max_experts) {
     return error(errc::malformed_file,
-                 text("placement: expected 1 to ", placement::max_experts, " experts, got ", sizes[1]));
+                 {"placement: expected 1 to ", placement::max_experts, " experts, got ", sizes[1]});
   }
   const auto rows = j.find("slot_to_expert");
   if (rows == j.end() || !rows->is_array() || rows->size() != sizes[0]) {
-    return error(errc::malformed_file, text("placement: expected slot_to_expert, a list of ", sizes[0], " lists"));
+    return error(errc::malformed_file, {"placement: expected slot_to_expert, a list of ", sizes[0], " lists"});
   }
   slot_lists lists;
   for (std::size_t l = 0; l < rows->size(); ++l) {
     const nlohmann::json& row = (*rows)[l];
     if (!row.is_array() || row.size() != sizes[2]) {
       return error(errc::malformed_file,
-                   text("placement: expected slot_to_expert of layer ", l, ", a list of ", sizes[2], " entries"));
+                   {"placement: expected slot_to_expert of layer ", l, ", a list of ", sizes[2], " entries"});
     }
     if (std::string bad = lists.add(row); !bad.empty()) {
-      return error(errc::malformed_file, text("placement: ", bad, " in layer ", l));
+      return error(errc::malformed_file, {"placement: ", bad, " in layer ", l});
     }
   }
   return lists.finish(sizes[1]);
@@ -81,7 +81,7 @@ inline namespace TETROMINO_ISA {
   detail::json_document<nlohmann::json> document;
   nlohmann::json& j = *document;
   if (std::string bad = detail::parse_json(written, j); !bad.empty() || !j.is_object()) {
-    return error(errc::malformed_file, detail::text("placement: ", bad.empty() ? "expected a JSON object" : bad));
+    return error(errc::malformed_file, {"placement: ", bad.empty() ? "expected a JSON object" : bad});
   }
   return detail::placement_of_json(j);
 }
@@ -116,15 +116,14 @@ inline namespace TETROMINO_ISA {
 [[nodiscard]] inline result<std::string> try_to_plan(const placement& p, const topology& t, plan_format format,
                                                      const plan_write_options& options = {}) {
   if (p.slots() != t.slots()) {
-    return error(errc::shape_mismatch,
-                 detail::text("plan: expected ", t.slots(), " slots as in the topology, got ", p.slots()));
+    return error(errc::shape_mismatch, {"plan: expected ", t.slots(), " slots as in the topology, got ", p.slots()});
   }
   for (std::size_t l = 0; l < p.layers(); ++l) {
     const auto row = p.layer(l);
     if (const auto empty = std::find(row.begin(), row.end(), empty_slot); empty != row.end()) {
       return error(errc::invalid_argument,
-                   detail::text("plan: expected an expert in each slot (fill_empty_slots), got none in slot ",
-                                empty - row.begin(), " of layer ", l));
+                   {"plan: expected an expert in each slot (fill_empty_slots), got none in slot ", empty - row.begin(),
+                    " of layer ", l});
     }
   }
   const std::vector<std::uint32_t>& numbers = options.layers;
@@ -132,8 +131,8 @@ inline namespace TETROMINO_ISA {
       (numbers.size() != p.layers() || numbers.back() > 65'535 ||
        std::adjacent_find(numbers.begin(), numbers.end(), std::greater_equal<>()) != numbers.end())) {
     return error(errc::invalid_argument,
-                 detail::text("plan: expected ", p.layers(), " numbers of layers, ascending and below 65536, got ",
-                              numbers.size(), numbers.size() == p.layers() ? " others" : ""));
+                 {"plan: expected ", p.layers(), " numbers of layers, ascending and below 65536, got ", numbers.size(),
+                  numbers.size() == p.layers() ? " others" : ""});
   }
   const auto number_of = [&](std::size_t l) { return numbers.empty() ? l : numbers[l]; };
   if (const std::size_t all = options.model_layers;
@@ -221,7 +220,7 @@ namespace detail::inline TETROMINO_ISA {
   const nlohmann::json& layers = by_device ? j["layer_list"] : j["physical_to_logical_map"];
   if (!layers.is_array()) return error(errc::malformed_file, "plan: expected a list of layers");
   if (std::string bad = by_device ? check_count(j, "moe_layer_count", layers.size()) : ""; !bad.empty()) {
-    return error(errc::malformed_file, text("plan: ", bad));
+    return error(errc::malformed_file, {"plan: ", bad});
   }
   for (std::size_t l = 0; l < layers.size(); ++l) {
     nlohmann::json row = nlohmann::json::array();
@@ -242,7 +241,7 @@ namespace detail::inline TETROMINO_ISA {
       }
     }
     if (bad.empty()) bad = lists.add(by_device ? row : layers[l]);
-    if (!bad.empty()) return error(errc::malformed_file, text("plan: ", bad, " in layer ", l));
+    if (!bad.empty()) return error(errc::malformed_file, {"plan: ", bad, " in layer ", l});
     if (!by_device) numbers.push_back(static_cast<std::uint32_t>(l));
   }
   auto p = lists.finish(experts);
@@ -271,7 +270,7 @@ inline namespace TETROMINO_ISA {
     detail::json_document<nlohmann::json> document;
     nlohmann::json& j = *document;
     if (std::string bad = detail::parse_json(rest, j); !bad.empty()) {
-      return error(errc::malformed_file, detail::text("plan: ", bad));
+      return error(errc::malformed_file, {"plan: ", bad});
     }
     if (j.contains("slot_to_expert") || j.contains("physical_to_logical_map") || j.contains("layer_list")) {
       return detail::plan_of_json(j, experts);
@@ -280,23 +279,23 @@ inline namespace TETROMINO_ISA {
     detail::slot_lists lists;
     std::vector<std::uint32_t> layers;
     if (std::string bad = detail::read_yaml_lists(rest, lists, layers); !bad.empty()) {
-      return error(errc::malformed_file, detail::text("plan: ", bad));
+      return error(errc::malformed_file, {"plan: ", bad});
     }
     auto p = lists.finish(experts);
     if (!p) return p.error();
     if (const auto slots = detail::yaml_number(rest, "num_slots:"); slots && *slots != p->slots()) {
       return error(errc::malformed_file,
-                   detail::text("plan: expected num_slots to be what is listed, ", p->slots(), ", got ", *slots));
+                   {"plan: expected num_slots to be what is listed, ", p->slots(), ", got ", *slots});
     }
     return plan_file{"TensorRT-LLM load balancer (YAML)", std::move(*p), std::move(layers)};
   }
   constexpr std::size_t shown = 60;  // characters that a message repeats
   const std::string_view line = rest.substr(0, std::min(rest.find_first_of("\r\n"), shown));
-  return error(errc::malformed_file,
-               detail::text("plan: expected the contents of a file with slot_to_expert, physical_to_logical_map, "
-                            "layer_list or initial_global_assignments, got ",
-                            rest.empty() ? "an empty text" : "a text without them that starts with \"", line,
-                            rest.empty() ? "" : "\""));
+  return error(
+      errc::malformed_file,
+      {"plan: expected the contents of a file with slot_to_expert, physical_to_logical_map, "
+       "layer_list or initial_global_assignments, got ",
+       rest.empty() ? "an empty text" : "a text without them that starts with \"", line, rest.empty() ? "" : "\""});
 }
 [[nodiscard]] inline plan_file read_plan(std::string_view written, std::size_t experts = 0) {
   return try_read_plan(written, experts).value();

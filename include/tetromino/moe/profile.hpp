@@ -53,14 +53,14 @@ class profile {
     if (s.layers == 0 || s.experts == 0 || s.experts > 65'535 || s.experts_per_token == 0 ||
         s.experts_per_token > s.experts) {
       return error(errc::invalid_argument,
-                   detail::text("profile: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ",
-                                s.layers, " layers, ", s.experts_per_token, " of ", s.experts, " experts"));
+                   {"profile: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ", s.layers,
+                    " layers, ", s.experts_per_token, " of ", s.experts, " experts"});
     }
     const std::size_t pairs_of = options.co_activation || options.transitions ? s.experts : 1;
     for (const std::size_t n : {pairs_of, options.domains, options.requests}) {
       if (detail::can_be_array({s.layers, s.experts, n})) continue;
-      return error(errc::invalid_argument, detail::text("profile: expected fewer counts, got ", s.layers, " layers × ",
-                                                        s.experts, " experts × ", n));
+      return error(errc::invalid_argument,
+                   {"profile: expected fewer counts, got ", s.layers, " layers × ", s.experts, " experts × ", n});
     }
     profile p;
     p.options_ = options;
@@ -94,8 +94,8 @@ class profile {
   [[nodiscard]] TETROMINO_ABI result<void> try_add(const Ids& ids, const token_origin& origin) {
     const routing_shape& s = options_.shape;
     if (std::size(ids) != s.ids_per_token()) {
-      return error(errc::shape_mismatch, detail::text("profile: expected ", s.layers, " × ", s.experts_per_token,
-                                                      " ids for a token, got ", std::size(ids)));
+      return error(errc::shape_mismatch, {"profile: expected ", s.layers, " × ", s.experts_per_token,
+                                          " ids for a token, got ", std::size(ids)});
     }
     if (origin.when == phase::all) {
       return error(errc::invalid_argument, "profile: expected a token of prefill or of decode, got phase::all");
@@ -106,7 +106,7 @@ class profile {
       const std::uint32_t id = detail::to_id(std::data(ids)[i], s.experts);
       if (id == detail::no_id) {
         return error(errc::invalid_argument,
-                     detail::text("profile: expected expert ids below ", s.experts, " or -1, got ", std::data(ids)[i]));
+                     {"profile: expected expert ids below ", s.experts, " or -1, got ", std::data(ids)[i]});
       }
       ids_[i] = static_cast<std::uint16_t>(id);
     }
@@ -122,8 +122,8 @@ class profile {
   /// trace made it). Errors (nothing is added then): another shape, a domain or a request out of range.
   [[nodiscard]] TETROMINO_ABI result<void> try_add(const trace_view& from, std::uint32_t first_request = 0) {
     if (from.shape != options_.shape) {
-      return error(errc::shape_mismatch, detail::text("profile: expected routing of ", shape_text(options_.shape),
-                                                      ", got ", shape_text(from.shape)));
+      return error(errc::shape_mismatch,
+                   {"profile: expected routing of ", shape_text(options_.shape), ", got ", shape_text(from.shape)});
     }
     for (std::size_t r = 0; r < from.requests.size(); ++r) {
       if (auto ok = check_origin("domain", from.requests[r].domain, options_.domains); !ok) return ok;
@@ -147,10 +147,9 @@ class profile {
   /// Adds the counts of another profile, e.g. one that another rank kept. Errors: other options.
   [[nodiscard]] TETROMINO_ABI result<void> try_merge(const profile& other) {
     if (other.options_ != options_) {
-      return error(errc::shape_mismatch,
-                   detail::text("profile: expected to merge a profile with the same options, got one of ",
-                                shape_text(other.options_.shape), ", ", other.options_.domains, " domains and ",
-                                other.options_.requests, " requests"));
+      return error(errc::shape_mismatch, {"profile: expected to merge a profile with the same options, got one of ",
+                                          shape_text(other.options_.shape), ", ", other.options_.domains,
+                                          " domains and ", other.options_.requests, " requests"});
     }
     tokens_[0] += other.tokens_[0];
     tokens_[1] += other.tokens_[1];
@@ -167,7 +166,7 @@ class profile {
   /// falls exponentially. Errors: a factor outside 0 … 1.
   [[nodiscard]] TETROMINO_ABI result<void> try_decay(double factor) {
     if (!(factor >= 0 && factor <= 1)) {
-      return error(errc::invalid_argument, detail::text("profile: expected a factor from 0 to 1, got ", factor));
+      return error(errc::invalid_argument, {"profile: expected a factor from 0 to 1, got ", factor});
     }
     const auto scale = [&]<class Number>(std::vector<Number>& counts) {
       for (Number& c : counts) c = static_cast<Number>(c * factor);
@@ -246,8 +245,7 @@ class profile {
 
   [[nodiscard]] TETROMINO_ABI static result<void> check_origin(const char* what, std::size_t number, std::size_t kept) {
     if (kept == 0 || number < kept) return {};
-    return error(errc::invalid_argument,
-                 detail::text("profile: expected a ", what, " number below ", kept, ", got ", number));
+    return error(errc::invalid_argument, {"profile: expected a ", what, " number below ", kept, ", got ", number});
   }
 
   TETROMINO_ABI void add_checked(std::span<const std::uint16_t> ids, const token_origin& origin) {
@@ -343,8 +341,8 @@ inline namespace TETROMINO_ISA {
   if (auto ok = try_validate(a); !ok) return ok.error();
   if (auto ok = try_validate(b); !ok) return ok.error();
   if (a.layers != b.layers || a.experts != b.experts) {
-    return error(errc::shape_mismatch, detail::text("divergence: expected loads of one shape, got ", a.layers, " × ",
-                                                    a.experts, " and ", b.layers, " × ", b.experts));
+    return error(errc::shape_mismatch, {"divergence: expected loads of one shape, got ", a.layers, " × ", a.experts,
+                                        " and ", b.layers, " × ", b.experts});
   }
   double sum = 0;
   std::size_t layers = 0;

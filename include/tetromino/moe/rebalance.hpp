@@ -142,7 +142,7 @@ class rebalancer {
   [[nodiscard]] TETROMINO_ABI result<rebalance_report> try_consider(const trace_view& seen, double tokens_running = 0) {
     if (!std::isfinite(tokens_running) || tokens_running < 0) {
       return error(errc::invalid_argument,
-                   detail::text("rebalance: expected 0 or more tokens of running requests, got ", tokens_running));
+                   {"rebalance: expected 0 or more tokens of running requests, got ", tokens_running});
     }
     rebalance_report out;
     if (!layers_.empty()) {
@@ -291,8 +291,8 @@ class rebalancer {
 
   [[nodiscard]] TETROMINO_ABI result<void> check_room(const topology& t) const {
     if (t.slots() >= current_.experts()) return {};
-    return error(errc::infeasible, detail::text("rebalance: expected a slot for each of ", current_.experts(),
-                                                " experts, got ", t.slots()));
+    return error(errc::infeasible,
+                 {"rebalance: expected a slot for each of ", current_.experts(), " experts, got ", t.slots()});
   }
   // The next `consider` knows of no traffic before.
   TETROMINO_ABI void start_anew() {

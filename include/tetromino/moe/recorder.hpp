@@ -47,12 +47,12 @@ class recorder {
     if (s.layers == 0 || s.experts == 0 || s.experts > 65'535 || s.experts_per_token == 0 ||
         s.experts_per_token > s.experts) {
       return error(errc::invalid_argument,
-                   detail::text("recorder: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ",
-                                s.layers, " layers, ", s.experts_per_token, " of ", s.experts, " experts"));
+                   {"recorder: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ", s.layers,
+                    " layers, ", s.experts_per_token, " of ", s.experts, " experts"});
     }
     if (!detail::can_be_array({s.layers, s.experts})) {
-      return error(errc::invalid_argument, detail::text("recorder: expected fewer counts, got ", s.layers, " layers × ",
-                                                        s.experts, " experts"));
+      return error(errc::invalid_argument,
+                   {"recorder: expected fewer counts, got ", s.layers, " layers × ", s.experts, " experts"});
     }
     if (options.tokens == 0 || options.keep_one_in == 0 || !std::isfinite(options.half_life_tokens) ||
         options.half_life_tokens < 0) {
@@ -86,7 +86,7 @@ class recorder {
     for (std::size_t i = 0; i < rows.size(); ++i) {
       if (rows[i].when == phase::all) {
         return error(errc::invalid_argument,
-                     detail::text("recorder: expected row ", i, " to be prefill or decode, got phase::all"));
+                     {"recorder: expected row ", i, " to be prefill or decode, got phase::all"});
       }
     }
     in_pass_ = true;
@@ -109,25 +109,25 @@ class recorder {
     const auto& [layers, experts, k] = options_.shape;
     if (!in_pass_ || layer >= layers || ids.size() != pass_.size() * k) {
       return error(errc::shape_mismatch,
-                   detail::text("recorder: expected ", pass_.size(), " × ", k, " ids of a layer below ", layers,
-                                " in a pass, got ", ids.size(), " of layer ", layer, in_pass_ ? "" : ", in no pass"));
+                   {"recorder: expected ", pass_.size(), " × ", k, " ids of a layer below ", layers, " in a pass, got ",
+                    ids.size(), " of layer ", layer, in_pass_ ? "" : ", in no pass"});
     }
     if (is_added_[layer]) {
       return error(errc::invalid_argument,
-                   detail::text("recorder: expected each layer once in a pass, got layer ", layer, " again"));
+                   {"recorder: expected each layer once in a pass, got layer ", layer, " again"});
     }
     ids_.resize(ids.size());
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const std::uint32_t id = detail::to_id(ids[i], experts);
       if (id == detail::no_id) {
-        return error(errc::invalid_argument, detail::text("recorder: expected experts below ", experts, " or -1, got ",
-                                                          ids[i], " in row ", i / k, ", layer ", layer));
+        return error(errc::invalid_argument, {"recorder: expected experts below ", experts, " or -1, got ", ids[i],
+                                              " in row ", i / k, ", layer ", layer});
       }
       ids_[i] = static_cast<std::uint16_t>(id);
       for (std::size_t j = i - i % k; j < i; ++j) {
         if (id != no_expert && ids_[j] == ids_[i]) {
-          return error(errc::invalid_argument, detail::text("recorder: expected distinct experts, got ", ids[i],
-                                                            " twice in row ", i / k, ", layer ", layer));
+          return error(errc::invalid_argument, {"recorder: expected distinct experts, got ", ids[i], " twice in row ",
+                                                i / k, ", layer ", layer});
         }
       }
     }
@@ -173,8 +173,8 @@ class recorder {
     const std::span ids(std::data(all), std::size(all));
     const std::size_t of_layer = rows.size() * options_.shape.experts_per_token;
     if (ids.size() != of_layer * options_.shape.layers) {
-      return error(errc::shape_mismatch, detail::text("recorder: expected ", options_.shape.layers, " × ", of_layer,
-                                                      " ids, got ", ids.size()));
+      return error(errc::shape_mismatch,
+                   {"recorder: expected ", options_.shape.layers, " × ", of_layer, " ids, got ", ids.size()});
     }
     if (auto ok = try_begin_pass(rows); !ok) return ok;
     for (std::size_t l = 0; l < options_.shape.layers; ++l) {
@@ -279,8 +279,7 @@ class recorder {
   [[nodiscard]] TETROMINO_ABI result<void> try_merge(std::span<const std::byte> bytes) {
     const auto bad = [&] {
       return error(errc::malformed_file,
-                   detail::text("recorder: expected the bytes of a recorder of the same shape, got ", bytes.size(),
-                                " other ones"));
+                   {"recorder: expected the bytes of a recorder of the same shape, got ", bytes.size(), " other ones"});
     };
     const auto take = [&](void* to, std::size_t n) {
       if (bytes.size() < n) return false;

@@ -141,31 +141,31 @@ inline result<void> check_router(std::size_t logits, std::size_t experts, const 
   const std::size_t k = options.experts_per_token;
   if (experts == 0 || experts > no_expert || k == 0 || k > experts) {
     return error(errc::invalid_argument,
-                 text("route: expected 1 ≤ experts per token ≤ experts ≤ ", no_expert, ", got ", k, " of ", experts));
+                 {"route: expected 1 ≤ experts per token ≤ experts ≤ ", no_expert, ", got ", k, " of ", experts});
   }
   if (!is_finite(options.scale)) {
-    return error(errc::non_finite, text("route: expected a finite scale, got ", options.scale));
+    return error(errc::non_finite, {"route: expected a finite scale, got ", options.scale});
   }
   if (logits % experts != 0) {
-    return error(errc::shape_mismatch, text("route: expected a multiple of ", experts, " logits, got ", logits));
+    return error(errc::shape_mismatch, {"route: expected a multiple of ", experts, " logits, got ", logits});
   }
   if (const std::size_t n = logits / experts * k; ids != n || weights != n) {
     return error(errc::shape_mismatch,
-                 text("route: expected room for ", n, " ids and weights, got ", ids, " and ", weights));
+                 {"route: expected room for ", n, " ids and weights, got ", ids, " and ", weights});
   }
   if (!options.bias.empty() && options.bias.size() != experts) {
     return error(errc::shape_mismatch,
-                 text("route: expected a bias for each of ", experts, " experts, got ", options.bias.size()));
+                 {"route: expected a bias for each of ", experts, " experts, got ", options.bias.size()});
   }
   if (options.groups == 0 || options.groups > options.max_groups || experts % options.groups != 0 ||
       options.groups_kept == 0 || options.groups_kept > options.groups) {
     return error(errc::invalid_argument,
-                 text("route: expected 1 to ", options.max_groups, " groups that divide ", experts,
-                      " experts, and at least one of them kept, got ", options.groups, " and ", options.groups_kept));
+                 {"route: expected 1 to ", router_options::max_groups, " groups that divide ", experts,
+                  " experts, and at least one of them kept, got ", options.groups, " and ", options.groups_kept});
   }
   if (options.groups_kept * (experts / options.groups) < k) {
-    return error(errc::invalid_argument, text("route: expected ", k, " experts in the groups kept, got ",
-                                              options.groups_kept, " × ", experts / options.groups));
+    return error(errc::invalid_argument, {"route: expected ", k, " experts in the groups kept, got ",
+                                          options.groups_kept, " × ", experts / options.groups});
   }
   if (options.rule != gating::sigmoid && (!options.bias.empty() || options.groups != 1)) {
     return error(errc::invalid_argument, "route: a bias and groups belong to the sigmoid rule");
@@ -188,8 +188,7 @@ inline namespace TETROMINO_ISA {
   if (auto ok = detail::check_router(logits.size(), experts, options, ids.size(), weights.size()); !ok) return ok;
   for (std::size_t e = 0; e < options.bias.size(); ++e) {
     if (detail::is_finite(options.bias[e])) continue;
-    return error(errc::non_finite,
-                 detail::text("route: expected a finite bias, got ", options.bias[e], " for expert ", e));
+    return error(errc::non_finite, {"route: expected a finite bias, got ", options.bias[e], " for expert ", e});
   }
   const std::size_t k = options.experts_per_token;
   for (std::size_t t = 0; t < logits.size() / experts; ++t) {
@@ -200,9 +199,8 @@ inline namespace TETROMINO_ISA {
       any_finite = any_finite || logit >= std::numeric_limits<float>::lowest();
     }
     if (!below_infinity || !any_finite) {
-      return error(errc::non_finite,
-                   detail::text("route: expected logits below infinity and one finite at least, got ",
-                                below_infinity ? "none that is finite" : "NaN or infinity", " for token ", t));
+      return error(errc::non_finite, {"route: expected logits below infinity and one finite at least, got ",
+                                      below_infinity ? "none that is finite" : "NaN or infinity", " for token ", t});
     }
     detail::route_token(row, options, ids.subspan(t * k, k), weights.subspan(t * k, k));
   }

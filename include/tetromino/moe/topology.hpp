@@ -92,21 +92,21 @@ class topology {
     for (std::size_t n = 0; n < gpus_per_node.size(); ++n) {
       if (gpus_per_node[n] == 0 || gpus_per_node[n] > max_gpus - t.first_gpu_.back()) {
         return error(errc::invalid_argument,
-                     detail::text("topology: expected 1 to ", max_gpus, " GPUs in all and one at least per node, got ",
-                                  gpus_per_node[n], " on node ", n));
+                     {"topology: expected 1 to ", max_gpus, " GPUs in all and one at least per node, got ",
+                      gpus_per_node[n], " on node ", n});
       }
       t.first_gpu_.push_back(t.first_gpu_.back() + static_cast<std::uint32_t>(gpus_per_node[n]));
       t.node_of_gpu_.insert(t.node_of_gpu_.end(), gpus_per_node[n], static_cast<std::uint32_t>(n));
     }
     if (slots_per_gpu.size() != t.gpus()) {
-      return error(errc::shape_mismatch, detail::text("topology: expected slots for ", t.gpus(), " GPUs, got ",
-                                                      slots_per_gpu.size(), " entries"));
+      return error(errc::shape_mismatch,
+                   {"topology: expected slots for ", t.gpus(), " GPUs, got ", slots_per_gpu.size(), " entries"});
     }
     t.first_slot_.assign(1, 0);
     for (std::size_t g = 0; g < slots_per_gpu.size(); ++g) {
       if (slots_per_gpu[g] > max_slots - t.first_slot_.back()) {
-        return error(errc::invalid_argument, detail::text("topology: expected at most ", max_slots,
-                                                          " slots in all, got ", slots_per_gpu[g], " on GPU ", g));
+        return error(errc::invalid_argument, {"topology: expected at most ", max_slots, " slots in all, got ",
+                                              slots_per_gpu[g], " on GPU ", g});
       }
       t.first_slot_.push_back(t.first_slot_.back() + static_cast<std::uint32_t>(slots_per_gpu[g]));
       t.gpu_of_slot_.insert(t.gpu_of_slot_.end(), slots_per_gpu[g], static_cast<std::uint32_t>(g));
@@ -115,11 +115,10 @@ class topology {
     for (const link& l : {links.inside, links.between}) {
       if (!std::isfinite(l.bytes_per_second) || l.bytes_per_second <= 0) {
         return error(errc::invalid_argument,
-                     detail::text("topology: expected a bandwidth above 0 bytes/s, got ", l.bytes_per_second));
+                     {"topology: expected a bandwidth above 0 bytes/s, got ", l.bytes_per_second});
       }
       if (!std::isfinite(l.latency_seconds) || l.latency_seconds < 0) {
-        return error(errc::invalid_argument,
-                     detail::text("topology: expected a latency of 0 s or more, got ", l.latency_seconds));
+        return error(errc::invalid_argument, {"topology: expected a latency of 0 s or more, got ", l.latency_seconds});
       }
     }
     return t;
@@ -138,7 +137,7 @@ class topology {
     for (std::size_t g = 0; g < gpus(); ++g) slots_per_gpu.push_back(slots_on_gpu(g));
     for (const std::uint32_t g : gone) {
       if (g >= gpus()) {
-        return error(errc::invalid_argument, detail::text("topology: expected GPUs below ", gpus(), ", got ", g));
+        return error(errc::invalid_argument, {"topology: expected GPUs below ", gpus(), ", got ", g});
       }
       slots_per_gpu[g] = 0;
     }
@@ -160,7 +159,7 @@ class topology {
   [[nodiscard]] TETROMINO_ABI result<topology> try_with_speeds(std::span<const double> speeds) const {
     if (speeds.size() != gpus()) {
       return error(errc::shape_mismatch,
-                   detail::text("topology: expected a speed for each of ", gpus(), " GPUs, got ", speeds.size()));
+                   {"topology: expected a speed for each of ", gpus(), " GPUs, got ", speeds.size()});
     }
     double fastest = 0;
     for (const double s : speeds) fastest = s > fastest ? s : fastest;
@@ -168,9 +167,9 @@ class topology {
     t.speeds_.clear();
     for (std::size_t g = 0; g < speeds.size(); ++g) {
       if (!std::isfinite(speeds[g]) || !(speeds[g] * 64 >= fastest) || !(speeds[g] > 0)) {
-        return error(errc::invalid_argument, detail::text("topology: expected speeds above 0, none below 1/64 of the "
-                                                          "fastest, got ",
-                                                          speeds[g], " of GPU ", g));
+        return error(errc::invalid_argument, {"topology: expected speeds above 0, none below 1/64 of the "
+                                              "fastest, got ",
+                                              speeds[g], " of GPU ", g});
       }
       t.speeds_.push_back(speeds[g] / fastest);
     }
@@ -200,9 +199,8 @@ class topology {
   /// max_nodes_with_costs nodes.
   [[nodiscard]] TETROMINO_ABI result<topology> try_with_node_costs(std::span<const double> costs) const {
     if (nodes() > max_nodes_with_costs || costs.size() != nodes() * nodes()) {
-      return error(errc::shape_mismatch,
-                   detail::text("topology: expected a cost for each pair of at most ", max_nodes_with_costs,
-                                " nodes, got ", costs.size(), " for ", nodes(), " nodes"));
+      return error(errc::shape_mismatch, {"topology: expected a cost for each pair of at most ", max_nodes_with_costs,
+                                          " nodes, got ", costs.size(), " for ", nodes(), " nodes"});
     }
     topology t = *this;
     t.node_costs_.assign(costs.begin(), costs.end());
@@ -211,9 +209,8 @@ class topology {
       for (std::size_t to = 0; to < from; ++to) {
         const double there = costs[from * nodes() + to], back = costs[to * nodes() + from];
         if (!(there >= 1e-3) || !(there <= 1e3) || there != back) {
-          return error(errc::invalid_argument,
-                       detail::text("topology: expected costs of 0.001 to 1000, the same both ways, got ", there,
-                                    " from node ", from, " to ", to, " and ", back, " back"));
+          return error(errc::invalid_argument, {"topology: expected costs of 0.001 to 1000, the same both ways, got ",
+                                                there, " from node ", from, " to ", to, " and ", back, " back"});
         }
       }
     }
@@ -228,9 +225,8 @@ class topology {
   /// byte costs `cost`, inside one 1. Errors: racks of no node, and as try_with_node_costs.
   [[nodiscard]] TETROMINO_ABI result<topology> try_with_racks(std::size_t nodes_per_rack, double cost) const {
     if (nodes_per_rack == 0 || nodes() > max_nodes_with_costs) {
-      return error(errc::invalid_argument,
-                   detail::text("topology: expected racks of 1 node or more and at most ", max_nodes_with_costs,
-                                " nodes, got ", nodes_per_rack, " of ", nodes()));
+      return error(errc::invalid_argument, {"topology: expected racks of 1 node or more and at most ",
+                                            max_nodes_with_costs, " nodes, got ", nodes_per_rack, " of ", nodes()});
     }
     std::vector<double> costs(nodes() * nodes(), 1.0);
     for (std::size_t i = 0; i < costs.size(); ++i) {
@@ -302,8 +298,8 @@ class topology {
 
   TETROMINO_ABI static result<void> check_counts(std::size_t nodes, std::size_t gpus_per_node) {
     if (nodes == 0 || gpus_per_node == 0 || nodes > max_gpus || gpus_per_node > max_gpus / nodes) {
-      return error(errc::invalid_argument, detail::text("topology: expected 1 to ", max_gpus, " GPUs, got ", nodes,
-                                                        " nodes × ", gpus_per_node, " GPUs"));
+      return error(errc::invalid_argument,
+                   {"topology: expected 1 to ", max_gpus, " GPUs, got ", nodes, " nodes × ", gpus_per_node, " GPUs"});
     }
     return {};
   }

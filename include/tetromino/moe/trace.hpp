@@ -112,12 +112,12 @@ inline namespace TETROMINO_ISA {
   if (s.layers == 0 || s.experts == 0 || s.experts_per_token == 0 || s.experts > 65'535 ||
       s.experts_per_token > s.experts) {
     return error(errc::invalid_argument,
-                 detail::text("trace: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ", s.layers,
-                              " layers, ", s.experts_per_token, " of ", s.experts, " experts"));
+                 {"trace: expected layers ≥ 1 and 1 ≤ experts per token ≤ experts ≤ 65535, got ", s.layers, " layers, ",
+                  s.experts_per_token, " of ", s.experts, " experts"});
   }
   if (s.layers > view.ids.size() / s.experts_per_token ? !view.ids.empty() : view.ids.size() % s.ids_per_token() != 0) {
-    return error(errc::shape_mismatch, detail::text("trace: expected a multiple of ", s.layers, " × ",
-                                                    s.experts_per_token, " ids, got ", view.ids.size()));
+    return error(errc::shape_mismatch, {"trace: expected a multiple of ", s.layers, " × ", s.experts_per_token,
+                                        " ids, got ", view.ids.size()});
   }
   const std::size_t k = s.experts_per_token;
   std::vector<std::uint64_t> last_seen(s.experts, 0);  // number of the last row + 1 that named the expert
@@ -126,13 +126,12 @@ inline namespace TETROMINO_ISA {
     for (const std::uint16_t e : view.ids.subspan(row * k, k)) {
       if (e == no_expert) continue;
       if (e >= s.experts) {
-        return error(errc::invalid_argument, detail::text("trace: expected expert ids below ", s.experts, ", got ", e,
-                                                          " in token ", row / s.layers, ", layer ", row % s.layers));
+        return error(errc::invalid_argument, {"trace: expected expert ids below ", s.experts, ", got ", e, " in token ",
+                                              row / s.layers, ", layer ", row % s.layers});
       }
       if (last_seen[e] == row + 1) {
-        return error(errc::invalid_argument,
-                     detail::text("trace: expected distinct experts, got ", e, " twice in token ", row / s.layers,
-                                  ", layer ", row % s.layers));
+        return error(errc::invalid_argument, {"trace: expected distinct experts, got ", e, " twice in token ",
+                                              row / s.layers, ", layer ", row % s.layers});
       }
       last_seen[e] = row + 1;
     }
@@ -142,8 +141,8 @@ inline namespace TETROMINO_ISA {
     const request& r = view.requests[i];
     if (r.first_token > tokens || r.tokens > tokens - r.first_token || r.prefill_length > r.tokens) {
       return error(errc::invalid_argument,
-                   detail::text("trace: expected request ", i, " inside ", tokens, " tokens, got ", r.tokens,
-                                " tokens from ", r.first_token, " with prefill ", r.prefill_length));
+                   {"trace: expected request ", i, " inside ", tokens, " tokens, got ", r.tokens, " tokens from ",
+                    r.first_token, " with prefill ", r.prefill_length});
     }
   }
   return {};
@@ -170,8 +169,8 @@ class trace {
     if (auto ok = try_validate(trace_view{shape, ids, requests}); !ok) return ok.error();
     for (std::size_t i = 0; i < requests.size(); ++i) {
       if (!domain_names.empty() && requests[i].domain >= domain_names.size()) {
-        return error(errc::invalid_argument, detail::text("trace: expected domains below ", domain_names.size(),
-                                                          ", got ", requests[i].domain, " in request ", i));
+        return error(errc::invalid_argument, {"trace: expected domains below ", domain_names.size(), ", got ",
+                                              requests[i].domain, " in request ", i});
       }
     }
     trace t;
@@ -216,7 +215,7 @@ class trace {
     const std::size_t k = shape.experts_per_token, size = std::size(ids);
     if (shape.ids_per_token() == 0 || size % shape.ids_per_token() != 0) {
       return error(errc::shape_mismatch,
-                   detail::text("trace: expected a multiple of ", shape.layers, " × ", k, " ids, got ", size));
+                   {"trace: expected a multiple of ", shape.layers, " × ", k, " ids, got ", size});
     }
     const std::size_t tokens = size / shape.ids_per_token();
     std::vector<std::uint16_t> ordered(size);
@@ -250,8 +249,8 @@ class trace {
   TETROMINO_ABI static result<void> keep(const routing_shape& shape, std::size_t token, Id id, std::uint16_t& to) {
     const std::uint32_t known = detail::to_id(id, shape.experts);
     if (known == detail::no_id) {
-      return error(errc::invalid_argument, detail::text("trace: expected expert ids below ", shape.experts,
-                                                        " or -1, got ", id, " in token ", token));
+      return error(errc::invalid_argument,
+                   {"trace: expected expert ids below ", shape.experts, " or -1, got ", id, " in token ", token});
     }
     to = static_cast<std::uint16_t>(known);
     return {};

@@ -50,7 +50,7 @@ namespace detail::inline TETROMINO_ISA {
 
 /// An error of a reader that does not know the file's name.
 [[nodiscard]] inline error in_file(const std::string& name, const error& e) {
-  return error(e.code(), text(name, e.what()[0] == ':' || e.what()[0] == ',' ? "" : ": ", e.what()));
+  return error(e.code(), {name, e.what()[0] == ':' || e.what()[0] == ',' ? "" : ": ", e.what()});
 }
 
 /// Takes lines up; `next(line)` is false at the end.
@@ -61,7 +61,7 @@ template <class Next>
   std::string_view line;
   while (next(line)) {
     if (std::string bad = lines.add(line); !bad.empty()) {
-      return error(errc::malformed_file, text(name, ", line ", lines.line(), ": ", bad));
+      return error(errc::malformed_file, {name, ", line ", lines.line(), ": ", bad});
     }
   }
   std::vector<std::uint32_t> layers;
@@ -88,7 +88,7 @@ template <class Next>
       if (j.contains("logical_count") && !j.contains("type")) {
         count_table counts;
         if (bad = add_counts(j["logical_count"], counts); !bad.empty())
-          return error(errc::malformed_file, text(name, ": ", bad));
+          return error(errc::malformed_file, {name, ": ", bad});
         std::vector<std::uint32_t> layers;
         auto loads = counts.finish(options.experts, layers);
         if (!loads) return in_file(name, loads.error());
@@ -128,9 +128,9 @@ template <class Next>
     const std::string subject = archive ? text(name, ": ", tetromino::detail::printable(file.name, 40)) : name;
     if (file.name.ends_with("data.pkl")) {
       return error(errc::malformed_file,
-                   text(name,
-                        ": expected arrays, found what torch.save writes, which can run code when it is read; "
-                        "convert it where you trust it: np.save(\"x.npy\", torch.load(path)[\"logical_count\"])"));
+                   {name,
+                    ": expected arrays, found what torch.save writes, which can run code when it is read; "
+                    "convert it where you trust it: np.save(\"x.npy\", torch.load(path)[\"logical_count\"])"});
     }
     const auto array = try_read_npy(file.bytes, subject);
     if (!array) return array.error();
@@ -138,7 +138,7 @@ template <class Next>
     const bool of_request = array->shape.size() == 3 && array->type < number_type::f32;
     has_requests = has_requests || of_request;
     if (std::string bad = of_request ? requests.add(*array, 0) : add_counts(*array, counts); !bad.empty()) {
-      return error(errc::malformed_file, text(subject, ": ", bad));
+      return error(errc::malformed_file, {subject, ": ", bad});
     }
   }
   std::vector<std::uint32_t> layers;
@@ -182,12 +182,11 @@ inline namespace TETROMINO_ISA {
         return !line.empty() || in.good();
       },
       name, options);
-  if (too_long)
-    return error(errc::malformed_file, detail::text(name, ": expected lines of less than ", longest, " bytes"));
-  if (in.bad()) return error(errc::io, detail::text(name, ": expected to read on"));
+  if (too_long) return error(errc::malformed_file, {name, ": expected lines of less than ", longest, " bytes"});
+  if (in.bad()) return error(errc::io, {name, ": expected to read on"});
   if (!read) return read.error();
   if (auto* t = std::get_if<trace>(&read->content)) return std::move(*t);
-  return error(errc::malformed_file, detail::text(name, ": expected requests, found ", read->format));
+  return error(errc::malformed_file, {name, ": expected requests, found ", read->format});
 }
 [[nodiscard]] inline trace read_trace_json_lines(std::istream& in, const std::string& name,
                                                  const trace_read_options& options = {}) {
@@ -237,7 +236,7 @@ inline namespace TETROMINO_ISA {
   if (head.find(',') != std::string_view::npos && head.find("expert") != std::string_view::npos) {
     detail::count_table counts;
     if (std::string bad = detail::add_csv(all, counts); !bad.empty()) {
-      return error(errc::malformed_file, detail::text(name, ": ", bad));
+      return error(errc::malformed_file, {name, ": ", bad});
     }
     std::vector<std::uint32_t> layers;
     auto loads = counts.finish(options.experts, layers);
@@ -270,7 +269,7 @@ inline namespace TETROMINO_ISA {
   if (!read) return read.error();
   if (auto* t = std::get_if<trace>(&read->content)) return std::move(*t);
   return error(errc::malformed_file,
-               detail::text(path.string(), ": expected requests, found ", read->format, ", which read_routing takes"));
+               {path.string(), ": expected requests, found ", read->format, ", which read_routing takes"});
 }
 [[nodiscard]] inline trace read_trace(const std::filesystem::path& path, const trace_read_options& options = {}) {
   return try_read_trace(path, options).value();

@@ -56,8 +56,8 @@ result<void> multiply_factors(const stream& s, const Float* x, const Float* w, F
     return done;
   }
   if (major >= least_major && major <= most_major) return {};
-  return error(errc::device, tetromino::detail::text("CUDA: ", call, " needs compute capability ", expected,
-                                                     ", device ", device, " has ", major, '.', minor));
+  return error(errc::device, {"CUDA: ", call, " needs compute capability ", expected, ", device ", device, " has ",
+                              major, '.', minor});
 }
 
 /// Says why two operands have no product of that shape, if they have none.
@@ -67,8 +67,8 @@ result<void> multiply_factors(const stream& s, const Float* x, const Float* w, F
   for (const block_scaled_view<>* operand : {&x, &w}) {
     if (auto fits = tetromino::detail::check_block_scaled_sizes(*operand); !fits) return fits;
     if (operand->shape.matrices != 1) {
-      return error(errc::shape_mismatch, text("block-scaled product: expected one matrix, got ",
-                                              operand->shape.matrices, "; operator[] takes one of a batch"));
+      return error(errc::shape_mismatch, {"block-scaled product: expected one matrix, got ", operand->shape.matrices,
+                                          "; operator[] takes one of a batch"});
     }
     if (!is_aligned(operand->codes.data(), 16) || !is_aligned(operand->scales.data(), 16)) {
       return error(errc::invalid_argument, "block-scaled product: expected codes and scales at multiples of 16 bytes");
@@ -79,12 +79,12 @@ result<void> multiply_factors(const stream& s, const Float* x, const Float* w, F
                  "block-scaled product: expected operands of one kind, got e4m3_16 and e8m0_32");
   }
   if (x.shape.cols != w.shape.cols) {
-    return error(errc::shape_mismatch, text("block-scaled product: the activations have ", x.shape.cols,
-                                            " columns, the weights ", w.shape.cols));
+    return error(errc::shape_mismatch,
+                 {"block-scaled product: the activations have ", x.shape.cols, " columns, the weights ", w.shape.cols});
   }
   if (out_rows != x.shape.rows || out_cols != w.shape.rows) {
-    return error(errc::shape_mismatch, text("block-scaled product: it is [", x.shape.rows, ", ", w.shape.rows,
-                                            "], the output [", out_rows, ", ", out_cols, "]"));
+    return error(errc::shape_mismatch, {"block-scaled product: it is [", x.shape.rows, ", ", w.shape.rows,
+                                        "], the output [", out_rows, ", ", out_cols, "]"});
   }
   constexpr std::size_t most = std::size_t{1} << 31;
   if (x.shape.rows >= most || w.shape.rows >= most || x.shape.cols >= most) {
@@ -114,12 +114,12 @@ template <block_format Format, class Byte>
   const any_format format(swizzled.format);
   const bool is_nv = format == any_format(nvfp4{});
   if (!is_nv && format != any_format(mxfp4{})) {
-    return error(errc::invalid_argument, text("block-scaled operand: expected packed nvfp4 or mxfp4-32, got ",
-                                              name_of(format), format.macro_block == 0 ? "" : " with macro blocks"));
+    return error(errc::invalid_argument, {"block-scaled operand: expected packed nvfp4 or mxfp4-32, got ",
+                                          name_of(format), format.macro_block == 0 ? "" : " with macro blocks"});
   }
   if (swizzled.matrices != 1 || swizzled.cols % 64 != 0) {
-    return error(errc::shape_mismatch, text("block-scaled operand: expected one matrix with K a multiple of 64, got ",
-                                            swizzled.matrices, " with K = ", swizzled.cols));
+    return error(errc::shape_mismatch, {"block-scaled operand: expected one matrix with K a multiple of 64, got ",
+                                        swizzled.matrices, " with K = ", swizzled.cols});
   }
   const block_scaled_kind kind = is_nv ? block_scaled_kind::e4m3_16 : block_scaled_kind::e8m0_32;
   const block_scaled_view<> out{

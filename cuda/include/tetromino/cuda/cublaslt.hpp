@@ -39,8 +39,8 @@ namespace detail {
 /// Success, or an error with the status' name and the call that returned it.
 [[nodiscard]] inline result<void> status_of(cublasStatus_t status, const char* call) {
   if (status == CUBLAS_STATUS_SUCCESS) return {};
-  return error(errc::device, tetromino::detail::text("cuBLASLt: ", cublasLtGetStatusName(status), " (",
-                                                     cublasLtGetStatusString(status), ") from ", call));
+  return error(errc::device,
+               {"cuBLASLt: ", cublasLtGetStatusName(status), " (", cublasLtGetStatusString(status), ") from ", call});
 }
 
 /// A product's descriptors, on the stack: out[m, n], by rows, is the library's by columns, transposed, so that the
@@ -98,8 +98,7 @@ class cublaslt {
   /// Errors: device, also for a library older than that of CUDA 12.8.
   [[nodiscard]] static result<cublaslt> try_create() {
     if (const std::size_t version = cublasLtGetVersion(); version < 120800) {
-      return error(errc::device,
-                   tetromino::detail::text("cuBLASLt: 4-bit operands need version 120800 (CUDA 12.8), got ", version));
+      return error(errc::device, {"cuBLASLt: 4-bit operands need version 120800 (CUDA 12.8), got ", version});
     }
     cublaslt out;
     if (auto done = detail::status_of(cublasLtCreate(&out.handle_), "cublasLtCreate"); !done) return done.error();
@@ -137,9 +136,9 @@ class block_scaled_plan {
                                                             std::size_t most_workspace = std::size_t{32} << 20) {
     using tetromino::detail::text;
     if (rows == 0 || outputs == 0 || cols == 0 || outputs % 8 != 0 || out_stride % 8 != 0 || out_stride < outputs) {
-      return error(errc::shape_mismatch, text("block-scaled plan: expected a product that is not empty, outputs and "
-                                              "their stride multiples of 8, got [",
-                                              rows, ", ", outputs, "] over K = ", cols, " with stride ", out_stride));
+      return error(errc::shape_mismatch, {"block-scaled plan: expected a product that is not empty, outputs and "
+                                          "their stride multiples of 8, got [",
+                                          rows, ", ", outputs, "] over K = ", cols, " with stride ", out_stride});
     }
     if (auto fits = detail::check_capability("a block-scaled product through cuBLASLt", 10, 99, "10.0 or later");
         !fits) {
@@ -178,9 +177,9 @@ class block_scaled_plan {
                                        &product.out, &product.out, &preference, 1, &found, &count);
     if (status == CUBLAS_STATUS_SUCCESS) status = count == 0 ? CUBLAS_STATUS_NOT_SUPPORTED : found.state;
     if (auto done = detail::status_of(status, "cublasLtMatmulAlgoGetHeuristic"); !done) {
-      return error(errc::device, text(done.error().what(), " for [", rows, ", ", cols, "] x [", outputs, ", ", cols,
-                                      "]; on compute capability 12.x matmul without a plan multiplies "
-                                      "these operands"));
+      return error(errc::device, {done.error().what(), " for [", rows, ", ", cols, "] x [", outputs, ", ", cols,
+                                  "]; on compute capability 12.x matmul without a plan multiplies "
+                                  "these operands"});
     }
     out.algorithm_ = found.algo;
     out.library_workspace_ = found.workspaceSize;
@@ -206,17 +205,16 @@ class block_scaled_plan {
                    "block-scaled plan: cuBLASLt multiplies operands of kind e4m3_16, got e8m0_32");
     }
     if (x.shape.rows != rows_ || w.shape.rows != outputs_ || x.shape.cols != cols_ || out.row_stride != out_stride_) {
-      return error(errc::shape_mismatch,
-                   text("block-scaled plan: made for [", rows_, ", ", outputs_, "] over K = ", cols_, " with stride ",
-                        out_stride_, ", got [", x.shape.rows, ", ", w.shape.rows, "] over K = ", x.shape.cols,
-                        " with stride ", out.row_stride));
+      return error(errc::shape_mismatch, {"block-scaled plan: made for [", rows_, ", ", outputs_, "] over K = ", cols_,
+                                          " with stride ", out_stride_, ", got [", x.shape.rows, ", ", w.shape.rows,
+                                          "] over K = ", x.shape.cols, " with stride ", out.row_stride});
     }
     if (!detail::is_aligned(out.data, 16)) {
       return error(errc::invalid_argument, "block-scaled plan: expected an output at a multiple of 16 bytes");
     }
     if (s.workspace.size() < workspace_bytes() || !detail::is_aligned(s.workspace.data(), 256)) {
-      return error(errc::shape_mismatch, text("block-scaled plan: needs ", workspace_bytes(),
-                                              " bytes of workspace at a multiple of 256, got ", s.workspace.size()));
+      return error(errc::shape_mismatch, {"block-scaled plan: needs ", workspace_bytes(),
+                                          " bytes of workspace at a multiple of 256, got ", s.workspace.size()});
     }
     auto* const factors = reinterpret_cast<float*>(s.workspace.data());
     if (auto done = detail::multiply_factors(s, x.factors.data(), w.factors.data(), factors); !done) return done;

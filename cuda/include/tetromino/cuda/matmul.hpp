@@ -57,16 +57,16 @@ template <activation T>
   using tetromino::detail::text;
   if (x.cols != w.shape.cols) {
     return error(errc::shape_mismatch,
-                 text("matmul: the activations have ", x.cols, " columns, the weights ", w.shape.cols));
+                 {"matmul: the activations have ", x.cols, " columns, the weights ", w.shape.cols});
   }
   if (out.rows != x.rows || out.cols != w.shape.outputs()) {
-    return error(errc::shape_mismatch, text("matmul: the product is [", x.rows, ", ", w.shape.outputs(),
-                                            "], the output [", out.rows, ", ", out.cols, "]"));
+    return error(errc::shape_mismatch, {"matmul: the product is [", x.rows, ", ", w.shape.outputs(), "], the output [",
+                                        out.rows, ", ", out.cols, "]"});
   }
   if (auto fits = check_repacked(w); !fits) return fits;
   if (const std::size_t n = options.bias.size(); n != 0 && n != w.shape.matrices * w.shape.rows) {
-    return error(errc::shape_mismatch, text("matmul: the bias needs ", w.shape.matrices * w.shape.rows,
-                                            " entries, one for each row of the weights, got ", n));
+    return error(errc::shape_mismatch, {"matmul: the bias needs ", w.shape.matrices * w.shape.rows,
+                                        " entries, one for each row of the weights, got ", n});
   }
   if (x.rows >= std::size_t{1} << 31 || w.shape.rows >= std::size_t{1} << 31 || x.cols >= std::size_t{1} << 31) {
     return error(errc::shape_mismatch, "matmul: expected fewer than 2^31 rows and columns");
@@ -84,9 +84,8 @@ template <class X>
   using T = std::remove_cvref_t<decltype(*in.data)>;
   if (in.matrices > 1 && in.matrix_stride != in.rows * in.row_stride) {
     return result<matrix_view<const T>>(
-        error(errc::shape_mismatch,
-              tetromino::detail::text("matmul: expected rows that are evenly apart, got matrices ", in.matrix_stride,
-                                      " elements apart with ", in.rows, " rows ", in.row_stride, " apart")));
+        error(errc::shape_mismatch, {"matmul: expected rows that are evenly apart, got matrices ", in.matrix_stride,
+                                     " elements apart with ", in.rows, " rows ", in.row_stride, " apart"}));
   }
   return result<matrix_view<const T>>(matrix_view<const T>(in.data, in.matrices * in.rows, in.cols, in.row_stride));
 }
@@ -133,9 +132,8 @@ template <class X, class Weights, class Out>
                                      const matmul_options& options = {}) {
   const auto weights = detail::as_weights<Out>(w);
   if (weights.shape.matrices != 1) {
-    return error(errc::shape_mismatch,
-                 tetromino::detail::text("matmul: expected one weight matrix, got ", weights.shape.matrices,
-                                         "; grouped_matmul takes a batch"));
+    return error(errc::shape_mismatch, {"matmul: expected one weight matrix, got ", weights.shape.matrices,
+                                        "; grouped_matmul takes a batch"});
   }
   return detail::multiply(s, x, weights, nullptr, out, options);
 }
@@ -145,8 +143,8 @@ template <class X, class Weights, class Out>
                                              const matmul_options& options = {}) {
   const auto weights = detail::as_weights<Out>(w);
   if (row_offsets.size() != weights.shape.matrices + 1) {
-    return error(errc::shape_mismatch, tetromino::detail::text("matmul: expected ", weights.shape.matrices + 1,
-                                                               " row offsets, got ", row_offsets.size()));
+    return error(errc::shape_mismatch,
+                 {"matmul: expected ", weights.shape.matrices + 1, " row offsets, got ", row_offsets.size()});
   }
   return detail::multiply(s, x, weights, row_offsets.data(), out, options);
 }

@@ -98,20 +98,20 @@ template <call_like Call>
 [[nodiscard]] result<void> check_groups(std::size_t calls, std::size_t first_slot, const expert_groups& groups) {
   using tetromino::detail::text;
   if (groups.calls_per_row == 0 || calls % groups.calls_per_row != 0 || calls >= std::size_t{1} << 31) {
-    return error(errc::shape_mismatch, text("expert groups: expected fewer than 2^31 calls, ", groups.calls_per_row,
-                                            " for each row, got ", calls));
+    return error(errc::shape_mismatch, {"expert groups: expected fewer than 2^31 calls, ", groups.calls_per_row,
+                                        " for each row, got ", calls});
   }
   if (groups.expert_offsets.size() < 2 || groups.expert_offsets.size() > 65'537 || groups.expert_rows.size() != calls ||
       groups.pair_of_call.size() != calls) {
     return error(errc::shape_mismatch,
-                 text("expert groups: expected room for 2 to 65537 offsets, and for a row and a pair for each of ",
-                      calls, " calls, got ", groups.expert_offsets.size(), ", ", groups.expert_rows.size(), " and ",
-                      groups.pair_of_call.size()));
+                 {"expert groups: expected room for 2 to 65537 offsets, and for a row and a pair for each of ", calls,
+                  " calls, got ", groups.expert_offsets.size(), ", ", groups.expert_rows.size(), " and ",
+                  groups.pair_of_call.size()});
   }
   if (const std::size_t slots = groups.expert_offsets.size() - 1;
       first_slot > nobody<Call> || slots > nobody<Call> - first_slot) {
-    return error(errc::shape_mismatch, text("expert groups: expected slots below ", nobody<Call>,
-                                            ", which is a call for nobody, got ", slots, " from ", first_slot, " on"));
+    return error(errc::shape_mismatch, {"expert groups: expected slots below ", nobody<Call>,
+                                        ", which is a call for nobody, got ", slots, " from ", first_slot, " on"});
   }
   return {};
 }
@@ -124,8 +124,8 @@ template <real T>
   if (groups.calls_per_row == 0 || width == 0 || rows % width != 0 || pairs % width != 0 ||
       rows / width * groups.calls_per_row != calls || pairs / width > calls) {
     return error(errc::shape_mismatch,
-                 text("expert groups: expected rows of ", width, " elements, one for each ", groups.calls_per_row,
-                      " of ", calls, " calls, and at most ", calls, " pairs, got ", rows, " and ", pairs, " elements"));
+                 {"expert groups: expected rows of ", width, " elements, one for each ", groups.calls_per_row, " of ",
+                  calls, " calls, and at most ", calls, " pairs, got ", rows, " and ", pairs, " elements"});
   }
   if (rows / width >= std::size_t{1} << 31 || width >= std::size_t{1} << 31) {
     return error(errc::shape_mismatch, "expert groups: expected fewer than 2^31 rows and columns");
@@ -148,10 +148,9 @@ template <real T>
   if (auto ok = moe::detail::check_router(logits.size(), experts, options, ids.size(), weights.size()); !ok) return ok;
   if (experts > max_routed_experts || options.experts_per_token > max_experts_per_token ||
       logits.size() / experts >= std::size_t{1} << 31) {
-    return error(errc::invalid_argument,
-                 tetromino::detail::text("cuda: route expects at most ", max_routed_experts, " experts, ",
-                                         max_experts_per_token, " of them for each of fewer than 2^31 tokens, got ",
-                                         experts, ", ", options.experts_per_token, " and ", logits.size() / experts));
+    return error(errc::invalid_argument, {"cuda: route expects at most ", max_routed_experts, " experts, ",
+                                          max_experts_per_token, " of them for each of fewer than 2^31 tokens, got ",
+                                          experts, ", ", options.experts_per_token, " and ", logits.size() / experts});
   }
   const detail::route_job<float> job{logits.data(),
                                      static_cast<std::uint32_t>(logits.size() / experts),
@@ -175,10 +174,9 @@ template <real T>
                                                   std::span<moe::expert_call> calls, std::span<std::uint16_t> ranks) {
   if (calls_per_row == 0 || ids.size() % calls_per_row != 0 || ids.size() >= std::size_t{1} << 31 ||
       calls.size() != ids.size() || ranks.size() != ids.size() || (!weights.empty() && weights.size() != ids.size())) {
-    return error(errc::shape_mismatch,
-                 tetromino::detail::text("plan_copies: expected fewer than 2^31 ids, ", calls_per_row,
-                                         " for each row, and for each a call, a rank and a weight or no weights, got ",
-                                         ids.size(), ", ", calls.size(), ", ", ranks.size(), " and ", weights.size()));
+    return error(errc::shape_mismatch, {"plan_copies: expected fewer than 2^31 ids, ", calls_per_row,
+                                        " for each row, and for each a call, a rank and a weight or no weights, got ",
+                                        ids.size(), ", ", calls.size(), ", ", ranks.size(), " and ", weights.size()});
   }
   return detail::plan_copies<std::uint16_t>(
       s,
@@ -216,9 +214,8 @@ template <real T>
                                        std::span<T> out, std::size_t width, const expert_groups& groups) {
   if (auto fits = detail::check_move<T>(out.size(), y.size(), width, groups); !fits) return fits;
   if (weights.size() != groups.pair_of_call.size()) {
-    return error(errc::shape_mismatch,
-                 tetromino::detail::text("combine: expected a weight for each of ", groups.pair_of_call.size(),
-                                         " calls, got ", weights.size()));
+    return error(errc::shape_mismatch, {"combine: expected a weight for each of ", groups.pair_of_call.size(),
+                                        " calls, got ", weights.size()});
   }
   return detail::combine<T>(s, {y.data(), out.data(), out.size() / width, width, groups.pair_of_call.data(),
                                 weights.data(), 1, groups.calls_per_row});
@@ -230,8 +227,8 @@ template <real T>
                                        std::span<T> out, std::size_t width, const expert_groups& groups) {
   if (auto fits = detail::check_move<T>(out.size(), y.size(), width, groups); !fits) return fits;
   if (calls.size() != groups.pair_of_call.size()) {
-    return error(errc::shape_mismatch, tetromino::detail::text("combine: expected ", groups.pair_of_call.size(),
-                                                               " calls, got ", calls.size()));
+    return error(errc::shape_mismatch,
+                 {"combine: expected ", groups.pair_of_call.size(), " calls, got ", calls.size()});
   }
   const float* const weights = calls.empty() ? nullptr : &calls.front().weight;
   return detail::combine<T>(s, {y.data(), out.data(), out.size() / width, width, groups.pair_of_call.data(), weights,

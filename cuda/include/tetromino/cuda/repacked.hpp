@@ -97,8 +97,8 @@ result<void> repack(const stream& s, const packed_view<any_format>& w, const rep
 template <activation T, class Byte>
 [[nodiscard]] result<void> check_repacked(const repacked_view<T, Byte>& w) {
   if (w.data.size() == w.shape.bytes() && is_aligned(w.data.data(), 128)) return {};
-  return error(errc::shape_mismatch, tetromino::detail::text("repacked weights need ", w.shape.bytes(),
-                                                             " bytes at a multiple of 128, got ", w.data.size()));
+  return error(errc::shape_mismatch,
+               {"repacked weights need ", w.shape.bytes(), " bytes at a multiple of 128, got ", w.data.size()});
 }
 
 }  // namespace detail
@@ -114,12 +114,12 @@ template <activation T>
   using tetromino::detail::text;
   const repacked_shape& shape = out.shape;
   if (!(shape.format == w.format) || shape.matrices != w.matrices || shape.rows != w.rows || shape.cols != w.cols) {
-    return error(errc::shape_mismatch, text("repack: the weights are ", name_of(w.format), " [", w.matrices, ", ",
-                                            w.rows, ", ", w.cols, "], the repacked shape says ", name_of(shape.format),
-                                            " [", shape.matrices, ", ", shape.rows, ", ", shape.cols, "]"));
+    return error(errc::shape_mismatch, {"repack: the weights are ", name_of(w.format), " [", w.matrices, ", ", w.rows,
+                                        ", ", w.cols, "], the repacked shape says ", name_of(shape.format), " [",
+                                        shape.matrices, ", ", shape.rows, ", ", shape.cols, "]"});
   }
   if (shape.gating != gating_rows::none && shape.rows % 2 != 0) {
-    return error(errc::shape_mismatch, text("repack: gate and up rows come in pairs, got ", shape.rows, " rows"));
+    return error(errc::shape_mismatch, {"repack: gate and up rows come in pairs, got ", shape.rows, " rows"});
   }
   if (auto fits = detail::check_repacked(out); !fits) return fits;
   return detail::repack<T>(s, w, shape, out.data.data());

@@ -61,8 +61,7 @@ namespace detail {
 /// Success, or an error with the CUDA error's name and the call that met it.
 [[nodiscard]] inline result<void> status_of(cudaError_t code, const char* call) {
   if (code == cudaSuccess) return {};
-  return error(errc::device, tetromino::detail::text("CUDA: ", cudaGetErrorName(code), " (", cudaGetErrorString(code),
-                                                     ") from ", call));
+  return error(errc::device, {"CUDA: ", cudaGetErrorName(code), " (", cudaGetErrorString(code), ") from ", call});
 }
 
 inline constexpr std::uint64_t none_rejected = ~std::uint64_t{0};
@@ -117,9 +116,8 @@ class rejections {
     if (auto done = detail::status_of(cudaStreamSynchronize(s.handle), "cudaStreamSynchronize"); !done) return done;
     if (position == detail::none_rejected) return {};
     return error(errc::non_finite,
-                 tetromino::detail::text(
-                     "expected finite values, got NaN, an infinity or one that overflows when rotated at matrix ",
-                     position / x.cols / x.rows, ", row ", position / x.cols % x.rows, ", column ", position % x.cols));
+                 {"expected finite values, got NaN, an infinity or one that overflows when rotated at matrix ",
+                  position / x.cols / x.rows, ", row ", position / x.cols % x.rows, ", column ", position % x.cols});
   }
   template <class T>
   void check(const stream& s, const batch_view<T>& x) const {

@@ -42,7 +42,7 @@ inline namespace TETROMINO_ISA {
     if (checkpoint_layout_names[i] == wanted) return static_cast<checkpoint_layout>(i);
     known += detail::text(i == 0 ? "" : ", ", checkpoint_layout_names[i]);
   }
-  return error(errc::unknown_name, detail::text("unknown layout \"", wanted, "\"; there are ", known));
+  return error(errc::unknown_name, {"unknown layout \"", wanted, "\"; there are ", known});
 }
 [[nodiscard]] inline checkpoint_layout checkpoint_layout_named(std::string_view wanted) {
   return try_checkpoint_layout_named(wanted).value();
@@ -52,17 +52,16 @@ inline namespace TETROMINO_ISA {
 [[nodiscard]] inline result<void> try_fit(checkpoint_layout where, const recipe& r) {
   if (where == checkpoint_layout::linear) return {};
   if (r.rotation != 0) {
-    return error(errc::invalid_argument, detail::text("readers of layout ", name(where),
-                                                      " do not rotate activations, as recipe ", r.name(), " needs"));
+    return error(errc::invalid_argument,
+                 {"readers of layout ", name(where), " do not rotate activations, as recipe ", r.name(), " needs"});
   }
   const bool is_mx = r.format == any_format(mxfp4{}), is_nvfp4 = r.format == any_format(nvfp4{});
   const std::string_view takes = where == checkpoint_layout::gpt_oss    ? "mxfp4-32"
                                  : where == checkpoint_layout::modelopt ? "nvfp4"
                                                                         : "mxfp4-32 and nvfp4";
   if ((is_mx && where != checkpoint_layout::modelopt) || (is_nvfp4 && where != checkpoint_layout::gpt_oss)) return {};
-  return error(errc::invalid_argument,
-               detail::text("layout ", name(where), " stores ", takes, ", not ", name_of(r.format),
-                            r.format.macro_block == 0 ? "" : " with macro blocks"));
+  return error(errc::invalid_argument, {"layout ", name(where), " stores ", takes, ", not ", name_of(r.format),
+                                        r.format.macro_block == 0 ? "" : " with macro blocks"});
 }
 
 }  // namespace TETROMINO_ISA

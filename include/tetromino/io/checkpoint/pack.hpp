@@ -85,11 +85,10 @@ template <class Policy>
   for (std::size_t i = 0; i < from.file_count(); ++i) {
     if (detail::identity_of(to) != from.identity(i)) continue;
     return error(errc::invalid_argument,
-                 detail::text(to.string(), ": expected another file than the one being read, ", from.file(i).string()));
+                 {to.string(), ": expected another file than the one being read, ", from.file(i).string()});
   }
   if (!from.is_single_file() && detail::is_within(to, from.folder())) {
-    return error(errc::invalid_argument,
-                 detail::text(to.string(), ": expected a place outside of the model being read"));
+    return error(errc::invalid_argument, {to.string(), ": expected a place outside of the model being read"});
   }
   std::optional<detail::pending_directory> folder;
   if (!is_file) {

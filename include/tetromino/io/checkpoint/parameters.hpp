@@ -127,8 +127,8 @@ class parameter_finder {
   [[nodiscard]] result<void> refuse_integers() const {
     const auto refuse = [&](std::string_view what, std::string_view format) {
       return error(errc::invalid_argument,
-                   text(from_.path().string(), ": expected values in BF16, F16, F32, FP8, MXFP4 or NVFP4, found ", what,
-                        ", of the format ", format, ", which cannot be read: start from the original checkpoint"));
+                   {from_.path().string(), ": expected values in BF16, F16, F32, FP8, MXFP4 or NVFP4, found ", what,
+                    ", of the format ", format, ", which cannot be read: start from the original checkpoint"});
     };
     if (const auto ours = from_.metadata().find("tetromino.layout");
         ours != from_.metadata().end() && ours->second == "linear") {
@@ -159,9 +159,8 @@ class parameter_finder {
   }
 
   [[nodiscard]] error broken(const io::checkpoint_tensor& tensor, const std::string& expected) const {
-    return error(errc::malformed_file,
-                 text(from_.path().string(), ": tensor ", printable(tensor.name), ": expected ", expected, ", found ",
-                      io::name(tensor.dtype), " ", shape_text(tensor.shape)));
+    return error(errc::malformed_file, {from_.path().string(), ": tensor ", printable(tensor.name), ": expected ",
+                                        expected, ", found ", io::name(tensor.dtype), " ", shape_text(tensor.shape)});
   }
 
   tensor_pointer part(const std::string& name) {

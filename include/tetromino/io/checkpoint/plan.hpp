@@ -120,8 +120,8 @@ class planner {
     name_input_scales();
     if (std::none_of(plan_.parameters.begin(), plan_.parameters.end(), [](const auto& p) { return p.is_packed(); })) {
       return error(errc::invalid_argument,
-                   text(from_.path().string(), ": expected a weight to pack, found none in ", parameters_.size(),
-                        " tensors (--dry-run says why each is kept, --pack packs by name)"));
+                   {from_.path().string(), ": expected a weight to pack, found none in ", parameters_.size(),
+                    " tensors (--dry-run says why each is kept, --pack packs by name)"});
     }
     return std::move(plan_);
   }
@@ -161,8 +161,8 @@ class planner {
     if (const auto* pattern = match_of(p.name, options().pack)) {
       if (p.rows == 0 || p.elements() == 0 || p.kind.role == io::tensor_role::scale || !can_read(p)) {
         return error(errc::invalid_argument,
-                     text("--pack ", *pattern, ": expected matrices of BF16, F16, F32, FP8 or 4 ", "bits, got tensor ",
-                          printable(p.name), ", ", io::name(p.values->dtype), ' ', shape_text(p.shape)));
+                     {"--pack ", *pattern, ": expected matrices of BF16, F16, F32, FP8 or 4 ", "bits, got tensor ",
+                      printable(p.name), ", ", io::name(p.values->dtype), ' ', shape_text(p.shape)});
       }
     } else if (!p.is_weight()) {
       return kept(p, p.kind.kept_because);
@@ -226,9 +226,9 @@ class planner {
       for (auto* member : members) {
         if (member->how == members.front()->how) continue;
         return error(errc::invalid_argument,
-                     text("tensors ", printable(members.front()->source->name), " and ",
-                          printable(member->source->name), ": expected one recipe, since readers run them as one ",
-                          "matrix, got ", members.front()->how.name(), " and ", member->how.name()));
+                     {"tensors ", printable(members.front()->source->name), " and ", printable(member->source->name),
+                      ": expected one recipe, since readers run them as one ", "matrix, got ",
+                      members.front()->how.name(), " and ", member->how.name()});
       }
       if (auto done = join_actions(members); !done) return done;
     }
@@ -263,8 +263,8 @@ class planner {
     planned.action = action::decode;
     if (p.scales->name.ends_with("_scales")) {
       return error(errc::invalid_argument,
-                   text("tensor ", printable(p.name), ": expected a weight that is packed, since what gpt-oss stores ",
-                        "in 4 bits cannot be kept as it is beside others (", planned.reason, ')'));
+                   {"tensor ", printable(p.name), ": expected a weight that is packed, since what gpt-oss stores ",
+                    "in 4 bits cannot be kept as it is beside others (", planned.reason, ')'});
     }
     return {};
   }

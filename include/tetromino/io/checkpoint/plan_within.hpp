@@ -114,13 +114,12 @@ class budget_planner {
   /// One plan for each candidate, as if it were the only one.
   [[nodiscard]] result<void> plan_candidates() {
     if (!(budget_.input_noise >= 0 && std::isfinite(budget_.input_noise))) {
-      return error(errc::invalid_argument,
-                   text("expected a finite input noise of at least 0, got ", budget_.input_noise));
+      return error(errc::invalid_argument, {"expected a finite input noise of at least 0, got ", budget_.input_noise});
     }
     for (const auto& rule : options_.rules) {
       if (!rule.pattern.empty()) continue;
-      return error(errc::invalid_argument, text("recipe ", rule.how.name(), " is for all weights: where bits are ",
-                                                "limited, it belongs to the candidates"));
+      return error(errc::invalid_argument, {"recipe ", rule.how.name(), " is for all weights: where bits are ",
+                                            "limited, it belongs to the candidates"});
     }
     if (budget_.candidates.empty()) {
       return error(errc::invalid_argument, "expected a recipe among the candidates, got none");
@@ -187,9 +186,8 @@ class budget_planner {
     }
     if (least <= most) return {};
     const double average = static_cast<double>(least) / static_cast<double>(weights_);
-    return error(errc::infeasible,
-                 text("expected a budget of at least ", std::ceil(average * 1e4) / 1e4,
-                      " bits for each weight, the least that the candidates allow, got ", budget_.bits));
+    return error(errc::infeasible, {"expected a budget of at least ", std::ceil(average * 1e4) / 1e4,
+                                    " bits for each weight, the least that the candidates allow, got ", budget_.bits});
   }
 
   /// What each candidate loses of each parameter: batch by batch, so that what is read again is still in the page

@@ -98,8 +98,8 @@ result<void> with_plain_type(const io::parameter& p, const F& f) {
       return f(bfloat16{});
     default:
       return error(errc::invalid_argument,
-                   text("tensor ", printable(p.name), ": expected BF16, F16, F32, FP8, MXFP4 or NVFP4, found ",
-                        io::name(p.values->dtype)));
+                   {"tensor ", printable(p.name), ": expected BF16, F16, F32, FP8, MXFP4 or NVFP4, found ",
+                    io::name(p.values->dtype)});
   }
 }
 
@@ -193,8 +193,8 @@ result<void> visit_packed(const io::checkpoint& from, const io::parameter& p, co
     tensor_scale = (*all)[all->size() == 1 ? 0 : range.matrix];
     if (p.tensor_scales_divide) tensor_scale = 1.0f / tensor_scale;
     if (!(tensor_scale > 0.0f && tensor_scale <= largest<float>)) {
-      return error(errc::malformed_file, text("tensor ", printable(p.tensor_scales->name),
-                                              ": expected a positive, finite tensor scale, found ", tensor_scale));
+      return error(errc::malformed_file, {"tensor ", printable(p.tensor_scales->name),
+                                          ": expected a positive, finite tensor scale, found ", tensor_scale});
     }
   }
   const std::span<const float> one(&tensor_scale, is_nvfp4 ? 1 : 0);

@@ -35,7 +35,7 @@ result<json_document<Json>> read_json(const std::filesystem::path& path) {
   if (!file) return file.error();
   if (file->size() > largest) {
     return error(errc::malformed_file,
-                 text(path.string(), ": expected at most ", largest, " bytes of JSON, found ", file->size()));
+                 {path.string(), ": expected at most ", largest, " bytes of JSON, found ", file->size()});
   }
   std::string bytes(file->size(), '\0');
   if (auto read = file->try_read_at(0, {reinterpret_cast<std::uint8_t*>(bytes.data()), bytes.size()}); !read) {
@@ -43,7 +43,7 @@ result<json_document<Json>> read_json(const std::filesystem::path& path) {
   }
   json_document<Json> json;
   if (const std::string bad = parse_json(without_python_numbers(bytes), *json); !bad.empty()) {
-    return error(errc::malformed_file, text(path.string(), ": ", bad));
+    return error(errc::malformed_file, {path.string(), ": ", bad});
   }
   return json;
 }
@@ -131,8 +131,7 @@ class checkpoint {
                       offset, tensor.bytes, to.size(), tensor.bytes - offset);
     auto read = files_[tensor.file].try_read_at(tensor.begin + offset, to);
     if (read) return read;
-    return error(read.error().code(),
-                 detail::text("tensor ", detail::printable(tensor.name), ": ", read.error().what()));
+    return error(read.error().code(), {"tensor ", detail::printable(tensor.name), ": ", read.error().what()});
   }
   TETROMINO_ABI void read(const checkpoint_tensor& tensor, std::size_t offset, std::span<std::uint8_t> to) const {
     try_read(tensor, offset, to).value();
@@ -165,9 +164,8 @@ class checkpoint {
     if (std::find(others.begin(), others.end(), whole) != others.end()) return add_file(whole);
     if (shards.empty() && others.size() == 1) return add_file(others.front());
     if (shards.empty() || !others.empty()) {
-      return error(errc::io, detail::text(path_.string(), ": expected model.safetensors, ", index_name,
-                                          " or one safetensors file, found ", shards.size() + others.size(),
-                                          " safetensors files"));
+      return error(errc::io, {path_.string(), ": expected model.safetensors, ", index_name,
+                              " or one safetensors file, found ", shards.size() + others.size(), " safetensors files"});
     }
     std::sort(shards.begin(), shards.end());
     if (auto whole_set = check_shards(shards); !whole_set) return whole_set;
@@ -185,17 +183,16 @@ class checkpoint {
     std::size_t count = 0;
     const auto [end, problem] = std::from_chars(total.data(), total.data() + total.size(), count);
     if (dash == std::string::npos || problem != std::errc() || end != total.data() + total.size() || count == 0) {
-      return error(errc::io, detail::text(path_.string(), ": expected shards named as model-00001-of-00002, found ",
-                                          detail::printable(last)));
+      return error(errc::io, {path_.string(), ": expected shards named as model-00001-of-00002, found ",
+                              detail::printable(last)});
     }
     const std::size_t digits = of - dash - 1;
     for (std::size_t i = 0; i < std::max(count, shards.size()); ++i) {
       const std::string number = std::to_string(i + 1), zeros(digits - std::min(digits, number.size()), '0');
       const std::string name = detail::text(last.substr(0, dash + 1), zeros, number, last.substr(of), ".safetensors");
       if (i < count && i < shards.size() && shards[i].filename() == name) continue;
-      return error(errc::io,
-                   detail::text(path_.string(), ": expected ", index_name, " or ", count, " shards, found ",
-                                shards.size(), " without ", i < count ? detail::printable(name) : "an index"));
+      return error(errc::io, {path_.string(), ": expected ", index_name, " or ", count, " shards, found ",
+                              shards.size(), " without ", i < count ? detail::printable(name) : "an index"});
     }
     return {};
   }
@@ -205,7 +202,7 @@ class checkpoint {
     if (!read) return read.error();
     nlohmann::json& json = **read;
     const auto malformed = [&](const auto&... what) {
-      return error(errc::malformed_file, detail::text(index.string(), ": ", what...));
+      return error(errc::malformed_file, {index.string(), ": ", what...});
     };
     const auto map = json.is_object() ? json.find("weight_map") : json.end();
     if (map == json.end() || !map->is_object()) return malformed("expected an object weight_map");
@@ -275,8 +272,8 @@ class checkpoint {
       const auto &a = tensors_[by_name_[i - 1]], &b = tensors_[by_name_[i]];
       if (a.name != b.name) continue;
       return error(errc::malformed_file,
-                   detail::text("tensor ", detail::printable(a.name), ": expected it in one file, found it in ",
-                                files_[a.file].path().string(), " and ", files_[b.file].path().string()));
+                   {"tensor ", detail::printable(a.name), ": expected it in one file, found it in ",
+                    files_[a.file].path().string(), " and ", files_[b.file].path().string()});
     }
     return {};
   }

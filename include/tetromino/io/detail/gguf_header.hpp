@@ -33,14 +33,14 @@ inline result<std::size_t> ggml_tensor_bytes(io::ggml_type type, std::span<const
   auto product = nonzero_product(shape);
   const std::size_t row = shape.empty() ? 1 : shape.back(), block = io::block_elements(type);
   if (row % block != 0) {
-    return error(errc::malformed_file, text("expected rows of whole blocks of ", block, " elements, as ",
-                                            io::name(type), " has them, found shape ", shape_text(shape)));
+    return error(errc::malformed_file, {"expected rows of whole blocks of ", block, " elements, as ", io::name(type),
+                                        " has them, found shape ", shape_text(shape)});
   }
   // An empty tensor's other dimensions need not be whole blocks.
   if (product) product = checked_product(*product / block + (*product % block != 0), io::block_bytes(type));
   if (!product) {
-    return error(errc::malformed_file, text("expected a size in bytes that fits in 64 bits, found shape ",
-                                            shape_text(shape), " of ", io::name(type)));
+    return error(errc::malformed_file, {"expected a size in bytes that fits in 64 bits, found shape ",
+                                        shape_text(shape), " of ", io::name(type)});
   }
   return is_empty(shape) ? 0 : *product;
 }
@@ -323,7 +323,7 @@ class gguf_parser {
 /// Reads and checks the header of a GGUF file held in `file`; `path` is for messages only.
 inline result<gguf_header> parse_gguf(std::span<const std::uint8_t> file, std::string_view path) {
   gguf_parser parser(file, file.size());
-  if (!parser.run()) return error(errc::malformed_file, text(path, ": ", parser.problem));
+  if (!parser.run()) return error(errc::malformed_file, {path, ": ", parser.problem});
   return std::move(parser.header);
 }
 

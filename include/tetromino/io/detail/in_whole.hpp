@@ -20,7 +20,7 @@ TETROMINO_COLD error in_whole(const error& e, const Rows& rows, std::size_t matr
     }
   }
   const auto from = matrices > 1 ? text(" of matrix ", matrix) : "";  // a sum of finite values that overflows
-  return error(e.code(), text(e.what(), " (counting from row ", first, from, ')'));
+  return error(e.code(), {e.what(), " (counting from row ", first, from, ')'});
 }
 
 }  // namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA

@@ -57,8 +57,8 @@ class stored_tensor {
     if (bytes_.empty()) return std::span<const T>{};
     if (reinterpret_cast<std::uintptr_t>(bytes_.data()) % alignof(T) != 0) {
       return error(errc::malformed_file,
-                   text(subject(), ": expected elements at a multiple of ", alignof(T), " bytes, found them at byte ",
-                        offset_, " of the file: copy_as reads them from anywhere"));
+                   {subject(), ": expected elements at a multiple of ", alignof(T), " bytes, found them at byte ",
+                    offset_, " of the file: copy_as reads them from anywhere"});
     }
     return std::span<const T>(reinterpret_cast<const T*>(bytes_.data()), bytes_.size() / sizeof(T));
   }
@@ -96,7 +96,7 @@ class stored_tensor {
     static_assert(sizeof(T) * 8 == bits_per_element(asked), "dtype_of names a type of another size");
     if (io::name(asked) == type_name_) return {};
     return error(errc::invalid_argument,
-                 text(subject(), ": expected elements of type ", io::name(asked), ", found ", type_name_));
+                 {subject(), ": expected elements of type ", io::name(asked), ", found ", type_name_});
   }
 
   std::string name_;
@@ -136,7 +136,7 @@ class mapped_tensors {
     if (const auto* tensor = find(name)) return tensor;
     const auto name_of = [](const Tensor& t) -> std::string_view { return t.name(); };
     return error(errc::unknown_name,
-                 text(path(), ": expected a tensor ", printable(name), "; ", nearest_names(name, tensors_, name_of)));
+                 {path(), ": expected a tensor ", printable(name), "; ", nearest_names(name, tensors_, name_of)});
   }
 
   /// Says that `part` of some tensor's bytes has been read: its pages leave this process's memory, so that streaming

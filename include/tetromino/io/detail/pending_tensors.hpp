@@ -88,7 +88,7 @@ class pending_tensors {
     constexpr std::string_view got = io::name(io::dtype_of<T>::value);
     if ((**found).type_name != got) {
       return error(errc::invalid_argument,
-                   text(subject(**found), ": expected elements of type ", (**found).type_name, ", got ", got));
+                   {subject(**found), ": expected elements of type ", (**found).type_name, ", got ", got});
     }
     return append_to(**found, {reinterpret_cast<const std::uint8_t*>(values.data()), values.size_bytes()});
   }
@@ -104,8 +104,8 @@ class pending_tensors {
     if (!found) return found.error();
     pending_tensor& tensor = **found;
     if (offset > tensor.size || bytes.size() > tensor.size - offset) {
-      return error(errc::shape_mismatch, text(subject(tensor), ": expected bytes up to ", tensor.size, ", got ",
-                                              bytes.size(), " at ", offset));
+      return error(errc::shape_mismatch,
+                   {subject(tensor), ": expected bytes up to ", tensor.size, ", got ", bytes.size(), " at ", offset});
     }
     auto written = file_.try_fill_at(tensor.begin + offset, bytes);
     if (!written || bytes.empty()) return written;
@@ -122,8 +122,8 @@ class pending_tensors {
       if (file_.is_open() && tensor.written != tensor.size) {
         std::size_t got = tensor.written;
         for (const auto& range : tensor.apart) got += range.second - range.first;
-        return error(errc::shape_mismatch, text(subject(tensor), ": expected ", tensor.size,
-                                                " bytes before the file is finished, got ", got));
+        return error(errc::shape_mismatch,
+                     {subject(tensor), ": expected ", tensor.size, " bytes before the file is finished, got ", got});
       }
     }
     return file_.try_commit();
@@ -143,7 +143,7 @@ class pending_tensors {
                                                                     const Source* source) {
     if (source != nullptr && identity_of(path) == source->identity()) {
       return error(errc::invalid_argument,
-                   text(path.string(), ": expected another file than the one being read, ", source->path()));
+                   {path.string(), ": expected another file than the one being read, ", source->path()});
     }
     auto file = pending_file::try_create(path);
     if (!file) return file;
@@ -162,14 +162,14 @@ class pending_tensors {
                          [](const pending_tensor& tensor, std::string_view n) { return tensor.name < n; });
     if (found != tensors_.end() && found->name == name) return &*found;
     const auto name_of = [](const pending_tensor& tensor) -> std::string_view { return tensor.name; };
-    return error(errc::unknown_name, text(file_.path().string(), ": expected a declared tensor, got ", printable(name),
-                                          "; ", nearest_names(name, tensors_, name_of)));
+    return error(errc::unknown_name, {file_.path().string(), ": expected a declared tensor, got ", printable(name),
+                                      "; ", nearest_names(name, tensors_, name_of)});
   }
 
   [[nodiscard]] TETROMINO_ABI result<void> append_to(pending_tensor& tensor, std::span<const std::uint8_t> bytes) {
     if (bytes.size() > tensor.size - tensor.written) {
-      return error(errc::shape_mismatch, text(subject(tensor), ": expected at most ", tensor.size - tensor.written,
-                                              " more bytes of ", tensor.size, ", got ", bytes.size()));
+      return error(errc::shape_mismatch, {subject(tensor), ": expected at most ", tensor.size - tensor.written,
+                                          " more bytes of ", tensor.size, ", got ", bytes.size()});
     }
     auto written = file_.try_write_at(tensor.begin + tensor.written, bytes);
     if (written) tensor.note(tensor.written, tensor.written + bytes.size());

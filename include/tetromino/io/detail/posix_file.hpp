@@ -26,7 +26,7 @@ inline namespace TETROMINO_ISA {
 
 /// "path: could not do it: No space left on device", from errno unless a reason is given.
 inline error io_error(const std::filesystem::path& path, std::string_view what, int reason = errno) {
-  return error(errc::io, text(path.string(), ": could not ", what, ": ", std::generic_category().message(reason)));
+  return error(errc::io, {path.string(), ": could not ", what, ": ", std::generic_category().message(reason)});
 }
 
 }  // namespace TETROMINO_ISA
@@ -42,8 +42,8 @@ inline namespace TETROMINO_ISA {
 
 /// "path: expected a regular file, found a directory".
 inline error not_a_file(const std::filesystem::path& path, const struct ::stat& facts, std::string_view expected) {
-  return error(errc::io, text(path.string(), ": expected ", expected, ", found a ",
-                              S_ISDIR(facts.st_mode) ? "directory" : "device, pipe or socket"));
+  return error(errc::io, {path.string(), ": expected ", expected, ", found a ",
+                          S_ISDIR(facts.st_mode) ? "directory" : "device, pipe or socket"});
 }
 
 /// Where a path leads that may be a link, whether there is something or not. Errors: io, for links that go round.
@@ -151,8 +151,8 @@ class file_reader {
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) return io_error(path_, text("read ", to.size(), " bytes at ", offset));
       if (got == 0) {
-        return error(errc::malformed_file, text(path_.string(), ": expected ", to.size(), " more bytes at ", offset,
-                                                ", found the end of the file (is it cut short?)"));
+        return error(errc::malformed_file, {path_.string(), ": expected ", to.size(), " more bytes at ", offset,
+                                            ", found the end of the file (is it cut short?)"});
       }
       to = to.subspan(static_cast<std::size_t>(got));
       offset += static_cast<std::uint64_t>(got);
@@ -168,8 +168,8 @@ class file_reader {
         now.st_mtim.tv_nsec == opened_.st_mtim.tv_nsec) {
       return {};
     }
-    return error(errc::io, text(path_.string(), ": expected a file that nobody changes while it is read, but its size ",
-                                "or time has changed (", opened_.st_size, " bytes, now ", now.st_size, ")"));
+    return error(errc::io, {path_.string(), ": expected a file that nobody changes while it is read, but its size ",
+                            "or time has changed (", opened_.st_size, " bytes, now ", now.st_size, ")"});
   }
 
  private:
@@ -343,7 +343,7 @@ class pending_file {
   TETROMINO_ABI pending_file() = default;
 
   [[nodiscard]] TETROMINO_ABI error closed() const {
-    return error(errc::io, text(path_.string(), ": it was already finished, or a write to it failed"));
+    return error(errc::io, {path_.string(), ": it was already finished, or a write to it failed"});
   }
   [[nodiscard]] TETROMINO_ABI error discard(std::string_view what, int reason) {
     discard();

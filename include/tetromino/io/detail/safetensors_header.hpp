@@ -40,18 +40,17 @@ inline namespace TETROMINO_ISA {
 inline result<std::size_t> tensor_bytes(io::dtype type, std::span<const std::size_t> shape) {
   const auto product = nonzero_product(shape);
   if (!product) {
-    return error(errc::malformed_file,
-                 text("expected a shape whose product fits in 64 bits, found ", shape_text(shape)));
+    return error(errc::malformed_file, {"expected a shape whose product fits in 64 bits, found ", shape_text(shape)});
   }
   const auto bits = checked_product(*product, io::bits_per_element(type));
   if (!bits) {
-    return error(errc::malformed_file, text("expected a size in bits that fits in 64 bits, found shape ",
-                                            shape_text(shape), " of ", io::name(type)));
+    return error(errc::malformed_file, {"expected a size in bits that fits in 64 bits, found shape ", shape_text(shape),
+                                        " of ", io::name(type)});
   }
   if (is_empty(shape)) return std::size_t{0};
   if (*bits % 8 != 0) {
-    return error(errc::malformed_file, text("expected elements that fill whole bytes, found shape ", shape_text(shape),
-                                            " of ", io::name(type), ", ", *bits, " bits"));
+    return error(errc::malformed_file, {"expected elements that fill whole bytes, found shape ", shape_text(shape),
+                                        " of ", io::name(type), ", ", *bits, " bits"});
   }
   return *bits / 8;
 }
@@ -305,7 +304,7 @@ inline std::string check_safetensors_entries(std::vector<safetensors_entry>& ten
 /// How many bytes a file's header has, from the 8 bytes before it; `path` is for messages only.
 inline result<std::size_t> safetensors_header_bytes(std::span<const std::uint8_t> begin, std::uint64_t file_bytes,
                                                     std::string_view path) {
-  const auto malformed = [&](const auto&... what) { return error(errc::malformed_file, text(path, ": ", what...)); };
+  const auto malformed = [&](const auto&... what) { return error(errc::malformed_file, {path, ": ", what...}); };
   if (file_bytes < safetensors_prefix) {
     return malformed("expected at least the 8 bytes of a header length, found a file of ", file_bytes, " bytes");
   }
@@ -326,7 +325,7 @@ inline result<std::size_t> safetensors_header_bytes(std::span<const std::uint8_t
 /// is for messages only.
 inline result<safetensors_header> parse_safetensors(std::span<const std::uint8_t> file, std::uint64_t file_bytes,
                                                     std::string_view path) {
-  const auto malformed = [&](const auto&... what) { return error(errc::malformed_file, text(path, ": ", what...)); };
+  const auto malformed = [&](const auto&... what) { return error(errc::malformed_file, {path, ": ", what...}); };
   const auto length = safetensors_header_bytes(file, file_bytes, path);
   if (!length) return length.error();
   const std::string_view json(reinterpret_cast<const char*>(file.data()) + safetensors_prefix, *length);

@@ -208,8 +208,8 @@ class gguf_value {
   [[nodiscard]] TETROMINO_ABI error wrong_type(std::string_view kind, gguf_type expected) const {
     const bool is_array = type_ == gguf_type::array;
     return error(errc::invalid_argument,
-                 detail::text("expected ", kind, detail::fact_of(expected).name, ", found ",
-                              is_array ? "an array of " : "", detail::fact_of(is_array ? element_type() : type_).name));
+                 {"expected ", kind, detail::fact_of(expected).name, ", found ", is_array ? "an array of " : "",
+                  detail::fact_of(is_array ? element_type() : type_).name});
   }
 
   /// Takes one value off the front.
@@ -261,10 +261,10 @@ class gguf_metadata {
   [[nodiscard]] TETROMINO_ABI result<T> try_get(std::string_view key) const {
     const gguf_value* const value = find(key);
     if (value == nullptr) {
-      return error(errc::unknown_name, detail::text("expected a key ", detail::printable(key), ", found none"));
+      return error(errc::unknown_name, {"expected a key ", detail::printable(key), ", found none"});
     }
     auto out = value->try_as<T>();
-    if (!out) return error(out.error().code(), detail::text("key ", detail::printable(key), ": ", out.error().what()));
+    if (!out) return error(out.error().code(), {"key ", detail::printable(key), ": ", out.error().what()});
     return out;
   }
 

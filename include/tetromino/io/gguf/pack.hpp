@@ -144,7 +144,7 @@ class gguf_planner {
  private:
   template <class... Pieces>
   [[nodiscard]] error bad(const Pieces&... what) const {
-    return error(errc::invalid_argument, text(file_.path(), ": ", what...));
+    return error(errc::invalid_argument, {file_.path(), ": ", what...});
   }
 
   [[nodiscard]] const io::gguf_options& options() const noexcept { return plan_.options; }
@@ -232,7 +232,7 @@ class gguf_packer {
       auto done = planned.is_packed ? pack(planned) : copy(planned);
       if (!done) {
         return error(done.error().code(),
-                     text(file_.path(), ": tensor ", printable(planned.source->name()), ": ", done.error().what()));
+                     {file_.path(), ": tensor ", printable(planned.source->name()), ": ", done.error().what()});
       }
     }
     return std::move(report_);

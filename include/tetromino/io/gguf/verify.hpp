@@ -49,8 +49,8 @@ class gguf_comparison {
     if (std::ranges::equal(bytes, there)) {
       return file_.done_with(there), result<void>();
     }
-    return error(errc::malformed_file, text("it does not hold what its recipe makes of the original (before byte ", at,
-                                            " of ", printable(name), ')'));
+    return error(errc::malformed_file, {"it does not hold what its recipe makes of the original (before byte ", at,
+                                        " of ", printable(name), ')'});
   }
   template <io::tensor_element T>
   [[nodiscard]] result<void> try_append_values(const std::string& name, std::span<const T> values) {
@@ -86,7 +86,7 @@ class gguf_verifier {
  private:
   template <class... Pieces>
   [[nodiscard]] error wrong(const std::string& tensor, const Pieces&... what) const {
-    return error(errc::malformed_file, text(packed_.path(), ": tensor ", printable(tensor), ": ", what...));
+    return error(errc::malformed_file, {packed_.path(), ": tensor ", printable(tensor), ": ", what...});
   }
 
   static bool is_ours(std::string_view key) noexcept {
@@ -96,7 +96,7 @@ class gguf_verifier {
 
   [[nodiscard]] result<void> check_metadata() const {
     const auto differs = [&](const std::string& key, std::string_view what) {
-      return error(errc::malformed_file, text(packed_.path(), ": key ", printable(key), ": ", what));
+      return error(errc::malformed_file, {packed_.path(), ": key ", printable(key), ": ", what});
     };
     for (const auto& [key, value] : original_.metadata()) {
       const auto* const same = packed_.metadata().find(key);
@@ -149,7 +149,7 @@ class gguf_verifier {
 
   [[nodiscard]] result<void> progress(std::size_t bytes) const {
     if (!options_.progress || options_.progress(bytes)) return {};
-    return error(errc::io, text(packed_.path(), ": stopped"));
+    return error(errc::io, {packed_.path(), ": stopped"});
   }
 
   /// One for each matrix, as llama.cpp multiplies by them.
@@ -230,10 +230,10 @@ class gguf_verifier {
     if (report_.packed == 0) return {};
     const std::uint32_t expected = gguf_file_type(values_[0], values_[1]);
     const auto found = packed_.metadata().try_get<std::uint32_t>("general.file_type");
-    if (!found) return error(errc::malformed_file, text(packed_.path(), ": ", found.error().what()));
+    if (!found) return error(errc::malformed_file, {packed_.path(), ": ", found.error().what()});
     if (*found == expected) return {};
     return error(errc::malformed_file,
-                 text(packed_.path(), ": key 'general.file_type': expected ", expected, ", found ", *found));
+                 {packed_.path(), ": key 'general.file_type': expected ", expected, ", found ", *found});
   }
 
   /// Where the file says how it was packed: once more, to the same bytes.
@@ -272,8 +272,7 @@ class gguf_verifier {
       const std::size_t sign = word.rfind('=');
       const std::string pattern(sign == std::string_view::npos ? std::string_view() : word.substr(0, sign));
       auto how = recipe::try_parse(sign == std::string_view::npos ? word : word.substr(sign + 1));
-      if (!how)
-        return error(errc::malformed_file, text(packed_.path(), ": ", gguf_recipe_key, ": ", how.error().what()));
+      if (!how) return error(errc::malformed_file, {packed_.path(), ": ", gguf_recipe_key, ": ", how.error().what()});
       plan_.options.rules.push_back({pattern, *how});
     }
     return {};

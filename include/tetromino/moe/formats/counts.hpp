@@ -46,7 +46,7 @@ class count_table {
   [[nodiscard]] result<load_table> finish(std::size_t experts, std::vector<std::uint32_t>& layers) const {
     if (layers_ == 0) return error(errc::malformed_file, "expected at least one count, got none");
     if (experts != 0 && experts < experts_) {
-      return error(errc::malformed_file, text("expected experts below ", experts, ", got ", experts_ - 1));
+      return error(errc::malformed_file, {"expected experts below ", experts, ", got ", experts_ - 1});
     }
     layers.clear();
     for (std::size_t l = 0; l < layers_; ++l) {

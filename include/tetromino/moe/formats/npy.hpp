@@ -65,7 +65,7 @@ inline constexpr std::string_view zip_magic = "PK\x03\x04";
 
 /// The array in the bytes of an .npy. Errors begin with `subject`.
 [[nodiscard]] inline result<number_array> try_read_npy(std::span<const std::uint8_t> file, const std::string& subject) {
-  const auto bad = [&](const auto&... what) { return error(errc::malformed_file, text(subject, ": ", what...)); };
+  const auto bad = [&](const auto&... what) { return error(errc::malformed_file, {subject, ": ", what...}); };
   const std::string_view all(reinterpret_cast<const char*>(file.data()), file.size());
   if (!all.starts_with(npy_magic) || all.size() < 10) return bad("expected an .npy array, got something else");
   const std::size_t version = file[6];
@@ -111,7 +111,7 @@ struct zip_entry {
 /// The files of an uncompressed zip archive of less than 4 GiB. Errors begin with `subject`.
 [[nodiscard]] inline result<std::vector<zip_entry>> try_read_zip(std::span<const std::uint8_t> file,
                                                                  const std::string& subject) {
-  const auto bad = [&](const auto&... what) { return error(errc::malformed_file, text(subject, ": ", what...)); };
+  const auto bad = [&](const auto&... what) { return error(errc::malformed_file, {subject, ": ", what...}); };
   const auto number = [&](std::size_t at, std::size_t bytes) {
     std::size_t value = 0;
     for (std::size_t i = 0; i < bytes; ++i) value |= std::size_t{file[at + i]} << (8 * i);

@@ -140,7 +140,7 @@ class routing_lines {
     using content = std::variant<trace, load_table>;
     if (kind_ == line_kind::counts) {
       auto loads = counts_.finish(hints_.experts, layers);
-      if (!loads) return error(loads.error().code(), text(": ", loads.error().what()));
+      if (!loads) return error(loads.error().code(), {": ", loads.error().what()});
       return content(std::move(*loads));
     }
     const std::size_t experts = hints_.experts != 0 ? hints_.experts : experts_in_meta_;
@@ -150,7 +150,7 @@ class routing_lines {
       return content(std::move(*made));
     }
     auto made = arrays_.finish(experts, layers);
-    if (!made) return error(made.error().code(), text(": ", made.error().what()));
+    if (!made) return error(made.error().code(), {": ", made.error().what()});
     return content(std::move(*made));
   }
 

@@ -32,14 +32,14 @@ namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
   if (!tensor) return tensor.error();
   const io::safetensors_tensor& t = **tensor;
   if (t.shape().size() != 1 || t.elements() != expected) {
-    return error(errc::shape_mismatch, text(file.path(), ": tensor ", name, ": expected [", expected, "], got ",
-                                            t.shape().size(), " dimensions and ", t.elements(), " elements"));
+    return error(errc::shape_mismatch, {file.path(), ": tensor ", name, ": expected [", expected, "], got ",
+                                        t.shape().size(), " dimensions and ", t.elements(), " elements"});
   }
   const auto numbers = numbers_of(t);
   if (!numbers || numbers->type == number_type::u64 || numbers->type >= number_type::f32) {
     return error(errc::malformed_file,
-                 text(file.path(), ": tensor ", name, ": expected integers of at most 64 bits with sign, found ",
-                      io::name(t.dtype())));
+                 {file.path(), ": tensor ", name, ": expected integers of at most 64 bits with sign, found ",
+                  io::name(t.dtype())});
   }
   std::vector<std::int64_t> out;
   out.reserve(expected);
@@ -75,7 +75,7 @@ namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
   if (file.find("request_offsets") == nullptr) {
     if (tokens > 0xFFFF'FFFF) {
       return error(errc::malformed_file,
-                   text(file.path(), ": expected request_offsets for more than 2^32 tokens, got none"));
+                   {file.path(), ": expected request_offsets for more than 2^32 tokens, got none"});
     }
     return std::vector<request>{{0, static_cast<std::uint32_t>(tokens), 0, 0}};
   }
@@ -83,15 +83,14 @@ namespace TETROMINO_NAMESPACE::moe::detail::inline TETROMINO_ISA {
   const auto offsets = read_integers(file, "request_offsets", bounds);
   if (!offsets) return offsets.error();
   if (bounds == 0 || offsets->front() != 0 || offsets->back() != static_cast<std::int64_t>(tokens)) {
-    return error(errc::malformed_file,
-                 text(file.path(), ": tensor request_offsets: expected offsets from 0 to ", tokens));
+    return error(errc::malformed_file, {file.path(), ": tensor request_offsets: expected offsets from 0 to ", tokens});
   }
   std::vector<request> requests(bounds - 1);
   for (std::size_t r = 0; r < requests.size(); ++r) {
     const std::int64_t first = (*offsets)[r], last = (*offsets)[r + 1];
     if (first < 0 || last < first || last - first > 0xFFFF'FFFF) {
-      return error(errc::malformed_file, text(file.path(), ": tensor request_offsets: expected ascending offsets, got ",
-                                              first, " and ", last, " for request ", r));
+      return error(errc::malformed_file, {file.path(), ": tensor request_offsets: expected ascending offsets, got ",
+                                          first, " and ", last, " for request ", r});
     }
     requests[r].first_token = static_cast<std::uint64_t>(first);
     requests[r].tokens = static_cast<std::uint32_t>(last - first);
@@ -108,8 +107,8 @@ template <class Most, class Take>
   if (!values) return values.error();
   for (std::size_t r = 0; r < count; ++r) {
     if ((*values)[r] < 0 || (*values)[r] > most(r)) {
-      return error(errc::malformed_file, text(file.path(), ": tensor ", name, ": expected 0 to ", most(r), ", got ",
-                                              (*values)[r], " for request ", r));
+      return error(errc::malformed_file, {file.path(), ": tensor ", name, ": expected 0 to ", most(r), ", got ",
+                                          (*values)[r], " for request ", r});
     }
     take(r, static_cast<std::uint32_t>((*values)[r]));
   }
@@ -121,7 +120,7 @@ template <class Most, class Take>
                                                       std::vector<std::uint32_t>& layers) {
   const io::safetensors_tensor& tensor = file["experts"];
   const auto bad = [&](errc code, const auto&... what) {
-    return error(code, text(file.path(), ": tensor experts: ", what...));
+    return error(code, {file.path(), ": tensor experts: ", what...});
   };
   if (tensor.shape().size() != 3) {
     return bad(errc::shape_mismatch, "expected [tokens, layers, experts per token], got ", tensor.shape().size(),
@@ -161,7 +160,7 @@ template <class Most, class Take>
     drop_layers_of_nobody(shape, ids, layers);
   }
   auto made = trace::try_make(shape, std::move(ids), std::move(*requests), std::move(names));
-  if (!made) return error(made.error().code(), text(file.path(), ": ", made.error().what()));
+  if (!made) return error(made.error().code(), {file.path(), ": ", made.error().what()});
   return made;
 }
 
@@ -187,11 +186,10 @@ template <class Most, class Take>
   for (const io::safetensors_tensor& t : file) {
     const auto name = iteration_and_layer(t.name());
     if (!name) {
-      return error(errc::malformed_file,
-                   text(file.path(),
-                        ": expected a tensor experts (a trace), or tensors called iteration_layer "
-                        "(statistics), found ",
-                        tetromino::detail::printable(t.name(), 40)));
+      return error(errc::malformed_file, {file.path(),
+                                          ": expected a tensor experts (a trace), or tensors called iteration_layer "
+                                          "(statistics), found ",
+                                          tetromino::detail::printable(t.name(), 40)});
     }
     const std::size_t layer = name->second;
     const auto numbers = numbers_of(t);
@@ -214,10 +212,10 @@ template <class Most, class Take>
     }
     if (!bad.empty())
       return error(errc::malformed_file,
-                   text(file.path(), ": tensor ", tetromino::detail::printable(t.name(), 40), ": ", bad));
+                   {file.path(), ": tensor ", tetromino::detail::printable(t.name(), 40), ": ", bad});
   }
   auto loads = counts.finish(experts, layers);
-  if (!loads) return error(loads.error().code(), text(file.path(), ": ", loads.error().what()));
+  if (!loads) return error(loads.error().code(), {file.path(), ": ", loads.error().what()});
   return loads;
 }
 

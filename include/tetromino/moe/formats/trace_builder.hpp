@@ -158,7 +158,7 @@ class trace_builder {
   [[nodiscard]] std::string name_of(const entry& e) const { return shown(requests_[e.request].name); }
 
   static error at_line(const entry& e, const std::string& what) {
-    return error(errc::malformed_file, text(", line ", e.line, ": ", what));
+    return error(errc::malformed_file, {", line ", e.line, ": ", what});
   }
 
   // Loggers that sit in a layer count the tokens of each forward pass from the same number again: where the first

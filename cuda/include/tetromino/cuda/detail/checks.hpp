@@ -40,9 +40,8 @@ template <class T>
       rows * matrices * pieces_per_row < most) {
     return {};
   }
-  return error(errc::shape_mismatch,
-               tetromino::detail::text("cuda: expected fewer than 2^35 elements in one call, got [", matrices, ", ",
-                                       rows, ", ", pieces_per_row * 16, "]"));
+  return error(errc::shape_mismatch, {"cuda: expected fewer than 2^35 elements in one call, got [", matrices, ", ",
+                                      rows, ", ", pieces_per_row * 16, "]"});
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -41,7 +41,7 @@ class module_list {
       }
     }
     if (out.patterns_.size() + out.expressions_.size() <= most) return out;
-    return error(errc::malformed_file, text("expected at most ", most, " patterns"));
+    return error(errc::malformed_file, {"expected at most ", most, " patterns"});
   }
 
   [[nodiscard]] bool names(const std::string& module) const {
@@ -78,7 +78,7 @@ class module_list {
     auto compiled = std::make_unique<::regex_t>();
     if (!is_simple || ::regcomp(compiled.get(), ("^(" + written + ")").c_str(), REG_EXTENDED | REG_NOSUB) != 0) {
       return error(errc::malformed_file,
-                   text("expected a regular expression without counts and references, found ", printable(written)));
+                   {"expected a regular expression without counts and references, found ", printable(written)});
     }
     return expression(compiled.release());
   }

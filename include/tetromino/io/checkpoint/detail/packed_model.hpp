@@ -59,7 +59,7 @@ class packed_model {
 
   template <class... Pieces>
   [[nodiscard]] error wrong(const Pieces&... what) const {
-    return error(errc::malformed_file, text(packed_.path().string(), ": ", what...));
+    return error(errc::malformed_file, {packed_.path().string(), ": ", what...});
   }
   template <class... Pieces>
   [[nodiscard]] error wrong_tensor(const std::string& name, const Pieces&... what) const {

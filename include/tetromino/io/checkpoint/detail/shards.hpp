@@ -36,13 +36,13 @@ class pending_directory {
     pending.path_ = std::move(*leads_to);
     if (fs::exists(pending.path_, problem)) {
       if (!fs::is_directory(pending.path_, problem) || !fs::is_empty(pending.path_, problem)) {
-        return error(errc::io, text(path.string(), ": expected a directory that is new or empty to write to"));
+        return error(errc::io, {path.string(), ": expected a directory that is new or empty to write to"});
       }
       pending.path_ = fs::canonical(pending.path_, problem);  // "." has no name that can be given to another
       const auto here = identity_of(pending.path_), above = identity_of(pending.path_ / "..");
       if (problem || !here || !above || here->device != above->device || *here == *above) {
-        return error(errc::io, text(path.string(), ": expected a directory that can be replaced, found a place where ",
-                                    "a file system is mounted; name one that is new within it"));
+        return error(errc::io, {path.string(), ": expected a directory that can be replaced, found a place where ",
+                                "a file system is mounted; name one that is new within it"});
       }
     }
     constexpr std::size_t longest_stem = 200;
@@ -184,8 +184,8 @@ class shard_writer {
       for (const auto& one : part) {
         declarations.push_back(one.tensor);
         if (!out.shard_of_.emplace(one.tensor.name, s).second) {
-          return error(errc::invalid_argument, text("tensor ", printable(one.tensor.name),
-                                                    ": expected each name once in what is written, got it twice"));
+          return error(errc::invalid_argument, {"tensor ", printable(one.tensor.name),
+                                                ": expected each name once in what is written, got it twice"});
         }
       }
       char name[64] = "model.safetensors";

@@ -127,9 +127,9 @@ class slice_packer {
       }
       if (const std::size_t bad = settle_nan_blocks(out, options_.special); bad != out.scales.size()) {
         const std::size_t per_row = out.shape().blocks_per_row();
-        return error(errc::non_finite, text("expected finite block scales, got NaN at ",
-                                            p.matrices > 1 ? text("matrix ", task.rows.matrix, ", ") : "", "row ",
-                                            task.rows.first + bad / per_row, ", block ", bad % per_row));
+        return error(errc::non_finite, {"expected finite block scales, got NaN at ",
+                                        p.matrices > 1 ? text("matrix ", task.rows.matrix, ", ") : "", "row ",
+                                        task.rows.first + bad / per_row, ", block ", bad % per_row});
       }
       return write(task, out, buffers);
     });

@@ -131,7 +131,7 @@ class slice_quantizer {
                                            slice_buffers& buffers) const {
     const auto& p = planned(task);
     if (plan_.options.inputs == nullptr) {
-      return error(errc::invalid_argument, text("recipe ", p.how.name(), " needs statistics of the weights' inputs"));
+      return error(errc::invalid_argument, {"recipe ", p.how.name(), " needs statistics of the weights' inputs"});
     }
     buffers.values.resize(rows.rows * rows.cols);
     for (std::size_t i = 0; i < buffers.values.size(); ++i) buffers.values[i] = to_float(rows.data[i]);
