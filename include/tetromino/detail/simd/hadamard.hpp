@@ -58,15 +58,14 @@ struct simd_rotation {
   }
   template <std::size_t Count>
   static TETROMINO_INLINE void across_in_place(float* row, const std::int32_t* signs, std::size_t k) {
-    for (std::size_t j = k; j < k + lane_count; j += float_batch::size) {
+    for (std::size_t j = k; j < k + lane_count; j += register_lanes) {
       float_register x[Count];
       repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA {
         x[i] = load_lanes(row + j + i * lane_count);
         if (signs != nullptr) x[i] = floats_of(bits_of(x[i]) ^ load_lanes(signs + j + i * lane_count));
       });
       across<Count>(x);
-      repeat<Count>([&](auto i)
-                        TETROMINO_INLINE_LAMBDA { float_batch(x[i]).store_unaligned(row + j + i * lane_count); });
+      repeat<Count>([&](auto i) TETROMINO_INLINE_LAMBDA { store_lanes(row + j + i * lane_count, x[i]); });
     }
   }
 

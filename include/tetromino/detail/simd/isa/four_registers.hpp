@@ -103,7 +103,7 @@ TETROMINO_INLINE floats subtract_product(const floats& c, const floats& a, const
 
 /// Lanes 0 ... 7 get a, lanes 8 ... 15 b.
 TETROMINO_INLINE floats broadcast_halves(float a, float b) {
-  const float_register low = float_batch(a), high = float_batch(b);
+  const float_register low = all_lanes(a), high = all_lanes(b);
   return floats(low, low, high, high);
 }
 
@@ -118,20 +118,22 @@ TETROMINO_INLINE words exchange(const words& a) {
   }
 }
 
+/// Whether all lanes of a comparison are set.
+TETROMINO_INLINE bool all_set(signed_lanes flags) { return all_words_set(__builtin_bit_cast(sixteen_bytes, flags)); }
+
 TETROMINO_INLINE bool any_at_least(const words& a, std::int32_t limit) {
-  const word_batch most = larger(larger(a.r[0], a.r[1]), larger(a.r[2], a.r[3]));
-  return xsimd::any(most >= word_batch(limit));
+  const word_register most = larger(larger(a.r[0], a.r[1]), larger(a.r[2], a.r[3]));
+  return !all_set(lanes_of(most) < limit);
 }
 TETROMINO_INLINE bool all(const flags& a) {
   const signed_lanes both = (a.r[0] & a.r[1]) & (a.r[2] & a.r[3]);
-  return xsimd::all(flag_batch(__builtin_bit_cast(flag_batch::register_type, both)));
+  return all_set(both);
 }
 /// Bit i is set where lane i is zero.
 TETROMINO_INLINE std::uint32_t zero_lanes(const words& a) {
   const auto is_zero = [](word_register x) TETROMINO_INLINE_LAMBDA { return lanes_of(x) == 0; };
   const signed_lanes zeros = (is_zero(a.r[0]) | is_zero(a.r[1])) | (is_zero(a.r[2]) | is_zero(a.r[3]));
-  const bool some = xsimd::any(flag_batch(__builtin_bit_cast(flag_batch::register_type, zeros)));
-  if (!some) return 0;
+  if (all_set(zeros == 0)) return 0;
   std::int32_t lane[lane_count];
   store(lane, a);
   std::uint32_t out = 0;

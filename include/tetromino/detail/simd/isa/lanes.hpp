@@ -4,16 +4,22 @@
 #include "../../../float16.hpp"  // bfloat16
 
 /// Sixteen numbers side by side, in as many registers as the instruction set needs for them: one source for all widths,
-/// and one order of every sum. The only header that names xsimd (8.1 to 14).
+/// and one order of every sum. The only header that includes xsimd (8.1 to 14).
 
 #if TETROMINO_SIMD
 
+#if TETROMINO_VECTOR_BITS > 128
 #include <xsimd/xsimd.hpp>  // xsimd::batch
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#include <emmintrin.h>
+#endif
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::int32_t, std::uintptr_t
 #include <cstring>      // std::memcpy
-#include <type_traits>  // std::integral_constant, std::is_same_v
+#include <type_traits>  // std::conditional_t, std::integral_constant, std::is_same_v
 #include <utility>      // std::index_sequence
 
 TETROMINO_VECTOR_CODE_BEGIN
@@ -21,23 +27,24 @@ TETROMINO_VECTOR_CODE_BEGIN
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
-#if TETROMINO_VECTOR_BITS == 512
-using architecture = xsimd::avx512bw;
-#elif TETROMINO_VECTOR_BITS == 256
-using architecture = xsimd::avx2;
-#elif defined(__aarch64__)
-using architecture = xsimd::neon64;
-#else
-using architecture = xsimd::sse2;
-#endif
-
 // What a register holds is the compiler's own vector, and so are the operators; xsimd::batch does what has no operator.
-// As the type of everything, batch took g++ three times as long to compile, in calls to inline.
+// As the type of everything, batch took g++ three times as long to compile, in calls to inline. Registers of 128 bits
+// do without: they are many, so that operators serve as well and compile faster, and to read xsimd takes longer than
+// all that is left to read.
+#if TETROMINO_VECTOR_BITS > 128
+using architecture = std::conditional_t<TETROMINO_VECTOR_BITS == 512, xsimd::avx512bw, xsimd::avx2>;
 using float_batch = xsimd::batch<float, architecture>;
 using word_batch = xsimd::batch<std::int32_t, architecture>;
 using flag_batch = float_batch::batch_bool_type;
 using float_register = float_batch::register_type;
 using word_register = word_batch::register_type;
+#elif defined(__aarch64__)
+using float_register = float32x4_t;
+using word_register = int32x4_t;
+#else
+using float_register = __m128;
+using word_register = __m128i;
+#endif
 
 /// The lanes of a word_register; unsigned ones wrap around and shift zeros in.
 using signed_lanes = std::int32_t __attribute__((vector_size(TETROMINO_VECTOR_BITS / 8)));
@@ -49,8 +56,7 @@ TETROMINO_INLINE word_register word_of(unsigned_lanes a) { return __builtin_bit_
 TETROMINO_INLINE word_register bits_of(float_register a) { return __builtin_bit_cast(word_register, a); }
 TETROMINO_INLINE float_register floats_of(word_register a) { return __builtin_bit_cast(float_register, a); }
 
-// What has no operator, or none that g++ makes one instruction of: with registers of 128 bits, which are many,
-// operators serve as well, and compile faster.
+// What has no operator, or none that g++ makes one instruction of.
 #if TETROMINO_VECTOR_BITS > 128
 using flag_register = flag_batch::register_type;
 TETROMINO_INLINE flag_register less(float_register a, float_register b) { return float_batch(a) < float_batch(b); }
@@ -73,6 +79,9 @@ TETROMINO_INLINE float_register all_lanes(float x) { return float_batch(x); }
 TETROMINO_INLINE word_register all_lanes(std::int32_t x) { return word_batch(x); }
 TETROMINO_INLINE float_register load_lanes(const float* x) { return float_batch::load_unaligned(x); }
 TETROMINO_INLINE word_register load_lanes(const std::int32_t* x) { return word_batch::load_unaligned(x); }
+TETROMINO_INLINE void store_lanes(float* out, float_register a) { float_batch(a).store_unaligned(out); }
+TETROMINO_INLINE void store_lanes(std::int32_t* out, word_register a) { word_batch(a).store_unaligned(out); }
+TETROMINO_INLINE float_register real_lanes(word_register a) { return xsimd::to_float(word_batch(a)); }
 #else
 using flag_register = signed_lanes;
 TETROMINO_INLINE flag_register both(flag_register a, flag_register b) { return a & b; }
@@ -89,6 +98,11 @@ TETROMINO_INLINE word_register load_lanes(const std::int32_t* x) {
   std::memcpy(&r, x, sizeof r);
   return r;
 }
+TETROMINO_INLINE void store_lanes(float* out, float_register a) { std::memcpy(out, &a, sizeof a); }
+TETROMINO_INLINE void store_lanes(std::int32_t* out, word_register a) { std::memcpy(out, &a, sizeof a); }
+TETROMINO_INLINE float_register real_lanes(word_register a) {
+  return __builtin_convertvector(lanes_of(a), float_register);
+}
 TETROMINO_INLINE flag_register less(float_register a, float_register b) { return a < b; }
 TETROMINO_INLINE flag_register at_most(float_register a, float_register b) { return a <= b; }
 TETROMINO_INLINE float_register choose(flag_register f, float_register a, float_register b) { return f ? a : b; }
@@ -102,10 +116,10 @@ TETROMINO_INLINE word_register larger(word_register a, word_register b) {
 #endif
 
 inline constexpr std::size_t lane_count = 16;
-inline constexpr std::size_t registers = lane_count * 32 / TETROMINO_VECTOR_BITS;
+inline constexpr std::size_t register_lanes = TETROMINO_VECTOR_BITS / 32, registers = lane_count / register_lanes;
 /// Whether multiply_add and subtract_product round once.
 inline constexpr bool has_fused_products = TETROMINO_HAS_FMA;
-static_assert(float_batch::size * registers == lane_count);
+static_assert(sizeof(float_register) == register_lanes * sizeof(float));
 
 /// The size of blocks where it is a template parameter: this, where it is known at run time only.
 inline constexpr std::size_t any_size = 0;
@@ -271,12 +285,12 @@ TETROMINO_LANEWISE(words, upper_halves(const words& a), word_register(unsigned_l
 
 TETROMINO_LANEWISE(words, bits_of(const floats& a), word_register(a.r[i]))
 TETROMINO_LANEWISE(floats, floats_of(const words& a), float_register(a.r[i]))
-TETROMINO_LANEWISE(floats, to_floats(const words& a), xsimd::to_float(word_batch(a.r[i])))
+TETROMINO_LANEWISE(floats, to_floats(const words& a), real_lanes(a.r[i]))
 
 TETROMINO_LANEWISE(floats, broadcast(float x), (static_cast<void>(i), all_lanes(x)))
 TETROMINO_LANEWISE(words, broadcast(std::int32_t x), (static_cast<void>(i), all_lanes(x)))
-TETROMINO_LANEWISE(floats, load(const float* x), load_lanes(x + i * float_batch::size))
-TETROMINO_LANEWISE(words, load(const std::int32_t* x), load_lanes(x + i * word_batch::size))
+TETROMINO_LANEWISE(floats, load(const float* x), load_lanes(x + i * register_lanes))
+TETROMINO_LANEWISE(words, load(const std::int32_t* x), load_lanes(x + i * register_lanes))
 #undef TETROMINO_LANEWISE
     // clang-format on
 
@@ -292,10 +306,10 @@ TETROMINO_INLINE words join_upper_halves(const words& even, const words& odd) {
 /// To 64 bytes of any kind.
 TETROMINO_INLINE void store_words(void* out, const words& a) { copy_registers(a.r, static_cast<char*>(out)); }
 TETROMINO_INLINE void store(std::int32_t* out, const words& a) {
-  for (std::size_t i = 0; i < registers; ++i) word_batch(a.r[i]).store_unaligned(out + i * word_batch::size);
+  for (std::size_t i = 0; i < registers; ++i) store_lanes(out + i * register_lanes, a.r[i]);
 }
 TETROMINO_INLINE void store(float* out, const floats& a) {
-  for (std::size_t i = 0; i < registers; ++i) float_batch(a.r[i]).store_unaligned(out + i * float_batch::size);
+  for (std::size_t i = 0; i < registers; ++i) store_lanes(out + i * register_lanes, a.r[i]);
 }
 
 /// What is `ahead` bytes after x, which may be past the end of everything: where pointers must not go.

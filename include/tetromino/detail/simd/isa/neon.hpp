@@ -61,6 +61,8 @@ TETROMINO_INLINE sixteen_bytes exchange_words(sixteen_bytes a) {
   if constexpr (Distance == 1) return vreinterpretq_u8_u32(vrev64q_u32(as_u32(a)));
   return vextq_u8(a, a, 8);
 }
+/// Of words that are 0 or -1, whether all are -1.
+TETROMINO_INLINE bool all_words_set(sixteen_bytes a) { return vminvq_u32(as_u32(a)) != 0; }
 TETROMINO_INLINE sixteen_bytes larger_halfwords(sixteen_bytes a, sixteen_bytes b) {
   return vreinterpretq_u8_s16(vmaxq_s16(vreinterpretq_s16_u8(a), vreinterpretq_s16_u8(b)));
 }

@@ -44,6 +44,8 @@ template <int Distance>
 TETROMINO_INLINE sixteen_bytes exchange_words(sixteen_bytes a) {
   return _mm_shuffle_epi32(a, Distance == 2 ? 0x4E : 0xB1);
 }
+/// Of words that are 0 or -1, whether all are -1.
+TETROMINO_INLINE bool all_words_set(sixteen_bytes a) { return _mm_movemask_ps(_mm_castsi128_ps(a)) == 15; }
 TETROMINO_INLINE sixteen_bytes larger_halfwords(sixteen_bytes a, sixteen_bytes b) { return _mm_max_epi16(a, b); }
 
 // Numbers of a, then of b, that fit half their size.
