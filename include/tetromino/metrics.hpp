@@ -5,11 +5,28 @@
 #include "error.hpp"   // error
 #include "matrix.hpp"  // matrix_like
 
-#include <cmath>    // std::log10, std::abs
 #include <cstddef>  // std::size_t
+#include <cstdlib>  // std::abs
 #include <limits>   // std::numeric_limits
 
+#if !defined(__GNUC__)
+#include <cmath>  // std::log10, std::sqrt
+#endif
+
 namespace TETROMINO_NAMESPACE {
+
+namespace detail::inline TETROMINO_ISA {
+
+// Two functions of <cmath>, which compilers take longer to read than all headers that packing needs.
+#if defined(__GNUC__)
+inline double log10_of(double x) noexcept { return __builtin_log10(x); }
+inline double root_of(double x) noexcept { return __builtin_sqrt(x); }
+#else
+inline double log10_of(double x) noexcept { return std::log10(x); }
+inline double root_of(double x) noexcept { return std::sqrt(x); }
+#endif
+
+}  // namespace detail::inline TETROMINO_ISA
 
 /// What packing did to values x that came back as y. Sums run in double, row after row; add() reports to join them.
 struct error_report {
@@ -22,7 +39,7 @@ struct error_report {
   /// Signal to quantization noise in dB: 10 log10(sum x^2 / sum (x - y)^2); infinite without errors.
   [[nodiscard]] TETROMINO_ABI double qsnr() const noexcept {
     if (sum_squared_errors == 0) return std::numeric_limits<double>::infinity();
-    return 10.0 * std::log10(sum_squares / sum_squared_errors);
+    return 10.0 * detail::log10_of(sum_squares / sum_squared_errors);
   }
   /// Mean squared error.
   [[nodiscard]] TETROMINO_ABI double mse() const noexcept {
@@ -34,7 +51,7 @@ struct error_report {
   }
   /// Root of the error energy over the signal energy, the relative error in the Frobenius norm.
   [[nodiscard]] TETROMINO_ABI double relative_error() const noexcept {
-    return sum_squared_errors == 0 ? 0 : std::sqrt(sum_squared_errors / sum_squares);
+    return sum_squared_errors == 0 ? 0 : detail::root_of(sum_squared_errors / sum_squares);
   }
 
   /// Counts one more absolute error for max_abs_error, which stays NaN once there was one.

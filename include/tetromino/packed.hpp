@@ -8,8 +8,7 @@
 
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
-#include <iterator>     // std::data
-#include <span>         // std::span
+#include <span>         // std::span, std::data
 #include <type_traits>  // std::conditional_t, std::is_same_v
 #include <vector>       // std::vector
 

@@ -12,8 +12,7 @@
 
 #include <algorithm>    // std::max
 #include <cstdint>      // std::uint8_t
-#include <iterator>     // std::data
-#include <span>         // std::span
+#include <span>         // std::span, std::data
 #include <type_traits>  // std::is_const_v, std::remove_cvref_t
 #include <utility>      // std::declval, std::move
 

@@ -16,9 +16,9 @@
 #include "scales.hpp"            // closed_form_bytes, searched_macros, nvfp4_codes
 
 #include <algorithm>    // std::min, std::max, std::copy_n, std::fill, std::find_if, std::replace_if
-#include <cmath>        // std::fabs
 #include <cstddef>      // std::size_t
 #include <cstdint>      // std::uint8_t
+#include <cstdlib>      // std::abs
 #include <type_traits>  // std::is_same_v
 #include <utility>      // std::pair
 
@@ -447,7 +447,7 @@ struct simd_kernels : simd_rotation {
       int exponent = out.scales[b] - 127;
       for (std::size_t k = 32 * b; k < 32 * (b + 1); k += elements) {
         float largest = 0;
-        for (std::size_t i = k; i < k + elements; ++i) largest = std::max(largest, std::fabs(x[i]));
+        for (std::size_t i = k; i < k + elements; ++i) largest = std::max(largest, std::abs(x[i]));
         exponent = finite_fine_exponent(exponent, largest, fine_bits(out.macros, elements, k), rules.rounding,
                                         limits.overflow);
       }
