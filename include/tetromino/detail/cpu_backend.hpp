@@ -9,7 +9,6 @@
 #include "row.hpp"           // row_rules, admit
 
 #include <algorithm>  // std::min, std::max, std::fill
-#include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint8_t
 #include <span>       // std::span
@@ -123,17 +122,16 @@ class row_packer {
 /// The largest magnitude of the whole batch (one entry) or of each matrix; `row_amax(row, cols)` gives a row's.
 template <real T, class RowAmax>
 void amax_cpu(executor_ref executor, const batch_view<const T>& in, const RowAmax& row_amax, std::span<float> out) {
-  // Magnitudes compare as their bits do, so integers do for an atomic maximum.
-  std::vector<std::atomic<std::uint32_t>> largest(out.size());
+  // Magnitudes compare as their bits do: the largest has the least complement.
+  std::vector<shared_minimum> largest(out.size());
   for_each_row(executor, in.matrices * in.rows, in.cols, [&](std::size_t row) {
     const std::size_t e = row / in.rows;
     const std::uint32_t bits = bit_cast<std::uint32_t>(row_amax(in.row(e, row % in.rows), in.cols));
-    auto& slot = largest[out.size() == 1 ? 0 : e];
-    std::uint32_t seen = slot.load(std::memory_order_relaxed);
-    while (bits > seen && !slot.compare_exchange_weak(seen, bits)) {
-    }
+    largest[out.size() == 1 ? 0 : e].offer(shared_minimum::none - bits);
   });
-  for (std::size_t i = 0; i < out.size(); ++i) out[i] = bit_cast<float>(largest[i].load());
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    out[i] = bit_cast<float>(static_cast<std::uint32_t>(shared_minimum::none - largest[i].value()));
+  }
 }
 
 inline bool has_zero(std::span<const float> x) {

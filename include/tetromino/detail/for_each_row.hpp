@@ -4,25 +4,26 @@
 #include "float_state.hpp"   // default_float_state
 
 #include <algorithm>  // std::min, std::max
-#include <atomic>     // std::atomic
 #include <cstddef>    // std::size_t
 #include <limits>     // std::numeric_limits
 
 namespace TETROMINO_NAMESPACE::detail::inline TETROMINO_ISA {
 
-/// The least of the values that several threads offer.
+/// The least of the values that several threads offer. By what std::atomic is made of: compilers take as long to read
+/// <atomic>, which includes how to wait, as all kernels.
 class shared_minimum {
  public:
   static constexpr std::size_t none = std::numeric_limits<std::size_t>::max();
   void offer(std::size_t value) noexcept {
-    std::size_t seen = value_.load(std::memory_order_relaxed);
-    while (value < seen && !value_.compare_exchange_weak(seen, value)) {
+    std::size_t seen = this->value();
+    while (value < seen &&
+           !__atomic_compare_exchange_n(&value_, &seen, value, true, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
     }
   }
-  [[nodiscard]] std::size_t value() const noexcept { return value_.load(); }
+  [[nodiscard]] std::size_t value() const noexcept { return __atomic_load_n(&value_, __ATOMIC_SEQ_CST); }
 
  private:
-  std::atomic<std::size_t> value_{none};
+  std::size_t value_ = none;
 };
 
 /// Runs one_row(row) for the rows of a batch, counted through all its matrices, in pieces that are worth a task.
