@@ -179,7 +179,8 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
                                                          {"mbs-search", macro_rule::search},
                                                          {"mbs-search256", macro_rule::search_256}}};
 
-/// How many letters have to be added, dropped or changed to make one word of the other; 3 where that is more than 2.
+/// How many letters have to be added, dropped or changed to make the word b, of small letters, of a, in capitals or
+/// not; 3 where that is more than 2.
 [[nodiscard]] TETROMINO_COLD inline std::size_t edits_between(std::string_view a, std::string_view b) {
   constexpr std::size_t longest = 24, many = 3;
   if (a.size() > longest || b.size() > longest) return many;
@@ -188,8 +189,9 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
   for (std::size_t i = 1; i <= a.size(); ++i) {
     std::size_t diagonal = row[0];
     row[0] = i;
+    const char c = a[i - 1], lower = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
     for (std::size_t j = 1; j <= b.size(); ++j) {
-      const std::size_t changed = diagonal + (a[i - 1] != b[j - 1] ? 1 : 0);
+      const std::size_t changed = diagonal + (lower != b[j - 1] ? 1 : 0);
       diagonal = row[j];
       row[j] = std::min({changed, row[j] + 1, row[j - 1] + 1});
     }
@@ -199,12 +201,10 @@ inline constexpr std::array<named_macro, 3> macro_names{{{"mbs-static", macro_ru
 
 /// The word of the recipes' language that a misspelt one is closest to, in capitals or not; empty where none is near.
 [[nodiscard]] TETROMINO_COLD inline std::string_view nearest_recipe_word(std::string_view misspelt) {
-  std::string word(misspelt);
-  for (char& c : word) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
   std::string_view nearest;
-  std::size_t least = word.size() < 4 ? 2 : 3;  // short words have many neighbours
+  std::size_t least = misspelt.size() < 4 ? 2 : 3;  // short words have many neighbours
   const auto consider = [&](std::string_view candidate) {
-    if (const std::size_t edits = edits_between(word, candidate); edits < least) nearest = candidate, least = edits;
+    if (const std::size_t edits = edits_between(misspelt, candidate); edits < least) nearest = candidate, least = edits;
   };
   for (const std::string_view format : {"nvfp4", "mxfp4", "mxfp4-32", "mxfp4-16"}) consider(format);
   for (const auto& rule : rule_names) consider(rule.name);
@@ -259,17 +259,19 @@ inline namespace TETROMINO_ISA {
 }  // namespace TETROMINO_ISA
 
 TETROMINO_COLD inline std::string recipe::name() const {
-  std::string out = detail::text(name_of(format), '/', name_of(rule));
-  if (format.macro_block != 0) {
-    for (const auto& [name, value] : detail::macro_names) {
-      if (value == macro) out += detail::text('/', name);
-    }
-    if (format.macro_block != 128) out += detail::text('@', elements_per_factor(format));
-    if (format.macro_bits != 8) out += detail::text('x', format.macro_bits);
+  std::string_view factors;
+  for (const auto& [name, value] : detail::macro_names) {
+    if (value == macro && format.macro_block != 0) factors = name;
   }
-  if (rotation != 0) out += detail::text("/hadamard-", rotation);
-  if (error_feedback) out += "/gptq";
-  return out;
+  const bool has_size = format.macro_block != 0 && format.macro_block != 128;
+  const bool has_bits = format.macro_block != 0 && format.macro_bits != 8;
+  const auto number_if = [](bool shown, std::size_t n) {
+    return shown ? detail::text_piece(n) : detail::text_piece("");
+  };
+  return detail::joined({name_of(format), '/', name_of(rule), factors.empty() ? "" : "/", factors, has_size ? "@" : "",
+                         number_if(has_size, elements_per_factor(format)), has_bits ? "x" : "",
+                         number_if(has_bits, format.macro_bits), rotation != 0 ? "/hadamard-" : "",
+                         number_if(rotation != 0, rotation), error_feedback ? "/gptq" : ""});
 }
 
 namespace detail::inline TETROMINO_ISA {
