@@ -14,6 +14,8 @@
 #include <cstddef>  // std::size_t
 #include <cstdint>  // std::int32_t, std::uint32_t
 
+TETROMINO_VECTOR_CODE_BEGIN
+
 namespace TETROMINO_NAMESPACE::detail {
 inline namespace TETROMINO_ISA {
 
@@ -474,5 +476,7 @@ TETROMINO_INLINE words nvfp4_codes(const row_rules& rules, const block_magnitude
 
 }  // namespace TETROMINO_ISA
 }  // namespace TETROMINO_NAMESPACE::detail
+
+TETROMINO_VECTOR_CODE_END
 
 #endif
