@@ -3,8 +3,8 @@
 set(TETROMINO_TESTS_PER_PROGRAM 1 CACHE STRING "How many files of tests share a program, and one translation unit")
 
 # Sets `out` to the sources of tests that form programs, one program a list element, with | between its sources. Those
-# that share one include the same packages, but for Eigen, fmt and JSON, and have no macros of their own: they are put
-# into namespaces, which leave nothing of one for the other.
+# that share one include the same packages, but for tetromino::cpu, Eigen, fmt and JSON, and have no macros of their own:
+# they are put into namespaces, which leave nothing of one for the other.
 function(tetromino_test_groups sources out)
   set(keys "")
   set(groups "")
@@ -16,7 +16,7 @@ function(tetromino_test_groups sources out)
       list(APPEND groups ${source})
       continue()
     endif()
-    list(REMOVE_ITEM packages eigen fmt json)
+    list(REMOVE_ITEM packages cpu eigen fmt json)
     list(JOIN packages "_" key)
     list(APPEND keys "key_${key}")
     list(APPEND sources_of_key_${key} ${source})

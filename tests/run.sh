@@ -41,7 +41,7 @@ elif [ "${1:-}" = --fuzz ]; then
   fi
 fi
 preset=${TETROMINO_PRESET:-dev}
-[ "$preset" != dev ] || per_program=18
+[ "$preset" != dev ] || per_program=24
 options+=(-D TETROMINO_FUZZED="$fuzzed" -D TETROMINO_TESTS_PER_PROGRAM="$per_program")
 folder=${TETROMINO_BUILD_DIR:-$root/build/tests-$preset}
 
