@@ -146,6 +146,19 @@ template <real T>
   return std::same_as<T, bfloat16> ? scale > 15 : scale - 113 < 28;
 }
 
+/// Magnitudes of 16 bits times 2^-exponent, as halves; bfloat16 needs an exponent of -112 at least, and what is below
+/// the normal halves counts as the least of these; halves themselves need one of -15 at least.
+template <real T>
+[[nodiscard]] __device__ inline std::uint32_t halves_of(std::uint32_t magnitudes, int exponent) {
+  if constexpr (std::same_as<T, bfloat16>) {  // three more bits of fraction
+    const auto field = static_cast<std::uint32_t>(exponent + 112);
+    return __vmaxu2(magnitudes, (field + 1) * 0x00800080u) * 8 - field * 0x04000400u;
+  } else {
+    return as_word(
+        __hmul2_rn(as_half_pair(magnitudes), as_half_pair(static_cast<std::uint32_t>(15 - exponent) * 0x04000400u)));
+  }
+}
+
 /// The codes of x * factor / 2^E for 16-bit inputs, E = scale - 127, two elements in each instruction: what bfloat16
 /// does above for powers of two, a half does for a factor 1 + m / 256, with 1024 in place of 2^23.
 template <real T>
@@ -157,16 +170,7 @@ template <real T>
     std::uint32_t r[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t magnitude = x.word[4 * h + i] & 0x7FFF7FFFu;
-      std::uint32_t near_one;
-      if constexpr (std::same_as<T,
-                                 bfloat16>) {  // three more bits of fraction; what is below 2^(E - 14) counts as that
-        const std::uint32_t least = (scale - 14) * 0x00800080u;
-        near_one = __vmaxu2(magnitude, least) * 8 - (scale - 15) * 0x04000400u;
-      } else {
-        near_one = as_word(__hmul2_rn(as_half_pair(magnitude), as_half_pair((142 - scale) * 0x04000400u)));
-      }
-      const auto y = as_half_pair(near_one);
+      const auto y = as_half_pair(halves_of<T>(x.word[4 * h + i] & 0x7FFF7FFFu, static_cast<int>(scale) - 127));
       const auto a = __hfma2(y, as_half_pair(twice), as_half_pair(0x64006400u));  // 2y + 1024
       const auto b = __hfma2(y, as_half_pair(one), as_half_pair(0x64026402u));    // y + 1026
       const auto c = __hfma2(y, as_half_pair(half_), as_half_pair(0x64046404u));  // y/2 + 1028

@@ -274,8 +274,9 @@ template <class T, pack_rule Rule, bool Stochastic, pack_source Source>
     case pack_rule::nv_amax:
       return is_rotated ? 5 : Source == pack_source::flat ? most_blocks_at_once : 6;
     case pack_rule::mx_min_error:
-    case pack_rule::mx_macro_search:
       return is_rotated ? 4 : 5;
+    case pack_rule::mx_macro_search:
+      return 4;
     default:
       return 3;
   }
