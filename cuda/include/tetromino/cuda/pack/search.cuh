@@ -125,13 +125,13 @@ struct least_error {
 
 /// Adds up the errors of a lane's macro block under some candidates, in the order specified, divided by the factors'
 /// squares: sixteen lanes do it for a candidate, each one of the partial sums. The room has magnitudes in units of
-/// 2^unit, near the macro block's largest. All lanes of a warp call it together. Rare, and so kept out of the way.
-template <std::uint32_t Block>
-[[nodiscard]] __device__ __noinline__ least_error add_errors(least_error best, const search_room& room,
-                                                             std::uint32_t chunks, std::uint32_t first,
-                                                             std::uint32_t candidates, std::uint32_t carry, int unit) {
+/// 2^unit, near the macro block's largest. All lanes of a warp call it together.
+template <std::uint32_t Block, bool Usual>
+[[nodiscard]] __device__ least_error add_errors(least_error best, const search_room& room, std::uint32_t of_macro,
+                                                std::uint32_t first, std::uint32_t candidates, std::uint32_t carry,
+                                                int unit) {
   constexpr std::uint32_t size = search_room::chunk_floats;
-  const std::uint32_t lane = threadIdx.x % 32;
+  const std::uint32_t lane = threadIdx.x % 32, chunks = Usual ? 8 : of_macro;
   std::uint32_t open = __ballot_sync(full_warp, candidates != 0);
   while (open != 0) {
     const int at = __ffs(static_cast<int>(open)) - 1;
@@ -141,15 +141,17 @@ template <std::uint32_t Block>
       const std::uint32_t rest = left & (left - 1);
       const std::uint32_t bytes[2] = {first_byte(first, left), first_byte(first, rest == 0 ? left : rest)};
       const float factor = bit_cast<float>(0x3F800000u | (lane < 16 ? bytes[0] : bytes[1]) << 15);
+      const float* const macro = room.of + at * size;
       float sum = 0;
-      const float* chunk = room.of + at * size;
+#pragma unroll(Usual ? 8 : 1)
       for (std::uint32_t c = 0; c < chunks; c += Block / chunk_size) {
-        const auto carried =
-            static_cast<int>((bit_cast<std::uint32_t>(__fmul_rn(factor, chunk[chunk_size])) + carry) & 0x7F800000u);
+        const float largest = __fmul_rn(factor, macro[c * size + chunk_size]);
+        const auto carried = static_cast<int>((bit_cast<std::uint32_t>(largest) + carry) & 0x7F800000u);
         const float scale = __int_as_float(max(carried - 0x01000000, least_scale));
 #pragma unroll
-        for (std::uint32_t i = 0; i < Block / chunk_size; ++i, chunk += size) {
-          const float difference = difference_to_nearest<true>(__fmul_rn(factor, chunk[lane % 16]), scale);
+        for (std::uint32_t i = c; i < c + Block / chunk_size; ++i) {
+          const float y = __fmul_rn(factor, macro[i * size + lane % 16]);
+          const float difference = difference_to_nearest<!Usual>(y, scale);
           sum = __fadd_rn(sum, __fmul_rn(difference, difference));
         }
       }
@@ -290,7 +292,7 @@ template <std::uint32_t Block, bool Usual, real T>
     }
     magnitudes[chunk_size] = largest;
     __syncwarp();
-    best = add_errors<Block>(best, room, chunks, first, is_open ? left : 0, rules.carry, unit);
+    best = add_errors<Block, Usual>(best, room, chunks, first, is_open ? left : 0, rules.carry, unit);
   }
   return best.byte;
 }
