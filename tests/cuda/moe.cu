@@ -105,6 +105,8 @@ void many_routes() {
           return std::round(x * 16) / 16 - 10;  // negative
         case 5:
           return i % experts / 4 % 8 == 0 ? x : x - 8;  // the best in few lanes
+        case 6:
+          return i / experts % 16 == 6 ? x * 1e30f : x;  // products of two are infinite
         default:
           return x;
       }

@@ -132,12 +132,19 @@ template <int Lanes, int Held>
   return bad == all_fine && most < -largest_float ? 0 : bad;
 }
 
-/// Reports a token that is refused for the bias: at the first expert whose bias is not finite. It happens to all tokens
-/// or none; inlined, it would cost the others registers.
-__device__ __noinline__ inline void report_bias(const route_args& args, std::uint32_t token) {
-  std::uint32_t e = 0;
-  while (fabsf(__ldg(args.bias + e)) <= largest_float) ++e;
-  report_rejection(args.rejected, static_cast<std::uint64_t>(token) * args.experts + e);
+/// Whether some bias is not finite, if there is one: each lane of a warp looks at its share of up to Most experts.
+template <std::uint32_t Most>
+[[nodiscard]] __device__ inline bool has_odd_bias(const route_args& args) {
+  if (args.bias == nullptr) return false;
+  float odd = 0;  // NaN where the bias is not finite
+#pragma unroll
+  for (std::uint32_t first = 0; first < Most; first += 128) {
+    const std::uint32_t e = first + threadIdx.x % 32 * 4;
+    if (e >= args.experts) break;
+    const float4 four = __ldg(reinterpret_cast<const float4*>(args.bias + e));
+    odd = __fmaf_rn(four.x, 0.0f, __fmaf_rn(four.y, 0.0f, __fmaf_rn(four.z, 0.0f, __fmaf_rn(four.w, 0.0f, odd))));
+  }
+  return __any_sync(full_warp, !(odd == 0));
 }
 
 /// Keeps the best groups: those of other experts are no longer offered. Returns the least of what is second best in a
@@ -344,12 +351,19 @@ __global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) token_per_lanes_kernel(c
     for (int j = 0; j < Fours; ++j) offered &= j * Lanes < fours ? ~0u : ~(15u << 4 * j);
     masked = ~offered;
   }
-  float poison[4] = {};  // NaN where a logit is not finite
+  float poison[4] = {};  // not finite where a logit is not, or where two are vast: a closer look finds nothing then
 #pragma unroll
-  for (int i = 0; i < held; ++i) poison[i % 4] = __fmaf_rn(score[i], 0.0f, poison[i % 4]);
+  for (int i = 0; i < held; i += 2) poison[i / 2 % 4] = __fmaf_rn(score[i], score[i + 1], poison[i / 2 % 4]);
+  const bool is_odd = !(fabsf(poison[0] + poison[1] + (poison[2] + poison[3])) <= largest_float);
+  const bool is_bias_odd = Sigmoid && has_odd_bias<4 * lanes * Fours>(args);  // then all tokens are refused
   bool refused = false;
-  if (__any_sync(full_warp, !(poison[0] + poison[1] + (poison[2] + poison[3]) == 0))) {
-    const std::uint32_t bad = look_closer<Lanes>(score, offered, masked, own);
+  if (__any_sync(full_warp, is_bias_odd || is_odd)) {
+    std::uint32_t bad = look_closer<Lanes>(score, offered, masked, own);
+    if (is_bias_odd) {
+      std::uint32_t e = 0;
+      while (fabsf(__ldg(args.bias + e)) <= largest_float) ++e;
+      bad = min(bad, e);
+    }
     refused = bad != all_fine;
     if (refused) {
       if (own == 0 && place == token)
@@ -362,28 +376,20 @@ __global__ void __launch_bounds__(128, Sigmoid ? 8 : 9) token_per_lanes_kernel(c
 
   const auto choice_of = [&](float x, float add) { return Sigmoid ? quick_sigmoid(x) + add : x; };
   if constexpr (Sigmoid) {
-    float odd = 0;  // NaN where the bias is not finite
+    const bool has_bias = args.bias != nullptr && !is_bias_odd;
     const auto become_scores = [&](auto whole) {
 #pragma unroll
       for (int j = 0; j < Fours; ++j) {
         float4 add = make_float4(0, 0, 0, 0);
-        if (decltype(whole)::value || (args.bias != nullptr && j * Lanes < fours)) add = read_four(args.bias, j);
-        odd = __fmaf_rn(add.w, 0.0f, __fmaf_rn(add.z, 0.0f, __fmaf_rn(add.y, 0.0f, __fmaf_rn(add.x, 0.0f, odd))));
+        if (decltype(whole)::value || (has_bias && j * Lanes < fours)) add = read_four(args.bias, j);
         set_four(j, make_float4(choice_of(score[4 * j], add.x), choice_of(score[4 * j + 1], add.y),
                                 choice_of(score[4 * j + 2], add.z), choice_of(score[4 * j + 3], add.w)));
       }
     };
-    if (is_full && args.bias != nullptr) {
+    if (is_full && has_bias) {
       become_scores(std::true_type{});
     } else {
       become_scores(std::false_type{});
-    }
-    if (__any_sync(full_warp, !(odd == 0))) {  // then all tokens are refused
-      if (own == 0 && place == token) report_bias(args, token);
-      refused = true;
-      masked = ~offered;
-#pragma unroll
-      for (int i = 0; i < held; ++i) score[i] = 0;
     }
   }
   if (__any_sync(full_warp, masked != 0)) {
