@@ -442,38 +442,49 @@ void ids_as_calls() {
   expect(!refused && refused.error().code() == tetromino::errc::shape_mismatch, "7 calls per row do not divide 1800");
 }
 
-/// Ids grouped in one pass of a loop: numbers of calls around what a warp and a block look at together, more than a
-/// block remembers, ids at any address, slots that start past the first expert.
+/// Ids grouped in one pass of a loop: numbers of calls around what a warp and a block look at together, around where
+/// clusters of blocks begin, and more than a block remembers; ids at any address, slots that start past the first
+/// expert, as many slots as clusters take and one more, and every call for the same expert.
 void groups_of_ids() {
   const numbers r{11};
-  for (const std::size_t calls : {1, 255, 256, 257, 1023, 1024, 4095, 4096, 4097, 16384, 20001, 131072, 300000}) {
-    if (is_short() && calls > 5000) continue;
-    for (const std::size_t before : {0, 1}) {  // elements in front of the ids, so that they are not aligned
-      const std::size_t experts = 128, first_slot = calls % 3, slots = 96;
+  for (const std::size_t calls : {0,    1,    255,   256,   257,   1023,  1024,  4095,   4096,   4097,  8191,
+                                  8192, 8193, 16383, 16384, 16385, 20001, 65536, 131072, 131073, 300000}) {
+    if (is_short() && calls > 8193) continue;
+    for (const std::size_t kind : {0, 1, 2, 3, 4}) {
+      if (is_short() && kind > 2) continue;
+      const std::size_t before = kind == 1;  // elements in front of the ids, so that they are not aligned
+      const std::size_t slots = kind == 2   ? 512
+                                : kind == 3 ? 513
+                                : kind == 4 ? 132 + calls % 2
+                                            : 96,
+                        experts = slots * 4 / 3;
+      const std::size_t first_slot = calls % 3, most = kind == 4 ? 1 : 4;  // one call in `most` is for expert 7
       const auto ids = generate<std::uint16_t>(calls + before, [&](std::size_t i) {
-        return static_cast<std::uint16_t>(r.bits(i) % 4 == 0 ? 7 : r.bits(i + calls) % experts);
+        return static_cast<std::uint16_t>(r.bits(i) % most == 0 ? 7 : r.bits(i + calls) % experts);
       });
-      std::vector<std::uint32_t> offsets(slots + 1, 0), rows(calls), pairs(calls, tetromino::moe::no_slot);
+      std::vector<std::uint32_t> offsets(slots + 1, 0), rows(calls, 0xA5A5A5A5), pairs(calls, tetromino::moe::no_slot);
       std::uint32_t pair = 0;
+      std::vector<std::vector<std::uint32_t>> calls_of(slots);
+      for (std::size_t i = 0; i < calls; ++i) {
+        const std::size_t s = ids[before + i] - first_slot;  // below first_slot it wraps
+        if (s < slots) calls_of[s].push_back(static_cast<std::uint32_t>(i));
+      }
+      const std::size_t k = calls % 8 == 0 ? 8 : 1;
       for (std::size_t s = 0; s < slots; ++s) {
-        for (std::size_t i = 0; i < calls; ++i) {
-          if (ids[before + i] != first_slot + s) continue;
-          rows[pair] = static_cast<std::uint32_t>(i);
+        for (const std::uint32_t i : calls_of[s]) {
+          rows[pair] = static_cast<std::uint32_t>(i / k);
           pairs[i] = pair++;
         }
         offsets[s + 1] = pair;
       }
-      rows.resize(pair);
       const device<std::uint16_t> on_device(ids);
       const device<std::uint32_t> got_offsets(slots + 1), got_rows(calls), got_pairs(calls);
-      const tetromino::cuda::expert_groups groups{got_offsets, got_rows, got_pairs, 1};
+      const tetromino::cuda::expert_groups groups{got_offsets, got_rows, got_pairs, k};
       require(tetromino::cuda::try_group_by_expert(
                   plain, std::span<const std::uint16_t>(on_device.span().subspan(before)), first_slot, groups),
               "group");
-      auto rows_there = got_rows.values();
-      rows_there.resize(pair);
-      expect(got_offsets.values() == offsets && rows_there == rows && got_pairs.values() == pairs,
-             "%zu ids, %zu in front, grouped from slot %zu on", calls, before, first_slot);
+      expect(got_offsets.values() == offsets && got_rows.values() == rows && got_pairs.values() == pairs,
+             "%zu ids, kind %zu, grouped from slot %zu on", calls, kind, first_slot);
       expect(got_rows.is_intact() && got_pairs.is_intact() && got_offsets.is_intact(), "written past the end");
     }
   }
@@ -482,7 +493,8 @@ void groups_of_ids() {
 /// Expert calls at multiples of 16 bytes and between them, around what a warp looks at together.
 void groups_of_calls() {
   const numbers r{12};
-  for (const std::size_t calls : {1, 255, 256, 1025, 4097, 16390}) {
+  for (const std::size_t calls : {1, 255, 256, 1025, 4097, 8195, 16390, 70'001}) {
+    if (is_short() && calls > 10'000) continue;
     for (const std::size_t before : {0, 1}) {
       const std::size_t first_slot = 3, slots = 20;
       const auto list = generate<expert_call>(calls + before, [&](std::size_t i) {

@@ -175,6 +175,15 @@ __device__ inline void cluster_sync() {
 /// The two halves of cluster_sync, without the order of memory.
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+/// Loads a word from the shared memory of a block of the cluster, at an address of this block's.
+[[nodiscard]] __device__ inline std::uint32_t load_from_rank(std::uint32_t shared, std::uint32_t rank) {
+  std::uint32_t word;
+  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.u32 %0, [there];}"
+               : "=r"(word)
+               : "r"(shared), "r"(rank)
+               : "memory");
+  return word;
+}
 /// Stores two floats in the shared memory of another block of the cluster, at an address of this block's.
 __device__ inline void store_to_rank(std::uint32_t shared, std::uint32_t rank, float x, float y) {
   asm volatile(

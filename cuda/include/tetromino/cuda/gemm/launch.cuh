@@ -1,6 +1,7 @@
 #pragma once
 
 #include "../detail/checks.hpp"   // is_aligned
+#include "../detail/launch.cuh"   // is_hopper_code, launch_overlapping
 #include "sm80_any_rows.cuh"      // any_rows_kernel
 #include "sm90a/few_rows.cuh"     // few_rows_kernel
 #include "sm90a/fitted_rows.cuh"  // fitted_rows_kernel
@@ -39,15 +40,6 @@ struct device_facts {
   return out;
 }
 
-/// Whether a kernel's code for this device is the one compiled for Hopper, not PTX of an older architecture.
-template <class Kernel>
-[[nodiscard]] result<bool> is_hopper_code(Kernel* kernel) {
-  cudaFuncAttributes attributes{};
-  if (auto done = status_of(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes"); !done)
-    return done.error();
-  return attributes.binaryVersion == 90;
-}
-
 /// How the copy engine finds boxes of `box_rows` rows by 64 columns of x.
 template <activation T>
 [[nodiscard]] result<CUtensorMap> map_activations(const matrix_view<const T>& x, std::uint32_t box_rows) {
@@ -76,33 +68,6 @@ template <activation T>
                                                        x.cols, "], row stride ", x.row_stride));
   }
   return map;
-}
-
-/// Launches a kernel that waits for the one before it by itself, in clusters of `parts` blocks.
-template <class Kernel, class... Args>
-[[nodiscard]] result<void> launch_overlapping(Kernel* kernel, const char* what, const stream& s, std::size_t blocks,
-                                              int threads, std::uint32_t bytes, std::size_t parts,
-                                              const Args&... args) {
-  if (auto done =
-          status_of(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-                    "cudaFuncSetAttribute");
-      !done) {
-    return done;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = bytes;
-  config.stream = s.handle;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = static_cast<unsigned>(parts);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = parts > 1 ? 2 : 1;
-  return status_of(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
 /// Launches the kernel for many rows of x. `row_tiles` is how many tiles of x there can be at most.

@@ -2,8 +2,12 @@
 
 #include <tetromino/cuda/moe.hpp>  // expert_groups
 
+#include "../arch/sm90a.cuh"     // cluster_sync, load_from_rank
 #include "../detail/checks.hpp"  // is_aligned
+#include "../detail/launch.cuh"  // is_hopper_code, launch_overlapping
 #include "../detail/values.cuh"  // full_warp
+
+#include <algorithm>  // std::clamp
 
 #include <cstddef>  // std::size_t, offsetof
 #include <cstdint>  // std::uint16_t, std::uint32_t
@@ -27,10 +31,11 @@ __device__ inline void load_slots(const Call* calls, std::uint32_t i, std::uint3
     slot[j] = i < end && j < end - i ? slot_of(calls[i + j]) - first_slot : moe::no_slot;
   }
 }
-/// The same for ids at a multiple of 16 bytes, none of them past the end.
+/// The same for ids at a multiple of 16 bytes, none of them past the end. (Not through __ldg: the kernel before may
+/// still write them when one of the kernels here starts.)
 __device__ inline void load_whole_slots(const std::uint16_t* ids, std::uint32_t i, std::uint32_t first_slot,
                                         std::uint32_t (&slot)[calls_of_lane]) {
-  const uint4 four = __ldg(reinterpret_cast<const uint4*>(ids + i));
+  const uint4 four = *reinterpret_cast<const uint4*>(ids + i);
   const std::uint32_t word[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
   for (std::uint32_t j = 0; j < 4; ++j) {
@@ -43,7 +48,7 @@ __device__ inline void load_whole_slots(const moe::expert_call* calls, std::uint
   static_assert(sizeof(moe::expert_call) == 8 && offsetof(moe::expert_call, slot) == 0);
 #pragma unroll
   for (std::uint32_t j = 0; j < calls_of_lane; j += 2) {
-    const uint4 two = __ldg(reinterpret_cast<const uint4*>(calls + i + j));
+    const uint4 two = *reinterpret_cast<const uint4*>(calls + i + j);
     slot[j] = two.x - first_slot, slot[j + 1] = two.z - first_slot;
   }
 }
@@ -153,15 +158,143 @@ __global__ void __launch_bounds__(512)
   }
 }
 
+/// The most slots among which group_in_clusters_kernel groups, the blocks of a cluster, and the warps of a block.
+inline constexpr std::uint32_t most_clustered_slots = 512, cluster_blocks = 8, cluster_warps = 16;
+
+/// Groups many calls in clusters of blocks, which see each other's counts. Each cluster counts all calls, its blocks a
+/// chunk each, so that no cluster waits for another; of its chunk each block then puts a part in place, as many parts
+/// as there are clusters, and each warp of the block `run` calls of that part, a multiple of 32. For up to
+/// most_clustered_slots slots. `Whole`: calls lie at a multiple of 16 bytes.
+template <class Call, bool Whole>
+__global__ void __launch_bounds__(32 * cluster_warps)
+    group_in_clusters_kernel(const Call* calls, std::uint32_t n, std::uint32_t k, std::uint32_t first_slot,
+                             std::uint32_t slots, std::uint32_t run, std::uint32_t* offsets, std::uint32_t* rows,
+                             std::uint32_t* pairs) {
+#if TETROMINO_CUDA_HOPPER
+  constexpr std::uint32_t warps = cluster_warps, threads = 32 * warps, most_slots = most_clustered_slots, at_once = 4;
+  static_assert(threads == most_slots);
+  constexpr std::uint32_t before = warps, after = warps + 1;  // what a chunk has before and after the block's part
+  __shared__ std::uint32_t counts[warps + 2][most_slots];     // of calls in each run; later, where the next one goes
+  __shared__ std::uint32_t of_chunk[most_slots], of_warp[warps];
+  const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = cluster_rank();
+  const std::uint32_t part = warps * run, chunk = gridDim.x / cluster_blocks * part;
+  const std::uint32_t begin = min(rank * chunk, n), end = min(begin + chunk, n);
+  const std::uint32_t mine = min(begin + blockIdx.x / cluster_blocks * part, n);
+#pragma unroll
+  for (std::uint32_t r = 0; r < warps + 2; ++r) counts[r][threadIdx.x] = 0;
+  wait_for_last_kernel();
+  __syncthreads();
+  for (std::uint32_t i = begin + threadIdx.x * calls_of_lane; i < end; i += at_once * threads * calls_of_lane) {
+    std::uint32_t of[at_once][calls_of_lane];
+#pragma unroll
+    for (std::uint32_t u = 0; u < at_once; ++u) {
+      const std::uint32_t first = i + u * threads * calls_of_lane;
+      if constexpr (Whole) {
+        if (first + calls_of_lane <= end) {
+          load_whole_slots(calls, first, first_slot, of[u]);
+          continue;
+        }
+      }
+      load_slots(calls, first, end, first_slot, of[u]);
+    }
+#pragma unroll
+    for (std::uint32_t u = 0; u < at_once; ++u) {
+      const std::uint32_t first = i + u * threads * calls_of_lane;
+      const std::uint32_t row = first < mine ? before : first - mine >= part ? after : (first - mine) / run;
+#pragma unroll
+      for (std::uint32_t j = 0; j < calls_of_lane; ++j) {
+        if (of[u][j] < slots) atomicAdd(&counts[row][of[u][j]], 1u);
+      }
+    }
+  }
+  __syncthreads();
+  const std::uint32_t slot = threadIdx.x;  // this thread's, until calls are placed
+  if (slot < slots) {
+    std::uint32_t count = 0;
+#pragma unroll
+    for (std::uint32_t r = 0; r < warps + 2; ++r) count += counts[r][slot];
+    of_chunk[slot] = count;
+  }
+  cluster_sync();
+  std::uint32_t all = 0, in_earlier_chunks = 0;
+  if (slot < slots) {
+#pragma unroll
+    for (std::uint32_t r = 0; r < cluster_blocks; ++r) {
+      const std::uint32_t count = load_from_rank(shared_address(of_chunk + slot), r);
+      all += count, in_earlier_chunks += r < rank ? count : 0;
+    }
+  }
+  std::uint32_t up_to = all;  // calls for the warp's slots so far
+#pragma unroll
+  for (unsigned lanes = 1; lanes < 32; lanes *= 2) {
+    const std::uint32_t below = __shfl_up_sync(full_warp, up_to, lanes);
+    if (lane >= lanes) up_to += below;
+  }
+  if (lane == 31) of_warp[warp] = up_to;
+  __syncthreads();
+  cluster_arrive();  // the other blocks' counts have been read
+  up_to += __reduce_add_sync(full_warp, lane < warp ? of_warp[lane] : 0);
+  if (slot < slots) {
+    if (blockIdx.x == 0) {
+      if (slot == 0) offsets[0] = 0;
+      offsets[slot + 1] = up_to;
+    }
+    std::uint32_t next = up_to - all + in_earlier_chunks + counts[before][slot];
+#pragma unroll
+    for (std::uint32_t w = 0; w < warps; ++w) {
+      const std::uint32_t count = counts[w][slot];
+      counts[w][slot] = next, next += count;
+    }
+  }
+  __syncthreads();
+  const std::uint32_t from = mine + warp * run, to = min(from + run, end);
+  for (std::uint32_t i = from + lane; i - lane < to; i += 32) {
+    const std::uint32_t of = i < to ? slot_of(calls[i]) - first_slot : moe::no_slot;
+    const bool is_served = of < slots;
+    const std::uint32_t same = __match_any_sync(full_warp, is_served ? of : moe::no_slot);
+    const std::uint32_t earlier = same & ((1u << lane) - 1);
+    const std::uint32_t pair =
+        is_served ? counts[warp][of] + static_cast<std::uint32_t>(__popc(earlier)) : moe::no_slot;
+    __syncwarp();
+    if (is_served && earlier == 0) counts[warp][of] = pair + static_cast<std::uint32_t>(__popc(same));
+    __syncwarp();
+    if (i < to) pairs[i] = pair;
+    if (is_served) rows[pair] = i / k;
+  }
+  cluster_wait();  // until the others have read this block's counts
+#endif
+}
+
+template <class Call, bool Whole>
+result<void> launch_group(const stream& s, std::span<const Call> calls, std::uint32_t first_slot, std::uint32_t slots,
+                          const expert_groups& out) {
+  const auto n = static_cast<std::uint32_t>(calls.size()), k = static_cast<std::uint32_t>(out.calls_per_row);
+  std::uint32_t *const offsets = out.expert_offsets.data(), *const rows = out.expert_rows.data(),
+                       *const pairs = out.pair_of_call.data();
+  // From there on group_kernel reads calls in another round, or more blocks than Hopper has multiprocessors.
+  if (slots <= most_clustered_slots && (n > 16'384 || slots > 132)) {
+    auto* const kernel = group_in_clusters_kernel<Call, Whole>;
+    auto has_code = is_hopper_code(kernel);
+    if (!has_code) return has_code.error();
+    if (*has_code) {
+      constexpr std::uint32_t at_once = cluster_blocks * cluster_warps * 32;
+      const std::uint32_t clusters = std::clamp((n + at_once - 1) / at_once, 1u, 8u);
+      const std::uint32_t run = (n + clusters * at_once - 1) / (clusters * at_once) * 32;
+      return launch_overlapping(kernel, "the launch of group_in_clusters_kernel", s, clusters * cluster_blocks,
+                                32 * cluster_warps, 0, cluster_blocks, calls.data(), n, k, first_slot, slots, run,
+                                offsets, rows, pairs);
+    }
+  }
+  group_kernel<Call, Whole><<<slots, 512, 0, s.handle>>>(calls.data(), n, k, first_slot, slots, offsets, rows, pairs);
+  return status_of(cudaGetLastError(), "the launch of group_kernel");
+}
+
 template <class Call>
 result<void> group(const stream& s, std::span<const Call> calls, std::size_t first_slot, const expert_groups& out) {
-  const std::size_t slots = out.expert_offsets.size() - 1;
-  auto* const kernel = is_aligned(calls.data(), 16) ? group_kernel<Call, true> : group_kernel<Call, false>;
-  kernel<<<static_cast<unsigned>(slots), 512, 0, s.handle>>>(
-      calls.data(), static_cast<std::uint32_t>(calls.size()), static_cast<std::uint32_t>(out.calls_per_row),
-      static_cast<std::uint32_t>(first_slot), static_cast<std::uint32_t>(slots), out.expert_offsets.data(),
-      out.expert_rows.data(), out.pair_of_call.data());
-  return status_of(cudaGetLastError(), "the launch of group_kernel");
+  const auto first = static_cast<std::uint32_t>(first_slot);
+  const auto slots = static_cast<std::uint32_t>(out.expert_offsets.size() - 1);
+  return is_aligned(calls.data(), 16) ? launch_group<Call, true>(s, calls, first, slots, out)
+                                      : launch_group<Call, false>(s, calls, first, slots, out);
 }
 
 /// A thread for each call. The calls of a row before it come from the cache.
