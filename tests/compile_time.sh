@@ -45,7 +45,7 @@ sed -n '/^```cpp$/,/^```$/p' "$root/README.md" | sed '/^```$/,$d' | grep -v '^``
 sed 's@<tetromino/tetromino.hpp>@&\n#include <tetromino/cpu.hpp>@; s/tt::automatic/tt::cpu/g' "$work/example.cpp" >"$work/example_cpu.cpp"
 grep -q 'tt::cpu' "$work/example_cpu.cpp" || { echo "the README's first example does not say tt::automatic" >&2; exit 2; }
 state 1.2 "<tetromino/tetromino.hpp>" 5 compile "$work/umbrella.cpp"
-state 5.7 "README, first example" 3 compile "$work/example.cpp"
+state 6.2 "README, first example" 3 compile "$work/example.cpp"
 state 2.6 "README, first example, through tetromino::cpu" 3 compile "$work/example_cpu.cpp"
 
 # The compiler's commands, as CMake writes them.
