@@ -3,6 +3,7 @@
 /// Sizes whose products wrap: every door refuses them before it reads or allocates anything.
 
 #include <tetromino/block_scaled.hpp>
+#include <tetromino/e4m3_activations.hpp>
 #include <tetromino/layout.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/repacked.hpp>
@@ -50,6 +51,7 @@ TEST_CASE("storage of more elements than there can be is not made") {
   check_thrown([] { packed<mxfp4> p(mxfp4{}, 1, huge, 128); });
   check_thrown([] { packed<nvfp4> p(nvfp4{}, huge, 16, 1); });
   check_thrown([] { int8_matrix x(huge, 32); });
+  check_thrown([] { e4m3_matrix x(huge, 32); });
   CHECK_NOTHROW(matrix<float>(std::size_t{1} << 48, 0));
 }
 
@@ -102,6 +104,8 @@ TEST_CASE("matrices that claim them are refused") {
   check_refused(try_fake_quantize(scalar, x, recipe::parse("mxfp4-32/oas"), x));
   check_refused(try_rotate(scalar, x, hadamard{}, x));
   check_refused(try_quantize_int8(scalar, x));
+  check_refused(try_quantize_e4m3(scalar, x));
+  check_refused(try_quantize_e4m3_to(scalar, x, e4m3_view<std::uint8_t>{huge, 128, {}, {}}));
   const packed<mxfp4> w(mxfp4{}, 1, 1, 128);
   check_rows(try_matmul(scalar, x, w, matrix_view<float>(&number, huge, 1)));
 }

@@ -8,6 +8,7 @@
 #include "activations.hpp"              // quantize_int8_on
 #include "dequantize.hpp"               // dequantize_on
 #include "detail/dispatch/kernels.hpp"  // default_kernels
+#include "e4m3_activations.hpp"         // quantize_e4m3_on
 #include "hadamard.hpp"                 // rotate_on
 #include "matmul.hpp"                   // matmul_on
 #include "quantize.hpp"                 // quantize_on
@@ -105,6 +106,12 @@ result<void> quantize_int8_on(const cpu_t& policy, const detail::quantize_int8_j
   const auto kernels = detail::kernels_of(policy);
   if (!kernels) return kernels.error();
   return detail::quantize_int8_with(**kernels, policy.executor, job);
+}
+template <real T>
+result<void> quantize_e4m3_on(const cpu_t& policy, const detail::quantize_e4m3_job<T>& job) {
+  const auto kernels = detail::kernels_of(policy);
+  if (!kernels) return kernels.error();
+  return detail::quantize_e4m3_with(**kernels, policy.executor, job);
 }
 template <class X, real Out>
 result<void> matmul_on(const cpu_t& policy, const detail::matmul_job<X, Out>& job) {

@@ -8,8 +8,8 @@
 
 namespace TETROMINO_NAMESPACE {
 
-/// The block scale of NVFP4: 4 exponent bits (bias 7), 3 mantissa bits, subnormals, no infinity, largest value 448.
-/// Scales are never negative (UE4M3), but the type carries a sign as the hardware's does. (OCP FP8 v1.0)
+/// A number of 8 bits: 4 exponent bits (bias 7), 3 mantissa bits, subnormals, no infinity, largest value 448. The block
+/// scale of NVFP4, which is never negative (UE4M3), and an element of e4m3_view. (OCP FP8 v1.0)
 struct e4m3 {
   std::uint8_t bits = 0;
 

@@ -5,6 +5,7 @@
 
 #include <tetromino/block_scaled.hpp>
 #include <tetromino/dequantize.hpp>
+#include <tetromino/e4m3_activations.hpp>
 #include <tetromino/hadamard.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
@@ -134,6 +135,8 @@ TEST_CASE("rotations, products and 8-bit activations are the same in every float
   reference::generator random(tetromino_test::seed());
   const tetromino_test::sample<float> x(random, 1, 5, 160), w(random, 1, 7, 160);
   const auto weights = quantize(vectors, w.view, recipe::parse("mxfp4-16/oas/mbs-static"));
+  std::vector<float> tiny;  // subnormal numbers that are large beside the row's largest
+  for (int k = 0; k < 40; ++k) tiny.push_back(std::ldexp(1.0f + static_cast<float>(k) / 64, -117 - k / 2));
   const auto run = [&](const auto& policy) {
     std::vector<std::vector<float> > out;
     matrix<float> turned(5, 160), product(5, 7);
@@ -146,6 +149,12 @@ TEST_CASE("rotations, products and 8-bit activations are the same in every float
     matmul(policy, x.view, weights, matrix_view<float>(product.data.data(), 5, 7));
     out.push_back(product.data);
     out.emplace_back(small.values.begin(), small.values.end());
+    const e4m3_matrix eights = quantize_e4m3(policy, x.view);
+    out.push_back(eights.scales);
+    out.emplace_back(eights.values.begin(), eights.values.end());
+    const e4m3_matrix least = quantize_e4m3(policy, matrix_view<const float>(tiny.data(), 1, tiny.size()));
+    out.push_back(least.scales);
+    out.emplace_back(least.values.begin(), least.values.end());
     return out;
   };
   const auto scalar_expected = run(scalar), expected = run(vectors);

@@ -5,6 +5,7 @@
 /// After a change for the better, put the printed counts into the table below.
 
 #include <tetromino/dequantize.hpp>
+#include <tetromino/e4m3_activations.hpp>
 #include <tetromino/matmul.hpp>
 #include <tetromino/quantize.hpp>
 #include <tetromino/repacked.hpp>
@@ -111,6 +112,12 @@ void add_quantize_int8(std::vector<work>& all, const char* type) {
                    quantize_int8_to(vectors, x, out.view());
                  }});
 }
+template <class T>
+void add_quantize_e4m3(std::vector<work>& all, const char* type) {
+  all.push_back({std::string(type) + " -> e4m3", cols, [x = normal_matrix<T>(1), out = e4m3_matrix(1, cols)]() mutable {
+                   quantize_e4m3_to(vectors, x, out.view());
+                 }});
+}
 template <class X>
 void add_matmul(std::vector<work>& all, const char* name, const char* type, const X& x, std::size_t rows) {
   const recipe r = recipe::parse(name);
@@ -140,6 +147,9 @@ std::vector<work> all_work() {
   add_quantize_int8<float>(all, "float");
   add_quantize_int8<bfloat16>(all, "bfloat16");
   add_quantize_int8<half>(all, "half");
+  add_quantize_e4m3<float>(all, "float");
+  add_quantize_e4m3<bfloat16>(all, "bfloat16");
+  add_quantize_e4m3<half>(all, "half");
   for (const char* name : {"mxfp4-32/oas", "nvfp4/amax"}) {
     add_dequantize<float>(all, name, "float");
     add_dequantize<bfloat16>(all, name, "bfloat16");
@@ -188,6 +198,9 @@ constexpr expected_count expected[] = {
     {"float -> int8", 56.6, 47.5},
     {"bfloat16 -> int8", 63.5, 46.4},
     {"half -> int8", 66.1, 47.8},
+    {"float -> e4m3", 120.8, 79.7},
+    {"bfloat16 -> e4m3", 148.8, 87.6},
+    {"half -> e4m3", 140.6, 83.7},
     {"mxfp4-32/oas -> float", 80.3, 58.6},
     {"mxfp4-32/oas -> bfloat16", 88.1, 57.8},
     {"int8 x mxfp4-32/oas, M = 1", 17.0, 12.0, 11.2},

@@ -13,8 +13,9 @@
 #include "../simd/isa.hpp"  // checked_set
 #include "tables.hpp"       // quantize_table, matmul_table
 #if TETROMINO_CPU_ROWS
-#include "../simd/activations.hpp"  // simd_int8
-#include "../simd/quantize.hpp"     // simd_kernels
+#include "../simd/activations.hpp"       // simd_int8
+#include "../simd/e4m3_activations.hpp"  // simd_e4m3
+#include "../simd/quantize.hpp"          // simd_kernels
 #else
 #include "../simd/matmul.hpp"  // simd_matmul_kernels
 #endif
@@ -26,7 +27,7 @@ template struct checked_set<this_set>;
 
 #if TETROMINO_CPU_ROWS
 extern const quantize_table rows_table;
-constinit const quantize_table rows_table = table_of<simd_kernels>::quantize<simd_int8>(isa_name);
+constinit const quantize_table rows_table = table_of<simd_kernels>::quantize<simd_int8, simd_e4m3>(isa_name);
 #else
 extern const matmul_table products_table;
 constinit const matmul_table products_table = table_of<simd_matmul_kernels>::matmul(isa_name);

@@ -44,6 +44,10 @@ struct dispatched_rows {
   std::size_t quantize_int8_row(const T* x, std::size_t cols, std::int8_t* values, float* scales) const {
     return of<T>().quantize_int8(x, cols, values, scales);
   }
+  template <real T>
+  std::size_t quantize_e4m3_row(const T* x, std::size_t cols, std::uint8_t* values, float& scale) const {
+    return of<T>().quantize_e4m3(x, cols, values, scale);
+  }
   void rotate(const rotation_part& part, float* row, std::size_t n) const { table->rotate(part, row, n); }
   void revert(const rotation_part& part, float* row, std::size_t n) const { table->revert(part, row, n); }
 };
@@ -88,6 +92,10 @@ template <class T>
 result<void> quantize_int8_with(const cpu_kernels& kernels, executor_ref executor, const quantize_int8_job<T>& job) {
   return quantize_int8_cpu(executor, job, dispatched_rows{kernels.quantize});
 }
+template <class T>
+result<void> quantize_e4m3_with(const cpu_kernels& kernels, executor_ref executor, const quantize_e4m3_job<T>& job) {
+  return quantize_e4m3_cpu(executor, job, dispatched_rows{kernels.quantize});
+}
 void multiply_with(const cpu_kernels& kernels, executor_ref executor, const float_product& product,
                    std::span<const std::uint32_t> row_offsets) {
   multiply_tiles(executor, product, row_offsets, dispatched_matmul{kernels.matmul});
@@ -104,7 +112,8 @@ void multiply_with(const cpu_kernels& kernels, executor_ref executor, const inte
                           std::span<float>);                                                               \
   template void rotate_with(const cpu_kernels&, executor_ref, const rotate_job<T>&);                       \
   template result<void> dequantize_with(const cpu_kernels&, executor_ref, const dequantize_job<T>&);       \
-  template result<void> quantize_int8_with(const cpu_kernels&, executor_ref, const quantize_int8_job<T>&);
+  template result<void> quantize_int8_with(const cpu_kernels&, executor_ref, const quantize_int8_job<T>&); \
+  template result<void> quantize_e4m3_with(const cpu_kernels&, executor_ref, const quantize_e4m3_job<T>&);
 TETROMINO_CPU_JOBS_OF(float)
 TETROMINO_CPU_JOBS_OF(half)
 TETROMINO_CPU_JOBS_OF(bfloat16)

@@ -3,11 +3,12 @@
 /// What tetromino::cpu holds for those who link it: the choice between tables of kernels, one for each instruction set,
 /// and the calls that use them.
 
-#include "../../activations.hpp"  // quantize_int8_job
-#include "../../error.hpp"        // result
-#include "../../hadamard.hpp"     // rotate_job
-#include "../../options.hpp"      // quantize_job
-#include "../cpu_matmul.hpp"      // float_product, integer_product
+#include "../../activations.hpp"       // quantize_int8_job
+#include "../../e4m3_activations.hpp"  // quantize_e4m3_job
+#include "../../error.hpp"             // result
+#include "../../hadamard.hpp"          // rotate_job
+#include "../../options.hpp"           // quantize_job
+#include "../cpu_matmul.hpp"           // float_product, integer_product
 
 #include <cstdint>      // std::uint32_t
 #include <span>         // std::span
@@ -48,6 +49,8 @@ template <class T>
 result<void> dequantize_with(const cpu_kernels& kernels, executor_ref executor, const dequantize_job<T>& job);
 template <class T>
 result<void> quantize_int8_with(const cpu_kernels& kernels, executor_ref executor, const quantize_int8_job<T>& job);
+template <class T>
+result<void> quantize_e4m3_with(const cpu_kernels& kernels, executor_ref executor, const quantize_e4m3_job<T>& job);
 void multiply_with(const cpu_kernels& kernels, executor_ref executor, const float_product& product,
                    std::span<const std::uint32_t> row_offsets);
 void multiply_with(const cpu_kernels& kernels, executor_ref executor, const integer_product& product,

@@ -51,7 +51,7 @@ TETROMINO_CPU_TABLES(cpu_neon_dotprod)
 
 namespace {
 
-constinit const quantize_table scalar_rows = table_of<scalar_kernels>::quantize<scalar_int8>("scalar");
+constinit const quantize_table scalar_rows = table_of<scalar_kernels>::quantize<scalar_int8, scalar_e4m3>("scalar");
 constinit const matmul_table scalar_products = table_of<scalar_matmul_kernels>::matmul("scalar");
 
 #if defined(__x86_64__)

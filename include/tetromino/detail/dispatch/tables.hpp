@@ -13,7 +13,7 @@
 
 namespace TETROMINO_NAMESPACE::detail {
 
-/// The kernels for rows of one element type; see scalar_kernels and scalar_int8.
+/// The kernels for rows of one element type; see scalar_kernels, scalar_int8 and scalar_e4m3.
 template <real T>
 struct row_kernels {
   float (*amax)(const T*, std::size_t, special_values);
@@ -21,6 +21,7 @@ struct row_kernels {
   void (*dequantize)(const any_format&, const packed_row<const std::uint8_t>&, std::size_t, T*);
   void (*dequantize_past_caches)(const any_format&, const packed_row<const std::uint8_t>&, std::size_t, T*);
   std::size_t (*quantize_int8)(const T*, std::size_t, std::int8_t*, float*);
+  std::size_t (*quantize_e4m3)(const T*, std::size_t, std::uint8_t*, float&);
 };
 struct quantize_table {
   const char* isa;  ///< what the compiler was told to use where this table was made
@@ -49,15 +50,19 @@ struct table_of {
       Kernels::dequantize_row(format, in, cols, out);
     }
   }
-  template <real T, class Int8>
+  template <real T, class Int8, class E4m3>
   static constexpr row_kernels<T> rows() {
-    return {&Kernels::template amax<T>, &Kernels::template quantize_row<T>, &Kernels::template dequantize_row<T>,
-            &table_of::dequantize_past_caches<T>, &Int8::template quantize_int8_row<T>};
+    return {&Kernels::template amax<T>,           &Kernels::template quantize_row<T>,
+            &Kernels::template dequantize_row<T>, &table_of::dequantize_past_caches<T>,
+            &Int8::template quantize_int8_row<T>, &E4m3::template quantize_e4m3_row<T>};
   }
-  /// `Int8` are the same backend's for 8-bit activations.
-  template <class Int8>
+  /// `Int8` and `E4m3` are the same backend's for 8-bit activations.
+  template <class Int8, class E4m3>
   static constexpr quantize_table quantize(const char* isa) {
-    return {isa, {rows<float, Int8>(), rows<half, Int8>(), rows<bfloat16, Int8>()}, &Kernels::rotate, &Kernels::revert};
+    return {isa,
+            {rows<float, Int8, E4m3>(), rows<half, Int8, E4m3>(), rows<bfloat16, Int8, E4m3>()},
+            &Kernels::rotate,
+            &Kernels::revert};
   }
   static constexpr matmul_table matmul(const char* isa) { return {isa, &Kernels::multiply, &Kernels::multiply}; }
 };
