@@ -1,7 +1,11 @@
 /// One mixture-of-experts layer on the GPU from float weights: pack, route, group, multiply (gate and up with SwiGLU,
 /// then down), combine. Checks sampled tokens against float64 sums over the unpacked weights, and prints what each step
-/// took beside what moving its bytes at the rate of a device copy would take.
-///   cuda_moe_layer [deepseek | qwen3 | small]...     shapes like DeepSeek-V3's and Qwen3-235B-A22B's; default: both
+/// and the layer take in a CUDA graph, as an engine decodes, beside what moving their bytes at the rate of a device
+/// copy would take. The graph holds eight calls with other experts each: else the cache would hold the few that a few
+/// tokens choose.
+///   cuda_moe_layer [--tokens N,N...] [--weights RECIPE] [LAYER]...
+/// Layers have the shapes of DeepSeek-V3 (deepseek), Qwen3-235B-A22B (qwen3), gpt-oss-20b and gpt-oss-120b, by default
+/// all of them; or small. Recipes are MXFP4's that need no rotation, by default mxfp4-32/oas/mbs-static.
 
 #include "gpu/cuda_layer.hpp"
 
@@ -12,9 +16,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <exception>
 #include <numeric>
 #include <span>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -48,25 +54,64 @@ struct layer_weights {
   }
 };
 
-/// Tokens, who serves them, and what comes out.
-struct batch {
-  device_array<bfloat16> x, out;
-  device_array<std::uint16_t> ids;
-  device_array<float> weights;
+constexpr std::size_t turns = 8;  // calls of the layer in a graph
 
-  batch(const layer& l, std::size_t tokens)
+/// How the tokens of one call are routed.
+struct routing {
+  device_array<float> logits, weights;
+  device_array<std::uint16_t> ids;
+  device_array<std::uint32_t> offsets, rows, pairs;
+  tt::cuda::expert_groups groups;
+
+  /// `logits_` has those of the tokens; expert e takes the place of expert e - shift.
+  routing(const layer& l, std::span<const float> logits_, std::size_t shift)
+      : logits(moved(logits_, l.experts, shift)),
+        weights(logits.size / l.experts * l.router.experts_per_token),
+        ids(weights.size),
+        offsets(l.experts + 1),
+        rows(weights.size),
+        pairs(weights.size),
+        groups{offsets.span(), rows.span(), pairs.span(), l.router.experts_per_token} {}
+
+ private:
+  static std::vector<float> moved(std::span<const float> from, std::size_t experts, std::size_t shift) {
+    std::vector<float> out(from.size());
+    for (std::size_t i = 0; i < from.size(); i += experts) {
+      const auto row = from.subspan(i, experts);
+      std::rotate_copy(row.begin(), row.end() - static_cast<std::ptrdiff_t>(shift), row.end(),
+                       out.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+    return out;
+  }
+};
+
+/// Tokens, how they are routed in each turn, and what they become.
+struct batch {
+  device_array<bfloat16> x, grouped, gated, y, out;
+  std::deque<routing> routings;
+
+  batch(const layer& l, const layer_weights& w, const tt::cuda::stream& s, std::size_t tokens)
       : x(tokens * l.hidden),
-        out(tokens * l.hidden),
-        ids(tokens * l.router.experts_per_token),
-        weights(tokens * l.router.experts_per_token) {}
+        grouped(x.size * l.router.experts_per_token),
+        gated(tokens * l.router.experts_per_token * l.inner),
+        y(grouped.size),
+        out(x.size) {
+    fill(s.handle, x.data, x.size, 4000 + tokens, 1.0f);
+    check(cudaStreamSynchronize(s.handle), "fill");
+    const device_array<float> logits(tokens * l.experts);
+    multiply_slowly(s.handle, x.data, tokens, w.router.data, logits.data, l.experts, l.hidden);
+    check(cudaDeviceSynchronize(), "the router's product");
+    const std::vector<float> host = logits.host();
+    for (std::size_t i = 0; i < turns; ++i) routings.emplace_back(l, host, i * l.experts / turns);
+  }
 };
 
 /// How far sampled tokens are from sums in float64, of the unpacked weights of the experts that were chosen.
 double relative_error(const layer& l, const tt::cuda::stream& s, const layer_weights& w, const batch& b,
-                      std::size_t tokens) {
-  const std::size_t k = l.router.experts_per_token;
-  const auto chosen = b.ids.host();
-  const auto shares = b.weights.host();
+                      const routing& r) {
+  const std::size_t k = l.router.experts_per_token, tokens = r.ids.size / k;
+  const auto chosen = r.ids.host();
+  const auto shares = r.weights.host();
   const auto got = b.out.host();
   const device_array<double> sums(2 * l.inner), gated(l.inner), output(l.hidden);
   double error = 0, energy = 0;
@@ -94,101 +139,122 @@ double relative_error(const layer& l, const tt::cuda::stream& s, const layer_wei
   return std::sqrt(error / energy);
 }
 
-bool run(const layer& l, const tt::cuda::stream& s, double copy_rate) {
-  const tt::recipe r = tt::recipe::parse("mxfp4-32/oas/mbs-static");
-  const std::size_t k = l.router.experts_per_token, most_tokens = 4096;
-  std::printf("%s: hidden %zu, inner %zu, %zu experts, top-%zu, %s weights\n", l.name.c_str(), l.hidden, l.inner,
-              l.experts, k, r.name().c_str());
-  const layer_weights w(l, r, s);
+/// Checks and times the layer with so many tokens.
+bool run(const layer& l, const tt::cuda::stream& s, const layer_weights& w, std::size_t tokens, double copy_rate) {
+  const std::size_t calls = tokens * l.router.experts_per_token;
+  const batch b(l, w, s, tokens);
+  const tt::matrix_view<const bfloat16> grouped(b.grouped.data, calls, l.hidden), gated(b.gated.data, calls, l.inner);
+  const tt::matrix_view<bfloat16> gated_out(b.gated.data, calls, l.inner), y(b.y.data, calls, l.hidden);
+  const auto route = [&](const routing& r) {
+    tt::cuda::route(s, r.logits.span(), l.experts, l.router, r.ids.span(), r.weights.span());
+  };
+  const auto group = [&](const routing& r) {
+    tt::cuda::group_by_expert(s, std::span<const std::uint16_t>(r.ids.span()), 0, r.groups);
+  };
+  const auto permute = [&](const routing& r) {
+    tt::cuda::permute<bfloat16>(s, b.x.span(), b.grouped.span(), l.hidden, r.groups);
+  };
+  const auto multiply_in = [&](const routing& r) {
+    tt::grouped_matmul(s, grouped, w.both.ready(), r.offsets.span(), gated_out);
+  };
+  const auto multiply_out = [&](const routing& r) {
+    tt::grouped_matmul(s, gated, w.down.ready(), r.offsets.span(), y);
+  };
+  const auto combine = [&](const routing& r) {
+    tt::cuda::combine<bfloat16>(s, b.y.span(), r.weights.span(), b.out.span(), l.hidden, r.groups);
+  };
+  const auto all = [&](const routing& r) {
+    route(r), group(r), permute(r), multiply_in(r), multiply_out(r), combine(r);
+  };
 
-  bool good = true;
-  for (const std::size_t tokens : {std::size_t{16}, std::size_t{256}, most_tokens}) {
-    const std::size_t calls = tokens * k;
-    const batch b(l, tokens);
-    const device_array<bfloat16> grouped(calls * l.hidden), h(calls * l.inner), y(calls * l.hidden);
-    const device_array<float> logits(tokens * l.experts);
-    const device_array<std::uint32_t> offsets(l.experts + 1), rows(calls), pairs(calls);
-    fill(s.handle, b.x.data, b.x.size, 4000 + tokens, 1.0f);
-    check(cudaStreamSynchronize(s.handle), "fill");
-    multiply_slowly(s.handle, b.x.data, tokens, w.router.data, logits.data, l.experts, l.hidden);
-    check(cudaDeviceSynchronize(), "the router's product");
+  check(cudaMemset(b.out.data, 0xFF, b.out.size * sizeof(bfloat16)), "cudaMemset");
+  for (const routing& r : b.routings) all(r);
+  check(cudaStreamSynchronize(s.handle), "the layer");
+  const double relative = relative_error(l, s, w, b, b.routings.back());
+  const bool agrees = relative <= 1e-2;  // three roundings to bfloat16 lie between; NaN does not pass
 
-    tt::cuda::expert_groups groups;
-    groups.expert_offsets = offsets.span(), groups.expert_rows = rows.span(), groups.pair_of_call = pairs.span();
-    groups.calls_per_row = k;
-    const auto matrix = [](const device_array<bfloat16>& a, std::size_t m, std::size_t n) {
-      return tt::matrix_view<const bfloat16>(a.data, m, n);
-    };
-    const auto route = [&] { tt::cuda::route(s, logits.span(), l.experts, l.router, b.ids.span(), b.weights.span()); };
-    const auto group = [&] { tt::cuda::group_by_expert(s, std::span<const std::uint16_t>(b.ids.span()), 0, groups); };
-    const auto permute = [&] { tt::cuda::permute<bfloat16>(s, b.x.span(), grouped.span(), l.hidden, groups); };
-    const auto multiply_in = [&] {
-      tt::grouped_matmul(s, matrix(grouped, calls, l.hidden), w.both.ready(), offsets.span(),
-                         tt::matrix_view<bfloat16>(h.data, calls, l.inner));
-    };
-    const auto multiply_out = [&] {
-      tt::grouped_matmul(s, matrix(h, calls, l.inner), w.down.ready(), offsets.span(),
-                         tt::matrix_view<bfloat16>(y.data, calls, l.hidden));
-    };
-    const auto combine = [&] {
-      tt::cuda::combine<bfloat16>(s, y.span(), b.weights.span(), b.out.span(), l.hidden, groups);
-    };
-    check(cudaMemset(b.out.data, 0xFF, b.out.size * sizeof(bfloat16)), "cudaMemset");
-    const auto layer_once = [&] { route(), group(), permute(), multiply_in(), multiply_out(), combine(); };
-    layer_once();
-    check(cudaStreamSynchronize(s.handle), "the layer");
-
-    const double relative = relative_error(l, s, w, b, tokens);
-    const bool agrees = relative <= 1e-2;  // three roundings to bfloat16 lie between; NaN does not pass
-    good = good && agrees;
-
-    std::vector<bool> used(l.experts, false);
-    for (const std::uint16_t e : b.ids.host()) used[e] = true;
-    const auto active = static_cast<double>(std::count(used.begin(), used.end(), true));
-    const double bits = tt::bits_per_weight(r.format) / 8, d_calls = static_cast<double>(calls);
-    const auto row = [](std::size_t n) { return 2.0 * static_cast<double>(n); };
-    const double in_bytes =
-        active * bits * static_cast<double>(2 * l.inner * l.hidden) + d_calls * row(l.hidden + l.inner);
-    const double out_bytes =
-        active * bits * static_cast<double>(l.inner * l.hidden) + d_calls * row(l.hidden + l.inner);
-    std::printf(" %4zu tokens, %3.0f experts: relative error %.1e %s\n", tokens, active, relative,
-                agrees ? "" : "TOO LARGE");
-    const auto line = [&](const char* step, double ms, double bytes, double flops) {
-      std::printf("   %-14s %9.1f us   ceiling %8.1f us %s", step, 1e3 * ms, bytes / copy_rate * 1e-6,
-                  flops == 0 ? "\n" : "");
-      if (flops != 0) std::printf("  %6.1f TFLOP/s\n", flops / ms * 1e-9);
-    };
-    const double flops = 2 * d_calls * static_cast<double>(l.inner * l.hidden);
-    line("route", milliseconds(s.handle, route), 4.0 * static_cast<double>(tokens * l.experts), 0);
-    line("group", milliseconds(s.handle, group), 10 * d_calls, 0);
-    line("permute", milliseconds(s.handle, permute),
-         d_calls * row(l.hidden) + static_cast<double>(tokens) * row(l.hidden), 0);
-    line("gate, up", milliseconds(s.handle, multiply_in), in_bytes, 2 * flops);
-    line("down", milliseconds(s.handle, multiply_out), out_bytes, flops);
-    line("combine", milliseconds(s.handle, combine),
-         d_calls * row(l.hidden) + static_cast<double>(tokens) * row(l.hidden), 0);
-    line("all", milliseconds(s.handle, layer_once), in_bytes + out_bytes + 2 * d_calls * row(l.hidden), 3 * flops);
-  }
-  return good;
+  std::vector<bool> used(l.experts, false);
+  for (const std::uint16_t e : b.routings.front().ids.host()) used[e] = true;
+  const auto active = static_cast<double>(std::count(used.begin(), used.end(), true));
+  std::printf(" %4zu tokens, %3.0f experts: relative error %.1e %s\n", tokens, active, relative,
+              agrees ? "" : "TOO LARGE");
+  const double bytes_per_weight = tt::bits_per_weight(w.both.shape.format) / 8, d_calls = static_cast<double>(calls);
+  const auto row = [](std::size_t n) { return 2.0 * static_cast<double>(n); };
+  const double weights = static_cast<double>(l.inner * l.hidden);  // of one projection of one expert
+  const double moved = d_calls * row(l.hidden) + static_cast<double>(tokens) * row(l.hidden);
+  const double in_bytes = 2 * active * bytes_per_weight * weights + d_calls * row(l.hidden + l.inner);
+  const double out_bytes = active * bytes_per_weight * weights + d_calls * row(l.hidden + l.inner);
+  const double flops = 2 * d_calls * weights;
+  const auto line = [&](const char* step, const auto& f, double bytes, double step_flops) {
+    const double ms = milliseconds_in_graph(s.handle, b.routings.size(), [&](std::size_t i) { f(b.routings[i]); });
+    std::printf("   %-14s %9.1f us   ceiling %8.1f us %s", step, 1e3 * ms, bytes / copy_rate * 1e-6,
+                step_flops == 0 ? "\n" : "");
+    if (step_flops != 0) std::printf("  %6.1f TFLOP/s\n", step_flops / ms * 1e-9);
+  };
+  line("route", route, 4.0 * static_cast<double>(tokens * l.experts), 0);
+  line("group", group, 10 * d_calls, 0);
+  line("permute", permute, moved, 0);
+  line("gate, up", multiply_in, in_bytes, 2 * flops);
+  line("down", multiply_out, out_bytes, flops);
+  line("combine", combine, moved, 0);
+  line("all", all, in_bytes + out_bytes + 2 * d_calls * row(l.hidden), 3 * flops);
+  return agrees;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) try {
+  tt::moe::router_options grouped_sigmoid, best_8, best_4;
+  grouped_sigmoid.rule = tt::moe::gating::sigmoid, grouped_sigmoid.experts_per_token = 8;
+  grouped_sigmoid.groups = 8, grouped_sigmoid.groups_kept = 4, grouped_sigmoid.scale = 2.5f;
+  best_8.experts_per_token = 8, best_4.experts_per_token = 4;
+  const std::vector<layer> layers = {
+      {"deepseek", 7168, 2048, 256, grouped_sigmoid},
+      {"qwen3", 4096, 1536, 128, best_8},
+      {"gpt-oss-20b", 2880, 2880, 32, best_4},
+      {"gpt-oss-120b", 2880, 2880, 128, best_4},
+      {"small", 1024, 512, 32, best_8},
+  };
+  std::vector<std::string> names;
+  std::vector<std::size_t> tokens{1, 4, 16, 64, 256, 1024, 4096};
+  tt::recipe recipe = tt::recipe::parse("mxfp4-32/oas/mbs-static");
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--tokens" && i + 1 < argc) {
+      tokens.clear();
+      std::istringstream list(argv[++i]);
+      for (std::string n; std::getline(list, n, ',');) tokens.push_back(std::strtoull(n.c_str(), nullptr, 10));
+    } else if (word == "--weights" && i + 1 < argc) {
+      recipe = tt::recipe::parse(argv[++i]);
+    } else {
+      names.push_back(word);
+    }
+  }
+  if (std::count(tokens.begin(), tokens.end(), std::size_t{0}) != 0) {
+    std::fprintf(stderr, "--tokens: expected numbers of tokens from 1 on\n");
+    return 2;
+  }
+  if (recipe.format.scale != tt::scale_type::e8m0 || recipe.rotation != 0 || recipe.error_feedback) {
+    std::fprintf(stderr, "--weights: expected MXFP4 without rotation and gptq, got %s\n", recipe.name().c_str());
+    return 2;
+  }
+  if (names.empty()) names = {"deepseek", "qwen3", "gpt-oss-20b", "gpt-oss-120b"};
+  std::vector<layer> wanted;
+  for (const std::string& name : names) {
+    const auto found = std::find_if(layers.begin(), layers.end(), [&](const layer& l) { return l.name == name; });
+    if (found == layers.end()) {
+      std::fprintf(stderr, "no layer '%s': expected deepseek, qwen3, gpt-oss-20b, gpt-oss-120b or small\n",
+                   name.c_str());
+      return 2;
+    }
+    wanted.push_back(*found);
+  }
+
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
     std::printf("skipped: no CUDA device\n");
     return 77;
   }
-  tt::moe::router_options grouped_sigmoid, softmax;
-  grouped_sigmoid.rule = tt::moe::gating::sigmoid, grouped_sigmoid.experts_per_token = 8;
-  grouped_sigmoid.groups = 8, grouped_sigmoid.groups_kept = 4, grouped_sigmoid.scale = 2.5f;
-  softmax.experts_per_token = 8;
-  const std::vector<layer> layers = {{"deepseek", 7168, 2048, 256, grouped_sigmoid},
-                                     {"qwen3", 4096, 1536, 128, softmax},
-                                     {"small", 1024, 512, 32, softmax}};
-  std::vector<std::string> names(argv + 1, argv + argc);
-  if (names.empty()) names = {"deepseek", "qwen3"};
 
   tt::cuda::stream s;
   check(cudaStreamCreate(&s.handle), "cudaStreamCreate");
@@ -202,13 +268,11 @@ int main(int argc, char** argv) try {
   }
   std::printf("a device copy moves %.2f TB/s; ceilings are bytes at that rate\n", copy_rate);
   bool good = true;
-  for (const std::string& name : names) {
-    const auto found = std::find_if(layers.begin(), layers.end(), [&](const layer& l) { return l.name == name; });
-    if (found == layers.end()) {
-      std::fprintf(stderr, "no layer '%s': expected deepseek, qwen3 or small\n", name.c_str());
-      return 2;
-    }
-    good = run(*found, s, copy_rate) && good;
+  for (const layer& l : wanted) {
+    std::printf("%s: hidden %zu, inner %zu, %zu experts, top-%zu, %s weights\n", l.name.c_str(), l.hidden, l.inner,
+                l.experts, l.router.experts_per_token, recipe.name().c_str());
+    const layer_weights w(l, recipe, s);
+    for (const std::size_t n : tokens) good = run(l, s, w, n, copy_rate) && good;
   }
   return good ? 0 : 1;
 } catch (const std::exception& e) {

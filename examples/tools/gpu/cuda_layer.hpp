@@ -113,3 +113,18 @@ double milliseconds(cudaStream_t stream, const F& f) {
   std::sort(all.begin(), all.end());
   return all[all.size() / 2];
 }
+
+/// Milliseconds of one of f(0) ... f(calls - 1), captured one after another in a graph: of nine launches, the median.
+template <class F>
+double milliseconds_in_graph(cudaStream_t stream, std::size_t calls, const F& f) {
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  for (std::size_t i = 0; i < calls; ++i) f(i);
+  check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  const double ms = milliseconds(stream, [&] { check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch"); });
+  check(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
+  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  return ms / static_cast<double>(calls);
+}
