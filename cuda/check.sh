@@ -1,8 +1,9 @@
 #!/bin/bash
 # Builds the CUDA backend with nvcc alone (no CMake), then checks and times it on this machine's GPU.
 #   cuda/check.sh BUILD_FOLDER OUTPUT_FOLDER STEP...
-# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, cuda_moe_layer[:SHAPE], nccl_moe_layer,
-# sanitize[:TEST], bench:NAME[:ARGUMENTS] (such as "bench:grouped:--tokens 8,64 examples/data qwen3")
+# Steps: build, quantize[:MILLIONS], matmul, moe, block_scaled, cublaslt, cuda_moe_layer[:ARGUMENTS],
+# nccl_moe_layer[:ARGUMENTS], sanitize[:TEST], bench:NAME[:ARGUMENTS] (such as "bench:grouped:--tokens 8,64 examples/data
+# qwen3")
 set -u
 cd "$(dirname "$0")/.."
 build=$1
