@@ -27,7 +27,7 @@ namespace TETROMINO_NAMESPACE {
 /// This is what the tensor cores' 8-bit products read beside repacked weights, so whoever writes it without
 /// quantize_e4m3, such as a kernel that normalizes rows, keeps to three things: rows start stride() bytes apart, the
 /// first one at a multiple of 16 bytes; of each 16 columns, the bytes are those of columns
-/// 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15; and bytes that belong to no column are zero.
+/// 0 8 1 9 2 10 3 11 4 12 5 13 6 14 7 15; and bytes that belong to no column are zero.
 template <class Value = const std::uint8_t>
 struct e4m3_view {
   using scale_value = std::conditional_t<std::is_const_v<Value>, const float, float>;
@@ -43,7 +43,7 @@ struct e4m3_view {
   }
   /// Where the byte of column k lies in its row.
   [[nodiscard]] TETROMINO_ABI static constexpr std::size_t place(std::size_t k) noexcept {
-    return k / 16 * 16 + k % 8 / 2 * 4 + k % 16 / 8 * 2 + k % 2;
+    return k / 16 * 16 + k % 8 * 2 + k % 16 / 8;
   }
 
   /// A mutable view is also a read-only one.

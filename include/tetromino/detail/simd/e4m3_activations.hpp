@@ -7,13 +7,12 @@
 #if TETROMINO_SIMD
 
 #include "../../matrix.hpp"  // real
-#include "isa.hpp"           // floats, words, store_bytes
+#include "isa.hpp"           // floats, words, store_bytes, low_bytes
 #include "scales.hpp"        // encode_e4m3
 
 #include <algorithm>  // std::copy_n, std::fill_n, std::max_element
 #include <cstddef>    // std::size_t
-#include <cstdint>    // std::int32_t, std::uint8_t, std::uint16_t
-#include <cstring>    // std::memcpy
+#include <cstdint>    // std::int32_t, std::uint8_t
 
 TETROMINO_VECTOR_CODE_BEGIN
 
@@ -61,17 +60,14 @@ struct simd_e4m3 {
     return k;
   }
 
-  /// The codes of sixteen columns, in the order of e4m3_view: pairs of the first eight and of the last eight in turns.
+  /// The codes of sixteen columns, in the order of e4m3_view: of the first eight and of the last eight in turns.
   TETROMINO_INLINE static void store_codes(const floats& product, std::uint8_t* out) {
-    using pairs = std::uint16_t __attribute__((vector_size(16)));
     const floats y = rounded(product);
     const words sign = shift_right<24>(bits_of(y)) & broadcast(0x80);
     std::uint8_t codes[lane_count];
     store_bytes(codes, encode_e4m3(magnitude(y)) | sign);
-    pairs two;
-    std::memcpy(&two, codes, sizeof two);
-    two = __builtin_shufflevector(two, two, 0, 4, 1, 5, 2, 6, 3, 7);
-    std::memcpy(out, &two, sizeof two);
+    const sixteen_bytes all = load_16(codes);
+    store_16(out, low_bytes(all, high_halves(all, all)));
   }
 };
 
