@@ -3,10 +3,13 @@
 #include "cuda_timing.hpp"
 
 #include <tetromino/cuda.hpp>
+#include <tetromino/e4m3_activations.hpp>
 #include <tetromino/layout.hpp>
 #include <tetromino/scaling.hpp>
 
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -20,6 +23,7 @@ struct buffers {
   std::uint8_t* scales = timing::allocate<std::uint8_t>(rows * cols / 16);
   std::uint8_t* macros = timing::allocate<std::uint8_t>(rows * cols / 32);
   float* tensor_scales = timing::allocate<float>(2);
+  float* row_scales = timing::allocate<float>(rows);
 };
 
 packed_view<any_format, std::uint8_t> view_of(const buffers& b, const any_format& format) {
@@ -139,6 +143,17 @@ void run(const char* type, double copy, const buffers& b) {
     const auto back =
         timing::time(s.handle, 20, [&](int) { dequantize_to(s, out, batch_view<T>(unpacked, 1, rows, cols)); });
     row(std::string("   ") + name + " ->", back, in_bytes + packed_bytes(r.format));
+  }
+  auto* const bytes = reinterpret_cast<std::uint8_t*>(unpacked);
+  for (const auto& shape : {std::pair{rows, cols}, std::pair{std::size_t{4096}, std::size_t{7168}}}) {
+    const std::size_t m = shape.first, k = shape.second, size = m * k;  // whole stages: a byte for each element
+    const auto t = timing::time(s.handle, 20, [&](int i) {
+      const std::size_t first = static_cast<std::size_t>(i) % (n / size) * size;
+      quantize_e4m3_to(s, matrix_view<const T>(x + first, m, k),
+                       e4m3_view<std::uint8_t>{m, k, {bytes + first, size}, {b.row_scales, m}});
+    });
+    row("-> e4m3 " + std::to_string(m) + " x " + std::to_string(k), t,
+        static_cast<double>(size * (sizeof(T) + 1) + m * sizeof(float)));
   }
   timing::require(cudaStreamDestroy(s.handle), "cudaStreamDestroy");
   cudaFree(x);

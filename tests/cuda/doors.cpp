@@ -1,9 +1,10 @@
-/// What repack_to, matmul and grouped_matmul check on a cuda::stream, and what they hand to the kernels: this program
-/// defines the kernels itself, so that it needs no GPU; host memory stands for the device's.
+/// What repack_to, matmul, grouped_matmul and quantize_e4m3_to check on a cuda::stream, and what they hand to the
+/// kernels: this program defines the kernels itself, so that it needs no GPU; host memory stands for the device's.
 
 #include "check.hpp"
 
 #include <tetromino/cuda/block_scaled.hpp>
+#include <tetromino/cuda/e4m3_activations.hpp>
 #include <tetromino/cuda/matmul.hpp>
 
 #include <array>   // std::array
@@ -23,6 +24,7 @@ using tetromino_test::contains;
 /// The last calls of the kernels.
 cuda::detail::matmul_job<bfloat16> multiplied{};
 std::byte* repacked_to = nullptr;
+tetromino::detail::quantize_e4m3_job<bfloat16> rounded{};
 int calls = 0;
 
 }  // namespace
@@ -37,6 +39,11 @@ template <class Byte>
 result<void> repack_block_scaled(const stream&, const packed_view<any_format, Byte>&,
                                  const block_scaled_view<std::uint8_t, float>&) {
   ++calls;
+  return {};
+}
+template <>
+result<void> quantize_e4m3<bfloat16>(const stream&, const tetromino::detail::quantize_e4m3_job<bfloat16>& job) {
+  rounded = job, ++calls;
   return {};
 }
 template <>
@@ -183,4 +190,32 @@ TEST_CASE("cuda: products say what does not fit") {
   tetromino::matmul(the_stream, x, read_only, out);
   CHECK(calls == 1);
   CHECK(multiplied.row_offsets == nullptr);
+}
+
+TEST_CASE("cuda: quantize_e4m3_to says what does not fit, and hands rows on") {
+  std::vector<bfloat16> numbers(5 * 200);
+  tetromino::e4m3_matrix out(4, 150);
+  const batch_view<const bfloat16> x(numbers.data(), 2, 2, 150, 200, 500);
+  calls = 0;
+  tetromino::quantize_e4m3_to(the_stream, x, out.view());
+  REQUIRE(calls == 1);
+  CHECK(rounded.in.data == numbers.data());
+  CHECK((rounded.in.matrices == 2 && rounded.in.row_stride == 200 && rounded.in.matrix_stride == 500));
+  CHECK((rounded.out.values.data() == out.values.data() && rounded.out.scales.data() == out.scales.data()));
+
+  out.values.resize(out.values.size() + 8);
+  auto view = tetromino::e4m3_view<std::uint8_t>{4, 150, std::span(out.values).subspan(8), out.scales};
+  CHECK_THAT(message(tetromino::try_quantize_e4m3_to(the_stream, x, view), errc::invalid_argument),
+             contains("multiple of 16 bytes"));
+  view = {4, 150, std::span(out.values).first(4 * 150), out.scales};
+  CHECK_THAT(message(tetromino::try_quantize_e4m3_to(the_stream, x, view)), contains("values need 1024 entries"));
+  view = {3, 150, std::span(out.values).first(3 * 256), std::span(out.scales).first(3)};
+  CHECK_THAT(message(tetromino::try_quantize_e4m3_to(the_stream, x, view)), contains("the input is [4, 150]"));
+  const std::size_t many = (std::size_t{1} << 31) / 8;
+  std::uint8_t* const nothing = nullptr;
+  const batch_view<const bfloat16> tall(numbers.data(), 1, many, 128, 128, 0);
+  const tetromino::e4m3_view<std::uint8_t> room{many, 128, {nothing, many * 128}, {out.scales.data(), many}};
+  CHECK_THAT(message(tetromino::try_quantize_e4m3_to(the_stream, tall, room)), contains("fewer than 2^35 elements"));
+  CHECK_THROWS_AS(tetromino::quantize_e4m3_to(the_stream, x, view), tetromino::error);
+  CHECK(calls == 1);
 }

@@ -594,8 +594,162 @@ void rotated_rejects() {
   }
 }
 
+/// What the GPU makes of rows: the scalar backend's bytes, and zeros with a NaN where a row is not finite.
+template <class T>
+tetromino::e4m3_matrix expected_e4m3(const batch_view<const T>& x) {
+  const std::size_t rows = x.matrices * x.rows;
+  std::vector<T> finite(rows * x.cols);
+  std::vector<bool> is_finite(rows, true);
+  for (std::size_t r = 0; r < rows; ++r) {
+    const T* const row = x.row(r / x.rows, r % x.rows);
+    for (std::size_t k = 0; k < x.cols; ++k) {
+      if (!std::isfinite(tetromino::detail::to_float(row[k]))) is_finite[r] = false;
+    }
+    if (is_finite[r]) std::copy(row, row + x.cols, finite.begin() + static_cast<std::ptrdiff_t>(r * x.cols));
+  }
+  auto out =
+      tetromino::quantize_e4m3(tetromino::scalar.on(threads), batch_view<const T>(finite.data(), 1, rows, x.cols));
+  for (std::size_t r = 0; r < rows; ++r) {
+    if (!is_finite[r]) out.scales[r] = tetromino::detail::bit_cast<float>(0x7FC00000u);
+  }
+  return out;
+}
+
+struct device_e4m3 {
+  std::size_t rows, cols;
+  device<std::uint8_t> values;
+  device<float> scales;
+
+  device_e4m3(std::size_t rows_, std::size_t cols_)
+      : rows(rows_), cols(cols_), values(rows_ * tetromino::e4m3_view<>{rows_, cols_}.stride()), scales(rows_) {}
+  [[nodiscard]] tetromino::e4m3_view<std::uint8_t> view() const { return {rows, cols, values, scales}; }
+};
+
+void compare_e4m3(const char* what, const char* type, const tetromino::e4m3_matrix& expected, const device_e4m3& got) {
+  const long scale = first_difference(expected.scales, got.scales.values());
+  expect(scale < 0, "%s, %s: the scale of row %ld of %zu differs", what, type, scale, expected.rows);
+  const long at = first_difference(expected.values, got.values.values());
+  const long stride = static_cast<long>(std::max<std::size_t>(expected.view().stride(), 1));
+  expect(at < 0, "%s, %s: byte %ld of row %ld of [%zu, %zu] differs", what, type, at % stride, at / stride,
+         expected.rows, expected.cols);
+  expect(got.values.is_intact() && got.scales.is_intact(), "%s, %s: written past the end", what, type);
+}
+
+template <class T>
+void check_e4m3(const char* what, const std::vector<T>& values, std::size_t matrices, std::size_t rows,
+                std::size_t cols, std::size_t row_stride, std::size_t matrix_stride, std::size_t offset = 0) {
+  const device<T> x(values);
+  const batch_view<const T> host(values.data() + offset, matrices, rows, cols, row_stride, matrix_stride);
+  const batch_view<const T> on_device(x.data() + offset, matrices, rows, cols, row_stride, matrix_stride);
+  const device_e4m3 out(matrices * rows, cols);
+  require(tetromino::try_quantize_e4m3_to(tetromino::cuda::stream{}, on_device, out.view()), what);
+  compare_e4m3(what, type_name<T>(), expected_e4m3(host), out);
+}
+
+/// Activations in E4M3: shapes, every bit pattern, rows of every size, and what is refused.
+template <class T>
+void e4m3_rows() {
+  const std::size_t widths[] = {1,    15,   16,   17,   128,  130,  496,    512,    513,   528,
+                                1024, 2048, 7168, 8192, 8193, 8208, 16'384, 16'400, 20'000};
+  std::uint64_t seed = 500;
+  for (const std::size_t cols : widths) {
+    const auto values = varied<T>(3 * 5 * (cols + 16) + 8, ++seed);
+    check_e4m3("rows", values, 1, 15, cols, cols, 15 * cols);
+    check_e4m3("aligned, strided", values, 3, 5, cols, (cols + 15) / 16 * 16, 5 * ((cols + 15) / 16 * 16));
+    check_e4m3("unaligned", values, 2, 3, cols, cols + 1, 4 * (cols + 1), 1);
+    check_e4m3("one row", values, 1, 1, cols, cols, cols, 8);
+  }
+  check_e4m3("many short rows", varied<T>(10'001 * 64, 7), 1, 10'001, 64, 64, 0);
+  check_e4m3("no rows", std::vector<T>(8), 1, 0, 64, 64, 0);
+  check_e4m3("no columns", std::vector<T>(8), 1, 70, 0, 0, 0);
+
+  const std::size_t n = 1 << 17;
+  auto some = patterns<T>(n, 99);  // rows of any numbers, most of which are refused
+  check_e4m3("all bits", some, 1, n / 256, 256, 256, n);
+  check_e4m3("all bits, ragged", some, 1, n / 256, 250, 256, n);
+  const numbers r{97};
+  for (std::size_t i = 0; i < n; ++i) {
+    if (!std::isfinite(tetromino::detail::to_float(some[i]))) some[i] = make<T>(r.normal(i));
+  }
+  check_e4m3("all finite bits", some, 1, n / 256, 256, 256, n);
+  for (const float most : {448.0f, 3.0f, 1000.0f, 0x1p-14f}) {  // a few rows, in which many numbers are rounded
+    auto below = some;
+    for (std::size_t i = 0; i < n; ++i) {
+      const float v = tetromino::detail::to_float(below[i]);
+      if (std::abs(v) > most) below[i] = make<T>(std::fmod(v, most));
+      if (i % 16'384 == 77) below[i] = make<T>(-most);
+    }
+    check_e4m3("numbers below a magnitude", below, 1, n / 16'384, 16'384, 16'384, n);
+    check_e4m3("numbers below a magnitude, ragged", below, 1, n / 16'384, 16'377, 16'384, n);
+  }
+  std::vector<T> edges(64 * 128, make<T>(0.0f));  // rows around the least magnitude that is not zero, and the largest
+  for (std::size_t row = 0; row < 64; ++row) {
+    float amax = std::ldexp(1.0f, static_cast<int>(row) - 149);
+    if (row >= 32) amax = row % 2 == 0 ? std::nextafter(0x1p-117f, static_cast<float>(row % 4)) : 0x1p-117f;
+    if (row >= 60) amax = tetromino::detail::largest<T>;
+    for (std::size_t k = 0; k < 128; ++k) {
+      edges[row * 128 + k] = make<T>(k == row ? -amax : amax * static_cast<float>(k) / 128.0f);
+    }
+  }
+  check_e4m3("rows of extreme magnitudes", edges, 1, 64, 128, 128, 64 * 128);
+}
+
+template <class T>
+void e4m3_rejects() {
+  for (const std::size_t cols : {320u, 333u, 4096u, 9008u, 17'000u}) {
+    const std::size_t rows = 20;
+    auto values = varied<T>(rows * cols, 5);
+    values[7 * cols + 219] = make<T>(INFINITY);
+    values[7 * cols + 118] = make<T>(NAN);
+    values[15 * cols] = make<T>(-INFINITY);
+    const device<T> x(values);
+    const batch_view<const T> host(values.data(), 2, rows / 2, cols), view(x.data(), 2, rows / 2, cols);
+    const device_e4m3 out(rows, cols);
+    auto report = tetromino::cuda::rejections::create();
+    const auto stream = tetromino::cuda::stream{}.reporting(report);
+    require(tetromino::try_quantize_e4m3_to(stream, view, out.view()), "e4m3");
+    compare_e4m3("refused rows", type_name<T>(), expected_e4m3(host), out);
+    const auto found = report.try_check(stream, view);
+    expect(!found && std::string(found.error().what()).find("matrix 0, row 7, column 118") != std::string::npos,
+           "e4m3 of %zu columns: rejection says %s", cols, found ? "nothing" : found.error().what());
+    report.reset(stream);
+    const batch_view<const T> later(x.data() + 8 * cols, 1, 7, cols);
+    const device_e4m3 more(7, cols);
+    require(tetromino::try_quantize_e4m3_to(stream, later, more.view()), "e4m3");
+    expect(report.try_check(stream, later).has_value(), "e4m3 of finite rows refuses some");
+  }
+}
+
+/// A kernel may start before the one before it has ended, but reads what that one wrote: here the bytes of activations,
+/// as numbers.
+void e4m3_in_turns() {
+  const std::size_t rows = 2000, cols = 4096;
+  const auto values = varied<bfloat16>(rows * cols, 31);
+  const device<bfloat16> x(values);
+  auto expected = expected_e4m3(batch_view<const bfloat16>(values.data(), 1, rows, cols));
+  std::vector<device_e4m3> out;
+  out.emplace_back(rows, cols);
+  require(tetromino::try_quantize_e4m3_to(tetromino::cuda::stream{},
+                                          batch_view<const bfloat16>(x.data(), 1, rows, cols), out[0].view()),
+          "e4m3");
+  for (std::size_t width = cols / 2; width >= 256; width /= 2) {
+    out.emplace_back(rows, width);
+    const auto* const words = reinterpret_cast<const bfloat16*>(out[out.size() - 2].values.data());
+    require(tetromino::try_quantize_e4m3_to(tetromino::cuda::stream{},
+                                            batch_view<const bfloat16>(words, 1, rows, width), out.back().view()),
+            "e4m3");
+  }
+  for (const device_e4m3& step : out) {
+    compare_e4m3("one after the other", "bfloat16", expected, step);
+    const auto* const words = reinterpret_cast<const bfloat16*>(expected.values.data());
+    expected = expected_e4m3(batch_view<const bfloat16>(words, 1, rows, step.cols / 2));
+  }
+}
+
 template <class T>
 void all(std::size_t millions) {
+  e4m3_rows<T>();
+  e4m3_rejects<T>();
   magnitudes<T>();
   rejects<T>();
   shapes<T>();
@@ -615,6 +769,7 @@ int main(int argc, char** argv) {
   all<float>(millions);
   all<half>(millions);
   all<bfloat16>(millions);
+  e4m3_in_turns();
   swizzled();
   rotated_rejects();
   return finish("quantize");

@@ -5,8 +5,9 @@
 /// The CUDA backend: include this header and pass tetromino::cuda::stream as the policy. It needs no CUDA compiler: the
 /// kernels are linked from the target tetromino::cuda, or compiled into a .cu file that includes cuda/kernels.cuh.
 
-#include "cuda/matmul.hpp"  // matmul_on
-#include "cuda/stream.hpp"  // stream, rejections
+#include "cuda/e4m3_activations.hpp"  // quantize_e4m3_on
+#include "cuda/matmul.hpp"            // matmul_on
+#include "cuda/stream.hpp"            // stream, rejections
 
 #include <tetromino/dequantize.hpp>  // dequantize_to
 #include <tetromino/hadamard.hpp>    // rotate_job

@@ -7,6 +7,7 @@
 #include "gemm/matmul.cuh"                // repack_kernel
 #include "gemm/sm120a_block_scaled.cuh"   // block_scaled_kernel
 #include "pack/dequantize.cuh"            // unpack_kernel
+#include "pack/e4m3_rows.cuh"             // e4m3_rows_kernel
 #include "pack/quantize.cuh"              // pack_kernel
 #include "route/group.cuh"                // group_kernel
 #include "route/move.cuh"                 // permute_kernel, combine_kernel

@@ -251,6 +251,15 @@ __device__ __noinline__ inline void divide_slowly(float* magnitude, float d) {
 #endif
 }
 
+/// Two floats as E4M3, to nearest even, saturating, each with its sign; the first in the low byte.
+[[nodiscard]] __device__ inline std::uint32_t encode_e4m3_pair(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
+#else
+  return e4m3::encode(low).bits | static_cast<std::uint32_t>(e4m3::encode(high).bits) << 8;
+#endif
+}
+
 /// The value of a non-negative, finite E4M3 code: its bits are those of a half, times 2^8.
 [[nodiscard]] __device__ inline float decode_e4m3(std::uint32_t code) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(code << 7))) * 0x1p8f;
