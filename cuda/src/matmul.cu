@@ -7,5 +7,6 @@ template result<void> repack<bfloat16>(const stream&, const packed_view<any_form
 template result<void> repack<half>(const stream&, const packed_view<any_format>&, const repacked_shape&, std::byte*);
 template result<void> matmul(const stream&, const matmul_job<bfloat16>&);
 template result<void> matmul(const stream&, const matmul_job<half>&);
+template result<void> matmul(const stream&, const matmul_job<e4m3>&);
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -167,7 +167,8 @@ struct setting {
 
 /// Times one routing: cuBLAS once, then ours under each recipe, then the contender.
 void run(const layer& l, const routing& r, const setting& s, const device_array<bfloat16>& dense,
-         const std::vector<std::unique_ptr<packed_experts>>& ours, const bfloat16* x, bfloat16* out) {
+         const std::vector<std::unique_ptr<packed_experts>>& ours, const bfloat16* x, bfloat16* out,
+         const e4m3_view<std::uint8_t>& room) {
   const std::size_t rows = r.offsets[0].back(), size = l.n * l.k;
   const device_array<std::uint32_t> offsets(turns * (l.experts + 1));
   for (std::size_t i = 0; i < turns; ++i) {
@@ -208,6 +209,25 @@ void run(const layer& l, const routing& r, const setting& s, const device_array<
         loop.median_us / t.median_us, one_product.median_us, one_product.median_us / t.median_us,
         flops / t.median_us * 1e-6, 100 * bytes / t.median_us * 1e-6 / s.copy);
   }
+  // the first recipe with activations in E4M3, where there is Hopper: alone, and behind the rounding of their rows
+  const e4m3_view<std::uint8_t> x8{rows, l.k, room.values.first(rows * room.stride()), room.scales.first(rows)};
+  const auto product = [&](std::size_t turn) {
+    return try_grouped_matmul(s.stream, x8, ours[0]->weights(),
+                              offsets.span().subspan(turn * (l.experts + 1), l.experts + 1),
+                              matrix_view<bfloat16>(out, rows, l.n));
+  };
+  for (const bool rounds : {false, true}) {
+    const matrix_view<const bfloat16> of(x, rows, l.k);
+    quantize_e4m3_to(s.stream, of, x8);
+    if (!product(0)) break;
+    const auto t = timing::time_graph(s.stream.handle, 5, turns, [&](int i) {
+      if (rounds) quantize_e4m3_to(s.stream, of, x8);
+      product(static_cast<std::size_t>(i) % turns).value();
+    });
+    std::printf("%-18s %4zu tokens, %-8s %3zu experts  %-24s %9.1f us ±%4.1f %%  loop %5.2f x  dense %4.2f x\n", l.name,
+                rows / l.top_k, r.name, r.active, rounds ? "e4m3 with rounding" : "e4m3", t.median_us, 50 * t.spread,
+                loop.median_us / t.median_us, one_product.median_us / t.median_us);
+  }
   std::ostringstream question;
   question << "grouped " << l.experts << ' ' << l.n << ' ' << l.k;
   for (const std::uint32_t offset : r.offsets[0]) question << ' ' << offset;
@@ -219,16 +239,20 @@ void run(const layer& l, const std::vector<std::size_t>& tokens, const std::stri
   const std::size_t most = *std::max_element(tokens.begin(), tokens.end()) * l.top_k;
   const device_array<bfloat16> dense(l.n * l.k * l.experts), x(most * l.k), out(most * l.n);
   fill(dense), fill(x);
+  const std::size_t stride = (l.k + 127) / 128 * 128;
+  const device_array<std::uint8_t> values(most * stride);
+  const device_array<float> scales(most);
+  const e4m3_view<std::uint8_t> room{most, l.k, values.span(), scales.span()};
   std::vector<std::unique_ptr<packed_experts>> ours;
   for (const char* name : {"mxfp4-32/oas", "mxfp4-32/oas/mbs-static", "nvfp4/amax", "mxfp4-32/floor/mbs-static@8x2"}) {
     ours.push_back(std::make_unique<packed_experts>(name, l, dense, s.stream));
   }
   for (const std::size_t n : tokens) {
-    run(l, routing("even", rows_of_experts(n, l.experts, l.top_k, 0.0)), s, dense, ours, x.data, out.data);
-    run(l, routing("skewed", rows_of_experts(n, l.experts, l.top_k, 1.0)), s, dense, ours, x.data, out.data);
+    run(l, routing("even", rows_of_experts(n, l.experts, l.top_k, 0.0)), s, dense, ours, x.data, out.data, room);
+    run(l, routing("skewed", rows_of_experts(n, l.experts, l.top_k, 1.0)), s, dense, ours, x.data, out.data, room);
     if (l.experts != 128 || l.top_k != 8) continue;
     const auto recorded = recorded_rows(folder, n);
-    if (!recorded.empty()) run(l, routing("recorded", recorded), s, dense, ours, x.data, out.data);
+    if (!recorded.empty()) run(l, routing("recorded", recorded), s, dense, ours, x.data, out.data, room);
   }
 }
 

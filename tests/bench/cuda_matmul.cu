@@ -111,10 +111,19 @@ struct layer {
   }
 };
 
+/// The activations of a product in E4M3, and room for those of `most_rows`.
+struct e4m3_rows {
+  std::span<std::uint8_t> values{timing::allocate<std::uint8_t>(most_rows * 7168), most_rows * 7168};
+  std::span<float> scales{timing::allocate<float>(most_rows), most_rows};
+  [[nodiscard]] e4m3_view<std::uint8_t> view(std::size_t m, std::size_t k) const {
+    return {m, k, values.first(m * k), scales.first(m)};  // k is a multiple of 128 here
+  }
+};
+
 /// Times the products of m rows, cuBLAS and ours in turn. Weights are settled, as they are in decoding; products with
 /// large m come last, since they slow the clock for what follows them.
 void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cublasHandle_t handle, bfloat16* x,
-         bfloat16* out, timing::contender& contender) {
+         bfloat16* out, const e4m3_rows& x8, timing::contender& contender) {
   double first_us = 0;
   const std::size_t size = l.n * l.k;
   const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(size);
@@ -146,6 +155,24 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
         m, l.n, l.k, p.rule.name().c_str(), t.median_us, 50 * t.spread, flops / t.median_us * 1e-6,
         dense.median_us / t.median_us, rate, 100 * rate / copy);
   }
+  // many rows of activations in E4M3, where there is Hopper: products alone, and behind the rounding of their rows
+  for (const bool rounds : {false, true}) {
+    if (m < 128) break;
+    const layer::packed& p = l.of_recipes[0];
+    const matrix_view<const bfloat16> rows(x, m, l.k);
+    const auto view = x8.view(m, l.k);
+    quantize_e4m3_to(s, rows, view);
+    if (!try_matmul(s, view, p.weights(0), matrix_view<bfloat16>(out, m, l.n))) break;
+    const auto t = timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(p.copies), [&](int i) {
+      if (rounds) quantize_e4m3_to(s, rows, view);
+      cuda::matmul_options options;
+      options.settled_weights = true;
+      matmul(s, view, p.weights(static_cast<std::size_t>(i)), matrix_view<bfloat16>(out, m, l.n), options);
+    });
+    std::printf("%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s  %5.2f x cuBLAS\n", m, l.n, l.k,
+                rounds ? "e4m3 with rounding" : "e4m3", t.median_us, 50 * t.spread, flops / t.median_us * 1e-6,
+                dense.median_us / t.median_us);
+  }
   std::ostringstream question;
   question << "dense " << m << ' ' << l.n << ' ' << l.k;
   timing::print_contenders(contender.ask(question.str()), first_us);
@@ -173,13 +200,14 @@ int main(int argc, char** argv) {
   auto* x = timing::allocate<bfloat16>(most_rows * 7168);
   auto* out = timing::allocate<bfloat16>(most_rows * 7168);
   fill(x, most_rows * 7168, 1.0f);
+  const e4m3_rows x8;
   const std::vector<std::size_t> rows =
       quick ? std::vector<std::size_t>{1, 8, 16, 32, 64, 128, 512, 4096}
             : std::vector<std::size_t>{1, 2, 4, 8, 16, 24, 32, 48, 64, 128, 256, 512, 1024, 2048, 4096};
   layer layers[] = {{7168, 7168}, {4096, 7168}, {7168, 2048}};
   for (layer& l : layers) l.make(s);
   for (const std::size_t m : rows) {
-    for (const layer& l : layers) run(l, m, copy, s, handle, x, out, contender);
+    for (const layer& l : layers) run(l, m, copy, s, handle, x, out, x8, contender);
   }
   return 0;
 }

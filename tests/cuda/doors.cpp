@@ -23,6 +23,7 @@ using tetromino_test::contains;
 
 /// The last calls of the kernels.
 cuda::detail::matmul_job<bfloat16> multiplied{};
+cuda::detail::matmul_job<tetromino::e4m3> multiplied_e4m3{};
 std::byte* repacked_to = nullptr;
 tetromino::detail::quantize_e4m3_job<bfloat16> rounded{};
 int calls = 0;
@@ -49,6 +50,11 @@ result<void> quantize_e4m3<bfloat16>(const stream&, const tetromino::detail::qua
 template <>
 result<void> matmul<bfloat16>(const stream&, const matmul_job<bfloat16>& job) {
   multiplied = job, ++calls;
+  return {};
+}
+template <>
+result<void> matmul<e4m3>(const stream&, const matmul_job<e4m3>& job) {
+  multiplied_e4m3 = job, ++calls;
   return {};
 }
 }  // namespace tetromino::cuda::detail
@@ -218,4 +224,58 @@ TEST_CASE("cuda: quantize_e4m3_to says what does not fit, and hands rows on") {
   CHECK_THAT(message(tetromino::try_quantize_e4m3_to(the_stream, tall, room)), contains("fewer than 2^35 elements"));
   CHECK_THROWS_AS(tetromino::quantize_e4m3_to(the_stream, x, view), tetromino::error);
   CHECK(calls == 1);
+}
+
+TEST_CASE("cuda: products of e4m3 activations hand on what they are made of, and say what does not fit") {
+  fixture f;
+  calls = 0;
+  std::vector<std::byte> bytes(8 * 256 + 16);
+  void* at = bytes.data();
+  std::size_t left = bytes.size();
+  auto* const values = static_cast<std::uint8_t*>(std::align(16, 8 * 256, at, left));
+  std::array<float, 8> scales{};
+  const tetromino::e4m3_view<std::uint8_t> x{8, 160, {values, 8 * 256}, scales};
+  const matrix_view<bfloat16> out(f.out.data(), 8, 96);
+  cuda::matmul_options options;
+  options.settled_weights = true;
+  tetromino::grouped_matmul(the_stream, x, f.weights(), f.offsets, out, options);
+  REQUIRE(calls == 1);
+  CHECK(multiplied_e4m3.x.values.data() == values);
+  CHECK(multiplied_e4m3.x.scales.data() == scales.data());
+  CHECK(multiplied_e4m3.row_count == 8);
+  CHECK(multiplied_e4m3.row_offsets == f.offsets.data());
+  CHECK(multiplied_e4m3.weights == f.weights().data.data());
+  CHECK(multiplied_e4m3.shape == f.shape);
+  CHECK(multiplied_e4m3.out.data == f.out.data());
+  CHECK(multiplied_e4m3.options.settled_weights);
+
+  auto one = f.weights();
+  one.shape.matrices = 1, one.data = one.data.first(one.shape.bytes());
+  tetromino::matmul(the_stream, tetromino::e4m3_view<>(x), one, out);
+  REQUIRE(calls == 2);
+  CHECK(multiplied_e4m3.row_offsets == nullptr);
+
+  const auto grouped = [&](const tetromino::e4m3_view<>& of, const auto& w, errc code) {
+    return message(tetromino::try_grouped_matmul(the_stream, of, w, f.offsets, out), code);
+  };
+  const auto of_format = [&](const tetromino::any_format& format) {
+    const cuda::repacked_shape shape{format, 2, 96, 160};
+    f.memory.resize(shape.bytes() + 256);
+    return grouped(x, cuda::repacked_view<bfloat16>{shape, f.room(shape.bytes())}, errc::invalid_argument);
+  };
+  CHECK_THAT(of_format(tetromino::nvfp4{}), contains("mxfp4-32 weights without macro blocks, got nvfp4"));
+  CHECK_THAT(of_format(tetromino::mxfp4_16{}), contains("mxfp4-32 weights without macro blocks, got mxfp4-16"));
+  CHECK_THAT(of_format(tetromino::mbs<tetromino::mxfp4, 128>{}), contains("got mxfp4-32 with macro blocks"));
+  CHECK_THAT(of_format(tetromino::mbs<tetromino::mxfp4, 16, 2>{}), contains("got mxfp4-32 with macro blocks"));
+
+  auto torn = x;
+  torn.scales = torn.scales.first(7);
+  CHECK_THAT(grouped(torn, f.weights(), errc::shape_mismatch), contains("scales need 8 entries, got 7"));
+  torn = x, torn.values = torn.values.first(8 * 160);
+  CHECK_THAT(grouped(torn, f.weights(), errc::shape_mismatch), contains("values need 2048 entries, got 1280"));
+  torn = x, torn.cols = 130;
+  CHECK_THAT(grouped(torn, f.weights(), errc::shape_mismatch), contains("130 columns, the weights 160"));
+  torn = x, torn.values = {values + 8, 8 * 256};
+  CHECK_THAT(grouped(torn, f.weights(), errc::invalid_argument), contains("multiple of 16 bytes"));
+  CHECK(calls == 2);
 }

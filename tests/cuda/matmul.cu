@@ -1,10 +1,11 @@
 /// Products with packed weights, against sums in double over the unpacked weights, on both kernels: ragged shapes, all
-/// formats, both activation types, gated and biased outputs, experts, and inputs meant to go wrong.
+/// formats, all activation types, gated and biased outputs, experts, and inputs meant to go wrong.
 
 #include "harness.hpp"
 
 #include <tetromino/cuda.hpp>
 #include <tetromino/dequantize.hpp>
+#include <tetromino/e4m3_activations.hpp>
 #include <tetromino/quantize.hpp>
 
 #include <algorithm>
@@ -16,6 +17,7 @@ namespace {
 
 using namespace harness;
 using tetromino::batch_view;
+using tetromino::e4m3;
 using tetromino::matrix_view;
 using tetromino::recipe;
 using tetromino::cuda::gating_rows;
@@ -48,15 +50,91 @@ struct setting {
   gating_rows gating = gating_rows::none;
   bool bias = false;
   std::size_t x_gap = 0, out_gap = 0;  ///< elements between rows
-  bool poisoned = false;               ///< some NaN scales
+  bool odd_rows = false;               ///< of x, whose scale is zero or NaN (E4M3)
   bool captured = false;               ///< in a graph, before the offsets are known
 };
 
 double worst_error = 0;
 
+/// The type of the outputs for activations of type X.
+template <class X>
+using output_of = std::conditional_t<std::is_same_v<X, e4m3>, bfloat16, X>;
+template <class X>
+const char* const activations_name = std::is_same_v<X, e4m3>   ? " e4m3 "
+                                     : std::is_same_v<X, half> ? " half "
+                                                               : " bfloat16 ";
+
+/// Weights as products with activations in E4M3 see them: to nearest even multiples of 2^-15 of their row's largest
+/// scale.
+void round_weights(std::vector<float>& w, const std::vector<std::uint8_t>& scales, std::size_t cols) {
+  const std::size_t blocks = (cols + 31) / 32;
+  for (std::size_t r = 0; r < w.size() / cols; ++r) {
+    int top = 0;
+    for (std::size_t b = 0; b < blocks; ++b) {
+      if (scales[r * blocks + b] != 255) top = std::max(top, static_cast<int>(scales[r * blocks + b]));
+    }
+    for (std::size_t k = 0; k < cols; ++k) {
+      float& v = w[r * cols + k];
+      if (scales[r * blocks + k / 32] + 14 < top) v = std::ldexp(std::nearbyint(std::ldexp(v, 142 - top)), top - 142);
+    }
+  }
+}
+
+/// Activations on the device, for the reference and for products: [m, k] of T, NaN between rows.
+template <class X>
+struct operand {
+  std::size_t rows, cols, stride;
+  device<X> values;
+
+  operand(const shape& s, const setting& how, const std::vector<float>& x)
+      : rows(s.m), cols(s.k), stride(s.k + how.x_gap), values(spread(x, s, stride)) {}
+  [[nodiscard]] double scale(std::size_t) const { return 1; }
+  [[nodiscard]] matrix_view<const X> view() const { return {values.data(), rows, cols, stride}; }
+
+  static std::vector<X> spread(const std::vector<float>& x, const shape& s, std::size_t stride) {
+    std::vector<X> out(s.m * stride, tetromino::detail::from_float<X>(NAN));
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      out[i / s.k * stride + i % s.k] = tetromino::detail::from_float<X>(x[i]);
+    }
+    return out;
+  }
+};
+/// The same in E4M3; `values` are the numbers that the codes stand for, which the scales are to multiply.
+template <>
+struct operand<e4m3> {
+  tetromino::e4m3_matrix x;
+  std::size_t stride;
+  device<float> values;
+  device<std::uint8_t> codes;
+  device<float> scales;
+
+  operand(const shape& s, const setting& how, const std::vector<float>& of)
+      : x(made(s, how, of)), stride(s.k), values(decoded(x)), codes(x.values), scales(x.scales) {}
+  [[nodiscard]] double scale(std::size_t row) const { return static_cast<double>(x.scales[row]); }
+  [[nodiscard]] tetromino::e4m3_view<> view() const { return {x.rows, x.cols, codes.span(), scales.span()}; }
+
+  static tetromino::e4m3_matrix made(const shape& s, const setting& how, const std::vector<float>& of) {
+    auto out = tetromino::quantize_e4m3(tetromino::scalar, matrix_view<const float>(of.data(), s.m, s.k));
+    const std::size_t bytes = out.view().stride();
+    for (std::size_t r = 3; how.odd_rows && r < s.m; r += 7) {
+      std::fill_n(out.values.data() + r * bytes, bytes, std::uint8_t{0});
+      out.scales[r] = r % 2 == 0 ? 0.0f : NAN;
+    }
+    return out;
+  }
+  static std::vector<float> decoded(const tetromino::e4m3_matrix& x) {
+    constexpr std::size_t places[16] = {0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15};
+    const std::size_t bytes = (x.cols + 127) / 128 * 128;
+    return generate<float>(x.rows * x.cols, [&](std::size_t i) {
+      const std::size_t k = i % x.cols;
+      return static_cast<float>(e4m3::from_bits(x.values[i / x.cols * bytes + k / 16 * 16 + places[k % 16]]).value());
+    });
+  }
+};
+
 /// Launches a product from a graph that was captured before the offsets were there.
-template <class T>
-void run_captured(const tetromino::cuda::detail::matmul_job<T>& job, device<std::uint32_t>& offsets, const char* what) {
+template <class X>
+void run_captured(const tetromino::cuda::detail::matmul_job<X>& job, device<std::uint32_t>& offsets, const char* what) {
   const auto known = offsets.values();
   offsets.poison();
   cudaStream_t handle;
@@ -75,14 +153,15 @@ void run_captured(const tetromino::cuda::detail::matmul_job<T>& job, device<std:
   require(cudaStreamDestroy(handle), what);
 }
 
-template <class T>
+template <class X>
 void check_product(const std::string& name, const shape& s, const recipe& r, const setting& how,
                    const std::vector<float>& weights, const std::vector<float>& activations) {
+  using T = output_of<X>;
+  constexpr bool is_e4m3 = std::is_same_v<X, e4m3>;
   const std::size_t matrices = how.offsets.empty() ? 1 : how.offsets.size() - 1;
   const std::size_t outputs = how.gating == gating_rows::none ? s.n : s.n / 2;
-  const std::string what = name + (sizeof(T) == 2 && std::is_same_v<T, half> ? " half " : " bfloat16 ") + r.name() +
-                           " [" + std::to_string(s.m) + ", " + std::to_string(s.n) + ", " + std::to_string(s.k) +
-                           "] × " + std::to_string(matrices);
+  const std::string what = name + activations_name<X> + r.name() + " [" + std::to_string(s.m) + ", " +
+                           std::to_string(s.n) + ", " + std::to_string(s.k) + "] × " + std::to_string(matrices);
 
   // pack on the device, repack, and unpack for the reference
   const tetromino::cuda::stream stream;
@@ -97,20 +176,20 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
   const device<float> unpacked(weights.size());
   require(tetromino::try_dequantize_to(stream, packed.view(), batch_view<float>(unpacked.data(), matrices, s.n, s.k)),
           what.c_str());
+  if constexpr (is_e4m3) {
+    auto rounded = unpacked.values();
+    round_weights(rounded, packed.scales.values(), s.k);
+    require(cudaMemcpy(unpacked.data(), rounded.data(), rounded.size() * sizeof(float), cudaMemcpyHostToDevice),
+            what.c_str());
+  }
   const tetromino::cuda::repacked_shape shape{r.format, matrices, s.n, s.k, how.gating};
   const device<std::byte> repacked(shape.bytes());
   const tetromino::cuda::repacked_view<T, std::byte> ready{shape, repacked.span()};
   require(tetromino::try_repack_to(stream, packed.view(), ready), what.c_str());
   expect(repacked.is_intact(), "%s: repacked past the end", what.c_str());
 
-  const std::size_t x_stride = s.k + how.x_gap, out_stride = outputs + how.out_gap;
-  std::vector<T> x(s.m * x_stride);
-  for (std::size_t i = 0; i < s.m; ++i) {
-    for (std::size_t k = 0; k < x_stride; ++k) {
-      x[i * x_stride + k] = tetromino::detail::from_float<T>(k < s.k ? activations[i * s.k + k] : NAN);
-    }
-  }
-  const device<T> x_device(x);
+  const std::size_t out_stride = outputs + how.out_gap;
+  const operand<X> x(s, how, activations);
   std::vector<std::uint32_t> row_matrix(s.m, 0);
   for (std::size_t e = 0; e + 1 < how.offsets.size(); ++e) {
     for (std::size_t i = how.offsets[e]; i < how.offsets[e + 1]; ++i) row_matrix[i] = static_cast<std::uint32_t>(e);
@@ -123,21 +202,22 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
   const device<float> bias_device(bias);
 
   const device<double> sums(s.m * s.n), sizes(s.m * s.n);
-  reference_kernel<T><<<dim3(static_cast<unsigned>((s.n + 127) / 128), static_cast<unsigned>(s.m)), 128>>>(
-      x_device.data(), x_stride, unpacked.data(), row_matrix_device.data(), static_cast<std::uint32_t>(s.m),
+  reference_kernel<<<dim3(static_cast<unsigned>((s.n + 127) / 128), static_cast<unsigned>(s.m)), 128>>>(
+      x.values.data(), x.stride, unpacked.data(), row_matrix_device.data(), static_cast<std::uint32_t>(s.m),
       static_cast<std::uint32_t>(s.n), static_cast<std::uint32_t>(s.k), sums.data(), sizes.data());
   require(cudaGetLastError(), "reference_kernel");
   const auto expected = sums.values(), magnitude = sizes.values();
 
   for (const bool portable : {false, true}) {
+    if (is_e4m3 && portable) continue;  // there is no such kernel
     const device<T> out(s.m * out_stride);
-    tetromino::cuda::detail::matmul_job<T> job{};
+    tetromino::cuda::detail::matmul_job<X> job{};
     job.shape = shape, job.weights = repacked.data(), job.row_count = s.m;
     job.row_offsets = how.offsets.empty() ? nullptr : offsets.data();
     job.options.bias = bias_device.span();
     if (!how.bias) job.options = {};
     job.options.settled_weights = s.k % 128 == 0;  // they are: the reference above was waited for
-    job.x = matrix_view<const T>(x_device.data(), s.m, s.k, x_stride);
+    job.x = x.view();
     job.out = matrix_view<T>(out.data(), s.m, outputs, out_stride);
     job.portable = portable;
     if (how.captured && !portable) {
@@ -149,6 +229,11 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
     const auto got = out.values();
     expect(out.is_intact(), "%s: written past the end", what.c_str());
 
+    // What a sum loses, beside Σ |x w|. Of E4M3, the tensor cores align 32 products and the sum so far to the largest
+    // of them, and drop what lies 13 bits below. Products of one size and sign each lose up to 2^-13 of the sum so far,
+    // half of the whole sum on average; others lose little of what cancels.
+    const bool is_lossy = is_e4m3 && (name == "wide" || name == "constant");
+    const double loss = is_lossy ? 0x1p-14 * static_cast<double>(s.k) : is_e4m3 ? 0x1p-12 : 0x1p-17;
     double error = 0, energy = 0, least_error = 0;  // the last: of exact outputs, rounded
     std::size_t bad = 0;
     std::string first_bad;
@@ -161,9 +246,11 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
         }
         const auto full = [&](std::size_t row) {
           const std::size_t at = i * s.n + row;
-          return expected[at] + (how.bias ? static_cast<double>(bias[row_matrix[i] * s.n + row]) : 0.0);
+          return expected[at] * x.scale(i) + (how.bias ? static_cast<double>(bias[row_matrix[i] * s.n + row]) : 0.0);
         };
-        const auto uncertain = [&](std::size_t row) { return 0x1p-17 * magnitude[i * s.n + row] + 1e-40; };
+        const auto uncertain = [&](std::size_t row) {
+          return loss * (is_e4m3 ? x.scale(i) : 1.0) * magnitude[i * s.n + row] + 1e-40;
+        };
         double value, slack;
         if (how.gating == gating_rows::none) {
           value = full(j), slack = uncertain(j);
@@ -195,7 +282,11 @@ void check_product(const std::string& name, const shape& s, const recipe& r, con
     expect(bad == 0, "%s%s: %zu outputs off; %s", what.c_str(), portable ? " (portable)" : "", bad, first_bad.c_str());
     // Few outputs, of which one or two are large, can be rounded worse than that all by themselves.
     const double relative = energy == 0 ? 0 : std::sqrt(error / energy);
-    const double allowed = energy == 0 ? 0 : std::max(2e-3, 1.01 * std::sqrt(least_error / energy));
+    const double allowed = energy == 0 ? 0 : std::max(is_e4m3 ? 4e-3 : 2e-3, 1.01 * std::sqrt(least_error / energy));
+    if (is_e4m3 && name == "constant") {
+      std::printf("E4M3: sums of one sign lost %.1f %% of %zu columns\n", 100 * relative, s.k);
+      continue;
+    }
     if (name != "cancelling") worst_error = std::max(worst_error, relative);
     expect(name == "cancelling" || relative <= allowed, "%s%s: relative error %g, allowed %g", what.c_str(),
            portable ? " (portable)" : "", relative, allowed);
@@ -409,6 +500,93 @@ void adversarial() {
   }
 }
 
+/// Activations in E4M3, on Hopper: ragged shapes, more columns than the ring of stages holds, several tiles for a
+/// block.
+void e4m3_shapes() {
+  const shape all[] = {{1, 64, 64},    {5, 72, 200},   {16, 128, 128},  {17, 192, 384},    {33, 264, 320},
+                       {64, 100, 77},  {130, 200, 45}, {257, 384, 448}, {300, 320, 2880},  {520, 136, 128},
+                       {96, 64, 7168}, {31, 40, 16},   {600, 72, 1030}, {2100, 3072, 320}, {4100, 7168, 256}};
+  std::uint64_t seed = 900;
+  for (const shape& s : all) {
+    if (is_short() && s.m * s.n > 200000) continue;
+    setting how;
+    if (seed % 3 == 1) how.out_gap = 24;
+    if (seed % 5 == 2) how.out_gap = 5;
+    how.gating =
+        std::array{gating_rows::none, gating_rows::none, gating_rows::halves, gating_rows::interleaved}[seed % 4];
+    how.bias = seed % 2 == 0;
+    how.odd_rows = seed % 3 == 0;
+    check_product<e4m3>("e4m3", s, recipe::parse("mxfp4-32/oas"), how, normals(s.n * s.k, seed, 0.02f),
+                        normals(s.m * s.k, seed + 1, 1.0f));
+    ++seed;
+  }
+}
+
+/// The same over experts, some of them without rows, in numbers around the widths of products.
+void e4m3_experts() {
+  std::uint64_t seed = 950;
+  const std::vector<std::uint32_t> splits[] = {
+      {0, 1, 1, 3, 8},
+      {0, 0, 0, 5},
+      {0, 20, 41, 41, 60, 100},
+      {0, 70, 70, 73, 200, 460},
+      {0, 300, 301, 302, 1100},
+      offsets_of(27, {0,  1,  15, 16, 17, 31, 32, 33,  47,  48,  49,  63,  64, 65,
+                      79, 80, 81, 95, 96, 97, 0,  111, 112, 113, 127, 129, 290}),
+      offsets_of(140, {0, 1, 7, 8, 9, 15, 16, 17, 0, 3, 2, 0, 5, 0, 1, 40, 4, 6, 0, 2})};
+  for (const auto& offsets : splits) {
+    for (const auto gating : {gating_rows::none, gating_rows::halves, gating_rows::interleaved}) {
+      const shape s{offsets.back(), 208, 648};
+      setting how;
+      how.offsets = offsets;
+      how.gating = gating;
+      how.bias = seed % 2 == 0;
+      how.out_gap = seed % 5 == 2 ? 3 : 0;
+      how.captured = seed % 4 == 1;
+      how.odd_rows = seed % 3 == 0;
+      if (!is_short() || seed % 3 == 1) {
+        check_product<e4m3>("experts", s, recipe::parse("mxfp4-32/oas"), how,
+                            normals((offsets.size() - 1) * s.n * s.k, seed, 0.1f), normals(s.m * s.k, seed + 1, 1.0f));
+      }
+      ++seed;
+    }
+  }
+}
+
+/// Weights and activations in E4M3 that are meant to go wrong.
+void e4m3_adversarial() {
+  const shape s{40, 192, 1024};
+  const numbers r{37};
+  const recipe rule = recipe::parse("mxfp4-32/oas");
+  // blocks of a row up to 2^24 apart: small ones lose bits, or are zero
+  auto wide = normals(s.n * s.k, 61, 1.0f);
+  for (std::size_t i = 0; i < wide.size(); ++i) wide[i] = std::ldexp(wide[i], -static_cast<int>(r.bits(i / 32) % 25));
+  auto few = normals(s.m * s.k, 62, 1.0f);
+  check_product<e4m3>("wide", s, rule, {}, wide, few);
+  // columns of x that meet small blocks alone, so that those bits are what is left
+  for (std::size_t i = 0; i < wide.size(); ++i) {
+    wide[i] = std::ldexp(1.0f + r.uniform(i), i % s.k / 32 % 2 == 0 ? 0 : -static_cast<int>(13 + i / s.k % 12));
+  }
+  for (std::size_t i = 0; i < few.size(); ++i) few[i] = i % s.k / 32 % 2 == 0 ? 0.0f : few[i];
+  check_product<e4m3>("small blocks", s, rule, {}, wide, few);
+  // each row of weights and of x of its own size
+  auto rows = normals(s.n * s.k, 63, 1.0f), x = normals(s.m * s.k, 64, 1.0f);
+  for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = std::ldexp(rows[i], static_cast<int>(i / s.k) % 60 - 40);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = std::ldexp(x[i], static_cast<int>(i / s.k) * 3 - 60);
+  check_product<e4m3>("rows of all sizes", s, rule, {}, rows, x);
+  // zero rows, zero blocks and NaN blocks
+  auto holes = normals(s.n * s.k, 65, 1.0f);
+  for (std::size_t i = 0; i < holes.size(); ++i) {
+    if (i / s.k % 7 == 3 || r.bits(i / 16) % 5 == 0) holes[i] = 0.0f;
+  }
+  holes[5 * s.k + 100] = NAN, holes[100 * s.k] = INFINITY;
+  check_product<e4m3>("holes", s, rule, {}, holes, normals(s.m * s.k, 66, 1.0f));
+  for (const std::size_t k : {std::size_t{1024}, std::size_t{7168}}) {
+    check_product<e4m3>("constant", {s.m, s.n, k}, rule, {}, std::vector<float>(s.n * k, -6.0f),
+                        std::vector<float>(s.m * k, 1.0f));
+  }
+}
+
 /// The bundled model's expert weights, if the data is there.
 template <class T>
 void real(const std::string& folder) {
@@ -440,6 +618,20 @@ void real(const std::string& folder) {
   }
 }
 
+bool is_hopper() {
+  int major = 0;
+  require(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
+  return major == 9;
+}
+
+/// Without Hopper, activations in E4M3 are an error.
+void e4m3_elsewhere() {
+  tetromino::cuda::detail::matmul_job<e4m3> job{};
+  job.shape = {tetromino::mxfp4{}, 1, 64, 64}, job.row_count = 1;
+  const auto done = tetromino::cuda::detail::matmul(tetromino::cuda::stream(), job);
+  expect(!done && done.error().code() == tetromino::errc::device, "e4m3: multiplied without Hopper");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -455,6 +647,13 @@ int main(int argc, char** argv) {
   fitted_experts<half>();
   if (!is_short()) adversarial<half>();
   if (!is_short()) real<half>(data);
+  if (is_hopper()) {
+    e4m3_shapes();
+    e4m3_experts();
+    e4m3_adversarial();
+  } else {
+    e4m3_elsewhere();
+  }
   std::printf("largest relative error of a product: %.2e\n", worst_error);
   return finish("matmul");
 }

@@ -3,6 +3,7 @@
 /// All kernels as templates, for those who compile CUDA themselves. Without it, link the target tetromino::cuda.
 
 #include "gemm/block_scaled_operand.cuh"  // operand_kernel
+#include "gemm/e4m3_launch.cuh"           // e4m3_rows_kernel
 #include "gemm/launch.cuh"                // many_rows_kernel ...
 #include "gemm/matmul.cuh"                // repack_kernel
 #include "gemm/sm120a_block_scaled.cuh"   // block_scaled_kernel

@@ -5,21 +5,24 @@
 #include "repacked.hpp"  // repacked_view
 #include "stream.hpp"    // stream
 
-#include <tetromino/activations.hpp>  // as_activations
-#include <tetromino/error.hpp>        // error, result
-#include <tetromino/float16.hpp>      // half, bfloat16
-#include <tetromino/matmul.hpp>       // matmul, grouped_matmul
-#include <tetromino/matrix.hpp>       // matrix_view
+#include <tetromino/activations.hpp>       // as_activations
+#include <tetromino/e4m3.hpp>              // e4m3
+#include <tetromino/e4m3_activations.hpp>  // e4m3_view
+#include <tetromino/error.hpp>             // error, result
+#include <tetromino/float16.hpp>           // half, bfloat16
+#include <tetromino/format.hpp>            // scale_type
+#include <tetromino/matmul.hpp>            // matmul, grouped_matmul
+#include <tetromino/matrix.hpp>            // matrix_view
 
-#include <concepts>     // std::same_as
+#include <concepts>     // std::convertible_to, std::same_as
 #include <cstddef>      // std::size_t, std::byte
 #include <cstdint>      // std::uint32_t
 #include <span>         // std::span
 #include <type_traits>  // std::remove_cvref_t
 
-/// Activations of 16 bits times packed 4-bit weights (W4A16) through tetromino::matmul and grouped_matmul: weights are
-/// decoded in registers on their way into the tensor cores, so that a product reads 4-bit weights from memory and
-/// nothing else of their size.
+/// Activations of 16 or 8 bits times packed 4-bit weights (W4A16, W4A8) through tetromino::matmul and grouped_matmul:
+/// weights are decoded in registers on their way into the tensor cores, so that a product reads 4-bit weights from
+/// memory and nothing else of their size.
 namespace TETROMINO_NAMESPACE::cuda {
 
 /// What a product on the GPU can be told beside its operands.
@@ -42,18 +45,27 @@ struct matmul_job_base {
   bool portable;  ///< the kernel for every GPU, also where there is a faster one
 };
 
+/// A product of activations of type X.
+template <class X>
+struct matmul_job;
 template <activation T>
-struct matmul_job : matmul_job_base {
+struct matmul_job<T> : matmul_job_base {
   matrix_view<const T> x;
   matrix_view<T> out;
 };
+template <>
+struct matmul_job<e4m3> : matmul_job_base {
+  e4m3_view<> x;
+  matrix_view<bfloat16> out;
+};
 
-template <activation T>
-result<void> matmul(const stream& s, const matmul_job<T>& job);
+template <class X>
+result<void> matmul(const stream& s, const matmul_job<X>& job);
 
-template <activation T>
-[[nodiscard]] result<void> check_product(const repacked_view<T>& w, const matrix_view<const T>& x,
-                                         const matrix_view<T>& out, const matmul_options& options) {
+/// `x`: whatever has rows and columns.
+template <activation T, class X>
+[[nodiscard]] result<void> check_product(const repacked_view<T>& w, const X& x, const matrix_view<T>& out,
+                                         const matmul_options& options) {
   using tetromino::detail::text;
   if (x.cols != w.shape.cols) {
     return error(errc::shape_mismatch,
@@ -74,13 +86,25 @@ template <activation T>
   return {};
 }
 
+/// What products with activations in E4M3 ask for beside that.
+[[nodiscard]] inline result<void> check_e4m3_product(const repacked_shape& w, const e4m3_view<>& x) {
+  if (w.format.scale != scale_type::e8m0 || w.format.block != 32 || w.format.macro_block != 0) {
+    return error(errc::invalid_argument,
+                 {"matmul: activations in E4M3 multiply mxfp4-32 weights without macro blocks, got ", name_of(w.format),
+                  w.format.macro_block == 0 ? "" : " with macro blocks", "; half and bfloat16 multiply all"});
+  }
+  if (auto fits = tetromino::detail::check_storage(x); !fits) return fits;
+  if (is_aligned(x.values.data(), 16)) return {};
+  return error(errc::invalid_argument, "cuda: expected the values of e4m3 activations at a multiple of 16 bytes");
+}
+
 /// Activations as one matrix. Errors: shape_mismatch where the rows of a batch are not evenly apart.
 template <class X>
 [[nodiscard]] auto as_rows(const X& x) {
   const auto in = tetromino::detail::as_activations(x);
   using view = std::remove_const_t<decltype(in)>;
   static_assert(std::same_as<view, batch_view<const half>> || std::same_as<view, batch_view<const bfloat16>>,
-                "on a cuda::stream the activations of matmul are half or bfloat16");
+                "on a cuda::stream the activations of matmul are half, bfloat16 or an e4m3_view");
   using T = std::remove_cvref_t<decltype(*in.data)>;
   if (in.matrices > 1 && in.matrix_stride != in.rows * in.row_stride) {
     return result<matrix_view<const T>>(
@@ -111,13 +135,20 @@ template <class X, class Out>
 [[nodiscard]] result<void> multiply(const stream& s, const X& x, const repacked_view<Out>& w,
                                     const std::uint32_t* row_offsets, const matrix_view<Out>& out,
                                     const matmul_options& options) {
-  const auto rows = as_rows(x);
-  static_assert(std::same_as<decltype(rows), const result<matrix_view<const Out>>>,
-                "on a cuda::stream the activations and the output of matmul have one type");
-  if (!rows) return rows.error();
-  if (auto fits = check_product(w, *rows, out, options); !fits) return fits;
-  return detail::matmul(s,
-                        matmul_job<Out>{{w.shape, w.data.data(), row_offsets, rows->rows, options, false}, *rows, out});
+  if constexpr (std::convertible_to<X, e4m3_view<>>) {
+    static_assert(std::same_as<Out, bfloat16>, "on a cuda::stream e4m3 activations give bfloat16 outputs");
+    if (auto fits = check_product(w, x, out, options); !fits) return fits;
+    if (auto fits = check_e4m3_product(w.shape, x); !fits) return fits;
+    return detail::matmul(s, matmul_job<e4m3>{{w.shape, w.data.data(), row_offsets, x.rows, options, false}, x, out});
+  } else {
+    const auto rows = as_rows(x);
+    static_assert(std::same_as<decltype(rows), const result<matrix_view<const Out>>>,
+                  "on a cuda::stream the activations and the output of matmul have one type");
+    if (!rows) return rows.error();
+    if (auto fits = check_product(w, *rows, out, options); !fits) return fits;
+    return detail::matmul(
+        s, matmul_job<Out>{{w.shape, w.data.data(), row_offsets, rows->rows, options, false}, *rows, out});
+  }
 }
 
 }  // namespace detail
@@ -127,6 +158,17 @@ template <class X, class Out>
 /// n]. Sums run in float, in an order that depends on the shapes and the GPU alone, so that results repeat; a
 /// macro-block factor of 8 bits multiplies partial sums, one of 2 bits is part of the weights. `row_offsets` is device
 /// memory, and not looked at before the launch. Errors: shape_mismatch; device.
+///
+/// Activations may also be an e4m3_view in device memory, with bfloat16 outputs and weights that were repacked for
+/// bfloat16, of mxfp4-32 without macro blocks. Then weights become E4M3 too: where a block's scale is more than a
+/// factor of 2^14 below the largest of its row, they are rounded to multiples of 2^-15 of that largest scale, to
+/// nearest even. A row's scale multiplies its finished sums; where it is NaN, so are the row's outputs. The tensor
+/// cores add such products up with fewer bits than float has: 32 of them and the sum so far are aligned to the largest,
+/// and lose what lies 13 bits below it. Random signs make that small beside the rounding of outputs; sums of one sign
+/// come out too small, by 1 % where 1024 products are equal, and by ever more with more columns. This needs Hopper, and
+/// pays for many rows: up to about 256 of one matrix, and 64 of each expert, bfloat16 activations are as fast or
+/// faster. Errors: also invalid_argument, for other weights, and for values that do not start at a multiple of 16
+/// bytes.
 template <class X, class Weights, class Out>
 [[nodiscard]] result<void> matmul_on(const stream& s, const X& x, const Weights& w, const matrix_view<Out>& out,
                                      const matmul_options& options = {}) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <tetromino/e4m3.hpp>     // e4m3
 #include <tetromino/float16.hpp>  // half, bfloat16
 
 #include "sm80.cuh"  // shared_address
@@ -33,6 +34,8 @@ namespace TETROMINO_NAMESPACE::cuda::detail {
 #define TETROMINO_REGISTERS_48(d, i) TETROMINO_REGISTERS_32(d, i), TETROMINO_REGISTERS_16(d, i + 32)
 #define TETROMINO_REGISTERS_56(d, i) TETROMINO_REGISTERS_48(d, i), TETROMINO_REGISTERS_8(d, i + 48)
 #define TETROMINO_REGISTERS_64(d, i) TETROMINO_REGISTERS_32(d, i), TETROMINO_REGISTERS_32(d, i + 32)
+#define TETROMINO_REGISTERS_72(d, i) TETROMINO_REGISTERS_64(d, i), TETROMINO_REGISTERS_8(d, i + 64)
+#define TETROMINO_REGISTERS_80(d, i) TETROMINO_REGISTERS_64(d, i), TETROMINO_REGISTERS_16(d, i + 64)
 #define TETROMINO_REGISTERS_128(d, i) TETROMINO_REGISTERS_64(d, i), TETROMINO_REGISTERS_64(d, i + 64)
 
 #define TETROMINO_NUMBERS_4 "%0, %1, %2, %3"
@@ -45,20 +48,26 @@ namespace TETROMINO_NAMESPACE::cuda::detail {
 #define TETROMINO_NUMBERS_48 TETROMINO_NUMBERS_40 ", " "%40, %41, %42, %43, %44, %45, %46, %47"
 #define TETROMINO_NUMBERS_56 TETROMINO_NUMBERS_48 ", " "%48, %49, %50, %51, %52, %53, %54, %55"
 #define TETROMINO_NUMBERS_64 TETROMINO_NUMBERS_56 ", " "%56, %57, %58, %59, %60, %61, %62, %63"
+#define TETROMINO_NUMBERS_72 TETROMINO_NUMBERS_64 ", " "%64, %65, %66, %67, %68, %69, %70, %71"
+#define TETROMINO_NUMBERS_80 TETROMINO_NUMBERS_72 ", " "%72, %73, %74, %75, %76, %77, %78, %79"
 #define TETROMINO_NUMBERS_128 TETROMINO_NUMBERS_64 ", " "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-/// d[64, N] += a[64, 16] b[16, N]: a in registers, b in shared memory under a descriptor.
-#define TETROMINO_WGMMA(N, count, a0, a1, a2, a3, desc, type)                                                  \
+/// d[64, N] += a[64, K] b[K, N]: a in registers, b in shared memory under a descriptor; 32 bytes of each row in K.
+#define TETROMINO_WGMMA_OF(N, K, count, a0, a1, a2, a3, desc, type, tail)                                      \
   __device__ inline void wgmma_##type(float (&d)[count], const std::uint32_t (&a)[4], std::uint64_t b) {      \
     asm volatile(                                                                                             \
-        "{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #type "." #type  \
-        " {" TETROMINO_NUMBERS_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #desc ", p, 1, 1, 0;}"  \
+        "{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned.m64n" #N "k" #K ".f32." #type "." #type \
+        " {" TETROMINO_NUMBERS_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #desc ", p, 1, 1" tail ";}" \
         : TETROMINO_REGISTERS_##count(d, 0)                                                                   \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
   }
+#define TETROMINO_WGMMA(N, count, a0, a1, a2, a3, desc, type) \
+  TETROMINO_WGMMA_OF(N, 16, count, a0, a1, a2, a3, desc, type, ", 0")
+#define TETROMINO_WGMMA_E4M3(N, count, a0, a1, a2, a3, desc) \
+  TETROMINO_WGMMA_OF(N, 32, count, a0, a1, a2, a3, desc, e4m3, "")
 TETROMINO_WGMMA(8, 4, 4, 5, 6, 7, 8, bf16)
 TETROMINO_WGMMA(8, 4, 4, 5, 6, 7, 8, f16)
 TETROMINO_WGMMA(16, 8, 8, 9, 10, 11, 12, bf16)
@@ -81,7 +90,19 @@ TETROMINO_WGMMA(128, 64, 64, 65, 66, 67, 68, bf16)
 TETROMINO_WGMMA(128, 64, 64, 65, 66, 67, 68, f16)
 TETROMINO_WGMMA(256, 128, 128, 129, 130, 131, 132, bf16)
 TETROMINO_WGMMA(256, 128, 128, 129, 130, 131, 132, f16)
+TETROMINO_WGMMA_E4M3(32, 16, 16, 17, 18, 19, 20)
+TETROMINO_WGMMA_E4M3(48, 24, 24, 25, 26, 27, 28)
+TETROMINO_WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36)
+TETROMINO_WGMMA_E4M3(80, 40, 40, 41, 42, 43, 44)
+TETROMINO_WGMMA_E4M3(96, 48, 48, 49, 50, 51, 52)
+TETROMINO_WGMMA_E4M3(112, 56, 56, 57, 58, 59, 60)
+TETROMINO_WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68)
+TETROMINO_WGMMA_E4M3(144, 72, 72, 73, 74, 75, 76)
+TETROMINO_WGMMA_E4M3(160, 80, 80, 81, 82, 83, 84)
+TETROMINO_WGMMA_E4M3(256, 128, 128, 129, 130, 131, 132)
+#undef TETROMINO_WGMMA_E4M3
 #undef TETROMINO_WGMMA
+#undef TETROMINO_WGMMA_OF
 // clang-format on
 
 /// d += a b, for activations of type T.
@@ -89,6 +110,8 @@ template <class T, int Count>
 __device__ inline void wgmma(float (&d)[Count], const std::uint32_t (&a)[4], std::uint64_t b) {
   if constexpr (std::same_as<T, bfloat16>) {
     wgmma_bf16(d, a, b);
+  } else if constexpr (std::same_as<T, e4m3>) {
+    wgmma_e4m3(d, a, b);
   } else {
     wgmma_f16(d, a, b);
   }

@@ -39,6 +39,7 @@ struct input_args {
   std::size_t stride;
   std::uint32_t rows, cols;
   const std::uint32_t* row_offsets;  ///< of experts, or null for one matrix
+  const float* scales;               ///< of rows, of activations in E4M3
 };
 
 /// Where the product goes, [rows of x, cols].

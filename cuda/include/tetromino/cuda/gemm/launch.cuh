@@ -40,9 +40,9 @@ struct device_facts {
   return out;
 }
 
-/// How the copy engine finds boxes of `box_rows` rows by 64 columns of x.
-template <activation T>
-[[nodiscard]] result<CUtensorMap> map_activations(const matrix_view<const T>& x, std::uint32_t box_rows) {
+/// How the copy engine finds boxes of `box_rows` rows by 128 bytes of x.
+template <class X>
+[[nodiscard]] result<CUtensorMap> map_activations(const matrix_view<const X>& x, std::uint32_t box_rows) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -53,14 +53,16 @@ template <activation T>
                : nullptr;
   }();
   if (encode == nullptr) return error(errc::device, "CUDA: the driver has no cuTensorMapEncodeTiled");
+  constexpr CUtensorMapDataType type = std::same_as<X, half>       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                       : std::same_as<X, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                   : CU_TENSOR_MAP_DATA_TYPE_UINT8;
   CUtensorMap map{};
   const cuuint64_t sizes[2] = {x.cols, x.rows};
-  const cuuint64_t strides[1] = {x.row_stride * sizeof(T)};
-  const cuuint32_t box[2] = {64, box_rows};
+  const cuuint64_t strides[1] = {x.row_stride * sizeof(X)};
+  const cuuint32_t box[2] = {128 / sizeof(X), box_rows};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult code =
-      encode(&map, std::same_as<T, half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-             const_cast<T*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encode(&map, type, 2, const_cast<X*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (code != CUDA_SUCCESS) {
     return error(errc::device, tetromino::detail::text("CUDA: error ", static_cast<int>(code),
@@ -71,18 +73,17 @@ template <activation T>
 }
 
 /// Launches the kernel for many rows of x. `row_tiles` is how many tiles of x there can be at most.
-template <activation T, weight_kind Kind, int Macros, int Rows, int Groups, int Stages>
-result<void> launch_many_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
-                              const device_facts& device) {
-  using shape = many_rows_shape<T, Kind, Rows, Groups, Stages>;
-  args.feature_tiles = (args.weights.row_tiles + Groups - 1) / Groups;
+template <class Shape, weight_kind Kind, int Macros, class X, class T>
+result<void> launch_many_rows(const stream& s, const matrix_view<const X>& x, matmul_args<T> args,
+                              std::size_t row_tiles, const device_facts& device) {
+  args.feature_tiles = (args.weights.row_tiles + Shape::groups - 1) / Shape::groups;
   const std::size_t tiles = row_tiles * args.feature_tiles;
   const std::size_t blocks = std::min(tiles, static_cast<std::size_t>(device.multiprocessors));
-  const std::uint32_t bytes = shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.weights.matrices);
-  auto map = map_activations(job.x, Rows);
+  const std::uint32_t bytes = Shape::shared_bytes(args.x.row_offsets == nullptr ? 0 : args.weights.matrices);
+  auto map = map_activations(x, Shape::rows);
   if (!map) return map.error();
-  return launch_overlapping(many_rows_kernel<shape, T, Kind, Macros>, "the launch of many_rows_kernel", s, blocks,
-                            shape::threads, bytes, 1, *map, args);
+  return launch_overlapping(many_rows_kernel<Shape, T, Kind, Macros>, "the launch of many_rows_kernel", s, blocks,
+                            Shape::threads, bytes, 1, *map, args);
 }
 
 /// How many clusters of `parts` blocks run at a time; 0 where that cannot be found out.
@@ -222,7 +223,8 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
       job.row_offsets == nullptr ? 1 : std::min<std::size_t>(args.weights.matrices, job.row_count);
   const std::size_t rows = (job.row_count + groups - 1) / groups;
   if (device->major == 9 && is_aligned_x && !job.portable) {
-    auto has_code = is_hopper_code(many_rows_kernel<many_rows_shape<T, Kind, 256, 2, 5>, T, Kind, Macros>);
+    using many = many_rows_shape<T, Kind, 256, 2, 5>;
+    auto has_code = is_hopper_code(many_rows_kernel<many, T, Kind, Macros>);
     if (!has_code) return has_code.error();
     if (!*has_code) {
       return error(errc::device, "CUDA: this build has no code for Hopper; add 90a to TETROMINO_CUDA_ARCHITECTURES");
@@ -251,7 +253,7 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
     if (is_uneven || rounds(128) * 4 < rounds(256) * 7) {
       return launch_medium_rows<T, Kind, Macros, 128, 2>(s, job, args, row_tiles(128), *device);
     }
-    return launch_many_rows<T, Kind, Macros, 256, 2, 5>(s, job, args, row_tiles(256), *device);
+    return launch_many_rows<many, Kind, Macros>(s, job.x, args, row_tiles(256), *device);
   }
   matmul_args<T> plain = args;
   plain.feature_tiles = args.weights.row_tiles;

@@ -3,7 +3,8 @@
 #include "args.cuh"    // matmul_args
 #include "repack.cuh"  // repack
 
-#include <cstdint>  // std::uint32_t
+#include <concepts>  // std::same_as
+#include <cstdint>   // std::uint8_t, std::uint32_t
 
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
@@ -11,10 +12,14 @@ namespace TETROMINO_NAMESPACE::cuda::detail {
 template <activation T, weight_kind Kind, int Macros>
 result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const matmul_args<T>& args);
 
+/// The same for activations in E4M3; see e4m3_launch.cuh.
+template <weight_kind Kind>
+result<void> e4m3_matmul_of_kind(const stream& s, const matmul_job<e4m3>& job, const matmul_args<bfloat16>& args);
+
+/// What a kernel is told of all but the activations themselves.
 template <activation T>
-result<void> matmul(const stream& s, const matmul_job<T>& job) {
+[[nodiscard]] matmul_args<T> args_of(const matmul_job_base& job, const matrix_view<T>& out) {
   const repacked_shape& shape = job.shape;
-  if (job.row_count == 0 || shape.rows == 0 || shape.matrices == 0) return {};
   const auto* const bytes = reinterpret_cast<const std::uint8_t*>(job.weights);
   matmul_args<T> args{};
   args.weights.tiles = bytes;
@@ -22,9 +27,8 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
   args.weights.macros = bytes + shape.macros_at();
   args.out.bias = job.options.bias.empty() ? nullptr : job.options.bias.data();
   args.x.row_offsets = job.row_offsets;
-  args.x.data = job.x.data, args.x.stride = job.x.row_stride;
-  args.out.data = job.out.data, args.out.stride = job.out.row_stride;
-  args.x.rows = static_cast<std::uint32_t>(job.x.rows);
+  args.out.data = out.data, args.out.stride = out.row_stride;
+  args.x.rows = static_cast<std::uint32_t>(job.row_count);
   args.weights.matrices = static_cast<std::uint32_t>(shape.matrices);
   args.weights.rows = static_cast<std::uint32_t>(shape.rows);
   args.out.cols = static_cast<std::uint32_t>(shape.outputs());
@@ -36,7 +40,14 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
   args.weights.macros_per_row = static_cast<std::uint32_t>(shape.macros_per_row());
   args.weights.gating = shape.gating;
   args.weights.are_settled = job.options.settled_weights;
-  args.out.is_aligned = is_aligned(job.out.data, 16) && job.out.row_stride % 8 == 0 && args.out.cols % 8 == 0;
+  args.out.is_aligned = is_aligned(out.data, 16) && out.row_stride % 8 == 0 && args.out.cols % 8 == 0;
+  return args;
+}
+
+/// A product of half or bfloat16 activations, of the kind that the weights are.
+template <activation T>
+result<void> matmul_of_shape(const stream& s, const matmul_job<T>& job, const matmul_args<T>& args) {
+  const repacked_shape& shape = job.shape;
   if (shape.format.scale == scale_type::e4m3) return matmul_of_kind<T, weight_kind::nv, 0>(s, job, args);
   if (shape.format.macro_bits == 2) return matmul_of_kind<T, weight_kind::mx32_fine, 0>(s, job, args);
   if (shape.format.macro_block == 0) {
@@ -49,6 +60,19 @@ result<void> matmul(const stream& s, const matmul_job<T>& job) {
   }
   if (shape.format.block == 16) return matmul_of_kind<T, weight_kind::mx16, 1>(s, job, args);
   return matmul_of_kind<T, weight_kind::mx32, 1>(s, job, args);
+}
+
+template <class X>
+result<void> matmul(const stream& s, const matmul_job<X>& job) {
+  if (job.row_count == 0 || job.shape.rows == 0 || job.shape.matrices == 0) return {};
+  auto args = args_of(job, job.out);
+  if constexpr (std::same_as<X, e4m3>) {
+    args.x.scales = job.x.scales.data();
+    return e4m3_matmul_of_kind<weight_kind::mx32>(s, job, args);
+  } else {
+    args.x.data = job.x.data, args.x.stride = job.x.row_stride;
+    return matmul_of_shape(s, job, args);
+  }
 }
 
 }  // namespace TETROMINO_NAMESPACE::cuda::detail

@@ -60,7 +60,7 @@ template <activation T>
 [[nodiscard]] __device__ inline std::uint32_t spread_codes(const std::uint32_t (&pair)[4]) {
   // Bits of the word that hold (fraction, low exponent, high exponent, sign) of the first code of each pair; the second
   // code lies 16 bits higher, around the end.
-  constexpr int place_for_bfloat16[4][4] = {{0, 1, 2, 9}, {4, 5, 6, 13}, {10, 11, 12, 19}, {14, 7, 8, 15}};
+  constexpr int place_for_bfloat16[4][4] = {{0, 1, 2, 9}, {10, 11, 12, 19}, {4, 5, 6, 13}, {14, 7, 8, 15}};
   constexpr int place_for_half[4][4] = {{0, 1, 2, 6}, {7, 8, 9, 13}, {10, 11, 12, 15}, {3, 4, 5, 14}};
   std::uint32_t word = 0;
 #pragma unroll
@@ -81,8 +81,8 @@ __device__ inline void gather_codes(std::uint32_t word, std::uint32_t (&pair)[4]
   if constexpr (std::same_as<T, bfloat16>) {
     constexpr std::uint32_t mask = 0x81C081C0u;
     pair[0] = word << 6 & mask;
-    pair[1] = word << 2 & mask;
-    pair[2] = __funnelshift_r(word, word, 4) & mask;
+    pair[1] = __funnelshift_r(word, word, 4) & mask;
+    pair[2] = word << 2 & mask;
     pair[3] = (word & 0x81808180u) | (word >> 8 & 0x00400040u);
   } else {
     constexpr std::uint32_t mask = 0x8E008E00u;
@@ -126,6 +126,55 @@ struct scale_pairs {
     }
   }
 };
+
+/// Products with activations in E4M3 make E4M3 of the same words that bfloat16 has: the magnitudes of four codes are
+/// picked at once out of eight bytes, the magnitudes of E2M1 times a power of two; signs lie apart and are put in.
+struct e4m3_decoding {
+  /// Entry `byte` of the table in shared memory: the magnitudes for a stored scale byte, as E4M3 (those of 254, the
+  /// largest of a row, are up to 384). The exact powers of two end 14 below that; what is less is rounded.
+  static constexpr std::uint32_t entries = 256, table_bytes = entries * 8;
+  /// What the products lack of the row's factor, which goes with a scale byte of 254 as a bfloat16.
+  static constexpr float missing = 0x1p-5f;
+
+  [[nodiscard]] __device__ static uint2 entry(std::uint32_t byte) {
+    if (byte == 255) return make_uint2(0x7F7F7F7Fu, 0x7F7F7F7Fu);
+    const int below = 254 - static_cast<int>(byte);
+    std::uint64_t out = 0;
+#pragma unroll
+    for (int m = 1; m < 8; ++m) {
+      constexpr std::uint64_t largest = 0x7C78'7470'6C68'6000u;
+      const int normal = static_cast<int>(largest >> 8 * m & 0xFFu) - 8 * below;
+      constexpr std::uint64_t twice = 0x0C08'0604'0302'0100u;  // the magnitudes of E2M1, doubled
+      const float units = ldexpf(static_cast<float>(twice >> 8 * m & 0xFFu), 14 - below);  // of 2^-9
+      out |= static_cast<std::uint64_t>(normal >= 8 ? normal : __float2int_rn(units)) << 8 * m;
+    }
+    return make_uint2(static_cast<std::uint32_t>(out), static_cast<std::uint32_t>(out >> 32));
+  }
+  /// Picks bytes of a pair of words by the last 16 bits of a selector.
+  [[nodiscard]] __device__ static std::uint32_t pick(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+    std::uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
+    return out;
+  }
+  /// Four columns of rows g and g + 8: 2t, 2t + 8, 2t + 1 and 2t + 9.
+  __device__ static void decode(std::uint32_t word, const uint2& of_low, const uint2& of_high, std::uint32_t& low,
+                                std::uint32_t& high) {
+    const std::uint32_t down = word >> 2;
+    low = pick(of_low.x, of_low.y, pick(word & 0x00770077u, 0, 0x4420));
+    low |= down & 0x00800080u;
+    low |= word << 2 & 0x80008000u;
+    high = pick(of_high.x, of_high.y, pick((down & 0x17001700u) | (word << 6 & 0x60006000u), 0, 0x4431));
+    high |= __funnelshift_r(word, word, 12) & 0x00800080u;
+    high |= word & 0x80008000u;
+  }
+};
+
+/// Fills the table of e4m3_decoding; a block does it, of at least as many threads as there are entries.
+__device__ inline void fill_decoding_table(unsigned char* table) {
+  if (threadIdx.x < e4m3_decoding::entries) {
+    reinterpret_cast<uint2*>(table)[threadIdx.x] = e4m3_decoding::entry(threadIdx.x);
+  }
+}
 
 /// Which bits of a word of factors of 2 bits are those of eight columns: behind a rotation to the right by twice their
 /// number in the tile, the bits of `mask`, where a T's fraction begins; of row g in the low half, of row g + 8 above.
@@ -187,6 +236,17 @@ struct coded_tile {
     word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
 #pragma unroll
     for (int i = 0; i < scale_words; ++i) scales[i] = reinterpret_cast<const std::uint32_t*>(scales_from)[i];
+  }
+
+  /// The A operand of step s, of 32 columns, in E4M3; `table`: that of e4m3_decoding, in shared memory.
+  __device__ void decode_e4m3(int s, std::uint32_t table, std::uint32_t (&a)[4]) const {
+    static_assert(Kind == weight_kind::mx32);
+    const std::uint32_t both = scales[0] >> s * 16;
+    uint2 low, high;
+    load_shared(table + (both & 0xFFu) * 8, low.x, low.y);
+    load_shared(table + (both >> 8 & 0xFFu) * 8, high.x, high.y);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) e4m3_decoding::decode(word[2 * s + i], low, high, a[2 * i], a[2 * i + 1]);
   }
 
   /// The A operand of step s.

@@ -2,38 +2,42 @@
 
 #include "../../arch/sm90a.cuh"  // copy_box
 #include "../args.cuh"           // matmul_args
-#include "../epilogue.cuh"       // write_pair
 #include "../macro_walk.cuh"     // macro_walk
-#include "sums.cuh"              // lane_sums, stage_ring
 #include "../weight_tile.cuh"    // coded_tile
+#include "sums.cuh"              // lane_sums, stage_ring
+#include "warpgroup_output.cuh"  // row_scales, write_each, write_staged
 
 #include <cuda.h>  // CUtensorMap
 
-#include <cstdint>  // std::uint32_t
+#include <concepts>  // std::same_as
+#include <cstdint>   // std::uint32_t
 
 /// The product on Hopper for many rows of x. One warp keeps the copy engine busy: it brings boxes of activations and
 /// tiles of weights into a ring of stages in shared memory. The other warps are warpgroups of 64 weight rows
 /// each: a lane reads its codes, decodes them in registers, and those are the A operand of the warpgroup's matrix
 /// products; the activations are the B operand. So a tile of the output is [weight rows, x rows], with sums in
-/// registers.
+/// registers. Activations are of 16 bits, or in E4M3, and the weights are decoded to what they are.
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
-/// The shape of a kernel: `Rows` of x and Groups * 64 rows of weights in a tile; stages of 64 columns.
-template <activation T, weight_kind Kind, int Rows, int Groups, int Stages>
+/// The shape of a kernel: `Rows` of x, which is of type X, and Groups * 64 rows of weights in a tile; stages of 128
+/// bytes of each row of x.
+template <class X, weight_kind Kind, int Rows, int Groups, int Stages>
 struct many_rows_shape {
+  using element = X;
+  static constexpr bool is_e4m3 = std::same_as<X, e4m3>;
+  static constexpr int tiles = is_e4m3 ? 2 : 1;  ///< of weights, of a warpgroup in a stage
   static constexpr int rows = Rows, groups = Groups, stages = Stages;
   static constexpr int consumers = Groups * 128, threads = consumers + 128;
   static_assert(Groups == 2, "registers are shared out for two warpgroups");
-  static constexpr int sums = Rows / 2;  ///< of a lane
-  static constexpr std::uint32_t tile_bytes = weight_tile<Kind>::bytes;
+  static constexpr int sums = Rows / 2;                                            ///< of a lane
+  static constexpr std::uint32_t weight_bytes = tiles * weight_tile<Kind>::bytes;  ///< of a warpgroup, in a stage
   static constexpr std::uint32_t box_bytes = Rows * 128;
   static constexpr std::uint32_t weights_at = box_bytes;
-  static constexpr std::uint32_t stage_bytes = (weights_at + Groups * tile_bytes + 1023) / 1024 * 1024;
+  static constexpr std::uint32_t stage_bytes = (weights_at + Groups * weight_bytes + 1023) / 1024 * 1024;
   static constexpr std::uint32_t barriers_at = Stages * stage_bytes;
   static constexpr std::uint32_t output_at = barriers_at + 256;
-  /// What a warpgroup's outputs take on their way to memory: 64 rows of x at a time, padded against bank conflicts.
-  static constexpr std::uint32_t staged_row_bytes = 64 * 2 + 16;
-  static constexpr std::uint32_t tiles_before_at = output_at + Groups * 64 * staged_row_bytes;
+  static constexpr std::uint32_t table_at = output_at + Groups * staged_bytes;  ///< of e4m3_decoding, for E4M3
+  static constexpr std::uint32_t tiles_before_at = table_at + (is_e4m3 ? e4m3_decoding::table_bytes : 0);
   /// Shared memory for `matrices` matrices.
   static constexpr std::uint32_t shared_bytes(std::uint32_t matrices) {
     return 1024 + tiles_before_at + (matrices + 1) * 4;
@@ -45,7 +49,7 @@ struct many_rows_shape {
 /// What the copies of a tile of the output are made of.
 template <class Shape, class T, weight_kind Kind>
 struct stage_source {
-  std::uint32_t groups;  ///< tiles of weights in a stage
+  std::uint32_t groups;  ///< that have weights
   const std::uint8_t* weights;
   int first_row;
 
@@ -55,18 +59,18 @@ struct stage_source {
     weights = args.weights.template tiles_of<Kind>(tile.matrix, row_tile + min(lane, groups - 1));
     first_row = static_cast<int>(tile.first_row);
   }
-  /// A lane for each tile of weights. Its barrier also expects x.
+  /// A lane for each warpgroup. Its barrier also expects x.
   __device__ void copy_weights(std::uint32_t stage, std::uint32_t k, std::uint32_t barrier) const {
     const std::uint32_t lane = threadIdx.x % 32;
-    if (lane == 0) barrier_expect(barrier, Shape::box_bytes + groups * Shape::tile_bytes);
+    if (lane == 0) barrier_expect(barrier, Shape::box_bytes + groups * Shape::weight_bytes);
     __syncwarp();
     if (lane < groups) {
-      copy_bytes(stage + Shape::weights_at + lane * Shape::tile_bytes,
-                 weights + static_cast<std::size_t>(k) * Shape::tile_bytes, Shape::tile_bytes, barrier);
+      copy_bytes(stage + Shape::weights_at + lane * Shape::weight_bytes,
+                 weights + static_cast<std::size_t>(k) * Shape::weight_bytes, Shape::weight_bytes, barrier);
     }
   }
   __device__ void copy_x(const CUtensorMap& x_map, std::uint32_t stage, std::uint32_t k, std::uint32_t barrier) const {
-    if (threadIdx.x % 32 == 31) copy_box(stage, &x_map, static_cast<int>(k * 64), first_row, barrier);
+    if (threadIdx.x % 32 == 31) copy_box(stage, &x_map, static_cast<int>(k * Shape::tiles * 64), first_row, barrier);
   }
 };
 
@@ -85,7 +89,7 @@ struct stage_producer {
   /// Asks for the first weights of a tile, as far as the ring has room.
   __device__ void start(const output_tile& tile) {
     const stage_source<Shape, T, Kind> source(args, tile);
-    early = min(args.weights.col_tiles, static_cast<std::uint32_t>(Shape::stages));
+    early = min(args.weights.col_tiles / Shape::tiles, static_cast<std::uint32_t>(Shape::stages));
     for (std::uint32_t i = 0; i < early; ++i) {
       source.copy_weights(shared + i * Shape::stage_bytes, i, ring.full(i));
     }
@@ -93,7 +97,7 @@ struct stage_producer {
   /// Brings the stages of one tile.
   __device__ void run(const CUtensorMap& x_map, const output_tile& tile) {
     const stage_source<Shape, T, Kind> source(args, tile);
-    for (std::uint32_t i = 0; i < args.weights.col_tiles; ++i, ++number) {
+    for (std::uint32_t i = 0; i < args.weights.col_tiles / Shape::tiles; ++i, ++number) {
       const std::uint32_t stage = shared + slot * Shape::stage_bytes;
       if (number >= early) {
         barrier_wait(ring.empty(slot), parity);
@@ -111,7 +115,7 @@ template <class Shape, class T, weight_kind Kind, int Macros>
 struct tile_sums {
   static constexpr int sums = Shape::sums;
   lane_sums<sums> sum;
-  std::uint32_t a[2][4][4];  ///< A operands of two tiles of weights: one multiplies while the other is decoded
+  std::uint32_t a[2][4][4];  ///< A operands of two stages: one multiplies while the other is decoded
 
   std::uint32_t codes_at, scales_at;  ///< of this lane in a tile
 
@@ -121,19 +125,34 @@ struct tile_sums {
     keep(codes_at), keep(scales_at);
   }
 
-  using coded = coded_tile<Kind>;
+  /// This lane's part of a stage of weights.
+  struct coded_stage {
+    coded_tile<Kind> tile[Shape::tiles];
 
-  /// Reads this lane's part of a tile in shared memory.
-  [[nodiscard]] __device__ coded load(std::uint32_t tile) const {
-    coded out;
-    out.read(tile + codes_at, tile + scales_at);
+    /// The A operand of step s; `table`: that of e4m3_decoding, in shared memory.
+    __device__ void decode(int s, std::uint32_t table, std::uint32_t (&to)[4]) const {
+      if constexpr (Shape::is_e4m3) {
+        tile[s / 2].decode_e4m3(s % 2, table, to);
+      } else {
+        tile[0].template decode<T>(s, to);
+      }
+    }
+  };
+  /// Reads it in shared memory.
+  [[nodiscard]] __device__ coded_stage load(std::uint32_t stage) const {
+    coded_stage out;
+#pragma unroll
+    for (std::uint32_t i = 0; i < Shape::tiles; ++i) {
+      const std::uint32_t tile = stage + i * weight_tile<Kind>::bytes;
+      out.tile[i].read(tile + codes_at, tile + scales_at);
+    }
     return out;
   }
 
   /// d += a b for the first N rows of x of the tile.
   template <int N>
   __device__ void multiply(const std::uint32_t (&by)[4], std::uint64_t box) {
-    wgmma<T>(reinterpret_cast<float(&)[N / 2]>(sum.d), by, box);
+    wgmma<typename Shape::element>(reinterpret_cast<float(&)[N / 2]>(sum.d), by, box);
   }
 
   /// Multiplies the first N rows of x through all columns. Stage by stage: its products, and beside them the decoding
@@ -142,10 +161,11 @@ struct tile_sums {
   __device__ void run(const matmul_args<T>& args, std::uint32_t shared, std::uint32_t group,
                       const std::uint8_t* macro_bytes, std::uint32_t& slot, std::uint32_t& parity) {
     const stage_ring<Shape::stages> ring{shared + Shape::barriers_at};
-    const std::uint32_t mine = shared + Shape::weights_at + group * Shape::tile_bytes;
-    const std::uint32_t tiles = args.weights.col_tiles;
+    const std::uint32_t mine = shared + Shape::weights_at + group * Shape::weight_bytes;
+    const std::uint32_t table = shared + Shape::table_at;
+    const std::uint32_t count = args.weights.col_tiles / Shape::tiles;
     sum.clear();
-    if (tiles == 0) return;
+    if (count == 0) return;
 
     macro_walk macros;
     std::uint32_t macro_tiles = 1, until_next = 1;  // tiles of a macro block; those before the next one starts
@@ -163,15 +183,15 @@ struct tile_sums {
     };
     barrier_wait(ring.full(slot), parity);
     {
-      const coded first_tile = load(mine + slot * Shape::stage_bytes);
+      const coded_stage first = load(mine + slot * Shape::stage_bytes);
 #pragma unroll
-      for (int s = 0; s < 4; ++s) first_tile.template decode<T>(s, a[0][s]);
+      for (int s = 0; s < 4; ++s) first.decode(s, table, a[0][s]);
     }
     const auto step = [&]<int Buffer, bool HasNext>() {
       constexpr int b = Buffer;
       const std::uint32_t box = shared + slot * Shape::stage_bytes, this_empty = ring.empty(slot);
       if (++slot == Shape::stages) slot = 0, parity ^= 1;
-      coded next;
+      coded_stage next;
       if constexpr (HasNext) {
         barrier_wait(ring.full(slot), parity);
         next = load(mine + slot * Shape::stage_bytes);
@@ -191,8 +211,8 @@ struct tile_sums {
           // The tensor cores read operands in registers one product at a time, so that decoding must lie between the
           // products to go on beside them. A branch that the compiler cannot see through keeps it there.
           std::uint32_t yes;
-          asm volatile("mov.u32 %0, %1;" : "=r"(yes) : "r"(tiles));
-          if (yes != 0) next.template decode<T>(s, a[b ^ 1][s]);
+          asm volatile("mov.u32 %0, %1;" : "=r"(yes) : "r"(count));
+          if (yes != 0) next.decode(s, table, a[b ^ 1][s]);
         }
       }
       if constexpr (Macros != 0) {
@@ -202,69 +222,21 @@ struct tile_sums {
         }
       }
     };
-    for (std::uint32_t left = tiles; left > 2; left -= 2) {
+    std::uint32_t left = count;
+    for (; left > 2; left -= 2) {
       step.template operator()<0, true>();
       step.template operator()<1, true>();
     }
-    step.template operator()<0, true>();
-    step.template operator()<1, false>();
+    if (Shape::tiles == 1 || left == 2) {  // there is an even number of tiles
+      step.template operator()<0, true>();
+      step.template operator()<1, false>();
+    } else {
+      step.template operator()<0, false>();
+    }
     wgmma_wait<0>();
     sum.hold();
     tell();
-    sum.template finish<Macros>(macros, scale_decoding<T, Kind>::missing);
-  }
-
-  /// Writes the tile straight from the lanes: little, or where the output's rows are not aligned.
-  __device__ void write(const matmul_args<T>& args, const output_tile& tile, const row_pair& rows) const {
-    const std::uint32_t column = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < sums; ++i) {
-      if (i % 4 >= 2) continue;
-      const std::uint32_t m = static_cast<std::uint32_t>(i / 4 * 8 + i % 2) + column;
-      if (m < tile.rows) write_pair(args, rows, tile.first_row + m, sum.d[i], sum.d[i + 2]);
-    }
-  }
-
-  /// Writes the tile by way of shared memory, 64 rows of x at a time, in whole lines.
-  __device__ void write_staged(const matmul_args<T>& args, const output_tile& tile, const row_pair& rows,
-                               std::uint32_t first_output, unsigned char* staged, int barrier) const {
-    const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
-    const bool is_gated = args.weights.gating != gating_rows::none;
-    const std::uint32_t features = is_gated ? 32 : 64;
-    const std::uint32_t to = shared_address(staged);
-#pragma unroll
-    for (int part = 0; part < Shape::rows / 64; ++part) {
-      if (part * 64 >= static_cast<int>(tile.rows)) break;
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {  // of eight rows of x
-        const float* const at = sum.d + part * 32 + pair * 8;
-        float y[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) y[i] = at[i] * rows.factor[i / 2 % 2] + rows.bias[i / 2 % 2];
-        const std::uint32_t row = static_cast<std::uint32_t>(pair) * 16 + lane % 8 + lane / 16 * 8;
-        std::uint32_t matrices[4];
-        if (is_gated) {
-#pragma unroll
-          for (int i = 0; i < 8; i += 4) y[i] = silu(y[i]) * y[i + 2], y[i + 1] = silu(y[i + 1]) * y[i + 3];
-          matrices[0] = pack_pair<T>(y[0], y[1]), matrices[2] = pack_pair<T>(y[4], y[5]);
-          matrices[1] = matrices[0], matrices[3] = matrices[2];  // written twice, to the same place
-          store_transposed(to + row * Shape::staged_row_bytes + warp * 16, matrices);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) matrices[i] = pack_pair<T>(y[2 * i], y[2 * i + 1]);
-          store_transposed(to + row * Shape::staged_row_bytes + warp * 32 + lane / 8 % 2 * 16, matrices);
-        }
-      }
-      sync_threads(barrier, 128);
-      const std::uint32_t pieces = features / 8;  // of a row, 16 bytes each
-      for (std::uint32_t i = thread; i < 64 * pieces; i += 128) {
-        const std::uint32_t row = i / pieces, piece = i % pieces, m = static_cast<std::uint32_t>(part) * 64 + row;
-        if (m >= tile.rows || first_output + piece * 8 >= args.out.cols) continue;
-        *reinterpret_cast<uint4*>(args.out.data + (tile.first_row + m) * args.out.stride + first_output + piece * 8) =
-            *reinterpret_cast<const uint4*>(staged + row * Shape::staged_row_bytes + piece * 16);
-      }
-      sync_threads(barrier, 128);
-    }
+    if constexpr (!Shape::is_e4m3) sum.template finish<Macros>(macros, scale_decoding<T, Kind>::missing);
   }
 };
 
@@ -285,6 +257,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     stage_ring<Shape::stages>{shared + Shape::barriers_at}.init(Shape::consumers);
     barrier_init_done();
   }
+  if constexpr (Shape::is_e4m3) fill_decoding_table(memory + Shape::table_at);
   start_next_kernel();
   __syncthreads();
   const bool is_consumer = threadIdx.x < Shape::consumers;
@@ -319,20 +292,23 @@ __global__ void __launch_bounds__(Shape::threads, 1)
         macros = args.weights.macros_of(tile.matrix, is_idle ? 0 : row_tile) + lane / 4 * 8 + warp * 2;
       }
       const std::uint32_t in_matrix = (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4;
-      const row_pair rows = find_rows(args, tile.matrix, in_matrix);
+      row_pair rows = find_rows(args, tile.matrix, in_matrix);
+      [[maybe_unused]] row_scales<Shape::rows> x_scales;
+      if constexpr (Shape::is_e4m3) x_scales.load(args, tile);
       // A tile that is not half full takes products of half the width.
       if (tile.rows * 2 <= Shape::rows) {
         sums.template run<Shape::rows / 2>(args, shared, group, macros, slot, parity);
       } else {
         sums.template run<Shape::rows>(args, shared, group, macros, slot, parity);
       }
+      if constexpr (Shape::is_e4m3) x_scales.apply(sums.sum.d, rows);
       if (is_idle) continue;
       if (args.out.is_aligned) {
         const std::uint32_t first_output = row_tile * (args.weights.gating == gating_rows::none ? 64 : 32);
-        sums.write_staged(args, tile, rows, first_output, output + group * (64 * Shape::staged_row_bytes),
-                          1 + static_cast<int>(group));
+        write_staged(args, tile, rows, sums.sum.d, first_output, output + group * staged_bytes,
+                     1 + static_cast<int>(group));
       } else {
-        sums.write(args, tile, rows);
+        write_each(args, tile, rows, sums.sum.d);
       }
     }
   }

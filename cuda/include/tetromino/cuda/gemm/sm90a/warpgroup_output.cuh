@@ -1,0 +1,108 @@
+#pragma once
+
+#include "../../arch/sm90a.cuh"  // store_transposed, sync_threads
+#include "../args.cuh"           // matmul_args, output_tile
+#include "../epilogue.cuh"       // row_pair, write_pair
+#include "../weight_tile.cuh"    // e4m3_decoding
+
+#include <cstdint>  // std::uint32_t
+
+/// Writing what a warpgroup has summed up for 64 rows of weights: a lane's sums are those of lane_sums.
+namespace TETROMINO_NAMESPACE::cuda::detail {
+
+/// What a warpgroup's outputs take on their way to memory: 64 rows of x at a time, padded against bank conflicts.
+inline constexpr std::uint32_t staged_row_bytes = 64 * 2 + 16, staged_bytes = 64 * staged_row_bytes;
+
+#if TETROMINO_CUDA_HOPPER
+
+/// The scales of a tile's rows of x in E4M3, which a warpgroup's sums want in the end: every lane keeps a part.
+template <int Rows>
+struct row_scales {
+  float mine[Rows / 32];  ///< of rows lane, lane + 32, ...
+
+  template <class T>
+  __device__ void load(const matmul_args<T>& args, const output_tile& tile) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < Rows / 32; ++i) {
+      const std::uint32_t m = i * 32 + threadIdx.x % 32;
+      mine[i] = m < tile.rows ? args.x.scales[tile.first_row + m] : 0.0f;
+    }
+  }
+  /// Multiplies the sums by them, and gives the factors of the rows of weights what decoding to E4M3 left out.
+  __device__ void apply(float (&sums)[Rows / 2], row_pair& rows) const {
+    const int column = static_cast<int>(threadIdx.x % 4 * 2);
+#pragma unroll
+    for (int i = 0; i < Rows / 2; i += 4) {
+      const int row = i * 2;  // the first of eight of x
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float scale = __shfl_sync(0xFFFFFFFFu, mine[row / 32], row % 32 + column + j);
+        sums[i + j] *= scale, sums[i + j + 2] *= scale;
+      }
+    }
+    rows.factor[0] *= e4m3_decoding::missing, rows.factor[1] *= e4m3_decoding::missing;
+  }
+};
+
+/// Writes a tile straight from the lanes: little, or where the output's rows are not aligned.
+template <class T, int Count>
+__device__ inline void write_each(const matmul_args<T>& args, const output_tile& tile, const row_pair& rows,
+                                  const float (&sums)[Count]) {
+  const std::uint32_t column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < Count; ++i) {
+    if (i % 4 >= 2) continue;
+    const std::uint32_t m = static_cast<std::uint32_t>(i / 4 * 8 + i % 2) + column;
+    if (m < tile.rows) write_pair(args, rows, tile.first_row + m, sums[i], sums[i + 2]);
+  }
+}
+
+/// Writes a tile by way of shared memory, 64 rows of x at a time, in whole lines. `first_output`: the warpgroup's first
+/// column; `staged`: its staged_bytes; `barrier`: the number of a barrier of its own.
+template <class T, int Count>
+__device__ inline void write_staged(const matmul_args<T>& args, const output_tile& tile, const row_pair& rows,
+                                    const float (&sums)[Count], std::uint32_t first_output, unsigned char* staged,
+                                    int barrier) {
+  const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, thread = threadIdx.x % 128;
+  const bool is_gated = args.weights.gating != gating_rows::none;
+  const std::uint32_t features = is_gated ? 32 : 64;
+  const std::uint32_t to = shared_address(staged);
+#pragma unroll
+  for (int part = 0; part < (Count + 31) / 32; ++part) {
+    if (part * 64 >= static_cast<int>(tile.rows)) break;
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {  // of eight rows of x
+      if (part * 32 + pair * 8 >= Count) break;
+      const float* const at = sums + part * 32 + pair * 8;
+      float y[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) y[i] = at[i] * rows.factor[i / 2 % 2] + rows.bias[i / 2 % 2];
+      const std::uint32_t row = static_cast<std::uint32_t>(pair) * 16 + lane % 8 + lane / 16 * 8;
+      std::uint32_t matrices[4];
+      if (is_gated) {
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) y[i] = silu(y[i]) * y[i + 2], y[i + 1] = silu(y[i + 1]) * y[i + 3];
+        matrices[0] = pack_pair<T>(y[0], y[1]), matrices[2] = pack_pair<T>(y[4], y[5]);
+        matrices[1] = matrices[0], matrices[3] = matrices[2];  // written twice, to the same place
+        store_transposed(to + row * staged_row_bytes + warp * 16, matrices);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) matrices[i] = pack_pair<T>(y[2 * i], y[2 * i + 1]);
+        store_transposed(to + row * staged_row_bytes + warp * 32 + lane / 8 % 2 * 16, matrices);
+      }
+    }
+    sync_threads(barrier, 128);
+    const std::uint32_t pieces = features / 8;  // of a row, 16 bytes each
+    for (std::uint32_t i = thread; i < 64 * pieces; i += 128) {
+      const std::uint32_t row = i / pieces, piece = i % pieces, m = static_cast<std::uint32_t>(part) * 64 + row;
+      if (m >= tile.rows || first_output + piece * 8 >= args.out.cols) continue;
+      *reinterpret_cast<uint4*>(args.out.data + (tile.first_row + m) * args.out.stride + first_output + piece * 8) =
+          *reinterpret_cast<const uint4*>(staged + row * staged_row_bytes + piece * 16);
+    }
+    sync_threads(barrier, 128);
+  }
+}
+
+#endif
+
+}  // namespace TETROMINO_NAMESPACE::cuda::detail
