@@ -341,6 +341,17 @@ void shapes() {
                      normals(s.m * s.k, seed + 1, 1.0f));
     ++seed;
   }
+  // four warpgroups to a tile of 16, 24 and 32 rows, by which two blocks can share each tile on 132 multiprocessors
+  for (const std::size_t m : {13, 22, 30}) {
+    for (const char* name : all_recipes) {
+      const shape s{m, 14336, 512};
+      if (!is_short() || seed % 4 == 0) {
+        check_product<T>("wide", s, recipe::parse(name), {}, normals(s.n * s.k, seed, 0.02f),
+                         normals(s.m * s.k, seed + 1, 1.0f));
+      }
+      ++seed;
+    }
+  }
   if (is_short()) {  // every other kernel, with more columns than its stages hold
     for (const std::size_t m : {4, 12, 32, 64, 128, 300}) {
       for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static", "mxfp4-32/oas/mbs-static@32", "nvfp4/amax",
@@ -389,6 +400,21 @@ void experts() {
         ++seed;
       }
     }
+  }
+  // tiles of 16, 24 and 32 rows with four warpgroups, which 132 multiprocessors take in one round, with three in two
+  const std::vector<std::uint32_t> counts[] = {
+      {8, 1, 16, 0, 12, 17, 5, 3, 10}, {12, 1, 24, 0, 18, 25, 7, 5, 16}, {20, 1, 32, 0, 28, 33, 11, 8, 38}};
+  for (const char* name : all_recipes) {
+    setting how;
+    how.offsets = offsets_of(18, counts[seed / 3 % 3]);
+    how.gating = std::array{gating_rows::none, gating_rows::halves, gating_rows::interleaved}[seed % 3];
+    how.bias = seed % 2 == 0;
+    const shape s{how.offsets.back(), 1400, 320};
+    if (!is_short() || seed % 4 == 0) {
+      check_product<T>("wide experts", s, recipe::parse(name), how, normals(18 * s.n * s.k, seed, 0.1f),
+                       normals(s.m * s.k, seed + 1, 1.0f));
+    }
+    ++seed;
   }
   // tiles of 256 rows
   for (const char* name : {"mxfp4-32/oas", "mxfp4-16/oas/mbs-static"}) {

@@ -10,7 +10,7 @@
 
 #include <algorithm>  // std::max, std::min
 #include <array>      // std::array
-#include <cmath>      // std::ceil, std::sqrt
+#include <cmath>      // std::ceil, std::exp, std::sqrt
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint32_t
 
@@ -111,38 +111,70 @@ template <class Kernel>
   return static_cast<std::size_t>(clusters);
 }
 
-/// Launches the kernel for a middling number of rows of x.
-template <activation T, weight_kind Kind, int Macros, int Rows, int Groups>
-result<void> launch_medium_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
-                                const device_facts& device) {
-  using shape = medium_rows_shape<T, Kind, Rows, Groups, 4>;
-  constexpr std::size_t most = shape::most_parts;
+/// How many blocks of medium_rows_kernel share a tile of the output, where there are at most `tiles`.
+template <activation T, weight_kind Kind, int Macros, class Shape>
+[[nodiscard]] std::size_t medium_rows_parts(const matmul_args<T>& args, std::size_t tiles) {
+  constexpr std::size_t most = Shape::most_parts;
   constexpr std::uint32_t most_bytes = 227 * 1024;
-  auto* const kernel = medium_rows_kernel<shape, T, Kind, Macros>;
-  args.feature_tiles = (args.weights.row_tiles + Groups - 1) / Groups;
-  const std::size_t tiles = row_tiles * args.feature_tiles;
-  const std::uint32_t matrices = job.row_offsets == nullptr ? 0 : args.weights.matrices;
+  const std::uint32_t matrices = args.x.row_offsets == nullptr ? 0 : args.weights.matrices;
   // Clusters share tiles, if each block still gets a few stages and all of them run at once. What a device has room for
   // depends on how its multiprocessors are grouped, and is asked once: all of them are taken to be alike.
   static const std::array<std::size_t, most + 1> room = [&] {
     std::array<std::size_t, most + 1> out{};
     for (std::size_t parts = 2; parts <= most; ++parts) {
-      const std::uint32_t bytes = shape::shared_bytes(0, static_cast<std::uint32_t>(parts));
-      if (bytes <= most_bytes) out[parts] = clusters_at_once(kernel, shape::threads, bytes, parts);
+      const std::uint32_t bytes = Shape::shared_bytes(0, static_cast<std::uint32_t>(parts));
+      if (bytes <= most_bytes) {
+        out[parts] = clusters_at_once(medium_rows_kernel<Shape, T, Kind, Macros>, Shape::threads, bytes, parts);
+      }
     }
     return out;
   }();
   std::size_t parts = most;
   while (parts > 1 && (tiles > room[parts] || args.weights.col_tiles < parts * 4 ||
-                       shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts)) > most_bytes)) {
+                       Shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts)) > most_bytes)) {
     --parts;
   }
+  return parts;
+}
+
+/// Launches the kernel for a middling number of rows of x. `row_tiles` is how many tiles of x there can be at most.
+template <activation T, weight_kind Kind, int Macros, int Rows, int Groups>
+result<void> launch_medium_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
+                                const device_facts& device) {
+  using shape = medium_rows_shape<T, Kind, Rows, Groups, 4>;
+  args.feature_tiles = (args.weights.row_tiles + Groups - 1) / Groups;
+  const std::size_t tiles = row_tiles * args.feature_tiles;
+  const std::size_t parts = medium_rows_parts<T, Kind, Macros, shape>(args, tiles);
   const std::size_t blocks =
       parts > 1 ? tiles * parts : std::min(tiles, static_cast<std::size_t>(device.multiprocessors));
+  const std::uint32_t bytes =
+      shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.weights.matrices, static_cast<std::uint32_t>(parts));
   auto map = map_activations(job.x, Rows);
   if (!map) return map.error();
-  return launch_overlapping(kernel, "the launch of medium_rows_kernel", s, blocks, shape::threads,
-                            shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts)), parts, *map, args);
+  return launch_overlapping(medium_rows_kernel<shape, T, Kind, Macros>, "the launch of medium_rows_kernel", s, blocks,
+                            shape::threads, bytes, parts, *map, args);
+}
+
+/// Whether launch_medium_rows does better with four warpgroups than with three. The multiprocessors take tiles in
+/// rounds. Four take 0.95 of three's time for as many weight rows, 0.93 with macro-block factors (cycles on an H200
+/// over experts), but their wider tiles may need as many rounds. Where clusters can share the tiles of three, those
+/// fill the multiprocessors by more parts, and four took 1.0-1.3 times as long. `row_tiles` is how many tiles of x
+/// there can be at most, `usual_row_tiles` how many to reckon with.
+template <activation T, weight_kind Kind, int Macros, int Rows>
+[[nodiscard]] bool prefers_four_groups(const matmul_args<T>& args, std::size_t row_tiles, double usual_row_tiles,
+                                       const device_facts& device) {
+  const std::size_t for_three = (args.weights.row_tiles + 2) / 3;
+  const std::size_t for_four = (args.weights.row_tiles + 3) / 4;
+  if (medium_rows_parts<T, Kind, Macros, medium_rows_shape<T, Kind, Rows, 3, 4>>(args, row_tiles * for_three) > 1) {
+    return false;
+  }
+  const std::size_t parts =
+      medium_rows_parts<T, Kind, Macros, medium_rows_shape<T, Kind, Rows, 4, 4>>(args, row_tiles * for_four);
+  const auto rounds = [&](std::size_t feature_tiles) {
+    return std::ceil(usual_row_tiles * static_cast<double>(feature_tiles) / device.multiprocessors);
+  };
+  const double rounds_of_four = parts > 1 ? 1 / static_cast<double>(parts) : rounds(for_four);
+  return rounds_of_four * 4 * (Macros == 0 ? 0.95 : 0.93) < rounds(for_three) * 3;
 }
 
 /// Launches the kernel that fits tiles to the rows of x that each expert has.
@@ -179,10 +211,10 @@ result<void> launch_few_rows(const stream& s, const matmul_job<T>& job, matmul_a
 /// Experts differ from the average by about its root, and one that needs a second tile has its weights read and decoded
 /// twice; so up to 32 rows the tile has room for two deviations more. (Poisson counts; measured on an H200 at 1 to 256
 /// tokens, even and skewed: 1.15 x on average.) Tiles of 8 rows split columns among 16 warps, which pays for experts
-/// where there are many columns.
+/// where there are many columns and so few rows.
 [[nodiscard]] inline std::size_t tile_height(const matmul_job_base& job, std::size_t rows) {
   if (job.row_offsets == nullptr || rows > 32) return rows;
-  if (rows <= 6 && job.shape.cols >= 6144) return 8;
+  if (rows <= 3 && job.shape.cols >= 6144) return 8;
   const auto mean = static_cast<double>(rows);
   return std::max<std::size_t>(16, static_cast<std::size_t>(std::ceil(mean + 2 * std::sqrt(mean))));
 }
@@ -239,7 +271,27 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
       return launch_fitted_rows<T, Kind, Macros, fitted>(s, job, args, row_tiles(fitted::rows), *device);
     }
     if (height <= 8) return launch_few_rows<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device);
-    if (height <= 16) return launch_medium_rows<T, Kind, Macros, 16, 3>(s, job, args, row_tiles(16), *device);
+    // n calls, each of one of E experts, hit about E (1 - exp(-n / E)) of them, which mostly take a tile each.
+    const auto most = static_cast<double>(args.weights.matrices);
+    const double usual_tiles =
+        job.row_offsets == nullptr ? 1.0 : most * (1 - std::exp(-static_cast<double>(job.row_count) / most));
+    if (height <= 16) {
+      if (prefers_four_groups<T, Kind, Macros, 16>(args, row_tiles(16), usual_tiles, *device)) {
+        return launch_medium_rows<T, Kind, Macros, 16, 4>(s, job, args, row_tiles(16), *device);
+      }
+      return launch_medium_rows<T, Kind, Macros, 16, 3>(s, job, args, row_tiles(16), *device);
+    }
+    if constexpr (Macros != 2) {  // which would spill registers
+      if (height <= 24 && prefers_four_groups<T, Kind, Macros, 24>(args, row_tiles(24), usual_tiles, *device)) {
+        return launch_medium_rows<T, Kind, Macros, 24, 4>(s, job, args, row_tiles(24), *device);
+      }
+    }
+    if constexpr (Macros == 0) {  // experts with macro blocks have fitted tiles from 16 rows on
+      if (height > 24 && height <= 32 &&
+          prefers_four_groups<T, Kind, Macros, 32>(args, row_tiles(32), usual_tiles, *device)) {
+        return launch_medium_rows<T, Kind, Macros, 32, 4>(s, job, args, row_tiles(32), *device);
+      }
+    }
     if (height <= 24) return launch_medium_rows<T, Kind, Macros, 24, 3>(s, job, args, row_tiles(24), *device);
     if (height <= 32) return launch_medium_rows<T, Kind, Macros, 32, 3>(s, job, args, row_tiles(32), *device);
     if (height <= 48) return launch_medium_rows<T, Kind, Macros, 48, 3>(s, job, args, row_tiles(48), *device);
