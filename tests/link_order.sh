@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Usage: link_order.sh COMPILER WORK LEVELS SETS PROGRAMS INCLUDE...
 # SETS: avx2, avx512 or both, beside plain x86-64. PROGRAMS: objects, with | between them, of programs that place experts
-# and were compiled for AVX2; a look at them stands in for placement.cpp, which takes most of the time to compile. Without
-# any, it is compiled.
+# and were compiled for AVX2; a look at them stands in for placement.cpp, which takes most of the time to compile. With -
+# it is compiled.
 # Objects compiled for different instruction sets link into one program, in any order, and none runs the other's vector
 # code: no function of ours that they share has any, and the program runs on an old CPU (qemu-x86_64, if it is there).
 # Objects also share templates of the standard library and of JSON, such as std::vector<double>::_M_fill_assign; with
@@ -44,7 +44,7 @@ weak() {
 added='([CD][0-9]Ev|(C[12]E|aSE)(RK|O)S[0-9A-Z]*_)$'  # what compilers add to data types
 
 status=0 parts="verbs placement" places=(-DPLACES)
-if [[ -n $programs ]]; then
+if [[ $programs != - ]]; then
   parts=verbs places=()
   IFS='|' read -ra programs <<<"$programs"
   for object in "${programs[@]}"; do
