@@ -185,7 +185,7 @@ class rebalancer {
       out.verdict = rebalance_verdict::no_gain;
       if (!affinity_) {  // what is there is what to serve under
         affinity_ = node_affinity::make(here, planned_, seen, options_->group);
-        loads_ = std::move(loads);
+        keep_loads(std::move(loads));
       }
       return out;
     }
@@ -298,7 +298,7 @@ class rebalancer {
   TETROMINO_ABI void start_anew() {
     layers_.clear();
     affinity_.reset();
-    loads_ = {};
+    keep_loads({});
   }
 
   [[nodiscard]] TETROMINO_ABI load_table loads_of(const trace_view& seen) const {
@@ -426,10 +426,15 @@ class rebalancer {
     return r.bytes_saved > options_->least_return * r.way.bytes_between_nodes;
   }
 
+  // Member by member: objects for different instruction sets share the assignment that compilers add to load_table, and
+  // with -O1 clang calls it.
+  TETROMINO_ABI void keep_loads(load_table&& loads) {
+    loads_.layers = loads.layers, loads_.experts = loads.experts, loads_.values = std::move(loads.values);
+  }
   TETROMINO_ABI void begin(candidate found, load_table loads, const migration& way) {
     next_ = std::move(found.experts);
     next_affinity_ = std::move(found.affinity);
-    loads_ = std::move(loads);
+    keep_loads(std::move(loads));
     for (std::size_t l = 0; l < current_.layers(); ++l) {
       if (std::equal(current_.layer(l).begin(), current_.layer(l).end(), next_.layer(l).begin())) continue;
       const auto moved =
