@@ -136,6 +136,7 @@ TEST_CASE("rotations, products and 8-bit activations are the same in every float
   const tetromino_test::sample<float> x(random, 1, 5, 160), w(random, 1, 7, 160);
   const auto weights = quantize(vectors, w.view, recipe::parse("mxfp4-16/oas/mbs-static"));
   std::vector<float> tiny;  // subnormal numbers that are large beside the row's largest
+  tiny.reserve(40);
   for (int k = 0; k < 40; ++k) tiny.push_back(std::ldexp(1.0f + static_cast<float>(k) / 64, -117 - k / 2));
   const auto run = [&](const auto& policy) {
     std::vector<std::vector<float> > out;
