@@ -44,9 +44,8 @@
 ///   `indexed` (vLLM's choice) and `grouped_contiguous`. E4M3 activations in groups of 128 are a row of their own.
 /// - triton_kernels: in the wheel vllm 0.24.0, `matmul_ogs` with its Hopper layout of values and scales; the best of
 ///   num_warps 4 and 8, and of split_k as chosen and 1 (over experts 1).
-/// - Marlin: in the wheel vllm 0.24.0, `marlin_gemm` and `moe_wna16_marlin_gemm`, sums in float, the block size by
-/// vLLM's
-///   rule.
+/// - Marlin: in the wheel vllm 0.24.0, `marlin_gemm` and `moe_wna16_marlin_gemm`, sums in float, the block size by the
+///   rule of vLLM.
 ///
 /// Their own launches may use programmatic dependent launch or not, as shipped: say which, since it is worth 1 to 2 us.
 
