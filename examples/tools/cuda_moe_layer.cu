@@ -1,8 +1,8 @@
 /// One mixture-of-experts layer on the GPU from float weights: pack, route, group, multiply (gate and up with SwiGLU,
 /// then down), combine. Checks sampled tokens against float64 sums over the unpacked weights, and prints what each step
-/// and the layer take in a CUDA graph, as an engine decodes, beside what moving their bytes at the rate of a device
-/// copy would take. The graph holds eight calls with other experts each: else the cache would hold the few that a few
-/// tokens choose.
+/// and the layer take in a CUDA graph on a rested GPU, as an engine decodes, beside what moving their bytes at the rate
+/// of a device copy would take. Calls in the graph have other experts, in eight turns: else the cache would hold the
+/// few that a few tokens choose.
 ///   cuda_moe_layer [--tokens N,N...] [--weights RECIPE] [LAYER]...
 /// Layers have the shapes of DeepSeek-V3 (deepseek), Qwen3-235B-A22B (qwen3), gpt-oss-20b and gpt-oss-120b, by default
 /// all of them; or small. Recipes are MXFP4's that need no rotation, by default mxfp4-32/oas/mbs-static.
@@ -54,7 +54,7 @@ struct layer_weights {
   }
 };
 
-constexpr std::size_t turns = 8;  // calls of the layer in a graph
+constexpr std::size_t turns = 8;  // calls of the layer with other experts each
 
 /// How the tokens of one call are routed.
 struct routing {
@@ -186,7 +186,7 @@ bool run(const layer& l, const tt::cuda::stream& s, const layer_weights& w, std:
   const double out_bytes = active * bytes_per_weight * weights + d_calls * row(l.hidden + l.inner);
   const double flops = 2 * d_calls * weights;
   const auto line = [&](const char* step, const auto& f, double bytes, double step_flops) {
-    const double ms = milliseconds_in_graph(s.handle, b.routings.size(), [&](std::size_t i) { f(b.routings[i]); });
+    const double ms = milliseconds_rested(s.handle, b.routings.size(), [&](std::size_t i) { f(b.routings[i]); });
     std::printf("   %-14s %9.1f us   ceiling %8.1f us %s", step, 1e3 * ms, bytes / copy_rate * 1e-6,
                 step_flops == 0 ? "\n" : "");
     if (step_flops != 0) std::printf("  %6.1f TFLOP/s\n", step_flops / ms * 1e-9);

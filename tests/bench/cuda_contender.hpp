@@ -13,19 +13,24 @@
 /// It answers `name microseconds` for each way that it has, a line each, and then an empty line; it may answer with the
 /// empty line alone. Such a program, with what PyPI has, is
 ///
-///     import statistics, sys, torch
-///     def microseconds(call, turns):             # as cuda_timing.hpp: a graph of calls that take turns, medians
+///     import statistics, sys, time, torch
+///     def replayed(call, calls, turns):          # as cuda_timing.hpp: calls that take turns, in a graph
 ///         for i in range(turns): call(i)
 ///         torch.cuda.synchronize()
 ///         graph = torch.cuda.CUDAGraph()
 ///         with torch.cuda.graph(graph):
-///             for i in range(turns): call(i)
+///             for i in range(calls): call(i % turns)
+///         graph.replay()
 ///         times = []
-///         for _ in range(8):
+///         for _ in range(3):
+///             torch.cuda.synchronize(); time.sleep(0.02)
 ///             a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+///             torch.cuda._sleep(500_000)         # 0.3 ms, in which the host queues the rest
 ///             a.record(); graph.replay(); b.record(); b.synchronize()
-///             times.append(1e3 * a.elapsed_time(b) / turns)
+///             times.append(1e3 * a.elapsed_time(b) / calls)
 ///         return statistics.median(times)
+///     def microseconds(call, turns):             # about 2 ms in a graph
+///         return replayed(call, max(1, int(2000 / replayed(call, turns, turns))), turns)
 ///     for line in sys.stdin:
 ///         kind, *numbers = line.split()
 ///         for name, call, turns in ways(kind, [int(n) for n in numbers]):
@@ -35,6 +40,9 @@
 /// where ways() makes the weights of a shape once and keeps them. For what is fair:
 /// - Dense weights are copied until they exceed 300 MiB, and calls take turns among the copies. Experts take turns too:
 ///   call i of eight gives the rows of expert e to expert (e + i E / 8) mod E, as here.
+/// - The GPU rests for 20 ms before each replay, and a replay takes about 2 ms: products of many rows in a row reach
+///   the power limit, and would slow what is timed next. What keeps the GPU busy before, as trying configurations does,
+///   is followed by a rest of 160 ms.
 /// - Compare outputs with float sums over the same packed weights before times: a wrong layout can be fast.
 /// - Rows come to us grouped by expert. What gathers rows by itself (Marlin, Humming's `indexed`, triton_kernels with
 ///   gather) does more; sorting tokens by expert is outside for all.

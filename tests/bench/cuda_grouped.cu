@@ -1,7 +1,8 @@
 /// How fast the GPU multiplies by the packed weights of a layer's experts, against cuBLAS on bfloat16 weights: a loop
 /// of calls, one for each expert that got rows, whose sizes the host knows; and one dense product of the same work.
-/// Calls are captured in graphs. A routing is drawn once, but call i of eight gives the rows of expert e to expert
-/// (e + i E / 8) mod E: otherwise the cache would hold the few experts that a few tokens choose.
+/// Calls are captured in graphs, and the GPU rests before each timing. A routing is drawn once, but call i of eight
+/// gives the rows of expert e to expert (e + i E / 8) mod E: otherwise the cache would hold the few experts that a few
+/// tokens choose.
 ///   cuda_grouped [--contender COMMAND] [--tokens N,N...] [DATA_FOLDER [LAYER...]]
 /// Layers: qwen3, deepseek, gpt-oss-20b, gpt-oss-20b-down, gpt-oss-120b, gpt-oss-120b-down; without names, all.
 
@@ -184,16 +185,16 @@ void run(const layer& l, const routing& r, const setting& s, const device_array<
                          static_cast<int>(l.n), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
             "cublasGemmEx");
   };
-  const auto loop = timing::time_graph(s.stream.handle, 3, 2, [&](int i) {
-    const auto& of_turn = r.offsets[static_cast<std::size_t>(i) * turns / 2 % turns];
+  const auto loop = timing::time_rested(s.stream.handle, [&](int i) {
+    const auto& of_turn = r.offsets[static_cast<std::size_t>(i) % turns];
     for (std::size_t e = 0; e < l.experts; ++e) {
       if (of_turn[e + 1] != of_turn[e]) gemm(dense.data + e * size, of_turn[e], of_turn[e + 1] - of_turn[e]);
     }
   });
-  const auto one_product = timing::time_graph(s.stream.handle, 3, 1, [&](int) { gemm(dense.data, 0, rows); });
+  const auto one_product = timing::time_rested(s.stream.handle, [&](int) { gemm(dense.data, 0, rows); });
   double first_us = 0;
   for (const auto& w : ours) {
-    const auto t = timing::time_graph(s.stream.handle, 5, turns, [&](int i) {
+    const auto t = timing::time_rested(s.stream.handle, [&](int i) {
       const std::size_t turn = static_cast<std::size_t>(i) % turns;
       grouped_matmul(s.stream, matrix_view<const bfloat16>(x, rows, l.k), w->weights(),
                      offsets.span().subspan(turn * (l.experts + 1), l.experts + 1),
@@ -220,7 +221,7 @@ void run(const layer& l, const routing& r, const setting& s, const device_array<
     const matrix_view<const bfloat16> of(x, rows, l.k);
     quantize_e4m3_to(s.stream, of, x8);
     if (!product(0)) break;
-    const auto t = timing::time_graph(s.stream.handle, 5, turns, [&](int i) {
+    const auto t = timing::time_rested(s.stream.handle, [&](int i) {
       if (rounds) quantize_e4m3_to(s.stream, of, x8);
       product(static_cast<std::size_t>(i) % turns).value();
     });

@@ -1,5 +1,6 @@
 /// How fast the GPU multiplies by packed weights, against cuBLAS on bfloat16 weights and a device copy. Weights take
-/// turns among copies that together exceed the cache, calls are captured in a graph.
+/// turns among copies that together exceed the cache, calls are captured in a graph. The GPU rests before each timing;
+/// for 512 rows or more, times in a row, at the power limit, follow.
 ///   cuda_matmul [quick] [--contender COMMAND]
 
 #include "cuda_contender.hpp"
@@ -120,33 +121,32 @@ struct e4m3_rows {
   }
 };
 
-/// Times the products of m rows, cuBLAS and ours in turn. Weights are settled, as they are in decoding; products with
-/// large m come last, since they slow the clock for what follows them.
+/// Times the products of m rows, cuBLAS and ours in turn. Weights are settled, as they are in decoding.
 void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cublasHandle_t handle, bfloat16* x,
          bfloat16* out, const e4m3_rows& x8, timing::contender& contender) {
   double first_us = 0;
   const std::size_t size = l.n * l.k;
   const double flops = 2.0 * static_cast<double>(m) * static_cast<double>(size);
   const float one = 1, zero = 0;
-  const auto dense =
-      timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(l.copies) * (m > 1024 ? 2 : 6), [&](int i) {
-        const bfloat16* w = l.dense + static_cast<std::size_t>(i) % l.copies * size;
-        require(cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(l.n), static_cast<int>(m),
-                             static_cast<int>(l.k), &one, w, CUDA_R_16BF, static_cast<int>(l.k), x, CUDA_R_16BF,
-                             static_cast<int>(l.k), &zero, out, CUDA_R_16BF, static_cast<int>(l.n), CUBLAS_COMPUTE_32F,
-                             CUBLAS_GEMM_DEFAULT),
-                "cublasGemmEx");
-      });
+  const auto dense_call = [&](int i) {
+    const bfloat16* w = l.dense + static_cast<std::size_t>(i) % l.copies * size;
+    require(cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(l.n), static_cast<int>(m),
+                         static_cast<int>(l.k), &one, w, CUDA_R_16BF, static_cast<int>(l.k), x, CUDA_R_16BF,
+                         static_cast<int>(l.k), &zero, out, CUDA_R_16BF, static_cast<int>(l.n), CUBLAS_COMPUTE_32F,
+                         CUBLAS_GEMM_DEFAULT),
+            "cublasGemmEx");
+  };
+  cuda::matmul_options options;
+  options.settled_weights = true;
+  const auto packed_call = [&](const layer::packed& p, int i) {
+    matmul(s, matrix_view<const bfloat16>(x, m, l.k), p.weights(static_cast<std::size_t>(i)),
+           matrix_view<bfloat16>(out, m, l.n), options);
+  };
+  const auto dense = timing::time_rested(s.handle, dense_call);
   std::printf("%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s\n", m, l.n, l.k, "cuBLAS bfloat16",
               dense.median_us, 50 * dense.spread, flops / dense.median_us * 1e-6);
   for (const auto& p : l.of_recipes) {
-    cuda::matmul_options options;
-    options.settled_weights = true;
-    const auto t =
-        timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(p.copies) * (m > 1024 ? 1 : 4), [&](int i) {
-          matmul(s, matrix_view<const bfloat16>(x, m, l.k), p.weights(static_cast<std::size_t>(i)),
-                 matrix_view<bfloat16>(out, m, l.n), options);
-        });
+    const auto t = timing::time_rested(s.handle, [&](int i) { packed_call(p, i); });
     if (first_us == 0) first_us = t.median_us;
     const double rate = bits_per_weight(p.rule.format) / 8.0 * static_cast<double>(size) / t.median_us * 1e-6;
     std::printf(
@@ -163,10 +163,8 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
     const auto view = x8.view(m, l.k);
     quantize_e4m3_to(s, rows, view);
     if (!try_matmul(s, view, p.weights(0), matrix_view<bfloat16>(out, m, l.n))) break;
-    const auto t = timing::time_graph(s.handle, m > 1024 ? 3 : 8, static_cast<int>(p.copies), [&](int i) {
+    const auto t = timing::time_rested(s.handle, [&](int i) {
       if (rounds) quantize_e4m3_to(s, rows, view);
-      cuda::matmul_options options;
-      options.settled_weights = true;
       matmul(s, view, p.weights(static_cast<std::size_t>(i)), matrix_view<bfloat16>(out, m, l.n), options);
     });
     std::printf("%5zu x [%zu, %zu]  %-26s %9.2f us ±%4.1f %%  %7.1f TFLOP/s  %5.2f x cuBLAS\n", m, l.n, l.k,
@@ -176,6 +174,13 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
   std::ostringstream question;
   question << "dense " << m << ' ' << l.n << ' ' << l.k;
   timing::print_contenders(contender.ask(question.str()), first_us);
+  if (m >= 512) {
+    const layer::packed& p = l.of_recipes[0];
+    const auto theirs = timing::time_in_a_row(s.handle, dense_call);
+    const auto ours = timing::time_in_a_row(s.handle, [&](int i) { packed_call(p, i); });
+    std::printf("%5zu x [%zu, %zu]  in a row: cuBLAS %9.2f us, %s %9.2f us = %5.2f x cuBLAS\n", m, l.n, l.k,
+                theirs.median_us, p.rule.name().c_str(), ours.median_us, theirs.median_us / ours.median_us);
+  }
   std::fflush(stdout);
 }
 

@@ -46,7 +46,7 @@ void run(const model& m, std::size_t tokens, double copy) {
     timing::print_row(std::string(m.name) + ", " + std::to_string(n) + " tokens, " + what, t, bytes, copy);
   };
 
-  const auto routed = timing::time_graph(s.handle, 20, 4, [&](int) {
+  const auto routed = timing::time_rested(s.handle, [&](int) {
     cuda::route(s, {logits, tokens * m.experts}, m.experts, options, {ids, calls}, {weights, calls});
   });
   row("route", tokens, routed, static_cast<double>(tokens * m.experts * 4 + calls * 6));
@@ -62,14 +62,14 @@ void run(const model& m, std::size_t tokens, double copy) {
     const cuda::expert_groups groups{{offsets, m.experts + 1}, {expert_rows, pairs}, {pair_of_call, pairs}, m.k};
     const std::span<const std::uint16_t> slots(ids, pairs);
     const std::span<const bfloat16> from(x, rows * m.width), outputs(y, pairs * m.width);
-    const auto grouped = timing::time_graph(s.handle, 20, 8, [&](int) { cuda::group_by_expert(s, slots, 0, groups); });
+    const auto grouped = timing::time_rested(s.handle, [&](int) { cuda::group_by_expert(s, slots, 0, groups); });
     std::printf("%-12s %7zu tokens  %-8s %9.1f us\n", m.name, rows, "group", grouped.median_us);
     const double bytes = static_cast<double>((rows + pairs) * m.width * 2);
-    const auto permuted = timing::time_graph(s.handle, 20, 4, [&](int) {
+    const auto permuted = timing::time_rested(s.handle, [&](int) {
       cuda::permute<bfloat16>(s, from, {y, pairs * m.width}, m.width, groups);
     });
     row("permute", rows, permuted, bytes);
-    const auto combined = timing::time_graph(s.handle, 20, 4, [&](int) {
+    const auto combined = timing::time_rested(s.handle, [&](int) {
       cuda::try_combine<bfloat16>(s, outputs, std::span<const float>(weights, pairs), {x, rows * m.width}, m.width,
                                   groups)
           .value();

@@ -1,14 +1,16 @@
 #pragma once
 
-/// Timing on a GPU: medians of many runs between events, on inputs larger than the cache.
+/// Timing on a GPU: medians of runs between events, on inputs larger than the cache.
 
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace timing {
@@ -31,20 +33,22 @@ inline measured summary(std::vector<double> us) {
   return {median, us.front(), (us[us.size() * 9 / 10] - us[us.size() / 10]) / median};
 }
 
-/// Times f(i), one launch or a few, `runs` times after warming up; i counts the runs, to take turns among inputs.
-template <class F>
-measured time(cudaStream_t stream, int runs, const F& f) {
-  std::vector<cudaEvent_t> events(static_cast<std::size_t>(runs) + 1);
+/// Times f(i), one launch or a few, `runs` times after warming up; i counts the runs, to take turns among inputs. What
+/// `before` queues is not timed.
+template <class F, class Before>
+measured time(cudaStream_t stream, int runs, const F& f, const Before& before) {
+  std::vector<cudaEvent_t> events(2 * static_cast<std::size_t>(runs));
   for (auto& e : events) require(cudaEventCreate(&e), "cudaEventCreate");
   for (int i = 0; i < 3; ++i) f(i);
-  require(cudaEventRecord(events[0], stream), "cudaEventRecord");
   for (int i = 0; i < runs; ++i) {
+    before();
+    require(cudaEventRecord(events[2 * static_cast<std::size_t>(i)], stream), "cudaEventRecord");
     f(i);
-    require(cudaEventRecord(events[static_cast<std::size_t>(i) + 1], stream), "cudaEventRecord");
+    require(cudaEventRecord(events[2 * static_cast<std::size_t>(i) + 1], stream), "cudaEventRecord");
   }
   require(cudaStreamSynchronize(stream), "a timed kernel");
   std::vector<double> us;
-  for (std::size_t i = 0; i < static_cast<std::size_t>(runs); ++i) {
+  for (std::size_t i = 0; i < events.size(); i += 2) {
     float ms = 0;
     require(cudaEventElapsedTime(&ms, events[i], events[i + 1]), "cudaEventElapsedTime");
     us.push_back(1e3 * static_cast<double>(ms));
@@ -52,23 +56,62 @@ measured time(cudaStream_t stream, int runs, const F& f) {
   for (auto& e : events) require(cudaEventDestroy(e), "cudaEventDestroy");
   return summary(us);
 }
-
-/// The same for short work: `per_graph` calls of f in a graph, replayed `runs` times; times are for one call.
 template <class F>
-measured time_graph(cudaStream_t stream, int runs, int per_graph, const F& f) {
-  for (int i = 0; i < 3; ++i) f(i);
-  require(cudaStreamSynchronize(stream), "a timed kernel");
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  for (int i = 0; i < per_graph; ++i) f(i);
-  require(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
-  require(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
-  measured out = time(stream, runs, [&](int) { require(cudaGraphLaunch(exec, stream), "cudaGraphLaunch"); });
-  require(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
-  require(cudaGraphDestroy(graph), "cudaGraphDestroy");
-  out.median_us /= per_graph, out.least_us /= per_graph;
-  return out;
+measured time(cudaStream_t stream, int runs, const F& f) {
+  return time(stream, runs, f, [] {});
+}
+
+/// Lets the GPU rest for 20 ms. What is queued behind that starts without waiting for the host.
+inline void rest(cudaStream_t stream) {
+  const auto sleep = [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); };
+  require(cudaLaunchHostFunc(stream, sleep, nullptr), "cudaLaunchHostFunc");
+}
+
+/// Calls f(0), f(1), ... in a graph that takes about 2 ms.
+class graph_of_calls {
+ public:
+  template <class F>
+  graph_of_calls(cudaStream_t stream, const F& f)
+      : stream_(stream), calls_(std::max(1, static_cast<int>(2000 / time(stream, 3, f).median_us))) {
+    cudaGraph_t graph;
+    require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+    for (int i = 0; i < calls_; ++i) f(i);
+    require(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+    require(cudaGraphInstantiate(&exec_, graph, 0), "cudaGraphInstantiate");
+    require(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  }
+  graph_of_calls(const graph_of_calls&) = delete;
+  ~graph_of_calls() { cudaGraphExecDestroy(exec_); }
+
+  void launch() const { require(cudaGraphLaunch(exec_, stream_), "cudaGraphLaunch"); }
+  /// One call's share of the time of a launch.
+  [[nodiscard]] measured of_a_call(const measured& all) const {
+    return {all.median_us / calls_, all.least_us / calls_, all.spread};
+  }
+
+ private:
+  cudaStream_t stream_;
+  int calls_;
+  cudaGraphExec_t exec_ = nullptr;
+};
+
+/// The time of one of f(0), f(1), ... on a rested GPU: calls in a graph of about 2 ms, three times, each behind a rest.
+/// Products of many rows in a row reach the power limit, which slows what is timed next too.
+template <class F>
+measured time_rested(cudaStream_t stream, const F& f) {
+  const graph_of_calls calls(stream, f);
+  const auto launch = [&](int) { calls.launch(); };
+  return calls.of_a_call(time(stream, 3, launch, [&] { rest(stream); }));
+}
+
+/// The same of calls that go on at the power limit: in 0.1 s after 0.2 s. Then the GPU cools, for what is timed next.
+template <class F>
+measured time_in_a_row(cudaStream_t stream, const F& f) {
+  const graph_of_calls calls(stream, f);
+  for (int i = 0; i < 100; ++i) calls.launch();
+  const measured all = time(stream, 50, [&](int) { calls.launch(); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(160));  // the clock needs more than one rest to come back
+  return calls.of_a_call(all);
 }
 
 template <class T>

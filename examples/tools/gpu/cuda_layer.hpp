@@ -11,9 +11,11 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <thread>
 #include <vector>
 
 /// The packed and the repacked weights of all experts of one projection.
@@ -92,14 +94,15 @@ class expert_weights {
   device_array<tetromino::bfloat16> gated_;
 };
 
-/// Milliseconds of f, the median of nine.
-template <class F>
-double milliseconds(cudaStream_t stream, const F& f) {
+/// Milliseconds of f, the median of `times` after two untimed; what `before` queues is not timed.
+template <class F, class Before>
+double milliseconds(cudaStream_t stream, int times, const F& f, const Before& before) {
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
   std::vector<double> all;
-  for (int i = 0; i < 11; ++i) {
+  for (int i = 0; i < times + 2; ++i) {
+    before();
     check(cudaEventRecord(begin, stream), "cudaEventRecord");
     f();
     check(cudaEventRecord(end, stream), "cudaEventRecord");
@@ -113,17 +116,30 @@ double milliseconds(cudaStream_t stream, const F& f) {
   std::sort(all.begin(), all.end());
   return all[all.size() / 2];
 }
-
-/// Milliseconds of one of f(0) ... f(calls - 1), captured one after another in a graph: of nine launches, the median.
 template <class F>
-double milliseconds_in_graph(cudaStream_t stream, std::size_t calls, const F& f) {
+double milliseconds(cudaStream_t stream, const F& f) {
+  return milliseconds(stream, 9, f, [] {});
+}
+
+/// Milliseconds of one of f(0) ... f(turns - 1), which follow one another in a graph that takes about 2 ms: of three
+/// launches, each after a rest of 20 ms, the median. Layers of many tokens back to back reach the GPU's power limit,
+/// which lowers the clock, also for what is timed next.
+template <class F>
+double milliseconds_rested(cudaStream_t stream, std::size_t turns, const F& f) {
+  const auto first = [&] { f(std::size_t{0}); };
+  const double about = milliseconds(stream, 1, first, [] {});
+  const auto calls = static_cast<std::size_t>(std::max(1.0, 2 / about));
   cudaGraph_t graph;
   cudaGraphExec_t exec;
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
-  for (std::size_t i = 0; i < calls; ++i) f(i);
+  for (std::size_t i = 0; i < calls; ++i) f(i % turns);
   check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
   check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
-  const double ms = milliseconds(stream, [&] { check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch"); });
+  const auto launch = [&] { check(cudaGraphLaunch(exec, stream), "cudaGraphLaunch"); };
+  const double ms = milliseconds(stream, 3, launch, [&] {  // in the stream: what follows is queued meanwhile
+    const auto sleep = [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); };
+    check(cudaLaunchHostFunc(stream, sleep, nullptr), "cudaLaunchHostFunc");
+  });
   check(cudaGraphExecDestroy(exec), "cudaGraphExecDestroy");
   check(cudaGraphDestroy(graph), "cudaGraphDestroy");
   return ms / static_cast<double>(calls);
