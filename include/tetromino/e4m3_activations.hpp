@@ -21,13 +21,12 @@
 namespace TETROMINO_NAMESPACE {
 
 /// Activations in E4M3 [rows, cols] that somebody else owns: values[rows, stride()] and one float scale for each row,
-/// scales[rows]. Element [r, k] is the E4M3 code values[r * stride() + place(k)] times scales[r]. `Value` is const for
-/// a read-only view.
+/// scales[rows]. Element [r, k] is the E4M3 code values[r * stride() + k] times scales[r]. `Value` is const for a
+/// read-only view.
 ///
 /// This is what the tensor cores' 8-bit products read beside repacked weights, so whoever writes it without
-/// quantize_e4m3, such as a kernel that normalizes rows, keeps to three things: rows start stride() bytes apart, the
-/// first one at a multiple of 16 bytes; of each 16 columns, the bytes are those of columns
-/// 0 8 1 9 2 10 3 11 4 12 5 13 6 14 7 15; and bytes that belong to no column are zero.
+/// quantize_e4m3, such as a kernel that normalizes rows, keeps to two things: rows start stride() bytes apart, the
+/// first one at a multiple of 16 bytes; and bytes behind the last column are zero.
 template <class Value = const std::uint8_t>
 struct e4m3_view {
   using scale_value = std::conditional_t<std::is_const_v<Value>, const float, float>;
@@ -40,10 +39,6 @@ struct e4m3_view {
   /// Bytes from one row to the next: cols, rounded up to a multiple of 128.
   [[nodiscard]] TETROMINO_ABI constexpr std::size_t stride() const noexcept {
     return cols / 128 * 128 + (cols % 128 != 0 ? 128 : 0);
-  }
-  /// Where the byte of column k lies in its row.
-  [[nodiscard]] TETROMINO_ABI static constexpr std::size_t place(std::size_t k) noexcept {
-    return k / 16 * 16 + k % 8 * 2 + k % 16 / 8;
   }
 
   /// A mutable view is also a read-only one.
@@ -92,9 +87,9 @@ struct scalar_e4m3 {
     const float inverse = is_zero ? 0.0f : e4m3::max / amax;
     scale = is_zero ? 0.0f : amax / e4m3::max;
     for (std::size_t k = 0; k < cols; ++k) {
-      values[e4m3_view<>::place(k)] = is_zero ? std::uint8_t{0} : e4m3::encode(rounded(to_float(x[k]) * inverse)).bits;
+      values[k] = is_zero ? std::uint8_t{0} : e4m3::encode(rounded(to_float(x[k]) * inverse)).bits;
     }
-    for (std::size_t k = cols; k % 128 != 0; ++k) values[e4m3_view<>::place(k)] = 0;
+    for (std::size_t k = cols; k % 128 != 0; ++k) values[k] = 0;
     return cols;
   }
 };

@@ -117,7 +117,8 @@ void fill(const device_array<bfloat16>& to) {
   }
 }
 
-/// A layer's experts under one recipe, repacked.
+/// A layer's experts under one recipe, repacked for activations of type T.
+template <class T>
 struct packed_experts {
   recipe rule;
   cuda::repacked_shape shape;
@@ -137,7 +138,7 @@ struct packed_experts {
     repack_to(s, view, weights());
     timing::require(cudaStreamSynchronize(s.handle), "repacking");
   }
-  [[nodiscard]] cuda::repacked_view<bfloat16, std::byte> weights() const { return {shape, bytes.span()}; }
+  [[nodiscard]] cuda::repacked_view<T, std::byte> weights() const { return {shape, bytes.span()}; }
 };
 
 /// The rows of each expert in each of the turns, as offsets.
@@ -168,8 +169,8 @@ struct setting {
 
 /// Times one routing: cuBLAS once, then ours under each recipe, then the contender.
 void run(const layer& l, const routing& r, const setting& s, const device_array<bfloat16>& dense,
-         const std::vector<std::unique_ptr<packed_experts>>& ours, const bfloat16* x, bfloat16* out,
-         const e4m3_view<std::uint8_t>& room) {
+         const std::vector<std::unique_ptr<packed_experts<bfloat16>>>& ours, const packed_experts<e4m3>& ours_e4m3,
+         const bfloat16* x, bfloat16* out, const e4m3_view<std::uint8_t>& room) {
   const std::size_t rows = r.offsets[0].back(), size = l.n * l.k;
   const device_array<std::uint32_t> offsets(turns * (l.experts + 1));
   for (std::size_t i = 0; i < turns; ++i) {
@@ -210,10 +211,10 @@ void run(const layer& l, const routing& r, const setting& s, const device_array<
         loop.median_us / t.median_us, one_product.median_us, one_product.median_us / t.median_us,
         flops / t.median_us * 1e-6, 100 * bytes / t.median_us * 1e-6 / s.copy);
   }
-  // the first recipe with activations in E4M3, where there is Hopper: alone, and behind the rounding of their rows
+  // activations in E4M3, where there is Hopper: products alone, and behind the rounding of their rows
   const e4m3_view<std::uint8_t> x8{rows, l.k, room.values.first(rows * room.stride()), room.scales.first(rows)};
   const auto product = [&](std::size_t turn) {
-    return try_grouped_matmul(s.stream, x8, ours[0]->weights(),
+    return try_grouped_matmul(s.stream, x8, ours_e4m3.weights(),
                               offsets.span().subspan(turn * (l.experts + 1), l.experts + 1),
                               matrix_view<bfloat16>(out, rows, l.n));
   };
@@ -244,16 +245,19 @@ void run(const layer& l, const std::vector<std::size_t>& tokens, const std::stri
   const device_array<std::uint8_t> values(most * stride);
   const device_array<float> scales(most);
   const e4m3_view<std::uint8_t> room{most, l.k, values.span(), scales.span()};
-  std::vector<std::unique_ptr<packed_experts>> ours;
+  std::vector<std::unique_ptr<packed_experts<bfloat16>>> ours;
   for (const char* name : {"mxfp4-32/oas", "mxfp4-32/oas/mbs-static", "nvfp4/amax", "mxfp4-32/floor/mbs-static@8x2"}) {
-    ours.push_back(std::make_unique<packed_experts>(name, l, dense, s.stream));
+    ours.push_back(std::make_unique<packed_experts<bfloat16>>(name, l, dense, s.stream));
   }
+  const packed_experts<e4m3> ours_e4m3("mxfp4-32/oas", l, dense, s.stream);
   for (const std::size_t n : tokens) {
-    run(l, routing("even", rows_of_experts(n, l.experts, l.top_k, 0.0)), s, dense, ours, x.data, out.data, room);
-    run(l, routing("skewed", rows_of_experts(n, l.experts, l.top_k, 1.0)), s, dense, ours, x.data, out.data, room);
+    run(l, routing("even", rows_of_experts(n, l.experts, l.top_k, 0.0)), s, dense, ours, ours_e4m3, x.data, out.data,
+        room);
+    run(l, routing("skewed", rows_of_experts(n, l.experts, l.top_k, 1.0)), s, dense, ours, ours_e4m3, x.data, out.data,
+        room);
     if (l.experts != 128 || l.top_k != 8) continue;
     const auto recorded = recorded_rows(folder, n);
-    if (!recorded.empty()) run(l, routing("recorded", recorded), s, dense, ours, x.data, out.data, room);
+    if (!recorded.empty()) run(l, routing("recorded", recorded), s, dense, ours, ours_e4m3, x.data, out.data, room);
   }
 }
 

@@ -58,57 +58,64 @@ const char* const recipes[] = {"mxfp4-32/oas",
                                "mxfp4-16/oas/mbs-static",
                                "mxfp4-32/floor/mbs-static@8x2"};
 
+/// Copies of a layer's weights, repacked for activations of type T.
+template <class T>
+struct packed {
+  recipe rule;
+  cuda::repacked_shape shape;
+  std::size_t copies, step;
+  std::byte* data;
+  [[nodiscard]] cuda::repacked_view<T, std::byte> weights(std::size_t i) const {
+    return {shape, {data + i % copies * step, shape.bytes()}};
+  }
+};
+
 /// One layer's weights [n, k]: copies in bfloat16, and copies repacked under each recipe, to take turns.
 struct layer {
   std::size_t n, k, copies = 0;
   bfloat16* dense = nullptr;
-  struct packed {
-    recipe rule;
-    cuda::repacked_shape shape;
-    std::size_t copies, step;
-    std::byte* data;
-    [[nodiscard]] cuda::repacked_view<bfloat16, std::byte> weights(std::size_t i) const {
-      return {shape, {data + i % copies * step, shape.bytes()}};
-    }
-  };
-  std::vector<packed> of_recipes{};
+  std::vector<packed<bfloat16>> of_recipes{};
+  packed<e4m3> for_e4m3{};
 
   void make(const cuda::stream& s) {
     copies = std::max<std::size_t>(3, (std::size_t{400} << 20) / (n * k * 2));
     dense = timing::allocate<bfloat16>(n * k * copies);
     fill(dense, n * k * copies, 0.02f);
-    for (const char* name : recipes) {
-      const recipe r = recipe::parse(name);
-      const packed_shape shape{r.format, 1, n, k};
-      const cuda::repacked_shape repacked{r.format, 1, n, k};
-      const std::size_t step = (repacked.bytes() + 127) / 128 * 128;
-      const std::size_t count = std::max<std::size_t>(3, (std::size_t{300} << 20) / step);
-      packed out{r, repacked, count, step, timing::allocate<std::byte>(step * count)};
-      auto* codes = timing::allocate<std::uint8_t>(shape.code_bytes());
-      auto* scales = timing::allocate<std::uint8_t>(shape.scale_bytes());
-      auto* macros = timing::allocate<std::uint8_t>(shape.macro_bytes() + 1);
-      auto* tensor_scales = timing::allocate<float>(1);
-      const packed_view<any_format, std::uint8_t> view{r.format,
-                                                       1,
-                                                       n,
-                                                       k,
-                                                       {codes, shape.code_bytes()},
-                                                       {scales, shape.scale_bytes()},
-                                                       {macros, shape.macro_bytes()},
-                                                       {tensor_scales, r.format.scale == scale_type::e4m3 ? 1u : 0u}};
-      quantize_options options;
-      options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
-      for (std::size_t i = 0; i < count; ++i) {
-        quantize_to(s, matrix_view<const bfloat16>(dense + i % copies * n * k, n, k), view, options);
-        repack_to(s, view, out.weights(i));
-      }
-      timing::require(cudaStreamSynchronize(s.handle), "repacking");
-      for (void* p : {static_cast<void*>(codes), static_cast<void*>(scales), static_cast<void*>(macros),
-                      static_cast<void*>(tensor_scales)}) {
-        cudaFree(p);
-      }
-      of_recipes.push_back(out);
+    for (const char* name : recipes) of_recipes.push_back(repacked<bfloat16>(name, s));
+    for_e4m3 = repacked<e4m3>(recipes[0], s);
+  }
+  template <class T>
+  [[nodiscard]] packed<T> repacked(const char* name, const cuda::stream& s) const {
+    const recipe r = recipe::parse(name);
+    const packed_shape shape{r.format, 1, n, k};
+    const cuda::repacked_shape order{r.format, 1, n, k};
+    const std::size_t step = (order.bytes() + 127) / 128 * 128;
+    const std::size_t count = std::max<std::size_t>(3, (std::size_t{300} << 20) / step);
+    packed<T> out{r, order, count, step, timing::allocate<std::byte>(step * count)};
+    auto* codes = timing::allocate<std::uint8_t>(shape.code_bytes());
+    auto* scales = timing::allocate<std::uint8_t>(shape.scale_bytes());
+    auto* macros = timing::allocate<std::uint8_t>(shape.macro_bytes() + 1);
+    auto* tensor_scales = timing::allocate<float>(1);
+    const packed_view<any_format, std::uint8_t> view{r.format,
+                                                     1,
+                                                     n,
+                                                     k,
+                                                     {codes, shape.code_bytes()},
+                                                     {scales, shape.scale_bytes()},
+                                                     {macros, shape.macro_bytes()},
+                                                     {tensor_scales, r.format.scale == scale_type::e4m3 ? 1u : 0u}};
+    quantize_options options;
+    options.rule = r.rule, options.macro = r.macro, options.special = special_values::poison;
+    for (std::size_t i = 0; i < count; ++i) {
+      quantize_to(s, matrix_view<const bfloat16>(dense + i % copies * n * k, n, k), view, options);
+      repack_to(s, view, out.weights(i));
     }
+    timing::require(cudaStreamSynchronize(s.handle), "repacking");
+    for (void* p : {static_cast<void*>(codes), static_cast<void*>(scales), static_cast<void*>(macros),
+                    static_cast<void*>(tensor_scales)}) {
+      cudaFree(p);
+    }
+    return out;
   }
 };
 
@@ -138,7 +145,7 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
   };
   cuda::matmul_options options;
   options.settled_weights = true;
-  const auto packed_call = [&](const layer::packed& p, int i) {
+  const auto packed_call = [&](const packed<bfloat16>& p, int i) {
     matmul(s, matrix_view<const bfloat16>(x, m, l.k), p.weights(static_cast<std::size_t>(i)),
            matrix_view<bfloat16>(out, m, l.n), options);
   };
@@ -155,10 +162,9 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
         m, l.n, l.k, p.rule.name().c_str(), t.median_us, 50 * t.spread, flops / t.median_us * 1e-6,
         dense.median_us / t.median_us, rate, 100 * rate / copy);
   }
-  // many rows of activations in E4M3, where there is Hopper: products alone, and behind the rounding of their rows
+  // activations in E4M3, where there is Hopper: products alone, and behind the rounding of their rows
   for (const bool rounds : {false, true}) {
-    if (m < 128) break;
-    const layer::packed& p = l.of_recipes[0];
+    const packed<e4m3>& p = l.for_e4m3;
     const matrix_view<const bfloat16> rows(x, m, l.k);
     const auto view = x8.view(m, l.k);
     quantize_e4m3_to(s, rows, view);
@@ -175,7 +181,7 @@ void run(const layer& l, std::size_t m, double copy, const cuda::stream& s, cubl
   question << "dense " << m << ' ' << l.n << ' ' << l.k;
   timing::print_contenders(contender.ask(question.str()), first_us);
   if (m >= 512) {
-    const layer::packed& p = l.of_recipes[0];
+    const packed<bfloat16>& p = l.of_recipes[0];
     const auto theirs = timing::time_in_a_row(s.handle, dense_call);
     const auto ours = timing::time_in_a_row(s.handle, [&](int i) { packed_call(p, i); });
     std::printf("%5zu x [%zu, %zu]  in a row: cuBLAS %9.2f us, %s %9.2f us = %5.2f x cuBLAS\n", m, l.n, l.k,

@@ -17,13 +17,14 @@ namespace {
 namespace cuda = tetromino::cuda;
 using tetromino::batch_view;
 using tetromino::bfloat16;
+using tetromino::e4m3;
 using tetromino::errc;
 using tetromino::matrix_view;
 using tetromino_test::contains;
 
 /// The last calls of the kernels.
 cuda::detail::matmul_job<bfloat16> multiplied{};
-cuda::detail::matmul_job<tetromino::e4m3> multiplied_e4m3{};
+cuda::detail::matmul_job<e4m3> multiplied_e4m3{};
 std::byte* repacked_to = nullptr;
 tetromino::detail::quantize_e4m3_job<bfloat16> rounded{};
 int calls = 0;
@@ -33,6 +34,11 @@ int calls = 0;
 namespace TETROMINO_NAMESPACE::cuda::detail {
 template <>
 result<void> repack<bfloat16>(const stream&, const packed_view<any_format>&, const repacked_shape&, std::byte* out) {
+  repacked_to = out, ++calls;
+  return {};
+}
+template <>
+result<void> repack<e4m3>(const stream&, const packed_view<any_format>&, const repacked_shape&, std::byte* out) {
   repacked_to = out, ++calls;
   return {};
 }
@@ -76,7 +82,10 @@ struct fixture {
     std::size_t left = memory.size();
     return {static_cast<std::byte*>(std::align(128, bytes, at, left)), bytes};
   }
-  [[nodiscard]] cuda::repacked_view<bfloat16, std::byte> weights() { return {shape, room(shape.bytes())}; }
+  template <class T = bfloat16>
+  [[nodiscard]] cuda::repacked_view<T, std::byte> weights() {
+    return {shape, room(shape.bytes())};
+  }
 };
 
 std::string message(const tetromino::result<void>& done, errc expected = errc::shape_mismatch) {
@@ -136,6 +145,27 @@ TEST_CASE("cuda: repack_to says what does not fit") {
   torn.codes = torn.codes.first(7);
   CHECK_THAT(message(tetromino::try_repack_to(the_stream, torn, f.weights())), contains("codes"));
   CHECK_THROWS_AS(tetromino::repack_to(the_stream, torn, f.weights()), tetromino::error);
+  CHECK(calls == 1);
+}
+
+TEST_CASE("cuda: repack_to for activations in e4m3 refuses what their products do") {
+  fixture f;
+  calls = 0;
+  tetromino::repack_to(the_stream, f.packed, f.weights<e4m3>());
+  CHECK(calls == 1);
+  CHECK(repacked_to == f.weights<e4m3>().data.data());
+  const auto refused = [&](const auto& packed) {
+    const cuda::repacked_shape shape{packed.format, 2, 96, 160};
+    f.memory.resize(shape.bytes() + 256);
+    return message(tetromino::try_repack_to(the_stream, packed,
+                                            cuda::repacked_view<e4m3, std::byte>{shape, f.room(shape.bytes())}),
+                   errc::invalid_argument);
+  };
+  CHECK_THAT(refused(tetromino::packed<tetromino::nvfp4>({}, 2, 96, 160)),
+             contains("repack: activations in E4M3 multiply mxfp4-32 weights without macro blocks, got nvfp4"));
+  CHECK_THAT(refused(tetromino::packed<tetromino::mxfp4_16>({}, 2, 96, 160)), contains("got mxfp4-16"));
+  CHECK_THAT(refused(tetromino::packed<tetromino::mbs<tetromino::mxfp4, 128>>({}, 2, 96, 160)),
+             contains("got mxfp4-32 with macro blocks"));
   CHECK(calls == 1);
 }
 
@@ -238,7 +268,7 @@ TEST_CASE("cuda: products of e4m3 activations hand on what they are made of, and
   const matrix_view<bfloat16> out(f.out.data(), 8, 96);
   cuda::matmul_options options;
   options.settled_weights = true;
-  tetromino::grouped_matmul(the_stream, x, f.weights(), f.offsets, out, options);
+  tetromino::grouped_matmul(the_stream, x, f.weights<e4m3>(), f.offsets, out, options);
   REQUIRE(calls == 1);
   CHECK(multiplied_e4m3.x.values.data() == values);
   CHECK(multiplied_e4m3.x.scales.data() == scales.data());
@@ -249,7 +279,7 @@ TEST_CASE("cuda: products of e4m3 activations hand on what they are made of, and
   CHECK(multiplied_e4m3.out.data == f.out.data());
   CHECK(multiplied_e4m3.options.settled_weights);
 
-  auto one = f.weights();
+  auto one = f.weights<e4m3>();
   one.shape.matrices = 1, one.data = one.data.first(one.shape.bytes());
   tetromino::matmul(the_stream, tetromino::e4m3_view<>(x), one, out);
   REQUIRE(calls == 2);
@@ -261,7 +291,7 @@ TEST_CASE("cuda: products of e4m3 activations hand on what they are made of, and
   const auto of_format = [&](const tetromino::any_format& format) {
     const cuda::repacked_shape shape{format, 2, 96, 160};
     f.memory.resize(shape.bytes() + 256);
-    return grouped(x, cuda::repacked_view<bfloat16>{shape, f.room(shape.bytes())}, errc::invalid_argument);
+    return grouped(x, cuda::repacked_view<e4m3>{shape, f.room(shape.bytes())}, errc::invalid_argument);
   };
   CHECK_THAT(of_format(tetromino::nvfp4{}), contains("mxfp4-32 weights without macro blocks, got nvfp4"));
   CHECK_THAT(of_format(tetromino::mxfp4_16{}), contains("mxfp4-32 weights without macro blocks, got mxfp4-16"));
@@ -270,12 +300,12 @@ TEST_CASE("cuda: products of e4m3 activations hand on what they are made of, and
 
   auto torn = x;
   torn.scales = torn.scales.first(7);
-  CHECK_THAT(grouped(torn, f.weights(), errc::shape_mismatch), contains("scales need 8 entries, got 7"));
+  CHECK_THAT(grouped(torn, f.weights<e4m3>(), errc::shape_mismatch), contains("scales need 8 entries, got 7"));
   torn = x, torn.values = torn.values.first(8 * 160);
-  CHECK_THAT(grouped(torn, f.weights(), errc::shape_mismatch), contains("values need 2048 entries, got 1280"));
+  CHECK_THAT(grouped(torn, f.weights<e4m3>(), errc::shape_mismatch), contains("values need 2048 entries, got 1280"));
   torn = x, torn.cols = 130;
-  CHECK_THAT(grouped(torn, f.weights(), errc::shape_mismatch), contains("130 columns, the weights 160"));
+  CHECK_THAT(grouped(torn, f.weights<e4m3>(), errc::shape_mismatch), contains("130 columns, the weights 160"));
   torn = x, torn.values = {values + 8, 8 * 256};
-  CHECK_THAT(grouped(torn, f.weights(), errc::invalid_argument), contains("multiple of 16 bytes"));
+  CHECK_THAT(grouped(torn, f.weights<e4m3>(), errc::invalid_argument), contains("multiple of 16 bytes"));
   CHECK(calls == 2);
 }

@@ -10,7 +10,6 @@
 #include <tetromino/e4m3_activations.hpp>  // e4m3_view
 #include <tetromino/error.hpp>             // error, result
 #include <tetromino/float16.hpp>           // half, bfloat16
-#include <tetromino/format.hpp>            // scale_type
 #include <tetromino/matmul.hpp>            // matmul, grouped_matmul
 #include <tetromino/matrix.hpp>            // matrix_view
 
@@ -18,7 +17,7 @@
 #include <cstddef>      // std::size_t, std::byte
 #include <cstdint>      // std::uint32_t
 #include <span>         // std::span
-#include <type_traits>  // std::remove_cvref_t
+#include <type_traits>  // std::conditional_t, std::remove_cvref_t
 
 /// Activations of 16 or 8 bits times packed 4-bit weights (W4A16, W4A8) through tetromino::matmul and grouped_matmul:
 /// weights are decoded in registers on their way into the tensor cores, so that a product reads 4-bit weights from
@@ -63,8 +62,8 @@ template <class X>
 result<void> matmul(const stream& s, const matmul_job<X>& job);
 
 /// `x`: whatever has rows and columns.
-template <activation T, class X>
-[[nodiscard]] result<void> check_product(const repacked_view<T>& w, const X& x, const matrix_view<T>& out,
+template <class Weights, class X, class Out>
+[[nodiscard]] result<void> check_product(const Weights& w, const X& x, const matrix_view<Out>& out,
                                          const matmul_options& options) {
   using tetromino::detail::text;
   if (x.cols != w.shape.cols) {
@@ -88,11 +87,7 @@ template <activation T, class X>
 
 /// What products with activations in E4M3 ask for beside that.
 [[nodiscard]] inline result<void> check_e4m3_product(const repacked_shape& w, const e4m3_view<>& x) {
-  if (w.format.scale != scale_type::e8m0 || w.format.block != 32 || w.format.macro_block != 0) {
-    return error(errc::invalid_argument,
-                 {"matmul: activations in E4M3 multiply mxfp4-32 weights without macro blocks, got ", name_of(w.format),
-                  w.format.macro_block == 0 ? "" : " with macro blocks", "; half and bfloat16 multiply all"});
-  }
+  if (auto fits = check_e4m3_format("matmul", w.format); !fits) return fits;
   if (auto fits = tetromino::detail::check_storage(x); !fits) return fits;
   if (is_aligned(x.values.data(), 16)) return {};
   return error(errc::invalid_argument, "cuda: expected the values of e4m3 activations at a multiple of 16 bytes");
@@ -119,20 +114,25 @@ inline constexpr bool is_repacked = false;
 template <class T, class Byte>
 inline constexpr bool is_repacked<repacked_view<T, Byte>> = true;
 
-/// Weights as products that write `Out` read them.
-template <class Out, class Weights>
-[[nodiscard]] repacked_view<Out> as_weights(const Weights& w) {
+/// What the weights of a product of activations X that writes `Out` are repacked for.
+template <class X, class Out>
+using repacked_for = std::conditional_t<std::convertible_to<X, e4m3_view<>>, e4m3, Out>;
+
+/// Weights as such products read them.
+template <class X, class Out, class Weights>
+[[nodiscard]] repacked_view<repacked_for<X, Out>> as_weights(const Weights& w) {
+  using T = repacked_for<X, Out>;
   static_assert(
       is_repacked<Weights>,
       "on a cuda::stream the weights of matmul are a cuda::repacked_view that tetromino::repack_to has filled");
-  static_assert(std::same_as<Weights, repacked_view<Out>> || std::same_as<Weights, repacked_view<Out, std::byte>>,
-                "on a cuda::stream the output of matmul has the type that the weights were repacked for");
+  static_assert(std::same_as<Weights, repacked_view<T>> || std::same_as<Weights, repacked_view<T, std::byte>>,
+                "on a cuda::stream the activations of matmul have the type that the weights were repacked for");
   return w;
 }
 
 /// One product, for both hooks; `row_offsets` is null for one matrix.
 template <class X, class Out>
-[[nodiscard]] result<void> multiply(const stream& s, const X& x, const repacked_view<Out>& w,
+[[nodiscard]] result<void> multiply(const stream& s, const X& x, const repacked_view<repacked_for<X, Out>>& w,
                                     const std::uint32_t* row_offsets, const matrix_view<Out>& out,
                                     const matmul_options& options) {
   if constexpr (std::convertible_to<X, e4m3_view<>>) {
@@ -160,19 +160,19 @@ template <class X, class Out>
 /// memory, and not looked at before the launch. Errors: shape_mismatch; device.
 ///
 /// Activations may also be an e4m3_view in device memory, with bfloat16 outputs and weights that were repacked for
-/// bfloat16, of mxfp4-32 without macro blocks. Then weights become E4M3 too: where a block's scale is more than a
-/// factor of 2^14 below the largest of its row, they are rounded to multiples of 2^-15 of that largest scale, to
-/// nearest even. A row's scale multiplies its finished sums; where it is NaN, so are the row's outputs. The tensor
-/// cores add such products up with fewer bits than float has: 32 of them and the sum so far are aligned to the largest,
-/// and lose what lies 13 bits below it. Random signs make that small beside the rounding of outputs; sums of one sign
-/// come out too small, by 1 % where 1024 products are equal, and by ever more with more columns. This needs Hopper, and
-/// pays for many rows: up to about 256 of one matrix, and 64 of each expert, bfloat16 activations are as fast or
-/// faster. Errors: also invalid_argument, for other weights, and for values that do not start at a multiple of 16
-/// bytes.
+/// E4M3, of mxfp4-32 without macro blocks. Then weights become E4M3 too: where a block's scale is more than a factor of
+/// 2^14 below the largest of its row, they are rounded to multiples of 2^-15 of that largest scale, to nearest even. A
+/// row's scale multiplies its finished sums; where it is NaN, so are the row's outputs. The tensor cores add such
+/// products up with fewer bits than float has: 32 of them and the sum so far are aligned to the largest, and lose what
+/// lies 13 bits below it. Random signs make that small beside the rounding of outputs; sums of one sign come out too
+/// small, by 1 % where 1024 products are equal and by 15 % of 7168, since one sum goes through all columns. (Of few
+/// rows, blocks may share the columns and add up in float, which loses less.) This needs Hopper, and pays from about 16
+/// rows of one matrix on, and over experts; fewer rows of one matrix take up to 1.15 times as long as with bfloat16.
+/// Errors: also invalid_argument, for other weights, and for values that do not start at a multiple of 16 bytes.
 template <class X, class Weights, class Out>
 [[nodiscard]] result<void> matmul_on(const stream& s, const X& x, const Weights& w, const matrix_view<Out>& out,
                                      const matmul_options& options = {}) {
-  const auto weights = detail::as_weights<Out>(w);
+  const auto weights = detail::as_weights<X, Out>(w);
   if (weights.shape.matrices != 1) {
     return error(errc::shape_mismatch, {"matmul: expected one weight matrix, got ", weights.shape.matrices,
                                         "; grouped_matmul takes a batch"});
@@ -183,7 +183,7 @@ template <class X, class Weights, class Out>
 [[nodiscard]] result<void> grouped_matmul_on(const stream& s, const X& x, const Weights& w,
                                              std::span<const std::uint32_t> row_offsets, const matrix_view<Out>& out,
                                              const matmul_options& options = {}) {
-  const auto weights = detail::as_weights<Out>(w);
+  const auto weights = detail::as_weights<X, Out>(w);
   if (row_offsets.size() != weights.shape.matrices + 1) {
     return error(errc::shape_mismatch,
                  {"matmul: expected ", weights.shape.matrices + 1, " row offsets, got ", row_offsets.size()});

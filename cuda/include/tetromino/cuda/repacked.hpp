@@ -5,8 +5,10 @@
 #include "detail/checks.hpp"  // is_aligned
 #include "stream.hpp"         // stream
 
+#include <tetromino/e4m3.hpp>      // e4m3
 #include <tetromino/error.hpp>     // error, result
 #include <tetromino/float16.hpp>   // half, bfloat16
+#include <tetromino/format.hpp>    // scale_type
 #include <tetromino/packed.hpp>    // packed_view
 #include <tetromino/repacked.hpp>  // repack_to
 
@@ -19,9 +21,13 @@
 /// Packed weights in the order in which products on the GPU read them; tetromino::repack_to puts them there.
 namespace TETROMINO_NAMESPACE::cuda {
 
-/// The activation types of the products.
+/// The activation types of 16 bits of the products.
 template <class T>
 concept activation = std::same_as<T, half> || std::same_as<T, bfloat16>;
+
+/// What weights can be repacked for: the activation types of the products.
+template <class T>
+concept repackable = activation<T> || std::same_as<T, e4m3>;
 
 /// How the rows of a gated layer's two projections lie in its weights [2 n, K], where they do: a product with such
 /// weights gives silu(gate) * up, [M, n].
@@ -77,7 +83,7 @@ struct repacked_shape {
 
 /// Weights in that order, for activations of type T, in device memory that somebody else owns, at a multiple of 128
 /// bytes. `Byte` is const for a read-only view.
-template <activation T, class Byte = const std::byte>
+template <repackable T, class Byte = const std::byte>
 struct repacked_view {
   repacked_shape shape{};
   std::span<Byte> data{};
@@ -90,15 +96,23 @@ struct repacked_view {
 
 namespace detail {
 
-template <activation T>
+template <repackable T>
 result<void> repack(const stream& s, const packed_view<any_format>& w, const repacked_shape& shape, std::byte* out);
 
 /// Says why a view has no room for what its shape says, if it has none.
-template <activation T, class Byte>
+template <repackable T, class Byte>
 [[nodiscard]] result<void> check_repacked(const repacked_view<T, Byte>& w) {
   if (w.data.size() == w.shape.bytes() && is_aligned(w.data.data(), 128)) return {};
   return error(errc::shape_mismatch,
                {"repacked weights need ", w.shape.bytes(), " bytes at a multiple of 128, got ", w.data.size()});
+}
+
+/// Says that products with activations in E4M3 do not take weights of this format, if so. `what`: who asks.
+[[nodiscard]] inline result<void> check_e4m3_format(const char* what, const any_format& format) {
+  if (format.scale == scale_type::e8m0 && format.block == 32 && format.macro_block == 0) return {};
+  return error(errc::invalid_argument,
+               {what, ": activations in E4M3 multiply mxfp4-32 weights without macro blocks, got ", name_of(format),
+                format.macro_block == 0 ? "" : " with macro blocks", "; half and bfloat16 multiply all"});
 }
 
 }  // namespace detail
@@ -106,9 +120,10 @@ template <activation T, class Byte>
 /// The hook that tetromino::repack_to finds. out.shape says the gating, and has the format and the sizes of `w`.
 ///
 /// For bfloat16 activations nothing is rounded. For half, a block whose scale is more than 2^24 below the largest of
-/// its row (2^22 where factors have 2 bits) loses low bits, which are below 2^-24 of the row's largest weight. Errors:
-/// shape_mismatch; device.
-template <activation T>
+/// its row (2^22 where factors have 2 bits) loses low bits, which are below 2^-24 of the row's largest weight. For
+/// E4M3, see matmul_on. Errors: shape_mismatch; invalid_argument where products with activations in E4M3 do not take
+/// the format; device.
+template <repackable T>
 [[nodiscard]] result<void> repack_on(const stream& s, const packed_view<any_format>& w,
                                      const repacked_view<T, std::byte>& out) {
   using tetromino::detail::text;
@@ -122,6 +137,9 @@ template <activation T>
     return error(errc::shape_mismatch, {"repack: gate and up rows come in pairs, got ", shape.rows, " rows"});
   }
   if (auto fits = detail::check_repacked(out); !fits) return fits;
+  if constexpr (std::same_as<T, e4m3>) {
+    if (auto fits = detail::check_e4m3_format("repack", shape.format); !fits) return fits;
+  }
   return detail::repack<T>(s, w, shape, out.data.data());
 }
 

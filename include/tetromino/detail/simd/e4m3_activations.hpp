@@ -7,7 +7,7 @@
 #if TETROMINO_SIMD
 
 #include "../../matrix.hpp"  // real
-#include "isa.hpp"           // floats, words, store_bytes, low_bytes
+#include "isa.hpp"           // floats, words, store_bytes
 #include "scales.hpp"        // encode_e4m3
 
 #include <algorithm>  // std::copy_n, std::fill_n, std::max_element
@@ -60,14 +60,11 @@ struct simd_e4m3 {
     return k;
   }
 
-  /// The codes of sixteen columns, in the order of e4m3_view: of the first eight and of the last eight in turns.
+  /// The codes of sixteen columns.
   TETROMINO_INLINE static void store_codes(const floats& product, std::uint8_t* out) {
     const floats y = rounded(product);
     const words sign = shift_right<24>(bits_of(y)) & broadcast(0x80);
-    std::uint8_t codes[lane_count];
-    store_bytes(codes, encode_e4m3(magnitude(y)) | sign);
-    const sixteen_bytes all = load_16(codes);
-    store_16(out, low_bytes(all, high_halves(all, all)));
+    store_bytes(out, encode_e4m3(magnitude(y)) | sign);
   }
 };
 

@@ -11,6 +11,7 @@
 #include <algorithm>  // std::max, std::min
 #include <array>      // std::array
 #include <cmath>      // std::ceil, std::exp, std::sqrt
+#include <concepts>   // std::same_as
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint32_t
 
@@ -112,7 +113,7 @@ template <class Kernel>
 }
 
 /// How many blocks of medium_rows_kernel share a tile of the output, where there are at most `tiles`.
-template <activation T, weight_kind Kind, int Macros, class Shape>
+template <class Shape, weight_kind Kind, int Macros, class T>
 [[nodiscard]] std::size_t medium_rows_parts(const matmul_args<T>& args, std::size_t tiles) {
   constexpr std::size_t most = Shape::most_parts;
   constexpr std::uint32_t most_bytes = 227 * 1024;
@@ -138,18 +139,18 @@ template <activation T, weight_kind Kind, int Macros, class Shape>
 }
 
 /// Launches the kernel for a middling number of rows of x. `row_tiles` is how many tiles of x there can be at most.
-template <activation T, weight_kind Kind, int Macros, int Rows, int Groups>
-result<void> launch_medium_rows(const stream& s, const matmul_job<T>& job, matmul_args<T> args, std::size_t row_tiles,
-                                const device_facts& device) {
-  using shape = medium_rows_shape<T, Kind, Rows, Groups, 4>;
+template <class X, weight_kind Kind, int Macros, int Rows, int Groups, class Element, class T>
+result<void> launch_medium_rows(const stream& s, const matrix_view<const Element>& x, matmul_args<T> args,
+                                std::size_t row_tiles, const device_facts& device) {
+  using shape = medium_rows_shape<X, Kind, Rows, Groups, 4>;
   args.feature_tiles = (args.weights.row_tiles + Groups - 1) / Groups;
   const std::size_t tiles = row_tiles * args.feature_tiles;
-  const std::size_t parts = medium_rows_parts<T, Kind, Macros, shape>(args, tiles);
+  const std::size_t parts = medium_rows_parts<shape, Kind, Macros>(args, tiles);
   const std::size_t blocks =
       parts > 1 ? tiles * parts : std::min(tiles, static_cast<std::size_t>(device.multiprocessors));
-  const std::uint32_t bytes =
-      shape::shared_bytes(job.row_offsets == nullptr ? 0 : args.weights.matrices, static_cast<std::uint32_t>(parts));
-  auto map = map_activations(job.x, Rows);
+  const std::uint32_t matrices = args.x.row_offsets == nullptr ? 0 : args.weights.matrices;
+  const std::uint32_t bytes = shape::shared_bytes(matrices, static_cast<std::uint32_t>(parts));
+  auto map = map_activations(x, Rows);
   if (!map) return map.error();
   return launch_overlapping(medium_rows_kernel<shape, T, Kind, Macros>, "the launch of medium_rows_kernel", s, blocks,
                             shape::threads, bytes, parts, *map, args);
@@ -160,21 +161,70 @@ result<void> launch_medium_rows(const stream& s, const matmul_job<T>& job, matmu
 /// over experts), but their wider tiles may need as many rounds. Where clusters can share the tiles of three, those
 /// fill the multiprocessors by more parts, and four took 1.0-1.3 times as long. `row_tiles` is how many tiles of x
 /// there can be at most, `usual_row_tiles` how many to reckon with.
-template <activation T, weight_kind Kind, int Macros, int Rows>
+template <class X, weight_kind Kind, int Macros, int Rows, class T>
 [[nodiscard]] bool prefers_four_groups(const matmul_args<T>& args, std::size_t row_tiles, double usual_row_tiles,
                                        const device_facts& device) {
   const std::size_t for_three = (args.weights.row_tiles + 2) / 3;
   const std::size_t for_four = (args.weights.row_tiles + 3) / 4;
-  if (medium_rows_parts<T, Kind, Macros, medium_rows_shape<T, Kind, Rows, 3, 4>>(args, row_tiles * for_three) > 1) {
+  if (medium_rows_parts<medium_rows_shape<X, Kind, Rows, 3, 4>, Kind, Macros>(args, row_tiles * for_three) > 1) {
     return false;
   }
   const std::size_t parts =
-      medium_rows_parts<T, Kind, Macros, medium_rows_shape<T, Kind, Rows, 4, 4>>(args, row_tiles * for_four);
+      medium_rows_parts<medium_rows_shape<X, Kind, Rows, 4, 4>, Kind, Macros>(args, row_tiles * for_four);
   const auto rounds = [&](std::size_t feature_tiles) {
     return std::ceil(usual_row_tiles * static_cast<double>(feature_tiles) / device.multiprocessors);
   };
   const double rounds_of_four = parts > 1 ? 1 / static_cast<double>(parts) : rounds(for_four);
   return rounds_of_four * 4 * (Macros == 0 ? 0.95 : 0.93) < rounds(for_three) * 3;
+}
+
+/// How many tiles of `rows` rows of x there can be at most: each matrix but the first can add one that is not full.
+template <class T>
+[[nodiscard]] std::size_t most_row_tiles(const matmul_args<T>& args, std::size_t rows) {
+  const std::size_t all = args.x.rows;
+  if (args.x.row_offsets == nullptr) return (all + rows - 1) / rows;
+  return std::min(all / rows + std::min<std::size_t>(args.weights.matrices, all), all);
+}
+
+/// In how many rounds the multiprocessors take tiles of `rows` rows of x by 128 rows of weights.
+template <class T>
+[[nodiscard]] std::size_t rounds_of_tiles(const matmul_args<T>& args, std::size_t rows, const device_facts& device) {
+  const auto room = static_cast<std::size_t>(device.multiprocessors);
+  return (most_row_tiles(args, rows) * ((args.weights.row_tiles + 1) / 2) + room - 1) / room;
+}
+
+/// Launches launch_medium_rows for tiles with room for `height` rows of x, which is at most 64.
+template <class X, weight_kind Kind, int Macros, class Element, class T>
+result<void> launch_medium_height(const stream& s, const matrix_view<const Element>& x, const matmul_args<T>& args,
+                                  std::size_t height, const device_facts& device) {
+  // n calls, each of one of E experts, hit about E (1 - exp(-n / E)) of them, which mostly take a tile each.
+  const auto most = static_cast<double>(args.weights.matrices);
+  const double usual_tiles =
+      args.x.row_offsets == nullptr ? 1.0 : most * (1 - std::exp(-static_cast<double>(args.x.rows) / most));
+  const auto launch = [&]<int Rows, int Groups>() {
+    return launch_medium_rows<X, Kind, Macros, Rows, Groups>(s, x, args, most_row_tiles(args, Rows), device);
+  };
+  const auto is_wide = [&]<int Rows>() {
+    return prefers_four_groups<X, Kind, Macros, Rows>(args, most_row_tiles(args, Rows), usual_tiles, device);
+  };
+  if constexpr (std::same_as<X, e4m3>) {  // activations of 16 bits have few_rows_kernel
+    if (height <= 8 && is_wide.template operator()<8>()) return launch.template operator()<8, 4>();
+    if (height <= 8) return launch.template operator()<8, 3>();
+  }
+  if (height <= 16) {
+    if (is_wide.template operator()<16>()) return launch.template operator()<16, 4>();
+    return launch.template operator()<16, 3>();
+  }
+  if constexpr (Macros != 2) {  // which would spill registers
+    if (height <= 24 && is_wide.template operator()<24>()) return launch.template operator()<24, 4>();
+  }
+  if constexpr (Macros == 0) {  // experts with macro blocks have fitted tiles from 16 rows on
+    if (height > 24 && height <= 32 && is_wide.template operator()<32>()) return launch.template operator()<32, 4>();
+  }
+  if (height <= 24) return launch.template operator()<24, 3>();
+  if (height <= 32) return launch.template operator()<32, 3>();
+  if (height <= 48) return launch.template operator()<48, 3>();
+  return launch.template operator()<64, 3>();
 }
 
 /// Launches the kernel that fits tiles to the rows of x that each expert has.
@@ -243,12 +293,7 @@ template <activation T, weight_kind Kind, int Macros>
 result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const matmul_args<T>& args) {
   auto device = find_device();
   if (!device) return device.error();
-  // Each matrix but the first can add one tile that is not full.
-  const auto row_tiles = [&](std::size_t rows) {
-    const std::size_t all = job.row_count;
-    if (job.row_offsets == nullptr) return (all + rows - 1) / rows;
-    return std::min(all / rows + std::min<std::size_t>(args.weights.matrices, all), all);
-  };
+  const auto row_tiles = [&](std::size_t rows) { return most_row_tiles(args, rows); };
   const bool is_aligned_x = is_aligned(job.x.data, 16) && job.x.row_stride % 8 == 0;
   // About how many rows of x a matrix gets.
   const std::size_t groups =
@@ -271,39 +316,12 @@ result<void> matmul_of_kind(const stream& s, const matmul_job<T>& job, const mat
       return launch_fitted_rows<T, Kind, Macros, fitted>(s, job, args, row_tiles(fitted::rows), *device);
     }
     if (height <= 8) return launch_few_rows<T, Kind, Macros, 8>(s, job, args, row_tiles(8), *device);
-    // n calls, each of one of E experts, hit about E (1 - exp(-n / E)) of them, which mostly take a tile each.
-    const auto most = static_cast<double>(args.weights.matrices);
-    const double usual_tiles =
-        job.row_offsets == nullptr ? 1.0 : most * (1 - std::exp(-static_cast<double>(job.row_count) / most));
-    if (height <= 16) {
-      if (prefers_four_groups<T, Kind, Macros, 16>(args, row_tiles(16), usual_tiles, *device)) {
-        return launch_medium_rows<T, Kind, Macros, 16, 4>(s, job, args, row_tiles(16), *device);
-      }
-      return launch_medium_rows<T, Kind, Macros, 16, 3>(s, job, args, row_tiles(16), *device);
-    }
-    if constexpr (Macros != 2) {  // which would spill registers
-      if (height <= 24 && prefers_four_groups<T, Kind, Macros, 24>(args, row_tiles(24), usual_tiles, *device)) {
-        return launch_medium_rows<T, Kind, Macros, 24, 4>(s, job, args, row_tiles(24), *device);
-      }
-    }
-    if constexpr (Macros == 0) {  // experts with macro blocks have fitted tiles from 16 rows on
-      if (height > 24 && height <= 32 &&
-          prefers_four_groups<T, Kind, Macros, 32>(args, row_tiles(32), usual_tiles, *device)) {
-        return launch_medium_rows<T, Kind, Macros, 32, 4>(s, job, args, row_tiles(32), *device);
-      }
-    }
-    if (height <= 24) return launch_medium_rows<T, Kind, Macros, 24, 3>(s, job, args, row_tiles(24), *device);
-    if (height <= 32) return launch_medium_rows<T, Kind, Macros, 32, 3>(s, job, args, row_tiles(32), *device);
-    if (height <= 48) return launch_medium_rows<T, Kind, Macros, 48, 3>(s, job, args, row_tiles(48), *device);
-    if (height <= 64) return launch_medium_rows<T, Kind, Macros, 64, 3>(s, job, args, row_tiles(64), *device);
+    if (height <= 64) return launch_medium_height<T, Kind, Macros>(s, job.x, args, height, *device);
     // Tiles of 256 rows take at least 7/4 of the time of tiles of 128.
-    const auto rounds = [&](std::size_t of_rows) {
-      const auto room = static_cast<std::size_t>(device->multiprocessors);
-      return (row_tiles(of_rows) * ((args.weights.row_tiles + 1) / 2) + room - 1) / room;
-    };
+    const auto rounds = [&](std::size_t of_rows) { return rounds_of_tiles(args, of_rows, *device); };
     const bool is_uneven = job.row_offsets != nullptr && rows <= 384;  // tiles of 256 would often be half empty
     if (is_uneven || rounds(128) * 4 < rounds(256) * 7) {
-      return launch_medium_rows<T, Kind, Macros, 128, 2>(s, job, args, row_tiles(128), *device);
+      return launch_medium_rows<T, Kind, Macros, 128, 2>(s, job.x, args, row_tiles(128), *device);
     }
     return launch_many_rows<many, Kind, Macros>(s, job.x, args, row_tiles(256), *device);
   }

@@ -27,11 +27,12 @@ struct repack_args {
 };
 
 /// One thread block repacks 64 rows.
-template <activation T, weight_kind Kind>
+template <repackable T, weight_kind Kind>
 __global__ void __launch_bounds__(256) repack_kernel(const repack_args args) {
   constexpr std::uint32_t block = weight_tile<Kind>::block, tile_bytes = weight_tile<Kind>::bytes;
-  constexpr std::uint32_t nan_byte =  // decodes to infinity, which times zero codes is NaN
-      Kind == weight_kind::nv ? 248u : (std::same_as<T, half> ? 31u : 255u);
+  constexpr bool is_e4m3 = std::same_as<T, e4m3>;
+  constexpr std::uint32_t nan_byte =  // decodes to infinity, which times zero codes is NaN; in E4M3 to NaN
+      is_e4m3 ? 8 * e4m3_decoding::nan : (Kind == weight_kind::nv ? 248u : (std::same_as<T, half> ? 31u : 255u));
   __shared__ int top[64];  // the largest exponent of a row's scales
   const std::uint32_t matrix = blockIdx.y, first = blockIdx.x * 64;
   const std::size_t matrix_row = static_cast<std::size_t>(matrix) * args.rows;
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(256) repack_kernel(const repack_args args) {
     if constexpr (Kind == weight_kind::nv) {
       factor = args.tensor_scales[args.scale_per_matrix ? matrix : 0];
     } else {
-      factor = ldexpf(1.0f, top[threadIdx.x] - 128);
+      factor = ldexpf(1.0f, top[threadIdx.x] - (is_e4m3 ? 127 - e4m3_decoding::factor_shift : 128));
     }
     args.factors[(static_cast<std::size_t>(matrix) * args.row_tiles + blockIdx.x) * 64 + threadIdx.x] = factor;
   }
@@ -78,11 +79,12 @@ __global__ void __launch_bounds__(256) repack_kernel(const repack_args args) {
   for (std::uint32_t t = 0; t < args.col_tiles; ++t, tile += tile_bytes) {
     for (std::uint32_t i = threadIdx.x; i < 512; i += 256) {
       const std::uint32_t step = i % 4, lane = i / 4 % 32, warp = i / 128;
-      const std::uint32_t row = first + warp * 16 + lane / 4, byte = t * 32 + step * 8 + lane % 4;
+      const std::uint32_t row = first + warp * 16 + lane / 4, byte = t * 32 + step * 8 + lane % 4 * (is_e4m3 ? 2 : 1);
+      const std::uint32_t second = byte + (is_e4m3 ? 1 : 4);
       const std::uint32_t low = source_row(row, args.rows, args.gating);
       const std::uint32_t high = source_row(row + 8, args.rows, args.gating);
-      const std::uint32_t pairs[4] = {codes_of(low, byte), codes_of(high, byte), codes_of(low, byte + 4),
-                                      codes_of(high, byte + 4)};
+      const std::uint32_t pairs[4] = {codes_of(low, byte), codes_of(high, byte), codes_of(low, second),
+                                      codes_of(high, second)};
       reinterpret_cast<std::uint32_t*>(tile)[i] = spread_codes<T>(pairs);
     }
     constexpr std::uint32_t lane_scales = weight_tile<Kind>::lane_scales,
@@ -98,6 +100,8 @@ __global__ void __launch_bounds__(256) repack_kernel(const repack_args args) {
         const std::uint32_t scale = scale_of(row, b);
         if constexpr (Kind == weight_kind::nv) {
           stored = (scale & 0x7Fu) == 0x7Fu ? nan_byte : stored_e4m3(scale & 0x7Fu, scale_decoding<T, Kind>::e4m3_bias);
+        } else if constexpr (is_e4m3) {
+          stored = scale == 0xFFu ? nan_byte : e4m3_decoding::stored(static_cast<std::uint32_t>(top[in_tile]) - scale);
         } else {
           constexpr int top_field = std::same_as<T, half> ? 30 : 254;
           stored = scale == 0xFFu
@@ -132,7 +136,7 @@ __global__ void __launch_bounds__(256) repack_kernel(const repack_args args) {
   }
 }
 
-template <activation T>
+template <repackable T>
 result<void> repack(const stream& s, const packed_view<any_format>& w, const repacked_shape& shape, std::byte* out) {
   if (shape.matrices == 0 || shape.rows == 0 || shape.cols == 0) return {};
   auto* const bytes = reinterpret_cast<std::uint8_t*>(out);
@@ -158,7 +162,9 @@ result<void> repack(const stream& s, const packed_view<any_format>& w, const rep
                  tetromino::detail::text("repack: expected at most 65535 matrices, got ", shape.matrices));
   }
   const dim3 grid(args.row_tiles, static_cast<unsigned>(shape.matrices));
-  if (shape.format.scale == scale_type::e4m3) {
+  if constexpr (std::same_as<T, e4m3>) {
+    repack_kernel<T, weight_kind::mx32><<<grid, 256, 0, s.handle>>>(args);
+  } else if (shape.format.scale == scale_type::e4m3) {
     repack_kernel<T, weight_kind::nv><<<grid, 256, 0, s.handle>>>(args);
   } else if (shape.format.macro_bits == 2) {
     repack_kernel<T, weight_kind::mx32_fine><<<grid, 256, 0, s.handle>>>(args);

@@ -12,7 +12,8 @@
 /// A tile is 64 rows by 64 columns: four warps of 16 rows; in a warp, lane l = 4 g + t holds of rows g and g + 8, for
 /// each step of 16 columns, the columns 2t, 2t + 1, 2t + 8 and 2t + 9, which is what the tensor cores' A operand wants
 /// of it. These eight codes are one word, whose bits are spread so that few instructions bring each to where a 16-bit
-/// float keeps its sign, the end of its exponent and the start of its fraction.
+/// float keeps its sign, the end of its exponent and the start of its fraction. For activations in E4M3 the lane holds
+/// columns 4t to 4t + 3, and the word is one for byte permutes: see e4m3_decoding.
 ///   tile    codes [warp 4][lane 32][step 4] words, then scales [g 8][warp 4][block][row g, row g + 8] bytes
 ///   macros  [macro block][g 8][warp 4][row g, row g + 8] bytes
 ///
@@ -51,25 +52,40 @@ struct weight_tile {
   }
 };
 
+/// Steps of a tile's columns: each is a product of the tensor cores with an A operand of 16 rows by 32 bytes.
+template <class X>
+inline constexpr int tile_steps = std::same_as<X, e4m3> ? 2 : 4;
+
 static_assert(weight_tile<weight_kind::mx32>::bytes == repacked_shape{mxfp4{}}.tile_bytes());
 static_assert(weight_tile<weight_kind::nv>::bytes == repacked_shape{nvfp4{}}.tile_bytes());
 static_assert(weight_tile<weight_kind::mx32_fine>::bytes == repacked_shape{mbs<mxfp4, 16, 2>{}}.tile_bytes());
 
-/// The word of four pairs of codes: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), each as a byte.
-template <activation T>
+/// The word of four pairs of codes, each as a byte: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); for E4M3 (g,
+/// 4t), (g + 8, 4t), (g, 4t + 2), (g + 8, 4t + 2).
+template <repackable T>
 [[nodiscard]] __device__ inline std::uint32_t spread_codes(const std::uint32_t (&pair)[4]) {
-  // Bits of the word that hold (fraction, low exponent, high exponent, sign) of the first code of each pair; the second
-  // code lies 16 bits higher, around the end.
-  constexpr int place_for_bfloat16[4][4] = {{0, 1, 2, 9}, {10, 11, 12, 19}, {4, 5, 6, 13}, {14, 7, 8, 15}};
-  constexpr int place_for_half[4][4] = {{0, 1, 2, 6}, {7, 8, 9, 13}, {10, 11, 12, 15}, {3, 4, 5, 14}};
   std::uint32_t word = 0;
+  if constexpr (std::same_as<T, e4m3>) {
 #pragma unroll
-  for (int p = 0; p < 4; ++p) {
+    for (std::uint32_t i = 0; i < 8; ++i) {
+      const std::uint32_t is_high = i / 4, column = i % 4;
+      const std::uint32_t code = pair[column / 2 * 2 + is_high] >> column % 2 * 4;
+      word |= (code & 7u) << (is_high * 16 + column * 4);
+      word |= (code >> 3 & 1u) << (column * 8 + (is_high != 0 ? 3 : 7));
+    }
+  } else {
+    // Bits of the word that hold (fraction, low exponent, high exponent, sign) of the first code of each pair; the
+    // second code lies 16 bits higher, around the end.
+    constexpr int place_for_bfloat16[4][4] = {{0, 1, 2, 9}, {10, 11, 12, 19}, {4, 5, 6, 13}, {14, 7, 8, 15}};
+    constexpr int place_for_half[4][4] = {{0, 1, 2, 6}, {7, 8, 9, 13}, {10, 11, 12, 15}, {3, 4, 5, 14}};
 #pragma unroll
-    for (int bit = 0; bit < 4; ++bit) {
-      const int at = std::same_as<T, half> ? place_for_half[p][bit] : place_for_bfloat16[p][bit];
-      word |= (pair[p] >> bit & 1u) << at % 32;
-      word |= (pair[p] >> (4 + bit) & 1u) << (at + 16) % 32;
+    for (int p = 0; p < 4; ++p) {
+#pragma unroll
+      for (int bit = 0; bit < 4; ++bit) {
+        const int at = std::same_as<T, half> ? place_for_half[p][bit] : place_for_bfloat16[p][bit];
+        word |= (pair[p] >> bit & 1u) << at % 32;
+        word |= (pair[p] >> (4 + bit) & 1u) << (at + 16) % 32;
+      }
     }
   }
   return word;
@@ -127,18 +143,23 @@ struct scale_pairs {
   }
 };
 
-/// Products with activations in E4M3 make E4M3 of the same words that bfloat16 has: the magnitudes of four codes are
-/// picked at once out of eight bytes, the magnitudes of E2M1 times a power of two; signs lie apart and are put in.
+/// Weights for activations in E4M3 become E4M3: the magnitudes of four codes are picked at once out of eight bytes, the
+/// magnitudes of E2M1 times a power of two; signs lie apart and are put in. A word has, of columns 4t + j, the
+/// magnitude of row g in bits 4j to 4j + 2, its sign in bit 8j + 7; the magnitude of row g + 8 in bits 16 + 4j to
+/// 18 + 4j, its sign in bit 8j + 3. A stored scale byte is eight times how many powers of two the scale lies below the
+/// largest of its row, at most 30: where the table in shared memory has the magnitudes.
 struct e4m3_decoding {
-  /// Entry `byte` of the table in shared memory: the magnitudes for a stored scale byte, as E4M3 (those of 254, the
-  /// largest of a row, are up to 384). The exact powers of two end 14 below that; what is less is rounded.
-  static constexpr std::uint32_t entries = 256, table_bytes = entries * 8;
-  /// What the products lack of the row's factor, which goes with a scale byte of 254 as a bfloat16.
-  static constexpr float missing = 0x1p-5f;
+  static constexpr std::uint32_t entries = 32, table_bytes = entries * 8;
+  static constexpr std::uint32_t least = entries - 2, nan = entries - 1;
+  /// What a row's factor is for a largest scale of 2^n: 2^(n + factor_shift), since magnitudes are up to 384.
+  static constexpr int factor_shift = -6;
 
-  [[nodiscard]] __device__ static uint2 entry(std::uint32_t byte) {
-    if (byte == 255) return make_uint2(0x7F7F7F7Fu, 0x7F7F7F7Fu);
-    const int below = 254 - static_cast<int>(byte);
+  [[nodiscard]] __device__ static std::uint32_t stored(std::uint32_t below) { return 8 * min(below, least); }
+
+  /// Entry `number` of the table, as E4M3. The exact powers of two end 14 below the largest; what is less is rounded.
+  [[nodiscard]] __device__ static uint2 entry(std::uint32_t number) {
+    if (number == nan) return make_uint2(0x7F7F7F7Fu, 0x7F7F7F7Fu);
+    const int below = static_cast<int>(number);
     std::uint64_t out = 0;
 #pragma unroll
     for (int m = 1; m < 8; ++m) {
@@ -156,20 +177,27 @@ struct e4m3_decoding {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
     return out;
   }
-  /// Four columns of rows g and g + 8: 2t, 2t + 8, 2t + 1 and 2t + 9.
-  __device__ static void decode(std::uint32_t word, const uint2& of_low, const uint2& of_high, std::uint32_t& low,
-                                std::uint32_t& high) {
-    const std::uint32_t down = word >> 2;
-    low = pick(of_low.x, of_low.y, pick(word & 0x00770077u, 0, 0x4420));
-    low |= down & 0x00800080u;
-    low |= word << 2 & 0x80008000u;
-    high = pick(of_high.x, of_high.y, pick((down & 0x17001700u) | (word << 6 & 0x60006000u), 0, 0x4431));
-    high |= __funnelshift_r(word, word, 12) & 0x00800080u;
-    high |= word & 0x80008000u;
+  /// Entries of the table, of rows g and g + 8.
+  struct pair_of_rows {
+    uint2 low, high;
+  };
+  /// Those of the bytes `Byte` and Byte + 1 of a word of scales; `table`: the table's address, a multiple of 256.
+  template <std::uint32_t Byte>
+  [[nodiscard]] __device__ static pair_of_rows magnitudes(std::uint32_t scales, std::uint32_t table) {
+    pair_of_rows out;
+    load_shared(pick(scales, table, 0x7650u + Byte), out.low.x, out.low.y);
+    load_shared(pick(scales, table, 0x7651u + Byte), out.high.x, out.high.y);
+    return out;
+  }
+  /// Four columns of rows g and g + 8.
+  __device__ static void decode(std::uint32_t word, const pair_of_rows& of, std::uint32_t& low, std::uint32_t& high) {
+    const std::uint32_t selectors = word & 0x77777777u;
+    low = pick(of.low.x, of.low.y, selectors) | (word & 0x80808080u);
+    high = pick(of.high.x, of.high.y, selectors >> 16) | (word << 4 & 0x80808080u);
   }
 };
 
-/// Fills the table of e4m3_decoding; a block does it, of at least as many threads as there are entries.
+/// Fills the table of e4m3_decoding; a block does it.
 __device__ inline void fill_decoding_table(unsigned char* table) {
   if (threadIdx.x < e4m3_decoding::entries) {
     reinterpret_cast<uint2*>(table)[threadIdx.x] = e4m3_decoding::entry(threadIdx.x);
@@ -238,15 +266,25 @@ struct coded_tile {
     for (int i = 0; i < scale_words; ++i) scales[i] = reinterpret_cast<const std::uint32_t*>(scales_from)[i];
   }
 
-  /// The A operand of step s, of 32 columns, in E4M3; `table`: that of e4m3_decoding, in shared memory.
-  __device__ void decode_e4m3(int s, std::uint32_t table, std::uint32_t (&a)[4]) const {
+  /// The magnitudes for step s, of 32 columns, in E4M3; `table`: that of e4m3_decoding, in shared memory.
+  [[nodiscard]] __device__ e4m3_decoding::pair_of_rows e4m3_magnitudes(int s, std::uint32_t table) const {
     static_assert(Kind == weight_kind::mx32);
-    const std::uint32_t both = scales[0] >> s * 16;
-    uint2 low, high;
-    load_shared(table + (both & 0xFFu) * 8, low.x, low.y);
-    load_shared(table + (both >> 8 & 0xFFu) * 8, high.x, high.y);
+    return s == 0 ? e4m3_decoding::magnitudes<0>(scales[0], table) : e4m3_decoding::magnitudes<2>(scales[0], table);
+  }
+  /// The A operand of that step.
+  __device__ void decode_e4m3(int s, const e4m3_decoding::pair_of_rows& of, std::uint32_t (&a)[4]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) e4m3_decoding::decode(word[2 * s + i], low, high, a[2 * i], a[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) e4m3_decoding::decode(word[2 * s + i], of, a[2 * i], a[2 * i + 1]);
+  }
+
+  /// The A operand of step s for activations X; `table`: that of e4m3_decoding, for E4M3.
+  template <class X>
+  __device__ void decode(int s, std::uint32_t table, std::uint32_t (&a)[4]) const {
+    if constexpr (std::same_as<X, e4m3>) {
+      decode_e4m3(s, e4m3_magnitudes(s, table), a);
+    } else {
+      decode<X>(s, a);
+    }
   }
 
   /// The A operand of step s.

@@ -66,7 +66,7 @@ struct e4m3_row {
     report_rejection(args.rejected,
                      static_cast<std::uint64_t>(row) * args.rows.cols + c * chunk_size + x.first_special());
   }
-  /// Writes chunk c as codes, of its first and of its last eight columns in turns; zeros if `inverse` is zero.
+  /// Writes chunk c as codes; zeros if `inverse` is zero.
   __device__ void store(std::uint32_t c, const chunk<T>& x, float inverse) const {
     if (!exists() || c >= args.rows.chunks_per_row) return;
     std::uint32_t word[4] = {};
@@ -74,9 +74,9 @@ struct e4m3_row {
 #pragma unroll
       for (std::uint32_t w = 0; w < 4; ++w) {
         const auto pair = [&](std::uint32_t i) {
-          return encode_e4m3_pair(__fmul_rn(x.value(i), inverse), __fmul_rn(x.value(i + 8), inverse));
+          return encode_e4m3_pair(__fmul_rn(x.value(i), inverse), __fmul_rn(x.value(i + 1), inverse));
         };
-        word[w] = pair(2 * w) | pair(2 * w + 1) << 16;
+        word[w] = pair(4 * w) | pair(4 * w + 2) << 16;
       }
     }
     const std::size_t at = static_cast<std::size_t>(row) * args.rows.chunks_per_row + c;

@@ -19,11 +19,13 @@
 /// 128 columns, four products.
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
-/// The shape of a kernel: up to 160 rows of x and 192 rows of weights in a tile of the output.
-template <weight_kind Kind>
+/// The shape of a kernel: up to `Rows` of x and Groups * 64 rows of weights in a tile of the output.
+template <weight_kind Kind, int Rows, int Groups, int Stages>
 struct e4m3_rows_shape {
-  static constexpr int rows = 160, groups = 3, stages = 5;
+  static_assert(Groups == 3 || Groups == 4);
+  static constexpr int rows = Rows, groups = Groups, stages = Stages;
   static constexpr int consumers = groups * 128;
+  static constexpr int registers = Groups == 3 ? 160 : 112;  ///< of a consumer
   static constexpr int threads = consumers + 128;  ///< of the last 128, one warp copies; the rest give registers
   static constexpr int sums = rows / 2;            ///< of a lane
   static constexpr std::uint32_t box_bytes = 16 * 128;
@@ -31,7 +33,7 @@ struct e4m3_rows_shape {
   static constexpr std::uint32_t weight_bytes = 2 * weight_tile<Kind>::bytes;  ///< of a warpgroup, in a stage
   static constexpr std::uint32_t stage_bytes = (weights_at + groups * weight_bytes + 1023) / 1024 * 1024;
   static constexpr std::uint32_t barriers_at = stages * stage_bytes;
-  static constexpr std::uint32_t output_at = barriers_at + 128;
+  static constexpr std::uint32_t output_at = barriers_at + 256;
   static constexpr std::uint32_t table_at = output_at + groups * staged_bytes;
   static constexpr std::uint32_t tiles_before_at = table_at + e4m3_decoding::table_bytes;
   /// Shared memory for `matrices` matrices.
@@ -52,16 +54,16 @@ struct e4m3_rows_producer {
 
   /// What the copies of a tile are made of.
   struct source {
-    std::uint32_t boxes, groups;
-    const std::uint8_t* weights;  ///< of this lane's warpgroup, if there is one
+    std::uint32_t boxes;
+    const std::uint8_t* weights;  ///< of this lane's warpgroup
     int first_row;
   };
   [[nodiscard]] __device__ source source_of(const output_tile& tile) const {
     source out;
     const std::uint32_t row_tile = tile.feature_tile * Shape::groups, lane = threadIdx.x % 32;
     out.boxes = (tile.rows + 15) / 16;
-    out.groups = min(static_cast<std::uint32_t>(Shape::groups), args.weights.row_tiles - row_tile);
-    out.weights = args.weights.template tiles_of<Kind>(tile.matrix, row_tile + min(lane, out.groups - 1));
+    // A warpgroup past the last weight rows gets those: scales are addresses to it, so that it must not read just any.
+    out.weights = args.weights.template tiles_of<Kind>(tile.matrix, min(row_tile + lane, args.weights.row_tiles - 1));
     out.first_row = static_cast<int>(tile.first_row);
     return out;
   }
@@ -69,10 +71,10 @@ struct e4m3_rows_producer {
   __device__ void copy_weights(const source& from, std::uint32_t slot, std::uint32_t k) const {
     const std::uint32_t lane = threadIdx.x % 32, stage = shared + slot * Shape::stage_bytes;
     if (lane == 0) {
-      barrier_expect(ring.full(slot), from.boxes * Shape::box_bytes + from.groups * Shape::weight_bytes);
+      barrier_expect(ring.full(slot), from.boxes * Shape::box_bytes + Shape::groups * Shape::weight_bytes);
     }
     __syncwarp();
-    if (lane < from.groups) {
+    if (lane < Shape::groups) {
       copy_bytes(stage + Shape::weights_at + lane * Shape::weight_bytes,
                  from.weights + static_cast<std::size_t>(k) * Shape::weight_bytes, Shape::weight_bytes,
                  ring.full(slot));
@@ -136,7 +138,12 @@ struct e4m3_rows_walk {
     }
     return out;
   }
-  __device__ void decode(const coded_stage& coded, int s) { coded.tile[s / 2].decode_e4m3(s % 2, table, a[s]); }
+  [[nodiscard]] __device__ e4m3_decoding::pair_of_rows magnitudes(const coded_stage& coded, int s) const {
+    return coded.tile[s / 2].e4m3_magnitudes(s % 2, table);
+  }
+  __device__ void decode(const coded_stage& coded, int s, const e4m3_decoding::pair_of_rows& of) {
+    coded.tile[s / 2].decode_e4m3(s % 2, of, a[s]);
+  }
 
   /// The sums for the first N rows of x.
   template <int N>
@@ -144,8 +151,8 @@ struct e4m3_rows_walk {
     return reinterpret_cast<lane_sums<N / 2>&>(sum);
   }
 
-  /// Sums through all columns for the first N rows of x. Two products are on their way at a time, while the operand of
-  /// the one before them becomes that of the third one after it.
+  /// Sums through all columns for the first N rows of x. Two products are a group: while one is on its way, the
+  /// operands of the next one are decoded, whose magnitudes were asked for before.
   template <int N>
   __device__ __forceinline__ void run() {
     used<N>().clear();
@@ -155,27 +162,37 @@ struct e4m3_rows_walk {
     const auto tell = [&] {
       if (last_empty != 0) barrier_arrive(last_empty);
     };
+    const auto multiply = [&](int s, std::uint32_t box) {
+      wgmma_fence();
+      wgmma<e4m3>(used<N>().d, a[s], swizzled_tile(box, 2u * s));
+      wgmma<e4m3>(used<N>().d, a[s + 1], swizzled_tile(box, 2u * s + 2));
+      wgmma_commit();
+      wgmma_wait<1>();
+    };
     coded_stage coded = load();
-#pragma unroll
-    for (int s = 0; s < 3; ++s) decode(coded, s);
+    e4m3_decoding::pair_of_rows of[2];
+    const auto look_up = [&](int s) { of[0] = magnitudes(coded, s), of[1] = magnitudes(coded, s + 1); };
+    // A branch that the compiler cannot see through keeps the decoding between the products; see tile_sums.
+    const auto decode_two = [&](int s) {
+      std::uint32_t yes;
+      asm volatile("mov.u32 %0, %1;" : "=r"(yes) : "r"(count));
+      if (yes != 0) decode(coded, s, of[0]), decode(coded, s + 1, of[1]);
+    };
+    look_up(0);
+    decode_two(0);
     const auto step = [&]<bool HasNext>() {
       const std::uint32_t box = shared + slot * Shape::stage_bytes, this_empty = ring.empty(slot);
       if (++slot == Shape::stages) slot = 0, parity ^= 1;
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        wgmma_fence();
-        wgmma<e4m3>(used<N>().d, a[s], swizzled_tile(box, 2u * s));
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (s == 0) tell(), last_empty = this_empty;
-        if (s == 1 && HasNext) coded = load();
-        if (s == 0 || HasNext) {
-          // A branch that the compiler cannot see through keeps the decoding between the products; see tile_sums.
-          std::uint32_t yes;
-          asm volatile("mov.u32 %0, %1;" : "=r"(yes) : "r"(count));
-          if (yes != 0) decode(coded, (s + 3) % 4);
-        }
+      look_up(2);
+      multiply(0, box);
+      tell(), last_empty = this_empty;
+      decode_two(2);
+      if constexpr (HasNext) {
+        coded = load();
+        look_up(0);
       }
+      multiply(2, box);
+      if constexpr (HasNext) decode_two(0);
     };
     for (std::uint32_t left = count; left > 1; --left) step.template operator()<true>();
     step.template operator()<false>();
@@ -201,11 +218,11 @@ struct e4m3_rows_walk {
       if (tile.rows == 0) return;
       const std::uint32_t row_tile = tile.feature_tile * Shape::groups + group;
       const bool is_idle = row_tile >= args.weights.row_tiles;  // a warpgroup past the last weight rows
-      row_pair rows = find_rows(args, tile.matrix, (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4);
+      const row_pair rows = find_rows(args, tile.matrix, (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4);
       row_scales<Shape::rows> x_scales;
       x_scales.load(args, tile);
       run_fitted(tile.rows);
-      x_scales.apply(sum.d, rows);
+      x_scales.apply(sum.d);
       if (is_idle) continue;
       if (args.out.is_aligned) {
         const std::uint32_t first_output = row_tile * (args.weights.gating == gating_rows::none ? 64 : 32);
@@ -239,7 +256,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   wait_for_last_kernel();
   count_row_tiles<Shape::rows>(args.x.row_offsets, args.weights.matrices, tiles_before);
   if (threadIdx.x < Shape::consumers) {
-    take_registers<160>();
+    take_registers<Shape::registers>();
     e4m3_rows_walk<Shape, Kind, T>(args, shared).run_tiles(args, tiles_before, memory + Shape::output_at);
   } else {
     give_registers<32>();

@@ -49,22 +49,22 @@ struct many_rows_shape {
 /// What the copies of a tile of the output are made of.
 template <class Shape, class T, weight_kind Kind>
 struct stage_source {
-  std::uint32_t groups;  ///< that have weights
-  const std::uint8_t* weights;
+  const std::uint8_t* weights;  ///< of this lane's warpgroup
   int first_row;
 
   __device__ stage_source(const matmul_args<T>& args, const output_tile& tile) {
     const std::uint32_t row_tile = tile.feature_tile * Shape::groups, lane = threadIdx.x % 32;
-    groups = min(static_cast<std::uint32_t>(Shape::groups), args.weights.row_tiles - row_tile);
-    weights = args.weights.template tiles_of<Kind>(tile.matrix, row_tile + min(lane, groups - 1));
+    // A warpgroup past the last weight rows gets those: for E4M3 it must not take just any bytes for scales, which are
+    // addresses to it.
+    weights = args.weights.template tiles_of<Kind>(tile.matrix, min(row_tile + lane, args.weights.row_tiles - 1));
     first_row = static_cast<int>(tile.first_row);
   }
   /// A lane for each warpgroup. Its barrier also expects x.
   __device__ void copy_weights(std::uint32_t stage, std::uint32_t k, std::uint32_t barrier) const {
     const std::uint32_t lane = threadIdx.x % 32;
-    if (lane == 0) barrier_expect(barrier, Shape::box_bytes + groups * Shape::weight_bytes);
+    if (lane == 0) barrier_expect(barrier, Shape::box_bytes + Shape::groups * Shape::weight_bytes);
     __syncwarp();
-    if (lane < groups) {
+    if (lane < Shape::groups) {
       copy_bytes(stage + Shape::weights_at + lane * Shape::weight_bytes,
                  weights + static_cast<std::size_t>(k) * Shape::weight_bytes, Shape::weight_bytes, barrier);
     }
@@ -131,11 +131,8 @@ struct tile_sums {
 
     /// The A operand of step s; `table`: that of e4m3_decoding, in shared memory.
     __device__ void decode(int s, std::uint32_t table, std::uint32_t (&to)[4]) const {
-      if constexpr (Shape::is_e4m3) {
-        tile[s / 2].decode_e4m3(s % 2, table, to);
-      } else {
-        tile[0].template decode<T>(s, to);
-      }
+      constexpr int steps = tile_steps<typename Shape::element>;
+      tile[s / steps].template decode<typename Shape::element>(s % steps, table, to);
     }
   };
   /// Reads it in shared memory.
@@ -292,7 +289,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
         macros = args.weights.macros_of(tile.matrix, is_idle ? 0 : row_tile) + lane / 4 * 8 + warp * 2;
       }
       const std::uint32_t in_matrix = (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4;
-      row_pair rows = find_rows(args, tile.matrix, in_matrix);
+      const row_pair rows = find_rows(args, tile.matrix, in_matrix);
       [[maybe_unused]] row_scales<Shape::rows> x_scales;
       if constexpr (Shape::is_e4m3) x_scales.load(args, tile);
       // A tile that is not half full takes products of half the width.
@@ -301,7 +298,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       } else {
         sums.template run<Shape::rows>(args, shared, group, macros, slot, parity);
       }
-      if constexpr (Shape::is_e4m3) x_scales.apply(sums.sum.d, rows);
+      if constexpr (Shape::is_e4m3) x_scales.apply(sums.sum.d);
       if (is_idle) continue;
       if (args.out.is_aligned) {
         const std::uint32_t first_output = row_tile * (args.weights.gating == gating_rows::none ? 64 : 32);

@@ -4,13 +4,15 @@
 #include "../args.cuh"           // matmul_args
 #include "../epilogue.cuh"       // write_pair_as
 #include "../macro_walk.cuh"     // macro_walk
+#include "../weight_tile.cuh"    // coded_tile, e4m3_decoding
 #include "sums.cuh"              // lane_sums, stage_ring
-#include "../weight_tile.cuh"    // coded_tile
+#include "warpgroup_output.cuh"  // row_scales
 
 #include <cuda.h>  // CUtensorMap
 
-#include <cstddef>  // std::size_t
-#include <cstdint>  // std::uint32_t
+#include <concepts>  // std::same_as
+#include <cstddef>   // std::size_t
+#include <cstdint>   // std::uint32_t
 
 /// The product on Hopper for a middling number of rows of x. One warp keeps the copy engine busy with boxes of
 /// activations; the others are warpgroups of 64 weight rows each, whose lanes ask for their own codes and scales, and
@@ -23,17 +25,20 @@
 namespace TETROMINO_NAMESPACE::cuda::detail {
 
 /// The shape of a kernel: `Rows` of x and Groups * 64 rows of weights in a tile of the output; stages of 128 columns.
-template <activation T, weight_kind Kind, int Rows, int Groups, int Stages>
+template <class X, weight_kind Kind, int Rows, int Groups, int Stages>
 struct medium_rows_shape {
+  using element = X;
+  static constexpr bool is_e4m3 = std::same_as<X, e4m3>;
   static constexpr int rows = Rows, groups = Groups, stages = Stages;
   static constexpr int consumers = Groups * 128, threads = consumers + 32;
   static constexpr int sums = Rows / 2;  ///< of a lane
-  static constexpr std::uint32_t box_bytes = Rows * 128, stage_bytes = 2 * box_bytes;
+  static constexpr std::uint32_t boxes = sizeof(X), box_bytes = Rows * 128, stage_bytes = boxes * box_bytes;
   static constexpr std::uint32_t lane_scales = weight_tile<Kind>::lane_scales;  ///< bytes, of one tile
   static constexpr std::uint32_t slot_bytes = 2 * 32 * (16 + lane_scales);      ///< of a warp's own ring
   static constexpr std::uint32_t own_at = Stages * stage_bytes;
   static constexpr std::uint32_t barriers_at = own_at + Groups * 4 * Stages * slot_bytes;
-  static constexpr std::uint32_t inbox_at = barriers_at + 128;
+  static constexpr std::uint32_t table_at = barriers_at + 256;  ///< of e4m3_decoding, for E4M3
+  static constexpr std::uint32_t inbox_at = is_e4m3 ? table_at + e4m3_decoding::table_bytes : barriers_at + 128;
   /// Quads of a lane's sums, which are dealt out among the blocks of a cluster, and how many a block gets at most.
   static constexpr int quads = sums / 4;
   static constexpr std::uint32_t most_parts = 6;  ///< blocks of a cluster
@@ -55,14 +60,15 @@ struct medium_rows_shape {
 template <class Shape, class T, weight_kind Kind, int Macros>
 struct medium_rows_walk {
   using weights = weight_tile<Kind>;
-  static constexpr int sums = Shape::sums, stages = Shape::stages;
+  using element = typename Shape::element;
+  static constexpr int sums = Shape::sums, stages = Shape::stages, steps = tile_steps<element>;
   static constexpr std::uint32_t all_slots = (1u << stages) - 1;
   const std::uint8_t *codes_from, *scales_from;
   std::uint32_t codes_to, scales_to;
   std::uint32_t parity = 0;  ///< a bit for each slot
   lane_sums<sums> sum;
   macro_walk macros;
-  std::uint32_t a[2][4][4];  ///< A operands of two tiles of weights
+  std::uint32_t a[2][steps][4];  ///< A operands of two tiles of weights
 
   /// Asks for the first stages of an output tile's weights.
   __device__ void start(const matmul_args<T>& args, std::uint32_t shared, const output_tile& tile, std::uint32_t first,
@@ -95,26 +101,29 @@ struct medium_rows_walk {
   /// Decodes a tile. Where a wait for all products follows, a branch that the compiler cannot see through keeps it from
   /// going first.
   template <bool WaitFollows>
-  __device__ static void decode(const coded_tile<Kind>& tile, std::uint32_t (&operand)[4][4], std::uint32_t count) {
+  __device__ static void decode(const coded_tile<Kind>& tile, std::uint32_t table, std::uint32_t (&operand)[steps][4],
+                                std::uint32_t count) {
     std::uint32_t yes = 1;
     if constexpr (WaitFollows) asm volatile("mov.u32 %0, %1;" : "=r"(yes) : "r"(count));
     if (yes != 0) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) tile.template decode<T>(i, operand[i]);
+      for (int i = 0; i < steps; ++i) tile.template decode<element>(i, table, operand[i]);
     }
   }
 
   /// Sends the products of one tile of weights on their way.
-  __device__ void multiply(const std::uint32_t (&by)[4][4], std::uint32_t box) {
+  __device__ void multiply(const std::uint32_t (&by)[steps][4], std::uint32_t stage, int tile) {
+    const std::uint32_t box = Shape::is_e4m3 ? stage : stage + tile * Shape::box_bytes;
     wgmma_fence();
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
+    for (int s = 0; s < steps; ++s) {
       if (Macros == 2 && s == 2) {
         wgmma_commit();
         sum.enter_next(macros);
         wgmma_fence();
       }
-      wgmma<T>(sum.d, by[s], swizzled_tile(box, 2u * static_cast<std::uint32_t>(s)));
+      const int step = Shape::is_e4m3 ? tile * steps + s : s;
+      wgmma<element>(sum.d, by[s], swizzled_tile(box, 2u * static_cast<std::uint32_t>(step)));
     }
     wgmma_commit();
   }
@@ -133,6 +142,7 @@ struct medium_rows_walk {
       const std::uint32_t macro = Macros == 2 ? first * 4 : first / macro_stages;
       macros.start(macro_bytes + macro * 64, args.weights.macros_per_row - 1 - macro);
     }
+    const std::uint32_t table = shared + Shape::table_at;
     std::uint32_t left = count;
     bool is_first = true;
     for (;;) {
@@ -147,7 +157,7 @@ struct medium_rows_walk {
           tile[1].read(codes_to + at + 512, scales_to + at + Shape::lane_scales);
         }
         wgmma_wait<1>();
-        decode<Macros != 0>(tile[0], a[0], count);
+        decode<Macros != 0>(tile[0], table, a[0], count);
         if constexpr (Macros != 0) {
           const macro_pair growth = macros.growth();  // beside the products
           wgmma_wait<0>();
@@ -160,16 +170,16 @@ struct medium_rows_walk {
         }
         barrier_wait(ring.full(static_cast<std::uint32_t>(s)), parity >> s & 1u);
         const std::uint32_t box = shared + static_cast<std::uint32_t>(s) * Shape::stage_bytes;
-        multiply(a[0], box);
+        multiply(a[0], box, 0);
         wgmma_wait<1>();
         // Nobody but the tensor cores reads x, so that one lane can tell for its warp.
         if (!is_first && threadIdx.x % 32 == 0) barrier_arrive(ring.empty((s + stages - 1) % stages));
 #pragma unroll
         for (int i = 0; i < 4; ++i) keep(tile[1].word[i]);
-        decode<Macros == 2>(tile[1], a[1], count);
+        decode<Macros == 2>(tile[1], table, a[1], count);
         ask(s, left > stages);
         if constexpr (Macros == 2) sum.enter_next(macros);
-        multiply(a[1], box + Shape::box_bytes);
+        multiply(a[1], box, 1);
         --left;
         is_first = false;
       }
@@ -181,7 +191,7 @@ struct medium_rows_walk {
     const std::uint32_t last = (count - 1) % stages;
     parity ^= (2u << last) - 1;
     if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(last));
-    sum.template finish<Macros>(macros, scale_decoding<T, Kind>::missing);
+    if constexpr (!Shape::is_e4m3) sum.template finish<Macros>(macros, scale_decoding<T, Kind>::missing);
   }
 };
 
@@ -207,6 +217,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
       barrier_expect(arrived, (Shape::quads - part + parts - 1) / parts * (parts - 1) * (Shape::consumers * 16));
     }
   }
+  if constexpr (Shape::is_e4m3) fill_decoding_table(memory + Shape::table_at);
   start_next_kernel();
   std::uint32_t number = blockIdx.x / parts;
   const std::uint32_t stages = args.weights.col_tiles / 2;
@@ -241,8 +252,10 @@ __global__ void __launch_bounds__(Shape::threads, 1)
           const std::uint32_t to = shared + slot * Shape::stage_bytes, column = (first + i) * 128;
           barrier_expect(ring.full(slot), Shape::stage_bytes);
           copy_box(to, &x_map, static_cast<int>(column), static_cast<int>(tile.first_row), ring.full(slot));
-          copy_box(to + Shape::box_bytes, &x_map, static_cast<int>(column + 64), static_cast<int>(tile.first_row),
-                   ring.full(slot));
+          if constexpr (Shape::boxes == 2) {
+            copy_box(to + Shape::box_bytes, &x_map, static_cast<int>(column + 64), static_cast<int>(tile.first_row),
+                     ring.full(slot));
+          }
         }
         if (++slot == Shape::stages) slot = 0;
       }
@@ -261,7 +274,10 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     if constexpr (Macros != 0) {
       macros = args.weights.macros_of(tile.matrix, is_idle ? 0 : row_tile) + lane / 4 * 8 + warp * 2;
     }
+    [[maybe_unused]] row_scales<Shape::rows> x_scales;
+    if constexpr (Shape::is_e4m3) x_scales.load(args, tile);
     walk.run(args, shared, first, count, macros);
+    if constexpr (Shape::is_e4m3) x_scales.apply(walk.sum.d);
     output_tile next{};
     const row_pair rows = find_rows(args, tile.matrix, (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4);
     if (parts == 1) {

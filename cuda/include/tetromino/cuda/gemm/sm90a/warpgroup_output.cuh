@@ -3,7 +3,6 @@
 #include "../../arch/sm90a.cuh"  // store_transposed, sync_threads
 #include "../args.cuh"           // matmul_args, output_tile
 #include "../epilogue.cuh"       // row_pair, write_pair
-#include "../weight_tile.cuh"    // e4m3_decoding
 
 #include <cstdint>  // std::uint32_t
 
@@ -18,18 +17,18 @@ inline constexpr std::uint32_t staged_row_bytes = 64 * 2 + 16, staged_bytes = 64
 /// The scales of a tile's rows of x in E4M3, which a warpgroup's sums want in the end: every lane keeps a part.
 template <int Rows>
 struct row_scales {
-  float mine[Rows / 32];  ///< of rows lane, lane + 32, ...
+  float mine[(Rows + 31) / 32];  ///< of rows lane, lane + 32, ...
 
   template <class T>
   __device__ void load(const matmul_args<T>& args, const output_tile& tile) {
 #pragma unroll
-    for (std::uint32_t i = 0; i < Rows / 32; ++i) {
+    for (std::uint32_t i = 0; i < (Rows + 31) / 32; ++i) {
       const std::uint32_t m = i * 32 + threadIdx.x % 32;
       mine[i] = m < tile.rows ? args.x.scales[tile.first_row + m] : 0.0f;
     }
   }
-  /// Multiplies the sums by them, and gives the factors of the rows of weights what decoding to E4M3 left out.
-  __device__ void apply(float (&sums)[Rows / 2], row_pair& rows) const {
+  /// Multiplies the sums by them.
+  __device__ void apply(float (&sums)[Rows / 2]) const {
     const int column = static_cast<int>(threadIdx.x % 4 * 2);
 #pragma unroll
     for (int i = 0; i < Rows / 2; i += 4) {
@@ -40,7 +39,6 @@ struct row_scales {
         sums[i + j] *= scale, sums[i + j + 2] *= scale;
       }
     }
-    rows.factor[0] *= e4m3_decoding::missing, rows.factor[1] *= e4m3_decoding::missing;
   }
 };
 
