@@ -341,10 +341,11 @@ void shapes() {
                      normals(s.m * s.k, seed + 1, 1.0f));
     ++seed;
   }
-  // four warpgroups to a tile of 16, 24 and 32 rows, by which two blocks can share each tile on 132 multiprocessors
-  for (const std::size_t m : {13, 22, 30}) {
+  // up to 16, 24 and 32 rows of x, and so many weight rows that each of 132 multiprocessors gets 64 or 128; by a single
+  // stage of columns; and so many that most would get 192, which are a tile then
+  for (const shape& s :
+       {shape{13, 14336, 512}, {22, 14336, 512}, {30, 14336, 512}, {16, 14336, 100}, {9, 17000, 320}}) {
     for (const char* name : all_recipes) {
-      const shape s{m, 14336, 512};
       if (!is_short() || seed % 4 == 0) {
         check_product<T>("wide", s, recipe::parse(name), {}, normals(s.n * s.k, seed, 0.02f),
                          normals(s.m * s.k, seed + 1, 1.0f));
@@ -401,7 +402,8 @@ void experts() {
       }
     }
   }
-  // tiles of 16, 24 and 32 rows with four warpgroups, which 132 multiprocessors take in one round, with three in two
+  // tiles of 16, 24 and 32 rows, of which each of 132 multiprocessors gets a share: three times 64 weight rows here,
+  // six or seven below
   const std::vector<std::uint32_t> counts[] = {
       {8, 1, 16, 0, 12, 17, 5, 3, 10}, {12, 1, 24, 0, 18, 25, 7, 5, 16}, {20, 1, 32, 0, 28, 33, 11, 8, 38}};
   for (const char* name : all_recipes) {
@@ -413,6 +415,18 @@ void experts() {
     if (!is_short() || seed % 4 == 0) {
       check_product<T>("wide experts", s, recipe::parse(name), how, normals(18 * s.n * s.k, seed, 0.1f),
                        normals(s.m * s.k, seed + 1, 1.0f));
+    }
+    ++seed;
+  }
+  const auto many_weights = normals(std::size_t{18} * 3000 * 840, seed, 0.1f);
+  for (const char* name : all_recipes) {
+    setting how;
+    how.offsets = offsets_of(18, counts[seed % 3]);
+    how.gating = std::array{gating_rows::none, gating_rows::halves, gating_rows::interleaved}[seed / 3 % 3];
+    how.bias = seed % 2 == 1;
+    const shape s{how.offsets.back(), 3000, 840};
+    if (!is_short() || seed % 4 == 0) {
+      check_product<T>("wide experts", s, recipe::parse(name), how, many_weights, normals(s.m * s.k, seed + 1, 1.0f));
     }
     ++seed;
   }

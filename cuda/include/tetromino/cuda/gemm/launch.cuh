@@ -1,12 +1,13 @@
 #pragma once
 
-#include "../detail/checks.hpp"   // is_aligned
-#include "../detail/launch.cuh"   // is_hopper_code, launch_overlapping
-#include "sm80_any_rows.cuh"      // any_rows_kernel
-#include "sm90a/few_rows.cuh"     // few_rows_kernel
-#include "sm90a/fitted_rows.cuh"  // fitted_rows_kernel
-#include "sm90a/many_rows.cuh"    // many_rows_kernel
-#include "sm90a/medium_rows.cuh"  // medium_rows_kernel
+#include "../detail/checks.hpp"     // is_aligned
+#include "../detail/launch.cuh"     // is_hopper_code, launch_overlapping
+#include "sm80_any_rows.cuh"        // any_rows_kernel
+#include "sm90a/balanced_rows.cuh"  // balanced_rows_kernel
+#include "sm90a/few_rows.cuh"       // few_rows_kernel
+#include "sm90a/fitted_rows.cuh"    // fitted_rows_kernel
+#include "sm90a/many_rows.cuh"      // many_rows_kernel
+#include "sm90a/medium_rows.cuh"    // medium_rows_kernel
 
 #include <algorithm>  // std::max, std::min
 #include <array>      // std::array
@@ -156,26 +157,18 @@ result<void> launch_medium_rows(const stream& s, const matrix_view<const Element
                             shape::threads, bytes, parts, *map, args);
 }
 
-/// Whether launch_medium_rows does better with four warpgroups than with three. The multiprocessors take tiles in
-/// rounds. Four take 0.95 of three's time for as many weight rows, 0.93 with macro-block factors (cycles on an H200
-/// over experts), but their wider tiles may need as many rounds. Where clusters can share the tiles of three, those
-/// fill the multiprocessors by more parts, and four took 1.0-1.3 times as long. `row_tiles` is how many tiles of x
-/// there can be at most, `usual_row_tiles` how many to reckon with.
-template <class X, weight_kind Kind, int Macros, int Rows, class T>
-[[nodiscard]] bool prefers_four_groups(const matmul_args<T>& args, std::size_t row_tiles, double usual_row_tiles,
-                                       const device_facts& device) {
-  const std::size_t for_three = (args.weights.row_tiles + 2) / 3;
-  const std::size_t for_four = (args.weights.row_tiles + 3) / 4;
-  if (medium_rows_parts<medium_rows_shape<X, Kind, Rows, 3, 4>, Kind, Macros>(args, row_tiles * for_three) > 1) {
-    return false;
-  }
-  const std::size_t parts =
-      medium_rows_parts<medium_rows_shape<X, Kind, Rows, 4, 4>, Kind, Macros>(args, row_tiles * for_four);
-  const auto rounds = [&](std::size_t feature_tiles) {
-    return std::ceil(usual_row_tiles * static_cast<double>(feature_tiles) / device.multiprocessors);
-  };
-  const double rounds_of_four = parts > 1 ? 1 / static_cast<double>(parts) : rounds(for_four);
-  return rounds_of_four * 4 * (Macros == 0 ? 0.95 : 0.93) < rounds(for_three) * 3;
+/// Launches the kernel that gives every multiprocessor as many weight rows. `row_tiles` as for launch_medium_rows.
+template <class X, weight_kind Kind, int Macros, int Rows, class Element, class T>
+result<void> launch_balanced_rows(const stream& s, const matrix_view<const Element>& x, matmul_args<T> args,
+                                  std::size_t row_tiles, const device_facts& device) {
+  using shape = balanced_rows_shape<X, Kind, Rows>;
+  args.feature_tiles = args.weights.row_tiles;
+  const std::size_t blocks = std::min(row_tiles * args.feature_tiles, static_cast<std::size_t>(device.multiprocessors));
+  const std::uint32_t bytes = shape::shared_bytes(args.x.row_offsets == nullptr ? 0 : args.weights.matrices);
+  auto map = map_activations(x, Rows);
+  if (!map) return map.error();
+  return launch_overlapping(balanced_rows_kernel<shape, T, Kind, Macros>, "the launch of balanced_rows_kernel", s,
+                            blocks, shape::threads, bytes, 1, *map, args);
 }
 
 /// How many tiles of `rows` rows of x there can be at most: each matrix but the first can add one that is not full.
@@ -193,38 +186,68 @@ template <class T>
   return (most_row_tiles(args, rows) * ((args.weights.row_tiles + 1) / 2) + room - 1) / room;
 }
 
-/// Launches launch_medium_rows for tiles with room for `height` rows of x, which is at most 64.
+/// Whether launch_medium_rows does better with four warpgroups than with three, for activations in E4M3. The
+/// multiprocessors take tiles in rounds. Four take 0.95 of three's time for as many weight rows (cycles of 16-bit
+/// activations on an H200 over experts), but their wider tiles may need as many rounds. Where clusters can share the
+/// tiles of three, those fill the multiprocessors by more parts, and four took 1.0-1.3 times as long. `row_tiles` is
+/// how many tiles of x there can be at most.
+template <class X, weight_kind Kind, int Macros, int Rows, class T>
+[[nodiscard]] bool prefers_four_groups(const matmul_args<T>& args, std::size_t row_tiles, const device_facts& device) {
+  const std::size_t for_three = (args.weights.row_tiles + 2) / 3;
+  const std::size_t for_four = (args.weights.row_tiles + 3) / 4;
+  if (medium_rows_parts<medium_rows_shape<X, Kind, Rows, 3, 4>, Kind, Macros>(args, row_tiles * for_three) > 1) {
+    return false;
+  }
+  const std::size_t parts =
+      medium_rows_parts<medium_rows_shape<X, Kind, Rows, 4, 4>, Kind, Macros>(args, row_tiles * for_four);
+  // n calls, each of one of E experts, hit about E (1 - exp(-n / E)) of them, which mostly take a tile each.
+  const auto most = static_cast<double>(args.weights.matrices);
+  const double usual_row_tiles =
+      args.x.row_offsets == nullptr ? 1.0 : most * (1 - std::exp(-static_cast<double>(args.x.rows) / most));
+  const auto rounds = [&](std::size_t feature_tiles) {
+    return std::ceil(usual_row_tiles * static_cast<double>(feature_tiles) / device.multiprocessors);
+  };
+  const double rounds_of_four = parts > 1 ? 1 / static_cast<double>(parts) : rounds(for_four);
+  return rounds_of_four * 4 * 0.95 < rounds(for_three) * 3;
+}
+
+/// Launches a kernel for tiles of `Rows` rows of x, at most 64. Up to 32 rows tiles of three times 64 weight rows are
+/// for clusters to share, or for the multiprocessors to do at once where most of those have three to do in any case;
+/// else every multiprocessor gets as many weight rows.
+template <class X, weight_kind Kind, int Macros, int Rows, class Element, class T>
+result<void> launch_low_tiles(const stream& s, const matrix_view<const Element>& x, const matmul_args<T>& args,
+                              const device_facts& device) {
+  const std::size_t row_tiles = most_row_tiles(args, Rows);
+  if constexpr (std::same_as<X, e4m3>) {
+    if constexpr (Rows <= 32) {
+      if (prefers_four_groups<X, Kind, Macros, Rows>(args, row_tiles, device)) {
+        return launch_medium_rows<X, Kind, Macros, Rows, 4>(s, x, args, row_tiles, device);
+      }
+    }
+  } else if constexpr (Rows <= (Macros == 0 ? 32 : Macros == 1 ? 24 : 16)) {  // others would spill registers
+    using shape = medium_rows_shape<X, Kind, Rows, 3, 4>;
+    const auto room = static_cast<std::size_t>(device.multiprocessors);
+    const std::size_t tiles = row_tiles * ((args.weights.row_tiles + 2) / 3);
+    const bool is_one_round = tiles <= room && row_tiles * args.weights.row_tiles > 2 * room;
+    if (!is_one_round && medium_rows_parts<shape, Kind, Macros>(args, tiles) <= 1) {
+      return launch_balanced_rows<X, Kind, Macros, Rows>(s, x, args, row_tiles, device);
+    }
+  }
+  return launch_medium_rows<X, Kind, Macros, Rows, 3>(s, x, args, row_tiles, device);
+}
+
+/// Launches a kernel for tiles with room for `height` rows of x, which is at most 64.
 template <class X, weight_kind Kind, int Macros, class Element, class T>
 result<void> launch_medium_height(const stream& s, const matrix_view<const Element>& x, const matmul_args<T>& args,
                                   std::size_t height, const device_facts& device) {
-  // n calls, each of one of E experts, hit about E (1 - exp(-n / E)) of them, which mostly take a tile each.
-  const auto most = static_cast<double>(args.weights.matrices);
-  const double usual_tiles =
-      args.x.row_offsets == nullptr ? 1.0 : most * (1 - std::exp(-static_cast<double>(args.x.rows) / most));
-  const auto launch = [&]<int Rows, int Groups>() {
-    return launch_medium_rows<X, Kind, Macros, Rows, Groups>(s, x, args, most_row_tiles(args, Rows), device);
-  };
-  const auto is_wide = [&]<int Rows>() {
-    return prefers_four_groups<X, Kind, Macros, Rows>(args, most_row_tiles(args, Rows), usual_tiles, device);
-  };
   if constexpr (std::same_as<X, e4m3>) {  // activations of 16 bits have few_rows_kernel
-    if (height <= 8 && is_wide.template operator()<8>()) return launch.template operator()<8, 4>();
-    if (height <= 8) return launch.template operator()<8, 3>();
+    if (height <= 8) return launch_low_tiles<X, Kind, Macros, 8>(s, x, args, device);
   }
-  if (height <= 16) {
-    if (is_wide.template operator()<16>()) return launch.template operator()<16, 4>();
-    return launch.template operator()<16, 3>();
-  }
-  if constexpr (Macros != 2) {  // which would spill registers
-    if (height <= 24 && is_wide.template operator()<24>()) return launch.template operator()<24, 4>();
-  }
-  if constexpr (Macros == 0) {  // experts with macro blocks have fitted tiles from 16 rows on
-    if (height > 24 && height <= 32 && is_wide.template operator()<32>()) return launch.template operator()<32, 4>();
-  }
-  if (height <= 24) return launch.template operator()<24, 3>();
-  if (height <= 32) return launch.template operator()<32, 3>();
-  if (height <= 48) return launch.template operator()<48, 3>();
-  return launch.template operator()<64, 3>();
+  if (height <= 16) return launch_low_tiles<X, Kind, Macros, 16>(s, x, args, device);
+  if (height <= 24) return launch_low_tiles<X, Kind, Macros, 24>(s, x, args, device);
+  if (height <= 32) return launch_low_tiles<X, Kind, Macros, 32>(s, x, args, device);
+  if (height <= 48) return launch_low_tiles<X, Kind, Macros, 48>(s, x, args, device);
+  return launch_low_tiles<X, Kind, Macros, 64>(s, x, args, device);
 }
 
 /// Launches the kernel that fits tiles to the rows of x that each expert has.

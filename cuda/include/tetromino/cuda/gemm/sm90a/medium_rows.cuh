@@ -30,6 +30,7 @@ struct medium_rows_shape {
   using element = X;
   static constexpr bool is_e4m3 = std::same_as<X, e4m3>;
   static constexpr int rows = Rows, groups = Groups, stages = Stages;
+  static constexpr bool goes_on_early = false;  ///< whether the last turn of the ring prepares for what comes after
   static constexpr int consumers = Groups * 128, threads = consumers + 32;
   static constexpr int sums = Rows / 2;  ///< of a lane
   static constexpr std::uint32_t boxes = sizeof(X), box_bytes = Rows * 128, stage_bytes = boxes * box_bytes;
@@ -55,47 +56,63 @@ struct medium_rows_shape {
 
 #if TETROMINO_CUDA_HOPPER
 
-/// A lane's way through the columns of a tile of the output, with its sums. `Macros`: macro blocks that a tile of 64
-/// columns touches; 0 for none, 1 where a macro block is a stage or more.
+/// A lane's way through the columns of 64 weight rows, with its sums. `Macros`: macro blocks that a tile of 64 columns
+/// touches; 0 for none, 1 where a macro block is a stage or more.
 template <class Shape, class T, weight_kind Kind, int Macros>
 struct medium_rows_walk {
   using weights = weight_tile<Kind>;
   using element = typename Shape::element;
   static constexpr int sums = Shape::sums, stages = Shape::stages, steps = tile_steps<element>;
+  static constexpr int apart = weights::bytes / 2;  ///< from the middle of a stage's two tiles to where each starts
   static constexpr std::uint32_t all_slots = (1u << stages) - 1;
+  static constexpr bool goes_on_early = Shape::goes_on_early;
+  const stage_ring<stages> ring;
   const std::uint8_t *codes_from, *scales_from;
   std::uint32_t codes_to, scales_to;
-  std::uint32_t parity = 0;  ///< a bit for each slot
+  std::uint32_t entered = 0;          ///< stages that `enter` was told of
+  std::uint32_t least_left = stages;  ///< weights are asked for while more stages than this are left
+  std::uint32_t parity = 0;           ///< a bit for each slot
   lane_sums<sums> sum;
   macro_walk macros;
   std::uint32_t a[2][steps][4];  ///< A operands of two tiles of weights
 
-  /// Asks for the first stages of an output tile's weights.
-  __device__ void start(const matmul_args<T>& args, std::uint32_t shared, const output_tile& tile, std::uint32_t first,
-                        std::uint32_t count) {
+  __device__ explicit medium_rows_walk(std::uint32_t shared) : ring{shared + Shape::barriers_at} {
     const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const std::uint32_t row_tile = min(tile.feature_tile * Shape::groups + warp / 4, args.weights.row_tiles - 1);
-    const std::uint8_t* const at =
-        args.weights.template tiles_of<Kind>(tile.matrix, row_tile) + std::size_t{2 * first} * weights::bytes;
-    codes_from = at + weights::codes_of(warp % 4, lane);
-    scales_from = at + weights::scales_of(warp % 4, lane);
     codes_to = shared + Shape::own_at + warp * (stages * Shape::slot_bytes) + lane * 16;
     scales_to = codes_to + 1024 + lane * (2 * Shape::lane_scales) - lane * 16;
     keep(codes_to), keep(scales_to);
-#pragma unroll
-    for (int i = 0; i < stages; ++i) ask(i, static_cast<std::uint32_t>(i) < count);
+  }
+  /// Goes to `count` stages of weights, from stage `first` on.
+  __device__ void enter(const matmul_args<T>& args, std::uint32_t matrix, std::uint32_t row_tile, std::uint32_t first,
+                        std::uint32_t count) {
+    const std::uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    keep(first);
+    const std::uint8_t* const at =
+        args.weights.template tiles_of<Kind>(matrix, row_tile) + std::size_t{2 * first} * weights::bytes + apart;
+    codes_from = at + weights::codes_of(warp, lane);
+    scales_from = at + weights::scales_of(warp, lane);
+    entered = count;
   }
   /// Asks for the stage of weights that comes into a slot next, if there is one.
   __device__ void ask(int slot, bool exists) {
     if (exists) {
       const std::uint32_t at = static_cast<std::uint32_t>(slot) * Shape::slot_bytes;
-      copy_16(codes_to + at, codes_from);
-      copy_16(codes_to + at + 512, codes_from + weights::bytes);
-      copy_small<Shape::lane_scales>(scales_to + at, scales_from);
-      copy_small<Shape::lane_scales>(scales_to + at + Shape::lane_scales, scales_from + weights::bytes);
+      copy_at<16, 0, -apart>(codes_to + at, codes_from);
+      copy_at<16, 512, apart>(codes_to + at, codes_from);
+      copy_at<Shape::lane_scales, 0, -apart>(scales_to + at, scales_from);
+      copy_at<Shape::lane_scales, Shape::lane_scales, apart>(scales_to + at, scales_from);
     }
     codes_from += 2 * weights::bytes, scales_from += 2 * weights::bytes;
+    keep(codes_from), keep(scales_from);
     copies_commit();
+  }
+  /// Asks for those of the first stages that the slots from `first` on have room for.
+  __device__ void ask_from(std::uint32_t first) {
+#pragma unroll
+    for (int i = 0; i < stages; ++i) {
+      const auto slot = static_cast<std::uint32_t>(i);
+      if (slot >= first) ask(i, slot < entered);
+    }
   }
 
   /// Decodes a tile. Where a wait for all products follows, a branch that the compiler cannot see through keeps it from
@@ -128,13 +145,18 @@ struct medium_rows_walk {
     wgmma_commit();
   }
 
-  /// Sums through `count` stages, from stage `first` on. At a wait for all products but the last group, those of the
-  /// tile before are done, and its operands can be overwritten.
-  __device__ void run(const matmul_args<T>& args, std::uint32_t shared, std::uint32_t first, std::uint32_t count,
-                      const std::uint8_t* macro_bytes) {
-    const stage_ring<stages> ring{shared + Shape::barriers_at};
+  /// Sums through `count` stages, from stage `first` on. `boxes`: where x lies for the first slot. Where the shape
+  /// goes on early, `go_on` enters what comes next when the last turn of the ring begins, and its first weights are
+  /// asked for as slots become free. At a wait for all products but the last group, those of the tile before are done,
+  /// and its operands can be overwritten.
+  template <class GoOn>
+  __device__ void run(const matmul_args<T>& args, std::uint32_t boxes, std::uint32_t first, std::uint32_t count,
+                      const std::uint8_t* macro_bytes, const GoOn& go_on) {
     sum.clear();
-    if (count == 0) return;
+    if (count == 0) {
+      if constexpr (goes_on_early) go_on(), ask_from(0);
+      return;
+    }
     std::uint32_t macro_stages = 1, until_next = 1;  // stages of a macro block; those before the next one starts
     if constexpr (Macros != 0) {
       macro_stages = max(args.weights.macro_block / 128, 1u);
@@ -142,10 +164,17 @@ struct medium_rows_walk {
       const std::uint32_t macro = Macros == 2 ? first * 4 : first / macro_stages;
       macros.start(macro_bytes + macro * 64, args.weights.macros_per_row - 1 - macro);
     }
-    const std::uint32_t table = shared + Shape::table_at;
+    const std::uint32_t table = ring.barriers + (Shape::table_at - Shape::barriers_at);
     std::uint32_t left = count;
     bool is_first = true;
+    if constexpr (goes_on_early) least_left = stages;
     for (;;) {
+      if constexpr (goes_on_early) {
+        if (left <= stages) {
+          go_on();
+          least_left = left - min(left, entered);
+        }
+      }
 #pragma unroll
       for (int s = 0; s < stages; ++s) {
         if (left == 0) break;
@@ -169,7 +198,7 @@ struct medium_rows_walk {
           }
         }
         barrier_wait(ring.full(static_cast<std::uint32_t>(s)), parity >> s & 1u);
-        const std::uint32_t box = shared + static_cast<std::uint32_t>(s) * Shape::stage_bytes;
+        const std::uint32_t box = boxes + static_cast<std::uint32_t>(s) * Shape::stage_bytes;
         multiply(a[0], box, 0);
         wgmma_wait<1>();
         // Nobody but the tensor cores reads x, so that one lane can tell for its warp.
@@ -177,7 +206,7 @@ struct medium_rows_walk {
 #pragma unroll
         for (int i = 0; i < 4; ++i) keep(tile[1].word[i]);
         decode<Macros == 2>(tile[1], table, a[1], count);
-        ask(s, left > stages);
+        ask(s, left > least_left);
         if constexpr (Macros == 2) sum.enter_next(macros);
         multiply(a[1], box, 1);
         --left;
@@ -186,10 +215,12 @@ struct medium_rows_walk {
       if (left == 0) break;
       parity ^= all_slots;
     }
-    wgmma_wait<0>();
-    sum.hold();
+    keep(count);
     const std::uint32_t last = (count - 1) % stages;
     parity ^= (2u << last) - 1;
+    if constexpr (goes_on_early) ask_from(last + 1);
+    wgmma_wait<0>();
+    sum.hold();
     if (threadIdx.x % 32 == 0) barrier_arrive(ring.empty(last));
     if constexpr (!Shape::is_e4m3) sum.template finish<Macros>(macros, scale_decoding<T, Kind>::missing);
   }
@@ -223,12 +254,17 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   const std::uint32_t stages = args.weights.col_tiles / 2;
   const std::uint32_t first = stages * part / parts, count = stages * (part + 1) / parts - first;
   const bool is_consumer = threadIdx.x < Shape::consumers;
-  medium_rows_walk<Shape, T, Kind, Macros> walk;
+  medium_rows_walk<Shape, T, Kind, Macros> walk(shared);
+  const auto start = [&](const output_tile& with) {
+    const std::uint32_t row_tile = with.feature_tile * Shape::groups + threadIdx.x / 128;
+    walk.enter(args, with.matrix, min(row_tile, args.weights.row_tiles - 1), first, count);
+    walk.ask_from(0);
+  };
   const bool starts_early = args.weights.are_settled && args.x.row_offsets == nullptr;
   output_tile tile{};
   if (starts_early) {
     tile = find_tile<Shape::rows>(args, tiles_before, number);
-    if (is_consumer) walk.start(args, shared, tile, first, count);
+    if (is_consumer) start(tile);
   }
   __syncthreads();
   wait_for_last_kernel();
@@ -237,7 +273,7 @@ __global__ void __launch_bounds__(Shape::threads, 1)
   if (!starts_early) {
     tile = find_tile<Shape::rows>(args, tiles_before, number);
     if (tile.rows == 0) return;  // all blocks of a cluster do
-    if (is_consumer) walk.start(args, shared, tile, first, count);
+    if (is_consumer) start(tile);
   }
   if (parts > 1) cluster_arrive();
 
@@ -276,14 +312,14 @@ __global__ void __launch_bounds__(Shape::threads, 1)
     }
     [[maybe_unused]] row_scales<Shape::rows> x_scales;
     if constexpr (Shape::is_e4m3) x_scales.load(args, tile);
-    walk.run(args, shared, first, count, macros);
+    walk.run(args, shared, first, count, macros, [] {});
     if constexpr (Shape::is_e4m3) x_scales.apply(walk.sum.d);
     output_tile next{};
     const row_pair rows = find_rows(args, tile.matrix, (is_idle ? 0 : row_tile) * 64 + warp * 16 + lane / 4);
     if (parts == 1) {
       number += gridDim.x;
       next = find_tile<Shape::rows>(args, tiles_before, number);
-      if (next.rows != 0) walk.start(args, shared, next, first, count);
+      if (next.rows != 0) start(next);
     } else {
       // Quads of sums (rows g and g + 8 of the weights, two rows of x) are dealt out among the blocks; each sends them
       // to the one that adds them up.
