@@ -43,12 +43,14 @@ struct projection {
     };
     return {shape.format, count, shape.rows, shape.cols, part(codes), part(scales), part(macros), {}};
   }
-  [[nodiscard]] tetromino::cuda::repacked_view<tetromino::bfloat16, std::byte> ready() const {
+  template <tetromino::cuda::repackable T = tetromino::bfloat16>
+  [[nodiscard]] tetromino::cuda::repacked_view<T, std::byte> ready() const {
     return {repacked_shape, repacked.span()};
   }
 
-  /// Packs the weights of the experts named, one for each matrix, and repacks them all. Weights are random, and follow
-  /// from the expert's number and the seed; `room` is for those of one expert.
+  /// Packs the weights of the experts named, one for each matrix, and repacks them all for activations of type T.
+  /// Weights are random, and follow from the expert's number and the seed; `room` is for those of one expert.
+  template <tetromino::cuda::repackable T = tetromino::bfloat16>
   void make(const tetromino::cuda::stream& s, const tetromino::recipe& r, std::span<const std::int32_t> experts,
             std::uint64_t seed, float* room) const {
     tetromino::quantize_options options;
@@ -58,7 +60,7 @@ struct projection {
            1.0f / std::sqrt(static_cast<float>(shape.cols)));
       tetromino::quantize_to(s, tetromino::matrix_view<const float>(room, shape.rows, shape.cols), view(e, 1), options);
     }
-    tetromino::repack_to(s, view(0, shape.matrices), ready());
+    tetromino::repack_to(s, view(0, shape.matrices), ready<T>());
     check(cudaStreamSynchronize(s.handle), "packing");
   }
 };
