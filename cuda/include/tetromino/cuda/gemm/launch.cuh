@@ -11,7 +11,7 @@
 
 #include <algorithm>  // std::max, std::min
 #include <array>      // std::array
-#include <cmath>      // std::ceil, std::exp, std::sqrt
+#include <cmath>      // std::ceil, std::sqrt
 #include <concepts>   // std::same_as
 #include <cstddef>    // std::size_t
 #include <cstdint>    // std::uint32_t
@@ -186,31 +186,6 @@ template <class T>
   return (most_row_tiles(args, rows) * ((args.weights.row_tiles + 1) / 2) + room - 1) / room;
 }
 
-/// Whether launch_medium_rows does better with four warpgroups than with three, for activations in E4M3. The
-/// multiprocessors take tiles in rounds. Four take 0.95 of three's time for as many weight rows (cycles of 16-bit
-/// activations on an H200 over experts), but their wider tiles may need as many rounds. Where clusters can share the
-/// tiles of three, those fill the multiprocessors by more parts, and four took 1.0-1.3 times as long. `row_tiles` is
-/// how many tiles of x there can be at most.
-template <class X, weight_kind Kind, int Macros, int Rows, class T>
-[[nodiscard]] bool prefers_four_groups(const matmul_args<T>& args, std::size_t row_tiles, const device_facts& device) {
-  const std::size_t for_three = (args.weights.row_tiles + 2) / 3;
-  const std::size_t for_four = (args.weights.row_tiles + 3) / 4;
-  if (medium_rows_parts<medium_rows_shape<X, Kind, Rows, 3, 4>, Kind, Macros>(args, row_tiles * for_three) > 1) {
-    return false;
-  }
-  const std::size_t parts =
-      medium_rows_parts<medium_rows_shape<X, Kind, Rows, 4, 4>, Kind, Macros>(args, row_tiles * for_four);
-  // n calls, each of one of E experts, hit about E (1 - exp(-n / E)) of them, which mostly take a tile each.
-  const auto most = static_cast<double>(args.weights.matrices);
-  const double usual_row_tiles =
-      args.x.row_offsets == nullptr ? 1.0 : most * (1 - std::exp(-static_cast<double>(args.x.rows) / most));
-  const auto rounds = [&](std::size_t feature_tiles) {
-    return std::ceil(usual_row_tiles * static_cast<double>(feature_tiles) / device.multiprocessors);
-  };
-  const double rounds_of_four = parts > 1 ? 1 / static_cast<double>(parts) : rounds(for_four);
-  return rounds_of_four * 4 * 0.95 < rounds(for_three) * 3;
-}
-
 /// Launches a kernel for tiles of `Rows` rows of x, at most 64. Up to 32 rows tiles of three times 64 weight rows are
 /// for clusters to share, or for the multiprocessors to do at once where most of those have three to do in any case;
 /// else every multiprocessor gets as many weight rows.
@@ -218,13 +193,7 @@ template <class X, weight_kind Kind, int Macros, int Rows, class Element, class 
 result<void> launch_low_tiles(const stream& s, const matrix_view<const Element>& x, const matmul_args<T>& args,
                               const device_facts& device) {
   const std::size_t row_tiles = most_row_tiles(args, Rows);
-  if constexpr (std::same_as<X, e4m3>) {
-    if constexpr (Rows <= 32) {
-      if (prefers_four_groups<X, Kind, Macros, Rows>(args, row_tiles, device)) {
-        return launch_medium_rows<X, Kind, Macros, Rows, 4>(s, x, args, row_tiles, device);
-      }
-    }
-  } else if constexpr (Rows <= (Macros == 0 ? 32 : Macros == 1 ? 24 : 16)) {  // others would spill registers
+  if constexpr (Rows <= (Macros == 0 ? 32 : Macros == 1 ? 24 : 16)) {  // others would spill registers
     using shape = medium_rows_shape<X, Kind, Rows, 3, 4>;
     const auto room = static_cast<std::size_t>(device.multiprocessors);
     const std::size_t tiles = row_tiles * ((args.weights.row_tiles + 2) / 3);
