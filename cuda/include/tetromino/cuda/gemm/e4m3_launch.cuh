@@ -46,7 +46,7 @@ result<void> e4m3_matmul_of_kind(const stream& s, const matmul_job<e4m3>& job, c
     }
     return launch_many_rows<many, Kind, 0>(s, x, args, most_row_tiles(args, many::rows), *device);
   }
-  // Fitted tiles pay from about 8 rows for each matrix on, where a block gets one; without clusters, fewer would leave
+  // Fitted tiles pay from about 12 rows for each matrix on, where a block gets one; without clusters, fewer would leave
   // multiprocessors idle. Those of 96 rows are faster to 64 rows for each, those of 160 from 128 on (on an H200, even
   // and skewed); between, 80 and two deviations more still fit into 96.
   using fitted = e4m3_rows_shape<Kind, 96, 4, 6>;
@@ -55,7 +55,7 @@ result<void> e4m3_matmul_of_kind(const stream& s, const matmul_job<e4m3>& job, c
   const std::size_t rows = (x.rows + groups - 1) / groups;
   const std::size_t fitted_tiles = groups * ((args.weights.row_tiles + fitted::groups - 1) / fitted::groups);
   const bool is_full = fitted_tiles >= static_cast<std::size_t>(device->multiprocessors);
-  if (rows < 8 || (rows <= 64 && !is_full)) {
+  if (rows < 12 || (rows <= 64 && !is_full)) {
     return launch_medium_height<e4m3, Kind, 0>(s, x, args, tile_height(job, rows), *device);
   }
   if (rows <= 80) return launch_e4m3_rows<Kind, fitted>(s, x, args, *device);
