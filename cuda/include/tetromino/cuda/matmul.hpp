@@ -166,8 +166,8 @@ template <class X, class Out>
 /// products up with fewer bits than float has: 32 of them and the sum so far are aligned to the largest, and lose what
 /// lies 13 bits below it. Random signs make that small beside the rounding of outputs; sums of one sign come out too
 /// small, by 1 % where 1024 products are equal and by 15 % of 7168, since one sum goes through all columns. (Of few
-/// rows, blocks may share the columns and add up in float, which loses less.) This needs Hopper, and pays from about 16
-/// rows of one matrix on, and over experts; fewer rows of one matrix take up to 1.15 times as long as with bfloat16.
+/// rows, blocks may share the columns and add up in float, which loses less.) This needs Hopper; one
+/// row of one matrix takes as long as with bfloat16, more rows and experts take less.
 /// Errors: also invalid_argument, for other weights, and for values that do not start at a multiple of 16 bytes.
 template <class X, class Weights, class Out>
 [[nodiscard]] result<void> matmul_on(const stream& s, const X& x, const Weights& w, const matrix_view<Out>& out,
